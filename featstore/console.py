@@ -1,0 +1,203 @@
+"""What the three command-line tools share: progress on stderr, JSON on stdout, errors as one line.
+
+The rule for every command: results go to stdout, everything else to stderr; with ``--json`` stdout carries exactly one
+JSON object. Exit codes: 0 done, 1 a check found damage, 2 wrong usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from featstore.errors import FeatstoreError
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+#: Called as ``tick(done_since_last_call)`` by long loops; see :func:`progress`.
+Tick = Callable[[float], None]
+
+_PLAIN_INTERVAL_S = 10.0
+
+
+def human(value: float) -> str:
+    """Format a count for people: 1234567 -> ``1.23 M``.
+
+    Args:
+        value: Any finite number.
+    """
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if unit == 'k' else limit):.3g} {unit}"
+    return f"{value:.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:.3g}"
+
+
+def human_bytes(value: float) -> str:
+    """Format a size in decimal units, the ones disks are sold in.
+
+    Args:
+        value: Bytes.
+    """
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def human_seconds(value: float) -> str:
+    """Format a duration: 3725 -> ``1 h 02 min``.
+
+    Args:
+        value: Seconds.
+    """
+    if value < 100:
+        return f"{value:.0f} s"
+    minutes = round(value / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class _RateColumn(ProgressColumn):
+    """Items a second in the unit of the task."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        unit = task.fields.get("unit", "it")
+        return Text(f"{human(speed)} {unit}/s" if speed else f"- {unit}/s")
+
+
+@contextmanager
+def progress(label: str, total: float, unit: str, *, quiet: bool = False) -> Iterator[Tick]:
+    """Show progress with rate and remaining time on stderr.
+
+    On a terminal this is a bar; elsewhere (logs, CI) a line at most every ten seconds, so that a log stays readable.
+
+    Args:
+        label: What is being done.
+        total: How many units there are in all.
+        unit: Name of the unit, for the rate.
+        quiet: Show nothing.
+
+    Yields:
+        A function to call with the number of units done since the last call.
+    """
+    if quiet:
+        yield lambda _: None
+    elif err.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            _RateColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=err) as bar:
+            task = bar.add_task(label, total=total, unit=unit)
+            yield lambda done: bar.advance(task, done)
+    else:
+        with _plain_progress(label, total, unit) as tick:
+            yield tick
+
+
+@contextmanager
+def _plain_progress(label: str, total: float, unit: str) -> Iterator[Tick]:
+    start = last = time.monotonic()
+    done = 0.0
+
+    def tick(step: float) -> None:
+        nonlocal done, last
+        done += step
+        now = time.monotonic()
+        if now - last >= _PLAIN_INTERVAL_S:
+            last = now
+            rate = done / (now - start)
+            left = human_seconds((total - done) / rate) if rate else "unknown"
+            err.print(
+                f"{label}: {human(done)} of {human(total)} {unit}, {human(rate)} {unit}/s, {left} left"
+            )
+
+    yield tick
+    seconds = time.monotonic() - start
+    if seconds >= 2:
+        rate = done / seconds
+        err.print(f"{label}: {human(done)} {unit} in {human_seconds(seconds)} ({human(rate)} {unit}/s)")
+
+
+def jsonable(value: Any) -> Any:
+    """Convert to what strict JSON can carry: NaN and infinity become null, arrays lists, paths text.
+
+    Args:
+        value: Nested dicts and sequences of numbers, strings, numpy scalars and arrays, paths.
+    """
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [jsonable(v) for v in value]
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
+
+
+def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """Print a command's result on stdout: one JSON object, or the readable form.
+
+    Args:
+        result: The machine-readable result.
+        text: The same for people; may use rich markup.
+        as_json: Which of the two to print.
+    """
+    if as_json:
+        sys.stdout.write(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.flush()
+    else:
+        out.print(text)
+
+
+def run_app(app: typer.Typer, name: str) -> None:
+    """Run a typer application with this project's exit codes and one-line errors.
+
+    Args:
+        app: The application.
+        name: The command's name, shown before an error.
+    """
+    try:
+        app(prog_name=name, standalone_mode=True)
+    except FeatstoreError as error:
+        _fail(name, str(error))
+    except KeyboardInterrupt:
+        err.print(f"{name}: interrupted; what was committed so far is kept")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); that is not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _fail(name: str, message: str) -> None:
+    line = " ".join(message.split())
+    sys.stderr.write(f"{name}: {line}\n")
+    raise SystemExit(2)

@@ -1,0 +1,84 @@
+"""Every error this project raises on purpose.
+
+Each class derives from :class:`FeatstoreError` and from the built-in exception a Python programmer would expect, so
+callers can catch either. A message names the value that was wrong and what to do next; the commands print it as one
+line and exit with code 2.
+"""
+
+from __future__ import annotations
+
+
+class FeatstoreError(Exception):
+    """Base class of all errors that a user can mend."""
+
+
+class SpecError(FeatstoreError, ValueError):
+    """A flag or argument does not parse or names something impossible."""
+
+
+class CorpusError(FeatstoreError, ValueError):
+    """The text cannot be read, or there is too little of it."""
+
+
+class OffsetError(FeatstoreError, ValueError):
+    """A tokenizer's offsets do not rebuild the text they came from."""
+
+
+class ModelLoadError(FeatstoreError, OSError):
+    """A model, its configuration or its tokenizer cannot be loaded."""
+
+
+class GatedModelError(ModelLoadError, PermissionError):
+    """A model exists, but its licence must be accepted or a login is missing."""
+
+
+class UnsupportedArchitectureError(FeatstoreError, TypeError):
+    """A model has no decoder blocks where a residual stream can be read."""
+
+
+class LayerRangeError(SpecError, IndexError):
+    """A layer lies outside 0..L of its model."""
+
+
+class StoreNotFoundError(FeatstoreError, FileNotFoundError):
+    """There is nothing at the given store path."""
+
+
+class StoreFormatError(FeatstoreError, ValueError):
+    """What lies at the path is not a feature store this version can read."""
+
+
+class StoreStateError(FeatstoreError, RuntimeError):
+    """The store exists, but not in the state the request needs (unfinished, another plan, no such model)."""
+
+
+class StoreBusyError(FeatstoreError, BlockingIOError):
+    """Another process is writing to the store."""
+
+
+class CorruptDataError(FeatstoreError, ValueError):
+    """Bytes on disk do not match their checksum, or a metadata document is damaged."""
+
+
+class NonFiniteStateError(FeatstoreError, ArithmeticError):
+    """A model produced NaN or infinity where a hidden state was expected."""
+
+
+class NoSpaceError(FeatstoreError, OSError):
+    """The disk cannot hold what was asked for."""
+
+
+class PairingError(FeatstoreError, ValueError):
+    """There are no pairs, or fewer than the operation needs."""
+
+
+class FitError(FeatstoreError, ValueError):
+    """A map cannot be fitted from what was given."""
+
+
+class AdapterError(FeatstoreError, ValueError):
+    """A run directory does not hold a usable adapter, or it does not fit the models or the store."""
+
+
+class EnvironmentClashError(FeatstoreError, ImportError):
+    """An installed package makes this one unusable."""
