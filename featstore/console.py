@@ -30,7 +30,7 @@ from rich.text import Text
 
 from featstore.errors import FeatstoreError
 
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False)
 
 #: Called as ``tick(done_since_last_call)`` by long loops; see :func:`progress`.
@@ -132,9 +132,7 @@ def _plain_progress(label: str, total: float, unit: str) -> Iterator[Tick]:
             last = now
             rate = done / (now - start)
             left = human_seconds((total - done) / rate) if rate else "unknown"
-            err.print(
-                f"{label}: {human(done)} of {human(total)} {unit}, {human(rate)} {unit}/s, {left} left"
-            )
+            err.print(f"{label}: {human(done)} of {human(total)} {unit}, {human(rate)} {unit}/s, {left} left")
 
     yield tick
     seconds = time.monotonic() - start
@@ -174,7 +172,7 @@ def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) + "\n")
         sys.stdout.flush()
     else:
-        out.print(text)
+        out.print(text, soft_wrap=True)
 
 
 def run_app(app: typer.Typer, name: str) -> None:

@@ -1,0 +1,5 @@
+"""`python -m align`."""
+
+from align.cli import main
+
+main()

@@ -1,0 +1,144 @@
+"""A fitted map: its tensors, its card, how it is applied, saved and loaded.
+
+Row convention: ``y_hat = (x - mean_source) @ weight + mean_target``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align.layers import LayerPair
+from featstore.errors import AdapterError, CorruptDataError
+from featstore.provenance import read_json, write_atomic, write_json
+
+CARD_VERSION = 1
+_REQUIRED = ("weight", "mean_source", "mean_target", "control_mean")
+
+
+@dataclass(frozen=True)
+class Aligner:
+    """A map from one layer's states to another's.
+
+    Attributes:
+        pair: Which layers.
+        tensors: float32 arrays: ``weight`` (d_source, d_target), ``mean_source``, ``mean_target``, ``control_mean``
+            (the target's train mean) and what else the type has.
+        options: How it was fitted (lambda, rank, ...).
+        trainable: Parameters that were fitted.
+    """
+
+    pair: LayerPair
+    tensors: dict[str, NDArray[np.float32]]
+    options: dict[str, Any] = field(default_factory=dict)
+    trainable: int = 0
+
+    def apply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map source states.
+
+        Args:
+            x: float32 ``(n, d_source)``.
+
+        Returns:
+            float32 ``(n, d_target)``.
+        """
+        mapped = (x - self.tensors["mean_source"]) @ self.tensors["weight"] + self.tensors["mean_target"]
+        return mapped.astype(np.float32, copy=False)
+
+    @property
+    def shipped(self) -> int:
+        """Numbers needed to apply the map."""
+        return sum(self.tensors[name].size for name in ("weight", "mean_source", "mean_target"))
+
+    def card(self) -> dict[str, Any]:
+        """The map's entry in the card."""
+        width_source, width_target = self.tensors["weight"].shape
+        return {
+            "key": self.pair.key,
+            "source": {"model": self.pair.source, "layer": self.pair.source_layer, "width": width_source},
+            "target": {"model": self.pair.target, "layer": self.pair.target_layer, "width": width_target},
+            "parameters": {"trainable": self.trainable, "shipped": self.shipped},
+            "options": self.options,
+        }
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All maps of a run and the card that says what they are.
+
+    Attributes:
+        directory: Run directory.
+        card: ``adapter.json``.
+        aligners: By pair key.
+    """
+
+    directory: Path
+    card: dict[str, Any]
+    aligners: dict[str, Aligner]
+
+
+def save_adapter(directory: Path, aligners: Sequence[Aligner], card: dict[str, Any]) -> None:
+    """Write ``adapter.safetensors`` and then ``adapter.json``, each atomically.
+
+    Args:
+        directory: Run directory.
+        aligners: The maps.
+        card: Everything but the pairs.
+    """
+    from safetensors.numpy import save
+
+    tensors = {
+        f"{aligner.pair.key}.{name}": np.ascontiguousarray(value, dtype=np.float32)
+        for aligner in aligners
+        for name, value in aligner.tensors.items()
+    }
+    write_atomic(directory / "adapter.safetensors", save(tensors))
+    write_json(
+        directory / "adapter.json", {"format": CARD_VERSION, **card, "pairs": [aligner.card() for aligner in aligners]}
+    )
+
+
+def load_adapter(directory: Path) -> Adapter:
+    """Read a run directory's adapter.
+
+    Args:
+        directory: Run directory.
+
+    Raises:
+        AdapterError: There is none, it is of a newer format, or its tensors do not fit its card.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = directory / "adapter.json"
+    if not path.is_file():
+        raise AdapterError(f"no adapter in {str(directory)!r}: it has no adapter.json; make one with `align train`")
+    try:
+        card = read_json(path)
+        if card.get("format") != CARD_VERSION:
+            raise AdapterError(f"{path} has format {card.get('format')!r}, this version reads {CARD_VERSION}; upgrade")
+        tensors = load_file(directory / "adapter.safetensors")
+        aligners = {entry["key"]: _aligner(entry, tensors, path) for entry in card["pairs"]}
+    except (CorruptDataError, SafetensorError, FileNotFoundError, KeyError, TypeError) as error:
+        raise AdapterError(f"the adapter in {str(directory)!r} is damaged ({error}); train it again") from error
+    return Adapter(directory, card, aligners)
+
+
+def _aligner(entry: dict[str, Any], tensors: dict[str, NDArray[np.float32]], path: Path) -> Aligner:
+    source, target = entry["source"], entry["target"]
+    pair = LayerPair(source["model"], source["layer"], target["model"], target["layer"])
+    own = {name.removeprefix(f"{pair.key}."): t for name, t in tensors.items() if name.startswith(f"{pair.key}.")}
+    missing = [name for name in _REQUIRED if name not in own]
+    if missing:
+        raise AdapterError(f"{path}: tensors {', '.join(missing)} of {pair.key} are missing; train it again")
+    if own["weight"].shape != (source["width"], target["width"]):
+        raise AdapterError(
+            f"{path}: weight of {pair.key} has shape {own['weight'].shape}, the card says "
+            f"{(source['width'], target['width'])}; train it again"
+        )
+    return Aligner(pair, own, entry.get("options", {}), entry.get("parameters", {}).get("trainable", 0))

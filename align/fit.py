@@ -1,0 +1,233 @@
+"""Closed-form fits of all layer pairs from one scan of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align import solvers
+from align.aligners import Aligner
+from align.layers import LayerPair
+from align.moments import BLOCK_ROWS, Array, Moments, Scatter, about, centered, means, merge, moments_of, raw
+from featstore.corpus import TRAIN, VALIDATION
+from featstore.errors import FitError
+from featstore.pairs import Pairs
+from featstore.store import Store
+
+#: ``type: minimum number of train pairs``: below, the fit is not defined at all.
+MINIMUM_PAIRS = 8
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over the store knows of a layer pair.
+
+    Attributes:
+        train: Moments of the train pairs.
+        val: Moments of the validation pairs.
+        shuffled: The train moments with targets permuted: the fit that must find nothing.
+    """
+
+    train: Moments
+    val: Moments
+    shuffled: Moments
+
+    @property
+    def means(self) -> tuple[Array, Array]:
+        """Train means of source and target."""
+        return means(self.train)
+
+
+def limit_rows(pairs: Pairs, max_rows: int | None, seed: int) -> Pairs:
+    """Keep a random subset of pairs, in document order.
+
+    Args:
+        pairs: Any selection.
+        max_rows: At most so many; None for all.
+        seed: Of the choice.
+    """
+    if max_rows is None or len(pairs) <= max_rows:
+        return pairs
+    keep = np.zeros(len(pairs), dtype=bool)
+    keep[np.random.default_rng(seed).choice(len(pairs), max_rows, replace=False)] = True
+    return pairs.where(keep)
+
+
+def scan(
+    store: Store,
+    pairs: Pairs,
+    wanted: Sequence[LayerPair],
+    *,
+    seed: int = 0,
+    tick: Callable[[float], None] = lambda _: None,
+) -> dict[str, Scan]:
+    """Accumulate the moments of all layer pairs, reading every row once.
+
+    Args:
+        store: Complete store.
+        pairs: Of the models, all splits, mask applied.
+        wanted: Layer pairs, all of these two models in this direction.
+        seed: Of the shuffled control.
+        tick: Called with the number of pairs done since the last call.
+
+    Raises:
+        PairingError: Too few train or no validation pairs.
+    """
+    train = pairs.where(pairs.split == TRAIN).need(MINIMUM_PAIRS, "training")
+    val = pairs.where(pairs.split == VALIDATION).need(1, "validation")
+    fit, shuffled = _accumulate(store, train, wanted, np.random.default_rng(seed), tick)
+    check, _ = _accumulate(store, val, wanted, None, tick)
+    return {p.key: Scan(fit[p.key], check[p.key], shuffled[p.key]) for p in wanted}
+
+
+def _accumulate(
+    store: Store,
+    pairs: Pairs,
+    wanted: Sequence[LayerPair],
+    rng: np.random.Generator | None,
+    tick: Callable[[float], None],
+) -> tuple[dict[str, Moments], dict[str, Moments]]:
+    total: dict[str, Moments] = {}
+    shuffled: dict[str, Moments] = {}
+    for start in range(0, len(pairs), BLOCK_ROWS):
+        part = slice(start, min(start + BLOCK_ROWS, len(pairs)))
+        x = {k: store.rows(pairs.source, k)[pairs.row_source[part]] for k in {p.source_layer for p in wanted}}
+        y = {k: store.rows(pairs.target, k)[pairs.row_target[part]] for k in {p.target_layer for p in wanted}}
+        order = rng.permutation(part.stop - part.start) if rng is not None else None
+        for pair in wanted:
+            origins = store.origin(pair.source, pair.source_layer), store.origin(pair.target, pair.target_layer)
+            rows, targets = x[pair.source_layer], y[pair.target_layer]
+            new = moments_of(rows, targets, *origins)
+            total[pair.key] = merge(total[pair.key], new) if pair.key in total else new
+            if order is not None:
+                # Permuting targets changes the cross term alone as far as any fit is concerned.
+                cross = (rows - origins[0].astype(np.float32)).T @ (targets[order] - origins[1].astype(np.float32))
+                mixed = replace(new, c=cross.astype(np.float64))
+                shuffled[pair.key] = merge(shuffled[pair.key], mixed) if pair.key in shuffled else mixed
+        tick(part.stop - part.start)
+    return total, shuffled
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What to fit.
+
+    Attributes:
+        type: ``procrustes``, ``linear``, ``affine``, ``reduced-rank``.
+        scale: Optimal isotropic scale (Procrustes).
+        rank: Rank (reduced-rank).
+        skip: What a low-rank map is added to: ``procrustes``, ``ridge``, ``identity``, ``none``.
+    """
+
+    type: str
+    scale: bool = False
+    rank: int = 32
+    skip: str = "none"
+
+
+def fit_closed(fit: Fit, pair: LayerPair, moments: Scan) -> Aligner:
+    """Fit one map in closed form.
+
+    Args:
+        fit: What to fit.
+        pair: Which layers.
+        moments: Of this pair; lambda is chosen on its validation part.
+
+    Raises:
+        FitError: Rank above width, identity between different widths, or the solver refused.
+    """
+    mean_x, mean_y = moments.means
+    train = centered(moments.train)
+    val = about(moments.val, mean_x, mean_y)
+    if fit.type == "procrustes":
+        weight, scale = solvers.procrustes(train.c, train.gx, scale=fit.scale)
+        return _aligner(pair, scale * weight, mean_x, mean_y, mean_y, {"scale": scale}, weight.size)
+    if fit.type == "affine":
+        choice = solvers.select_ridge(train, val)
+        trainable = choice.weight.size + len(mean_y)
+        return _aligner(pair, choice.weight, mean_x, mean_y, mean_y, {"lambda": choice.lam}, trainable)
+    if fit.type == "linear":
+        choice = solvers.select_ridge(raw(moments.train), raw(moments.val))
+        zero_x, zero_y = np.zeros_like(mean_x), np.zeros_like(mean_y)
+        return _aligner(pair, choice.weight, zero_x, zero_y, mean_y, {"lambda": choice.lam}, choice.weight.size)
+    if fit.type == "reduced-rank":
+        skip = skip_weight(fit.skip, train, val)
+        choice = solvers.select_reduced_rank(train, val, fit.rank, skip=skip)
+        weight = choice.weight if skip is None else skip + choice.weight
+        trainable = sum(factor.size for factor in choice.factors)
+        options: dict[str, float | int | str] = {"lambda": choice.lam, "rank": fit.rank, "skip": fit.skip}
+        return _aligner(pair, weight, mean_x, mean_y, mean_y, options, trainable)
+    raise FitError(f"type {fit.type!r} has no closed form; choose procrustes, linear, affine or reduced-rank")
+
+
+def skip_weight(name: str, train: Scatter, val: Scatter) -> Array | None:
+    """The fixed map that a low-rank map is added to.
+
+    Args:
+        name: ``procrustes``, ``ridge``, ``identity`` or ``none``.
+        train: Centred train moments.
+        val: Validation moments about the train means.
+
+    Returns:
+        float64 ``(d_source, d_target)``, or None.
+
+    Raises:
+        FitError: Unknown, or identity between different widths.
+    """
+    shape = train.c.shape
+    if name == "none":
+        return None
+    if name == "procrustes":
+        return solvers.procrustes(train.c, train.gx)[0]
+    if name == "ridge":
+        return solvers.select_ridge(train, val).weight
+    if name == "identity":
+        if shape[0] != shape[1]:
+            raise FitError(f"skip 'identity' needs equal widths, not {shape[0]} and {shape[1]}; use --skip procrustes")
+        return np.eye(shape[0])
+    raise FitError(f"skip {name!r}: choose procrustes, ridge, identity or none")
+
+
+def _aligner(
+    pair: LayerPair,
+    weight: NDArray[np.float64],
+    mean_source: Array,
+    mean_target: Array,
+    control_mean: Array,
+    options: dict[str, float | int | str],
+    trainable: int,
+) -> Aligner:
+    tensors = {"weight": weight, "mean_source": mean_source, "mean_target": mean_target, "control_mean": control_mean}
+    return Aligner(pair, {name: t.astype(np.float32) for name, t in tensors.items()}, dict(options), int(trainable))
+
+
+def baselines(fit: Fit, pair: LayerPair, moments: Scan, seed: int) -> dict[str, Aligner | str]:
+    """The maps every result is shown beside.
+
+    Args:
+        fit: The type that was fitted; the shuffled control uses the same.
+        pair: Which layers.
+        moments: Of this pair.
+        seed: Of the random rotation.
+
+    Returns:
+        By name a map, or the reason why there is none.
+    """
+    mean_x, mean_y = moments.means
+    shape = (len(mean_x), len(mean_y))
+    rng = np.random.default_rng(seed)
+    rotation = solvers.random_orthogonal(*shape, rng)
+    zeros = np.zeros(shape)
+    result: dict[str, Aligner | str] = {
+        "mean": _aligner(pair, zeros, mean_x, mean_y, mean_y, {}, 0),
+        "identity": f"widths differ ({shape[0]} and {shape[1]})",
+        "random_rotation": _aligner(pair, rotation, mean_x, mean_y, mean_y, {}, 0),
+        "shuffled": fit_closed(fit, pair, replace(moments, train=moments.shuffled)),
+    }
+    if shape[0] == shape[1]:
+        zero = np.zeros_like(mean_x)
+        result["identity"] = _aligner(pair, np.eye(shape[0]), zero, zero, mean_y, {}, 0)
+    return result

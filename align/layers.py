@@ -1,0 +1,103 @@
+"""Which source layer is mapped to which target layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from featstore.errors import LayerRangeError, SpecError
+from featstore.spec import parse_layers
+from featstore.store import Store
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A source layer and the target layer its states are mapped to.
+
+    Attributes:
+        source: Model name.
+        source_layer: Layer.
+        target: Model name.
+        target_layer: Layer.
+    """
+
+    source: str
+    source_layer: int
+    target: str
+    target_layer: int
+
+    @property
+    def key(self) -> str:
+        """Name in adapters and metrics, such as ``llama:16->mistral:16``."""
+        return f"{self.source}:{self.source_layer}->{self.target}:{self.target_layer}"
+
+    @property
+    def reversed(self) -> LayerPair:
+        """The other direction."""
+        return LayerPair(self.target, self.target_layer, self.source, self.source_layer)
+
+
+def choose_models(store: Store, source: str | None, target: str | None) -> tuple[str, str]:
+    """Resolve ``--source`` and ``--target``; the defaults are the store's first and second model.
+
+    Args:
+        store: Complete store.
+        source: Model name or None.
+        target: Model name or None; may equal the source (the ceiling).
+
+    Raises:
+        StoreStateError: No such model.
+    """
+    first = source if source is not None else next((m for m in store.models if m != target), store.models[0])
+    others = [m for m in store.models if m != first]
+    second = target if target is not None else (others[0] if others else first)
+    return store.model(first).name, store.model(second).name
+
+
+def layer_pairs(
+    store: Store, source: str, target: str, *, layers: str | None = None, layer_map: str | None = None
+) -> list[LayerPair]:
+    """Resolve ``--layers`` or ``--layer-map``.
+
+    Without either, equal depths pair equal layers; models of different depth pair the same place in their layer lists.
+
+    Args:
+        store: Complete store.
+        source: Model name.
+        target: Model name.
+        layers: Source layers to keep, numbers or depths in percent.
+        layer_map: ``K:K,...`` pairs of source and target layer.
+
+    Raises:
+        LayerRangeError: A layer that the store does not hold.
+        SpecError: Nothing to pair, both options at once, or a map that does not parse.
+    """
+    if layers is not None and layer_map is not None:
+        raise SpecError("--layers and --layer-map say the same thing twice; give one of them")
+    if layer_map is not None:
+        return [_mapped(store, source, target, item) for item in layer_map.split(",")]
+    held_source, held_target = store.model(source).layers, store.model(target).layers
+    if store.model(source).depth == store.model(target).depth:
+        table = {k: k for k in held_source if k in held_target}
+    elif len(held_source) == len(held_target):
+        table = dict(zip(held_source, held_target, strict=True))
+    else:
+        raise SpecError(
+            f"{source} has layers {held_source} and {target} {held_target}: they do not pair by place; use --layer-map"
+        )
+    if layers is not None:
+        wanted = parse_layers([layers], {source: store.model(source).depth})[source]
+        for layer in wanted:
+            store.layer(source, layer)
+            if layer not in table:
+                raise LayerRangeError(f"layer {layer} of {source} has no partner in {target}; use --layer-map")
+        table = {k: table[k] for k in wanted}
+    if not table:
+        raise SpecError(f"{source} and {target} share no layers in {store.path}; use --layer-map")
+    return [LayerPair(source, a, target, b) for a, b in table.items()]
+
+
+def _mapped(store: Store, source: str, target: str, item: str) -> LayerPair:
+    first, colon, second = item.strip().partition(":")
+    if not colon or not first.isdecimal() or not second.isdecimal():
+        raise SpecError(f"--layer-map {item!r}: write SOURCE:TARGET layer numbers, such as 16:20,24:24")
+    return LayerPair(source, store.layer(source, int(first)), target, store.layer(target, int(second)))

@@ -1,0 +1,240 @@
+"""The gradient loop: epochs over shuffled pairs, validation after each, early stopping, the best epoch kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from align import losses, solvers
+from align.aligners import Aligner
+from align.fit import Scan, skip_weight
+from align.layers import LayerPair
+from align.metrics import Figures
+from align.modules import LinearMap, LowRankMap
+from align.moments import about, centered
+from align.scoring import score_all
+from featstore.errors import FitError
+from featstore.loader import PairBatches
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How a map is trained.
+
+    Attributes:
+        rank: Rank of a ``lora`` map.
+        alpha: LoRA's scale; None for the rank (a factor of 1).
+        skip: What a ``lora`` map is added to.
+        loss: Weights, as typed after ``--loss``.
+        temperature: Of InfoNCE.
+        epochs: At most.
+        patience: Stop after so many epochs without an improvement of ``min_delta``.
+        min_delta: Least improvement of the validation loss.
+        batch_size: Pairs a step.
+        lr: Peak learning rate of AdamW.
+        precondition: Whether inputs are whitened inside the parameterisation.
+        seed: Of initialisation and order.
+        device: Torch device name.
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    skip: str = "procrustes"
+    loss: str = "mse=1,cosine=0,infonce=0"
+    temperature: float = 0.07
+    epochs: int = 10
+    patience: int = 2
+    min_delta: float = 1e-3
+    batch_size: int = 256
+    lr: float = 1e-2
+    precondition: bool = True
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass
+class Epoch:
+    """What one epoch measured; epoch 0 is the map before training.
+
+    Attributes:
+        epoch: Number.
+        train_loss: Mean over the epoch's steps, None for epoch 0.
+        parts: Mean of each loss component over the epoch's steps, unweighted.
+        val_loss: Validation MSE over that of predicting the train mean (1 - R2); its weights never change.
+        val: Validation figures.
+        lr: Learning rate at the epoch's end.
+        seconds: Of training and validation.
+    """
+
+    epoch: int
+    train_loss: float | None
+    val_loss: float
+    val: Figures
+    lr: float
+    seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained map and how it came about.
+
+    Attributes:
+        aligner: The best epoch's map.
+        best_epoch: Its number.
+        reason: Why training stopped, in words.
+        shipped: Parameters of the module as shipped with its factors.
+    """
+
+    aligner: Aligner
+    best_epoch: int
+    reason: str
+    shipped: int
+
+
+def train_map(
+    type_: str,
+    pair: LayerPair,
+    moments: Scan,
+    train: PairBatches,
+    val: PairBatches,
+    settings: LoopSettings,
+    *,
+    on_epoch: Callable[[Epoch], None],
+    tick: Callable[[float], None] = lambda _: None,
+) -> Trained:
+    """Train one map with AdamW.
+
+    Args:
+        type_: ``lora``, ``linear`` or ``affine``.
+        pair: Which layers.
+        moments: Of this pair: means, skip map, preconditioner and units come from the train part.
+        train: Train pairs.
+        val: Validation pairs.
+        settings: How.
+        on_epoch: Called after every epoch, epoch 0 (before training) included.
+        tick: Called with the number of pairs done since the last call.
+
+    Raises:
+        FitError: The loss became NaN (the message names the step), or the type or rank does not fit.
+        SpecError: The loss weights do not parse.
+    """
+    weights = losses.parse_loss(settings.loss)
+    device = torch.device(settings.device)
+    module = build_module(type_, moments, settings).to(device)
+    mean_y = torch.as_tensor(moments.means[1], dtype=torch.float32, device=device)
+    unit = float(np.trace(centered(moments.train).gy) / moments.train.n / len(mean_y))
+    steps = max(-(-len(train) // settings.batch_size), 1) * settings.epochs
+    optimiser = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad], lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99)
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, max_lr=settings.lr, total_steps=steps + 1, pct_start=min(0.1, 10 / steps), anneal_strategy="cos"
+    )
+
+    def evaluate(epoch: int, loss: float | None, parts: dict[str, float], start: float) -> tuple[Epoch, Aligner]:
+        aligner = _as_aligner(module, pair, moments, settings)
+        figures, _ = score_all(val, {"map": aligner}, seed=settings.seed)["map"]
+        r2 = (figures or {}).get("r2")
+        if r2 is None:
+            raise FitError(f"{pair.key}: validation R2 is undefined; the validation rows do not vary")
+        record = Epoch(
+            epoch, loss, 1 - float(r2), figures or {}, schedule.get_last_lr()[0], time.perf_counter() - start, parts
+        )
+        on_epoch(record)
+        return record, aligner
+
+    first, best = evaluate(0, None, {}, time.perf_counter())
+    best_epoch, best_loss, waited = 0, first.val_loss, 0
+    reason = f"ran all {settings.epochs} epochs"
+    for epoch in range(1, settings.epochs + 1):
+        start = time.perf_counter()
+        sums: dict[str, float] = {}
+        rows = 0
+        for step, (x, y) in enumerate(_batches(train, settings, epoch, device), 1):
+            total, parts = losses.combined(
+                module(x), y, weights, centre=mean_y, temperature=settings.temperature, unit=unit
+            )
+            value = float(total.detach())
+            if not np.isfinite(value):
+                raise FitError(
+                    f"{pair.key}: the loss became {value} at epoch {epoch}, step {step}; the last good epoch was "
+                    f"{epoch - 1}: use a smaller --lr than {settings.lr:g}"
+                )
+            optimiser.zero_grad(set_to_none=True)
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            for name, part in {"total": total.detach(), **parts}.items():
+                sums[name] = sums.get(name, 0.0) + float(part) * len(x)
+            rows += len(x)
+            tick(len(x))
+        averaged = {name: value / rows for name, value in sums.items()}
+        record, aligner = evaluate(epoch, averaged.pop("total"), averaged, start)
+        if record.val_loss < best_loss - settings.min_delta:
+            best, best_epoch, best_loss, waited = aligner, epoch, record.val_loss, 0
+            continue
+        waited += 1
+        if record.val_loss < best_loss:
+            best, best_epoch, best_loss = aligner, epoch, record.val_loss
+        if waited >= settings.patience:
+            reason = (
+                f"stopped at epoch {epoch}: no improvement of {settings.min_delta:g} in {waited} epochs; "
+                f"best was epoch {best_epoch}"
+            )
+            break
+    return Trained(best, best_epoch, reason, module.shipped_parameters())
+
+
+def build_module(type_: str, moments: Scan, settings: LoopSettings) -> LowRankMap | LinearMap:
+    """A map before training, with means, units and preconditioner from the train moments.
+
+    Args:
+        type_: ``lora``, ``linear`` or ``affine``.
+        moments: Of the layer pair.
+        settings: Rank, skip, preconditioner, seed.
+
+    Raises:
+        FitError: The type has no gradient form, or the rank does not fit.
+    """
+    mean_x, mean_y = moments.means
+    train = centered(moments.train)
+    val = about(moments.val, mean_x, mean_y)
+    n, dx, dy = train.n, len(mean_x), len(mean_y)
+    centred = type_ != "linear"
+    output_scale = float(np.sqrt(np.trace(train.gy) / (n * dy)))
+    common: dict[str, Any] = {
+        "mean_source": mean_x if centred else None,
+        "mean_target": mean_y if centred else None,
+        "output_scale": output_scale,
+        "preconditioner": solvers.whitening(train.gx, n) if settings.precondition else None,
+        "input_scale": 1.0 if settings.precondition else float(np.sqrt(np.trace(train.gx) / (n * dx))),
+    }
+    if type_ == "lora":
+        skip = skip_weight(settings.skip, train, val)
+        return LowRankMap(dx, dy, settings.rank, skip=skip, alpha=settings.alpha, seed=settings.seed, **common)
+    if type_ in ("linear", "affine"):
+        return LinearMap(dx, dy, **common)
+    raise FitError(f"type {type_!r} is not trained by gradient; choose lora, linear or affine")
+
+
+def _batches(
+    train: PairBatches, settings: LoopSettings, epoch: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for x, y in train.shuffled(settings.batch_size, settings.seed, epoch):
+        yield torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+
+
+def _as_aligner(module: LowRankMap | LinearMap, pair: LayerPair, moments: Scan, settings: LoopSettings) -> Aligner:
+    tensors = dict(module.export())
+    tensors["control_mean"] = moments.means[1].astype(np.float32)
+    options: dict[str, Any] = {"solver": "adamw", "lr": settings.lr}
+    if isinstance(module, LowRankMap):
+        options |= {"rank": module.rank, "alpha": module.alpha, "skip": settings.skip}
+    return Aligner(pair, tensors, options, module.trainable_parameters())

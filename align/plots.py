@@ -1,0 +1,70 @@
+"""Plots of a run and of a similarity map, drawn without a display."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+
+def plot_curves(epochs: dict[int, dict[str, Any]], entries: dict[str, Any], out: Path) -> None:
+    """Draw validation loss over epochs, with the closed-form optimum where there is one.
+
+    Args:
+        epochs: Contents of ``eval_epoch_<n>.json`` by epoch.
+        entries: ``pairs`` of ``metrics.json``.
+        out: Directory; ``loss.png`` is written where there are at least two epochs.
+    """
+    if len(epochs) < 2:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, entry in entries.items():
+        at = [n for n in sorted(epochs) if key in epochs[n]["pairs"]]
+        line = axes.plot(at, [epochs[n]["pairs"][key]["val_loss"] for n in at], marker="o", label=key)[0]
+        closed = (entry["baselines"].get("closed_form") or {}).get("r2")
+        if closed is not None:
+            axes.axhline(1 - closed, color=line.get_color(), linestyle=":", linewidth=1)
+    axes.set_xlabel("epoch (0: before training)")
+    axes.set_ylabel("validation MSE / MSE of the mean")
+    axes.set_title("dotted: closed-form optimum on test", fontsize="small")
+    axes.legend(fontsize="small")
+    figure.savefig(out / "loss.png", dpi=120)
+
+
+def plot_heatmaps(result: dict[str, Any], out: Path) -> list[str]:
+    """Draw the similarity of all layers, between the models and within each.
+
+    Args:
+        result: Contents of ``cka.json``.
+        out: Directory.
+
+    Returns:
+        Names of the files written: ``cka.png`` and ``cka.svg``.
+    """
+    first, second = result["models"]
+    panels = [(f"{first} and {second}", first, second, result["cross"])]
+    panels += [(name, name, name, result["within"][name]) for name in dict.fromkeys((first, second))]
+    figure = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
+    for i, (title, rows, columns, values) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        table = [[float("nan") if v is None else v for v in row] for row in values]
+        image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", origin="lower")
+        axes.set_xticks(range(len(result["layers"][columns])), [str(k) for k in result["layers"][columns]])
+        axes.set_yticks(range(len(result["layers"][rows])), [str(k) for k in result["layers"][rows]])
+        axes.set_xlabel(f"layer of {columns}")
+        axes.set_ylabel(f"layer of {rows}")
+        axes.set_title(f"{result['estimator']} CKA, {title}", fontsize="small")
+        if max(len(table), len(table[0])) <= 12:
+            for r, row in enumerate(table):
+                for c, value in enumerate(row):
+                    colour = "white" if value < 0.6 else "black"
+                    axes.text(c, r, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="x-small")
+        figure.colorbar(image, ax=axes, shrink=0.8)
+    # A fixed salt keeps identifiers in the SVG the same from run to run.
+    with mpl.rc_context({"svg.hashsalt": "featstore"}):
+        figure.savefig(out / "cka.svg", metadata={"Date": None})
+    figure.savefig(out / "cka.png", dpi=120)
+    return ["cka.png", "cka.svg"]

@@ -1,0 +1,131 @@
+"""One self-contained HTML page about any number of run and CKA directories.
+
+Everything shown is read from the directories' JSON files; nothing is measured here, and the page
+needs no network. The same files give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from evaluate import report_cka, report_sections, report_tables, report_words
+from evaluate.report_inputs import Run, read_runs
+from featstore.errors import SpecError
+from featstore.provenance import write_atomic
+
+#: Good news beyond this many verdicts folds away; bad and unclear news never does.
+_OPEN_VERDICTS = 4
+#: Blocks of stitched losses beyond this many fold away, each by itself.
+_OPEN_LOSSES = 4
+#: Prompts beyond this many fold away.
+_OPEN_PROMPTS = 8
+
+
+def build_report(dirs: Sequence[Path]) -> str:
+    """Render the page.
+
+    Args:
+        dirs: Run and CKA directories, in the order they are to appear.
+
+    Returns:
+        A complete HTML document.
+
+    Raises:
+        AdapterError: A directory holds none of the files a report shows.
+        CorruptDataError: A file is there but is not JSON.
+    """
+    return _render(read_runs(dirs))
+
+
+def write_report(dirs: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Render the page and put it in place atomically.
+
+    Args:
+        dirs: Run and CKA directories, in the order they are to appear.
+        out: The HTML file; its directory is created.
+
+    Returns:
+        Where it is and what went into it, for the command's ``--json``.
+
+    Raises:
+        AdapterError: A directory holds none of the files a report shows.
+        CorruptDataError: A file is there but is not JSON.
+        SpecError: The page cannot be written there.
+    """
+    runs = read_runs(dirs)
+    data = _render(runs).encode()
+    if out.is_dir():
+        raise SpecError(f"{out} is a directory; name a file for the report, such as report.html")
+    try:
+        write_atomic(out, data)
+    except OSError as error:
+        raise SpecError(f"cannot write the report to {out} ({error.strerror})") from error
+    judged = report_words.verdicts(runs)
+    return {
+        "out": str(out),
+        "bytes": len(data),
+        "directories": [run.label for run in runs],
+        "files": [source.name for source in report_sections.files(runs)],
+        "maps": len(judged),
+        "beat_controls": sum(verdict.kind == "good" for verdict in judged),
+        "warnings": len(report_words.warnings(runs)),
+        "missing": [gap.text.striptags() for gap in report_words.gaps(runs)],
+    }
+
+
+def _render(runs: Sequence[Run]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("evaluate"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["csp_hash"] = _csp_hash
+    judged = report_words.verdicts(runs)
+    similarities = [report_cka.similarity(run) for run in runs]
+    return environment.get_template("report.html.j2").render(
+        title=report_sections.title(runs),
+        headline=report_words.headline(runs, judged),
+        facts=report_sections.compared(runs),
+        runs=runs,
+        verdicts=_folded(judged),
+        warnings=report_words.warnings(runs),
+        gaps=report_words.gaps(runs),
+        columns=report_tables.COLUMNS,
+        leaderboard=report_tables.leaderboard(runs),
+        r2_chart=report_tables.r2_by_layer(runs),
+        forest=report_tables.forest(runs),
+        recovered_chart=report_tables.recovered_by_layer(runs),
+        stitched=[block for run in runs for block in report_tables.stitched_losses(run)],
+        conditions=report_tables.CONDITIONS,
+        similarities=[similarity for similarity in similarities if similarity is not None],
+        trainings=[training for run in runs for training in report_sections.trainings(run)],
+        prompts=report_sections.prompts(runs),
+        decodings=report_sections.decodings(runs),
+        open_losses=_OPEN_LOSSES,
+        open_prompts=_OPEN_PROMPTS,
+        files=report_sections.files(runs),
+        versions=report_sections.versions(runs),
+        command=report_words.command,
+    )
+
+
+def _folded(
+    judged: Sequence[report_words.Verdict],
+) -> tuple[list[report_words.Verdict], list[report_words.Verdict]]:
+    shown = [v for i, v in enumerate(judged) if i < _OPEN_VERDICTS or v.kind in ("poor", "open")]
+    return shown, [v for v in judged if v not in shown]
+
+
+def _csp_hash(script: Markup) -> Markup:
+    # The page allows this one script by its hash: text that slipped through escaping would not run.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Markup("sha256-{}").format(digest)

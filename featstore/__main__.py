@@ -1,0 +1,5 @@
+"""`python -m featstore`."""
+
+from featstore.cli import main
+
+main()

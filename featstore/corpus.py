@@ -1,0 +1,327 @@
+"""Text sources to documents, and documents to splits and windows.
+
+A *document* is an article, a file or a JSON line; its id is the SHA-256 of its text. A *window* is the unit a model
+reads: a stretch of document bytes cut at whitespace, so that two tokenizers see exactly the same text.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import CorpusError, SpecError
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+SPLITS = ("train", "val", "test")
+
+#: u = first 8 bytes of the document id / 2^64; test below the first bound, validation below the second.
+TEST_BELOW, VALIDATION_BELOW = 0.1, 0.2
+
+_WHITESPACE = frozenset(b" \t\n\r\v\f")
+_LEVEL_1_HEADING = re.compile(r"^ = (?!=)(.*[^=]) = $")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text that is split, and later resampled, as a whole.
+
+    Attributes:
+        text: What the models read (cut to ``--max-document-bytes`` where that is given).
+        id: SHA-256 of the *whole* text, so that a byte budget does not move a document to another split.
+    """
+
+    text: str
+    id: bytes
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text comes from, parsed from ``--dataset``.
+
+    Attributes:
+        kind: ``wikitext``, ``hf``, ``text`` or ``jsonl``.
+        location: Repository, path or glob.
+        config: Configuration of a hub dataset, or None.
+        split: Split of a hub dataset.
+        field: Name of the text field.
+    """
+
+    kind: str
+    location: str
+    config: str | None = None
+    split: str = "train"
+    field: str = "text"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The source as recorded in the store."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+def parse_source(text: str, field: str = "text") -> Source:
+    """Parse ``--dataset``.
+
+    Args:
+        text: ``wikitext-103-raw-v1``, ``hf:REPO[/CONFIG][:SPLIT]``, ``text:PATH-OR-GLOB`` or ``jsonl:PATH``.
+        field: Name of the text field in JSON lines and hub rows.
+
+    Raises:
+        SpecError: None of these forms.
+    """
+    kind, colon, rest = text.partition(":")
+    if text.startswith("wikitext-") and not colon:
+        return Source("wikitext", "Salesforce/wikitext", text, "train", field)
+    if colon and rest and kind in ("text", "jsonl"):
+        return Source(kind, rest, field=field)
+    if colon and rest and kind == "hf":
+        path, _, split = rest.partition(":")
+        parts = path.split("/")
+        if len(parts) <= 3 and all(parts):
+            config = parts[2] if len(parts) == 3 else None
+            return Source("hf", "/".join(parts[:2]), config, split or "train", field)
+    raise SpecError(
+        f"dataset {text!r}: write wikitext-103-raw-v1, hf:OWNER/REPO[/CONFIG][:SPLIT], text:PATH-OR-GLOB or jsonl:PATH"
+    )
+
+
+def iter_texts(source: Source) -> Iterator[str]:
+    """Read the documents' texts in order, lazily.
+
+    Args:
+        source: Parsed by :func:`parse_source`.
+
+    Raises:
+        CorpusError: Nothing there, not UTF-8, a line that is not JSON or lacks the field.
+    """
+    if source.kind == "text":
+        yield from _text_files(source)
+    elif source.kind == "jsonl":
+        yield from _json_lines(source)
+    else:
+        rows = _hub_rows(source)
+        yield from join_wikitext(rows) if source.kind == "wikitext" else rows
+
+
+def _text_files(source: Source) -> Iterator[str]:
+    paths = sorted(Path(p) for p in glob.glob(source.location, recursive=True))  # noqa: PTH207 - absolute globs
+    files = [path for path in paths if path.is_file()]
+    if not files:
+        raise CorpusError(f"no file matches {source.location!r}; give an existing path or a glob such as 'texts/*.txt'")
+    for path in files:
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CorpusError(
+                f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it first"
+            ) from error
+
+
+def _json_lines(source: Source) -> Iterator[str]:
+    path = Path(source.location)
+    if not path.is_file():
+        raise CorpusError(f"no file {str(path)!r}; give the path of a .jsonl file, one document a line")
+    if path.suffix == ".gz":
+        import gzip
+
+        lines: Iterable[bytes] = gzip.open(path, "rb")  # noqa: SIM115 - closed with the generator
+    else:
+        lines = path.open("rb")
+    with lines:  # type: ignore[attr-defined]
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[source.field]
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise CorpusError(f"{path}, line {number}: not a JSON object ({error})") from error
+            except (KeyError, TypeError) as error:
+                raise CorpusError(
+                    f"{path}, line {number}: no field {source.field!r}; name the right one with --text-field"
+                ) from error
+            if not isinstance(text, str):
+                raise CorpusError(f"{path}, line {number}: field {source.field!r} is {type(text).__name__}, not text")
+            yield text
+
+
+def _hub_rows(source: Source) -> Iterator[str]:
+    import datasets
+
+    try:
+        # Streaming: a token budget usually needs a small part of the corpus.
+        rows = datasets.load_dataset(source.location, source.config, split=source.split, streaming=True)
+        for row in rows:
+            if source.field not in row:
+                raise CorpusError(
+                    f"dataset {source.location!r} has no field {source.field!r} but {', '.join(row)}; use --text-field"
+                )
+            yield row[source.field]
+    except (OSError, ValueError) as error:  # what datasets raises for missing, offline, misnamed
+        if isinstance(error, CorpusError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorpusError(
+            f"dataset {source.location!r} (config {source.config!r}, split {source.split!r}) cannot be read: {reason}. "
+            "Check the name and the network (HF_HUB_OFFLINE), or read local text with --dataset text:PATH"
+        ) from error
+
+
+def shuffled(texts: Iterable[str], seed: int, buffer: int = 10_000) -> Iterator[str]:
+    """Take texts in a seeded random order, within a buffer of bounded size.
+
+    Corpora are often sorted; a token budget that reads only their start would see a few topics.
+
+    Args:
+        texts: Document texts.
+        seed: 0 keeps corpus order.
+        buffer: Texts held in memory.
+    """
+    if seed == 0:
+        yield from texts
+        return
+    rng = random.Random(seed)
+    held: list[str] = []
+    for text in texts:
+        if len(held) < buffer:
+            held.append(text)
+            continue
+        at = rng.randrange(buffer)
+        yield held[at]
+        held[at] = text
+    rng.shuffle(held)
+    yield from held
+
+
+def join_wikitext(lines: Iterable[str]) -> Iterator[str]:
+    """Join Wikitext's lines to articles at its level-1 headings (`` = Title = ``).
+
+    Args:
+        lines: Rows of the dataset, each ending with a newline or empty.
+    """
+    article: list[str] = []
+    blank_before = True
+    for line in lines:
+        # A heading stands alone between blank lines; a formula in prose that looks like one does not.
+        if blank_before and _LEVEL_1_HEADING.match(line.rstrip("\n")) and any(part.strip() for part in article):
+            yield "".join(article)
+            article = []
+        article.append(line if line.endswith("\n") else line + "\n")
+        blank_before = not line.strip()
+    if any(part.strip() for part in article):
+        yield "".join(article)
+
+
+def documents(
+    texts: Iterable[str], *, max_documents: int | None = None, max_bytes: int | None = None
+) -> Iterator[Document]:
+    """Turn texts into documents, skipping texts that are empty or only whitespace.
+
+    Args:
+        texts: Document texts in order.
+        max_documents: Stop after so many.
+        max_bytes: Keep the first so many UTF-8 bytes of each, cut back to whitespace.
+    """
+    count = 0
+    for text in texts:
+        if max_documents is not None and count >= max_documents:
+            return
+        if not text.strip():
+            continue
+        try:
+            raw = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise CorpusError(
+                f"document {count} holds a lone surrogate at character {error.start}; it is not text"
+            ) from error
+        identity = hashlib.sha256(raw).digest()
+        if max_bytes is not None and len(raw) > max_bytes:
+            text = raw[: _cut(raw, 0, max_bytes)].decode()
+        yield Document(text, identity)
+        count += 1
+
+
+def windows(raw: bytes, size: int) -> list[tuple[int, int]]:
+    """Cut a document's bytes into windows of at most ``size`` bytes.
+
+    A cut falls before whitespace, which opens the next window; where a stretch has none, before a whole character.
+
+    Args:
+        raw: UTF-8 bytes of the document.
+        size: Window length in bytes, at least 4 (the longest character).
+
+    Returns:
+        ``(start, end)`` byte ranges that tile the document.
+
+    Raises:
+        SpecError: The size is under 4.
+    """
+    if size < 4:
+        raise SpecError(f"window of {size} bytes: at least 4 are needed to hold any character")
+    ranges = []
+    start = 0
+    while len(raw) - start > size:
+        end = _cut(raw, start, start + size)
+        ranges.append((start, end))
+        start = end
+    if start < len(raw):
+        ranges.append((start, len(raw)))
+    return ranges
+
+
+def _cut(raw: bytes, start: int, limit: int) -> int:
+    """The last place in (start, limit] before whitespace, else before a whole character."""
+    for at in range(limit, start, -1):
+        if raw[at] in _WHITESPACE:
+            return at
+    at = limit
+    while at > start + 1 and (raw[at] & 0xC0) == 0x80:  # inside a multi-byte character
+        at -= 1
+    return at
+
+
+def split_of(ids: Sequence[bytes]) -> NDArray[np.uint8]:
+    """Assign documents to train, validation and test by the hash of their text.
+
+    Where a split comes out empty, the document nearest to its range moves in, never the last one of another split.
+
+    Args:
+        ids: SHA-256 digests, at least three *different* ones.
+
+    Returns:
+        ``(n_documents,)`` of 0 train, 1 validation, 2 test; equal texts share a split.
+
+    Raises:
+        CorpusError: Fewer than three different documents.
+    """
+    distinct = sorted(set(ids))
+    if len(distinct) < 3:
+        raise CorpusError(
+            f"{len(distinct)} different document(s): train, validation and test need at least three; "
+            "add text, or give files (text:'dir/*.txt') or lines (jsonl:) that each hold one document"
+        )
+    u = {key: int.from_bytes(key[:8], "big") / 2**64 for key in distinct}
+    split = {
+        key: TEST if value < TEST_BELOW else VALIDATION if value < VALIDATION_BELOW else TRAIN
+        for key, value in u.items()
+    }
+    ranges = {
+        TEST: (0.0, TEST_BELOW),
+        VALIDATION: (TEST_BELOW, VALIDATION_BELOW),
+        TRAIN: (VALIDATION_BELOW, 1.0),
+    }
+    for wanted, (low, high) in ranges.items():
+        members = list(split.values())
+        if wanted in members:
+            continue
+        spare = [key for key in distinct if members.count(split[key]) > 1]
+        nearest = min(spare, key=lambda key: max(low - u[key], u[key] - high, 0.0))
+        split[nearest] = wanted
+    return np.array([split[key] for key in ids], dtype=np.uint8)

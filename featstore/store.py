@@ -1,0 +1,374 @@
+"""Open a feature store and read it: rows, masks, pairs, text.
+
+Only numpy and zarr are needed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import (
+    CorruptDataError,
+    LayerRangeError,
+    PairingError,
+    StoreFormatError,
+    StoreNotFoundError,
+    StoreStateError,
+)
+from featstore.pairs import Pairs, check_policy
+from featstore.provenance import digest, read_json
+from featstore.rows import RowReader, read_vector
+from featstore.writer import FORMAT_VERSION, MANIFEST
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+
+
+def open_store(path: str | Path, *, allow_incomplete: bool = False) -> Store:
+    """Open a store for reading.
+
+    Args:
+        path: The store's directory.
+        allow_incomplete: Accept a store whose extraction has not finished.
+
+    Raises:
+        StoreNotFoundError: Nothing there.
+        StoreFormatError: Not a feature store, or of a newer format.
+        StoreStateError: Unfinished.
+        CorruptDataError: Its metadata is damaged.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise StoreNotFoundError(f"no store at {str(root)!r}; create one with `featstore extract --store {root}`")
+    document = root / "zarr.json"
+    if not document.is_file():
+        raise StoreFormatError(f"{str(root)!r} is not a feature store: it has no zarr.json")
+    attributes = read_json(document).get("attributes")
+    own = attributes.get("featstore") if isinstance(attributes, dict) else None
+    if not isinstance(own, dict):
+        raise StoreFormatError(f"{str(root)!r} is a Zarr node but not a feature store; give the path of a store")
+    version = own.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise CorruptDataError(f"{document} has format version {version!r}; restore it or extract again")
+    if version > FORMAT_VERSION:
+        raise StoreFormatError(
+            f"{str(root)!r} has format version {version}, this featstore reads up to {FORMAT_VERSION}; upgrade it"
+        )
+    if not own.get("complete") and not allow_incomplete:
+        raise StoreStateError(
+            f"{str(root)!r} is unfinished; run the same `featstore extract` command again to complete it"
+        )
+    return Store(root, own)
+
+
+def _field(document: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    value = document.get(key)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        raise CorruptDataError(f"{where}: {key!r} is {value!r}, not usable; restore the document or extract again")
+    return value
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """One model's attributes in a store.
+
+    Attributes:
+        name: Short name.
+        depth: Number of blocks.
+        width: Hidden width.
+        rows: Token states.
+        layers: Layers stored.
+        attributes: All recorded attributes.
+    """
+
+    name: str
+    depth: int
+    width: int
+    rows: int
+    layers: tuple[int, ...]
+    attributes: dict[str, Any]
+
+    @classmethod
+    def parse(cls, name: str, attributes: Any, where: str) -> StoredModel:
+        """Validate a model group's attributes.
+
+        Args:
+            name: Short name.
+            attributes: The ``featstore`` attribute of the group.
+            where: Named in errors.
+
+        Raises:
+            CorruptDataError: Something is missing or of the wrong type.
+        """
+        if not isinstance(attributes, dict):
+            raise CorruptDataError(f"{where} lacks its featstore attributes; restore it or extract again")
+        layers = _field(attributes, "layers", list, where)
+        depth = _field(attributes, "depth", int, where)
+        if not layers or not all(isinstance(k, int) and 0 <= k <= depth for k in layers):
+            raise CorruptDataError(f"{where}: layers {layers!r} do not fit a depth of {depth}")
+        return cls(
+            name,
+            depth,
+            _field(attributes, "width", int, where),
+            _field(attributes, "rows", int, where),
+            tuple(layers),
+            attributes,
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One model's token table.
+
+    Attributes:
+        id: int32 ``(n,)``.
+        byte_end: int32 ``(n,)``, within the window.
+        window: int32 ``(n,)``.
+        special: bool ``(n,)``.
+        sink: bool ``(n,)``, norm beyond the threshold at any stored layer.
+    """
+
+    id: NDArray[np.int32]
+    byte_end: NDArray[np.int32]
+    window: NDArray[np.int32]
+    special: NDArray[np.bool_]
+    sink: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class StoredCorpus:
+    """The text the models read.
+
+    Attributes:
+        text: uint8 bytes of all documents.
+        document_start: int64 ``(documents + 1,)``.
+        document_id: uint8 ``(documents, 32)``.
+        document_split: uint8 ``(documents,)``.
+        window_document: int32 ``(windows,)``.
+        window_start: int64 ``(windows,)``, within the document.
+        window_end: int64 ``(windows,)``.
+    """
+
+    text: NDArray[np.uint8]
+    document_start: NDArray[np.int64]
+    document_id: NDArray[np.uint8]
+    document_split: NDArray[np.uint8]
+    window_document: NDArray[np.int32]
+    window_start: NDArray[np.int64]
+    window_end: NDArray[np.int64]
+
+    def window_text(self, window: int) -> str:
+        """The text of a window.
+
+        Args:
+            window: Window number.
+        """
+        base = self.document_start[self.window_document[window]]
+        return self.text[base + self.window_start[window] : base + self.window_end[window]].tobytes().decode()
+
+    @property
+    def window_offset(self) -> NDArray[np.int64]:
+        """Where each window begins in ``text``."""
+        return self.document_start[self.window_document] + self.window_start
+
+    @property
+    def window_split(self) -> NDArray[np.uint8]:
+        """Split of each window's document."""
+        return self.document_split[self.window_document]
+
+
+class Store:
+    """A complete feature store, read only. Made by :func:`open_store`."""
+
+    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
+        self.path = path
+        self.attributes = attributes
+        where = str(path / "zarr.json")
+        names = _field(attributes, "models", list, where)
+        for name in names:
+            if not isinstance(name, str) or not _SAFE_NAME.match(name):
+                raise CorruptDataError(
+                    f"{where} names a model {name!r}, which is not a safe path; do not trust this store"
+                )
+        self.models: tuple[str, ...] = tuple(names)
+        self._readers: dict[tuple[str, int], RowReader] = {}
+
+    def model(self, name: str) -> StoredModel:
+        """A model's attributes.
+
+        Args:
+            name: Short name.
+
+        Raises:
+            StoreStateError: No such model in this store.
+        """
+        if name not in self.models:
+            raise StoreStateError(f"no model {name!r} in {self.path}; it holds {', '.join(self.models)}")
+        return self._stored[name]
+
+    @cached_property
+    def _stored(self) -> dict[str, StoredModel]:
+        result = {}
+        for name in self.models:
+            path = self.path / "models" / name / "zarr.json"
+            if not path.is_file():
+                raise CorruptDataError(f"{path} is missing; run the same `featstore extract` command again")
+            attributes = read_json(path).get("attributes")
+            own = attributes.get("featstore") if isinstance(attributes, dict) else None
+            result[name] = StoredModel.parse(name, own, str(path))
+        return result
+
+    def layer(self, model: str, layer: int) -> int:
+        """Return a layer if the store holds it.
+
+        Args:
+            model: Model name.
+            layer: Layer number.
+
+        Raises:
+            LayerRangeError: It does not.
+        """
+        held = self.model(model).layers
+        if layer not in held:
+            raise LayerRangeError(
+                f"layer {layer} of {model!r} is not in {self.path}; it holds {', '.join(map(str, held))}"
+            )
+        return layer
+
+    def rows(self, model: str, layer: int) -> RowReader:
+        """The states of one layer.
+
+        Args:
+            model: Model name.
+            layer: A stored layer.
+        """
+        key = (model, self.layer(model, layer))
+        if key not in self._readers:
+            self._readers[key] = RowReader(self.path / "models" / model / "resid" / str(layer))
+        return self._readers[key]
+
+    def norms(self, model: str, layer: int) -> NDArray[np.float32]:
+        """Euclidean norm of every stored row.
+
+        Args:
+            model: Model name.
+            layer: A stored layer.
+
+        Returns:
+            float32 ``(n,)``.
+        """
+        return read_vector(self.path / "models" / model / "norm" / str(self.layer(model, layer)))
+
+    def origin(self, model: str, layer: int) -> NDArray[np.float64]:
+        """The pilot's mean state, a fixed origin for accumulating moments without cancellation.
+
+        Args:
+            model: Model name.
+            layer: A stored layer.
+
+        Returns:
+            float64 ``(width,)``.
+        """
+        path = self.path / "models" / model / "origin" / str(self.layer(model, layer))
+        return read_vector(path).astype(np.float64)
+
+    def tokens(self, model: str) -> Tokens:
+        """A model's token table.
+
+        Args:
+            model: Model name.
+        """
+        self.model(model)
+        if model not in self._tokens:
+            base = self.path / "models" / model / "tokens"
+            names = ("id", "byte_end", "window", "special", "sink")
+            self._tokens[model] = Tokens(*(read_vector(base / name) for name in names))
+        return self._tokens[model]
+
+    @cached_property
+    def _tokens(self) -> dict[str, Tokens]:
+        return {}
+
+    @cached_property
+    def corpus(self) -> StoredCorpus:
+        """Documents, windows and text."""
+        base = self.path / "corpus"
+        return StoredCorpus(
+            read_vector(base / "text"),
+            read_vector(base / "document" / "start"),
+            read_vector(base / "document" / "id"),
+            read_vector(base / "document" / "split"),
+            read_vector(base / "window" / "document"),
+            read_vector(base / "window" / "start"),
+            read_vector(base / "window" / "end"),
+        )
+
+    def pairs(self, source: str, target: str, policy: str = "end") -> Pairs:
+        """The pairs of two models, or of a model with itself (every ordinary token with itself: the ceiling).
+
+        Args:
+            source: Model name.
+            target: Model name.
+            policy: ``end`` or ``word``.
+
+        Raises:
+            PairingError: The store has no index for these models and policy.
+        """
+        check_policy(policy)
+        tokens_a, tokens_b = self.tokens(source), self.tokens(target)
+        if source == target:
+            row_a = row_b = np.flatnonzero(~tokens_a.special).astype(np.int64)
+        else:
+            first, second = sorted((source, target), key=self.models.index)
+            base = self.path / "pairs" / f"{first}__{second}" / policy
+            if not (base / "row_a" / "zarr.json").is_file():
+                raise PairingError(
+                    f"{self.path} has no {policy!r} pairs of {first} and {second}; "
+                    f"make them with `featstore pair {self.path} --policy {policy}`"
+                )
+            row_a, row_b = read_vector(base / "row_a"), read_vector(base / "row_b")
+            if source != first:
+                row_a, row_b = row_b, row_a
+        window = tokens_a.window[row_a]
+        document = self.corpus.window_document[window]
+        ordinary = [max(int((~t.special).sum()), 1) for t in (tokens_a, tokens_b)]
+        return Pairs(
+            source,
+            target,
+            row_a,
+            row_b,
+            self.corpus.document_split[document],
+            document,
+            tokens_a.sink[row_a] | tokens_b.sink[row_b],
+            (len(row_a) / ordinary[0], len(row_b) / ordinary[1]),
+        )
+
+    @cached_property
+    def manifest(self) -> dict[str, dict[str, Any]]:
+        """Every committed file with its size and checksum, by path.
+
+        Raises:
+            CorruptDataError: An entry is damaged or points outside the store.
+        """
+        files: dict[str, dict[str, Any]] = {}
+        for path in sorted((self.path / MANIFEST).rglob("*.json")):
+            entry = _field(read_json(path), "files", dict, str(path))
+            for name, record in entry.items():
+                parts = Path(name).parts
+                if Path(name).is_absolute() or ".." in parts or not isinstance(record, dict):
+                    raise CorruptDataError(f"{path} names {name!r}, which is not a file of this store; do not trust it")
+                _field(record, "bytes", int, str(path))
+                _field(record, "crc32c", str, str(path))
+                files[name] = record
+        return files
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the manifest: two stores with equal fingerprints hold equal data."""
+        return digest(self.manifest)
