@@ -18,7 +18,7 @@ from featstore.errors import AdapterError, CorruptDataError
 from featstore.provenance import read_json, write_atomic, write_json
 
 CARD_VERSION = 1
-_REQUIRED = ("weight", "mean_source", "mean_target", "control_mean")
+_REQUIRED = ("weight", "mean_source", "mean_target", "control_mean_source", "control_mean")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Aligner:
 
     Attributes:
         pair: Which layers.
-        tensors: float32 arrays: ``weight`` (d_source, d_target), ``mean_source``, ``mean_target``, ``control_mean``
-            (the target's train mean) and what else the type has.
+        tensors: float32 arrays: ``weight`` (d_source, d_target), ``mean_source``, ``mean_target``,
+            ``control_mean_source`` and ``control_mean`` (the train means, which controls need even where the map is not
+            centred), and what else the type has.
         options: How it was fitted (lambda, rank, ...).
         trainable: Parameters that were fitted.
     """

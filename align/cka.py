@@ -1,10 +1,10 @@
 """Similarity of all layers with all layers: debiased linear CKA, exact over the whole store, over Dask.
 
 Rows are centred at the pilot's origin and the layers of both models put side by side, ``Z = [X_1 .. X_K, Y_1 .. Y_M]``.
-One product ``Z'Z`` per block of rows then holds every cross-covariance at once; with the squared row norms ``a`` of every
-layer, the sums of ``Z``, ``Z'a`` and ``a'a`` complete what the estimator needs (see :mod:`align.moments`). Blocks merge by
-addition in a fixed tree, so a rerun gives the same bits whatever the workers do. Wide layers are worked through in
-groups, which bounds memory.
+One product ``Z'Z`` per block of rows then holds every cross-covariance at once; with the squared row norms ``a`` of
+every layer, the sums of ``Z``, ``Z'a`` and ``a'a`` complete what the estimator needs (see :mod:`align.moments`). Blocks
+merge by addition in a fixed tree, so a rerun gives the same bits whatever the workers do. Wide layers are worked through
+in groups, which bounds memory.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def similarity(store: Store, pairs: Pairs, sites: Sequence[Site], estimator: str
         quiet: No progress.
 
     Returns:
-        ``(values, reasons)``: a symmetric ``(sites, sites)`` matrix with NaN where undefined, and the reason by position.
+        ``(values, reasons)``: a symmetric ``(sites, sites)`` matrix, NaN where undefined, and the reason by position.
     """
     from dask import delayed
     from distributed import as_completed, get_client

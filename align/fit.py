@@ -144,22 +144,22 @@ def fit_closed(fit: Fit, pair: LayerPair, moments: Scan) -> Aligner:
     val = about(moments.val, mean_x, mean_y)
     if fit.type == "procrustes":
         weight, scale = solvers.procrustes(train.c, train.gx, scale=fit.scale)
-        return _aligner(pair, scale * weight, mean_x, mean_y, mean_y, {"scale": scale}, weight.size)
+        return _aligner(pair, scale * weight, mean_x, mean_y, moments.means, {"scale": scale}, weight.size)
     if fit.type == "affine":
         choice = solvers.select_ridge(train, val)
         trainable = choice.weight.size + len(mean_y)
-        return _aligner(pair, choice.weight, mean_x, mean_y, mean_y, {"lambda": choice.lam}, trainable)
+        return _aligner(pair, choice.weight, mean_x, mean_y, moments.means, {"lambda": choice.lam}, trainable)
     if fit.type == "linear":
         choice = solvers.select_ridge(raw(moments.train), raw(moments.val))
         zero_x, zero_y = np.zeros_like(mean_x), np.zeros_like(mean_y)
-        return _aligner(pair, choice.weight, zero_x, zero_y, mean_y, {"lambda": choice.lam}, choice.weight.size)
+        return _aligner(pair, choice.weight, zero_x, zero_y, moments.means, {"lambda": choice.lam}, choice.weight.size)
     if fit.type == "reduced-rank":
         skip = skip_weight(fit.skip, train, val)
         choice = solvers.select_reduced_rank(train, val, fit.rank, skip=skip)
         weight = choice.weight if skip is None else skip + choice.weight
         trainable = sum(factor.size for factor in choice.factors)
         options: dict[str, float | int | str] = {"lambda": choice.lam, "rank": fit.rank, "skip": fit.skip}
-        return _aligner(pair, weight, mean_x, mean_y, mean_y, options, trainable)
+        return _aligner(pair, weight, mean_x, mean_y, moments.means, options, trainable)
     raise FitError(f"type {fit.type!r} has no closed form; choose procrustes, linear, affine or reduced-rank")
 
 
@@ -196,11 +196,12 @@ def _aligner(
     weight: NDArray[np.float64],
     mean_source: Array,
     mean_target: Array,
-    control_mean: Array,
+    controls: tuple[Array, Array],
     options: dict[str, float | int | str],
     trainable: int,
 ) -> Aligner:
-    tensors = {"weight": weight, "mean_source": mean_source, "mean_target": mean_target, "control_mean": control_mean}
+    tensors = {"weight": weight, "mean_source": mean_source, "mean_target": mean_target}
+    tensors |= {"control_mean_source": controls[0], "control_mean": controls[1]}
     return Aligner(pair, {name: t.astype(np.float32) for name, t in tensors.items()}, dict(options), int(trainable))
 
 
@@ -222,12 +223,12 @@ def baselines(fit: Fit, pair: LayerPair, moments: Scan, seed: int) -> dict[str, 
     rotation = solvers.random_orthogonal(*shape, rng)
     zeros = np.zeros(shape)
     result: dict[str, Aligner | str] = {
-        "mean": _aligner(pair, zeros, mean_x, mean_y, mean_y, {}, 0),
+        "mean": _aligner(pair, zeros, mean_x, mean_y, moments.means, {}, 0),
         "identity": f"widths differ ({shape[0]} and {shape[1]})",
-        "random_rotation": _aligner(pair, rotation, mean_x, mean_y, mean_y, {}, 0),
+        "random_rotation": _aligner(pair, rotation, mean_x, mean_y, moments.means, {}, 0),
         "shuffled": fit_closed(fit, pair, replace(moments, train=moments.shuffled)),
     }
     if shape[0] == shape[1]:
         zero = np.zeros_like(mean_x)
-        result["identity"] = _aligner(pair, np.eye(shape[0]), zero, zero, mean_y, {}, 0)
+        result["identity"] = _aligner(pair, np.eye(shape[0]), zero, zero, moments.means, {}, 0)
     return result

@@ -233,7 +233,7 @@ def _batches(
 
 def _as_aligner(module: LowRankMap | LinearMap, pair: LayerPair, moments: Scan, settings: LoopSettings) -> Aligner:
     tensors = dict(module.export())
-    tensors["control_mean"] = moments.means[1].astype(np.float32)
+    tensors["control_mean_source"], tensors["control_mean"] = (mean.astype(np.float32) for mean in moments.means)
     options: dict[str, Any] = {"solver": "adamw", "lr": settings.lr}
     if isinstance(module, LowRankMap):
         options |= {"rank": module.rank, "alpha": module.alpha, "skip": settings.skip}

@@ -291,7 +291,11 @@ class _Run:
         names = {name for a in self.aligners for name in (a.pair.source, a.pair.target)}
         card = {
             "type": settings.type,
-            "models": {name: store.model(name).attributes for name in store.models if name in names},
+            "models": {
+                name: {**store.model(name).attributes, "median_norm": store.median_norms(name)}
+                for name in store.models
+                if name in names
+            },
             "store": {"path": settings.store, "fingerprint": store.fingerprint},
             "corpus": store.attributes["corpus"],
             "pair_policy": settings.policy,

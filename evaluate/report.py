@@ -7,6 +7,7 @@ needs no network. The same files give the same bytes.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,8 @@ def write_report(dirs: Sequence[Path], out: Path) -> dict[str, Any]:
     }
 
 
-def _render(runs: Sequence[Run]) -> str:
+@functools.cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("evaluate"),
         autoescape=True,
@@ -89,9 +91,13 @@ def _render(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["csp_hash"] = _csp_hash
+    return environment.get_template("report.html.j2")
+
+
+def _render(runs: Sequence[Run]) -> str:
     judged = report_words.verdicts(runs)
     similarities = [report_cka.similarity(run) for run in runs]
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         title=report_sections.title(runs),
         headline=report_words.headline(runs, judged),
         facts=report_sections.compared(runs),

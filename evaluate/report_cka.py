@@ -52,21 +52,25 @@ def similarity(run: Run) -> Similarity | None:
         return None
     a, b = _models(cka)
     names = {model: [layer.text for layer in cka.get("layers", model)] for model in (a, b)}
-    null, unmasked = cka.get("null"), cka.get("unmasked")
+    null, beside = cka.get("null"), _beside(cka)
+    note = (
+        "The same with the masked rows put back in, n = {}."
+        if "unmasked" in beside.at
+        else "The same without sinks and other masked rows, n = {}."
+    )
+    chance = say("What chance gives: {}, n = {}.", null.get("method").text or "shuffled pairs", _count(null))
     wanted = [
-        (f"{a} × {b}", cka.get("cross"), (a, b), say("Every layer of one with every of the other.")),
-        (f"{a} × {a}", cka.get("within", a), (a, a), say("Within {}.", a)),
+        (f"{a} × {b}", cka, cka.get("cross"), (a, b), say("Every layer of one with every of the other.")),
+        (f"{a} × {a}", cka, cka.get("within", a), (a, a), say("Within {}.", a)),
+        (f"{b} × {b}", cka, cka.get("within", b), (b, b), say("Within {}.", b)),
+        (beside.at.rsplit("/", 1)[-1], beside, beside.get("cross"), (a, b), say(note, _count(beside))),
+        ("null", null, null.get("cross"), (a, b), chance),
     ]
-    if b != a:
-        wanted.append((f"{b} × {b}", cka.get("within", b), (b, b), say("Within {}.", b)))
-    text = "Sinks and other masked rows put back in, n = {}."
-    wanted.append(("unmasked", unmasked.get("cross"), (a, b), say(text, _count(unmasked))))
-    text = "What chance gives: {}, n = {}."
-    method = null.get("method").text or "shuffled pairs"
-    wanted.append(("null", null.get("cross"), (a, b), say(text, method, _count(null))))
-    wanted = [entry for entry in wanted if _height(entry[1])]
-    scale = Scale.over([_rows(node) for _, node, _, _ in wanted])
-    panels = tuple(_panel(title, node, sides, names, scale, text, run) for title, node, sides, text in wanted)
+    if a == b:
+        del wanted[1:3]  # the cross matrix of a model with itself is what "within" would repeat
+    wanted = [entry for entry in wanted if _height(entry[2])]
+    scale = Scale.over([_rows(node) for _, _, node, _, _ in wanted])
+    panels = tuple(_panel(run.label, names, scale, *entry) for entry in wanted)
     kernel, estimator = cka.get("kernel").text or "linear", cka.get("estimator").text
     facts = say(
         "{} CKA, {} kernel, n = {} pairs, {} rows masked{}.",
@@ -110,57 +114,70 @@ def warnings(run: Run) -> list[Markup]:
     """
     cka = run.file("cka.json")
     notes = []
+    if cka.get("keep_sinks").value is True:
+        text = "<b>sinks kept</b> A few rows of huge norm decide these similarities."
+        notes.append(say(text))
     null = _largest(cka.get("null", "cross"))
     if null is not None and (null.number or 0.0) > _HIGH_NULL:
         text = "<b>high null</b> CKA of shuffled pairs reaches {}: read the map against that, not 0."
         notes.append(say(text, show(null)))
+    beside = _beside(cka)
     shifts = [
         (abs((other.number or 0.0) - (cell.number or 0.0)), i, j, cell, other)
         for i, j, cell in _cells(cka.get("cross"))
-        if (other := cka.get("unmasked", "cross").get(i, j)).number is not None
+        if (other := beside.get("cross", i, j)).number is not None
     ]
     size, i, j, cell, other = max(shifts, key=lambda s: s[0], default=(0.0, 0, 0, Node(), Node()))
     if size > _SINK_SHIFT:
-        text = "<b>sink-dominated</b> With the masked rows back in, {} reads {} instead of {}."
-        notes.append(say(text, _name(cka, i, j), show(other), show(cell)))
+        masked, unmasked = (cell, other) if "unmasked" in beside.at else (other, cell)
+        text = (
+            "<b>sinks dominate</b> With the masked rows included, {} reads {} instead of {}: only "
+            "masked figures say how alike layers are."
+        )
+        notes.append(say(text, _name(cka, i, j), show(unmasked), show(masked)))
     return notes
 
 
 def _panel(
-    title: str,
-    node: Node,
-    sides: tuple[str, str],
+    label: str,
     names: dict[str, list[str]],
     scale: Scale,
+    title: str,
+    owner: Node,
+    node: Node,
+    sides: tuple[str, str],
     caption: Markup,
-    run: Run,
 ) -> Panel:
     rows = _rows(node)
-    reasons = run.file("cka.json").get("reasons")
-    reason = reasons.get(title).text or reasons.text or "null in cka.json"
-    ends = [cell for _, _, cell in _cells(node)]
-    if ends:
-        low, high = (pick(ends, key=lambda c: c.number or 0.0) for pick in (min, max))
+    down, across = names[sides[0]], names[sides[1]]
+
+    def reason(i: int, j: int) -> str:
+        ends = (f"{sides[0]}:{_layer(down, i)}", f"{sides[1]}:{_layer(across, j)}")
+        found = [owner.get("reasons", " ".join(order)).text for order in (ends, ends[::-1])]
+        return found[0] or found[1] or "null in cka.json"
+
+    known = [cell for _, _, cell in _cells(node)]
+    if known:
+        low, high = (pick(known, key=lambda c: c.number or 0.0) for pick in (min, max))
         caption = say("{} From {} to {}.", caption, show(low), show(high))
-    svg = heatmap(
-        rows,
-        (sides[0], names[sides[0]]),
-        (sides[1], names[sides[1]]),
-        scale,
-        label=f"CKA {title}, {run.label}",
-        reason=reason,
-    )
+    svg = heatmap(rows, (sides[0], down), (sides[1], across), scale, label=f"CKA {title}, {label}", reason=reason)
     table = None
     if max(len(row) for row in rows) > _READABLE_COLUMNS:
         body = tuple(
-            (_layer(names[sides[0]], i), tuple(_plain(value, reason) for value in row)) for i, row in enumerate(rows)
+            (_layer(down, i), tuple(_plain(value, reason(i, j)) for j, value in enumerate(row)))
+            for i, row in enumerate(rows)
         )
-        table = ((f"{sides[0]} \\ {sides[1]}", *names[sides[1]]), body)
+        table = ((f"{sides[0]} \\ {sides[1]}", *across), body)
     return Panel(title, caption, svg, table)
 
 
+def _beside(cka: Node) -> Node:
+    # With --keep-sinks the main figures are the unmasked ones, and the masked stand beside them.
+    return cka.get("masked" if cka.get("masked").value is not None else "unmasked")
+
+
 def _models(cka: Node) -> tuple[str, str]:
-    named = [model.text for model in cka.get("models")] or list(cka.get("layers").value or {})
+    named = [model.text for model in cka.get("models")] or [name for name, _ in cka.get("layers").items()]
     return (named[0] if named else "a", named[-1] if named else "b")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -67,7 +67,7 @@ def heatmap(
     scale: Scale,
     *,
     label: str,
-    reason: str,
+    reason: Callable[[int, int], str],
 ) -> Markup:
     """Draw a matrix with its first row at the bottom, as similarity matrices usually are.
 
@@ -77,18 +77,21 @@ def heatmap(
         columns: The model and the layers along the bottom.
         scale: The colours.
         label: What the drawing shows, for screen readers.
-        reason: Why a cell is empty.
+        reason: Why the cell in a row and column is empty.
     """
     height, width = len(matrix), max((len(row) for row in matrix), default=0)
     cell = min(52.0, 340.0 / max(width, height, 1))
     left, bottom, total = 46.0, 38.0, height * cell
     digits = 2 if cell >= 25 else None
-    parts = []
+    cells = []
     for i, row in enumerate(matrix):
         y = total - (i + 1) * cell + 2
         for j, value in enumerate(row):
             name = f"{rows[0]} {_at(rows[1], i)} × {columns[0]} {_at(columns[1], j)}"
-            parts.append(_cell(left + j * cell, y, cell, value, scale, name, reason, digits))
+            cells.append(
+                _cell(left + j * cell, y, cell, value, scale, name, "" if value is not None else reason(i, j), digits)
+            )
+    parts = [_group(cells)]
     step_y, step_x = _every(height), _every(width)
     parts += [
         lettering(left - 6, total - (i + 0.5) * cell + 6, _at(rows[1], i), "ax end") for i in range(0, height, step_y)
@@ -105,6 +108,11 @@ def heatmap(
     return drawing(left + width * cell + 4, total + bottom, label, parts)
 
 
+def _group(cells: Sequence[Markup]) -> Markup:
+    # One element, so that the dark page can turn light and dark round for all colours at once.
+    return Markup('<g class="cells">{}</g>').format(Markup("").join(cells))
+
+
 def legend(scale: Scale) -> Markup:
     """Draw the colour scale as a bar with ticks.
 
@@ -114,7 +122,7 @@ def legend(scale: Scale) -> Markup:
     left, right, n = 14.0, 326.0, 52
     span = scale.high - scale.low
     width = (right - left) / n
-    parts = [
+    bar = [
         Markup('<rect x="{}" y="4" width="{}" height="12" fill="{}"/>').format(
             coordinate(left + k * width),
             coordinate(width + 0.5),
@@ -122,6 +130,7 @@ def legend(scale: Scale) -> Markup:
         )
         for k in range(n)
     ]
+    parts = [_group(bar)]
     ticks, _ = ticks_between(scale.low, scale.high, 5)
     parts += [lettering(left + (t - scale.low) / span * (right - left), 30, fixed(t, 1), "ax mid") for t in ticks]
     return drawing(340, 34, f"colour scale from {exact(scale.low)} to {exact(scale.high)}", parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,10 @@ from featstore.provenance import read_json
 #: A directory with none of these has nothing to report.
 KNOWN = ("metrics.json", "cka.json", "stitch.json", "generations.json", "adapter.json")
 
+#: No figure of a run comes near this; below it, sums and differences of figures stay finite.
+_LARGEST = 1e100
 _EPOCH_FILE = re.compile(r"eval_epoch_(\d+)\.json")
-_PAIR_KEY = re.compile(r"(?P<source>.+):(?P<ks>\d+)->(?P<target>.+):(?P<kt>\d+)", re.DOTALL)
+_PAIR_KEY = re.compile(r"(?P<source>.+):(?P<ks>\d{1,6})->(?P<target>.+):(?P<kt>\d{1,6})", re.DOTALL)
 _CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _CONTROL |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 
@@ -79,14 +80,14 @@ class Node:
 
     @property
     def number(self) -> float | None:
-        """The value if it is a finite number."""
+        """The value if it is a number that can be a measurement: finite, and of a sane size."""
         if isinstance(self.value, bool) or not isinstance(self.value, int | float):
             return None
         try:
             number = float(self.value)
         except OverflowError:
             return None
-        return number if math.isfinite(number) else None
+        return number if abs(number) <= _LARGEST else None
 
     @property
     def text(self) -> str:

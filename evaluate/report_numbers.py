@@ -11,8 +11,8 @@ from evaluate.report_inputs import Node
 
 Style = Callable[[float], str]
 
-#: Differences of sums leave this much where the answer is zero; hovering still shows it.
-_NOISE = 1e-12
+#: float32 sums leave this much where the answer is zero; hovering still shows it.
+_NOISE = 1e-6
 
 
 def fixed(value: float, decimals: int) -> str:
@@ -24,7 +24,7 @@ def fixed(value: float, decimals: int) -> str:
     """
     if abs(value) < _NOISE:
         value = 0.0
-    if abs(value) >= 1e5 or 0 < abs(value) < 10.0 ** (-decimals - 3):
+    if abs(value) >= 1e5:
         return _typeset(f"{value:.1e}")
     for digits in range(decimals, decimals + 4):
         text = f"{value:,.{digits}f}"
@@ -59,7 +59,7 @@ def percent_number(value: float) -> str:
     """
     if abs(value) < _NOISE:
         value = 0.0
-    if abs(value) >= 1e3 or 0 < abs(value) < 1e-6:
+    if abs(value) >= 1e3:
         return _typeset(f"{100 * value:.1e}")
     for digits in range(5):
         text = f"{100 * value:,.{digits}f}"

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from evaluate.report_inputs import Node, Pair, Run, SourceFile, portable
-from evaluate.report_numbers import exact, fixed, say, show
+from evaluate.report_numbers import count, exact, fixed, percent, say, show
 from evaluate.report_svg import Mark, Series, chart_key, line_chart
 from evaluate.report_words import control_name
 
-_FINGERPRINT_DIGITS = 16
+_HASH_DIGITS = 12
 _SHAPE = (("depth", "layers"), ("width", "wide"))
 
 #: Where an epoch's number stands, and where its figures stand.
@@ -72,7 +72,12 @@ def title(runs: Sequence[Run]) -> str:
         runs: What was read.
     """
     pairs = [(p.source, p.target) for run in runs for p in run.pairs if p.source]
-    arrows = [f"{source} → {target}" for source, target in dict.fromkeys(pairs)]
+    ways = dict.fromkeys(pairs)
+    arrows = [
+        f"{source} {'↔' if (target, source) in ways else '→'} {target}"
+        for source, target in ways
+        if (target, source) not in list(ways)[: list(ways).index((source, target))]
+    ]
     for run in runs:
         names = [model.text for model in run.file("cka.json").get("models")]
         if len(names) == 2 and not any(set(names) == set(pair) for pair in pairs):
@@ -94,11 +99,10 @@ def compared(runs: Sequence[Run]) -> list[Fact]:
         for owner in (card, run.file("cka.json")):
             if (store := owner.get("store")).value:
                 facts.setdefault("Store", {})[_store(store)] = None
-        if words := _flat(card.get("corpus")):
-            facts.setdefault("Corpus", {})[say("{}", words)] = None
-        if (policy := card.get("pair_policy")).text:
-            text = "tokens that end at the same byte" if policy.value == "end" else policy.text
-            facts.setdefault("Pairs", {})[say("{}", text)] = None
+            if corpus := _corpus(owner.get("corpus")):
+                facts.setdefault("Corpus", {})[corpus] = None
+        if policy := _policy(card):
+            facts.setdefault("Pairs", {})[policy] = None
         if words := _flat(card.get("mask")):
             facts.setdefault("Mask", {})[say("{}", words)] = None
     return [Fact(name, tuple(values)) for name, values in facts.items()]
@@ -110,6 +114,8 @@ def trainings(run: Run) -> list[Training]:
     Args:
         run: The run.
     """
+    if not run.trained:
+        return []  # a closed form logs itself as epoch 0: one point is no curve
     keys = [pair.key for pair in run.pairs]
     keys += [event.get("pair").text for event in run.log]
     keys += [key for epoch in run.epochs for key, _ in epoch.get("pairs").items()]
@@ -178,15 +184,41 @@ def versions(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...], bool]]:
 
 
 def _model(name: str, model: Node) -> Markup:
-    parts = [portable(model.get("reference").text), model.get("family").text]
-    shape = [f"{model.get(k).text} {word}" for k, word in _SHAPE if model.get(k).text]
-    return say("<b>{}</b> {}", name, ", ".join(part for part in [*parts, *shape] if part))
+    parts = [portable(model.get("reference").text), model.get("revision").text[:_HASH_DIGITS], model.get("family").text]
+    parts += [f"{model.get(k).text} {word}" for k, word in _SHAPE if model.get(k).text]
+    parts.append(model.get("compute_dtype").text)
+    return say("<b>{}</b> {}", name, ", ".join(part for part in parts if part))
 
 
 def _store(store: Node) -> Markup:
-    fingerprint = store.get("fingerprint").text
     name = portable(store.get("path").text or store.text)
-    return say('{} <code title="{}">{}</code>', name, fingerprint, fingerprint[:_FINGERPRINT_DIGITS])
+    return say("{} {}", name, _hash(store.get("fingerprint").text))
+
+
+def _corpus(corpus: Node) -> Markup:
+    origin = corpus.get("source")
+    if origin.value is None:
+        return say("{}", _flat(corpus))
+    place = origin.text or " ".join(t for t in (origin.get("kind").text, portable(origin.get("location").text)) if t)
+    sizes = [
+        say("{} {}", show(corpus.get(key), count), key)
+        for key in ("documents", "windows", "bytes")
+        if corpus.get(key).number is not None
+    ]
+    return say("{} {}", Markup(", ").join([portable(place), *sizes]), _hash(corpus.get("sha256").text))
+
+
+def _policy(card: Node) -> Markup:
+    policy = card.get("pair_policy").text
+    if not policy:
+        return Markup("")
+    words = {"end": "tokens that end at the same byte", "word": "last tokens of the same word"}.get(policy, policy)
+    shares = [say("{} of {}’s tokens", show(node, percent), name) for name, node in card.get("coverage").items()]
+    return say("{}{}{}", words, ": " if shares else "", Markup(", ").join(shares))
+
+
+def _hash(digest: str) -> Markup:
+    return say('<code title="{}">{}</code>', digest, digest[:_HASH_DIGITS]) if digest else Markup("")
 
 
 def _flat(node: Node, limit: int = 39) -> str:
@@ -260,15 +292,14 @@ def _figure(node: Node) -> Markup:
 
 def _stops(run: Run, key: str) -> list[Markup]:
     stops = [event for event in run.log if event.get("event").value == "stop" and event.get("pair").text == key]
-    text = "Stopped at epoch {}, best epoch {}: {}."
     return [
         say(
-            text,
-            show(stop.get("epoch"), exact),
+            "{}. Kept is epoch {}.",
+            (reason[:1].upper() + reason[1:]) or "No reason is given for the end",
             show(stop.get("best_epoch"), exact),
-            stop.get("reason").text.rstrip(".") or "no reason given",
         )
         for stop in stops[-1:]
+        for reason in [stop.get("reason").text.rstrip(".")]
     ]
 
 
@@ -312,4 +343,5 @@ def _text(name: str, run: str, prompt: str, node: Node) -> Text:
     if not isinstance(node.value, str):
         return Text(name, run, "", None)
     head = prompt if prompt and node.text.startswith(prompt) else ""
-    return Text(name, run, head, node.text[len(head) :])
+    body = node.text[len(head) :].rstrip()
+    return Text(name, run, head, body if head else body.lstrip(" "))

@@ -29,9 +29,9 @@ CONDITIONS = {
     "mapped": "the source’s states through the map: the result",
     "mean": "the target’s mean state everywhere: no information",
     "zero": "zeros",
-    "random_norm": "random directions with the right norm",
+    "random_norm": "random directions of the mapped states’ norms",
     "random_rotation": "the source’s states through a random rotation",
-    "shuffled": "the right kind of states at the wrong positions",
+    "shuffled": "mapped states of other text: plausible, but about something else",
     "raw": "the source’s states without a map",
 }
 
@@ -89,7 +89,7 @@ _FIGURES: tuple[tuple[str, str, tuple[str, ...], Style], ...] = (
     ("chance", "top-1 by guessing", ("test", "retrieval_chance"), percent),
     ("identity", "R² of the source’s states as they are", ("baselines", "identity", "r2"), score),
     ("rotation", "R² of a random rotation", ("baselines", "random_rotation", "r2"), score),
-    ("shuffled", "R² with shuffled pairs", ("baselines", "shuffled", "r2"), score),
+    ("shuffled", "R² of a map fitted to shuffled pairs", ("baselines", "shuffled", "r2"), score),
     ("closed form", "R² of the closed form on the same split", ("baselines", "closed_form", "r2"), score),
 )
 _SHARES = (
@@ -256,14 +256,17 @@ def _by_layer(
 ) -> Chart | None:
     series = []
     for run in runs:
-        # A line needs one value a layer: runs that send a layer to several places stay in the table.
-        points = {
-            float(pair.source_layer): _mark(*find(run, pair), f"{run.label}, {pair}", "")
-            for pair in run.pairs
-            if pair.source_layer and find(run, pair)[0].number is not None
-        }
-        if len(points) >= 3 and len({pair.source_layer for pair in run.pairs}) == len(run.pairs):
-            series.append(Series(run.label, sorted(points.items(), key=lambda point: point[0])))
+        for way in dict.fromkeys((pair.source, pair.target) for pair in run.pairs if pair.source):
+            pairs = [pair for pair in run.pairs if (pair.source, pair.target) == way]
+            points = {
+                float(pair.source_layer): _mark(*find(run, pair), f"{run.label}, {pair}", "")
+                for pair in pairs
+                if find(run, pair)[0].number is not None
+            }
+            # A line needs one value a layer: a run that sends a layer to several places stays in the table.
+            if len(points) >= 3 and len({pair.source_layer for pair in pairs}) == len(pairs):
+                name = f"{run.label}, {way[0]} → {way[1]}"
+                series.append(Series(name, sorted(points.items(), key=lambda point: point[0])))
     if not series:
         return None
     svg = line_chart(series, label=title, axes=("source layer", axis))

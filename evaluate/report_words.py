@@ -24,7 +24,7 @@ _BASELINES = {
     "mean": "the mean state",
     "identity": "the states as they are (identity)",
     "random_rotation": "a random rotation",
-    "shuffled": "shuffled pairs",
+    "shuffled": "a map fitted to shuffled pairs",
 }
 
 _SPAN = "of the loss between the mean state and the clean run"
@@ -128,7 +128,10 @@ def headline(runs: Sequence[Run], judged: Sequence[Verdict]) -> Markup:
     if len(tested) == 1:
         text = "{} beats every control: it recovers {} {}."
         return say(text, best.title, figure, _SPAN)
-    lead = f"{len(good)} of {len(tested)} maps beat every control."
+    rest = len(judged) - len(tested)
+    verb = "beats" if len(good) == 1 else "beat"
+    lead = f"{len(good)} of {len(tested)} injected maps {verb} every control"
+    lead += f"; {rest} more were fitted, not injected." if rest else "."
     return say("{} The best, {}, recovers {} {}.", lead, good[0].title, share(_recovered(good[0])), _SPAN)
 
 
@@ -205,6 +208,8 @@ def _judge(run: Run, pair: Pair) -> Verdict:
     held_out = tuple(_held_out(metrics, trained=run.trained))
     if recovered.number is None:
         why = stitched.get("reasons", "recovered").text
+        if stitched.value is not None and not why:
+            why = _nothing_to_recover(stitched)
         unknown = (say("The recovered share is not known: {}.", why),) if why else ()
         tag = "stitched, no figure" if stitched.value is not None else "not injected yet"
         rank = (False, _number(metrics.get("test", "r2")))
@@ -246,6 +251,13 @@ def _stitched(stitched: Node) -> tuple[Kind, str, list[Markup]]:
     if 0 < value < 0.5:
         sentences.append(say("Most of that loss remains."))
     return kind, tag, sentences
+
+
+def _nothing_to_recover(stitched: Node) -> str:
+    mean, clean = (stitched.get("conditions", name, "nats_per_token").number for name in ("mean", "clean"))
+    if mean is None or clean is None or mean > clean:
+        return ""
+    return "the mean state costs the target nothing at this layer, so there is nothing to recover"
 
 
 def _against_conditions(stitched: Node) -> tuple[Kind, str]:
@@ -305,10 +317,11 @@ def _stitch_warnings(stitched: Node) -> list[Markup]:
     clean = stitched.get("conditions", "clean", "nats_per_token")
     own = stitched.get("conditions", "self", "nats_per_token")
     known = clean.number is not None and own.number is not None
-    if known and abs(_number(own) - _number(clean)) > _NEUTRAL_NATS:
+    moved = known and abs(_number(own) - _number(clean)) > _NEUTRAL_NATS
+    if moved or stitched.get("self_bit_identical").value is False:
         text = (
-            "<b>self-injection</b> Injecting the target’s own states changes its loss from {} to {} "
-            "nats/token; the other conditions carry that error too."
+            "<b>self-injection</b> Injecting the target’s own states is not neutral (clean {}, self {} "
+            "nats/token): do not trust the other conditions either."
         )
         texts.append(say(text, show(clean, nats), show(own, nats)))
     documents = stitched.get("n_documents")
@@ -330,9 +343,10 @@ def _differing_stores(runs: Sequence[Run]) -> list[Markup]:
 
 
 def _only_cka(runs: Sequence[Run]) -> Markup:
+    found = [sentence for run in runs for sentence in report_cka.findings(run)[:1]]
     return say(
-        "No map was fitted in {}. Similarity (CKA) says which layers are alike; it does not say "
-        "whether one model can use the other’s states.",
+        "{} No map was fitted in {}, so nothing here says whether one model can use the other’s states.",
+        Markup(" ").join(found),
         "this directory" if len(runs) == 1 else "these directories",
     )
 

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.pairs import check_policy, ends_a_word, last_at_each_end, match
-from featstore.rows import read_vector
 from featstore.store import Store, open_store
 from featstore.writer import StoreWriter, exclusive
 
@@ -26,11 +25,9 @@ def sink_mask(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
     Returns:
         bool ``(n,)``.
     """
-    stored = store.model(name)
-    medians = read_vector(store.path / "models" / name / "tokens" / "median_norm")
-    mask = np.zeros(stored.rows, dtype=bool)
-    for layer, median in zip(stored.layers, medians, strict=True):
-        mask |= store.norms(name, layer) > threshold * median
+    mask = np.zeros(store.model(name).rows, dtype=bool)
+    for layer, median in store.median_norms(name).items():
+        mask |= store.norms(name, int(layer)) > threshold * median
     return mask
 
 

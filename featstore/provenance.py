@@ -126,10 +126,23 @@ def read_json(path: Path) -> dict[str, Any]:
         CorruptDataError: The file is not a JSON object; the message names it.
         FileNotFoundError: There is no such file.
     """
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        data: Its UTF-8 text.
+        where: Named in errors.
+
+    Raises:
+        CorruptDataError: Not a JSON object.
+    """
     try:
-        value = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CorruptDataError(f"{path} is not valid JSON ({error}); restore it or re-create it") from error
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of absurd length
+        raise CorruptDataError(f"{where} is not valid JSON ({error}); restore it or re-create it") from error
     if not isinstance(value, dict):
-        raise CorruptDataError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+        raise CorruptDataError(f"{where} holds a JSON {type(value).__name__}, expected an object")
     return value

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from featstore import formats
 from featstore.errors import CorruptDataError
-from featstore.provenance import read_json
 
 
 class RowReader:
@@ -23,14 +22,14 @@ class RowReader:
 
     Args:
         path: The array's directory.
+        document: Its ``zarr.json``.
 
     Raises:
         CorruptDataError: Its metadata is not what the format document describes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, document: dict[str, Any]) -> None:
         self.path = path
-        document = read_json(path / "zarr.json") if (path / "zarr.json").is_file() else {}
         try:
             self.form = formats.FORMATS[document["data_type"]]
             self.rows, self.width = (int(v) for v in document["shape"])
@@ -41,7 +40,7 @@ class RowReader:
             self.layout = formats.Layout(name, int(inner["chunk_shape"][0]), compressed)
             expected = formats.rows_document(self.rows, self.width, self.shard_rows, self.form, self.layout)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptDataError(f"{path}/zarr.json is missing or damaged ({error!r}); extract again") from error
+            raise CorruptDataError(f"{path}/zarr.json is damaged ({error!r}); extract again") from error
         positive = min(self.rows + 1, self.width, self.shard_rows, self.layout.chunk_rows) > 0
         if not positive or self.shard_rows % self.layout.chunk_rows or document["codecs"] != expected["codecs"]:
             raise CorruptDataError(f"{path}/zarr.json describes an array this format does not have; extract again")
@@ -104,7 +103,7 @@ class RowReader:
             ``(m, width)``; a view where a slice lies within one chunk of the hot layout, else a copy.
 
         Raises:
-            IndexError: A row outside 0..n-1.
+            IndexError: A row outside 0..n-1, or something other than row numbers (a boolean mask).
         """
         if isinstance(rows, slice):
             start, stop, step = rows.indices(self.rows)
@@ -116,15 +115,19 @@ class RowReader:
                 return self.chunk(start // size)[start - base : stop - base]
             numbers = np.arange(start, max(stop, start), dtype=np.int64)
         else:
-            numbers = np.asarray(rows, dtype=np.int64).reshape(-1)
+            given = np.asarray(rows).reshape(-1)
+            if given.size and given.dtype.kind not in "iu":
+                raise IndexError(f"rows are chosen by number, not by {given.dtype}; for a mask use np.flatnonzero")
+            numbers = given.astype(np.int64)
         return self._gather(numbers)
 
     def _gather(self, numbers: NDArray[np.int64]) -> NDArray[Any]:
         result = np.empty((len(numbers), self.width), dtype=self.form.storage)
         if not len(numbers):
             return result
-        if numbers.min() < 0 or numbers.max() >= self.rows:
-            raise IndexError(f"row {numbers.max()} is outside 0..{self.rows - 1} of {self.path}")
+        outside = numbers[(numbers < 0) | (numbers >= self.rows)]
+        if len(outside):
+            raise IndexError(f"row {outside[0]} is outside 0..{self.rows - 1} of {self.path}")
         chunk = numbers // self.layout.chunk_rows
         order = np.argsort(chunk, kind="stable")
         edges = np.flatnonzero(np.diff(chunk[order])) + 1
@@ -142,23 +145,23 @@ class RowReader:
         return self.form.decode(self.stored(rows))
 
 
-def read_vector(path: Path) -> NDArray[Any]:
+def read_vector(path: Path, document: dict[str, Any]) -> NDArray[Any]:
     """Read a small array of plain checksummed chunks whole.
 
     Args:
         path: The array's directory.
+        document: Its ``zarr.json``.
 
     Raises:
         CorruptDataError: Missing, damaged, or not such an array.
     """
-    document = read_json(path / "zarr.json") if (path / "zarr.json").is_file() else {}
     try:
         shape = tuple(int(v) for v in document["shape"])
         dtype = np.dtype(document["data_type"]).newbyteorder("<")
         chunk = int(document["chunk_grid"]["configuration"]["chunk_shape"][0])
         usable = chunk >= 1 and min(shape) >= 0 and 1 <= len(shape) <= 2 and not dtype.hasobject
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-        raise CorruptDataError(f"{path}/zarr.json is missing or damaged ({error!r}); extract again") from error
+        raise CorruptDataError(f"{path}/zarr.json is damaged ({error!r}); extract again") from error
     if not usable:
         raise CorruptDataError(f"{path}/zarr.json has shape {shape}, chunk {chunk}, {dtype}: not usable; extract again")
     rest = shape[1:]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore import formats
 from featstore.errors import (
     CorruptDataError,
     LayerRangeError,
@@ -23,9 +24,9 @@ from featstore.errors import (
     StoreStateError,
 )
 from featstore.pairs import Pairs, check_policy
-from featstore.provenance import digest, read_json
+from featstore.provenance import digest, parse_json, read_json
 from featstore.rows import RowReader, read_vector
-from featstore.writer import FORMAT_VERSION, MANIFEST
+from featstore.writer import FORMAT_VERSION, MANIFEST, METADATA_UNIT, read_entry
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
@@ -65,6 +66,22 @@ def open_store(path: str | Path, *, allow_incomplete: bool = False) -> Store:
             f"{str(root)!r} is unfinished; run the same `featstore extract` command again to complete it"
         )
     return Store(root, own)
+
+
+def _sealed_documents(path: Path, attributes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Checksums of a complete store's metadata documents, once the root's own attributes have passed theirs."""
+    where = path / MANIFEST / f"{METADATA_UNIT}.json"
+    if not where.is_file():
+        raise CorruptDataError(f"{where} is missing; restore it or extract again")
+    entry = read_entry(where, METADATA_UNIT)
+    try:
+        intact = entry.get("attributes") == digest({"featstore": attributes})
+    except (ValueError, RecursionError):  # what strict JSON cannot carry was never written
+        intact = False
+    if not intact:
+        raise CorruptDataError(f"{path / 'zarr.json'} is not the document that the manifest records; restore it")
+    files: dict[str, dict[str, Any]] = entry["files"]
+    return files
 
 
 def _field(document: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -184,11 +201,16 @@ class StoredCorpus:
 
 
 class Store:
-    """A complete feature store, read only. Made by :func:`open_store`."""
+    """A complete feature store, read only. Made by :func:`open_store`.
+
+    Every metadata document is compared with its checksum in the manifest before it is believed: a changed shape or data
+    type would otherwise give wrong numbers without an error.
+    """
 
     def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
         self.path = path
         self.attributes = attributes
+        self._sealed = _sealed_documents(path, attributes) if attributes.get("complete") else None
         where = str(path / "zarr.json")
         names = _field(attributes, "models", list, where)
         for name in names:
@@ -216,13 +238,31 @@ class Store:
     def _stored(self) -> dict[str, StoredModel]:
         result = {}
         for name in self.models:
-            path = self.path / "models" / name / "zarr.json"
-            if not path.is_file():
-                raise CorruptDataError(f"{path} is missing; run the same `featstore extract` command again")
-            attributes = read_json(path).get("attributes")
+            attributes = self._document(f"models/{name}").get("attributes")
             own = attributes.get("featstore") if isinstance(attributes, dict) else None
-            result[name] = StoredModel.parse(name, own, str(path))
+            result[name] = StoredModel.parse(name, own, str(self.path / "models" / name / "zarr.json"))
         return result
+
+    def _document(self, name: str) -> dict[str, Any]:
+        """The metadata of a group or array, as it was when the store was sealed."""
+        path = self.path / name / "zarr.json"
+        if not path.is_file():
+            raise CorruptDataError(f"{path} is missing; run the same `featstore extract` command again")
+        data = path.read_bytes()
+        if self._sealed is not None:
+            record = self._sealed.get(f"{name}/zarr.json")
+            if record is None or record["crc32c"] != f"{formats.crc32c(data):08x}":
+                raise CorruptDataError(f"{path} is not the document that the manifest records; restore it")
+        return parse_json(data, str(path))
+
+    def _has(self, name: str) -> bool:
+        """Whether a group or array is there; in a sealed store what the manifest does not record is not."""
+        if self._sealed is not None:
+            return f"{name}/zarr.json" in self._sealed
+        return (self.path / name / "zarr.json").is_file()
+
+    def _vector(self, name: str) -> NDArray[Any]:
+        return read_vector(self.path / name, self._document(name))
 
     def layer(self, model: str, layer: int) -> int:
         """Return a layer if the store holds it.
@@ -250,7 +290,8 @@ class Store:
         """
         key = (model, self.layer(model, layer))
         if key not in self._readers:
-            self._readers[key] = RowReader(self.path / "models" / model / "resid" / str(layer))
+            name = f"models/{model}/resid/{layer}"
+            self._readers[key] = RowReader(self.path / name, self._document(name))
         return self._readers[key]
 
     def norms(self, model: str, layer: int) -> NDArray[np.float32]:
@@ -263,7 +304,7 @@ class Store:
         Returns:
             float32 ``(n,)``.
         """
-        return read_vector(self.path / "models" / model / "norm" / str(self.layer(model, layer)))
+        return self._vector(f"models/{model}/norm/{self.layer(model, layer)}")
 
     def origin(self, model: str, layer: int) -> NDArray[np.float64]:
         """The pilot's mean state, a fixed origin for accumulating moments without cancellation.
@@ -275,8 +316,20 @@ class Store:
         Returns:
             float64 ``(width,)``.
         """
-        path = self.path / "models" / model / "origin" / str(self.layer(model, layer))
-        return read_vector(path).astype(np.float64)
+        return self._vector(f"models/{model}/origin/{self.layer(model, layer)}").astype(np.float64)
+
+    def median_norms(self, model: str) -> dict[str, float]:
+        """The pilot's median norm at every stored layer, against which sinks are told.
+
+        Args:
+            model: Model name.
+
+        Returns:
+            Median by layer, the layer as text.
+        """
+        layers = self.model(model).layers
+        medians = self._vector(f"models/{model}/tokens/median_norm")
+        return {str(k): float(v) for k, v in zip(layers, medians, strict=True)}
 
     def tokens(self, model: str) -> Tokens:
         """A model's token table.
@@ -286,9 +339,8 @@ class Store:
         """
         self.model(model)
         if model not in self._tokens:
-            base = self.path / "models" / model / "tokens"
             names = ("id", "byte_end", "window", "special", "sink")
-            self._tokens[model] = Tokens(*(read_vector(base / name) for name in names))
+            self._tokens[model] = Tokens(*(self._vector(f"models/{model}/tokens/{name}") for name in names))
         return self._tokens[model]
 
     @cached_property
@@ -298,15 +350,14 @@ class Store:
     @cached_property
     def corpus(self) -> StoredCorpus:
         """Documents, windows and text."""
-        base = self.path / "corpus"
         return StoredCorpus(
-            read_vector(base / "text"),
-            read_vector(base / "document" / "start"),
-            read_vector(base / "document" / "id"),
-            read_vector(base / "document" / "split"),
-            read_vector(base / "window" / "document"),
-            read_vector(base / "window" / "start"),
-            read_vector(base / "window" / "end"),
+            self._vector("corpus/text"),
+            self._vector("corpus/document/start"),
+            self._vector("corpus/document/id"),
+            self._vector("corpus/document/split"),
+            self._vector("corpus/window/document"),
+            self._vector("corpus/window/start"),
+            self._vector("corpus/window/end"),
         )
 
     def pairs(self, source: str, target: str, policy: str = "end") -> Pairs:
@@ -326,13 +377,13 @@ class Store:
             row_a = row_b = np.flatnonzero(~tokens_a.special).astype(np.int64)
         else:
             first, second = sorted((source, target), key=self.models.index)
-            base = self.path / "pairs" / f"{first}__{second}" / policy
-            if not (base / "row_a" / "zarr.json").is_file():
+            base = f"pairs/{first}__{second}/{policy}"
+            if not self._has(f"{base}/row_a"):
                 raise PairingError(
                     f"{self.path} has no {policy!r} pairs of {first} and {second}; "
                     f"make them with `featstore pair {self.path} --policy {policy}`"
                 )
-            row_a, row_b = read_vector(base / "row_a"), read_vector(base / "row_b")
+            row_a, row_b = self._vector(f"{base}/row_a"), self._vector(f"{base}/row_b")
             if source != first:
                 row_a, row_b = row_b, row_a
         window = tokens_a.window[row_a]
@@ -357,15 +408,9 @@ class Store:
             CorruptDataError: An entry is damaged or points outside the store.
         """
         files: dict[str, dict[str, Any]] = {}
-        for path in sorted((self.path / MANIFEST).rglob("*.json")):
-            entry = _field(read_json(path), "files", dict, str(path))
-            for name, record in entry.items():
-                parts = Path(name).parts
-                if Path(name).is_absolute() or ".." in parts or not isinstance(record, dict):
-                    raise CorruptDataError(f"{path} names {name!r}, which is not a file of this store; do not trust it")
-                _field(record, "bytes", int, str(path))
-                _field(record, "crc32c", str, str(path))
-                files[name] = record
+        root = self.path / MANIFEST
+        for path in sorted(root.rglob("*.json")):
+            files.update(read_entry(path, path.relative_to(root).with_suffix("").as_posix())["files"])
         return files
 
     @cached_property

@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore import formats
-from featstore.errors import NoSpaceError, StoreBusyError, StoreStateError
-from featstore.provenance import fsync_directory, json_text, read_json, write_atomic, write_json
+from featstore.errors import CorruptDataError, NoSpaceError, StoreBusyError, StoreStateError
+from featstore.provenance import digest, fsync_directory, json_text, read_json, write_atomic, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest"
 _LOCK = ".writer.lock"
-_METADATA_UNIT = "metadata"
+METADATA_UNIT = "metadata"
 
 #: Chunk length of token tables and pair indexes.
 VECTOR_CHUNK = 1 << 20
@@ -36,7 +36,9 @@ VECTOR_CHUNK = 1 << 20
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the store's writer lock; it goes with the process, so a crash leaves nothing to clean up.
+    """Hold the store's writer lock, and remove what a killed writer left half written aside.
+
+    The lock goes with the process, so a crash leaves no stale one.
 
     Args:
         path: The store; created if it does not exist.
@@ -52,7 +54,35 @@ def exclusive(path: Path) -> Iterator[None]:
             raise StoreBusyError(
                 f"{path} is being written by another process; wait for it, or choose another --store"
             ) from error
+        for left in path.rglob(".*.part"):
+            left.unlink()
         yield
+
+
+def read_entry(path: Path, unit: str) -> dict[str, Any]:
+    """Read a manifest entry.
+
+    Args:
+        path: An existing manifest file.
+        unit: The unit it must name.
+
+    Returns:
+        ``{"unit": ..., "files": {path: {"bytes": ..., "crc32c": ...}}, ...}``.
+
+    Raises:
+        CorruptDataError: It is damaged or names a file outside the store.
+    """
+    entry = read_json(path)
+    files = entry.get("files")
+    if entry.get("unit") != unit or not isinstance(files, dict):
+        raise CorruptDataError(f"{path} is not the manifest entry of {unit!r}; restore it or extract again")
+    for name, record in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CorruptDataError(f"{path} names {name!r}, which is not a file of this store; do not trust it")
+        kinds = [type(record.get(key)) for key in ("bytes", "crc32c")] if isinstance(record, dict) else []
+        if kinds != [int, str]:
+            raise CorruptDataError(f"{path} records {record!r} for {name!r}; restore it or extract again")
+    return entry
 
 
 def check_space(path: Path, needed: int, remedy: str) -> None:
@@ -94,11 +124,14 @@ class StoreWriter:
 
         Args:
             unit: Such as ``models/llama/rows-000003``.
+
+        Raises:
+            CorruptDataError: The manifest entry is damaged.
         """
         entry = self._manifest_path(unit)
         if not entry.exists():
             return False
-        files = read_json(entry).get("files", {})
+        files = read_entry(entry, unit)["files"]
         return all(
             (self.path / name).is_file() and (self.path / name).stat().st_size == record["bytes"]
             for name, record in files.items()
@@ -155,13 +188,15 @@ class StoreWriter:
         for name, array in arrays.items():
             chunk = max(min(len(array), VECTOR_CHUNK), 1)
             files.update(vector_files(name, array, chunk))
-        self.commit(unit, files)
-        for name, array in arrays.items():
-            chunk = max(min(len(array), VECTOR_CHUNK), 1)
+            # Before the commit: a resume does not come back to a unit that counts as written.
             write_json(self.path / name / "zarr.json", formats.vector_document(array, chunk))
+        self.commit(unit, files)
 
     def seal(self, attributes: dict[str, Any]) -> None:
         """Mark the store complete: consolidate its metadata (it would go stale any earlier) and checksum it.
+
+        The root's attributes get a checksum of their own: they are the same before and after a pair index is added, so
+        a crash between the two writes below leaves a store that can still be read.
 
         Args:
             attributes: The root's attributes.
@@ -183,7 +218,10 @@ class StoreWriter:
             name: {"bytes": len(text.encode()), "crc32c": f"{formats.crc32c(text.encode()):08x}"}
             for name, text in texts.items()
         }
-        write_json(self._manifest_path(_METADATA_UNIT), {"unit": _METADATA_UNIT, "files": record})
+        write_json(
+            self._manifest_path(METADATA_UNIT),
+            {"unit": METADATA_UNIT, "files": record, "attributes": digest(attributes)},
+        )
         write_atomic(self.path / "zarr.json", texts["zarr.json"])
 
     def unit_names(self) -> Iterator[str]:

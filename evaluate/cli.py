@@ -1,0 +1,112 @@
+"""`evaluate`: stitch, generate, report. A thin skin over the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from featstore.console import emit, jsonable, run_app
+from featstore.corpus import SPLITS
+from featstore.errors import SpecError
+from featstore.spec import parse_budget
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+AdapterPath = Annotated[Path, typer.Option("--adapter", help="Run directory of `align train`.")]
+Models = Annotated[list[str] | None, typer.Option("--model", help="NAME=REF for a model that moved; repeat.")]
+Layers = Annotated[str | None, typer.Option(help="Only these source layers of the run.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")]
+
+
+@app.command()
+def stitch(
+    store: Annotated[Path, typer.Option(help="The store the run was fitted from.")],
+    adapter: AdapterPath,
+    layers: Layers = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    max_tokens: Annotated[str, typer.Option(help="Target tokens at most: a number, 20k, or all.")] = "20k",
+    model: Models = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the random controls.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where stitch.json goes; default the run directory.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the target's loss when a layer's states come from the source through the map, with controls."""
+    from align.aligners import load_adapter
+    from evaluate import stitch as stitching
+    from featstore.provenance import write_json
+    from featstore.store import open_store
+
+    if split not in SPLITS:
+        raise SpecError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
+    result = jsonable(
+        stitching.stitch(
+            open_store(store),
+            load_adapter(adapter),
+            layers=layers,
+            overrides=model or (),
+            device=device,
+            dtype=dtype,
+            split=SPLITS.index(split),
+            max_tokens=parse_budget(max_tokens),
+            seed=seed,
+        )
+    )
+    write_json((out or adapter) / "stitch.json", result)
+    emit(result, escape(stitching.describe(result)), as_json=as_json)
+
+
+@app.command()
+def generate(
+    adapter: AdapterPath,
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line; default five prompts.")] = None,
+    layers: Layers = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each continuation.")] = 32,
+    model: Models = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the random controls.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where generations.json goes; default the run directory.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue prompts in four conditions (each model alone, and each way through the map), with controls."""
+    from align.aligners import load_adapter
+    from evaluate import generate as generating
+    from featstore.provenance import write_json
+
+    result = generating.generate(
+        load_adapter(adapter),
+        generating.read_prompts(prompts),
+        layers=layers,
+        max_new_tokens=max_new_tokens,
+        overrides=model or (),
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    write_json((out or adapter) / "generations.json", jsonable(result))
+    emit(result, escape(generating.describe(result)), as_json=as_json)
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Run and CKA directories.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page of everything that was measured."""
+    from evaluate.report import write_report
+
+    result = write_report(directories, out)
+    emit(result, f"written: {out}", as_json=as_json)
+
+
+def main() -> None:
+    """Entry point of the `evaluate` command."""
+    run_app(app, "evaluate")

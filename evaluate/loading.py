@@ -1,0 +1,117 @@
+"""The models an adapter's card names, checked against the card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from align.aligners import Adapter, Aligner
+from featstore import models, sites
+from featstore.errors import AdapterError, SpecError
+from featstore.spec import ModelSpec, parse_layers, parse_models
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be read from and injected into.
+
+    Attributes:
+        name: Its name in the card.
+        info: Configuration and tokenizer.
+        model: The language model with its head.
+        stream: Its residual stream.
+        median_norm: Median norm by layer, from the store's pilot.
+        sink_threshold: Multiple of the median beyond which a token is a sink.
+    """
+
+    name: str
+    info: models.ModelInfo
+    model: Any
+    stream: sites.ResidualStream
+    median_norm: dict[int, float]
+    sink_threshold: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return next(self.stream.decoder.parameters()).device
+
+    def is_sink(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Which positions are attention sinks, judged at the layers given.
+
+        Args:
+            states: ``{layer: (..., width)}``.
+
+        Returns:
+            bool ``(...)``.
+        """
+        flags = [
+            hidden.float().norm(dim=-1) > self.sink_threshold * self.median_norm[layer]
+            for layer, hidden in states.items()
+        ]
+        return torch.stack(flags).any(dim=0)
+
+
+def load(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """Load a model of a run.
+
+    Args:
+        adapter: The run's adapter.
+        name: Model name in its card.
+        overrides: ``NAME=REF`` values for models that moved.
+        device: Where to run.
+        dtype: Compute dtype.
+
+    Raises:
+        AdapterError: The model at hand is not the one the adapter was fitted to.
+        ModelLoadError: It cannot be loaded.
+        SpecError: An override names a model the run does not have.
+    """
+    card = adapter.card["models"]
+    moved = {spec.name: spec for spec in parse_models(overrides)}
+    unknown = sorted(set(moved) - set(card))
+    if unknown:
+        raise SpecError(f"--model {unknown[0]}=...: this run has {', '.join(card)}")
+    entry = card[name]
+    spec = moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision")))
+    info = models.inspect_model(spec)
+    for what, at_hand, wanted in (
+        ("depth", info.depth, entry["depth"]),
+        ("width", info.width, entry["width"]),
+        ("configuration", info.config_hash, entry["config_sha256"]),
+        ("tokenizer", info.tokenizer_hash, entry["tokenizer_sha256"]),
+    ):
+        if at_hand != wanted:
+            raise AdapterError(
+                f"model {name!r} ({spec.ref}) has {what} {str(at_hand)[:12]}, the adapter was fitted to "
+                f"{str(wanted)[:12]}; point to the right model with --model {name}=REF"
+            )
+    model = models.load_model(spec, device=device, dtype=dtype, attention=entry.get("attention", "sdpa"))
+    medians = {int(k): float(v) for k, v in entry["median_norm"].items()}
+    threshold = float(adapter.card["mask"]["sink_threshold"])
+    return Loaded(name, info, model, sites.residual_stream(model), medians, threshold)
+
+
+def choose(adapter: Adapter, layers: str | None) -> list[Aligner]:
+    """The maps of a run, or those of some source layers.
+
+    Args:
+        adapter: The run's adapter.
+        layers: Source layers as typed, None for all.
+
+    Raises:
+        SpecError: The run has no such layer.
+    """
+    chosen = list(adapter.aligners.values())
+    if layers is None:
+        return chosen
+    depths = {name: int(entry["depth"]) for name, entry in adapter.card["models"].items()}
+    wanted = parse_layers([layers], depths)
+    picked = [a for a in chosen if a.pair.source_layer in wanted[a.pair.source]]
+    if not picked:
+        held = sorted({a.pair.source_layer for a in chosen})
+        raise SpecError(f"--layers {layers}: this run maps layers {', '.join(map(str, held))}")
+    return picked

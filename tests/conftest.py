@@ -1,0 +1,176 @@
+"""What several test files share: the demo pair, tiny random models, a small complete store, the commands."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+# Before any hub library is imported: no test may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+#: Context of the tiny models; their windows are shorter.
+TINY_CONTEXT = 1024
+#: Shorter than the tiny store's windows, so that the sliding window matters.
+TINY_SLIDING_WINDOW = 24
+
+
+@pytest.fixture(scope="session")
+def demo_models() -> SimpleNamespace:
+    """The demo models' directories, built on first use; `build_pair` holds a lock, so workers wait for one builder."""
+    from featstore.calibration import build_pair
+
+    out = Path(os.environ.get("FEATSTORE_DEMO_CACHE", ROOT / ".cache" / "demo"))
+    pair = build_pair(out, out / "assets")
+    same = build_pair(out, out / "assets", same_tokenizer=True)
+    return SimpleNamespace(smollm2=pair.source, twin=pair.target, twin_same=same.target)
+
+
+def save_with_tokenizer(model, directory: Path, tokenizer_from: Path) -> Path:
+    """Save a model beside the tokenizer files of another directory."""
+    model.save_pretrained(directory)
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).is_file():
+            shutil.copy(tokenizer_from / name, directory / name)
+    return directory
+
+
+def lively(model, seed: int):
+    """Give a random model weights under which blocks matter, gains differ and one token is an attention sink."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 2.0, generator=generator)
+            elif "embed" in name:
+                parameter.normal_(std=1.0, generator=generator)
+            else:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(demo_models, tmp_path_factory) -> Path:
+    """A random Llama of 3 blocks and width 48 with SmolLM2's tokenizer, whose newline token is a sink."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=TINY_CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = lively(LlamaForCausalLM(config), 1)
+    newline = AutoTokenizer.from_pretrained(demo_models.smollm2)("\n", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[newline] *= 50
+    return save_with_tokenizer(model, tmp_path_factory.mktemp("tiny") / "llama", demo_models.smollm2)
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral(demo_models, tmp_path_factory) -> Path:
+    """A random Mistral of 4 blocks and width 32 with a short sliding window; its start token is a sink."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=32768,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=TINY_CONTEXT,
+        sliding_window=TINY_SLIDING_WINDOW,
+        tie_word_embeddings=True,
+    )
+    model = lively(MistralForCausalLM(config), 2)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] *= 50
+    return save_with_tokenizer(model, tmp_path_factory.mktemp("tiny") / "mistral", demo_models.twin)
+
+
+@pytest.fixture(scope="session")
+def sample_texts() -> list[str]:
+    """The texts of the committed Wikipedia sample."""
+    from featstore.calibration import sample_path
+
+    return [json.loads(line)["text"] for line in gzip.decompress(sample_path().read_bytes()).splitlines()]
+
+
+@pytest.fixture(scope="session")
+def short_corpus(sample_texts, tmp_path_factory) -> Path:
+    """30 short real documents as JSON lines."""
+    path = tmp_path_factory.mktemp("corpus") / "short.jsonl"
+    path.write_text("".join(json.dumps({"text": text[:900]}) + "\n" for text in sample_texts[:30]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tiny_llama, tiny_mistral, short_corpus, tmp_path_factory) -> Path:
+    """A complete store of both tiny models: three layers each, hot layout, several shards of two chunks."""
+    from featstore.extract import extract
+    from featstore.job import Settings, prepare
+
+    path = tmp_path_factory.mktemp("store") / "tiny.zarr"
+    settings = Settings(
+        model=(f"llama={tiny_llama}", f"mistral={tiny_mistral}"),
+        layers=("llama=0,2,3", "mistral=0,2,4"),
+        dataset=f"jsonl:{short_corpus}",
+        store=path,
+        max_tokens=None,
+        window_bytes=512,
+        batch_tokens=1024,
+        shard_rows=2048,
+        device="cpu",
+    )
+    extract(prepare(settings, quiet=True), quiet=True)
+    return path
+
+
+def command_line(command: str, *args: object) -> list[str]:
+    """The words that run one of the three commands in a subprocess."""
+    return [sys.executable, "-m", command, *map(str, args)]
+
+
+def command_environment(**more: str) -> dict[str, str]:
+    """The environment of a command: offline, narrow output never wrapped, plain text."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "200", "TERM": "dumb"} | more
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `featstore`, `align` or `evaluate` as users do and return exit code, stdout and stderr."""
+
+    def run(command: str, *args: object, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command_line(command, *args),
+            env=command_environment(**env),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
