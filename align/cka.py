@@ -3,8 +3,8 @@
 Rows are centred at the pilot's origin and the layers of both models put side by side, ``Z = [X_1 .. X_K, Y_1 .. Y_M]``.
 One product ``Z'Z`` per block of rows then holds every cross-covariance at once; with the squared row norms ``a`` of
 every layer, the sums of ``Z``, ``Z'a`` and ``a'a`` complete what the estimator needs (see :mod:`align.moments`). Blocks
-merge by addition in a fixed tree, so a rerun gives the same bits whatever the workers do. Wide layers are worked through
-in groups, which bounds memory.
+merge by addition in a fixed tree, so a rerun gives the same bits whatever the workers do. Wide layers are worked
+through in groups, which bounds memory.
 """
 
 from __future__ import annotations

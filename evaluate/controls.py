@@ -52,10 +52,9 @@ def control_states(
         return np.zeros((len(source), d_target), np.float32)
     if name == "random_norm":
         noise = rng.standard_normal((len(source), d_target)).astype(np.float32)
-        size = np.linalg.norm(aligner.apply(source), axis=1, keepdims=True) / np.linalg.norm(
-            noise, axis=1, keepdims=True
-        )
-        return (noise * size).astype(np.float32)
+        unit = noise / np.linalg.norm(noise, axis=1, keepdims=True)
+        scaled: NDArray[np.float32] = unit * np.linalg.norm(aligner.apply(source), axis=1, keepdims=True)
+        return scaled
     if name == "random_rotation":
         rotation = random_orthogonal(d_source, d_target, np.random.default_rng(seed)).astype(np.float32)
         rotated = (source - tensors["control_mean_source"]) @ rotation + tensors["control_mean"]

@@ -7,6 +7,7 @@ JSON object. Exit codes: 0 done, 1 a check found damage, 2 wrong usage or input,
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -182,6 +183,9 @@ def run_app(app: typer.Typer, name: str) -> None:
         app: The application.
         name: The command's name, shown before an error.
     """
+    # Libraries announce retries and fallbacks; what went wrong reaches the user in our own line.
+    for library in ("huggingface_hub", "transformers", "datasets", "distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app(prog_name=name, standalone_mode=True)
     except FeatstoreError as error:

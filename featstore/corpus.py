@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,27 +130,34 @@ def _json_lines(source: Source) -> Iterator[str]:
     path = Path(source.location)
     if not path.is_file():
         raise CorpusError(f"no file {str(path)!r}; give the path of a .jsonl file, one document a line")
-    if path.suffix == ".gz":
-        import gzip
+    for number, line in enumerate(_raw_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[source.field]
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of absurd length
+            raise CorpusError(f"{path}, line {number}: not a JSON object ({error})") from error
+        except (KeyError, TypeError) as error:
+            raise CorpusError(
+                f"{path}, line {number}: no field {source.field!r}; name the right one with --text-field"
+            ) from error
+        if not isinstance(text, str):
+            raise CorpusError(f"{path}, line {number}: field {source.field!r} is {type(text).__name__}, not text")
+        yield text
 
-        lines: Iterable[bytes] = gzip.open(path, "rb")  # noqa: SIM115 - closed with the generator
-    else:
-        lines = path.open("rb")
-    with lines:  # type: ignore[attr-defined]
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[source.field]
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise CorpusError(f"{path}, line {number}: not a JSON object ({error})") from error
-            except (KeyError, TypeError) as error:
-                raise CorpusError(
-                    f"{path}, line {number}: no field {source.field!r}; name the right one with --text-field"
-                ) from error
-            if not isinstance(text, str):
-                raise CorpusError(f"{path}, line {number}: field {source.field!r} is {type(text).__name__}, not text")
-            yield text
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    if path.suffix != ".gz":
+        with path.open("rb") as lines:
+            yield from lines
+        return
+    import gzip
+
+    try:
+        with gzip.open(path, "rb") as lines:
+            yield from lines
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CorpusError(f"{path} is not a whole gzip file ({error}); fetch or compress it again") from error
 
 
 def _hub_rows(source: Source) -> Iterator[str]:
@@ -159,11 +167,13 @@ def _hub_rows(source: Source) -> Iterator[str]:
         # Streaming: a token budget usually needs a small part of the corpus.
         rows = datasets.load_dataset(source.location, source.config, split=source.split, streaming=True)
         for row in rows:
-            if source.field not in row:
+            text = row.get(source.field)
+            if not isinstance(text, str):
                 raise CorpusError(
-                    f"dataset {source.location!r} has no field {source.field!r} but {', '.join(row)}; use --text-field"
+                    f"dataset {source.location!r} has no text in field {source.field!r} ({type(text).__name__}); "
+                    f"its fields are {', '.join(row)}: use --text-field"
                 )
-            yield row[source.field]
+            yield text
     except (OSError, ValueError) as error:  # what datasets raises for missing, offline, misnamed
         if isinstance(error, CorpusError):
             raise
@@ -228,7 +238,13 @@ def documents(
         texts: Document texts in order.
         max_documents: Stop after so many.
         max_bytes: Keep the first so many UTF-8 bytes of each, cut back to whitespace.
+
+    Raises:
+        CorpusError: A text is not Unicode.
+        SpecError: Fewer bytes than a character may have.
     """
+    if max_bytes is not None and max_bytes < 4:
+        raise SpecError(f"{max_bytes} bytes of a document: at least 4 are needed to hold any character")
     count = 0
     for text in texts:
         if max_documents is not None and count >= max_documents:
@@ -244,6 +260,8 @@ def documents(
         identity = hashlib.sha256(raw).digest()
         if max_bytes is not None and len(raw) > max_bytes:
             text = raw[: _cut(raw, 0, max_bytes)].decode()
+            if not text.strip():
+                continue
         yield Document(text, identity)
         count += 1
 

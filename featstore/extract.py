@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from featstore import corpus, formats, models, sites
 from featstore.console import Tick, err, progress
 from featstore.errors import StoreFormatError, StoreStateError
-from featstore.forward import BatchReader, to_storage
+from featstore.forward import BatchReader, check_finite, to_storage
 from featstore.index import sink_mask, write_pairs
 from featstore.job import Job
 from featstore.plan import Plan
@@ -293,6 +293,7 @@ def _write_pilot(writer: StoreWriter, reader: BatchReader, name: str) -> None:
     parts: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in reader.layers}
     for batch in reader.plan.batches(name, 0, end):
         for layer, values in reader.states(batch).items():
+            check_finite(values.float().norm(dim=-1), reader.where(batch, layer))
             parts[layer].append(values.float().cpu().numpy())
     origins, medians = {}, []
     for layer in reader.layers:

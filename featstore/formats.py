@@ -1,8 +1,8 @@
 """How rows become bytes: element formats, chunk codecs, shard files, and the zarr documents that describe them.
 
 Everything here is a pure function of arrays. A shard is one Zarr v3 ``sharding_indexed`` file: its inner chunks one
-after another, then an index of (offset, length) pairs, then a crc32c of the index. In the *hot* layout an inner chunk is
-the plain little-endian array followed by its crc32c, so a reader can map the file and view the rows without a copy.
+after another, then an index of (offset, length) pairs, then a crc32c of the index. In the *hot* layout an inner chunk
+is the plain little-endian array followed by its crc32c, so a reader can map the file and view the rows without a copy.
 
 ``bfloat16`` is a data type in the Zarr v3 extension registry that zarr-python 3.1 does not implement. The class below
 teaches it: on disk ``"bfloat16"``, in memory the 16-bit payload as uint16 (numpy has no bfloat16).

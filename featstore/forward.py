@@ -69,6 +69,24 @@ class BatchReader:
         return f"model {self.name!r}, layer {layer}, in the batch of window {first} (document {document})"
 
 
+def check_finite(norms: torch.Tensor, where: str) -> None:
+    """Refuse states that are not numbers.
+
+    Args:
+        norms: ``(rows,)``, Euclidean norm of each row.
+        where: Named in the error.
+
+    Raises:
+        NonFiniteStateError: NaN or infinity.
+    """
+    bad = ~torch.isfinite(norms)
+    if bool(bad.any()):
+        raise NonFiniteStateError(
+            f"{where}: NaN or infinity at row {int(torch.nonzero(bad)[0])}; "
+            "try --dtype float32, or check the model's weights"
+        )
+
+
 def to_storage(values: torch.Tensor, form: formats.Format, where: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Round states to the stored type on their device and bring them to the host.
 
@@ -92,9 +110,7 @@ def to_storage(values: torch.Tensor, form: formats.Format, where: str) -> tuple[
                 f"{where}: row {row} holds {float(values[row].abs().max()):.4g}, more than {form.name} can; "
                 "use --format bfloat16"
             )
-        raise NonFiniteStateError(
-            f"{where}: NaN or infinity at row {row}; try --dtype float32, or check the model's weights"
-        )
+        check_finite(norms, where)
     host = stored.cpu()
     array = host.view(torch.int16).numpy().view(form.storage) if form.name == "bfloat16" else host.numpy()
     return array, norms.cpu().numpy()

@@ -191,8 +191,15 @@ def weight_bytes(spec: ModelSpec) -> int | None:
             repos = scan_cache_dir().repos
         except CacheNotFound:
             return None
-        sizes = [repo.size_on_disk for repo in repos if repo.repo_id == spec.ref and repo.repo_type == "model"]
-        return sizes[0] if sizes else None
+        files = {
+            file.blob_path: file.size_on_disk
+            for repo in repos
+            if repo.repo_id == spec.ref and repo.repo_type == "model"
+            for revision in repo.revisions
+            for file in revision.files
+            if file.file_name.endswith((".safetensors", ".bin"))
+        }
+        return sum(files.values()) or None
     return sum(f.stat().st_size for f in path.glob("*.safetensors"))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from featstore.errors import LayerRangeError, SpecError
 
@@ -54,7 +55,9 @@ def parse_model(text: str) -> ModelSpec:
     # A revision only makes sense for a hub id; a local path may contain '@'.
     if "@" in ref and not ref.startswith((".", "/", "~")):
         ref, _, revision = ref.rpartition("@")
-        return ModelSpec(name, ref, revision or None)
+        if not ref or not revision:
+            raise SpecError(f"model {text!r}: write NAME=REF@REVISION, or leave the '@' out")
+        return ModelSpec(name, ref, revision)
     return ModelSpec(name, ref)
 
 
@@ -91,7 +94,8 @@ def parse_budget(text: str) -> int | None:
         return None
     match = _BUDGET.match(text)
     factor = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000, "b": 1_000_000_000}
-    value = int(float(match[1]) * factor[match[2].lower()]) if match else 0
+    # Decimal: in binary floating point 1.001k is 1000.9999 tokens.
+    value = int(Decimal(match[1]) * factor[match[2].lower()]) if match else 0
     if value < 1:
         raise SpecError(f"token budget {text!r}: give a positive number such as 200000, 200k or 1M, or 'all'")
     return value
@@ -137,7 +141,7 @@ def _layer(item: str, name: str, depth: int) -> int:
             raise LayerRangeError(f"layer {item!r}: a depth in percent lies between 0% and 100%")
         # Half up, not to even: 25% and 75% of one depth then round the same way.
         return int(share * depth / 100 + 0.5)
-    if not item.isdecimal():
+    if not (item.isdecimal() and len(item) < 10):
         raise SpecError(f"layer {item!r}: write numbers such as 0,8,16 or depths such as 0%,50%,100%")
     layer = int(item)
     if layer > depth:

@@ -9,7 +9,7 @@ import numpy as np
 
 from featstore import formats
 from featstore.console import progress
-from featstore.errors import FeatstoreError
+from featstore.errors import CorruptDataError, FeatstoreError
 from featstore.store import Store, open_store
 
 
@@ -28,7 +28,11 @@ def verify_store(path: Path, *, quiet: bool = False) -> dict[str, Any]:
         StoreFormatError: Not a feature store.
         StoreStateError: Unfinished.
     """
-    store = open_store(path)
+    try:
+        store = open_store(path)
+        store.manifest  # noqa: B018 - read now: a damaged entry is damage found, too
+    except CorruptDataError as error:
+        return {"store": str(path), "files": 0, "bytes": 0, "damage": [str(error)]}
     damage = _check_files(store, quiet=quiet)
     if not damage:
         # Contents are only worth reading once the bytes are known to be right.
@@ -70,11 +74,12 @@ def _check_contents(store: Store) -> list[str]:
 
 
 def _check_model(store: Store, name: str) -> list[str]:
-    damage = []
     model, table = store.model(name), store.tokens(name)
-    for field in ("id", "byte_end", "window", "special", "sink"):
-        if len(getattr(table, field)) != model.rows:
-            damage.append(f"{name}: tokens/{field} has {len(getattr(table, field))} rows, expected {model.rows}")
+    damage = [
+        f"{name}: tokens/{field} has {len(column)} rows, expected {model.rows}"
+        for field, column in vars(table).items()
+        if len(column) != model.rows
+    ]
     window_bytes = store.corpus.window_end - store.corpus.window_start
     if not damage and (table.byte_end > window_bytes[table.window]).any():
         damage.append(f"{name}: a token ends beyond its window")

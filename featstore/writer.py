@@ -1,9 +1,9 @@
 """Whole shards to disk so that a store is never half true.
 
 A *unit* is the set of files that appear together: the corpus, a model's token table, one shard of all its layers, a
-pair index. Every file is written aside, fsynced and renamed; then one manifest entry, written the same way, records each
-file's size and checksum and makes the unit exist; the row counts in ``zarr.json`` move last. What the manifest does not
-name is not there, whatever lies on disk.
+pair index. Every file is written aside, fsynced and renamed; then one manifest entry, written the same way, records
+each file's size and checksum and makes the unit exist; the row counts in ``zarr.json`` move last. What the manifest
+does not name is not there, whatever lies on disk.
 
 Nothing that could differ between two runs of the same plan (time, host, process) is written.
 """
