@@ -151,6 +151,8 @@ def train_map(
 
     first, best = evaluate(0, None, {}, time.perf_counter())
     best_epoch, best_loss, waited = 0, first.val_loss, 0
+    # Slow progress counts once it adds up: patience starts anew from here, not from the best epoch.
+    reference = first.val_loss
     reason = f"ran all {settings.epochs} epochs"
     for epoch in range(1, settings.epochs + 1):
         start = time.perf_counter()
@@ -177,12 +179,12 @@ def train_map(
             tick(len(x))
         averaged = {name: value / rows for name, value in sums.items()}
         record, aligner = evaluate(epoch, averaged.pop("total"), averaged, start)
-        if record.val_loss < best_loss - settings.min_delta:
-            best, best_epoch, best_loss, waited = aligner, epoch, record.val_loss, 0
-            continue
-        waited += 1
         if record.val_loss < best_loss:
             best, best_epoch, best_loss = aligner, epoch, record.val_loss
+        if record.val_loss < reference - settings.min_delta:
+            reference, waited = record.val_loss, 0
+            continue
+        waited += 1
         if waited >= settings.patience:
             reason = (
                 f"stopped at epoch {epoch}: no improvement of {settings.min_delta:g} in {waited} epochs; "

@@ -190,7 +190,10 @@ def run_app(app: typer.Typer, name: str) -> None:
         app(prog_name=name, standalone_mode=True)
     except FeatstoreError as error:
         _fail(name, str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != 130:
+            raise
+        # typer turns Ctrl-C into this exit code without a word.
         err.print(f"{name}: interrupted; what was committed so far is kept")
         raise SystemExit(130) from None
     except BrokenPipeError:

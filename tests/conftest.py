@@ -13,6 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings as hypothesis_settings
+
+# The machine may be shared: a slow example is not a failure.
+hypothesis_settings.register_profile("featstore", deadline=None)
+hypothesis_settings.load_profile("featstore")
 
 # Before any hub library is imported: no test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -16,8 +16,8 @@ import report_fixtures as made
 from report_fixtures import page, run_of
 
 from evaluate.report import build_report, write_report
-from evaluate.report_heatmap import Scale
-from evaluate.report_inputs import read_runs
+from evaluate.report.heatmap import Scale
+from evaluate.report.inputs import read_runs
 
 
 def resolve(root: Path, pointer: str) -> Any:

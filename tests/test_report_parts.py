@@ -9,9 +9,9 @@ import pytest
 from report_fixtures import run_of
 
 from evaluate.report import build_report, write_report
-from evaluate.report_inputs import Node
-from evaluate.report_numbers import fixed, percent
-from evaluate.report_svg import ticks_between
+from evaluate.report.inputs import Node
+from evaluate.report.numbers import fixed, percent
+from evaluate.report.svg import ticks_between
 from featstore.errors import AdapterError, CorruptDataError, SpecError
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluate.report_numbers import exact, fixed
-from evaluate.report_svg import coordinate, drawing, lettering, ticks_between
+from evaluate.report.numbers import exact, fixed
+from evaluate.report.svg import coordinate, drawing, lettering, ticks_between
 
 Row = Sequence[float | None]
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from evaluate import report_cka
-from evaluate.report_inputs import Node, Pair, Run
-from evaluate.report_numbers import count, interval, nats, percent, percent_number, say, show
+from evaluate.report import cka
+from evaluate.report.inputs import Node, Pair, Run
+from evaluate.report.numbers import count, interval, nats, percent, percent_number, say, show
 
 #: Below this, two R2 are called equal in words; the table shows both.
 _TIE = 0.005
@@ -143,7 +143,7 @@ def warnings(runs: Sequence[Run]) -> list[Note]:
     """
     found = [("all runs", text) for text in _differing_stores(runs)]
     for run in runs:
-        found += [(run.label, text) for text in report_cka.warnings(run)]
+        found += [(run.label, text) for text in cka.warnings(run)]
         for key, metrics in run.file("metrics.json").get("pairs").items():
             for warning in metrics.get("warnings"):
                 code = warning.get("code").text or "warning"
@@ -343,7 +343,7 @@ def _differing_stores(runs: Sequence[Run]) -> list[Markup]:
 
 
 def _only_cka(runs: Sequence[Run]) -> Markup:
-    found = [sentence for run in runs for sentence in report_cka.findings(run)[:1]]
+    found = [sentence for run in runs for sentence in cka.findings(run)[:1]]
     return say(
         "{} No map was fitted in {}, so nothing here says whether one model can use the other’s states.",
         Markup(" ").join(found),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from evaluate.report_numbers import exact
+from evaluate.report.numbers import exact
 
 _WIDTH = 400
 

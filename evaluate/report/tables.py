@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluate.report_inputs import Node, Pair, Run
-from evaluate.report_numbers import (
+from evaluate.report.inputs import Node, Pair, Run
+from evaluate.report.numbers import (
     Style,
     count,
     dash,
@@ -19,8 +19,8 @@ from evaluate.report_numbers import (
     score,
     show,
 )
-from evaluate.report_svg import Dots, Mark, Series, chart_key, dot_plot, line_chart
-from evaluate.report_words import control_name, share, type_name
+from evaluate.report.svg import Dots, Mark, Series, chart_key, dot_plot, line_chart
+from evaluate.report.words import control_name, share, type_name
 
 #: Conditions of a stitched run and what each puts into the target, in the order they are drawn.
 CONDITIONS = {

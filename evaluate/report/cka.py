@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluate.report_heatmap import Row, Scale, heatmap, legend
-from evaluate.report_inputs import Node, Run
-from evaluate.report_numbers import count, dash, exact, say, show
+from evaluate.report.heatmap import Row, Scale, heatmap, legend
+from evaluate.report.inputs import Node, Run
+from evaluate.report.numbers import count, dash, exact, say, show
 
 #: Similarity of shuffled pairs above this means that the estimate itself is biased upwards.
 _HIGH_NULL = 0.05

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from evaluate.report_inputs import Node, Pair, Run, SourceFile, portable
-from evaluate.report_numbers import count, exact, fixed, percent, say, show
-from evaluate.report_svg import Mark, Series, chart_key, line_chart
-from evaluate.report_words import control_name
+from evaluate.report.inputs import Node, Pair, Run, SourceFile, portable
+from evaluate.report.numbers import count, exact, fixed, percent, say, show
+from evaluate.report.svg import Mark, Series, chart_key, line_chart
+from evaluate.report.words import control_name
 
 _HASH_DIGITS = 12
 _SHAPE = (("depth", "layers"), ("width", "wide"))

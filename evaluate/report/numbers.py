@@ -7,7 +7,7 @@ from typing import LiteralString
 
 from markupsafe import Markup
 
-from evaluate.report_inputs import Node
+from evaluate.report.inputs import Node
 
 Style = Callable[[float], str]
 

@@ -16,8 +16,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from evaluate import report_cka, report_sections, report_tables, report_words
-from evaluate.report_inputs import Run, read_runs
+from evaluate.report import cka, sections, tables, words
+from evaluate.report.inputs import Run, read_runs
 from featstore.errors import SpecError
 from featstore.provenance import write_atomic
 
@@ -68,23 +68,23 @@ def write_report(dirs: Sequence[Path], out: Path) -> dict[str, Any]:
         write_atomic(out, data)
     except OSError as error:
         raise SpecError(f"cannot write the report to {out} ({error.strerror})") from error
-    judged = report_words.verdicts(runs)
+    judged = words.verdicts(runs)
     return {
         "out": str(out),
         "bytes": len(data),
         "directories": [run.label for run in runs],
-        "files": [source.name for source in report_sections.files(runs)],
+        "files": [source.name for source in sections.files(runs)],
         "maps": len(judged),
         "beat_controls": sum(verdict.kind == "good" for verdict in judged),
-        "warnings": len(report_words.warnings(runs)),
-        "missing": [gap.text.striptags() for gap in report_words.gaps(runs)],
+        "warnings": len(words.warnings(runs)),
+        "missing": [gap.text.striptags() for gap in words.gaps(runs)],
     }
 
 
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("evaluate"),
+        loader=jinja2.PackageLoader("evaluate.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -95,38 +95,38 @@ def _template() -> jinja2.Template:
 
 
 def _render(runs: Sequence[Run]) -> str:
-    judged = report_words.verdicts(runs)
-    similarities = [report_cka.similarity(run) for run in runs]
+    judged = words.verdicts(runs)
+    similarities = [cka.similarity(run) for run in runs]
     return _template().render(
-        title=report_sections.title(runs),
-        headline=report_words.headline(runs, judged),
-        facts=report_sections.compared(runs),
+        title=sections.title(runs),
+        headline=words.headline(runs, judged),
+        facts=sections.compared(runs),
         runs=runs,
         verdicts=_folded(judged),
-        warnings=report_words.warnings(runs),
-        gaps=report_words.gaps(runs),
-        columns=report_tables.COLUMNS,
-        leaderboard=report_tables.leaderboard(runs),
-        r2_chart=report_tables.r2_by_layer(runs),
-        forest=report_tables.forest(runs),
-        recovered_chart=report_tables.recovered_by_layer(runs),
-        stitched=[block for run in runs for block in report_tables.stitched_losses(run)],
-        conditions=report_tables.CONDITIONS,
+        warnings=words.warnings(runs),
+        gaps=words.gaps(runs),
+        columns=tables.COLUMNS,
+        leaderboard=tables.leaderboard(runs),
+        r2_chart=tables.r2_by_layer(runs),
+        forest=tables.forest(runs),
+        recovered_chart=tables.recovered_by_layer(runs),
+        stitched=[block for run in runs for block in tables.stitched_losses(run)],
+        conditions=tables.CONDITIONS,
         similarities=[similarity for similarity in similarities if similarity is not None],
-        trainings=[training for run in runs for training in report_sections.trainings(run)],
-        prompts=report_sections.prompts(runs),
-        decodings=report_sections.decodings(runs),
+        trainings=[training for run in runs for training in sections.trainings(run)],
+        prompts=sections.prompts(runs),
+        decodings=sections.decodings(runs),
         open_losses=_OPEN_LOSSES,
         open_prompts=_OPEN_PROMPTS,
-        files=report_sections.files(runs),
-        versions=report_sections.versions(runs),
-        command=report_words.command,
+        files=sections.files(runs),
+        versions=sections.versions(runs),
+        command=words.command,
     )
 
 
 def _folded(
-    judged: Sequence[report_words.Verdict],
-) -> tuple[list[report_words.Verdict], list[report_words.Verdict]]:
+    judged: Sequence[words.Verdict],
+) -> tuple[list[words.Verdict], list[words.Verdict]]:
     shown = [v for i, v in enumerate(judged) if i < _OPEN_VERDICTS or v.kind in ("poor", "open")]
     return shown, [v for v in judged if v not in shown]
 
