@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.blas import ssyrk
+from threadpoolctl import threadpool_limits
 
 from align.metrics import biased_cka_from_moments, debiased_cka, debiased_cka_from_moments
 from align.moments import Moments
@@ -26,7 +29,8 @@ from featstore.errors import PairingError, SpecError
 from featstore.pairs import Pairs
 from featstore.store import Store, open_store
 
-BLOCK_ROWS = 16_384
+#: Rows of a task: float32 sums of so many terms keep their digits, and a small store still fills two cores.
+BLOCK_ROWS = 4096
 #: Width of the layers one task multiplies: 8192 squared in float64 is half a gigabyte.
 GROUP_WIDTH = 8192
 _FAN_IN = 8
@@ -89,40 +93,84 @@ def add(parts: Sequence[Partial]) -> Partial:
     return first
 
 
-def accumulate(p: Sequence[NDArray[np.float32]], q: Sequence[NDArray[np.float32]]) -> Partial:
+def accumulate(p: Sequence[NDArray[np.float32]], q: Sequence[NDArray[np.float32]] | None) -> Partial:
     """Sum a block of rows for two groups of sites.
 
     Args:
         p: float32 ``(n, width)`` of each site of the first group, about their origins.
-        q: The same of the second group.
+        q: The same of the second group; None for the first group with itself, at half the work.
     """
-    z_p, z_q = np.concatenate(p, axis=1), np.concatenate(q, axis=1)
-    a_p, a_q = (np.stack([np.einsum("ij,ij->i", x, x, dtype=np.float64) for x in group], axis=1) for group in (p, q))
-    wide_p, wide_q = z_p.astype(np.float64), z_q.astype(np.float64)
-    return Partial(
-        len(z_p),
-        (z_p.T @ z_q).astype(np.float64),
-        (wide_p.sum(axis=0), wide_q.sum(axis=0)),
-        (a_p.sum(axis=0), a_q.sum(axis=0)),
-        a_p.T @ a_q,
-        (wide_p.T @ a_q, wide_q.T @ a_p),
-    )
+    z_p = np.concatenate(p, axis=1)
+    z_q = z_p if q is None else np.concatenate(q, axis=1)
+    if q is None:
+        upper = np.triu(ssyrk(1.0, z_p.T)).astype(np.float64)
+        gram = upper + upper.T - np.diag(np.diag(upper))
+    else:
+        gram = (z_p.T @ z_q).astype(np.float64)
+    a_p = _squared_norms(p)
+    a_q = a_p if q is None else _squared_norms(q)
+    sum_p, cross_p = _weighted_sums(z_p, a_q)
+    sum_q, cross_q = (sum_p, cross_p) if q is None else _weighted_sums(z_q, a_p)
+    return Partial(len(z_p), gram, (sum_p, sum_q), (a_p.sum(axis=0), a_q.sum(axis=0)), a_p.T @ a_q, (cross_p, cross_q))
 
 
-def _block(path: str, pairs: tuple[NDArray[np.int64], NDArray[np.int64]], p: list[Site], q: list[Site]) -> Partial:
-    """The task a worker runs: read a block's rows, centre them, accumulate. Workers open the store themselves."""
-    from threadpoolctl import threadpool_limits
+def _squared_norms(group: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    return np.stack([np.einsum("ij,ij->i", x, x, dtype=np.float64) for x in group], axis=1)
 
-    store = open_store(path)
+
+def _weighted_sums(z: NDArray[np.float32], a: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``Z'1`` and ``Z'A`` in float64, widening a few rows at a time."""
+    sums, cross = np.zeros(z.shape[1]), np.zeros((z.shape[1], a.shape[1]))
+    for start in range(0, len(z), 1024):
+        wide = z[start : start + 1024].astype(np.float64)
+        sums += wide.sum(axis=0)
+        cross += wide.T @ a[start : start + 1024]
+    return sums, cross
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which pairs of which store, small enough to travel with every task.
+
+    Attributes:
+        path: The store, as the workers reach it.
+        fingerprint: Of the store; keeps a worker from using one it opened before it changed.
+        source: Model name.
+        target: Model name.
+        policy: Pair policy.
+        keep_sinks: Whether attention sinks are in.
+    """
+
+    path: str
+    fingerprint: str
+    source: str
+    target: str
+    policy: str
+    keep_sinks: bool
+
+
+@lru_cache(maxsize=4)
+def _selected(selection: Selection) -> tuple[Store, Pairs]:
+    """A worker's own store and pairs, opened once for all its tasks."""
+    store = open_store(selection.path)
+    pairs = store.pairs(selection.source, selection.target, selection.policy)
+    return store, pairs.select(keep_sinks=selection.keep_sinks)
+
+
+def _block(selection: Selection, start: int, p: list[Site], q: list[Site]) -> Partial:
+    """The task a worker runs: read a block's rows, centre them, accumulate."""
+    store, pairs = _selected(selection)
+    part = slice(start, start + BLOCK_ROWS)
 
     def rows(site: Site) -> NDArray[np.float32]:
         origin = store.origin(site.model, site.layer).astype(np.float32)
-        return store.rows(site.model, site.layer)[pairs[0] if site.source else pairs[1]] - origin
+        numbers = pairs.row_source if site.source else pairs.row_target
+        return store.rows(site.model, site.layer)[numbers[part]] - origin
 
     # One thread a task: the scheduler runs as many tasks as there are cores.
     with threadpool_limits(1):
         left = [rows(site) for site in p]
-        return accumulate(left, left if p is q or p == q else [rows(site) for site in q])
+        return accumulate(left, None if p == q else [rows(site) for site in q])
 
 
 def groups(sites: Sequence[Site], widths: dict[str, int], limit: int = GROUP_WIDTH) -> list[list[Site]]:
@@ -144,12 +192,11 @@ def groups(sites: Sequence[Site], widths: dict[str, int], limit: int = GROUP_WID
     return result
 
 
-def similarity(store: Store, pairs: Pairs, sites: Sequence[Site], estimator: str, *, label: str, quiet: bool) -> Any:
+def similarity(selection: Selection, sites: Sequence[Site], estimator: str, *, label: str, quiet: bool) -> Any:
     """CKA between all sites over paired rows, on the current Dask client.
 
     Args:
-        store: Complete store.
-        pairs: Rows to use.
+        selection: Pairs to use.
         sites: Layers of either side.
         estimator: ``debiased`` or ``biased``.
         label: For the progress display.
@@ -161,14 +208,13 @@ def similarity(store: Store, pairs: Pairs, sites: Sequence[Site], estimator: str
     from dask import delayed
     from distributed import as_completed, get_client
 
-    widths = {name: store.model(name).width for name in (pairs.source, pairs.target)}
+    store, pairs = _selected(selection)
+    widths = {name: store.model(name).width for name in (selection.source, selection.target)}
     parts = groups(sites, widths)
-    starts = range(0, len(pairs), BLOCK_ROWS)
-    rows = [(pairs.row_source[s : s + BLOCK_ROWS], pairs.row_target[s : s + BLOCK_ROWS]) for s in starts]
     combinations = list(combinations_with_replacement(range(len(parts)), 2))
     tasks = []
     for i, j in combinations:
-        level = [delayed(_block)(str(store.path), r, parts[i], parts[j]) for r in rows]
+        level = [delayed(_block)(selection, s, parts[i], parts[j]) for s in range(0, len(pairs), BLOCK_ROWS)]
         while len(level) > 1:
             level = [delayed(add)(level[at : at + _FAN_IN]) for at in range(0, len(level), _FAN_IN)]
         tasks.append(level[0])
@@ -283,24 +329,24 @@ def compare_layers(
     if first != second:
         sites += [Site(second, k, source=False) for k in layers[second]]
 
-    def tables(pairs: Pairs, label: str) -> dict[str, Any]:
-        if len(pairs) < 4:
-            raise PairingError(f"{len(pairs)} pairs of {first} and {second}: CKA needs at least 4; extract more text")
-        values, reasons = similarity(store, pairs, sites, estimator, label=label, quiet=quiet)
+    def tables(*, sinks: bool) -> dict[str, Any]:
+        selection = Selection(str(path), store.fingerprint, first, second, policy, sinks)
+        n = len(everything if sinks else masked)
+        if n < 4:
+            raise PairingError(f"{n} pairs of {first} and {second}: CKA needs at least 4; extract more text")
+        label = "cka with sinks" if sinks else "cka"
+        values, reasons = similarity(selection, sites, estimator, label=label, quiet=quiet)
         cross = values[:count, count:] if first != second else values
         within = {first: values[:count, :count]}
         if first != second:
             within[second] = values[count:, count:]
-        named = {
-            f"{sites[r].model}:{sites[r].layer} {sites[c].model}:{sites[c].layer}": why
-            for (r, c), why in reasons.items()
-        }
-        return {"n": len(pairs), "cross": cross, "within": within, "reasons": named}
+        names = [f"{site.model}:{site.layer}" for site in sites]
+        named = {f"{names[r]} {names[c]}": why for (r, c), why in reasons.items()}
+        return {"n": n, "cross": cross, "within": within, "reasons": named}
 
-    main, other = (everything, masked) if keep_sinks else (masked, everything)
-    names = ("unmasked", "masked") if keep_sinks else ("masked", "unmasked")
-    result = tables(main, f"cka {names[0]}")
-    beside = tables(other, f"cka {names[1]}")
+    main = everything if keep_sinks else masked
+    result = tables(sinks=keep_sinks)
+    beside = tables(sinks=not keep_sinks)
     return {
         "models": [first, second],
         "layers": {name: list(layers[name]) for name in dict.fromkeys(models)},
@@ -310,7 +356,7 @@ def compare_layers(
         "null": _floor(store, main, sites[:count], sites[count:] or sites, seed),
         "masked_rows": len(everything) - len(masked),
         "keep_sinks": keep_sinks,
-        names[1]: beside,
+        "masked" if keep_sinks else "unmasked": beside,
         "store": {"path": str(path), "fingerprint": store.fingerprint},
     }
 

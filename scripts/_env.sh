@@ -48,7 +48,7 @@ install() {
         echo "installing into $VENV (a few minutes the first time)" >&2
         constraints
         # The build backend is pinned as well, so that a new release cannot change the build.
-        PIP_CONSTRAINT="$VENV/constraints.txt" "$VENV/bin/python" -m pip install --quiet -c "$VENV/constraints.txt" -e '.[dev]'
+        PIP_CONSTRAINT="$VENV/constraints.txt" "$VENV/bin/python" -m pip install -qq -c "$VENV/constraints.txt" -e '.[dev]'
         echo "$wanted" >"$VENV/.installed"
     fi
     PATH=$(cd "$VENV/bin" && pwd):$PATH
