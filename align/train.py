@@ -164,7 +164,7 @@ class _Run:
 
     def direction(self, source: str, target: str, wanted: list[LayerPair]) -> None:
         settings = self.settings
-        pairs = self.store.pairs(source, target, settings.policy)
+        everything = pairs = self.store.pairs(source, target, settings.policy)
         self.coverage |= dict(zip((source, target), pairs.coverage, strict=True))
         coverage = pairs.coverage
         pairs = pairs.select(keep_sinks=settings.keep_sinks)
@@ -181,7 +181,9 @@ class _Run:
                 err.print(f"{settings.type} {pair.key}")
             aligner, best = self._fit(pair, moments[pair.key], pairs)
             self.aligners.append(aligner)
-            self.entries[pair.key] = self._score(pair, moments[pair.key], pairs, aligner, coverage, best)
+            entry = self._score(pair, moments[pair.key], pairs, aligner, coverage, best)
+            entry["by_mask"] = self._by_mask(pair, everything, aligner)
+            self.entries[pair.key] = entry
 
     def _fit(self, pair: LayerPair, moments: Scan, pairs: Pairs) -> tuple[Aligner, str]:
         settings, loop = self.settings, self.settings.loop
@@ -251,6 +253,14 @@ class _Run:
             keep_sinks=self.settings.keep_sinks,
         )
         return entry
+
+    def _by_mask(self, pair: LayerPair, everything: Pairs, aligner: Aligner) -> dict[str, Any]:
+        """Test figures with the attention sinks masked and with them left in, whichever the run was asked for."""
+        blocks = {}
+        for name, keep in (("masked", False), ("kept", True)):
+            rows = batches_of(self.store, pair, everything.select(TEST, keep_sinks=keep))
+            blocks[name], _ = score_all(rows, {"map": aligner}, seed=self.settings.loop.seed)["map"]
+        return blocks
 
     def _record(self, pair: LayerPair, epoch: Epoch) -> None:
         figures = {
@@ -325,7 +335,8 @@ def describe(result: dict[str, Any]) -> str:
     Args:
         result: From :func:`train`.
     """
-    lines = [f"{'pair':28} {'R2':>7} {'median':>7} {'cos_c':>7} {'top-1':>7} {'chance':>7}   best control R2"]
+    heads = " ".join(f"{head:>7}" for head in ("R2", "median", "cos_c", "top-1", "chance", "+sinks"))
+    lines = [f"{'pair':28} {heads}   best control R2"]
     for key, entry in result["pairs"].items():
         test = entry["test"]
         controls = {
@@ -335,6 +346,7 @@ def describe(result: dict[str, Any]) -> str:
         }
         best = max(controls, key=lambda name: controls[name])
         figures = [test[k] for k in ("r2", "r2_median_dim", "cosine_centered", "retrieval_top1", "retrieval_chance")]
+        figures.append((entry["by_mask"]["kept"] or {}).get("r2"))
         values = " ".join(f"{v:7.3f}" if v is not None else f"{'-':>7}" for v in figures)
         lines.append(f"{key:28} {values}   {best} {controls[best]:.3f}")
         closed = entry["baselines"].get("closed_form")

@@ -44,6 +44,7 @@ def metrics(r2: float = 0.861, closed: float = 0.8703) -> dict[str, Any]:
                 "train": block(r2 + 0.01),
                 "val": block(r2),
                 "test": block(r2),
+                "by_mask": {"masked": block(0.86), "kept": block(-133.07)},
                 "baselines": {
                     "mean": block(0.0),
                     "identity": block(-1.2),

@@ -98,6 +98,7 @@ def test_columns_show_what_their_headings_say(tmp_path: Path) -> None:
             f"{metric}/test/{k}"
             for k in ("r2", "r2_median_dim", "cosine_centered", "retrieval_top1", "retrieval_chance")
         ),
+        f"{metric}/by_mask/kept/r2",
         *(f"{metric}/baselines/{k}/r2" for k in ("identity", "random_rotation", "shuffled", "closed_form")),
         *(f"{metric}/recovered/{k}" for k in ("value", "ci95/0", "ci95/1")),
         *(f"{metric}/recovered_best_control/{k}" for k in ("value", "ci95/0", "ci95/1")),
@@ -107,7 +108,16 @@ def test_columns_show_what_their_headings_say(tmp_path: Path) -> None:
     headings = re.findall(r'<th scope="col" title="[^"]*"[^>]*>([^<]*)</th>', found.html)
     assert headings == [
         *("run", "layers", "type", "trainable", "R²", "median dim", "cosine", "top-1", "chance"),
-        *("identity", "rotation", "shuffled", "closed form", "recovered", "past best control", "warnings"),
+        *(
+            "with sinks",
+            "identity",
+            "rotation",
+            "shuffled",
+            "closed form",
+            "recovered",
+            "past best control",
+            "warnings",
+        ),
     ]
     condition = f"{metric}/conditions/mapped"
     losses = [f"{condition}/nats_per_token", f"{condition}/ci95/0", f"{condition}/ci95/1", f"{condition}/bits_per_byte"]

@@ -87,6 +87,7 @@ _FIGURES: tuple[tuple[str, str, tuple[str, ...], Style], ...] = (
         percent,
     ),
     ("chance", "top-1 by guessing", ("test", "retrieval_chance"), percent),
+    ("with sinks", "held-out R² with the attention sinks left in", ("by_mask", "kept", "r2"), score),
     ("identity", "R² of the source’s states as they are", ("baselines", "identity", "r2"), score),
     ("rotation", "R² of a random rotation", ("baselines", "random_rotation", "r2"), score),
     ("shuffled", "R² of a map fitted to shuffled pairs", ("baselines", "shuffled", "r2"), score),
