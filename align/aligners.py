@@ -125,8 +125,8 @@ def load_adapter(directory: Path) -> Adapter:
             raise AdapterError(f"{path} has format {card.get('format')!r}, this version reads {CARD_VERSION}; upgrade")
         tensors = load_file(directory / "adapter.safetensors")
         aligners = {entry["key"]: _aligner(entry, tensors, path) for entry in card["pairs"]}
-    except (CorruptDataError, SafetensorError, FileNotFoundError, KeyError, TypeError) as error:
-        raise AdapterError(f"the adapter in {str(directory)!r} is damaged ({error}); train it again") from error
+    except (CorruptDataError, SafetensorError, OSError, LookupError, TypeError, AttributeError) as error:
+        raise AdapterError(f"the adapter in {str(directory)!r} is damaged ({error!r}); train it again") from error
     return Adapter(directory, card, aligners)
 
 
@@ -137,9 +137,13 @@ def _aligner(entry: dict[str, Any], tensors: dict[str, NDArray[np.float32]], pat
     missing = [name for name in _REQUIRED if name not in own]
     if missing:
         raise AdapterError(f"{path}: tensors {', '.join(missing)} of {pair.key} are missing; train it again")
-    if own["weight"].shape != (source["width"], target["width"]):
-        raise AdapterError(
-            f"{path}: weight of {pair.key} has shape {own['weight'].shape}, the card says "
-            f"{(source['width'], target['width'])}; train it again"
-        )
+    for name, width in (
+        ("weight", (source["width"], target["width"])),
+        *((name, (source["width"],)) for name in ("mean_source", "control_mean_source")),
+        *((name, (target["width"],)) for name in ("mean_target", "control_mean")),
+    ):
+        if own[name].shape != width:
+            raise AdapterError(
+                f"{path}: {name} of {pair.key} has shape {own[name].shape}, the card says {width}; train it again"
+            )
     return Aligner(pair, own, entry.get("options", {}), entry.get("parameters", {}).get("trainable", 0))

@@ -330,7 +330,8 @@ def compare_layers(
         sites += [Site(second, k, source=False) for k in layers[second]]
 
     def tables(*, sinks: bool) -> dict[str, Any]:
-        selection = Selection(str(path), store.fingerprint, first, second, policy, sinks)
+        # Workers of another process have another working directory.
+        selection = Selection(str(path.resolve()), store.fingerprint, first, second, policy, sinks)
         n = len(everything if sinks else masked)
         if n < 4:
             raise PairingError(f"{n} pairs of {first} and {second}: CKA needs at least 4; extract more text")

@@ -14,6 +14,9 @@ from rich.markup import escape
 from featstore.console import emit, err, jsonable, run_app
 from featstore.errors import SpecError
 
+#: How long a Dask scheduler may take to answer.
+SCHEDULER_SECONDS = 10.0
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -21,6 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 @app.command()
 def train(
+    context: typer.Context,
     store: Annotated[Path | None, typer.Option(help="Path of the store.")] = None,
     type_: Annotated[
         str, typer.Option("--type", help="procrustes, linear, affine, reduced-rank or lora.")
@@ -42,8 +46,8 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="At most.")] = 10,
     patience: Annotated[int, typer.Option(min=1, help="Epochs without improvement before stopping.")] = 2,
     min_delta: Annotated[float, typer.Option(min=0.0, help="Least improvement of the validation loss.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 256,
-    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 1e-2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 128,
+    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 2e-2,
     precondition: Annotated[bool, typer.Option(help="Whiten inputs inside the parameterisation.")] = True,
     keep_sinks: Annotated[bool, typer.Option("--keep-sinks", help="Lift the attention-sink mask.")] = False,
     policy: Annotated[str, typer.Option(help="Pair policy: end or word.")] = "end",
@@ -61,6 +65,14 @@ def train(
 
     if config is not None:
         settings = load_settings(config)
+        given = _given(context)
+        if others := given - {"config", "store", "device", "out", "as_json"}:
+            raise SpecError(
+                f"--config {config} decides the whole run; leave out --{min(others).strip('_').replace('_', '-')} or "
+                "change it in a copy of that file"
+            )
+        place = _device(device if "device" in given else settings.loop.device, settings.type, settings.solver)
+        settings = replace(settings, loop=replace(settings.loop, device=place))
         settings = replace(settings, store=str(store)) if store is not None else settings
     elif store is None:
         raise SpecError("--store is missing; make a store with `featstore extract`")
@@ -98,6 +110,12 @@ def train(
     emit(result, escape(describe(result)), as_json=as_json)
     if not as_json:
         err.print(f"next: evaluate stitch --store {settings.store} --adapter {result['run']}")
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Names of the options that were typed."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _device(name: str, type_: str, solver: str | None) -> str:
@@ -138,7 +156,7 @@ def cka(
     from featstore.store import open_store
 
     opened = open_store(store)
-    names = models.split(",") if models else []
+    names = [name.strip() for name in models.split(",")] if models else []
     if models and len(names) != 2:
         raise SpecError(f"--models {models!r}: write two names, such as llama,mistral")
     chosen = choose_models(opened, *names) if names else choose_models(opened, None, None)
@@ -192,10 +210,11 @@ def _dask(address: str | None) -> Iterator[None]:
 
     try:
         if address is not None:
-            client = Client(address, timeout=10)
+            client = Client(address, timeout=SCHEDULER_SECONDS)
         else:
+            # Any free port, and for this machine only: None would take 8787 and offer it to the network.
             client = Client(
-                processes=False, n_workers=1, threads_per_worker=os.cpu_count() or 1, dashboard_address=None
+                processes=False, n_workers=1, threads_per_worker=os.cpu_count() or 1, dashboard_address="127.0.0.1:0"
             )
     except (OSError, TimeoutError, ValueError) as error:
         raise SpecError(f"--scheduler {address}: no Dask scheduler answers there ({error})") from error

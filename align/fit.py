@@ -17,8 +17,10 @@ from featstore.errors import FitError
 from featstore.pairs import Pairs
 from featstore.store import Store
 
-#: ``type: minimum number of train pairs``: below, the fit is not defined at all.
+#: Fewest train pairs: below, no fit is worth the name.
 MINIMUM_PAIRS = 8
+
+SKIPS = ("procrustes", "ridge", "identity", "none")
 
 
 @dataclass(frozen=True)
@@ -177,18 +179,34 @@ def skip_weight(name: str, train: Scatter, val: Scatter) -> Array | None:
     Raises:
         FitError: Unknown, or identity between different widths.
     """
-    shape = train.c.shape
+    check_low_rank(1, name, *train.c.shape)
     if name == "none":
         return None
     if name == "procrustes":
         return solvers.procrustes(train.c, train.gx)[0]
     if name == "ridge":
         return solvers.select_ridge(train, val).weight
-    if name == "identity":
-        if shape[0] != shape[1]:
-            raise FitError(f"skip 'identity' needs equal widths, not {shape[0]} and {shape[1]}; use --skip procrustes")
-        return np.eye(shape[0])
-    raise FitError(f"skip {name!r}: choose procrustes, ridge, identity or none")
+    return np.eye(len(train.c))
+
+
+def check_low_rank(rank: int, skip: str, dx: int, dy: int) -> None:
+    """Refuse a low-rank map that cannot be, before any row is read.
+
+    Args:
+        rank: Its rank.
+        skip: What it is added to.
+        dx: Source width.
+        dy: Target width.
+
+    Raises:
+        FitError: Unknown skip, identity between different widths, or a rank above the smaller width.
+    """
+    if skip not in SKIPS:
+        raise FitError(f"skip {skip!r}: choose one of {', '.join(SKIPS)}")
+    if skip == "identity" and dx != dy:
+        raise FitError(f"skip 'identity' needs equal widths, not {dx} and {dy}; use --skip procrustes")
+    if not 1 <= rank <= min(dx, dy):
+        raise FitError(f"rank {rank} does not fit widths {dx} and {dy}: use 1 to {min(dx, dy)}")
 
 
 def _aligner(

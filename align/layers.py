@@ -74,7 +74,7 @@ def layer_pairs(
     if layers is not None and layer_map is not None:
         raise SpecError("--layers and --layer-map say the same thing twice; give one of them")
     if layer_map is not None:
-        return [_mapped(store, source, target, item) for item in layer_map.split(",")]
+        return list(dict.fromkeys(_mapped(store, source, target, item) for item in layer_map.split(",")))
     held_source, held_target = store.model(source).layers, store.model(target).layers
     if store.model(source).depth == store.model(target).depth:
         table = {k: k for k in held_source if k in held_target}
@@ -98,6 +98,6 @@ def layer_pairs(
 
 def _mapped(store: Store, source: str, target: str, item: str) -> LayerPair:
     first, colon, second = item.strip().partition(":")
-    if not colon or not first.isdecimal() or not second.isdecimal():
+    if not colon or not all(number.isdecimal() and len(number) < 10 for number in (first, second)):
         raise SpecError(f"--layer-map {item!r}: write SOURCE:TARGET layer numbers, such as 16:20,24:24")
     return LayerPair(source, store.layer(source, int(first)), target, store.layer(target, int(second)))

@@ -1,10 +1,15 @@
-"""The gradient loop: epochs over shuffled pairs, validation after each, early stopping, the best epoch kept."""
+"""The gradient loop: epochs over shuffled pairs, validation after each, early stopping, the best epoch kept.
+
+What is scored and kept is a running average of the weights, not their last value: a step size that gets somewhere
+within few epochs leaves the weights jittering about the optimum, and the average takes the jitter out.
+"""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +21,13 @@ from align.fit import Scan, skip_weight
 from align.layers import LayerPair
 from align.metrics import Figures
 from align.modules import LinearMap, LowRankMap
-from align.moments import about, centered
+from align.moments import Array, Scatter, about, centered, raw
 from align.scoring import score_all
 from featstore.errors import FitError
 from featstore.loader import PairBatches
+
+#: Polynomial-decay averaging (Shamir and Zhang 2013): the average is over about the last ninth of all steps so far.
+_AVERAGING = 8
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,8 @@ class LoopSettings:
     epochs: int = 10
     patience: int = 2
     min_delta: float = 1e-3
-    batch_size: int = 256
-    lr: float = 1e-2
+    batch_size: int = 128
+    lr: float = 2e-2
     precondition: bool = True
     seed: int = 0
     device: str = "cpu"
@@ -87,12 +95,14 @@ class Trained:
     Attributes:
         aligner: The best epoch's map.
         best_epoch: Its number.
+        last_epoch: The last one that was run.
         reason: Why training stopped, in words.
         shipped: Parameters of the module as shipped with its factors.
     """
 
     aligner: Aligner
     best_epoch: int
+    last_epoch: int
     reason: str
     shipped: int
 
@@ -127,6 +137,8 @@ def train_map(
     weights = losses.parse_loss(settings.loss)
     device = torch.device(settings.device)
     module = build_module(type_, moments, settings).to(device)
+    # Only the weights are averaged; means, skip and preconditioner are shared.
+    average = copy.deepcopy(module, {id(buffer): buffer for buffer in module.buffers()})
     mean_y = torch.as_tensor(moments.means[1], dtype=torch.float32, device=device)
     unit = float(np.trace(centered(moments.train).gy) / moments.train.n / len(mean_y))
     steps = max(-(-len(train) // settings.batch_size), 1) * settings.epochs
@@ -138,11 +150,15 @@ def train_map(
     )
 
     def evaluate(epoch: int, loss: float | None, parts: dict[str, float], start: float) -> tuple[Epoch, Aligner]:
-        aligner = _as_aligner(module, pair, moments, settings)
-        figures, _ = score_all(val, {"map": aligner}, seed=settings.seed)["map"]
+        aligner = _as_aligner(average, pair, moments, settings)
+        with np.errstate(over="ignore", invalid="ignore"):
+            figures, reasons = score_all(val, {"map": aligner}, seed=settings.seed)["map"]
         r2 = (figures or {}).get("r2")
         if r2 is None:
-            raise FitError(f"{pair.key}: validation R2 is undefined; the validation rows do not vary")
+            remedy = f"use a smaller --lr than {settings.lr:g}" if epoch else "look at the rows of the validation split"
+            raise FitError(
+                f"{pair.key}: validation R2 is undefined at epoch {epoch} ({reasons.get('r2', 'no map')}); {remedy}"
+            )
         record = Epoch(
             epoch, loss, 1 - float(r2), figures or {}, schedule.get_last_lr()[0], time.perf_counter() - start, parts
         )
@@ -150,8 +166,8 @@ def train_map(
         return record, aligner
 
     first, best = evaluate(0, None, {}, time.perf_counter())
-    best_epoch, best_loss, waited = 0, first.val_loss, 0
-    # Slow progress counts once it adds up: patience starts anew from here, not from the best epoch.
+    best_epoch, best_loss, waited, taken = 0, first.val_loss, 0, 0
+    # Patience starts anew from here, not from the best epoch: slow progress counts once it adds up to min_delta.
     reference = first.val_loss
     reason = f"ran all {settings.epochs} epochs"
     for epoch in range(1, settings.epochs + 1):
@@ -173,6 +189,10 @@ def train_map(
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimiser.step()
             schedule.step()
+            taken += 1
+            with torch.no_grad():
+                for mean, weight in zip(average.parameters(), module.parameters(), strict=True):
+                    mean.lerp_(weight, (_AVERAGING + 1) / (_AVERAGING + taken))
             for name, part in {"total": total.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0.0) + float(part) * len(x)
             rows += len(x)
@@ -191,7 +211,7 @@ def train_map(
                 f"best was epoch {best_epoch}"
             )
             break
-    return Trained(best, best_epoch, reason, module.shipped_parameters())
+    return Trained(best, best_epoch, record.epoch, reason, module.shipped_parameters())
 
 
 def build_module(type_: str, moments: Scan, settings: LoopSettings) -> LowRankMap | LinearMap:
@@ -206,24 +226,44 @@ def build_module(type_: str, moments: Scan, settings: LoopSettings) -> LowRankMa
         FitError: The type has no gradient form, or the rank does not fit.
     """
     mean_x, mean_y = moments.means
-    train = centered(moments.train)
-    val = about(moments.val, mean_x, mean_y)
-    n, dx, dy = train.n, len(mean_x), len(mean_y)
     centred = type_ != "linear"
-    output_scale = float(np.sqrt(np.trace(train.gy) / (n * dy)))
+    train = centered(moments.train) if centred else raw(moments.train)
+    val = about(moments.val, mean_x, mean_y) if centred else raw(moments.val)
+    n, dx, dy = train.n, len(mean_x), len(mean_y)
+    skip = skip_weight(settings.skip, train, val) if type_ == "lora" else None
     common: dict[str, Any] = {
         "mean_source": mean_x if centred else None,
         "mean_target": mean_y if centred else None,
-        "output_scale": output_scale,
-        "preconditioner": solvers.whitening(train.gx, n) if settings.precondition else None,
+        "output_scale": float(np.sqrt(np.trace(train.gy) / (n * dy))),
+        "preconditioner": _preconditioner(train, val, skip) if settings.precondition else None,
         "input_scale": 1.0 if settings.precondition else float(np.sqrt(np.trace(train.gx) / (n * dx))),
     }
     if type_ == "lora":
-        skip = skip_weight(settings.skip, train, val)
         return LowRankMap(dx, dy, settings.rank, skip=skip, alpha=settings.alpha, seed=settings.seed, **common)
     if type_ in ("linear", "affine"):
         return LinearMap(dx, dy, **common)
     raise FitError(f"type {type_!r} is not trained by gradient; choose lora, linear or affine")
+
+
+def _preconditioner(train: Scatter, val: Scatter, skip: Array | None) -> Array:
+    """Whiten the source as far as validation says its directions can be trusted.
+
+    The damping is the ridge strength that validation chooses for what the skip map leaves over. Where small directions
+    carry noise they are then learnt late, and early stopping leaves them alone, as ridge would; where they carry
+    signal they are whitened fully.
+    """
+    if skip is not None:
+        train, val = (_left_over(side, skip) for side in (train, val))
+    spectrum = solvers.Spectrum.of(train.gx)
+    damping = solvers.select_ridge(train, val, spectrum=spectrum).lam
+    return solvers.whitening(spectrum, train.n, eps=damping)
+
+
+def _left_over(rows: Scatter, skip: Array) -> Scatter:
+    """The moments of ``x`` and ``y - x @ skip``."""
+    predicted = rows.gx @ skip
+    mixed = skip.T @ rows.c
+    return replace(rows, c=rows.c - predicted, gy=rows.gy - mixed - mixed.T + skip.T @ predicted)
 
 
 def _batches(

@@ -59,13 +59,12 @@ def score_all(
 
 
 def findings(
-    *, entry: dict[str, Any], type_: str, n_train: int, width: int, coverage: tuple[float, float], keep_sinks: bool
+    *, entry: dict[str, Any], n_train: int, width: int, coverage: tuple[float, float], keep_sinks: bool
 ) -> list[dict[str, str]]:
     """What a careful reader would object to, as warnings with a code and a sentence.
 
     Args:
         entry: The pair's blocks ``train``, ``test`` and ``baselines``.
-        type_: Type of the map.
         n_train: Train pairs.
         width: Source width.
         coverage: Share of source and target tokens that have a partner.
@@ -100,8 +99,6 @@ def findings(
         best = max((value for value in controls.values() if value is not None), default=None)
         if best is not None and r2 <= best + 0.01:
             warn("no-better-than-controls", f"test R2 {r2:.3f} does not beat the best control ({best:.3f})")
-    if type_ == "procrustes":
-        return found
     chance, top1 = test.get("retrieval_chance"), test.get("retrieval_top1")
     if chance and top1 is not None and top1 < 3 * chance:
         warn("retrieval-at-chance", f"retrieval top-1 {top1:.3f} is near chance ({chance:.3f})")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from align.aligners import Aligner, save_adapter
-from align.fit import Fit, Scan, baselines, fit_closed, limit_rows, scan
+from align.fit import Fit, Scan, baselines, check_low_rank, fit_closed, limit_rows, scan
 from align.layers import LayerPair, choose_models, layer_pairs
 from align.loop import Epoch, LoopSettings, train_map
+from align.losses import parse_loss
 from align.plots import plot_curves
 from align.scoring import TRAIN_ROWS, batches_of, findings, score_all
 from featstore.console import err, jsonable, progress
@@ -77,9 +79,26 @@ def load_settings(path: Path) -> Settings:
     """
     try:
         value = yaml.safe_load(path.read_text())
-        return Settings(**{**value, "loop": LoopSettings(**value["loop"])})
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise SpecError(f"{path} is not a run.yaml of this program ({error})") from error
+        loop = _typed(LoopSettings(**value["loop"]))
+        return _typed(Settings(**{**value, "loop": loop}))
+    except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+        raise SpecError(f"{path} is not a run.yaml of this program ({error}); `align train` writes one") from error
+
+
+_S = TypeVar("_S", Settings, LoopSettings)
+
+
+def _typed(settings: _S) -> _S:
+    """Numbers as what they are: YAML reads ``1e-2`` as text and ``1`` as an integer."""
+    changed: dict[str, Any] = {}
+    for entry in fields(settings):
+        kinds = str(entry.type).split(" | ")
+        value = getattr(settings, entry.name)
+        if "float" in kinds and isinstance(value, (str, int)) and not isinstance(value, bool):
+            changed[entry.name] = float(value)
+        elif type(value).__name__ not in kinds and not (value is None and "None" in kinds):
+            raise TypeError(f"{entry.name} is {value!r}, expected {entry.type}")
+    return replace(settings, **changed)
 
 
 def check(settings: Settings) -> None:
@@ -89,7 +108,7 @@ def check(settings: Settings) -> None:
         settings: As given.
 
     Raises:
-        SpecError: Unknown type or solver, or a combination that does not exist.
+        SpecError: Unknown type or solver, a combination that does not exist, or a number out of range.
     """
     if settings.type not in TYPES:
         raise SpecError(f"type {settings.type!r}: choose one of {', '.join(TYPES)}")
@@ -99,6 +118,19 @@ def check(settings: Settings) -> None:
         raise SpecError("type 'lora' is trained by gradient; its closed form is --type reduced-rank")
     if settings.solver == "adamw" and settings.type in ("procrustes", "reduced-rank"):
         raise SpecError(f"type {settings.type!r} has a closed form only; leave out --solver adamw")
+    loop = settings.loop
+    for name in ("epochs", "patience", "batch_size"):
+        if getattr(loop, name) < 1:
+            raise SpecError(f"--{name.replace('_', '-')} {getattr(loop, name)}: must be at least 1")
+    for name in ("lr", "temperature"):
+        if not 0 < getattr(loop, name) < math.inf:
+            raise SpecError(f"--{name} {getattr(loop, name)}: must be a positive number")
+    if not 0 <= loop.min_delta < math.inf:
+        raise SpecError(f"--min-delta {loop.min_delta}: must not be negative")
+    if loop.seed < 0:
+        raise SpecError(f"--seed {loop.seed}: must not be negative")
+    if settings.by_gradient:
+        parse_loss(loop.loss)
 
 
 def default_directory(settings: Settings, source: str, target: str) -> Path:
@@ -143,6 +175,10 @@ def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -
     out = out or default_directory(settings, source, target)
     if (out / "adapter.json").exists() or (out / "metrics.json").exists():
         raise SpecError(f"--out {out} already holds a run; choose another directory or remove it")
+    if out.exists() and not out.is_dir():
+        raise SpecError(f"--out {out} is a file; choose a directory")
+    if settings.type in ("lora", "reduced-rank"):
+        check_low_rank(settings.loop.rank, settings.loop.skip, store.model(source).width, store.model(target).width)
     run = _Run(store, settings, out, quiet=quiet)
     for (a, b), pairs in wanted.items():
         run.direction(a, b, pairs)
@@ -159,7 +195,9 @@ class _Run:
         self.epochs: dict[int, dict[str, Any]] = {}
         self.coverage: dict[str, float] = {}
         out.mkdir(parents=True, exist_ok=True)
-        (out / "log.jsonl").unlink(missing_ok=True)
+        # What an interrupted run left here is not of this one.
+        for left in (out / "log.jsonl", *out.glob("eval_epoch_*.json")):
+            left.unlink(missing_ok=True)
         write_atomic(out / "run.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
 
     def direction(self, source: str, target: str, wanted: list[LayerPair]) -> None:
@@ -201,7 +239,8 @@ class _Run:
             trained = train_map(
                 settings.type, pair, moments, train, val, loop, on_epoch=lambda e: self._record(pair, e), tick=tick
             )
-        self._log({"event": "stop", "pair": pair.key, "best_epoch": trained.best_epoch, "reason": trained.reason})
+        ending = {"epoch": trained.last_epoch, "best_epoch": trained.best_epoch, "reason": trained.reason}
+        self._log({"event": "stop", "pair": pair.key, **ending})
         if not self.quiet:
             err.print(f"  {trained.reason}")
         return trained.aligner, trained.reason
@@ -246,7 +285,6 @@ class _Run:
             entry["baselines"]["closed_form"]["name"] = opponent[1]
         entry["warnings"] = findings(
             entry=entry,
-            type_=self.settings.type,
             n_train=moments.train.n,
             width=len(moments.means[0]),
             coverage=coverage,

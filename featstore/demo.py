@@ -23,7 +23,12 @@ from featstore.provenance import write_json
 
 #: Small enough for two cores, large enough that every figure means something.
 _EXTRACT = ("--layers", "0%,25%,50%,75%,100%", "--max-documents", "60", "--max-document-bytes", "1200")
-_TYPES = ("procrustes", "linear", "affine", "lora")
+_TYPES: dict[str, tuple[str, ...]] = {
+    "procrustes": (),
+    "linear": (),
+    "affine": (),
+    "lora": ("--layers", "25%,50%,75%"),
+}
 _STITCHED_LAYER = "50%"
 _STITCH_TOKENS = "1200"
 
@@ -61,10 +66,10 @@ def run_demo(out: Path, cache: Path) -> dict[str, Any]:
     models = ("--model", f"smollm2={pair.source}", "--model", f"twin={pair.target}")
     extract = (*models, "--dataset", f"jsonl:{sample_path()}", *_EXTRACT, "--store", str(store))
     summary = stage("extract", lambda: _run("featstore", "extract", *extract))
-    for type_ in _TYPES:
+    for type_, scope in _TYPES.items():
         run = runs / type_
         if not (run / "adapter.json").exists():
-            what = ("--type", type_, "--both", "--out", str(run))
+            what = ("--type", type_, "--both", *scope, "--out", str(run))
             stage(f"train {type_}", partial(_run, "align", "train", "--store", str(store), *what))
     if not (runs / "cka" / "cka.json").exists():
         stage("cka", lambda: _run("align", "cka", "--store", str(store), "--out", str(runs / "cka")))

@@ -21,7 +21,7 @@ from featstore.forward import BatchReader, check_finite, to_storage
 from featstore.index import sink_mask, write_pairs
 from featstore.job import Job
 from featstore.plan import Plan
-from featstore.provenance import versions
+from featstore.provenance import read_json, versions
 from featstore.store import open_store
 from featstore.summary import summary
 from featstore.writer import (
@@ -105,12 +105,11 @@ def extract(job: Job, *, quiet: bool = False) -> dict[str, Any]:
     start = time.perf_counter()
     settings = job.settings
     _refuse_foreign(settings.store)
-    left = job.state_bytes() - _present_bytes(settings.store)
     per_token = job.state_bytes() / max(1, *(m.rows for m in job.plan.models.values()))
     fit = int(free_bytes(settings.store) / per_token * 0.95)
     check_space(
         settings.store,
-        left,
+        _bytes_to_write(job),
         f"--max-tokens {fit} would fit, or fewer --layers, or another disk with --store",
     )
     with exclusive(settings.store):
@@ -125,8 +124,17 @@ def extract(job: Job, *, quiet: bool = False) -> dict[str, Any]:
     return summary(open_store(settings.store)) | {"seconds": time.perf_counter() - start}
 
 
-def _present_bytes(path: Path) -> int:
-    return sum(f.stat().st_size for f in path.glob("models/*/resid/*/c/*/0")) if path.exists() else 0
+def _bytes_to_write(job: Job) -> int:
+    """Bytes of the states that an earlier run has not committed yet, uncompressed."""
+    size = formats.parse_format(job.settings.form).storage.itemsize
+    total = 0
+    for name, info in job.infos.items():
+        for layer in job.layers[name]:
+            document = job.settings.store / "models" / name / "resid" / str(layer) / "zarr.json"
+            shape = read_json(document).get("shape") if document.is_file() else None
+            done = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 0
+            total += max(job.plan.models[name].rows - done, 0) * (info.width * size + 4)
+    return total
 
 
 def _refuse_foreign(path: Path) -> None:

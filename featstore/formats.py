@@ -10,6 +10,7 @@ teaches it: on disk ``"bfloat16"``, in memory the 16-bit payload as uint16 (nump
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -206,6 +207,18 @@ def crc32c(data: bytes | memoryview) -> int:
     return int(google_crc32c.value(bytes(data)))
 
 
+def file_checksum(data: bytes) -> str:
+    """CRC-32 of a whole file, as the manifest records it, in hexadecimal.
+
+    Not CRC-32C: a file that is made of chunks followed by their own CRC-32C has a CRC-32C that depends on their lengths
+    alone, so that it would neither tell two files apart nor notice that they changed places.
+
+    Args:
+        data: The file's content.
+    """
+    return f"{zlib.crc32(data):08x}"
+
+
 def seal(data: bytes) -> bytes:
     """Append the little-endian crc32c that the zarr codec of that name expects.
 
@@ -263,6 +276,9 @@ def decode_chunk(data: memoryview, dtype: np.dtype[Any], layout: Layout, what: s
     body = unseal(data, what)
     if not layout.compressed:
         return np.frombuffer(body, dtype)
+    # The decoder believes the length in the blosc header and would read past the end of a shorter buffer.
+    if int.from_bytes(body[12:16], "little") != len(body):
+        raise CorruptDataError(f"{what} does not decompress (its header does not fit its {len(body)} bytes)")
     try:
         return np.frombuffer(_blosc(dtype.itemsize).decode(body), dtype)
     except (RuntimeError, ValueError) as error:

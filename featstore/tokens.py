@@ -108,7 +108,7 @@ def check_offsets(text: str, spans: NDArray[np.int64]) -> None:
             around = text[max(position - 10, 0) : position + 10]
             raise OffsetError(
                 f"no token covers character {position} ({text[position]!r}, in {around!r}): this tokenizer's offsets "
-                "cannot be used for pairing; update `tokenizers` or use another tokenizer"
+                "cannot be used for pairing; clean the text, update `tokenizers` or use another tokenizer"
             )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from featstore import formats
 from featstore.console import progress
 from featstore.errors import CorruptDataError, FeatstoreError
+from featstore.provenance import read_json
 from featstore.store import Store, open_store
 
 
@@ -33,7 +34,7 @@ def verify_store(path: Path, *, quiet: bool = False) -> dict[str, Any]:
         store.manifest  # noqa: B018 - read now: a damaged entry is damage found, too
     except CorruptDataError as error:
         return {"store": str(path), "files": 0, "bytes": 0, "damage": [str(error)]}
-    damage = _check_files(store, quiet=quiet)
+    damage = _check_files(store, quiet=quiet) or _check_recorded(store)
     if not damage:
         # Contents are only worth reading once the bytes are known to be right.
         damage = _check_contents(store)
@@ -51,9 +52,24 @@ def _check_files(store: Store, *, quiet: bool) -> list[str]:
                 damage.append(f"{name}: missing")
             elif (size := path.stat().st_size) != record["bytes"]:
                 damage.append(f"{name}: {size} bytes, the manifest says {record['bytes']}")
-            elif f"{formats.crc32c(path.read_bytes()):08x}" != record["crc32c"]:
+            elif formats.file_checksum(path.read_bytes()) != record["crc32"]:
                 damage.append(f"{name}: checksum differs from the manifest")
             tick(record["bytes"])
+    return damage
+
+
+def _check_recorded(store: Store) -> list[str]:
+    """Chunks that an array must have but the manifest does not name: nothing would notice damage to them."""
+    damage = []
+    for document in [name for name in store.manifest if name.endswith("/zarr.json")]:
+        array = read_json(store.path / document)
+        if array["node_type"] != "array":
+            continue
+        (rows, *rest), size = array["shape"], array["chunk_grid"]["configuration"]["chunk_shape"][0]
+        for i in range(-(-rows // size)):
+            chunk = document.removesuffix("zarr.json") + "/".join(["c", str(i), *("0" for _ in rest)])
+            if chunk not in store.manifest:
+                damage.append(f"{chunk}: not in the manifest")
     return damage
 
 

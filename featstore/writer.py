@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest"
 _LOCK = ".writer.lock"
 METADATA_UNIT = "metadata"
+_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,12}\Z")
+_CHECKSUM = re.compile(r"[0-9a-f]{8}\Z")
 
 #: Chunk length of token tables and pair indexes.
 VECTOR_CHUNK = 1 << 20
@@ -67,7 +70,7 @@ def read_entry(path: Path, unit: str) -> dict[str, Any]:
         unit: The unit it must name.
 
     Returns:
-        ``{"unit": ..., "files": {path: {"bytes": ..., "crc32c": ...}}, ...}``.
+        ``{"unit": ..., "files": {path: {"bytes": ..., "crc32": ...}}, ...}``.
 
     Raises:
         CorruptDataError: It is damaged or names a file outside the store.
@@ -77,10 +80,14 @@ def read_entry(path: Path, unit: str) -> dict[str, Any]:
     if entry.get("unit") != unit or not isinstance(files, dict):
         raise CorruptDataError(f"{path} is not the manifest entry of {unit!r}; restore it or extract again")
     for name, record in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if not _FILE_NAME.match(name) or ".." in name.split("/"):
             raise CorruptDataError(f"{path} names {name!r}, which is not a file of this store; do not trust it")
-        kinds = [type(record.get(key)) for key in ("bytes", "crc32c")] if isinstance(record, dict) else []
-        if kinds != [int, str]:
+        if not (
+            isinstance(record, dict)
+            and record.keys() == {"bytes", "crc32"}
+            and type(record["bytes"]) is int
+            and _CHECKSUM.match(str(record["crc32"]))
+        ):
             raise CorruptDataError(f"{path} records {record!r} for {name!r}; restore it or extract again")
     return entry
 
@@ -151,7 +158,7 @@ class StoreWriter:
         try:
             for name, data in files.items():
                 self._place(name, data)
-                record[name] = {"bytes": len(data), "crc32c": f"{formats.crc32c(data):08x}"}
+                record[name] = {"bytes": len(data), "crc32": formats.file_checksum(data)}
             write_json(self._manifest_path(unit), {"unit": unit, "files": record})
         except OSError as error:
             raise NoSpaceError(
@@ -215,7 +222,7 @@ class StoreWriter:
         texts = {f"{name}/zarr.json": json_text(document) for name, document in documents.items()}
         texts["zarr.json"] = json_text(root)
         record = {
-            name: {"bytes": len(text.encode()), "crc32c": f"{formats.crc32c(text.encode()):08x}"}
+            name: {"bytes": len(text.encode()), "crc32": formats.file_checksum(text.encode())}
             for name, text in texts.items()
         }
         write_json(

@@ -1,0 +1,252 @@
+"""Rows to bytes and back: rounding against torch, shards against their definition, damage against the checksums."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from featstore.errors import CorruptDataError, NonFiniteStateError, SpecError
+from featstore.formats import (
+    CRC_BYTES,
+    FORMATS,
+    BFloat16,
+    Layout,
+    bfloat16_bits,
+    bfloat16_values,
+    crc32c,
+    decode_chunk,
+    decode_index,
+    encode_chunk,
+    encode_shard,
+    parse_format,
+    parse_layout,
+    seal,
+    unseal,
+)
+from featstore.forward import check_finite, to_storage
+
+ALL_PAYLOADS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
+
+
+def torch_bits(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+
+def same_bits(ours: np.ndarray, theirs: np.ndarray, values: np.ndarray) -> None:
+    nan = np.isnan(values)
+    np.testing.assert_array_equal(ours[~nan], theirs[~nan])
+    # Which NaN it is, is nobody's business; that it is one, is.
+    assert np.isnan(bfloat16_values(ours[nan])).all()
+
+
+class TestBfloat16:
+    def test_widening_equals_torch_for_every_payload(self):
+        theirs = torch.from_numpy(ALL_PAYLOADS.view(np.int16)).view(torch.bfloat16).float().numpy()
+        np.testing.assert_array_equal(bfloat16_values(ALL_PAYLOADS).view(np.uint32), theirs.view(np.uint32))
+
+    def test_every_payload_survives_the_round_trip(self):
+        values = bfloat16_values(ALL_PAYLOADS)
+        nan = np.isnan(values)
+        assert nan.sum() == 2 * 127
+        same_bits(bfloat16_bits(values), ALL_PAYLOADS, values)
+
+    @pytest.mark.parametrize("low", [0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    def test_rounding_equals_torch_above_every_payload(self, low):
+        """Just above, just below, at and just beyond the tie, for every sign, exponent and mantissa."""
+        values = ((ALL_PAYLOADS.astype(np.uint32) << 16) | low).view(np.float32)
+        same_bits(bfloat16_bits(values), torch_bits(values), values)
+
+    def test_rounding_equals_torch_for_random_floats(self):
+        rng = np.random.default_rng(0)
+        values = rng.integers(0, 1 << 32, 1 << 18, dtype=np.uint32).view(np.float32)
+        assert np.isnan(values).any()
+        same_bits(bfloat16_bits(values), torch_bits(values), values)
+
+    @given(hnp.arrays(np.float32, (4, 3), elements=st.floats(width=32)))
+    def test_rounding_equals_torch(self, values):
+        same_bits(bfloat16_bits(values), torch_bits(values), values)
+
+    def test_the_cases_that_go_wrong(self):
+        names = {
+            1.0: 0x3F80,
+            1.00390625: 0x3F80,  # tie: to even, down
+            1.01171875: 0x3F82,  # tie: to even, up
+            -0.0: 0x8000,
+            3.4e38: 0x7F80,  # rounds to infinity
+            float("inf"): 0x7F80,
+            float("-inf"): 0xFF80,
+            1e-45: 0x0000,  # the smallest subnormal
+            9.2e-41: 0x0001,
+        }
+        assert bfloat16_bits(np.array([*names], np.float32)).tolist() == [*names.values()]
+
+    def test_a_nan_whose_payload_is_all_in_the_low_bits_stays_a_nan(self):
+        values = np.array([0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+        assert np.isnan(bfloat16_values(bfloat16_bits(values))).all()
+
+    def test_a_view_that_is_not_contiguous(self):
+        values = np.arange(24, dtype=np.float32).reshape(4, 6)[:, ::2]
+        np.testing.assert_array_equal(bfloat16_bits(values), torch_bits(values.copy()))
+
+    @pytest.mark.parametrize(
+        ("fill", "payload"), [(0.0, 0), (1, 0x3F80), ("NaN", 0x7FC0), ("Infinity", 0x7F80), ("0x3f80", 0x3F80)]
+    )
+    def test_fill_values_of_the_zarr_data_type(self, fill, payload):
+        scalar = BFloat16().from_json_scalar(fill, zarr_format=3)
+        assert int(scalar) == payload
+        assert BFloat16().from_json_scalar(BFloat16().to_json_scalar(scalar, zarr_format=3), zarr_format=3) == scalar
+
+    @pytest.mark.parametrize("fill", [None, True, "one", [0]])
+    def test_what_is_no_fill_value_is_refused(self, fill):
+        with pytest.raises(TypeError):
+            BFloat16().from_json_scalar(fill, zarr_format=3)
+
+
+class TestFormats:
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_widening_is_exact(self, name):
+        form = FORMATS[name]
+        values = np.random.default_rng(1).standard_normal((50, 7)).astype(np.float32)
+        stored = form.encode(values)
+        assert stored.dtype == form.storage
+        np.testing.assert_array_equal(form.encode(form.decode(stored)), stored)
+        bits = {"bfloat16": 8, "float16": 11, "float32": 24}[name]
+        np.testing.assert_allclose(form.decode(stored), values, rtol=2.0**-bits)
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_storing_from_torch_gives_the_same_rows_and_their_norms(self, name):
+        form = FORMATS[name]
+        values = np.random.default_rng(2).standard_normal((50, 7)).astype(np.float32) * 100
+        stored, norms = to_storage(torch.from_numpy(values), form, "here")
+        np.testing.assert_array_equal(stored, form.encode(values))
+        assert stored.dtype == form.storage
+        assert norms.dtype == np.float32
+        np.testing.assert_allclose(norms, np.linalg.norm(form.decode(stored), axis=1), rtol=1e-6)
+
+    def test_bfloat16_models_are_stored_as_they_are(self):
+        values = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        stored, _ = to_storage(values, FORMATS["bfloat16"], "here")
+        np.testing.assert_array_equal(bfloat16_values(stored), values.float().numpy())
+
+    def test_float16_overflow_names_the_row_and_the_value(self):
+        values = np.ones((5, 3), np.float32)
+        values[3, 1] = -70_000
+        message = r"row 3 holds 7e\+04, more than float16 can.*use --format bfloat16"
+        with pytest.raises(NonFiniteStateError, match=message):
+            FORMATS["float16"].encode(values)
+        with pytest.raises(NonFiniteStateError, match=f"model 'm', layer 2: {message}"):
+            to_storage(torch.from_numpy(values), FORMATS["float16"], "model 'm', layer 2")
+        values[3, 1] = 65_504
+        FORMATS["float16"].encode(values)
+        to_storage(torch.from_numpy(values), FORMATS["float16"], "")
+        np.testing.assert_array_equal(FORMATS["float16"].encode(values)[3, 1], np.float16(65_504))
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_states_that_are_not_numbers_are_never_stored(self, name, bad):
+        values = np.ones((5, 3), np.float32)
+        values[2, 2] = bad
+        with pytest.raises(NonFiniteStateError, match="here: NaN or infinity at row 2; try --dtype float32"):
+            to_storage(torch.from_numpy(values), FORMATS[name], "here")
+
+    def test_finite_norms_pass(self):
+        check_finite(torch.tensor([0.0, 3e38]), "here")
+        with pytest.raises(NonFiniteStateError, match="at row 1"):
+            check_finite(torch.tensor([0.0, float("nan"), float("inf")]), "here")
+
+    @pytest.mark.parametrize("parse", [parse_format, parse_layout])
+    def test_unknown_names_are_quoted_with_the_choices(self, parse):
+        with pytest.raises(SpecError, match=r"'fp4': choose one of (bfloat16, float16, float32|hot, archive)"):
+            parse("fp4")
+
+
+SMALL = {
+    "hot": Layout("hot", 4, compressed=False),
+    "archive": Layout("archive", 4, compressed=True),
+}
+
+
+def decode_all(data: memoryview, layout: Layout) -> None:
+    """Decode every chunk of a shard of four chunks of bfloat16 rows."""
+    for at, length in filter(None, decode_index(data, 4, "it")):
+        decode_chunk(data[at : at + length], np.dtype("<u2"), layout, "it")
+
+
+class TestShards:
+    @given(
+        st.sampled_from([*SMALL]),
+        st.sampled_from([*FORMATS]),
+        st.integers(1, 16),
+        st.integers(1, 5),
+        st.integers(0, 2**32 - 1),
+    )
+    def test_decoding_gives_the_rows_back(self, layout, form, rows, width, seed):
+        layout, dtype = SMALL[layout], FORMATS[form].storage
+        raw = np.random.default_rng(seed).integers(0, 256, (rows, width, dtype.itemsize), dtype=np.uint8)
+        values = raw.view(dtype)[..., 0]
+        data = memoryview(encode_shard(values, 16, layout))
+        index = decode_index(data, 4, "it")
+        present = -(-rows // 4)
+        assert [place is not None for place in index] == [True] * present + [False] * (4 - present)
+        parts = [
+            decode_chunk(data[at : at + length], dtype, layout, "it").reshape(4, width)
+            for at, length in (place for place in index if place)
+        ]
+        decoded = np.concatenate(parts)
+        assert decoded[:rows].tobytes() == values.tobytes()
+        assert not decoded[rows:].tobytes().strip(b"\0")
+        # Nothing lies between the chunks and the index: every byte is under a checksum.
+        assert sum(length for _, length in filter(None, index)) + 4 * 16 + CRC_BYTES == len(data)
+
+    def test_a_hot_chunk_is_a_view_of_the_file(self):
+        rows = np.arange(8, dtype="<f4").reshape(4, 2)
+        data = memoryview(encode_shard(rows, 4, SMALL["hot"]))
+        ((at, length),) = decode_index(data, 1, "it")
+        chunk = decode_chunk(data[at : at + length], np.dtype("<f4"), SMALL["hot"], "it")
+        assert chunk.base is not None
+        assert np.shares_memory(chunk, np.frombuffer(data, np.uint8))
+        assert not chunk.flags.writeable
+
+    def test_compression_shrinks_real_looking_states(self):
+        rows = bfloat16_bits(np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32))
+        assert len(encode_chunk(rows, parse_layout("archive"))) < 0.8 * rows.nbytes
+
+    @pytest.mark.parametrize("layout", SMALL)
+    def test_any_flipped_byte_is_noticed(self, layout):
+        rows = np.arange(24, dtype="<u2").reshape(12, 2)
+        whole = encode_shard(rows, 16, SMALL[layout])
+        for at in range(len(whole)):
+            data = memoryview(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+            with pytest.raises(CorruptDataError, match="checksum mismatch in"):
+                decode_all(data, SMALL[layout])
+
+    def test_a_truncated_file_is_noticed(self):
+        whole = encode_shard(np.ones((16, 2), "<u2"), 16, SMALL["hot"])
+        for size in range(len(whole)):
+            with pytest.raises(CorruptDataError, match="it"):
+                decode_index(memoryview(whole[:size]), 4, "it")
+
+    def test_an_index_that_points_outside_is_refused(self):
+        for entry in ((0, 100), (2**63, 2**63), (2**64 - 1, 5), (5, 2**64 - 1)):
+            data = bytes(50) + seal(np.array([entry], "<u8").tobytes())
+            with pytest.raises(CorruptDataError, match="points outside the file"):
+                decode_index(memoryview(data), 1, "it")
+
+    def test_a_sealed_chunk_that_does_not_decompress_is_refused(self):
+        whole = encode_chunk(np.ones((4, 2), "<u2"), SMALL["archive"])[:-CRC_BYTES]
+        for body in (b"", b"not blosc", b"not blosc at all, but longer", whole[:10], whole[:20], whole + b"x"):
+            with pytest.raises(CorruptDataError, match="it does not decompress"):
+                decode_chunk(memoryview(seal(body)), np.dtype("<u2"), SMALL["archive"], "it")
+
+    @given(st.binary(max_size=50))
+    def test_seal_and_unseal(self, data):
+        assert bytes(unseal(memoryview(seal(data)), "it")) == data
+        with pytest.raises(CorruptDataError):
+            unseal(memoryview(seal(data)[1:]), "it")
+
+    def test_the_checksum_is_castagnolis(self):
+        assert crc32c(b"123456789") == 0xE3069283
