@@ -22,7 +22,7 @@ def compare_runs(directories: Sequence[Path]) -> dict[str, Any]:
         ``{"rows": [{"run", "type", "pair", "trainable", "r2", ..., "baselines": {...}, "warnings": [...]}]}``.
 
     Raises:
-        AdapterError: A directory holds no run.
+        AdapterError: A directory holds no run, or a damaged one.
     """
     rows: list[dict[str, Any]] = []
     for directory in directories:
@@ -30,24 +30,30 @@ def compare_runs(directories: Sequence[Path]) -> dict[str, Any]:
         if not path.is_file() or not (directory / "adapter.json").is_file():
             raise AdapterError(f"no finished run in {str(directory)!r}; make one with `align train`")
         metrics, card = read_json(path), read_json(directory / "adapter.json")
-        trainable = {entry["key"]: entry["parameters"]["trainable"] for entry in card["pairs"]}
-        for key, entry in metrics["pairs"].items():
-            rows.append(
-                {
-                    "run": str(directory),
-                    "type": metrics["type"],
-                    "pair": key,
-                    "trainable": trainable.get(key),
-                    **{name: entry["test"].get(name) for name in _FIGURES},
-                    "baselines": {
-                        name: None if figures is None else figures.get("r2")
-                        for name, figures in entry["baselines"].items()
-                    },
-                    "warnings": [warning["code"] for warning in entry["warnings"]],
-                }
-            )
+        try:
+            rows += _rows(directory, metrics, card)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise AdapterError(f"the run in {str(directory)!r} is damaged ({error!r}); train it again") from error
     rows.sort(key=lambda row: (row["pair"], -(row["r2"] if row["r2"] is not None else -1e9)))
     return {"rows": rows}
+
+
+def _rows(directory: Path, metrics: dict[str, Any], card: dict[str, Any]) -> list[dict[str, Any]]:
+    trainable = {entry["key"]: entry["parameters"]["trainable"] for entry in card["pairs"]}
+    return [
+        {
+            "run": str(directory),
+            "type": metrics["type"],
+            "pair": key,
+            "trainable": trainable.get(key),
+            **{name: entry["test"].get(name) for name in _FIGURES},
+            "baselines": {
+                name: None if figures is None else figures.get("r2") for name, figures in entry["baselines"].items()
+            },
+            "warnings": [warning["code"] for warning in entry["warnings"]],
+        }
+        for key, entry in metrics["pairs"].items()
+    ]
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ condition          if it did as well as ``mapped`` ...
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,11 +58,17 @@ def control_states(
         scaled: NDArray[np.float32] = unit * np.linalg.norm(aligner.apply(source), axis=1, keepdims=True)
         return scaled
     if name == "random_rotation":
-        rotation = random_orthogonal(d_source, d_target, np.random.default_rng(seed)).astype(np.float32)
-        rotated = (source - tensors["control_mean_source"]) @ rotation + tensors["control_mean"]
+        rotated = (source - tensors["control_mean_source"]) @ _rotation(d_source, d_target, seed)
+        rotated = rotated + tensors["control_mean"]
         return rotated.astype(np.float32, copy=False)
     if name == "shuffled":
         return "there is no other text to take states from" if other is None else aligner.apply(other)
     if d_source != d_target:
         return f"widths differ ({d_source} and {d_target})"
     return source
+
+
+@lru_cache(maxsize=2)
+def _rotation(d_source: int, d_target: int, seed: int) -> NDArray[np.float32]:
+    """The same for every window: drawing one takes seconds at the width of a large model."""
+    return random_orthogonal(d_source, d_target, np.random.default_rng(seed)).astype(np.float32)

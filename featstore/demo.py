@@ -29,6 +29,8 @@ _TYPES: dict[str, tuple[str, ...]] = {
     "affine": (),
     "lora": ("--layers", "25%,50%,75%"),
 }
+#: What is injected: `linear` differs from `affine` by a mean that hardly matters here.
+_STITCHED = ("procrustes", "affine", "lora")
 _STITCHED_LAYER = "50%"
 _STITCH_TOKENS = "1200"
 
@@ -73,7 +75,7 @@ def run_demo(out: Path, cache: Path) -> dict[str, Any]:
             stage(f"train {type_}", partial(_run, "align", "train", "--store", str(store), *what))
     if not (runs / "cka" / "cka.json").exists():
         stage("cka", lambda: _run("align", "cka", "--store", str(store), "--out", str(runs / "cka")))
-    for type_ in _TYPES:
+    for type_ in _STITCHED:
         run = runs / type_
         if not (run / "stitch.json").exists():
             scope = ("--layers", _STITCHED_LAYER, "--max-tokens", _STITCH_TOKENS)
@@ -111,11 +113,18 @@ def _figures(runs: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for type_ in _TYPES:
         metrics = json.loads((runs / type_ / "metrics.json").read_text())["pairs"]
-        stitched = json.loads((runs / type_ / "stitch.json").read_text())["pairs"]
+        path = runs / type_ / "stitch.json"
+        stitched = json.loads(path.read_text())["pairs"] if path.exists() else {}
         figures[type_] = {
-            key: {"r2": entry["test"]["r2"], **_stitched(stitched.get(key))} for key, entry in metrics.items()
+            key: {"r2": metrics[key]["test"]["r2"], **_stitched(stitched.get(key))}
+            for key in sorted(metrics, key=_by_depth)
         }
     return figures
+
+
+def _by_depth(key: str) -> tuple[str, int]:
+    model, _, layer = key.partition("->")[0].rpartition(":")
+    return model, int(layer)
 
 
 def _stitched(entry: dict[str, Any] | None) -> dict[str, Any]:

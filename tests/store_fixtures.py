@@ -64,10 +64,10 @@ def token_table(recipe: Recipe, model: str, windows: list[tuple[int, int, int]])
 
 
 def states(recipe: Recipe, model: str, layer: int, rows: int) -> np.ndarray:
-    """float32 (rows, width); every 50th row is a sink."""
+    """float32 (rows, width); every 50th row is a sink, another one in each layer."""
     rng = np.random.default_rng((recipe.state_seed, MODELS.index(model), layer))
     values = rng.standard_normal((rows, recipe.width)).astype(np.float32)
-    values[::50] *= 40
+    values[layer::50] *= 40
     return values
 
 

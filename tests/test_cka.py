@@ -29,7 +29,9 @@ def hsic1(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741 - the field's na
     n = len(k)
     k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))  # noqa: E741
     one = np.ones(n)
-    total = np.trace(k @ l) + (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l @ one)
+    total = (
+        np.trace(k @ l) + (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l @ one)
+    )
     return float(total / (n * (n - 3)))
 
 
@@ -256,9 +258,7 @@ def test_an_unknown_estimator_is_refused(planted: Planted) -> None:
         compared(planted, estimator="hsic")
 
 
-def test_states_that_do_not_vary_are_null_with_a_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_states_that_do_not_vary_are_null_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x = spectrum_rows(300, 8, 1)
     planted = plant(tmp_path / "s.zarr", {0: x, 1: np.full((300, 8), 3.0)}, {0: x, 1: x})
     out = tmp_path / "out"

@@ -383,7 +383,7 @@ def test_infinite_rows_give_one_clear_error(tmp_path: Path, split: int) -> None:
     # Beyond the pilot, whose median it would spoil.
     y[np.flatnonzero(splits_of(2000) == split)[-7], 3] = np.nan
     planted = plant(tmp_path / "s.zarr", x, y)
-    with pytest.raises(FitError, match="row .* holds NaN, infinity"):
+    with pytest.raises(FitError, match=r"row \d+ holds NaN, infinity"):
         trained(planted, tmp_path / "run", "affine")
 
 

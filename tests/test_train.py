@@ -215,7 +215,9 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(lora: Path, tmp_path: Path) -> None:
     # YAML 1.1: 1e-2 without a dot is a string, and 1 an integer.
-    text = (lora / "run.yaml").read_text().replace("lr: 0.02", "lr: 1e-2").replace("temperature: 0.07", "temperature: 1")
+    text = (
+        (lora / "run.yaml").read_text().replace("lr: 0.02", "lr: 1e-2").replace("temperature: 0.07", "temperature: 1")
+    )
     (tmp_path / "run.yaml").write_text(text)
     loop = load_settings(tmp_path / "run.yaml").loop
     assert (loop.lr, loop.temperature) == (0.01, 1.0)
@@ -245,9 +247,7 @@ def test_a_spoiled_run_yaml_is_one_clear_error(lora: Path, tmp_path: Path, chang
         load_settings(tmp_path / "none.yaml")
 
 
-def test_a_config_is_not_mixed_with_other_flags(
-    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_config_is_not_mixed_with_other_flags(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags in (("--lr", "0.1"), ("--batch-size", "64"), ("--type", "affine"), ("--both",)):
         line = call(capsys, "align", "train", "--config", lora / "run.yaml", *flags, "--out", tmp_path / "x").refusal
         assert flags[0] in line
@@ -436,22 +436,23 @@ def test_the_best_epoch_is_what_is_saved(tmp_path: Path) -> None:
     assert entry["val"]["r2"] == pytest.approx(1 - min(losses), abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("lr", "batch_size", "words"),
-    [
-        (1e30, 16, r"the loss became (inf|nan) at epoch 1, step \d+; the last good epoch was 0"),
-        # The only step of the epoch is the one that explodes: validation notices.
-        (1e38, 5000, r"validation R2 is undefined at epoch 1 \(a true or predicted state is not finite\)"),
-    ],
-)
-def test_a_loss_that_explodes_is_one_clear_error(
-    small: Planted, tmp_path: Path, lr: float, batch_size: int, words: str
-) -> None:
-    with pytest.raises(FitError, match=f"^a:1->b:1: {words}.* use a smaller --lr than") as caught:
-        trained(small, tmp_path, "lora", rank=4, lr=lr, batch_size=batch_size)
+@pytest.mark.parametrize("batch_size", [16, 5000])
+def test_a_loss_that_explodes_is_one_clear_error(small: Planted, tmp_path: Path, batch_size: int) -> None:
+    words = r"^a:1->b:1: the loss became (inf|nan) at epoch [12], step \d+; the last good epoch was [01]: use a smaller"
+    with pytest.raises(FitError, match=words) as caught:
+        trained(small, tmp_path, "lora", rank=4, lr=1e30, batch_size=batch_size)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "adapter.json").exists()
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_an_undefined_validation_is_one_clear_error(
+    small: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = iter([({"r2": 0.5}, {}), ({"r2": None}, {"r2": "a predicted state is not finite"})])
+    monkeypatch.setattr(align.loop, "score_all", lambda *_, **__: {"map": next(script)})
+    with pytest.raises(FitError, match=r"undefined at epoch 1 \(a predicted state is not finite\); use a smaller --lr"):
+        trained(small, tmp_path, "lora", rank=2)
 
 
 def test_no_epoch_and_no_choice_sees_a_test_row(tmp_path: Path) -> None:
@@ -498,5 +499,7 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
 
 def test_a_bad_loss_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="--loss"):
-        train(Settings(str(tmp_path / "no-store"), "lora", loop=LoopSettings(loss="bogus")), tmp_path / "run", quiet=True)
+        train(
+            Settings(str(tmp_path / "no-store"), "lora", loop=LoopSettings(loss="bogus")), tmp_path / "run", quiet=True
+        )
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,250 @@
+"""Continuations: each model alone is what transformers gives, its own states put back change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import call, strict_json
+
+import evaluate.generate as module
+from align.aligners import load_adapter
+from align.train import Settings, train
+from evaluate.generate import PROMPTS, describe, generate, read_prompts
+from evaluate.inject import source_positions
+from featstore.errors import AdapterError, SpecError
+
+TEXTS = ("The capital of France is", "One line – with a dash\nand another", "naïve 東京")
+NEW = 6
+CONDITIONS = {"mapped", "self", "mean", "random_norm", "shuffled"}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    base = tmp_path_factory.mktemp("generate")
+    train(Settings(str(tiny_store), "affine", both=True, layers="2"), base / "both", quiet=True)
+    train(Settings(str(tiny_store), "affine", layers="2"), base / "one", quiet=True)
+    train(Settings(str(tiny_store), "procrustes", source="llama", target="llama", layers="2"), base / "own", quiet=True)
+    return SimpleNamespace(**{name: base / name for name in ("both", "one", "own")})
+
+
+@pytest.fixture(scope="module")
+def result(runs: SimpleNamespace) -> dict[str, Any]:
+    return generate(load_adapter(runs.both), TEXTS, max_new_tokens=NEW, quiet=True)
+
+
+def transformers_text(path: Path, prompt: str, **options: Any) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    output = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, pad_token_id=0, **options)
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_each_model_alone_is_transformers_own_greedy_text(
+    result: dict[str, Any], tiny_llama: Path, tiny_mistral: Path
+) -> None:
+    assert [entry["prompt"] for entry in result["entries"]] == list(TEXTS)
+    for entry in result["entries"]:
+        assert (entry["source"], entry["target"]) == ("llama", "mistral")
+        assert entry["source_alone"] == transformers_text(tiny_llama, entry["prompt"])
+        assert entry["target_alone"] == transformers_text(tiny_mistral, entry["prompt"])
+    assert (result["max_new_tokens"], result["decoding"]) == (NEW, "greedy")
+
+
+def test_a_models_own_states_put_back_give_its_own_text(result: dict[str, Any]) -> None:
+    for entry in result["entries"]:
+        there, back = entry["source_to_target"], entry["target_to_source"]
+        assert list(there) == ["llama:2->mistral:2"]
+        assert list(back) == ["mistral:2->llama:2"]
+        assert set(there["llama:2->mistral:2"]) == set(back["mistral:2->llama:2"]) == CONDITIONS
+        assert there["llama:2->mistral:2"]["self"] == entry["target_alone"]
+        assert back["mistral:2->llama:2"]["self"] == entry["source_alone"]
+
+
+def test_what_is_put_in_matters(result: dict[str, Any]) -> None:
+    for role, own in (("source_to_target", "target_alone"), ("target_to_source", "source_alone")):
+        texts = [(next(iter(entry[role].values())), entry[own]) for entry in result["entries"]]
+        for condition in CONDITIONS - {"self"}:
+            assert any(stitched[condition] != alone for stitched, alone in texts), (role, condition)
+
+
+def test_a_run_in_one_direction_has_three_conditions(runs: SimpleNamespace, result: dict[str, Any]) -> None:
+    one = generate(load_adapter(runs.one), TEXTS[:2], max_new_tokens=NEW, quiet=True)
+    for entry, full in zip(one["entries"], result["entries"], strict=False):
+        assert entry["target_to_source"] == {}
+        assert entry["source_alone"] == full["source_alone"]
+        assert entry["target_alone"] == full["target_alone"]
+        for condition in ("mapped", "self", "mean", "random_norm"):
+            key = "llama:2->mistral:2"
+            assert entry["source_to_target"][key][condition] == full["source_to_target"][key][condition]
+    assert TEXTS[0] in describe(one)
+
+
+def test_a_model_mapped_to_itself_says_what_it_says(runs: SimpleNamespace) -> None:
+    own = generate(load_adapter(runs.own), TEXTS, max_new_tokens=NEW, quiet=True)
+    for entry in own["entries"]:
+        assert entry["target_to_source"] == {}
+        stitched = entry["source_to_target"]["llama:2->llama:2"]
+        assert stitched["mapped"] == stitched["self"] == entry["source_alone"] == entry["target_alone"]
+
+
+def test_the_seed_decides_the_random_controls_and_nothing_else(runs: SimpleNamespace, result: dict[str, Any]) -> None:
+    adapter = load_adapter(runs.both)
+    assert generate(adapter, TEXTS, max_new_tokens=NEW, quiet=True) == result
+    other = generate(adapter, TEXTS, max_new_tokens=NEW, seed=1, quiet=True)
+    changed = set()
+    for one, two in zip(result["entries"], other["entries"], strict=True):
+        for role in ("source_to_target", "target_to_source"):
+            first, second = (next(iter(entry[role].values())) for entry in (one, two))
+            changed |= {condition for condition in CONDITIONS if first[condition] != second[condition]}
+    assert "random_norm" in changed
+    assert changed <= {"random_norm", "shuffled"}
+
+
+def test_one_prompt_has_no_other_text_to_shuffle_with(runs: SimpleNamespace) -> None:
+    [entry] = generate(load_adapter(runs.one), TEXTS[:1], max_new_tokens=2, quiet=True)["entries"]
+    texts = entry["source_to_target"]["llama:2->mistral:2"]
+    assert texts["shuffled"] is None
+    assert texts["mapped"] is not None
+    assert "shuffled" not in describe({"entries": [entry]})
+
+
+def test_an_end_token_ends_a_text_and_only_its_own(
+    runs: SimpleNamespace, result: dict[str, Any], tiny_mistral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    entry = result["entries"][0]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_mistral)
+    model = module.load(load_adapter(runs.both), "mistral", ()).model
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+    with torch.inference_mode():
+        second = int(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)[0, -1])
+    original = module.load
+
+    def ending(adapter: Any, name: str, *args: Any, **options: Any) -> Any:
+        loaded = original(adapter, name, *args, **options)
+        loaded.model.generation_config.eos_token_id = [1, second] if name == "mistral" else 2
+        return loaded
+
+    monkeypatch.setattr(module, "load", ending)
+    [stopped] = generate(load_adapter(runs.one), TEXTS[:1], max_new_tokens=NEW, quiet=True)["entries"]
+    assert stopped["target_alone"] == transformers_text(tiny_mistral, TEXTS[0], eos_token_id=[1, second])
+    assert len(stopped["target_alone"]) < len(entry["target_alone"])
+    texts = stopped["source_to_target"]["llama:2->mistral:2"]
+    assert texts["self"] == stopped["target_alone"]
+    # The others go on although one row of the batch is done.
+    full = entry["source_to_target"]["llama:2->mistral:2"]
+    assert any(texts[c] == full[c] != stopped["target_alone"] for c in ("mapped", "mean", "random_norm"))
+
+
+def test_hidden_positions_keep_the_targets_own_state(runs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    reads: list[Any] = []
+    original, read = module.injecting, module._read
+
+    def spy(stream: Any, layer: int, hidden: torch.Tensor, *, whole: bool) -> Any:
+        seen.append(hidden.clone())
+        assert not whole
+        return original(stream, layer, hidden, whole=whole)
+
+    def remember(*args: Any) -> Any:
+        reads.append(read(*args))
+        return reads[-1]
+
+    monkeypatch.setattr(module, "injecting", spy)
+    monkeypatch.setattr(module, "_read", remember)
+    # Its newline is a sink of the source, its start token special and a sink of the target.
+    generate(load_adapter(runs.one), TEXTS[1:2], max_new_tokens=1, quiet=True)
+    source, target = reads
+    taken = source_positions(source.window, target.window)
+    kept = np.array([
+        t < 0 or target.sink[i] or (t >= 0 and source.sink[t]) for i, t in enumerate(taken)
+    ])  # fmt: skip
+    assert source.sink.any()
+    assert target.window.special[0]
+    assert kept[0]
+    assert kept.sum() > 1
+    assert (~kept).any()
+    own = target.states[2]
+    [hidden] = seen
+    for row in hidden:
+        assert torch.equal(row[kept], own[kept])
+    mapped = hidden[0]
+    assert not torch.isclose(mapped[~kept], own[~kept]).all(dim=1).any()
+
+
+def test_a_prompt_longer_than_the_context_is_refused(runs: SimpleNamespace) -> None:
+    with pytest.raises(SpecError, match=r"prompt 'word word .*exceeds the context of 'llama' \(1024\); shorten it"):
+        generate(load_adapter(runs.one), ["word " * 1100], max_new_tokens=4, quiet=True)
+    with pytest.raises(SpecError, match="smaller --max-new-tokens"):
+        generate(load_adapter(runs.one), ["word"], max_new_tokens=1024, quiet=True)
+
+
+def test_a_layer_the_run_lacks_is_named(runs: SimpleNamespace) -> None:
+    with pytest.raises(SpecError, match="--layers 1: this run maps layers 2"):
+        generate(load_adapter(runs.one), TEXTS[:1], layers="1", quiet=True)
+
+
+def test_another_model_is_refused(runs: SimpleNamespace, tiny_mistral: Path) -> None:
+    with pytest.raises(AdapterError, match="point to the right model"):
+        generate(load_adapter(runs.one), TEXTS[:1], overrides=(f"llama={tiny_mistral}",), quiet=True)
+
+
+# Prompts.
+
+
+def test_the_five_prompts_are_the_default() -> None:
+    assert read_prompts(None) == PROMPTS
+    assert len(PROMPTS) == 5
+    assert PROMPTS[0] == "The capital of France is"
+
+
+def test_a_file_has_one_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes("One\r\n\n  two, with spaces \nnaïve 東京".encode())
+    assert read_prompts(path) == ("One", "  two, with spaces ", "naïve 東京")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n\t\n"])
+def test_a_file_without_a_prompt_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes(content)
+    with pytest.raises(SpecError, match="holds no prompt; write one a line"):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "latin-1"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
+    path = {"missing": tmp_path / "none.txt", "directory": tmp_path, "latin-1": tmp_path / "p.txt"}[kind]
+    if kind == "latin-1":
+        path.write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(SpecError, match="cannot be read .*; give a UTF-8 file, one prompt a line") as caught:
+        read_prompts(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_command_writes_what_it_prints(
+    runs: SimpleNamespace, result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("\n".join((TEXTS[0], TEXTS[2])), encoding="utf-8")
+    base = ("evaluate", "generate", "--adapter", runs.both, "--prompts", prompts, "--max-new-tokens", NEW)
+    shown = call(capsys, *base, "--out", tmp_path, "--json").json
+    assert shown == strict_json((tmp_path / "generations.json").read_text(encoding="utf-8"))
+    assert [entry["target_alone"] for entry in shown["entries"]] == [
+        result["entries"][i]["target_alone"] for i in (0, 2)
+    ]
+    assert not (runs.both / "generations.json").exists()
+    text = call(capsys, *base, "--out", tmp_path)
+    assert text.code == 0
+    assert TEXTS[0] in text.out
+    assert "loading llama" in text.err
