@@ -227,7 +227,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
     path = {"missing": tmp_path / "none.txt", "directory": tmp_path, "latin-1": tmp_path / "p.txt"}[kind]
     if kind == "latin-1":
         path.write_bytes("naïve".encode("latin-1"))
-    with pytest.raises(SpecError, match="cannot be read .*; give a UTF-8 file, one prompt a line") as caught:
+    with pytest.raises(SpecError, match=r"cannot be read .*; give a UTF-8 file, one prompt a line") as caught:
         read_prompts(path)
     assert str(path) in str(caught.value)
 

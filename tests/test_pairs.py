@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -232,3 +234,14 @@ class TestSelect:
         assert self.PAIRS.need(6, "validation") is self.PAIRS
         with pytest.raises(PairingError, match="6 pairs of a and b for validation, at least 7 are needed"):
             self.PAIRS.need(7, "validation")
+
+
+def test_another_index_leaves_the_fingerprint(tiny_store, tmp_path):
+    """An adapter fitted before `featstore pair` still belongs to the store after it."""
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(tiny_store, copy)
+    before = open_store(copy).fingerprint
+    added = add_pairs(copy, "word")
+    after = open_store(copy)
+    assert after.fingerprint == before
+    assert 0 < added["pairs"]["llama__mistral"]["pairs"] < len(after.pairs("llama", "mistral"))
