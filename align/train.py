@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from align.aligners import Aligner, save_adapter
-from align.fit import Fit, Scan, baselines, check_low_rank, fit_closed, limit_rows, scan
+from align.fit import MINIMUM_PAIRS, Fit, Scan, baselines, check_low_rank, fit_closed, limit_rows, scan
 from align.layers import LayerPair, choose_models, layer_pairs
 from align.loop import Epoch, LoopSettings, train_map
 from align.losses import parse_loss
@@ -119,9 +119,11 @@ def check(settings: Settings) -> None:
     if settings.solver == "adamw" and settings.type in ("procrustes", "reduced-rank"):
         raise SpecError(f"type {settings.type!r} has a closed form only; leave out --solver adamw")
     loop = settings.loop
-    for name in ("epochs", "patience", "batch_size"):
+    for name in ("epochs", "patience", "batch_size", "rank"):
         if getattr(loop, name) < 1:
             raise SpecError(f"--{name.replace('_', '-')} {getattr(loop, name)}: must be at least 1")
+    if settings.max_rows is not None and settings.max_rows < MINIMUM_PAIRS:
+        raise SpecError(f"--max-rows {settings.max_rows}: a fit needs at least {MINIMUM_PAIRS} pairs")
     for name in ("lr", "temperature"):
         if not 0 < getattr(loop, name) < math.inf:
             raise SpecError(f"--{name} {getattr(loop, name)}: must be a positive number")
@@ -179,6 +181,8 @@ def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -
         raise SpecError(f"--out {out} is a file; choose a directory")
     if settings.type in ("lora", "reduced-rank"):
         check_low_rank(settings.loop.rank, settings.loop.skip, store.model(source).width, store.model(target).width)
+    # Refuses an unknown or missing pair index, too, before anything is written.
+    store.pairs(source, target, settings.policy)
     run = _Run(store, settings, out, quiet=quiet)
     for (a, b), pairs in wanted.items():
         run.direction(a, b, pairs)

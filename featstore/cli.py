@@ -19,13 +19,13 @@ StorePath = Annotated[Path, typer.Argument(help="Path of the store.")]
 @app.command()
 def extract(
     model: Annotated[
-        list[str] | None, typer.Option(help="NAME=REF; repeat. REF: hub id[@revision], directory, or GGUF file.")
+        list[str] | None, typer.Option(help="NAME=REF; repeat. REF: hub id\\[@revision], directory, or GGUF file.")
     ] = None,
     layers: Annotated[
         list[str] | None, typer.Option(help="K,K,... for every model, NAME=K,... for one, or depths: 0%,50%,100%.")
     ] = None,
     dataset: Annotated[
-        str, typer.Option(help="wikitext-103-raw-v1, hf:REPO[/CONFIG][:SPLIT], text:PATH-OR-GLOB, jsonl:PATH.")
+        str, typer.Option(help="wikitext-103-raw-v1, hf:REPO\\[/CONFIG]\\[:SPLIT], text:PATH-OR-GLOB, jsonl:PATH.")
     ] = "wikitext-103-raw-v1",
     text_field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
     store: Annotated[Path, typer.Option(help="Where to write.")] = Path("wt103.zarr"),
