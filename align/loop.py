@@ -72,7 +72,8 @@ class Epoch:
     Attributes:
         epoch: Number.
         train_loss: Mean over the epoch's steps, None for epoch 0.
-        parts: Mean of each loss component over the epoch's steps, unweighted.
+        parts: Mean of each loss component over the epoch's steps, unweighted, and ``infonce_chance``, what InfoNCE is
+            for a map that has learned nothing.
         val_loss: Validation MSE over that of predicting the train mean (1 - R2); its weights never change.
         val: Validation figures.
         lr: Learning rate at the epoch's end.
@@ -193,8 +194,11 @@ def train_map(
             with torch.no_grad():
                 for mean, weight in zip(average.parameters(), module.parameters(), strict=True):
                     mean.lerp_(weight, (_AVERAGING + 1) / (_AVERAGING + taken))
-            for name, part in {"total": total.detach(), **parts}.items():
-                sums[name] = sums.get(name, 0.0) + float(part) * len(x)
+            figures = {"total": value, **{name: float(part) for name, part in parts.items()}}
+            if "infonce" in figures:
+                figures["infonce_chance"] = losses.infonce_chance(len(x))
+            for name, figure in figures.items():
+                sums[name] = sums.get(name, 0.0) + figure * len(x)
             rows += len(x)
             tick(len(x))
         averaged = {name: value / rows for name, value in sums.items()}

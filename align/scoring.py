@@ -59,12 +59,19 @@ def score_all(
 
 
 def findings(
-    *, entry: dict[str, Any], n_train: int, width: int, coverage: tuple[float, float], keep_sinks: bool
+    *,
+    entry: dict[str, Any],
+    parts: Mapping[str, float],
+    n_train: int,
+    width: int,
+    coverage: tuple[float, float],
+    keep_sinks: bool,
 ) -> list[dict[str, str]]:
     """What a careful reader would object to, as warnings with a code and a sentence.
 
     Args:
         entry: The pair's blocks ``train``, ``test`` and ``baselines``.
+        parts: Components of the last epoch's train loss; empty for a closed form.
         n_train: Train pairs.
         width: Source width.
         coverage: Share of source and target tokens that have a partner.
@@ -81,6 +88,12 @@ def findings(
         warn("coverage", f"only {min(coverage):.0%} of one side's tokens have a partner")
     if keep_sinks:
         warn("sinks-kept", "attention sinks are included; they can dominate R2 and CKA")
+    if "infonce" in parts and parts["infonce_chance"] - parts["infonce"] < 0.1 * parts["infonce_chance"]:
+        warn(
+            "infonce-at-chance",
+            f"InfoNCE {parts['infonce']:.2f} is near {parts['infonce_chance']:.2f}, the logarithm of the batch size: "
+            "nothing was learned from it",
+        )
     train, test, base = entry["train"], entry["test"], entry["baselines"]
     r2 = test.get("r2")
     if r2 is not None:

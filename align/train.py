@@ -289,6 +289,7 @@ class _Run:
             entry["baselines"]["closed_form"]["name"] = opponent[1]
         entry["warnings"] = findings(
             entry=entry,
+            parts=self._last_epoch(pair)["train_parts"],
             n_train=moments.train.n,
             width=len(moments.means[0]),
             coverage=coverage,
@@ -303,6 +304,10 @@ class _Run:
             rows = batches_of(self.store, pair, everything.select(TEST, keep_sinks=keep))
             blocks[name], _ = score_all(rows, {"map": aligner}, seed=self.settings.loop.seed)["map"]
         return blocks
+
+    def _last_epoch(self, pair: LayerPair) -> dict[str, Any]:
+        own = [record["pairs"][pair.key] for _, record in sorted(self.epochs.items()) if pair.key in record["pairs"]]
+        return dict(own[-1])
 
     def _record(self, pair: LayerPair, epoch: Epoch) -> None:
         figures = {

@@ -374,7 +374,9 @@ def test_every_component_of_the_loss_is_logged(small: Planted, tmp_path: Path) -
     trained(small, tmp_path, "lora", rank=4, epochs=2, loss="mse=1,cosine=0.5,infonce=0.1")
     record = strict_json((tmp_path / "eval_epoch_2.json").read_text())["pairs"][KEY]
     parts = record["train_parts"]
-    assert set(parts) == {"mse", "cosine", "infonce", "infonce_top1"}
+    assert set(parts) == {"mse", "cosine", "infonce", "infonce_top1", "infonce_chance"}
+    # 2400 pairs in batches of 128, the last of 96.
+    assert parts["infonce_chance"] == pytest.approx((2304 * np.log(128) + 96 * np.log(96)) / 2400)
     total = parts["mse"] + 0.5 * parts["cosine"] + 0.1 * parts["infonce"]
     assert record["train_loss"] == pytest.approx(total, rel=1e-4)
     # The validation loss keeps its weights whatever is trained on.
@@ -384,6 +386,16 @@ def test_every_component_of_the_loss_is_logged(small: Planted, tmp_path: Path) -
 def test_contrastive_training_finds_partners(small: Planted, tmp_path: Path) -> None:
     entry = only(trained(small, tmp_path, "lora", rank=4, loss="mse=0,infonce=1"))
     assert entry["test"]["retrieval_top1"] > 0.9
+    assert "infonce-at-chance" not in {warning["code"] for warning in entry["warnings"]}
+
+
+def test_a_contrastive_loss_at_chance_is_named_as_such(tmp_path: Path) -> None:
+    # "Stable" at the logarithm of the batch size is not stable but chance.
+    planted = plant(tmp_path / "s.zarr", spectrum_rows(1000, 16, 1), spectrum_rows(1000, 16, 2))
+    options = {"rank": 2, "epochs": 1, "batch_size": 20, "lr": 1e-4, "skip": "identity"}
+    entry = only(trained(planted, tmp_path / "run", "lora", loss="mse=0,infonce=1", temperature=1.0, **options))
+    [warning] = [w for w in entry["warnings"] if w["code"] == "infonce-at-chance"]
+    assert "is near 3.00, the logarithm of the batch size" in warning["message"]
 
 
 # When training stops.
