@@ -184,7 +184,8 @@ def _continue(loaded: Loaded, read: Read, hidden: torch.Tensor | None, layer: in
     count = 1 if hidden is None else len(hidden)
     ids = torch.from_numpy(read.window.ids.astype(np.int64))[None].repeat(count, 1).to(loaded.device)
     stop = loaded.model.generation_config.eos_token_id
-    ends = torch.tensor([stop] if isinstance(stop, int) else stop or [], device=loaded.device)
+    ends = [stop] if isinstance(stop, int) else list(stop or [])
+    last = torch.tensor(ends, dtype=torch.long, device=loaded.device)
     if hidden is None:
         output = loaded.model(input_ids=ids, use_cache=True)
     else:
@@ -194,15 +195,17 @@ def _continue(loaded: Loaded, read: Read, hidden: torch.Tensor | None, layer: in
     done = torch.zeros(count, dtype=torch.bool, device=loaded.device)
     for _ in range(length):
         step = output.logits[:, -1].argmax(dim=-1)
-        # A finished row keeps its end token; what it would go on with is not part of the text.
-        step = torch.where(done, new[-1], step) if new else step
         new.append(step)
-        done |= torch.isin(step, ends)
+        done |= torch.isin(step, last)
         if bool(done.all()) or len(new) == length:
             break
         output = loaded.model(input_ids=step[:, None], past_key_values=output.past_key_values, use_cache=True)
-    rows = torch.stack(new, dim=1).tolist()
-    return [loaded.info.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    texts = []
+    for row in torch.stack(new, dim=1).tolist():
+        # A finished row went on while others were not done; that is not part of its text.
+        end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        texts.append(loaded.info.tokenizer.decode(row[:end], skip_special_tokens=True))
+    return texts
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -118,68 +118,64 @@ def test_one_prompt_has_no_other_text_to_shuffle_with(runs: SimpleNamespace) -> 
 
 
 def test_an_end_token_ends_a_text_and_only_its_own(
-    runs: SimpleNamespace, result: dict[str, Any], tiny_mistral: Path, monkeypatch: pytest.MonkeyPatch
+    runs: SimpleNamespace, result: dict[str, Any], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoTokenizer
 
-    entry = result["entries"][0]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_mistral)
-    model = module.load(load_adapter(runs.both), "mistral", ()).model
-    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
-    with torch.inference_mode():
-        second = int(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)[0, -1])
+    full = result["entries"][0]
+    [first, *_] = AutoTokenizer.from_pretrained(tiny_llama)(full["source_alone"])["input_ids"]
     original = module.load
 
     def ending(adapter: Any, name: str, *args: Any, **options: Any) -> Any:
         loaded = original(adapter, name, *args, **options)
-        loaded.model.generation_config.eos_token_id = [1, second] if name == "mistral" else 2
+        if name == "llama":
+            loaded.model.generation_config.eos_token_id = [2, first]
         return loaded
 
     monkeypatch.setattr(module, "load", ending)
-    [stopped] = generate(load_adapter(runs.one), TEXTS[:1], max_new_tokens=NEW, quiet=True)["entries"]
-    assert stopped["target_alone"] == transformers_text(tiny_mistral, TEXTS[0], eos_token_id=[1, second])
-    assert len(stopped["target_alone"]) < len(entry["target_alone"])
-    texts = stopped["source_to_target"]["llama:2->mistral:2"]
-    assert texts["self"] == stopped["target_alone"]
-    # The others go on although one row of the batch is done.
-    full = entry["source_to_target"]["llama:2->mistral:2"]
-    assert any(texts[c] == full[c] != stopped["target_alone"] for c in ("mapped", "mean", "random_norm"))
+    [stopped] = generate(load_adapter(runs.both), TEXTS[:1], max_new_tokens=NEW, quiet=True)["entries"]
+    assert stopped["source_alone"] == transformers_text(tiny_llama, TEXTS[0], eos_token_id=[2, first])
+    assert len(stopped["source_alone"]) < len(full["source_alone"])
+    texts, before = (entry["target_to_source"]["mistral:2->llama:2"] for entry in (stopped, full))
+    # One row of the batch is done at once; the others go on, and what it would go on with is not its text.
+    assert texts["self"] == stopped["source_alone"]
+    assert texts["mapped"] == before["mapped"]
+    assert len(texts["mapped"]) >= NEW
 
 
-def test_hidden_positions_keep_the_targets_own_state(runs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.Tensor] = []
-    reads: list[Any] = []
+@pytest.mark.parametrize(("source", "target"), [("llama", "mistral"), ("mistral", "llama")])
+def test_hidden_positions_keep_the_targets_own_state(
+    runs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, source: str, target: str
+) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    reads: dict[str, Any] = {}
     original, read = module.injecting, module._read
 
     def spy(stream: Any, layer: int, hidden: torch.Tensor, *, whole: bool) -> Any:
-        seen.append(hidden.clone())
+        seen[{48: "llama", 32: "mistral"}[hidden.shape[-1]]] = hidden.clone()
         assert not whole
         return original(stream, layer, hidden, whole=whole)
 
-    def remember(*args: Any) -> Any:
-        reads.append(read(*args))
-        return reads[-1]
+    def remember(loaded: Any, *args: Any) -> Any:
+        reads[loaded.name] = read(loaded, *args)
+        return reads[loaded.name]
 
     monkeypatch.setattr(module, "injecting", spy)
     monkeypatch.setattr(module, "_read", remember)
-    # Its newline is a sink of the source, its start token special and a sink of the target.
-    generate(load_adapter(runs.one), TEXTS[1:2], max_new_tokens=1, quiet=True)
-    source, target = reads
-    taken = source_positions(source.window, target.window)
-    kept = np.array([
-        t < 0 or target.sink[i] or (t >= 0 and source.sink[t]) for i, t in enumerate(taken)
-    ])  # fmt: skip
-    assert source.sink.any()
-    assert target.window.special[0]
-    assert kept[0]
-    assert kept.sum() > 1
-    assert (~kept).any()
-    own = target.states[2]
-    [hidden] = seen
+    # Llama's newline is a sink; Mistral's start token is special.
+    generate(load_adapter(runs.both), TEXTS[1:2], max_new_tokens=1, quiet=True)
+    there, here = reads[source], reads[target]
+    assert (reads["llama"].sink & ~reads["llama"].window.special).any()
+    assert reads["mistral"].window.special[0]
+    taken = source_positions(there.window, here.window)
+    kept = np.array([t < 0 or here.sink[i] or there.sink[t] for i, t in enumerate(taken)])
+    assert kept.sum() > (1 if target == "mistral" else 0)
+    assert (~kept).sum() > 3
+    own, hidden = here.states[2], seen[target]
     for row in hidden:
         assert torch.equal(row[kept], own[kept])
-    mapped = hidden[0]
-    assert not torch.isclose(mapped[~kept], own[~kept]).all(dim=1).any()
+    # The first row is the mapped one: there every other position is new.
+    assert not torch.isclose(hidden[0][~kept], own[~kept]).all(dim=1).any()
 
 
 def test_a_prompt_longer_than_the_context_is_refused(runs: SimpleNamespace) -> None:

@@ -361,6 +361,22 @@ def test_whitening_is_what_makes_small_directions_learn(tmp_path: Path) -> None:
     assert "below the reduced-rank 8 on procrustes optimum" in warning["message"]
 
 
+def test_the_average_of_the_weights_is_better_than_their_last_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Large steps over small batches: within one epoch nothing settles but the average.
+    planted = plant(tmp_path / "s.zarr", *low_rank_change(4000, 32, 4, decay=0.5))
+    r2 = {}
+    # A large constant makes the average follow the last step alone.
+    for name, constant in (("average", 8), ("last", 10**9)):
+        monkeypatch.setattr(align.loop, "_AVERAGING", constant)
+        run = trained(planted, tmp_path / name, "affine", solver="adamw", lr=0.05, batch_size=16, epochs=10, patience=1)
+        events = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        r2[name] = 1 - events[1]["val_loss"]
+        assert only(run)["test"]["r2"] > 0
+    assert r2["average"] > r2["last"] + 0.02
+
+
 def test_alpha_rescales_and_does_not_move_the_optimum(small: Planted, tmp_path: Path) -> None:
     entry = only(trained(small, tmp_path / "run", "lora", rank=4, alpha=8.0))
     assert entry["test"]["r2"] > entry["baselines"]["closed_form"]["r2"] - 0.005
