@@ -4,7 +4,7 @@ Rows are centred at the pilot's origin and the layers of both models put side by
 One product ``Z'Z`` per block of rows then holds every cross-covariance at once; with the squared row norms ``a`` of
 every layer, the sums of ``Z``, ``Z'a`` and ``a'a`` complete what the estimator needs (see :mod:`align.moments`). Blocks
 merge by addition in a fixed tree, so a rerun gives the same bits whatever the workers do. Wide layers are worked
-through in groups, which bounds memory.
+through in groups, which bounds memory. A store that keeps its moments is not scanned at all.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from numpy.typing import NDArray
 from scipy.linalg.blas import ssyrk
 from threadpoolctl import threadpool_limits
 
+from align.fit import usable_moments
 from align.metrics import biased_cka_from_moments, debiased_cka, debiased_cka_from_moments
+from align.moment_scores import NEEDS_ROWS, layer_similarity
 from align.moments import Moments
 from featstore.console import progress
 from featstore.errors import PairingError, SpecError
-from featstore.pairs import Pairs
 from featstore.store import Store, open_store
+from featstore.store.moments import has_rows
+from featstore.store.pairs import Pairs
 
 #: Rows of a task: float32 sums of so many terms keep their digits, and a small store still fills two cores.
 BLOCK_ROWS = 4096
@@ -317,6 +320,7 @@ def compare_layers(
     Raises:
         SpecError: Unknown estimator.
         PairingError: Fewer than four pairs.
+        StoreStateError: The store holds no rows, and its moments do not answer.
     """
     if estimator not in ESTIMATORS:
         raise SpecError(f"estimator {estimator!r}: choose one of {', '.join(ESTIMATORS)}")
@@ -328,6 +332,10 @@ def compare_layers(
     count = len(sites)
     if first != second:
         sites += [Site(second, k, source=False) for k in layers[second]]
+    named = [(site.model, site.layer) for site in sites]
+    wanted = list(combinations_with_replacement(named, 2))
+    stored = usable_moments(store, (first, second), wanted, policy=policy, keep_sinks=keep_sinks)
+    rows = all(has_rows(store, *site) for site in named)
 
     def tables(*, sinks: bool) -> dict[str, Any]:
         # Workers of another process have another working directory.
@@ -335,15 +343,21 @@ def compare_layers(
         n = len(everything if sinks else masked)
         if n < 4:
             raise PairingError(f"{n} pairs of {first} and {second}: CKA needs at least 4; extract more text")
-        label = "cka with sinks" if sinks else "cka"
-        values, reasons = similarity(selection, sites, estimator, label=label, quiet=quiet)
+        if stored is not None and not sinks:
+            values, reasons = layer_similarity(stored, named, estimator)
+        elif rows:
+            label = "cka with sinks" if sinks else "cka"
+            values, reasons = similarity(selection, sites, estimator, label=label, quiet=quiet)
+        else:
+            values = np.full((len(sites), len(sites)), math.nan)
+            reasons = dict.fromkeys(combinations_with_replacement(range(len(sites)), 2), NEEDS_ROWS)
         cross = values[:count, count:] if first != second else values
         within = {first: values[:count, :count]}
         if first != second:
             within[second] = values[count:, count:]
-        names = [f"{site.model}:{site.layer}" for site in sites]
-        named = {f"{names[r]} {names[c]}": why for (r, c), why in reasons.items()}
-        return {"n": n, "cross": cross, "within": within, "reasons": named}
+        names = [f"{model}:{layer}" for model, layer in named]
+        undefined = {f"{names[r]} {names[c]}": why for (r, c), why in reasons.items()}
+        return {"n": n, "cross": cross, "within": within, "reasons": undefined}
 
     main = everything if keep_sinks else masked
     result = tables(sinks=keep_sinks)
@@ -354,7 +368,7 @@ def compare_layers(
         "estimator": estimator,
         "kernel": "linear",
         **result,
-        "null": _floor(store, main, sites[:count], sites[count:] or sites, seed),
+        "null": _floor(store, main, sites[:count], sites[count:] or sites, seed, rows=rows),
         "masked_rows": len(everything) - len(masked),
         "keep_sinks": keep_sinks,
         "masked" if keep_sinks else "unmasked": beside,
@@ -362,15 +376,20 @@ def compare_layers(
     }
 
 
-def _floor(store: Store, pairs: Pairs, rows: Sequence[Site], columns: Sequence[Site], seed: int) -> dict[str, Any]:
-    """Debiased CKA of the same states with their pairing destroyed."""
+def _floor(
+    store: Store, pairs: Pairs, down: Sequence[Site], columns: Sequence[Site], seed: int, *, rows: bool
+) -> dict[str, Any]:
+    """Debiased CKA of the same states with their pairing destroyed; null in a store without rows."""
+    about = {"method": "shuffled pairs", "estimator": "debiased"}
+    if not rows:
+        return {"cross": np.full((len(down), len(columns)), math.nan), "n": 0, **about, "reason": NEEDS_ROWS}
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(len(pairs), min(len(pairs), _NULL_ROWS), replace=False))
     order = rng.permutation(len(chosen))
-    x = {site: store.rows(site.model, site.layer)[pairs.row_source[chosen]] for site in rows}
+    x = {site: store.rows(site.model, site.layer)[pairs.row_source[chosen]] for site in down}
     y = {site: store.rows(site.model, site.layer)[pairs.row_target[chosen][order]] for site in columns}
-    cross = [[debiased_cka(x[r], y[c])[0] for c in columns] for r in rows]
-    return {"cross": cross, "n": len(chosen), "method": "shuffled pairs", "estimator": "debiased"}
+    cross = [[debiased_cka(x[r], y[c])[0] for c in columns] for r in down]
+    return {"cross": cross, "n": len(chosen), **about}
 
 
 def best_partners(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from featstore.console import emit, err, jsonable, run_app
+from featstore.console import check_directory, emit, err, jsonable, run_app
 from featstore.errors import SpecError
 
 #: How long a Dask scheduler may take to answer.
@@ -59,8 +59,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fit a map between two models' hidden states from the store alone, and score it beside its controls."""
-    from align.loop import LoopSettings
-    from align.train import Settings, describe, load_settings
+    from align.settings import LoopSettings, Settings, load_settings
+    from align.train import describe
     from align.train import train as run_training
 
     if config is not None:
@@ -155,6 +155,7 @@ def cka(
     from featstore.spec import parse_layers
     from featstore.store import open_store
 
+    check_directory(out)
     opened = open_store(store)
     names = [name.strip() for name in models.split(",")] if models else []
     if models and len(names) != 2:

@@ -1,4 +1,4 @@
-"""Closed-form fits of all layer pairs from one scan of the store."""
+"""Closed-form fits of all layer pairs from one scan of the store, or from the moments it keeps."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from align.aligners import Aligner
 from align.layers import LayerPair
 from align.moments import BLOCK_ROWS, Array, Moments, Scatter, about, centered, means, merge, moments_of, raw
 from featstore.corpus import TRAIN, VALIDATION
-from featstore.errors import FitError
-from featstore.pairs import Pairs
+from featstore.errors import FitError, StoreStateError
 from featstore.store import Store
+from featstore.store.moments import SitePair, StoredMoments, has_rows
+from featstore.store.pairs import Pairs
 
 #: Fewest train pairs: below, no fit is worth the name.
 MINIMUM_PAIRS = 8
@@ -30,7 +31,7 @@ class Scan:
     Attributes:
         train: Moments of the train pairs.
         val: Moments of the validation pairs.
-        shuffled: The train moments with targets permuted: the fit that must find nothing.
+        shuffled: The train moments with targets permuted, or drawn as if: the fit that must find nothing.
     """
 
     train: Moments
@@ -111,6 +112,138 @@ def _accumulate(
                 shuffled[pair.key] = merge(shuffled[pair.key], mixed) if pair.key in shuffled else mixed
         tick(part.stop - part.start)
     return total, shuffled
+
+
+def usable_moments(
+    store: Store,
+    models: tuple[str, str],
+    wanted: Sequence[SitePair],
+    *,
+    policy: str = "end",
+    keep_sinks: bool = False,
+    max_rows: int | None = None,
+) -> StoredMoments | None:
+    """The store's own moments where they are sums over exactly the pairs asked for; None where a scan has to do.
+
+    Args:
+        store: Complete store.
+        models: Whose pairs, source and target.
+        wanted: Which layers with which.
+        policy: Pair policy.
+        keep_sinks: Lift the sink mask.
+        max_rows: Pairs of the train split at most.
+
+    Raises:
+        StoreStateError: The stored moments do not answer, and there are no rows that would.
+    """
+    source, target = models
+    stored = StoredMoments(store, source, target)
+    reasons = {
+        f"--policy {policy}": policy != "end",
+        "--keep-sinks": keep_sinks,
+        "--max-rows": max_rows is not None,
+        f"aligning {source!r} with itself": source == target,
+    }
+    asked = next((words for words, applies in reasons.items() if applies), None)
+    if asked is None and stored.covers(wanted):
+        return stored
+    need_rows(store, wanted, asked or "a fit without moments of these pairs")
+    return None
+
+
+def need_rows(store: Store, wanted: Sequence[SitePair], what: str) -> None:
+    """Refuse what only rows can answer where a store kept none.
+
+    Args:
+        store: Complete store.
+        wanted: Which layers with which.
+        what: What needs them, for the message.
+
+    Raises:
+        StoreStateError: A layer has no rows.
+    """
+    for model, layer in sorted({site for pair in wanted for site in pair}):
+        if not has_rows(store, model, layer):
+            raise StoreStateError(
+                f"{what} needs rows, and {store.path} holds none of layer {layer} of {model!r}, only moments "
+                "(policy end, sinks masked): fit a closed form to these, or extract again without --moments-only"
+            )
+
+
+def stored_scan(stored: StoredMoments, wanted: Sequence[LayerPair], *, seed: int = 0) -> dict[str, Scan]:
+    """What :func:`scan` finds, from moments that the store keeps.
+
+    Args:
+        stored: From :func:`usable_moments`.
+        wanted: Layer pairs, all of these two models in either direction.
+        seed: Of the shuffled control.
+
+    Raises:
+        PairingError: Too few train or no validation pairs.
+        StoreStateError: The moments have gone meanwhile.
+    """
+    stored.pairs.where(stored.pairs.split == TRAIN).need(MINIMUM_PAIRS, "training")
+    stored.pairs.where(stored.pairs.split == VALIDATION).need(1, "validation")
+    rng, result = np.random.default_rng(seed), {}
+    for pair in wanted:
+        train, val = (read_split(stored, pair, split) for split in (TRAIN, VALIDATION))
+        result[pair.key] = Scan(train, val, as_if_shuffled(train, rng))
+    return result
+
+
+def sites_of(pair: LayerPair) -> SitePair:
+    """A layer pair as stored moments name it.
+
+    Args:
+        pair: Which layers.
+    """
+    return (pair.source, pair.source_layer), (pair.target, pair.target_layer)
+
+
+def read_split(stored: StoredMoments, pair: LayerPair, split: int) -> Moments:
+    """The stored moments of a layer pair.
+
+    Args:
+        stored: From :func:`usable_moments`.
+        pair: Which layers.
+        split: 0 train, 1 validation, 2 test.
+
+    Raises:
+        StoreStateError: There are none.
+    """
+    found = stored.read(*sites_of(pair), split)
+    if found is None:
+        raise StoreStateError(f"{stored.store.path} holds no moments of {pair.key}; make them with `featstore moments`")
+    return found
+
+
+def as_if_shuffled(m: Moments, rng: np.random.Generator) -> Moments:
+    """Moments as permuting the targets would leave them, drawn without the rows.
+
+    Over all permutations P of n rows the centred cross term ``X'PY`` has mean zero and covariance
+    ``kron(X'X, Y'Y) / (n - 1)`` exactly, and many rows make it normal (Hoeffding, A combinatorial central limit
+    theorem, 1951). So with ``X'X = L L'`` and ``Y'Y = M M'`` a draw is ``L Z M' / sqrt(n - 1)``, Z standard normal.
+
+    Args:
+        m: Moments of at least two pairs.
+        rng: Source of the draw.
+    """
+    whole = centered(m)
+    noise = rng.standard_normal(m.c.shape)
+    cross = _root(whole.gx) @ noise @ _root(whole.gy).T / np.sqrt(max(m.n - 1, 1))
+    # Back about the origin, like the other terms.
+    return replace(m, c=cross + np.outer(m.sx, m.sy) / m.n)
+
+
+def _root(gram: Array) -> Array:
+    """A matrix L with ``L L'`` the given one."""
+    try:
+        root: Array = np.linalg.cholesky(gram).astype(np.float64, copy=False)
+    except np.linalg.LinAlgError:
+        # Fewer rows than dimensions: semidefinite, with rounding on either side of zero.
+        values, vectors = np.linalg.eigh(gram)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+    return root
 
 
 @dataclass(frozen=True)

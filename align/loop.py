@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,74 +20,15 @@ from align import losses, solvers
 from align.aligners import Aligner
 from align.fit import Scan, skip_weight
 from align.layers import LayerPair
-from align.metrics import Figures
 from align.modules import LinearMap, LowRankMap
 from align.moments import Array, Scatter, about, centered, raw
-from align.scoring import score_all
+from align.scoring import Epoch, score_all
+from align.settings import LoopSettings
 from featstore.errors import FitError
-from featstore.loader import PairBatches
+from featstore.store.loader import PairBatches
 
 #: Polynomial-decay averaging (Shamir and Zhang 2013): the average is over about the last ninth of all steps so far.
 _AVERAGING = 8
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """How a map is trained.
-
-    Attributes:
-        rank: Rank of a ``lora`` map.
-        alpha: LoRA's scale; None for the rank (a factor of 1).
-        skip: What a ``lora`` map is added to.
-        loss: Weights, as typed after ``--loss``.
-        temperature: Of InfoNCE.
-        epochs: At most.
-        patience: Stop after so many epochs without an improvement of ``min_delta``.
-        min_delta: Least improvement of the validation loss.
-        batch_size: Pairs a step.
-        lr: Peak learning rate of AdamW.
-        precondition: Whether inputs are whitened inside the parameterisation.
-        seed: Of initialisation and order.
-        device: Torch device name.
-    """
-
-    rank: int = 32
-    alpha: float | None = None
-    skip: str = "procrustes"
-    loss: str = "mse=1,cosine=0,infonce=0"
-    temperature: float = 0.07
-    epochs: int = 10
-    patience: int = 2
-    min_delta: float = 1e-3
-    batch_size: int = 128
-    lr: float = 2e-2
-    precondition: bool = True
-    seed: int = 0
-    device: str = "cpu"
-
-
-@dataclass
-class Epoch:
-    """What one epoch measured; epoch 0 is the map before training.
-
-    Attributes:
-        epoch: Number.
-        train_loss: Mean over the epoch's steps, None for epoch 0.
-        parts: Mean of each loss component over the epoch's steps, unweighted, and ``infonce_chance``, what InfoNCE is
-            for a map that has learned nothing.
-        val_loss: Validation MSE over that of predicting the train mean (1 - R2); its weights never change.
-        val: Validation figures.
-        lr: Learning rate at the epoch's end.
-        seconds: Of training and validation.
-    """
-
-    epoch: int
-    train_loss: float | None
-    val_loss: float
-    val: Figures
-    lr: float
-    seconds: float
-    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -273,8 +215,9 @@ def _left_over(rows: Scatter, skip: Array) -> Scatter:
 def _batches(
     train: PairBatches, settings: LoopSettings, epoch: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for x, y in train.shuffled(settings.batch_size, settings.seed, epoch):
-        yield torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+    with closing(train.shuffled(settings.batch_size, settings.seed, epoch)) as batches:
+        for batch in batches:
+            yield torch.from_numpy(batch.x).to(device), torch.from_numpy(batch.y).to(device)
 
 
 def _as_aligner(module: LowRankMap | LinearMap, pair: LayerPair, moments: Scan, settings: LoopSettings) -> Aligner:

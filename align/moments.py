@@ -1,86 +1,24 @@
-"""Mergeable sufficient statistics of paired rows: all that closed-form fits and linear CKA need.
+"""Moments of paired rows re-expressed: about another origin, of one side alone, centred for the solvers.
 
-Rows ``x_i`` (dx,) and ``y_i`` (dy,) are taken about one fixed origin, so partial results over
-disjoint rows merge by addition, in any tree. With ``a_i = |x_i|^2`` and ``b_i = |y_i|^2`` (about
-the origin) the terms are first moments (``sx``, ``sy``), second moments (``gx = X'X``, ``gy =
-Y'Y``, ``c = X'Y``) and, for the unbiased HSIC of Song et al. (2012), the third- and fourth-order
-terms ``d = sum a_i b_i``, ``ux = X'b``, ``uy = Y'a`` with their self versions (``aa``, ``bb``,
-``vx``, ``vy``: the same with Y = X or X = Y). :func:`moved` re-expresses them about another origin
-without the rows.
-
-The origin should lie near the mean: sums of squares about a far origin lose the variance in
-rounding. Blocks of float32 rows are multiplied in float32 and added in float64; float64 rows stay
-float64 throughout.
+The sums themselves (:class:`Moments`, :func:`moments_of`, :func:`merge`) are made in :mod:`featstore.store.sums`, where
+a store keeps them, too. They are taken about a fixed origin; :func:`moved` re-expresses them about another one without
+the rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from featstore.errors import FitError
+from featstore.store.sums import BLOCK_ROWS, Array, Moments, Rows, merge, moments_of, vector
 
-#: float64 arrays: everything that is summed, moved or solved.
-Array = NDArray[np.float64]
-#: Rows as they come from a store: any real type numpy can cast.
-Rows = NDArray[Any]
-
-#: Rows of one float32 product. Longer float32 sums lose digits that the float64 total cannot bring
-#: back.
-BLOCK_ROWS = 16_384
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Sums over ``n`` paired rows about a fixed origin; every array float64.
-
-    Attributes:
-        n: Number of pairs.
-        origin_x: (dx,) subtracted from every source row before summing.
-        origin_y: (dy,) the same for target rows.
-        sx: (dx,) sum of x.
-        sy: (dy,) sum of y.
-        gx: (dx, dx) X'X.
-        gy: (dy, dy) Y'Y.
-        c: (dx, dy) X'Y.
-        a: sum of a_i = |x_i|^2.
-        b: sum of b_i = |y_i|^2.
-        d: sum of a_i b_i.
-        aa: sum of a_i^2 (``d`` of x with itself).
-        bb: sum of b_i^2 (``d`` of y with itself).
-        ux: (dx,) X'b.
-        uy: (dy,) Y'a.
-        vx: (dx,) X'a (``ux`` of x with itself).
-        vy: (dy,) Y'b (``uy`` of y with itself).
-    """
-
-    n: int
-    origin_x: Array
-    origin_y: Array
-    sx: Array
-    sy: Array
-    gx: Array
-    gy: Array
-    c: Array
-    a: float
-    b: float
-    d: float
-    aa: float
-    bb: float
-    ux: Array
-    uy: Array
-    vx: Array
-    vy: Array
-
-
-#: The fields that add up when disjoint sets of rows are merged.
-_SUMMED = (
-    *("n", "sx", "sy", "gx", "gy", "c"),
-    *("a", "b", "d", "aa", "bb", "ux", "uy", "vx", "vy"),
-)
+__all__ = [
+    "BLOCK_ROWS", "Array", "Moments", "Rows", "Scatter", "about", "centered", "means", "merge", "moments_of", "moved",
+    "paired_with_itself", "raw",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,106 +45,6 @@ class Scatter:
     gx: Array
     gy: Array
     c: Array
-
-
-def _vector(name: str, value: ArrayLike, width: int) -> Array:
-    vector = np.asarray(value, dtype=np.float64)
-    if vector.shape != (width,):
-        raise FitError(f"{name} has shape {vector.shape}; the rows need ({width},)")
-    if not np.isfinite(vector).all():
-        raise FitError(f"{name} is not finite")
-    return vector
-
-
-def _about(rows: Rows, origin: Array, dtype: type[np.floating[Any]]) -> NDArray[Any]:
-    """Return ``rows - origin`` rounded once to ``dtype``: the subtraction itself runs in float64.
-
-    A float32 origin would differ from the recorded one by up to 6e-8 of a mean that can be 1000
-    times the spread.
-    """
-    if rows.dtype not in (np.float32, np.float64):
-        rows = rows.astype(dtype)
-    out = np.empty(rows.shape, dtype=dtype)
-    np.subtract(rows, origin, out=out, casting="same_kind")
-    return out
-
-
-def _work_dtype(x: Rows, y: Rows) -> type[np.floating[Any]]:
-    exact = any(r.dtype == np.float64 or r.dtype.kind in "iu" for r in (x, y))
-    return np.float64 if exact else np.float32
-
-
-def moments_of(x: Rows, y: Rows, origin_x: ArrayLike, origin_y: ArrayLike) -> Moments:
-    """Sum the moments of paired rows.
-
-    Args:
-        x: (n, dx) source rows. float32 and shorter types are multiplied in float32 per block of at
-            most 16,384 rows and summed in float64; float64 and integers stay float64.
-        y: (n, dy) target rows, the i-th paired with the i-th of ``x``.
-        origin_x: (dx,) the fixed origin, near the mean; the same for all parts that will be merged.
-        origin_y: (dy,) the same for ``y``.
-
-    Returns:
-        The moments; with no rows, zeros that merge like any other part.
-
-    Raises:
-        FitError: Shapes do not fit, or a row is not finite.
-    """
-    x, y = np.asarray(x), np.asarray(y)
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
-        raise FitError(f"paired rows need shapes (n, dx) and (n, dy), not {x.shape} and {y.shape}")
-    dx, dy = x.shape[1], y.shape[1]
-    ox, oy = _vector("origin_x", origin_x, dx), _vector("origin_y", origin_y, dy)
-    dtype = _work_dtype(x, y)
-    # No block product can overflow while every squared norm is below this.
-    limit = min(float(np.finfo(dtype).max), 1e150) / BLOCK_ROWS
-    sx, ux, vx = np.zeros(dx), np.zeros(dx), np.zeros(dx)
-    sy, uy, vy = np.zeros(dy), np.zeros(dy), np.zeros(dy)
-    gx, gy, c = np.zeros((dx, dx)), np.zeros((dy, dy)), np.zeros((dx, dy))
-    a = b = d = aa = bb = 0.0
-    for start in range(0, len(x), BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, len(x))
-        xb, yb = _about(x[start:stop], ox, dtype), _about(y[start:stop], oy, dtype)
-        # The norms come from the rounded rows that the products see, or the terms would not cancel.
-        ai = np.einsum("ij,ij->i", xb, xb, dtype=np.float64)
-        bi = np.einsum("ij,ij->i", yb, yb, dtype=np.float64)
-        # Written so that NaN fails it too.
-        if not (ai.max() <= limit and bi.max() <= limit):
-            bad = start + int(np.flatnonzero(~((ai <= limit) & (bi <= limit)))[0])
-            raise FitError(f"row {bad} holds NaN, infinity or a value too large to square")
-        a, b = a + float(ai.sum()), b + float(bi.sum())
-        d, aa, bb = d + float(ai @ bi), aa + float(ai @ ai), bb + float(bi @ bi)
-        sx += xb.sum(axis=0, dtype=np.float64)
-        sy += yb.sum(axis=0, dtype=np.float64)
-        ux += np.einsum("ij,i->j", xb, bi, dtype=np.float64)
-        vx += np.einsum("ij,i->j", xb, ai, dtype=np.float64)
-        uy += np.einsum("ij,i->j", yb, ai, dtype=np.float64)
-        vy += np.einsum("ij,i->j", yb, bi, dtype=np.float64)
-        gx += xb.T @ xb
-        gy += yb.T @ yb
-        c += xb.T @ yb
-    return Moments(
-        n=len(x), origin_x=ox, origin_y=oy, sx=sx, sy=sy, gx=gx, gy=gy, c=c,
-        a=a, b=b, d=d, aa=aa, bb=bb, ux=ux, uy=uy, vx=vx, vy=vy,
-    )  # fmt: skip
-
-
-def merge(first: Moments, *rest: Moments) -> Moments:
-    """Add moments of disjoint sets of rows, in the order given.
-
-    Args:
-        first: One part.
-        *rest: The others, about exactly the same origin.
-
-    Raises:
-        FitError: The origins differ (use :func:`moved` first) or the widths do.
-    """
-    for part in rest:
-        same = np.array_equal(first.origin_x, part.origin_x) and np.array_equal(first.origin_y, part.origin_y)
-        if not same:
-            raise FitError("moments about different origins do not add; move them to one origin")
-    total = {k: sum((getattr(p, k) for p in rest), getattr(first, k)) for k in _SUMMED}
-    return Moments(origin_x=first.origin_x, origin_y=first.origin_y, **total)
 
 
 def _cross(m: Moments, dx: Array, dy: Array, a: float, b: float) -> tuple[Array, float, Array, Array]:
@@ -274,8 +112,8 @@ def moved(m: Moments, new_origin_x: ArrayLike, new_origin_y: ArrayLike) -> Momen
     Raises:
         FitError: An origin has the wrong width or is not finite.
     """
-    ox = _vector("new_origin_x", new_origin_x, len(m.sx))
-    oy = _vector("new_origin_y", new_origin_y, len(m.sy))
+    ox = vector("new_origin_x", new_origin_x, len(m.sx))
+    oy = vector("new_origin_y", new_origin_y, len(m.sy))
     dx, dy = ox - m.origin_x, oy - m.origin_y
     a = m.a - 2 * float(dx @ m.sx) + m.n * float(dx @ dx)
     b = m.b - 2 * float(dy @ m.sy) + m.n * float(dy @ dy)
@@ -313,8 +151,8 @@ def about(m: Moments, centre_x: ArrayLike, centre_y: ArrayLike) -> Scatter:
     Raises:
         FitError: A centre has the wrong width or is not finite.
     """
-    cx = _vector("centre_x", centre_x, len(m.sx))
-    cy = _vector("centre_y", centre_y, len(m.sy))
+    cx = vector("centre_x", centre_x, len(m.sx))
+    cy = vector("centre_y", centre_y, len(m.sy))
     dx, dy = cx - m.origin_x, cy - m.origin_y
 
     def shift(g: Array, left: Array, right: Array, sum_left: Array, sum_right: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,23 +11,49 @@ import numpy as np
 from align.aligners import Aligner
 from align.layers import LayerPair
 from align.metrics import Figures, Reasons, Scorer
-from featstore.loader import PairBatches
-from featstore.pairs import Pairs
 from featstore.store import Store
+from featstore.store.loader import MEMORY, PairBatches
+from featstore.store.pairs import Pairs
 
 #: Rows of the train split that are scored; the split that matters is test, and it is scored whole.
 TRAIN_ROWS = 65_536
 
 
-def batches_of(store: Store, pair: LayerPair, pairs: Pairs) -> PairBatches:
+@dataclass
+class Epoch:
+    """What one epoch measured; epoch 0 is the map before training.
+
+    Attributes:
+        epoch: Number.
+        train_loss: Mean over the epoch's steps, None for epoch 0.
+        parts: Mean of each loss component over the epoch's steps, unweighted, and ``infonce_chance``, what InfoNCE is
+            for a map that has learned nothing.
+        val_loss: Validation MSE over that of predicting the train mean (1 - R2); its weights never change.
+        val: Validation figures.
+        lr: Learning rate at the epoch's end.
+        seconds: Of training and validation.
+    """
+
+    epoch: int
+    train_loss: float | None
+    val_loss: float
+    val: Figures
+    lr: float
+    seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def batches_of(store: Store, pair: LayerPair, pairs: Pairs, memory: int = MEMORY) -> PairBatches:
     """The paired rows of two layers.
 
     Args:
         store: Complete store.
         pair: Which layers.
         pairs: Selection of the same models and direction.
+        memory: Bytes that rows may take up at a time.
     """
-    return PairBatches(store.rows(pair.source, pair.source_layer), store.rows(pair.target, pair.target_layer), pairs)
+    source, target = store.rows(pair.source, pair.source_layer), store.rows(pair.target, pair.target_layer)
+    return PairBatches(source, target, pairs, memory)
 
 
 def score_all(
@@ -47,11 +74,11 @@ def score_all(
         for name, aligner in aligners.items()
         if isinstance(aligner, Aligner)
     }
-    for x, y in rows.blocks():
+    for block in rows.blocks():
         for name, scorer in scorers.items():
             aligner = aligners[name]
             if isinstance(aligner, Aligner):
-                scorer.update(y, aligner.apply(x))
+                scorer.update(block.y, aligner.apply(block.x))
     result: dict[str, tuple[Figures | None, Reasons]] = {}
     for name, aligner in aligners.items():
         result[name] = (None, {name: aligner}) if isinstance(aligner, str) else scorers[name].result()

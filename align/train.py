@@ -3,136 +3,40 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from align.aligners import Aligner, save_adapter
-from align.fit import MINIMUM_PAIRS, Fit, Scan, baselines, check_low_rank, fit_closed, limit_rows, scan
+from align.fit import (
+    Fit,
+    Scan,
+    baselines,
+    check_low_rank,
+    fit_closed,
+    limit_rows,
+    need_rows,
+    read_split,
+    scan,
+    sites_of,
+    stored_scan,
+    usable_moments,
+)
 from align.layers import LayerPair, choose_models, layer_pairs
-from align.loop import Epoch, LoopSettings, train_map
-from align.losses import parse_loss
+from align.metrics import Figures, Reasons
+from align.moment_scores import NEEDS_ROWS, score_moments
 from align.plots import plot_curves
-from align.scoring import TRAIN_ROWS, batches_of, findings, score_all
-from featstore.console import err, jsonable, progress
+from align.scoring import TRAIN_ROWS, Epoch, batches_of, findings, score_all
+from align.settings import Settings, check
+from featstore.console import check_directory, err, jsonable, progress
 from featstore.corpus import TEST, TRAIN, VALIDATION
 from featstore.errors import SpecError
-from featstore.pairs import Pairs
 from featstore.provenance import versions, write_atomic, write_json
 from featstore.store import Store, open_store
-
-CLOSED_TYPES = ("procrustes", "linear", "affine", "reduced-rank")
-TYPES = (*CLOSED_TYPES, "lora")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything `align train` can be told. Written to ``run.yaml``, from which the same run can be made again.
-
-    Attributes:
-        store: Path of the store.
-        type: One of :data:`TYPES`.
-        source: Source model; None for the store's first.
-        target: Target model; None for the store's second.
-        both: Also the other direction.
-        layers: Source layers, None for all.
-        layer_map: ``K:K,...``, None for equal layers.
-        solver: ``closed`` or ``adamw``; None for the type's own.
-        scale: Optimal scale (Procrustes).
-        keep_sinks: Lift the sink mask.
-        policy: Pair policy.
-        max_rows: Pairs of the train split at most.
-        loop: Rank, skip, loss, epochs and the rest of the gradient loop.
-    """
-
-    store: str
-    type: str = "procrustes"
-    source: str | None = None
-    target: str | None = None
-    both: bool = False
-    layers: str | None = None
-    layer_map: str | None = None
-    solver: str | None = None
-    scale: bool = False
-    keep_sinks: bool = False
-    policy: str = "end"
-    max_rows: int | None = None
-    loop: LoopSettings = field(default_factory=LoopSettings)
-
-    @property
-    def by_gradient(self) -> bool:
-        """Whether the map is trained rather than solved for."""
-        return self.type == "lora" or self.solver == "adamw"
-
-
-def load_settings(path: Path) -> Settings:
-    """Read a ``run.yaml``.
-
-    Args:
-        path: The file.
-
-    Raises:
-        SpecError: It is not one.
-    """
-    try:
-        value = yaml.safe_load(path.read_text())
-        loop = _typed(LoopSettings(**value["loop"]))
-        return _typed(Settings(**{**value, "loop": loop}))
-    except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
-        raise SpecError(f"{path} is not a run.yaml of this program ({error}); `align train` writes one") from error
-
-
-_S = TypeVar("_S", Settings, LoopSettings)
-
-
-def _typed(settings: _S) -> _S:
-    """Numbers as what they are: YAML reads ``1e-2`` as text and ``1`` as an integer."""
-    changed: dict[str, Any] = {}
-    for entry in fields(settings):
-        kinds = str(entry.type).split(" | ")
-        value = getattr(settings, entry.name)
-        if "float" in kinds and isinstance(value, (str, int)) and not isinstance(value, bool):
-            changed[entry.name] = float(value)
-        elif type(value).__name__ not in kinds and not (value is None and "None" in kinds):
-            raise TypeError(f"{entry.name} is {value!r}, expected {entry.type}")
-    return replace(settings, **changed)
-
-
-def check(settings: Settings) -> None:
-    """Refuse what cannot be meant.
-
-    Args:
-        settings: As given.
-
-    Raises:
-        SpecError: Unknown type or solver, a combination that does not exist, or a number out of range.
-    """
-    if settings.type not in TYPES:
-        raise SpecError(f"type {settings.type!r}: choose one of {', '.join(TYPES)}")
-    if settings.solver not in (None, "closed", "adamw"):
-        raise SpecError(f"solver {settings.solver!r}: choose closed or adamw")
-    if settings.solver == "closed" and settings.type == "lora":
-        raise SpecError("type 'lora' is trained by gradient; its closed form is --type reduced-rank")
-    if settings.solver == "adamw" and settings.type in ("procrustes", "reduced-rank"):
-        raise SpecError(f"type {settings.type!r} has a closed form only; leave out --solver adamw")
-    loop = settings.loop
-    for name in ("epochs", "patience", "batch_size", "rank"):
-        if getattr(loop, name) < 1:
-            raise SpecError(f"--{name.replace('_', '-')} {getattr(loop, name)}: must be at least 1")
-    if settings.max_rows is not None and settings.max_rows < MINIMUM_PAIRS:
-        raise SpecError(f"--max-rows {settings.max_rows}: a fit needs at least {MINIMUM_PAIRS} pairs")
-    for name in ("lr", "temperature"):
-        if not 0 < getattr(loop, name) < math.inf:
-            raise SpecError(f"--{name} {getattr(loop, name)}: must be a positive number")
-    if not 0 <= loop.min_delta < math.inf:
-        raise SpecError(f"--min-delta {loop.min_delta}: must not be negative")
-    if loop.seed < 0:
-        raise SpecError(f"--seed {loop.seed}: must not be negative")
-    if settings.by_gradient:
-        parse_loss(loop.loss)
+from featstore.store.moments import StoredMoments, has_rows
+from featstore.store.pairs import Pairs
 
 
 def default_directory(settings: Settings, source: str, target: str) -> Path:
@@ -167,6 +71,8 @@ def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -
         FeatstoreError: Anything wrong with the store, the models, the layers or the fit.
     """
     check(settings)
+    if out is not None:
+        check_directory(out)
     store = open_store(settings.store)
     source, target = choose_models(store, settings.source, settings.target)
     directions = [(source, target)] + ([(target, source)] if settings.both and source != target else [])
@@ -177,16 +83,29 @@ def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -
     out = out or default_directory(settings, source, target)
     if (out / "adapter.json").exists() or (out / "metrics.json").exists():
         raise SpecError(f"--out {out} already holds a run; choose another directory or remove it")
-    if out.exists() and not out.is_dir():
-        raise SpecError(f"--out {out} is a file; choose a directory")
     if settings.type in ("lora", "reduced-rank"):
         check_low_rank(settings.loop.rank, settings.loop.skip, store.model(source).width, store.model(target).width)
     # Refuses an unknown or missing pair index, too, before anything is written.
     store.pairs(source, target, settings.policy)
+    if settings.by_gradient:
+        need_rows(store, [sites_of(pair) for pair in forward], f"training {settings.type} by gradient")
+    kept = {models: _stored(store, settings, models, pairs) for models, pairs in wanted.items()}
     run = _Run(store, settings, out, quiet=quiet)
     for (a, b), pairs in wanted.items():
-        run.direction(a, b, pairs)
+        run.direction(a, b, pairs, kept[a, b])
     return run.finish()
+
+
+def _stored(store: Store, settings: Settings, models: tuple[str, str], wanted: list[LayerPair]) -> StoredMoments | None:
+    """The store's own moments, where they sum over the pairs that the settings choose."""
+    return usable_moments(
+        store,
+        models,
+        [sites_of(pair) for pair in wanted],
+        policy=settings.policy,
+        keep_sinks=settings.keep_sinks,
+        max_rows=settings.max_rows,
+    )
 
 
 class _Run:
@@ -198,14 +117,15 @@ class _Run:
         self.entries: dict[str, Any] = {}
         self.epochs: dict[int, dict[str, Any]] = {}
         self.coverage: dict[str, float] = {}
+        self.stored: StoredMoments | None = None
         out.mkdir(parents=True, exist_ok=True)
         # What an interrupted run left here is not of this one.
         for left in (out / "log.jsonl", *out.glob("eval_epoch_*.json")):
             left.unlink(missing_ok=True)
         write_atomic(out / "run.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
 
-    def direction(self, source: str, target: str, wanted: list[LayerPair]) -> None:
-        settings = self.settings
+    def direction(self, source: str, target: str, wanted: list[LayerPair], stored: StoredMoments | None) -> None:
+        settings, self.stored = self.settings, stored
         everything = pairs = self.store.pairs(source, target, settings.policy)
         self.coverage |= dict(zip((source, target), pairs.coverage, strict=True))
         coverage = pairs.coverage
@@ -214,9 +134,12 @@ class _Run:
             train = limit_rows(pairs.where(pairs.split == TRAIN), settings.max_rows, settings.loop.seed)
             keep = (pairs.split != TRAIN) | _members(pairs, train)
             pairs = pairs.where(keep)
-        used = int((pairs.split != TEST).sum())
-        with progress(f"scan {source}->{target}", used, "pairs", quiet=self.quiet) as tick:
-            moments = scan(self.store, pairs, wanted, seed=settings.loop.seed, tick=tick)
+        if stored is not None:
+            moments = stored_scan(stored, wanted, seed=settings.loop.seed)
+        else:
+            used = int((pairs.split != TEST).sum())
+            with progress(f"scan {source}->{target}", used, "pairs", quiet=self.quiet) as tick:
+                moments = scan(self.store, pairs, wanted, seed=settings.loop.seed, tick=tick)
         pairs.where(pairs.split == TEST).need(1, "testing")
         for pair in wanted:
             if not self.quiet:
@@ -224,20 +147,22 @@ class _Run:
             aligner, best = self._fit(pair, moments[pair.key], pairs)
             self.aligners.append(aligner)
             entry = self._score(pair, moments[pair.key], pairs, aligner, coverage, best)
-            entry["by_mask"] = self._by_mask(pair, everything, aligner)
+            entry["by_mask"] = self._by_mask(pair, everything, aligner, entry["reasons"])
             self.entries[pair.key] = entry
 
     def _fit(self, pair: LayerPair, moments: Scan, pairs: Pairs) -> tuple[Aligner, str]:
         settings, loop = self.settings, self.settings.loop
-        val = batches_of(self.store, pair, pairs.where(pairs.split == VALIDATION))
         if not settings.by_gradient:
             fit = self._closed_form()
             aligner = fit_closed(fit, pair, moments)
-            figures, _ = score_all(val, {"map": aligner}, seed=loop.seed)["map"]
+            figures, _ = self._scores(pair, pairs, VALIDATION, {"map": aligner})["map"]
             r2 = (figures or {}).get("r2")
             self._record(pair, Epoch(0, None, 1 - float(r2 if r2 is not None else "nan"), figures or {}, 0.0, 0.0))
             return aligner, "closed form"
-        train = batches_of(self.store, pair, pairs.where(pairs.split == TRAIN))
+        # Only here: torch takes two seconds to import, and a closed form needs none of it.
+        from align.loop import train_map
+
+        train, val = (batches_of(self.store, pair, pairs.where(pairs.split == s)) for s in (TRAIN, VALIDATION))
         total = len(train) * loop.epochs
         with progress(f"train {pair.key}", total, "pairs", quiet=self.quiet) as tick:
             trained = train_map(
@@ -272,10 +197,11 @@ class _Run:
         maps["closed_form"] = fit_closed(fit, pair, moments) if opponent else "this is a closed form"
         entry: dict[str, Any] = {"fit": words, "reasons": {}, "baselines": {}}
         for name, split in (("train", TRAIN), ("val", VALIDATION)):
-            rows = batches_of(self.store, pair, limit_rows(pairs.where(pairs.split == split), TRAIN_ROWS, seed))
-            entry[name], reasons = score_all(rows, {"map": aligner}, seed=seed)["map"]
+            limit = TRAIN_ROWS if self._has_rows(pair) else None
+            some = limit_rows(pairs.where(pairs.split == split), limit, seed)
+            entry[name], reasons = self._scores(pair, some, split, {"map": aligner})["map"]
             entry["reasons"] |= {f"{name}.{key}": reason for key, reason in reasons.items()}
-        tested = score_all(batches_of(self.store, pair, pairs.where(pairs.split == TEST)), maps, seed=seed)
+        tested = self._scores(pair, pairs, TEST, maps)
         for name, (figures, reasons) in tested.items():
             place = "test" if name == "map" else f"baselines.{name}"
             entry["reasons"] |= {
@@ -297,13 +223,28 @@ class _Run:
         )
         return entry
 
-    def _by_mask(self, pair: LayerPair, everything: Pairs, aligner: Aligner) -> dict[str, Any]:
+    def _by_mask(self, pair: LayerPair, everything: Pairs, aligner: Aligner, reasons: Reasons) -> dict[str, Any]:
         """Test figures with the attention sinks masked and with them left in, whichever the run was asked for."""
-        blocks = {}
+        blocks: dict[str, Any] = {}
         for name, keep in (("masked", False), ("kept", True)):
-            rows = batches_of(self.store, pair, everything.select(TEST, keep_sinks=keep))
-            blocks[name], _ = score_all(rows, {"map": aligner}, seed=self.settings.loop.seed)["map"]
+            if keep and not self._has_rows(pair):
+                blocks[name], reasons["by_mask.kept"] = None, NEEDS_ROWS
+                continue
+            part = everything.select(keep_sinks=keep)
+            blocks[name], _ = self._scores(pair, part, TEST, {"map": aligner})["map"]
         return blocks
+
+    def _has_rows(self, pair: LayerPair) -> bool:
+        return all(has_rows(self.store, *site) for site in sites_of(pair))
+
+    def _scores(
+        self, pair: LayerPair, pairs: Pairs, split: int, maps: dict[str, Aligner] | dict[str, Aligner | str]
+    ) -> dict[str, tuple[Figures | None, Reasons]]:
+        """Scores on a split: from its rows, or, in a store without any, what its moments can say."""
+        if self.stored is not None and not self._has_rows(pair):
+            return score_moments(read_split(self.stored, pair, split), maps)
+        rows = batches_of(self.store, pair, pairs.where(pairs.split == split))
+        return score_all(rows, maps, seed=self.settings.loop.seed)
 
     def _last_epoch(self, pair: LayerPair) -> dict[str, Any]:
         own = [record["pairs"][pair.key] for _, record in sorted(self.epochs.items()) if pair.key in record["pairs"]]

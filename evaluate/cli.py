@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from featstore.console import emit, jsonable, run_app
+from featstore.console import check_directory, emit, jsonable, run_app
 from featstore.corpus import SPLITS
 from featstore.errors import SpecError
 from featstore.spec import parse_budget
@@ -45,6 +45,8 @@ def stitch(
 
     if split not in SPLITS:
         raise SpecError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
+    if out is not None:
+        check_directory(out)
     result = jsonable(
         stitching.stitch(
             open_store(store),
@@ -80,6 +82,8 @@ def generate(
     from evaluate import generate as generating
     from featstore.provenance import write_json
 
+    if out is not None:
+        check_directory(out)
     result = generating.generate(
         load_adapter(adapter),
         generating.read_prompts(prompts),
@@ -103,6 +107,7 @@ def report(
     """Write one self-contained HTML page of everything that was measured."""
     from evaluate.report import write_report
 
+    check_directory(out.parent, out)
     result = write_report(directories, out)
     emit(result, f"written: {out}", as_json=as_json)
 

@@ -20,7 +20,7 @@ from evaluate.controls import control_states
 from evaluate.inject import injecting, source_positions
 from evaluate.loading import Loaded, choose, load
 from featstore import sites, tokens
-from featstore.console import err, progress
+from featstore.console import progress
 from featstore.errors import SpecError
 
 PROMPTS = (
@@ -101,11 +101,10 @@ def generate(
     """
     chosen = choose(adapter, layers)
     source, target = chosen[0].pair.source, chosen[0].pair.target
-    loaded: dict[str, Loaded] = {}
-    for name in dict.fromkeys((source, target)):
-        if not quiet:
-            err.print(f"loading {name}")
-        loaded[name] = load(adapter, name, overrides, device=device, dtype=dtype)
+    loaded = {
+        name: load(adapter, name, overrides, device=device, dtype=dtype, quiet=quiet)
+        for name in dict.fromkeys((source, target))
+    }
     reads = {
         name: [_read(model, prompt, chosen, max_new_tokens) for prompt in prompts] for name, model in loaded.items()
     }

@@ -10,6 +10,7 @@ import torch
 
 from align.aligners import Adapter, Aligner
 from featstore import models, sites
+from featstore.console import err
 from featstore.errors import AdapterError, SpecError
 from featstore.spec import ModelSpec, parse_layers, parse_models
 
@@ -55,7 +56,15 @@ class Loaded:
         return torch.stack(flags).any(dim=0)
 
 
-def load(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str = "auto", dtype: str = "auto") -> Loaded:
+def load(
+    adapter: Adapter,
+    name: str,
+    overrides: Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: bool = False,
+) -> Loaded:
     """Load a model of a run.
 
     Args:
@@ -64,17 +73,20 @@ def load(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str =
         overrides: ``NAME=REF`` values for models that moved.
         device: Where to run.
         dtype: Compute dtype.
+        quiet: Do not say that the weights are being loaded.
 
     Raises:
         AdapterError: The model at hand is not the one the adapter was fitted to.
         ModelLoadError: It cannot be loaded.
-        SpecError: An override names a model the run does not have.
+        SpecError: An override names a model the run does not have, or the device or dtype is unknown.
     """
     card = adapter.card["models"]
     moved = {spec.name: spec for spec in parse_models(overrides)}
     unknown = sorted(set(moved) - set(card))
     if unknown:
         raise SpecError(f"--model {unknown[0]}=...: this run has {', '.join(card)}")
+    # Anything wrong with the words comes before the wait for the weights, and before it is announced.
+    models.resolve_dtype(dtype, models.resolve_device(device))
     entry = card[name]
     spec = moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision")))
     info = models.inspect_model(spec)
@@ -89,10 +101,34 @@ def load(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str =
                 f"model {name!r} ({spec.ref}) has {what} {str(at_hand)[:12]}, the adapter was fitted to "
                 f"{str(wanted)[:12]}; point to the right model with --model {name}=REF"
             )
+    if not quiet:
+        err.print(f"loading {name}")
     model = models.load_model(spec, device=device, dtype=dtype, attention=entry.get("attention", "sdpa"))
+    _check_weights(spec, model, entry)
     medians = {int(k): float(v) for k, v in entry["median_norm"].items()}
     threshold = float(adapter.card["mask"]["sink_threshold"])
     return Loaded(name, info, model, sites.residual_stream(model), medians, threshold)
+
+
+def _check_weights(spec: ModelSpec, model: Any, entry: Mapping[str, Any]) -> None:
+    """Refuse a fine-tune: its configuration and tokenizer are those of the model it came from.
+
+    It takes milliseconds: :func:`featstore.models.weights_fingerprint` hashes a few values of every tensor. A card
+    whose store recorded no fingerprint passes.
+    """
+    wanted = entry.get("weights_fingerprint")
+    dtypes = {entry.get("compute_dtype"), str(next(model.parameters()).dtype).removeprefix("torch.")}
+    # A fingerprint rounds to bfloat16, which undoes what bfloat16 and float32 do to the same weights. What float16 has
+    # rounded near zero, it cannot undo.
+    if wanted is None or ("float16" in dtypes and len(dtypes) > 1):
+        return
+    at_hand = models.weights_fingerprint(model)
+    if at_hand != wanted:
+        raise AdapterError(
+            f"model {spec.name!r} ({spec.ref}) has weights {at_hand[:12]}, the adapter was fitted to "
+            f"{str(wanted)[:12]} under the same configuration; point to the right model with --model {spec.name}=REF, "
+            "or extract and train again with this one"
+        )
 
 
 def choose(adapter: Adapter, layers: str | None) -> list[Aligner]:

@@ -20,7 +20,7 @@ from evaluate.controls import CONTROLS, control_states
 from evaluate.inject import injecting, source_positions
 from evaluate.loading import Loaded, choose, load
 from featstore import sites
-from featstore.console import err, progress
+from featstore.console import progress
 from featstore.corpus import SPLITS, TEST
 from featstore.errors import AdapterError, PairingError
 from featstore.store import Store
@@ -165,9 +165,7 @@ def stitch(
     for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
         aligners = [a for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
         windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens)
-        if not quiet:
-            err.print(f"loading {target}")
-        loaded = load(adapter, target, overrides, device=device, dtype=dtype)
+        loaded = load(adapter, target, overrides, device=device, dtype=dtype, quiet=quiet)
         work = sum(len(w.target.ids) for w in windows) * (1 + len(aligners) * (len(CONDITIONS) - 1))
         with progress(f"stitch {source}->{target}", work, "tok", quiet=quiet) as tick:
             run = _Stitcher(store, loaded, windows, seed)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from featstore.console import emit, err, human, human_bytes, human_seconds, run_app
-from featstore.spec import DEFAULT_LAYERS, DEFAULT_MODELS, parse_budget
+from featstore.console import emit, err, human, human_bytes, run_app
+from featstore.spec import DEFAULT_MODELS, parse_budget, parse_bytes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 
@@ -25,90 +25,120 @@ def extract(
         list[str] | None, typer.Option(help="K,K,... for every model, NAME=K,... for one, or depths: 0%,50%,100%.")
     ] = None,
     dataset: Annotated[
-        str, typer.Option(help="wikitext-103-raw-v1, hf:REPO\\[/CONFIG]\\[:SPLIT], text:PATH-OR-GLOB, jsonl:PATH.")
-    ] = "wikitext-103-raw-v1",
-    text_field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
-    store: Annotated[Path, typer.Option(help="Where to write.")] = Path("wt103.zarr"),
-    max_tokens: Annotated[str, typer.Option(help="Token budget per model: a number, 200k, 1M, or all.")] = "1M",
+        str | None,
+        typer.Option(help="wikitext-103-raw-v1, hf:REPO\\[/CONFIG]\\[:SPLIT], text:PATH-OR-GLOB, jsonl:PATH."),
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help="Field that holds the text; text.")] = None,
+    store: Annotated[Path, typer.Option(help="Where to write, or what to add to.")] = Path("wt103.zarr"),
+    max_tokens: Annotated[
+        str | None, typer.Option(help="Token budget per model: a number, 200k, 1M, or all; 1M.")
+    ] = None,
     max_documents: Annotated[int | None, typer.Option(min=1, help="Read so many documents at most.")] = None,
     max_document_bytes: Annotated[int | None, typer.Option(min=4, help="Read so much of each document.")] = None,
-    window_bytes: Annotated[int, typer.Option(min=4, help="Longest stretch of text a model reads at once.")] = 2048,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens of a forward pass.")] = 8192,
-    shard_rows: Annotated[int, typer.Option(min=256, help="Rows of a shard file.")] = 16_384,
-    form: Annotated[str, typer.Option("--format", help="bfloat16, float16 or float32.")] = "bfloat16",
-    layout: Annotated[str, typer.Option(help="hot (mapped, uncompressed) or archive (blosc zstd).")] = "hot",
+    window_bytes: Annotated[
+        int | None, typer.Option(min=4, help="Longest stretch of text a model reads at once; 2048.")
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Padded tokens of a forward pass; 8192.")] = None,
+    shard_rows: Annotated[int | None, typer.Option(min=256, help="Rows of a shard file; 16384.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="bfloat16, float16, float32, int8 or fp8; bfloat16.")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="hot (mapped, uncompressed) or archive (blosc zstd); hot.")] = None,
+    layer_0: Annotated[
+        str | None,
+        typer.Option("--layer-0", help="stored like any layer, or table: one row for every token id; stored."),
+    ] = None,
     sink_threshold: Annotated[
-        float, typer.Option(min=1.0, help="A token is an attention sink beyond this multiple of the median norm.")
-    ] = 5.0,
+        float | None,
+        typer.Option(min=1.0, help="A token is an attention sink beyond this multiple of the median norm; 5."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")] = "auto",
-    attn: Annotated[str, typer.Option(help="transformers' attention implementation.")] = "sdpa",
-    seed: Annotated[int, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32; auto.")] = None,
+    attn: Annotated[str | None, typer.Option(help="transformers' attention implementation; sdpa.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; 0.")
+    ] = None,
+    moments: Annotated[
+        bool, typer.Option("--moments", help="Also store the moments of every two layers: fits then need no rows.")
+    ] = False,
+    moments_only: Annotated[
+        bool, typer.Option("--moments-only", help="Store moments and no rows; both models are loaded at once.")
+    ] = False,
+    moments_memory: Annotated[
+        str, typer.Option(help="Memory for summing moments: bytes, or such as 500M, 12G.")
+    ] = "12G",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes, time and free space; write nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Read a corpus with every model and store their residual streams; go on where an earlier run stopped."""
+    """Read a corpus with every model and store their residual streams.
+
+    On a store that exists, what is not typed is taken from it: the command goes on where an earlier run stopped, or
+    adds another layer (--layers), another model (--model) or more documents (--max-tokens, --max-documents).
+    """
+    from featstore import estimate
     from featstore import extract as extraction
     from featstore.job import Settings, prepare
-    from featstore.summary import describe
+    from featstore.ranks import Ranks
+    from featstore.store.summary import describe
 
-    job = prepare(
-        Settings(
-            model=tuple(model or DEFAULT_MODELS),
-            layers=tuple(layers or (DEFAULT_LAYERS,)),
-            dataset=dataset,
-            text_field=text_field,
-            store=store,
-            max_tokens=parse_budget(max_tokens),
-            max_documents=max_documents,
-            max_document_bytes=max_document_bytes,
-            window_bytes=window_bytes,
-            batch_tokens=batch_tokens,
-            shard_rows=shard_rows,
-            form=form,
-            layout=layout,
-            sink_threshold=sink_threshold,
-            device=device,
-            dtype=dtype,
-            attention=attn,
-            seed=seed,
-        )
-    )
+    typed = {
+        "model": tuple(model) if model else None,
+        "layers": tuple(layers) if layers else None,
+        "dataset": dataset,
+        "text_field": text_field,
+        "max_documents": max_documents,
+        "max_document_bytes": max_document_bytes,
+        "window_bytes": window_bytes,
+        "batch_tokens": batch_tokens,
+        "shard_rows": shard_rows,
+        "form": form,
+        "layout": layout,
+        "layer_0": layer_0,
+        "sink_threshold": sink_threshold,
+        "dtype": dtype,
+        "attention": attn,
+        "seed": seed,
+    }
+    given: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
+    if max_tokens is not None:
+        given["max_tokens"] = parse_budget(max_tokens)
+    if moments or moments_only:
+        given["moments"] = "only" if moments_only else "add"
+    given["moments_memory"] = parse_bytes(moments_memory)
+    first = Ranks.from_environment().first
+    job = prepare(Settings(store=store, device=device, given=frozenset(given), **given), quiet=not first)
     if dry_run:
-        result = extraction.dry_run(job)
-        emit(result, _describe_dry_run(result), as_json=as_json)
+        result = estimate.dry_run(job)
+        emit(result, estimate.describe(result), as_json=as_json)
+        if not result["fits"]:
+            raise typer.Exit(2)
         return
     result = extraction.extract(job)
+    if not first:
+        return
     emit(result, describe(result), as_json=as_json)
     if not as_json:
         err.print(f"next: align train --store {store} --type procrustes")
 
 
-def _describe_dry_run(result: dict[str, Any]) -> str:
-    lines = []
-    for name, model in result["models"].items():
-        time = "time unknown until its weights are on this disk"
-        if model["seconds"] is not None:
-            time = f"about {human_seconds(model['seconds'])} here"
-        lines.append(
-            f"{name}: {human(model['tokens'])} tokens x {len(model['layers'])} layers = {human_bytes(model['bytes'])} "
-            f"({human_bytes(model['bytes_per_layer'])} a layer), {time}"
-        )
-    verdict = "fits" if result["fits"] else "[bold]does not fit[/bold]: use fewer --layers or a smaller --max-tokens"
-    lines.append(f"in all {human_bytes(result['bytes'])}; {human_bytes(result['free_bytes'])} are free: {verdict}")
-    return "\n".join(lines)
-
-
 @app.command()
-def info(store: StorePath, as_json: Json = False) -> None:
-    """Say what a store holds: models, layers, rows, pairs, coverage, size."""
+def info(
+    store: StorePath,
+    no_spectrum: Annotated[
+        bool, typer.Option("--no-spectrum", help="Leave out the ranks, which take the time.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a store holds: models, rows, pairs, coverage; and of every layer size, energy and effective rank."""
     from featstore.store import open_store
-    from featstore.summary import describe, summary
+    from featstore.store.summary import describe, describe_states, states_summary, summary
 
-    result = summary(open_store(store))
-    emit(result, describe(result), as_json=as_json)
+    opened = open_store(store)
+    states = states_summary(opened, spectrum=not no_spectrum)
+    result = summary(opened) | {"states": states}
+    emit(result, f"{describe(result)}\n{describe_states(states)}", as_json=as_json)
 
 
 @app.command()
@@ -120,24 +150,70 @@ def inspect(
 ) -> None:
     """Show a window as the models saw it: text, norms, sinks and pair partners, token by token."""
     from featstore.store import open_store
-    from featstore.summary import describe_window, window_table
+    from featstore.store.summary import describe_window, window_table
 
     result = window_table(open_store(store), window, rows)
     emit(result, describe_window(result), as_json=as_json)
 
 
 @app.command()
-def verify(store: StorePath, as_json: Json = False) -> None:
-    """Check a store against its own checksums, shapes and text; exit code 1 if it is damaged."""
-    from featstore.verify import verify_store
+def verify(
+    store: StorePath,
+    again: Annotated[
+        int, typer.Option("--reextract", min=0, help="Compute so many batches of each model again and compare; 0.")
+    ] = 0,
+    model: Annotated[list[str] | None, typer.Option(help="NAME=REF of a model that is elsewhere now; repeat.")] = None,
+    device: Annotated[str, typer.Option(help="Where --reextract computes: auto, cpu, cuda, cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Which batches --reextract takes.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Check a store against its checksums, shapes, text and, with --reextract, its models; exit 1 if it is damaged."""
+    from rich.markup import escape
+
+    from featstore.reextract import check_tokens, describe_reextract, reextract
+    from featstore.store import open_store
+    from featstore.store.verify import verify_store
 
     result = verify_store(store)
-    text = "\n".join(f"[bold]damaged[/bold] {line}" for line in result["damage"]) or (
+    if not result["damage"]:
+        text = check_tokens(open_store(store), tuple(model or ()))
+        result = result | {"tokenized": text["tokenized"], "damage": text["damage"]}
+        result["not_checked"] += text["not_checked"]
+    if again and not result["damage"]:
+        result["reextract"] = reextract(store, again, seed=seed, model=tuple(model or ()), device=device)
+        result["damage"] = result["reextract"].pop("damage")
+    lines = [describe_reextract(result["reextract"])] if "reextract" in result else []
+    lines += [f"not checked: {escape(line)}" for line in result["not_checked"]]
+    lines += [f"[bold]damaged[/bold] {escape(line)}" for line in result["damage"]] or [
         f"{store}: {result['files']} files, {human_bytes(result['bytes'])} verified; no damage"
-    )
-    emit(result, text, as_json=as_json)
+    ]
+    emit(result, "\n".join(lines), as_json=as_json)
     if result["damage"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    store: StorePath,
+    form: Annotated[
+        str | None, typer.Option("--format", help="bfloat16, float16, float32, int8 or fp8; as it is.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="hot (mapped, uncompressed) or archive (blosc zstd); as it is.")
+    ] = None,
+    shard_rows: Annotated[int | None, typer.Option(min=256, help="Rows of a shard file; as it is.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Path of the new store; STORE-FORMAT-LAYOUT.zarr beside it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a store again in another format or layout, with everything else as it is; the old one stays.
+
+    Killed, it goes on where it stopped when the same command is run again.
+    """
+    from featstore.store.convert import convert as convert_store
+    from featstore.store.convert import describe_conversion
+
+    result = convert_store(store, out, form=form, layout=layout, shard_rows=shard_rows)
+    emit(result, describe_conversion(result), as_json=as_json)
 
 
 @app.command()
@@ -147,10 +223,27 @@ def pair(
     as_json: Json = False,
 ) -> None:
     """Add pair indexes to a store under another policy."""
-    from featstore.index import add_pairs
+    from featstore.store.index import add_pairs
 
     result = add_pairs(store, policy)
     lines = [f"{key}: {human(entry['pairs'])} pairs" for key, entry in result["pairs"].items()]
+    emit(result, "\n".join(lines), as_json=as_json)
+
+
+@app.command()
+def moments(
+    store: StorePath,
+    memory: Annotated[str, typer.Option(help="Memory for summing: bytes, or such as 500M, 12G.")] = "12G",
+    as_json: Json = False,
+) -> None:
+    """Add the moments of every two layers to a store: closed-form fits and CKA then need no rows."""
+    from featstore.store.moments import add_moments
+
+    result = add_moments(store, memory=parse_bytes(memory))
+    lines = [
+        f"{key}: {entry['blocks']} blocks, {human_bytes(entry['bytes'])}; {entry['written']} of them are new"
+        for key, entry in result["moments"].items()
+    ]
     emit(result, "\n".join(lines), as_json=as_json)
 
 

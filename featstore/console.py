@@ -14,7 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -29,7 +30,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from featstore.errors import FeatstoreError
+from featstore.errors import FeatstoreError, SpecError
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False)
@@ -38,6 +39,11 @@ out = Console(highlight=False)
 Tick = Callable[[float], None]
 
 _PLAIN_INTERVAL_S = 10.0
+_INTERRUPTED = 130
+
+#: What typer raises for words that do not parse. Its versions differ in whose class that is, click's or a copy in typer
+#: itself; both are the parent of the one it exports.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def human(value: float) -> str:
@@ -177,8 +183,29 @@ def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
         out.print(text, soft_wrap=True)
 
 
+def check_directory(path: Path, typed: Path | None = None) -> None:
+    """Refuse a place for results that cannot become a directory, before any work is done for it.
+
+    Args:
+        path: Directory that results will go to; need not exist.
+        typed: What was typed after ``--out``, where that is not the directory itself.
+
+    Raises:
+        SpecError: A file stands there or on the way there, or it cannot be written to.
+    """
+    # An absolute path ends at the root, which exists.
+    found = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
+    if not found.is_dir():
+        where = "is a file" if found == (typed or path).absolute() else f"lies below a file, {found}"
+        raise SpecError(f"--out {typed or path} {where}; choose another directory")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise SpecError(f"--out {typed or path}: no permission to write in {found}; choose another directory")
+
+
 def run_app(app: typer.Typer, name: str) -> None:
     """Run a typer application with this project's exit codes and one-line errors.
+
+    A command without a subcommand shows its help and exits with code 2, as typer has it.
 
     Args:
         app: The application.
@@ -188,22 +215,44 @@ def run_app(app: typer.Typer, name: str) -> None:
     for library in ("huggingface_hub", "transformers", "datasets", "distributed"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        app(prog_name=name, standalone_mode=True)
+        # Outside of its standalone mode typer raises what was wrong with the words instead of drawing a box about it,
+        # and returns the code of `typer.Exit`. Ctrl-C is such a code, too.
+        code = app(prog_name=name, standalone_mode=False)
     except FeatstoreError as error:
         _fail(name, str(error))
-    except (KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and error.code != 130:
+    except _UsageError as error:
+        _refuse(name, error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        # typer turns Ctrl-C into this exit code without a word.
-        err.print(f"{name}: interrupted; what was committed so far is kept")
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`); that is not an error of ours.
+        # The reader of our output went away (`| head`), which is no error of ours; typer makes an exit of it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    if code == _INTERRUPTED:
+        err.print(f"{name}: interrupted; what was committed so far is kept")
+    if code:
+        raise SystemExit(code)
 
 
-def _fail(name: str, message: str) -> None:
+def _refuse(name: str, error: Any) -> NoReturn:
+    """Words that do not parse: say which, and where the right ones are listed."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        # Making the error has printed the help.
+        raise SystemExit(2)
+    message = error.format_message().rstrip(".")
+    # Newer versions of typer say what is wrong with a value, but not the value; pydantic, which they ask, knows it.
+    if hasattr(error.__cause__, "errors"):
+        value = error.__cause__.errors()[0]["input"]
+        message = message.replace("Invalid value", f"Invalid value {value!r}", 1)
+    # An option that ends the line without its value comes without a context.
+    spoken = [name, *(word for word in sys.argv[1:2] if not word.startswith("-"))]
+    command = error.ctx.command_path if error.ctx is not None else " ".join(spoken)
+    _fail(name, f"{message[:1].lower()}{message[1:]}; see `{command} --help`")
+
+
+def _fail(name: str, message: str) -> NoReturn:
     line = " ".join(message.split())
     sys.stderr.write(f"{name}: {line}\n")
     raise SystemExit(2)

@@ -67,6 +67,15 @@ class Source:
         """The source as recorded in the store."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
+    @property
+    def text(self) -> str:
+        """The ``--dataset`` value that means this source."""
+        if self.kind == "wikitext":
+            return str(self.config)
+        if self.kind == "hf":
+            return f"hf:{self.location}{f'/{self.config}' if self.config else ''}:{self.split}"
+        return f"{self.kind}:{self.location}"
+
 
 def parse_source(text: str, field: str = "text") -> Source:
     """Parse ``--dataset``.

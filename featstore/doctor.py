@@ -16,7 +16,7 @@ from featstore.console import human_bytes
 from featstore.errors import FeatstoreError
 from featstore.provenance import versions
 from featstore.spec import ModelSpec, parse_models
-from featstore.writer import free_bytes
+from featstore.store.writer import free_bytes
 
 
 def examine(models: Sequence[str], store: Path) -> dict[str, Any]:

@@ -126,11 +126,11 @@ def load_model(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto", at
     """
     from transformers import AutoModelForCausalLM
 
+    # A wrong word for either is no failure of the model, as which `_loading` would report it.
     place = resolve_device(device)
+    chosen = resolve_dtype(dtype, place)
     with _loading(spec):
-        model = AutoModelForCausalLM.from_pretrained(
-            **_where(spec), dtype=resolve_dtype(dtype, place), attn_implementation=attention
-        )
+        model = AutoModelForCausalLM.from_pretrained(**_where(spec), dtype=chosen, attn_implementation=attention)
     model.to(place).eval()
     model.requires_grad_(requires_grad=False)
     return model

@@ -61,6 +61,22 @@ class PlannedCorpus:
             total.update(np.ascontiguousarray(array).tobytes())
         return total.hexdigest()
 
+    def begins_with(self, other: PlannedCorpus) -> bool:
+        """Whether this is the other one with more text after it.
+
+        Args:
+            other: Of a shorter plan.
+        """
+        windows, documents = len(other.window_document), len(other.document_id)
+        return (
+            np.array_equal(self.document_id[:documents], other.document_id)
+            and np.array_equal(self.text[: len(other.text)], other.text)
+            and all(
+                np.array_equal(getattr(self, name)[:windows], getattr(other, name))
+                for name in ("window_document", "window_start", "window_end")
+            )
+        )
+
 
 @dataclass(frozen=True)
 class PlannedModel:
@@ -83,6 +99,28 @@ class PlannedModel:
         """Number of token states of this model."""
         return int(self.row_start[-1])
 
+    @property
+    def hash(self) -> str:
+        """SHA-256 of all that decides which row is which token."""
+        total = hashlib.sha256()
+        for array in (self.row_start, self.ids, self.byte_end, self.special):
+            total.update(np.ascontiguousarray(array).tobytes())
+        return total.hexdigest()
+
+    def begins_with(self, other: PlannedModel) -> bool:
+        """Whether this is the other one with more windows after it.
+
+        Args:
+            other: Of a shorter plan.
+        """
+        windows, rows = len(other.row_start), other.rows
+        return (
+            len(self.row_start) >= windows
+            and np.array_equal(self.row_start[:windows], other.row_start)
+            and np.array_equal(self.ids[:rows], other.ids)
+            and np.array_equal(self.byte_end[:rows], other.byte_end)
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -95,6 +133,8 @@ class Plan:
         batch_tokens: Padded tokens of a forward pass at most.
         shard_rows: Rows of a shard.
         settings: Source and budgets as recorded in the store.
+        segments: Window counts at which earlier, shorter plans of the same store ended. Batches never cross them, so
+            that rows which are there already would come out the same.
     """
 
     corpus: PlannedCorpus
@@ -103,19 +143,17 @@ class Plan:
     batch_tokens: int
     shard_rows: int
     settings: dict[str, Any]
+    segments: tuple[int, ...] = ()
 
     @property
     def hash(self) -> str:
-        """SHA-256 of all that decides which row is which token of which text."""
+        """SHA-256 of all that decides which text is read in which windows and splits."""
         return digest(
             {
                 "corpus": self.corpus.hash,
                 "split": digest(self.corpus.document_split.tolist()),
                 "window_bytes": self.window_bytes,
-                "models": {
-                    name: hashlib.sha256(np.ascontiguousarray(m.ids).tobytes()).hexdigest()
-                    for name, m in self.models.items()
-                },
+                "segments": list(self.segments),
             }
         )
 
@@ -129,11 +167,12 @@ class Plan:
         """
         starts = self.models[name].row_start
         first = 0
-        while first < len(starts) - 1:
-            end = int(np.searchsorted(starts, starts[first] + self.shard_rows, side="right")) - 1
-            end = max(end, first + 1)
-            yield first, end
-            first = end
+        for segment in (*self.segments, len(starts) - 1):
+            while first < segment:
+                end = int(np.searchsorted(starts, starts[first] + self.shard_rows, side="right")) - 1
+                end = min(max(end, first + 1), segment)
+                yield first, end
+                first = end
 
     def batches(self, name: str, first: int, end: int) -> list[NDArray[np.int64]]:
         """Batches of windows of similar length within a group, longest first.
@@ -210,6 +249,43 @@ def make_plan(
     return Plan(planned, builder.models(), window_bytes, batch_tokens, shard_rows, settings or {})
 
 
+def plan_model(planned: PlannedCorpus, tokenizer: Any, name: str, context: int) -> PlannedModel:
+    """Tokenise windows that are fixed already, for a model that joins a store.
+
+    Args:
+        planned: The text and its windows.
+        tokenizer: The model's fast tokenizer.
+        name: Named in errors.
+        context: The model's longest sequence.
+
+    Raises:
+        OffsetError: The tokenizer's offsets do not rebuild the text.
+        SpecError: A window is longer than the model's context.
+    """
+    base = planned.document_start[planned.window_document]
+    cuts = list(zip((base + planned.window_start).tolist(), (base + planned.window_end).tolist(), strict=True))
+    parts: list[tokens.TokenizedWindow] = []
+    for at in range(0, len(cuts), _TOKENIZE_BATCH):
+        texts = [planned.text[start:end].tobytes().decode() for start, end in cuts[at : at + _TOKENIZE_BATCH]]
+        parts += tokens.tokenize(tokenizer, texts)
+    longest = max(len(part.ids) for part in parts)
+    if longest > context:
+        raise SpecError(
+            f"a window of this store has {longest} tokens, more than the context of model {name!r} ({context}); "
+            "extract it into a store of its own with a smaller --window-bytes"
+        )
+    return _planned_model(parts)
+
+
+def _planned_model(parts: Sequence[tokens.TokenizedWindow]) -> PlannedModel:
+    return PlannedModel(
+        row_start=np.concatenate(([0], np.cumsum([len(part.ids) for part in parts]))).astype(np.int64),
+        ids=np.concatenate([part.ids for part in parts]),
+        byte_end=np.concatenate([part.byte_end for part in parts]),
+        special=np.concatenate([part.special for part in parts]),
+    )
+
+
 def _window_stream(
     documents: Iterable[corpus.Document], window_bytes: int
 ) -> Iterator[tuple[corpus.Document, bytes, int, int]]:
@@ -274,13 +350,4 @@ class _Builder:
         )
 
     def models(self) -> dict[str, PlannedModel]:
-        result = {}
-        for name, parts in self._parts.items():
-            lengths = [len(part.ids) for part in parts]
-            result[name] = PlannedModel(
-                row_start=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
-                ids=np.concatenate([part.ids for part in parts]),
-                byte_end=np.concatenate([part.byte_end for part in parts]),
-                special=np.concatenate([part.special for part in parts]),
-            )
-        return result
+        return {name: _planned_model(parts) for name, parts in self._parts.items()}

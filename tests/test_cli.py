@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from commands import call, strict_json
-from conftest import command_environment
+from conftest import command_environment, command_line
 from planted import plant, trained
 
+from featstore.console import run_app
 from featstore.store import open_store
 
 Capture = pytest.CaptureFixture[str]
@@ -66,8 +71,6 @@ def test_help_comes_without_a_heavy_library(command: str) -> None:
 def test_the_list_of_commands_is_whole() -> None:
     import importlib
 
-    import typer
-
     for command, subcommands in COMMANDS.items():
         app = importlib.import_module(f"{command}.cli").app
         assert set(typer.main.get_command(app).commands) == set(subcommands)  # type: ignore[attr-defined]
@@ -91,7 +94,8 @@ def test_modules_run_as_commands(run_cli: Callable[..., subprocess.CompletedProc
 @pytest.fixture(scope="module")
 def run(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run between the tiny models."""
-    from align.train import Settings, train
+    from align.settings import Settings
+    from align.train import train
 
     out = tmp_path_factory.mktemp("cli") / "run"
     train(Settings(str(tiny_store), layers="2"), out, quiet=True)
@@ -215,11 +219,51 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...]]] = {
     "report nothing": ("evaluate report EMPTY", ("EMPTY",)),
     "split": ("evaluate stitch --store STORE --adapter RUN --split dev", ("'dev'", "train, val, test")),
     "budget": ("evaluate stitch --store STORE --adapter RUN --max-tokens 0", ("'0'", "200k")),
+    "layer number": ("evaluate stitch --store STORE --adapter RUN --layers two", ("layer 'two'", "0,8,16")),
+    "layer out of the model": ("evaluate stitch --store STORE --adapter RUN --layers 9", ("layer 9", "0..3")),
+    "generate layers": ("evaluate generate --adapter RUN --layers 0", ("--layers 0", "layers 2")),
+    "stitch a file": ("evaluate stitch --store STORE --adapter FILE", ("FILE", "align train")),
+    "stitch nowhere": ("evaluate stitch --store STORE --adapter NOTHING", ("NOTHING", "align train")),
+    "damaged card": ("evaluate stitch --store STORE --adapter DAMAGED", ("DAMAGED", "damaged", "train it again")),
+    "unknown override": ("evaluate stitch --store STORE --adapter RUN --model x=y", ("--model x=", "llama, mistral")),
+    "stitch device": ("evaluate stitch --store STORE --adapter RUN --device tpu9", ("'tpu9'", "auto, cpu, cuda")),
+    "stitch dtype": ("evaluate stitch --store STORE --adapter RUN --dtype int4", ("'int4'", "auto, bfloat16")),
     "foreign store": ("evaluate stitch --store OTHER --adapter RUN", ("fingerprint", "named in its card")),
     "run's layers": ("evaluate stitch --store STORE --adapter RUN --layers 0", ("--layers 0", "layers 2")),
     "no prompts": ("evaluate generate --adapter RUN --prompts BLANK", ("BLANK", "write one a line")),
     "missing prompts": ("evaluate generate --adapter RUN --prompts NOTHING", ("NOTHING", "UTF-8")),
     "window": ("featstore inspect STORE --window 9999", ("9999",)),
+    # Words that do not parse.
+    "no subcommand": ("featstore bogus", ("no such command 'bogus'", "see `featstore --help`")),
+    "no subcommand of align": ("align bogus", ("no such command 'bogus'", "see `align --help`")),
+    "no subcommand of evaluate": ("evaluate bogus", ("no such command 'bogus'", "see `evaluate --help`")),
+    "flag of the tool": ("featstore --nope", ("no such option: --nope", "see `featstore --help`")),
+    "flag": ("featstore extract --lay 0", ("no such option: --lay", "--layers", "see `featstore extract --help`")),
+    "flag of align": ("align train --nope", ("no such option: --nope", "see `align train --help`")),
+    "flag of evaluate": ("evaluate generate --nope", ("no such option: --nope", "see `evaluate generate --help`")),
+    "missing argument": ("featstore info", ("missing argument 'store'", "see `featstore info --help`")),
+    "missing flag": ("align cka", ("missing option '--store'", "see `align cka --help`")),
+    "missing runs": ("evaluate report", ("missing argument 'directories'", "see `evaluate report --help`")),
+    "missing value": ("featstore extract --max-documents", ("'--max-documents'", "see `featstore extract --help`")),
+    "not a number": ("featstore extract --max-documents x", ("'x'", "'--max-documents'", "featstore extract --help`")),
+    "not a number for align": ("align train --rank x", ("'x'", "'--rank'", "integer", "see `align train --help`")),
+    "number out of range": ("evaluate stitch --store STORE --adapter RUN --seed -1", ("'-1'", "'--seed'", "--help`")),
+    "one word too many": ("featstore info STORE more", ("(more)", "see `featstore info --help`")),
+    # Places that cannot take a result or hold no store.
+    "train into a file": ("align train --store STORE --out FILE", ("--out", "FILE", "is a file")),
+    "train below a file": ("align train --store STORE --out FILE/a/b", ("--out", "FILE", "lies below a file")),
+    "cka into a file": ("align cka --store STORE --out FILE", ("--out", "FILE", "is a file")),
+    "cka below a file": ("align cka --store STORE --out FILE/a/b", ("--out", "FILE", "lies below a file")),
+    "stitch into a file": ("evaluate stitch --store STORE --adapter RUN --out FILE", ("--out", "FILE", "is a file")),
+    "stitch below a file": ("evaluate stitch --store STORE --adapter RUN --out FILE/a", ("FILE/a lies below a file",)),
+    "generate into a file": ("evaluate generate --adapter RUN --out FILE", ("--out", "FILE", "is a file")),
+    "generate below a file": ("evaluate generate --adapter RUN --out FILE/a", ("--out", "FILE", "lies below a file")),
+    "report below a file": ("evaluate report RUN --out FILE/r.html", ("--out", "FILE/r.html", "lies below a file")),
+    "report into a directory": ("evaluate report RUN --out EMPTY", ("EMPTY", "is a directory", "report.html")),
+    "a file as store of cka": ("align cka --store FILE", ("FILE", "not a feature store")),
+    "a file as store of stitch": ("evaluate stitch --store FILE --adapter RUN", ("FILE", "not a feature store")),
+    "a file as store of info": ("featstore info FILE", ("FILE", "not a feature store")),
+    "a store below a file": ("align train --store FILE/s.zarr", ("FILE/s.zarr", "featstore extract")),
 }  # fmt: skip
 
 
@@ -230,6 +274,8 @@ def places(tiny_store: Path, run: Path, tmp_path_factory: pytest.TempPathFactory
     (base / "EMPTY").mkdir()
     (base / "FILE").write_text("hello")
     (base / "BLANK").write_text("\n")
+    (base / "DAMAGED").mkdir()
+    (base / "DAMAGED" / "adapter.json").write_text('{"format": 1, "pairs": [')
     rows = np.random.default_rng(0).normal(size=(50, 4))
     return SimpleNamespace(
         STORE=tiny_store,
@@ -238,6 +284,7 @@ def places(tiny_store: Path, run: Path, tmp_path_factory: pytest.TempPathFactory
         FILE=base / "FILE",
         BLANK=base / "BLANK",
         NOTHING=base / "NOTHING",
+        DAMAGED=base / "DAMAGED",
         OTHER=plant(base / "o.zarr", rows, rows, documents=10).path,
     )
 
@@ -249,13 +296,103 @@ def test_a_wrong_word_is_one_line_with_the_value_and_the_remedy(
     line, expected = REFUSALS[case]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("align.cli.SCHEDULER_SECONDS", 0.5)
-    words = [str(getattr(places, word, word)) for word in line.split()]
+
+    def meant(word: str) -> str:
+        """The word with a leading capital one replaced by its place."""
+        first, slash, rest = word.partition("/")
+        return f"{getattr(places, first, first)}{slash}{rest}"
+
+    words = [meant(word) for word in line.split()]
     refusal = call(capsys, *words).refusal
     assert refusal.startswith(f"{words[0]}: ")
     for part in expected:
-        assert str(getattr(places, part, part)) in refusal
+        assert meant(part) in refusal
     # Nothing was begun.
     assert list(tmp_path.iterdir()) == []
+    assert places.FILE.read_text() == "hello"
+    assert list(places.EMPTY.iterdir()) == []
+
+
+def test_a_place_without_permission_is_refused_before_any_work(
+    places: SimpleNamespace, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write anywhere, so the answer of the system is made up.
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK and path == tmp_path)
+    )
+    out = tmp_path / "a" / "b"
+    refusal = call(capsys, "align", "cka", "--store", places.STORE, "--out", out).refusal
+    assert f"--out {out}: no permission to write in {tmp_path}" in refusal
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(("command", "words"), [(name, words) for name in COMMANDS for words in ((), ("--help",))])
+def test_a_tool_without_a_command_shows_its_help(command: str, words: tuple[str, ...], capsys: Capture) -> None:
+    shown = call(capsys, command, *words)
+    assert f"Usage: {command} [OPTIONS] COMMAND" in shown.out
+    assert shown.err == ""
+    # Asking for help is no mistake, saying nothing is one.
+    assert shown.code == (0 if words else 2)
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny_store: Path) -> None:
+    for words in (("featstore", "info", str(tiny_store), "--json"), ("align", "train", "--help")):
+        read, write = os.pipe()
+        os.close(read)
+        try:
+            done = subprocess.run(
+                command_line(*words), env=command_environment(), stdout=write, stderr=subprocess.PIPE, text=True
+            )
+        finally:
+            os.close(write)
+        assert (done.returncode, done.stderr) == (0, ""), words
+
+
+@pytest.mark.parametrize(("stop", "code"), [(typer.Exit(1), 1), (SystemExit(3), 3), (typer.Abort(), 130), (None, 0)])
+def test_a_command_decides_its_exit_code(
+    stop: BaseException | None, code: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def command() -> None:
+        if stop is not None:
+            raise stop
+
+    monkeypatch.setattr(sys, "argv", ["tool"])
+    try:
+        run_app(app, "tool")
+        found = 0
+    except SystemExit as end:
+        found = int(end.code or 0)
+    assert found == code
+    assert capsys.readouterr().err == ("tool: interrupted; what was committed so far is kept\n" if code == 130 else "")
+
+
+def test_ctrl_c_is_one_line_and_130(tiny_store: Path, tmp_path: Path) -> None:
+    log = tmp_path / "run" / "log.jsonl"
+    forever = ("--epochs", "100000", "--patience", "100000")
+    words = ("--type", "lora", "--rank", "4", *forever, "--out", log.parent, "--json")
+    running = subprocess.Popen(
+        command_line("align", "train", "--store", tiny_store, *words),
+        env=command_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not log.exists() and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 130, err
+    assert out == ""
+    assert err.splitlines()[-1] == "align: interrupted; what was committed so far is kept"
+    assert "Traceback" not in err
 
 
 def test_a_damaged_store_is_one_line(tmp_path: Path, capsys: Capture) -> None:

@@ -29,11 +29,12 @@ from featstore.errors import (
     StoreFormatError,
     StoreStateError,
 )
-from featstore.extract import dry_run, extract
+from featstore.estimate import dry_run
+from featstore.extract import extract
 from featstore.job import Job, Settings, prepare
 from featstore.models import inspect_model, weight_bytes
 from featstore.spec import ModelSpec
-from featstore.verify import verify_store
+from featstore.store.verify import verify_store
 
 LAYERS = {"llama": (0, 2, 3), "mistral": (0, 2, 4)}
 
@@ -181,9 +182,10 @@ def stop_once_there(settings: Settings, unit: str, how: signal.Signals) -> subpr
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def test_killed_twice_and_run_again_the_command_writes_the_same_bytes(settings, undisturbed, run_cli, tmp_path):
+def test_killed_three_times_and_run_again_the_command_writes_the_same_bytes(settings, undisturbed, run_cli, tmp_path):
     mine = at(settings, tmp_path / "store.zarr")
-    for unit in ("models/llama/rows-000002", "models/mistral/rows-000003"):
+    for shard in ("llama/resid/0/rows-000001", "llama/resid/3/rows-000002", "mistral/resid/0/rows-000003"):
+        unit = f"models/{shard}"
         stopped = stop_once_there(mine, unit, signal.SIGKILL)
         assert stopped.returncode == -signal.SIGKILL, stopped.stderr
         with pytest.raises(StoreStateError, match="unfinished"):
@@ -204,18 +206,18 @@ def test_killed_twice_and_run_again_the_command_writes_the_same_bytes(settings, 
 
 def test_ctrl_c_exits_130_with_one_line_and_running_again_completes(settings, undisturbed, tmp_path):
     mine = at(settings, tmp_path / "store.zarr")
-    stopped = stop_once_there(mine, "models/llama/rows-000001", signal.SIGINT)
+    stopped = stop_once_there(mine, "models/llama/resid/2/rows-000001", signal.SIGINT)
     assert stopped.returncode == 130, stopped.stderr
     assert stopped.stderr.strip().splitlines()[-1] == "featstore: interrupted; what was committed so far is kept"
     assert "Traceback" not in stopped.stderr
     assert stopped.stdout == ""
-    assert (mine.store / "manifest/models/llama/rows-000001.json").exists()
+    assert (mine.store / "manifest/models/llama/resid/2/rows-000001.json").exists()
     assert tree_bytes(run(mine)) == tree_bytes(undisturbed)
 
 
 def test_stopped_between_any_two_shards_it_ends_with_the_same_bytes(settings, undisturbed, tmp_path, monkeypatch):
     """In this process, so that every place can be tried: each attempt may commit two more units."""
-    from featstore.writer import StoreWriter
+    from featstore.store.writer import StoreWriter
 
     class StoppedError(Exception):
         pass
@@ -225,12 +227,12 @@ def test_stopped_between_any_two_shards_it_ends_with_the_same_bytes(settings, un
     while True:
         left = 3
 
-        def limited(self, unit, files):
+        def limited(self, unit, files, **facts):
             nonlocal left
             left -= 1
             if not left:
                 raise StoppedError
-            commit(self, unit, files)
+            commit(self, unit, files, **facts)
 
         monkeypatch.setattr(StoreWriter, "commit", limited)
         try:
@@ -264,8 +266,8 @@ class TestNotANumber:
         assert done.returncode == 2
         assert done.stdout == ""
         (line,) = [x for x in done.stderr.splitlines() if not x.startswith("loading")]
-        assert line.startswith("featstore: model 'bad', layer 2, in the batch of window ")
-        assert "NaN or infinity at row" in line
+        assert line.startswith("featstore: model 'bad', layer 2, row ")
+        assert "holds NaN or infinity" in line
         assert "try --dtype float32, or check the model's weights" in line
 
     def test_beyond_the_pilot_what_came_before_is_kept(self, settings, tiny_llama, tmp_path):
@@ -286,10 +288,10 @@ class TestNotANumber:
             shard_rows=256,
         )
         with pytest.raises(
-            NonFiniteStateError, match=r"model 'bad', layer 0, in the batch of window .*\(document [78]\)"
+            NonFiniteStateError, match=r"model 'bad', layer 0, row \d+ \(window \d+, document 8\) holds NaN"
         ):
             run(mine)
-        assert (mine.store / "manifest/models/bad/rows-000003.json").exists()
+        assert (mine.store / "manifest/models/bad/resid/0/rows-000003.json").exists()
         assert not verify_everything_committed(mine.store)
 
     def test_a_value_beyond_float16_names_the_remedy(self, settings, tiny_llama, tmp_path):
@@ -298,7 +300,7 @@ class TestNotANumber:
 
         directory = spoiled(tiny_llama, tmp_path / "big", spoil)
         mine = at(settings, tmp_path / "store.zarr", model=(f"big={directory}",), layers=("0",), form="float16")
-        with pytest.raises(NonFiniteStateError, match=r"model 'big', layer 0.*more than float16 can; use --format bf"):
+        with pytest.raises(NonFiniteStateError, match=r"model 'big', layer 0, row \d+ .*more than float16 can .65504.; use --format bf"):
             run(mine)
 
 
@@ -321,7 +323,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"form": "fp8"}, SpecError, "format 'fp8'"),
+            ({"form": "fp4"}, SpecError, "format 'fp4'"),
+            ({"layer_0": "no"}, SpecError, "--layer-0 'no'"),
             ({"layout": "warm"}, SpecError, "layout 'warm'"),
             ({"shard_rows": 1000}, SpecError, "--shard-rows 1000: layout archive needs a multiple of 256"),
             ({"shard_rows": 0}, SpecError, "--shard-rows 0"),
@@ -350,14 +353,14 @@ class TestRefusals:
         ("change", "named"),
         [
             ({"sink_threshold": 6.0}, "mask"),
-            ({"max_tokens": 3000}, "corpus, .*plan"),
+            ({"max_tokens": 3000}, "max_tokens"),
             ({"window_bytes": 400}, "window_bytes"),
-            ({"layers": ("0,1",)}, r"llama\.layers, mistral\.layers"),
+            ({"layer_0": "table"}, r"llama\.layer_0"),
             ({"form": "bfloat16"}, r"llama\.format"),
             ({"batch_tokens": 512}, r"llama\.batch_tokens"),
             ({"dtype": "bfloat16"}, r"llama\.compute_dtype"),
             ({"attention": "eager"}, r"llama\.attention"),
-            ({"seed": 3}, "corpus"),
+            ({"seed": 3}, "seed"),
         ],
     )
     def test_a_store_made_with_other_settings_is_not_touched(self, undisturbed, settings, change, named):
@@ -408,7 +411,7 @@ class TestSpace:
         with pytest.raises(KeyboardInterrupt):
             extract(mine, quiet=True)
         monkeypatch.undo()
-        for unit in mine.settings.store.glob("manifest/models/mistral/rows-*.json"):
+        for unit in mine.settings.store.glob("manifest/models/mistral/resid/*/rows-*.json"):
             unit.unlink()
         for layer in LAYERS["mistral"]:
             shutil.rmtree(mine.settings.store / "models" / "mistral" / "resid" / str(layer))

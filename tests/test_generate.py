@@ -13,7 +13,8 @@ from commands import call, strict_json
 
 import evaluate.generate as module
 from align.aligners import load_adapter
-from align.train import Settings, train
+from align.settings import Settings
+from align.train import train
 from evaluate.generate import PROMPTS, describe, generate, read_prompts
 from evaluate.inject import source_positions
 from featstore.errors import AdapterError, SpecError

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align import moments as module
 from align.moments import (
     Moments,
     about,
@@ -23,6 +22,7 @@ from align.moments import (
     raw,
 )
 from featstore.errors import FitError
+from featstore.store import sums as module
 
 seeds = st.integers(0, 2**32 - 1)
 widths = st.integers(1, 6)

@@ -12,8 +12,8 @@ from store_fixtures import write_store
 
 from featstore import open_store
 from featstore.errors import PairingError, SpecError
-from featstore.index import add_pairs
-from featstore.pairs import Pairs, check_policy, ends_a_word, last_at_each_end, match
+from featstore.store.index import add_pairs
+from featstore.store.pairs import Pairs, check_policy, ends_a_word, last_at_each_end, match
 
 # One model's tokens of some windows: for each window its tokens as (byte end, special).
 WINDOW = st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=10).map(

@@ -16,7 +16,7 @@ import pytest
 
 import featstore
 from featstore.calibration import fetch_assets
-from featstore.formats import bfloat16_values
+from featstore.store.formats import bfloat16_values
 
 pytestmark = pytest.mark.demo_pair
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from featstore.corpus import windows
 from featstore.errors import OffsetError
-from featstore.pairs import last_at_each_end
+from featstore.store.pairs import last_at_each_end
 from featstore.tokens import PROBE, TokenizedWindow, byte_offsets, check_offsets, probe, tokenize
 
 HARD = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from planted import TEST, VAL, Planted, leaky, only, plant, rotation, spectrum_r
 
 import align.loop
 from align.aligners import load_adapter
-from align.loop import LoopSettings
-from align.train import Settings, check, default_directory, describe, load_settings, train
+from align.settings import CLOSED_TYPES, LoopSettings, Settings, check, load_settings
+from align.train import default_directory, describe, train
 from featstore.errors import FitError, SpecError
+from featstore.store import Store, StoredModel
 
 KEY = "a:1->b:1"
 BASELINES = {"mean", "identity", "random_rotation", "shuffled", "closed_form"}
@@ -153,6 +156,53 @@ def test_the_card_names_models_store_and_mask(lora: Path, small: Planted) -> Non
     assert entry["parameters"]["trainable"] == 4 * (24 + 24)
 
 
+def test_the_card_copies_what_the_store_knows_of_the_weights(
+    small: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(store: Store, name: str) -> StoredModel:
+        held = known(store, name)
+        return replace(held, attributes={**held.attributes, "weights_fingerprint": name * 64})
+
+    known = Store.model
+    monkeypatch.setattr(Store, "model", model)
+    trained(small, tmp_path, "procrustes")
+    models = load_adapter(tmp_path).card["models"]
+    assert {name: entry["weights_fingerprint"] for name, entry in models.items()} == {"a": "a" * 64, "b": "b" * 64}
+
+
+#: Fits a map in an interpreter of its own and prints whether that took torch.
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from align.cli import main
+sys.argv = ["align", "train", *sys.argv[1:]]
+main()
+print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("type_", "used"), [*((name, False) for name in CLOSED_TYPES), ("lora", True)])
+def test_a_closed_form_needs_no_torch(small: Planted, tmp_path: Path, type_: str, used: bool) -> None:
+    words = [
+        "--store",
+        str(small.path),
+        "--type",
+        type_,
+        "--rank",
+        "2",
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *words, "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "adapter.json").is_file()
+    assert done.stderr.split()[-1] == str(used)
+
+
 def test_the_lora_factors_make_up_the_weight(lora: Path) -> None:
     tensors = load_adapter(lora).aligners[KEY].tensors
     product = tensors["skip"].astype(np.float64) + tensors["lora_A"].astype(np.float64) @ tensors["lora_B"]
@@ -260,7 +310,7 @@ def test_a_directory_that_holds_a_run_is_left_alone(small: Planted, lora: Path, 
         trained(small, lora, "affine")
     assert comparable(lora) == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(SpecError, match="is a file; choose a directory"):
+    with pytest.raises(SpecError, match="is a file; choose another directory"):
         trained(small, tmp_path / "file", "affine")
 
 

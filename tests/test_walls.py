@@ -33,10 +33,14 @@ KNOW_TRANSFORMERS = {
         "forward",
         "doctor",
         "calibration",
-        "calibration_assets",
-        "calibration_twin",
+        "calibration.assets",
+        "calibration.twin",
     )
 }
+
+
+#: What the store may use of the rest of its room.
+BELOW_THE_STORE = {"featstore.errors", "featstore.provenance", "featstore.console"}
 
 
 def module_name(path: Path) -> str:
@@ -84,7 +88,7 @@ def test_the_sources_are_found():
     assert {"featstore", "featstore.store", "align.solvers", "evaluate"} <= SOURCES.keys()
     assert "transformers" in all_imports("featstore.models")
     assert "transformers" not in import_time_imports("featstore.models")
-    assert "featstore.store" in import_time_imports("featstore.index")
+    assert "featstore.store.reader" in import_time_imports("featstore.store.index")
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -156,9 +160,9 @@ from pathlib import Path
 import numpy as np
 import zarr
 from featstore import open_store
-from featstore.index import add_pairs
-from featstore.loader import PairBatches
-from featstore.verify import verify_store
+from featstore.store.index import add_pairs
+from featstore.store.loader import PairBatches
+from featstore.store.verify import verify_store
 
 store = open_store(sys.argv[1])
 pairs = store.pairs("a", "b").select(0)
@@ -180,6 +184,14 @@ def test_a_store_is_read_without_torch_or_transformers(tmp_path):
     count, _, blocked = done.stdout.partition(" ")
     assert int(count) > 300
     assert blocked.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("featstore.store")])
+def test_the_store_knows_nothing_of_models(name):
+    """What reads a store must not need what wrote it."""
+    above = {target for target in import_time_imports(name) if target in SOURCES and target.startswith("featstore.")}
+    assert all(target.startswith("featstore.store") or target in BELOW_THE_STORE for target in above), above
+    assert not {target.partition(".")[0] for target in import_time_imports(name)} & {"torch", "dask", "datasets"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -9,50 +9,78 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from store_fixtures import Recipe, tree_bytes, write_quickly, write_store
 
-from featstore import formats, open_store
+from featstore import open_store
 from featstore.errors import CorruptDataError, NoSpaceError, StoreBusyError, StoreStateError
-from featstore.verify import verify_store
-from featstore.writer import (
-    RowWriter,
-    StoreWriter,
-    check_space,
-    exclusive,
-    free_bytes,
-    read_entry,
-    rows_unit,
-)
+from featstore.store.formats import parse_format
+from featstore.store.row_writer import RowArrays, RowWriter, rows_unit
+from featstore.store.shards import file_checksum, parse_layout
+from featstore.store.verify import verify_store
+from featstore.store.writer import StoreWriter, check_space, exclusive, free_bytes, read_entry
 
 RECIPE = Recipe(shard_rows=256, layers=(0, 1, 2), documents=16)
-KILLS = 16
+KILLS = 50
 
-PROGRAM = """
-import sys
-import store_fixtures as made
+#: Imports once; then, for every path that it reads, a process of its own writes a store there.
+WRITERS = """
+import os, sys
 from pathlib import Path
+import store_fixtures as made
+recipe = made.Recipe(shard_rows=256, layers=(0, 1, 2), documents=16)
 assert "torch" not in sys.modules and "transformers" not in sys.modules
-print("ready", flush=True)
-made.write_store(Path(sys.argv[1]), made.Recipe(shard_rows=256, layers=(0, 1, 2), documents=16))
-print("done", flush=True)
+for line in sys.stdin:
+    writer = os.fork()
+    if writer == 0:
+        made.write_store(Path(line.strip()), recipe)
+        os._exit(0)
+    print(writer, flush=True)
+    sys.stdin.readline()  # until then the process id stays taken
+    print(os.waitpid(writer, 0)[1], flush=True)
 """
 
 
-def start_writer(path: Path) -> subprocess.Popen[str]:
-    """A writer process that has just begun."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(path)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+class Writers:
+    """Processes that write stores, one after another."""
+
+    def __init__(self) -> None:
+        self._parent = subprocess.Popen(
+            [sys.executable, "-c", WRITERS],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def _ask(self, line: str) -> int:
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.write(line + "\n")
+        self._parent.stdin.flush()
+        return int(self._parent.stdout.readline())
+
+    def start(self, path: Path) -> int:
+        """Start one; its process id, which is its own until :meth:`wait`."""
+        return self._ask(str(path))
+
+    def wait(self) -> int:
+        """How the one that was started ended: 0, or minus the signal."""
+        return os.waitstatus_to_exitcode(self._ask(""))
+
+    def close(self) -> None:
+        self._parent.communicate()
+
+
+@pytest.fixture
+def writers() -> Iterator[Writers]:
+    made = Writers()
+    yield made
+    made.close()
 
 
 def check_invariants(path: Path) -> None:
@@ -69,7 +97,7 @@ def check_invariants(path: Path) -> None:
         for name, record in read_entry(entry, unit)["files"].items():
             data = (path / name).read_bytes()
             assert len(data) == record["bytes"]
-            assert formats.file_checksum(data) == record["crc32"]
+            assert file_checksum(data) == record["crc32"]
     for document in path.glob("models/*/*/*/zarr.json"):
         kind, layer = document.parts[-3:-1]
         if kind not in ("resid", "norm"):
@@ -77,7 +105,7 @@ def check_invariants(path: Path) -> None:
         model = document.parts[-4]
         rows = json.loads(document.read_text())["shape"][0]
         committed = 0
-        while (manifest / f"{rows_unit(model, committed)}.json").exists():
+        while (manifest / f"{rows_unit(model, int(layer), committed)}.json").exists():
             committed += 1
         assert rows <= committed * RECIPE.shard_rows, (model, kind, layer)
 
@@ -87,20 +115,21 @@ def undisturbed(tmp_path_factory) -> dict[str, bytes]:
     return tree_bytes(write_quickly(tmp_path_factory.mktemp("undisturbed") / "store.zarr", RECIPE))
 
 
-def test_a_writer_killed_at_random_moments_ends_with_the_same_bytes(undisturbed, tmp_path):
+def test_a_writer_killed_at_random_moments_ends_with_the_same_bytes(undisturbed, writers, tmp_path):
     rng = random.Random(0)
     path = tmp_path / "store.zarr"
     start = time.monotonic()
-    process = start_writer(tmp_path / "timed.zarr")
-    assert process.communicate()[0] == "done\n"
+    writers.start(tmp_path / "timed.zarr")
+    assert writers.wait() == 0
     duration = min(time.monotonic() - start, 1.5)
     killed = rounds = 0
     while killed < KILLS:
-        process = start_writer(path)
+        writer = writers.start(path)
         time.sleep(rng.uniform(0, duration * 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        killed += process.returncode == -signal.SIGKILL
+        os.kill(writer, signal.SIGKILL)
+        ended = writers.wait()
+        assert ended in (0, -signal.SIGKILL)
+        killed += ended == -signal.SIGKILL
         check_invariants(path)
         if (path / "manifest" / "metadata.json").exists():  # nearly done: finish, compare, begin again
             write_quickly(path, RECIPE)
@@ -109,13 +138,14 @@ def test_a_writer_killed_at_random_moments_ends_with_the_same_bytes(undisturbed,
             path = tmp_path / f"store-{rounds}.zarr"
     write_quickly(path, RECIPE)
     assert tree_bytes(path) == undisturbed
+    assert rounds
 
 
 EVERY_STEP = """
 import os, signal, sys
 from pathlib import Path
 import store_fixtures as made
-from featstore.index import add_pairs
+from featstore.store.index import add_pairs
 
 root, what = Path(sys.argv[1]), sys.argv[2]
 recipe = made.Recipe(shard_rows=256, layers=(0, 2), documents=3, document_bytes=300, width=2)
@@ -223,7 +253,7 @@ class TestLock:
 
     def test_a_writer_in_another_process_is_noticed_and_its_death_too(self, tmp_path):
         path = tmp_path / "store.zarr"
-        code = "import sys, time; from pathlib import Path; from featstore.writer import exclusive\n"
+        code = "import sys, time; from pathlib import Path; from featstore.store.writer import exclusive\n"
         code += "with exclusive(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)\n"
         process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -304,49 +334,77 @@ class TestSpace:
         assert not (tmp_path / "a").exists()
 
 
-def row_writer(path: Path, rows: int = 1000, **options) -> RowWriter:
-    made = {"width": 3, "layers": (0, 1), "shard_rows": 256}
-    form, layout = formats.parse_format("float32"), formats.parse_layout("archive")
-    return RowWriter(StoreWriter(path), "m", rows=rows, form=form, layout=layout, **(made | options))
+def row_writer(path: Path, rows: int = 1000, shard_rows: int = 256, owned: range | None = None) -> RowWriter:
+    arrays = RowArrays(rows, 3, (0, 1), shard_rows, parse_format("float32"), parse_layout("archive"))
+    return RowWriter(StoreWriter(path), "m", arrays, owned)
 
 
 class TestRowWriter:
     def put(self, writer: RowWriter, start: int, end: int) -> None:
-        for layer in writer.layers:
+        for layer in writer.arrays.layers:
             rows = np.arange(start, end, dtype=np.float32)[:, None] + np.zeros((1, 3), np.float32) + 10_000 * layer
-            writer.put(start, layer, rows, np.linalg.norm(rows, axis=1).astype(np.float32))
+            writer.put(start, layer, parse_format("float32").encode(rows))
 
     def announced(self, path: Path) -> int:
         return json.loads((path / "models/m/resid/1/zarr.json").read_text())["shape"][0]
 
     def test_shards_are_committed_once_all_their_rows_are_there(self, tmp_path):
         writer = row_writer(tmp_path)
-        assert (writer.shards, self.announced(tmp_path)) == (4, 0)
+        assert (writer.arrays.shards, self.announced(tmp_path)) == (4, 0)
         self.put(writer, 100, 300)
         self.put(writer, 0, 100)
         assert writer.advance(255) == 0
-        assert writer.advance(256) == 1
+        assert writer.advance(256) == 2
         assert self.announced(tmp_path) == 256
         self.put(writer, 300, 1000)
-        assert writer.advance(999) == 2
+        assert writer.advance(999) == 4
         assert self.announced(tmp_path) == 768
-        assert writer.advance(1000) == 1
+        assert not writer.complete
+        assert writer.advance(1000) == 2
         assert self.announced(tmp_path) == 1000
-        assert writer.done == {0, 1, 2, 3}
+        assert writer.complete
 
     def test_a_gap_holds_the_row_count_back(self, tmp_path):
         writer = row_writer(tmp_path)
         self.put(writer, 0, 1000)
         writer.advance(1000)
-        (tmp_path / "manifest" / f"{rows_unit('m', 1)}.json").unlink()
+        (tmp_path / "manifest" / f"{rows_unit('m', 1, 1)}.json").unlink()
         again = row_writer(tmp_path)
-        assert again.done == {0, 2, 3}
+        assert not again.complete
         assert self.announced(tmp_path) == 256
-        assert [again.wanted(*r) for r in ((0, 256), (255, 257), (256, 300), (511, 512), (512, 1000))] == [
-            False, True, True, True, False,
+        assert [again.missing(*r) for r in ((0, 256), (255, 257), (256, 300), (511, 512), (512, 1000))] == [
+            (), (1,), (1,), (1,), (),
         ]  # fmt: skip
         self.put(again, 200, 600)  # rows of committed shards are passed over
-        again.advance(600)
+        assert again.advance(600) == 1
+        assert self.announced(tmp_path) == 1000
+
+    def test_more_rows_rewrite_the_last_shard_and_keep_what_it_held(self, tmp_path):
+        shorter = row_writer(tmp_path, rows=300)
+        self.put(shorter, 0, 300)
+        shorter.advance(300)
+        whole = (tmp_path / "models/m/resid/1/c/0/0").read_bytes()
+        longer = row_writer(tmp_path, rows=600)
+        assert self.announced(tmp_path) == 300
+        assert [longer.missing(*r) for r in ((0, 300), (299, 301), (300, 600))] == [(), (0, 1), (0, 1)]
+        self.put(longer, 300, 600)
+        longer.advance(600)
+        undisturbed = row_writer(tmp_path / "once", rows=600)
+        self.put(undisturbed, 0, 600)
+        undisturbed.advance(600)
+        assert (tmp_path / "models/m/resid/1/c/0/0").read_bytes() == whole
+        for name in ("models", "manifest"):
+            assert tree_bytes(tmp_path / name) == tree_bytes(tmp_path / "once" / name)
+
+    def test_processes_write_their_own_shards_and_the_first_counts(self, tmp_path):
+        for owned in (range(2, 4), range(2)):
+            writer = row_writer(tmp_path, owned=owned)
+            assert writer.missing(511, 513) == (0, 1)
+            self.put(writer, 0, 1000)
+            assert writer.advance(1000) == 4
+            assert writer.complete
+            assert not (tmp_path / "models/m/resid/1/zarr.json").exists()
+        writer.count_rows()
         assert self.announced(tmp_path) == 1000
 
     def test_shards_are_whole_chunks(self, tmp_path):

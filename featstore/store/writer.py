@@ -1,7 +1,7 @@
 """Whole shards to disk so that a store is never half true.
 
-A *unit* is the set of files that appear together: the corpus, a model's token table, one shard of all its layers, a
-pair index. Every file is written aside, fsynced and renamed; then one manifest entry, written the same way, records
+A *unit* is the set of files that appear together: the corpus, a model's token table, one shard of one layer, a pair
+index. Every file is written aside, fsynced and renamed; then one manifest entry, written the same way, records
 each file's size and checksum and makes the unit exist; the row counts in ``zarr.json`` move last. What the manifest
 does not name is not there, whatever lies on disk.
 
@@ -14,7 +14,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore import formats
-from featstore.errors import CorruptDataError, NoSpaceError, StoreBusyError, StoreStateError
+from featstore.errors import CorruptDataError, NoSpaceError, StoreBusyError
 from featstore.provenance import digest, fsync_directory, json_text, read_json, write_atomic, write_json
+from featstore.store import documents
+from featstore.store.shards import file_checksum, seal
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest"
@@ -135,21 +136,34 @@ class StoreWriter:
         Raises:
             CorruptDataError: The manifest entry is damaged.
         """
-        entry = self._manifest_path(unit)
-        if not entry.exists():
-            return False
-        files = read_entry(entry, unit)["files"]
-        return all(
-            (self.path / name).is_file() and (self.path / name).stat().st_size == record["bytes"]
-            for name, record in files.items()
-        )
+        return self.entry(unit) is not None
 
-    def commit(self, unit: str, files: dict[str, bytes]) -> None:
+    def entry(self, unit: str) -> dict[str, Any] | None:
+        """The manifest entry of a unit whose files have the recorded sizes, or None.
+
+        Args:
+            unit: Name of the unit.
+
+        Raises:
+            CorruptDataError: The manifest entry is damaged.
+        """
+        path = self._manifest_path(unit)
+        if not path.exists():
+            return None
+        entry = read_entry(path, unit)
+        whole = all(
+            (self.path / name).is_file() and (self.path / name).stat().st_size == record["bytes"]
+            for name, record in entry["files"].items()
+        )
+        return entry if whole else None
+
+    def commit(self, unit: str, files: Mapping[str, bytes], **facts: int | str) -> None:
         """Write a unit's files and then its manifest entry.
 
         Args:
             unit: Name of the unit.
             files: Content by path relative to the store.
+            facts: Recorded in the entry beside the files, such as the number of rows.
 
         Raises:
             NoSpaceError: The disk filled up; nothing of the unit counts as written.
@@ -158,8 +172,8 @@ class StoreWriter:
         try:
             for name, data in files.items():
                 self._place(name, data)
-                record[name] = {"bytes": len(data), "crc32": formats.file_checksum(data)}
-            write_json(self._manifest_path(unit), {"unit": unit, "files": record})
+                record[name] = {"bytes": len(data), "crc32": file_checksum(data)}
+            write_json(self._manifest_path(unit), {"unit": unit, "files": record, **facts})
         except OSError as error:
             raise NoSpaceError(
                 f"cannot write {unit} to {self.path} ({error.strerror or error}); what was committed is kept: "
@@ -173,7 +187,7 @@ class StoreWriter:
             name: Path within the store; empty for the root.
             attributes: JSON attributes.
         """
-        write_json(self.path / name / "zarr.json", formats.group_document(attributes))
+        write_json(self.path / name / "zarr.json", documents.group_document(attributes))
 
     def attributes(self, name: str = "") -> dict[str, Any] | None:
         """Attributes of a group, or None where there is no group.
@@ -184,20 +198,38 @@ class StoreWriter:
         path = self.path / name / "zarr.json"
         return read_json(path).get("attributes", {}) if path.exists() else None
 
-    def vectors(self, unit: str, arrays: dict[str, NDArray[Any]]) -> None:
+    def describe(self, described: Mapping[str, dict[str, Any]]) -> None:
+        """Write the ``zarr.json`` of arrays, before the commit of the unit they belong to.
+
+        Args:
+            described: Documents by path within the store.
+        """
+        for name, document in described.items():
+            write_json(self.path / name / "zarr.json", document)
+
+    def vectors(
+        self,
+        unit: str,
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        more: Mapping[str, bytes] | None = None,
+        **facts: int | str,
+    ) -> None:
         """Commit small arrays as one unit.
 
         Args:
             unit: Name of the unit.
             arrays: By path within the store.
+            more: Further files of the unit.
+            facts: Recorded in the manifest entry.
         """
-        files: dict[str, bytes] = {}
+        files: dict[str, bytes] = dict(more or {})
         for name, array in arrays.items():
             chunk = max(min(len(array), VECTOR_CHUNK), 1)
             files.update(vector_files(name, array, chunk))
             # Before the commit: a resume does not come back to a unit that counts as written.
-            write_json(self.path / name / "zarr.json", formats.vector_document(array, chunk))
-        self.commit(unit, files)
+            self.describe({name: documents.vector_document(array, chunk)})
+        self.commit(unit, files, **facts)
 
     def seal(self, attributes: dict[str, Any]) -> None:
         """Mark the store complete: consolidate its metadata (it would go stale any earlier) and checksum it.
@@ -208,28 +240,38 @@ class StoreWriter:
         Args:
             attributes: The root's attributes.
         """
-        documents = {}
+        held = {}
         for path in sorted(self.path.rglob("zarr.json")):
             name = path.parent.relative_to(self.path).as_posix()
             if name != ".":
-                documents[name] = read_json(path)
-        root = formats.group_document(attributes)
+                held[name] = read_json(path)
+        root = documents.group_document(attributes)
         root["consolidated_metadata"] = {
             "kind": "inline",
             "must_understand": False,
-            "metadata": documents,
+            "metadata": held,
         }
-        texts = {f"{name}/zarr.json": json_text(document) for name, document in documents.items()}
+        texts = {f"{name}/zarr.json": json_text(document) for name, document in held.items()}
         texts["zarr.json"] = json_text(root)
         record = {
-            name: {"bytes": len(text.encode()), "crc32": formats.file_checksum(text.encode())}
-            for name, text in texts.items()
+            name: {"bytes": len(text.encode()), "crc32": file_checksum(text.encode())} for name, text in texts.items()
         }
         write_json(
             self._manifest_path(METADATA_UNIT),
             {"unit": METADATA_UNIT, "files": record, "attributes": digest(attributes)},
         )
         write_atomic(self.path / "zarr.json", texts["zarr.json"])
+
+    def drop(self, unit: str) -> None:
+        """Take a unit out of the manifest; its files stay until they are written over.
+
+        Args:
+            unit: Name of the unit; nothing happens where there is none.
+        """
+        path = self._manifest_path(unit)
+        if path.exists():
+            path.unlink()
+            fsync_directory(path.parent)
 
     def unit_names(self) -> Iterator[str]:
         """Names of all units in the manifest, sorted."""
@@ -262,139 +304,20 @@ def vector_files(name: str, array: NDArray[Any], chunk: int) -> dict[str, bytes]
     """
     rest = "/0" * (array.ndim - 1)
     return {
-        f"{name}/c/{i}{rest}": _padded_chunk(array[start : start + chunk], chunk)
+        f"{name}/c/{i}{rest}": padded_chunk(array[start : start + chunk], chunk)
         for i, start in enumerate(range(0, len(array), chunk))
     }
 
 
-def _padded_chunk(part: NDArray[Any], chunk: int) -> bytes:
+def padded_chunk(part: NDArray[Any], chunk: int) -> bytes:
+    """One plain chunk file, checksum included.
+
+    Args:
+        part: Values along the first axis, at most ``chunk`` of them; zeros fill up.
+        chunk: Length of a full chunk.
+    """
     if len(part) < chunk:
         full = np.zeros((chunk, *part.shape[1:]), dtype=part.dtype)
         full[: len(part)] = part
         part = full
-    return formats.seal(np.ascontiguousarray(part).astype(part.dtype.newbyteorder("<"), copy=False).tobytes())
-
-
-def rows_unit(model: str, shard: int) -> str:
-    """Name of the unit that holds one shard of all layers of a model.
-
-    Args:
-        model: Model name.
-        shard: Shard number.
-    """
-    return f"models/{model}/rows-{shard:06d}"
-
-
-class RowWriter:
-    """Gathers one model's rows, arriving in any order within a group, and commits whole shards.
-
-    Args:
-        writer: The store's writer.
-        model: Model name.
-        rows: Rows of the model in all.
-        width: Hidden width.
-        layers: Layers stored.
-        shard_rows: Rows of a shard.
-        form: Element format.
-        layout: Inner chunking.
-    """
-
-    def __init__(
-        self,
-        writer: StoreWriter,
-        model: str,
-        *,
-        rows: int,
-        width: int,
-        layers: Iterable[int],
-        shard_rows: int,
-        form: formats.Format,
-        layout: formats.Layout,
-    ) -> None:
-        if shard_rows % layout.chunk_rows:
-            raise StoreStateError(
-                f"--shard-rows {shard_rows} is not a multiple of {layout.chunk_rows}, the chunk of layout {layout.name}"
-            )
-        self.rows, self.width, self.layers, self.shard_rows = rows, width, tuple(layers), shard_rows
-        self._writer, self._model, self.form, self._layout = writer, model, form, layout
-        self.shards = -(-rows // shard_rows)
-        self.done = {s for s in range(self.shards) if writer.has(rows_unit(model, s))}
-        self._open: dict[int, dict[int, tuple[NDArray[Any], NDArray[np.float32]]]] = {}
-        self._count_rows()
-
-    def wanted(self, first: int, end: int) -> bool:
-        """Whether any shard that rows first..end touch is still missing.
-
-        Args:
-            first: First row.
-            end: Row after the last.
-        """
-        return any(
-            s not in self.done
-            for s in range(first // self.shard_rows, (max(end, first + 1) - 1) // self.shard_rows + 1)
-        )
-
-    def put(self, start: int, layer: int, stored: NDArray[Any], norms: NDArray[np.float32]) -> None:
-        """Place consecutive rows of one layer.
-
-        Args:
-            start: First row.
-            layer: Layer.
-            stored: ``(rows, width)`` of the storage type.
-            norms: float32 ``(rows,)``, Euclidean norm of the stored values.
-        """
-        end = start + len(stored)
-        while start < end:
-            shard = start // self.shard_rows
-            base = shard * self.shard_rows
-            stop = min(end, base + self.shard_rows)
-            if shard not in self.done:
-                rows, norm = self._buffers(shard)[layer]
-                count = stop - start
-                rows[start - base : stop - base] = stored[:count]
-                norm[start - base : stop - base] = norms[:count]
-            stored, norms = stored[stop - start :], norms[stop - start :]
-            start = stop
-
-    def advance(self, row: int) -> int:
-        """Commit every shard whose rows are all below a row.
-
-        Args:
-            row: All rows before this one have been put.
-
-        Returns:
-            Number of shards committed.
-        """
-        ready = [s for s in sorted(self._open) if min((s + 1) * self.shard_rows, self.rows) <= row]
-        for shard in ready:
-            self._commit(shard, self._open.pop(shard))
-        return len(ready)
-
-    def _buffers(self, shard: int) -> dict[int, tuple[NDArray[Any], NDArray[np.float32]]]:
-        if shard not in self._open:
-            size = min(self.shard_rows, self.rows - shard * self.shard_rows)
-            self._open[shard] = {
-                k: (np.zeros((size, self.width), self.form.storage), np.zeros(size, np.float32)) for k in self.layers
-            }
-        return self._open[shard]
-
-    def _commit(self, shard: int, buffers: dict[int, tuple[NDArray[Any], NDArray[np.float32]]]) -> None:
-        files: dict[str, bytes] = {}
-        for layer, (rows, norm) in buffers.items():
-            base = f"models/{self._model}"
-            files[f"{base}/resid/{layer}/c/{shard}/0"] = formats.encode_shard(rows, self.shard_rows, self._layout)
-            files[f"{base}/norm/{layer}/c/{shard}"] = _padded_chunk(norm, self.shard_rows)
-        self._writer.commit(rows_unit(self._model, shard), files)
-        self.done.add(shard)
-        self._count_rows()
-
-    def _count_rows(self) -> None:
-        """Let the arrays grow to the rows committed without a gap."""
-        whole = next((s for s in range(self.shards) if s not in self.done), self.shards)
-        rows = min(whole * self.shard_rows, self.rows)
-        for layer in self.layers:
-            base = self._writer.path / "models" / self._model
-            document = formats.rows_document(rows, self.width, self.shard_rows, self.form, self._layout)
-            write_json(base / "resid" / str(layer) / "zarr.json", document)
-            norm = formats.vector_document(np.empty(0, np.float32), self.shard_rows)
-            write_json(base / "norm" / str(layer) / "zarr.json", {**norm, "shape": [rows]})
+    return seal(np.ascontiguousarray(part).astype(part.dtype.newbyteorder("<"), copy=False).tobytes())

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.pairs import check_policy, ends_a_word, last_at_each_end, match
-from featstore.store import Store, open_store
-from featstore.writer import StoreWriter, exclusive
+from featstore.store.pairs import check_policy, ends_a_word, last_at_each_end, match
+from featstore.store.reader import Store, open_store
+from featstore.store.writer import StoreWriter, exclusive
 
 
 def sink_mask(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
@@ -31,6 +31,57 @@ def sink_mask(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
     return mask
 
 
+def write_sinks(writer: StoreWriter, store: Store, name: str) -> None:
+    """Derive and commit a model's sink mask, unless the one that is there follows from the same rows.
+
+    Args:
+        writer: The store's writer.
+        store: The same store, readable, with all norms of the model.
+        name: Model.
+    """
+    threshold = float(store.attributes["mask"]["sink_threshold"])
+    attributes = store.model(name).attributes
+    unit, basis = f"models/{name}/sinks", f"{attributes['tokens_sha256']} {attributes['layers']} {threshold}"
+    if (writer.entry(unit) or {}).get("basis") != basis:
+        writer.vectors(unit, {f"models/{name}/tokens/sink": sink_mask(store, name, threshold)}, basis=basis)
+
+
+def pairs_unit(first: str, second: str, policy: str) -> str:
+    """Name of the unit that holds a pair index.
+
+    Args:
+        first: Model earlier in store order.
+        second: The other.
+        policy: ``end`` or ``word``.
+    """
+    return f"pairs/{first}__{second}/{policy}"
+
+
+def pair_rows(store: Store, first: str, second: str, policy: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which rows of two models belong together, from their token tables and the text alone.
+
+    Args:
+        store: With both models' tokens.
+        first: Model earlier in store order.
+        second: The other.
+        policy: ``end`` or ``word``.
+
+    Returns:
+        int64 ``(m,)`` rows of the first model and of the second, in document order.
+    """
+    sides = []
+    for name in (first, second):
+        table = store.tokens(name)
+        sides.append(last_at_each_end(table.window, table.byte_end, table.special))
+    keys, row_a, row_b = match(*sides[0], *sides[1])
+    if policy == "word":
+        text = store.corpus
+        stop = text.window_offset + (text.window_end - text.window_start)
+        keep = ends_a_word(keys, text.window_offset, stop, text.text)
+        row_a, row_b = row_a[keep], row_b[keep]
+    return row_a, row_b
+
+
 def write_pairs(writer: StoreWriter, store: Store, first: str, second: str, policy: str) -> None:
     """Build and commit the pair index of two models.
 
@@ -42,24 +93,16 @@ def write_pairs(writer: StoreWriter, store: Store, first: str, second: str, poli
         policy: ``end`` or ``word``.
     """
     base = f"pairs/{first}__{second}"
-    unit = f"{base}/{policy}"
-    if writer.has(unit):
+    unit = pairs_unit(first, second, policy)
+    basis = " ".join(str(store.model(name).attributes.get("tokens_sha256")) for name in (first, second))
+    if (writer.entry(unit) or {}).get("basis") == basis:
         return
-    sides = []
-    for name in (first, second):
-        table = store.tokens(name)
-        sides.append(last_at_each_end(table.window, table.byte_end, table.special))
-    keys, row_a, row_b = match(*sides[0], *sides[1])
-    if policy == "word":
-        text = store.corpus
-        stop = text.window_offset + (text.window_end - text.window_start)
-        keep = ends_a_word(keys, text.window_offset, stop, text.text)
-        row_a, row_b = row_a[keep], row_b[keep]
+    row_a, row_b = pair_rows(store, first, second, policy)
     ordinary = {name: max(int((~store.tokens(name).special).sum()), 1) for name in (first, second)}
     coverage = {name: len(row_a) / count for name, count in ordinary.items()}
     writer.group(base, {})
     writer.group(unit, {"featstore": {"policy": policy, "pairs": len(row_a), "coverage": coverage}})
-    writer.vectors(unit, {f"{unit}/row_a": row_a, f"{unit}/row_b": row_b})
+    writer.vectors(unit, {f"{unit}/row_a": row_a, f"{unit}/row_b": row_b}, basis=basis)
 
 
 def add_pairs(path: Path, policy: str) -> dict[str, Any]:

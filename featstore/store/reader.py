@@ -1,4 +1,4 @@
-"""Open a feature store and read it: rows, masks, pairs, text.
+"""Open a feature store and read it, on disk or elsewhere: rows, masks, pairs, text.
 
 Only numpy and zarr are needed.
 """
@@ -6,82 +6,104 @@ Only numpy and zarr are needed.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore import formats
 from featstore.errors import (
     CorruptDataError,
     LayerRangeError,
     PairingError,
     StoreFormatError,
-    StoreNotFoundError,
     StoreStateError,
 )
-from featstore.pairs import Pairs, check_policy
-from featstore.provenance import digest, parse_json, read_json
-from featstore.rows import RowReader, read_vector
-from featstore.writer import FORMAT_VERSION, MANIFEST, METADATA_UNIT, read_entry
+from featstore.provenance import digest, parse_json
+from featstore.store.files import MANIFEST, LocalFiles, StoreFiles, parse_entry
+from featstore.store.pairs import Pairs, check_policy
+from featstore.store.portable import Location, store_files
+from featstore.store.rows import RowReader, TableReader, vector_of
+from featstore.store.shards import file_checksum
+from featstore.store.writer import FORMAT_VERSION, METADATA_UNIT
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
 
-def open_store(path: str | Path, *, allow_incomplete: bool = False) -> Store:
+def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool = False) -> Store:
     """Open a store for reading.
 
+    A directory is mapped. Anything else is read through zarr-python: the same numbers, without views.
+
     Args:
-        path: The store's directory.
+        path: The store's directory, a URL such as ``s3://bucket/wt103.zarr``, or an open zarr-python store. Object stores
+            take their settings from the environment (``AWS_ENDPOINT_URL`` and the like); for others, build the
+            zarr-python store.
         allow_incomplete: Accept a store whose extraction has not finished.
+        portable: Read a directory through zarr-python, too.
 
     Raises:
-        StoreNotFoundError: Nothing there.
+        StoreNotFoundError: Nothing there, or it cannot be reached.
         StoreFormatError: Not a feature store, or of a newer format.
         StoreStateError: Unfinished.
         CorruptDataError: Its metadata is damaged.
+        EnvironmentClashError: The package that speaks the URL's protocol is not installed.
     """
-    root = Path(path)
-    if not root.exists():
-        raise StoreNotFoundError(f"no store at {str(root)!r}; create one with `featstore extract --store {root}`")
-    document = root / "zarr.json"
-    if not document.is_file():
-        raise StoreFormatError(f"{str(root)!r} is not a feature store: it has no zarr.json")
-    attributes = read_json(document).get("attributes")
+    files = store_files(path, portable=portable)
+    where = repr(str(files.location))
+    document = files.read("zarr.json")
+    if document is None:
+        raise StoreFormatError(f"{where} is not a feature store: it has no zarr.json")
+    attributes = parse_json(document, f"{files.location}/zarr.json").get("attributes")
     own = attributes.get("featstore") if isinstance(attributes, dict) else None
     if not isinstance(own, dict):
-        raise StoreFormatError(f"{str(root)!r} is a Zarr node but not a feature store; give the path of a store")
+        raise StoreFormatError(f"{where} is a Zarr node but not a feature store; give the path of a store")
     version = own.get("format_version")
     if not isinstance(version, int) or version < 1:
-        raise CorruptDataError(f"{document} has format version {version!r}; restore it or extract again")
+        raise CorruptDataError(
+            f"{files.location}/zarr.json has format version {version!r}; restore it or extract again"
+        )
     if version > FORMAT_VERSION:
         raise StoreFormatError(
-            f"{str(root)!r} has format version {version}, this featstore reads up to {FORMAT_VERSION}; upgrade it"
+            f"{where} has format version {version}, this featstore reads up to {FORMAT_VERSION}; upgrade it"
         )
     if not own.get("complete") and not allow_incomplete:
-        raise StoreStateError(
-            f"{str(root)!r} is unfinished; run the same `featstore extract` command again to complete it"
-        )
-    return Store(root, own)
+        raise StoreStateError(f"{where} is unfinished; run the same `featstore extract` command again to complete it")
+    return Store(files, own, file_checksum(document))
 
 
-def _sealed_documents(path: Path, attributes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _reopen(origin: Any, portable: bool, checksum: str) -> Store:
+    """Open in this process what was open in another."""
+    if isinstance(origin, str):
+        return _reopened(origin, portable, checksum)
+    return open_store(origin, allow_incomplete=True)
+
+
+@lru_cache(maxsize=16)
+def _reopened(origin: str, portable: bool, checksum: str) -> Store:
+    """A store for all the tasks of a worker; a store that has been sealed anew since is another."""
+    del checksum
+    return open_store(origin, allow_incomplete=True, portable=portable)
+
+
+def _sealed_documents(files: StoreFiles, attributes: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Checksums of a complete store's metadata documents, once the root's own attributes have passed theirs."""
-    where = path / MANIFEST / f"{METADATA_UNIT}.json"
-    if not where.is_file():
+    name = f"{MANIFEST}/{METADATA_UNIT}.json"
+    where, data = f"{files.location}/{name}", files.read(name)
+    if data is None:
         raise CorruptDataError(f"{where} is missing; restore it or extract again")
-    entry = read_entry(where, METADATA_UNIT)
+    entry = parse_entry(data, where, METADATA_UNIT)
     try:
         intact = entry.get("attributes") == digest({"featstore": attributes})
     except (ValueError, RecursionError):  # what strict JSON cannot carry was never written
         intact = False
     if not intact:
-        raise CorruptDataError(f"{path / 'zarr.json'} is not the document that the manifest records; restore it")
-    files: dict[str, dict[str, Any]] = entry["files"]
-    return files
+        raise CorruptDataError(f"{files.location}/zarr.json is not the document that the manifest records; restore it")
+    sealed: dict[str, dict[str, Any]] = entry["files"]
+    return sealed
 
 
 def _field(document: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -205,13 +227,23 @@ class Store:
 
     Every metadata document is compared with its checksum in the manifest before it is believed: a changed shape or data
     type would otherwise give wrong numbers without an error.
+
+    A store may be pickled: what travels is its place, not its content.
+
+    Attributes:
+        path: The directory, or where there is none, the URL.
+        files: The store's files, wherever they are.
+        attributes: The root's attributes.
+        models: Short names, in store order.
     """
 
-    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, files: StoreFiles, attributes: dict[str, Any], checksum: str) -> None:
+        self.files = files
+        self.path: Path | str = files.location
         self.attributes = attributes
-        self._sealed = _sealed_documents(path, attributes) if attributes.get("complete") else None
-        where = str(path / "zarr.json")
+        self._checksum = checksum
+        self._sealed = _sealed_documents(files, attributes) if attributes.get("complete") else None
+        where = f"{self.path}/zarr.json"
         names = _field(attributes, "models", list, where)
         for name in names:
             if not isinstance(name, str) or not _SAFE_NAME.match(name):
@@ -219,7 +251,10 @@ class Store:
                     f"{where} names a model {name!r}, which is not a safe path; do not trust this store"
                 )
         self.models: tuple[str, ...] = tuple(names)
-        self._readers: dict[tuple[str, int], RowReader] = {}
+        self._readers: dict[tuple[str, int], RowReader | TableReader] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.files.origin, not isinstance(self.files, LocalFiles), self._checksum)
 
     def model(self, name: str) -> StoredModel:
         """A model's attributes.
@@ -240,29 +275,29 @@ class Store:
         for name in self.models:
             attributes = self._document(f"models/{name}").get("attributes")
             own = attributes.get("featstore") if isinstance(attributes, dict) else None
-            result[name] = StoredModel.parse(name, own, str(self.path / "models" / name / "zarr.json"))
+            result[name] = StoredModel.parse(name, own, f"{self.path}/models/{name}/zarr.json")
         return result
 
     def _document(self, name: str) -> dict[str, Any]:
         """The metadata of a group or array, as it was when the store was sealed."""
-        path = self.path / name / "zarr.json"
-        if not path.is_file():
+        path = f"{self.path}/{name}/zarr.json"
+        data = self.files.read(f"{name}/zarr.json")
+        if data is None:
             raise CorruptDataError(f"{path} is missing; run the same `featstore extract` command again")
-        data = path.read_bytes()
         if self._sealed is not None:
             record = self._sealed.get(f"{name}/zarr.json")
-            if record is None or record["crc32"] != formats.file_checksum(data):
+            if record is None or record["crc32"] != file_checksum(data):
                 raise CorruptDataError(f"{path} is not the document that the manifest records; restore it")
-        return parse_json(data, str(path))
+        return parse_json(data, path)
 
     def _has(self, name: str) -> bool:
         """Whether a group or array is there; in a sealed store what the manifest does not record is not."""
         if self._sealed is not None:
             return f"{name}/zarr.json" in self._sealed
-        return (self.path / name / "zarr.json").is_file()
+        return self.files.read(f"{name}/zarr.json") is not None
 
     def _vector(self, name: str) -> NDArray[Any]:
-        return read_vector(self.path / name, self._document(name))
+        return vector_of(lambda file: self.files.read(f"{name}/{file}"), self._document(name), f"{self.path}/{name}")
 
     def layer(self, model: str, layer: int) -> int:
         """Return a layer if the store holds it.
@@ -281,7 +316,7 @@ class Store:
             )
         return layer
 
-    def rows(self, model: str, layer: int) -> RowReader:
+    def rows(self, model: str, layer: int) -> RowReader | TableReader:
         """The states of one layer.
 
         Args:
@@ -290,9 +325,30 @@ class Store:
         """
         key = (model, self.layer(model, layer))
         if key not in self._readers:
-            name = f"models/{model}/resid/{layer}"
-            self._readers[key] = RowReader(self.path / name, self._document(name))
+            self._readers[key] = self._open_rows(model, layer)
         return self._readers[key]
+
+    def _open_rows(self, model: str, layer: int) -> RowReader | TableReader:
+        base = f"models/{model}"
+        columns = f"{base}/column_scale/{layer}"
+        scale = self._vector(columns) if self._has(columns) else None
+        table = f"{base}/embedding"
+        if layer == 0 and self._has(f"{table}/id"):
+            name, scales = f"{table}/state", f"{table}/row_scale"
+        else:
+            name, scales = f"{base}/resid/{layer}", f"{base}/row_scale/{layer}"
+        row_scales = (scales, self._document(scales)) if self._has(scales) else None
+        rows = self.files.rows((name, self._document(name)), row_scales, scale)
+        return TableReader(rows, self._table_index(model)) if name.startswith(table) else rows
+
+    def _table_index(self, model: str) -> NDArray[np.int64]:
+        """Where in the layer 0 table each token's row is."""
+        ids = self._vector(f"models/{model}/embedding/id")
+        tokens = self.columns(model, "id")["id"]
+        place = np.minimum(np.searchsorted(ids, tokens), len(ids) - 1)
+        if not np.array_equal(ids[place], tokens):
+            raise CorruptDataError(f"the layer 0 table of {model} in {self.path} lacks tokens; run `featstore verify`")
+        return place
 
     def norms(self, model: str, layer: int) -> NDArray[np.float32]:
         """Euclidean norm of every stored row.
@@ -304,7 +360,10 @@ class Store:
         Returns:
             float32 ``(n,)``.
         """
-        return self._vector(f"models/{model}/norm/{self.layer(model, layer)}")
+        if self.layer(model, layer) == 0 and self._has(f"models/{model}/embedding/id"):
+            norms: NDArray[np.float32] = self._vector(f"models/{model}/embedding/norm")[self._table_index(model)]
+            return norms
+        return self._vector(f"models/{model}/norm/{layer}")
 
     def origin(self, model: str, layer: int) -> NDArray[np.float64]:
         """The pilot's mean state, a fixed origin for accumulating moments without cancellation.
@@ -328,8 +387,7 @@ class Store:
             Median by layer, the layer as text.
         """
         layers = self.model(model).layers
-        medians = self._vector(f"models/{model}/tokens/median_norm")
-        return {str(k): float(v) for k, v in zip(layers, medians, strict=True)}
+        return {str(k): float(self._vector(f"models/{model}/median_norm/{k}")[0]) for k in layers}
 
     def tokens(self, model: str) -> Tokens:
         """A model's token table.
@@ -339,9 +397,17 @@ class Store:
         """
         self.model(model)
         if model not in self._tokens:
-            names = ("id", "byte_end", "window", "special", "sink")
-            self._tokens[model] = Tokens(*(self._vector(f"models/{model}/tokens/{name}") for name in names))
+            self._tokens[model] = Tokens(**self.columns(model, "id", "byte_end", "window", "special", "sink"))
         return self._tokens[model]
+
+    def columns(self, model: str, *names: str) -> dict[str, NDArray[Any]]:
+        """Some columns of a model's token table; an unfinished store lacks ``sink``.
+
+        Args:
+            model: Model name.
+            names: Columns.
+        """
+        return {name: self._vector(f"models/{model}/tokens/{name}") for name in names}
 
     @cached_property
     def _tokens(self) -> dict[str, Tokens]:
@@ -408,21 +474,34 @@ class Store:
             CorruptDataError: An entry is damaged or points outside the store.
         """
         files: dict[str, dict[str, Any]] = {}
-        root = self.path / MANIFEST
-        for path in sorted(root.rglob("*.json")):
-            files.update(read_entry(path, path.relative_to(root).with_suffix("").as_posix())["files"])
+        for unit, data in self.files.manifest().items():
+            files.update(parse_entry(data, f"{self.path}/{MANIFEST}/{unit}.json", unit)["files"])
         return files
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the manifest's arrays: two stores with equal fingerprints hold equal data.
+        """SHA-256 over the manifest's text, tokens and states: stores with equal fingerprints hold equal data."""
+        return self.fingerprint_of({name: self.model(name).layers for name in self.models})
 
-        Metadata documents are left out, since they also say where the text lay, and so are pair indexes, which follow
-        from the tokens: adding one does not make an adapter foreign.
+    def fingerprint_of(self, layers: Mapping[str, Sequence[int]]) -> str:
+        """SHA-256 over the text, and the tokens and states of some layers.
+
+        Metadata documents are left out, since they also say where the text lay; so is what follows from the rest (sink
+        masks, pair indexes, moments), and so are other models and layers: adding one does not make an adapter foreign.
+
+        Args:
+            layers: Layers by model.
         """
+        prefixes = ["corpus/"]
+        for name, chosen in layers.items():
+            base = f"models/{name}"
+            prefixes += [f"{base}/tokens/{column}/" for column in ("id", "byte_end", "window", "special")]
+            prefixes += [f"{base}/{kind}/{k}/" for k in chosen for kind in ("resid", "norm")] + [
+                f"{base}/embedding/"
+            ] * (0 in chosen)
         arrays = {
             name: record
             for name, record in self.manifest.items()
-            if not name.endswith("zarr.json") and not name.startswith("pairs/")
+            if name.startswith(tuple(prefixes)) and not name.endswith("zarr.json")
         }
         return digest(arrays)

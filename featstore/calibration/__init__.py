@@ -1,7 +1,7 @@
 """The demo pair: a real model, and a twin of it whose right answer is known.
 
 SmolLM2-135M-Instruct is taken as it is. Its *calibration twin* is a ``MistralForCausalLM`` that computes the same
-function with its residual stream rotated by a known Q (:mod:`featstore.calibration_twin`) and then gets Mistral's own
+function with its residual stream rotated by a known Q (:mod:`featstore.calibration.twin`) and then gets Mistral's own
 tokenizer: each piece's embedding is the mean of the embeddings its text has under the first tokenizer. Nothing is
 trained. A pipeline that is right finds Q again; with ``same_tokenizer`` it finds it to rounding.
 """
@@ -34,8 +34,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from featstore.calibration_assets import MODEL, PIECES, Assets, fetch_assets
-from featstore.calibration_twin import (
+from featstore.calibration.assets import MODEL, PIECES, Assets, fetch_assets
+from featstore.calibration.twin import (
     EMBEDDING,
     HEAD,
     fold_and_rotate,

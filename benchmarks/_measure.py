@@ -1,0 +1,185 @@
+"""What the benchmarks share: interleaved repetitions, the machine, the page cache, tables, result files.
+
+Run a benchmark alone on its machine. Every contender runs once in every round, in a fresh random order, so that a slow
+minute hits all of them; figures are medians over the rounds, and ratios are medians of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import mmap
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]],
+    runs: int,
+    *,
+    before: Callable[[str], None] | None = None,
+    warm_up: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds of every contender in every round.
+
+    Args:
+        contenders: What to time, by name.
+        runs: Rounds that count.
+        before: Called with the contender's name ahead of each timed call, outside of its time.
+        warm_up: Whether a round that does not count goes first.
+    """
+    order, taken = random.Random(0), {name: [] for name in contenders}
+    for run in range(-warm_up, runs):
+        for name in order.sample(sorted(contenders), len(contenders)):
+            gc.collect()
+            if before is not None:
+                before(name)
+            spent = seconds(contenders[name])
+            if run >= 0:
+                taken[name].append(spent)
+    return taken
+
+
+def ratios(taken: Mapping[str, list[float]], reference: str) -> dict[str, float]:
+    """Speed of every contender over that of the reference: the median of the ratios within a round."""
+    return {
+        name: statistics.median(mine / theirs for mine, theirs in zip(taken[reference], values, strict=True))
+        for name, values in taken.items()
+    }
+
+
+def figures(taken: Mapping[str, list[float]], reference: str, amount: float) -> dict[str, dict[str, float]]:
+    """Median rate, its spread and the ratio to the reference, by contender.
+
+    Args:
+        taken: Seconds, by contender.
+        reference: Contender that gets 1.0.
+        amount: What one call works through, in the unit that the rate shall have.
+    """
+    to_reference = ratios(taken, reference)
+    return {
+        name: {
+            "rate": amount / statistics.median(values),
+            "slowest": amount / max(values),
+            "fastest": amount / min(values),
+            "ratio": to_reference[name],
+        }
+        for name, values in taken.items()
+    }
+
+
+# The page cache -----------------------------------------------------------------------------------------------------
+
+
+def files_under(path: Path) -> list[Path]:
+    """A file, or all files of a directory."""
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def drop_from_cache(path: Path) -> float:
+    """Write a file or tree to disk and ask the kernel to forget its pages; needs no root.
+
+    Pages that somebody still maps stay, so readers have to be closed before.
+
+    Returns:
+        The share of it that is still cached, as `mincore` counts; a cold figure is one only where this is near 0.
+    """
+    for file in files_under(path):
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+    return cached_share(path)
+
+
+def cached_share(path: Path) -> float:
+    """Share of a file's or tree's pages that is in memory."""
+    cached = total = 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    for file in files_under(path):
+        size = file.stat().st_size
+        if not size:
+            continue
+        pages = -(-size // mmap.PAGESIZE)
+        with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
+            present = (ctypes.c_ubyte * pages)()
+            address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+            if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), present):
+                raise OSError(ctypes.get_errno(), "mincore")
+            cached += sum(value & 1 for value in present)
+        total += pages
+    return cached / total if total else 0.0
+
+
+# What is printed and kept -------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and memory."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_before": round(os.getloadavg()[0], 2),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def versions_of(*names: str) -> dict[str, str]:
+    """Installed versions; what is missing is left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def table(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
+    """Lines for people: one contender each, the fastest first."""
+    lines = [title, f"  {'':32} {unit:>10} {'ratio':>8}   (slowest .. fastest)"]
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["ratio"]):
+        spread = f"({row['slowest']:.4g} .. {row['fastest']:.4g})"
+        lines.append(f"  {name:32} {row['rate']:10.4g} {row['ratio']:8.3f}   {spread}")
+    return "\n".join(lines)
+
+
+def judged(goals: Mapping[str, tuple[float, float]]) -> str:
+    """Goals and what was measured, `goal name: (measured, wanted)`."""
+    lines = ["goals"]
+    for name, (found, wanted) in goals.items():
+        lines.append(f"  {'met   ' if found >= wanted else 'MISSED'} {name}: {found:.3f}, wanted {wanted:g}")
+    return "\n".join(lines)
+
+
+def keep(name: str, result: Mapping[str, Any], directory: Path = RESULTS) -> Path:
+    """Write a result beside the benchmarks."""
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{name}.json"
+    path.write_text(json.dumps({"date": datetime.now(UTC).date().isoformat(), **result}, indent=1) + "\n")
+    return path
