@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from featstore.console import check_directory, emit, err, jsonable, run_app
 from featstore.errors import SpecError
+from featstore.spec import parse_bytes
 
 #: How long a Dask scheduler may take to answer.
 SCHEDULER_SECONDS = 10.0
@@ -52,6 +53,9 @@ def train(
     keep_sinks: Annotated[bool, typer.Option("--keep-sinks", help="Lift the attention-sink mask.")] = False,
     policy: Annotated[str, typer.Option(help="Pair policy: end or word.")] = "end",
     max_rows: Annotated[int | None, typer.Option(help="Train pairs at most.")] = None,
+    memory: Annotated[
+        str, typer.Option(help="Memory for buffers of paired rows: bytes, or such as 500M, 4GiB.")
+    ] = "1GiB",
     seed: Annotated[int, typer.Option(help="Of initialisation, order and random controls.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N (gradient training).")] = "auto",
     config: Annotated[Path | None, typer.Option(help="A run.yaml: make that run again.")] = None,
@@ -90,6 +94,7 @@ def train(
             keep_sinks=keep_sinks,
             policy=policy,
             max_rows=max_rows,
+            memory=parse_bytes(memory),
             loop=LoopSettings(
                 rank=rank,
                 alpha=alpha,

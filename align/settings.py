@@ -14,6 +14,7 @@ import yaml
 
 from align.fit import MINIMUM_PAIRS
 from featstore.errors import SpecError
+from featstore.store.loader import MEMORY
 
 CLOSED_TYPES = ("procrustes", "linear", "affine", "reduced-rank")
 TYPES = (*CLOSED_TYPES, "lora")
@@ -71,6 +72,7 @@ class Settings:
         keep_sinks: Lift the sink mask.
         policy: Pair policy.
         max_rows: Pairs of the train split at most.
+        memory: Bytes that the buffers of paired rows may take; the order of minibatches depends on it.
         loop: Rank, skip, loss, epochs and the rest of the gradient loop.
     """
 
@@ -86,6 +88,7 @@ class Settings:
     keep_sinks: bool = False
     policy: str = "end"
     max_rows: int | None = None
+    memory: int = MEMORY
     loop: LoopSettings = field(default_factory=LoopSettings)
 
     @property

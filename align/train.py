@@ -162,7 +162,8 @@ class _Run:
         # Only here: torch takes two seconds to import, and a closed form needs none of it.
         from align.loop import train_map
 
-        train, val = (batches_of(self.store, pair, pairs.where(pairs.split == s)) for s in (TRAIN, VALIDATION))
+        sides = (pairs.where(pairs.split == split) for split in (TRAIN, VALIDATION))
+        train, val = (batches_of(self.store, pair, side, settings.memory) for side in sides)
         total = len(train) * loop.epochs
         with progress(f"train {pair.key}", total, "pairs", quiet=self.quiet) as tick:
             trained = train_map(
@@ -243,7 +244,7 @@ class _Run:
         """Scores on a split: from its rows, or, in a store without any, what its moments can say."""
         if self.stored is not None and not self._has_rows(pair):
             return score_moments(read_split(self.stored, pair, split), maps)
-        rows = batches_of(self.store, pair, pairs.where(pairs.split == split))
+        rows = batches_of(self.store, pair, pairs.where(pairs.split == split), self.settings.memory)
         return score_all(rows, maps, seed=self.settings.loop.seed)
 
     def _last_epoch(self, pair: LayerPair) -> dict[str, Any]:

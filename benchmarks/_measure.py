@@ -16,10 +16,11 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -115,17 +116,15 @@ def cached_share(path: Path) -> float:
     cached = total = 0
     libc = ctypes.CDLL(None, use_errno=True)
     for file in files_under(path):
-        size = file.stat().st_size
-        if not size:
+        if not file.stat().st_size:
             continue
-        pages = -(-size // mmap.PAGESIZE)
-        with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
-            present = (ctypes.c_ubyte * pages)()
-            address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-            if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), present):
-                raise OSError(ctypes.get_errno(), "mincore")
-            cached += sum(value & 1 for value in present)
-        total += pages
+        mapped = np.memmap(file, np.uint8, "r")
+        present = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
+        address, length, vector = mapped.ctypes.data, len(mapped), present.ctypes.data
+        if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_void_p(vector)):
+            raise OSError(ctypes.get_errno(), f"mincore of {file}")
+        cached += int((present & 1).sum())
+        total += len(present)
     return cached / total if total else 0.0
 
 
@@ -137,8 +136,8 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
+        lines = [line.partition(":") for line in info.read_text().splitlines()]
+        model = next((value.strip() for key, _, value in lines if key.startswith("model name")), model)
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
@@ -181,5 +180,5 @@ def keep(name: str, result: Mapping[str, Any], directory: Path = RESULTS) -> Pat
     """Write a result beside the benchmarks."""
     directory.mkdir(exist_ok=True)
     path = directory / f"{name}.json"
-    path.write_text(json.dumps({"date": datetime.now(UTC).date().isoformat(), **result}, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
     return path

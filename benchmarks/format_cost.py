@@ -136,7 +136,7 @@ def quality(store: Path, out: Path, tokens: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The figures as markdown."""
     lines = [
-        "| format | layout | bytes a state | ratio | row error, median / 99 % | R2 Procrustes | R2 affine | top-1 | stitched |",
+        "| format | layout | bytes | ratio | row error, median / 99 % | R2 Procrustes | R2 affine | top-1 | stitched |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in result["stores"]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featstore.console import emit, err, human, human_bytes, run_app
+from featstore.console import check_directory, emit, err, human, human_bytes, run_app
 from featstore.spec import DEFAULT_MODELS, parse_budget, parse_bytes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
@@ -272,6 +272,7 @@ def calibrate(
     """Build the calibration pair: a real model and a twin whose hidden states are a known rotation of its own."""
     from featstore.calibration import build_pair
 
+    check_directory(out)
     pair_ = build_pair(out, out / "assets", seed=seed, same_tokenizer=same_tokenizer)
     result = {"source": str(pair_.source), "target": str(pair_.target), "rotation": str(pair_.rotation), "seed": seed}
     emit(result, f"{pair_.source}\n{pair_.target}\n{pair_.rotation}", as_json=as_json)
@@ -286,6 +287,8 @@ def demo(
     """Do the whole job on two real models: build, extract, train, compare, stitch, generate, report."""
     from featstore.demo import run_demo
 
+    check_directory(out)
+    check_directory(cache)
     result = run_demo(out, cache)
     emit(result, result["text"], as_json=as_json)
 

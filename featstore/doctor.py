@@ -76,6 +76,13 @@ def _clash() -> dict[str, Any]:
 
 
 def _disk(name: str, path: Path) -> dict[str, Any]:
+    if (taken := next((p for p in (path, *path.absolute().parents) if p.exists()), path)).is_file():
+        return _check(
+            f"disk for {name}",
+            f"{path} cannot be a directory: {taken} is a file",
+            ok=False,
+            remedy="choose another path",
+        )
     free = free_bytes(path)
     return _check(
         f"disk for {name}",

@@ -26,7 +26,7 @@ from featstore.store import open_store
 Capture = pytest.CaptureFixture[str]
 
 COMMANDS = {
-    "featstore": ("extract", "info", "inspect", "verify", "pair", "doctor", "calibrate", "demo"),
+    "featstore": ("extract", "info", "inspect", "verify", "convert", "pair", "moments", "doctor", "calibrate", "demo"),
     "align": ("train", "cka", "compare"),
     "evaluate": ("stitch", "generate", "report"),
 }
@@ -253,6 +253,12 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train into a file": ("align train --store STORE --out FILE", ("--out", "FILE", "is a file")),
     "train below a file": ("align train --store STORE --out FILE/a/b", ("--out", "FILE", "lies below a file")),
     "cka into a file": ("align cka --store STORE --out FILE", ("--out", "FILE", "is a file")),
+    "extract below a file": ("featstore extract --store FILE/x", ("--store", "FILE", "is a file")),
+    "calibrate into a file": ("featstore calibrate --out FILE", ("--out", "FILE", "is a file")),
+    "demo into a file": ("featstore demo --out FILE", ("--out", "FILE", "is a file")),
+    "memory that is none": ("featstore moments STORE --memory lots", ("'lots'", "500M")),
+    "memory for rows that is none": ("align train --store STORE --memory x", ("'x'", "500M")),
+    "moments of nothing": ("featstore moments NOTHING", ("no store at",)),
     "cka below a file": ("align cka --store STORE --out FILE/a/b", ("--out", "FILE", "lies below a file")),
     "stitch into a file": ("evaluate stitch --store STORE --adapter RUN --out FILE", ("--out", "FILE", "is a file")),
     "stitch below a file": ("evaluate stitch --store STORE --adapter RUN --out FILE/a", ("FILE/a lies below a file",)),

@@ -14,6 +14,7 @@ from featstore.spec import (
     DEFAULT_MODELS,
     ModelSpec,
     parse_budget,
+    parse_bytes,
     parse_layers,
     parse_model,
     parse_models,
@@ -154,3 +155,17 @@ class TestLayers:
             return
         assert layers == tuple(sorted(set(layers)))
         assert all(0 <= layer <= depth for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("500", 500), ("500M", 500_000_000), ("12G", 12 * 10**9), ("1.5k", 1500), ("2GiB", 2 << 30), ("3 MB", 3_000_000)],
+)
+def test_amounts_of_memory(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "lots", "1P", "1.2.3", "0.1"])
+def test_what_is_no_amount_of_memory_is_quoted(text):
+    with pytest.raises(SpecError, match="amount of memory .*500M or 12G"):
+        parse_bytes(text)

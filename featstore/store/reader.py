@@ -39,9 +39,9 @@ def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool
     A directory is mapped. Anything else is read through zarr-python: the same numbers, without views.
 
     Args:
-        path: The store's directory, a URL such as ``s3://bucket/wt103.zarr``, or an open zarr-python store. Object stores
-            take their settings from the environment (``AWS_ENDPOINT_URL`` and the like); for others, build the
-            zarr-python store.
+        path: The store's directory, a URL such as ``s3://bucket/wt103.zarr``, or an open zarr-python store. A URL takes
+            its settings from the environment (``AWS_ENDPOINT_URL``, ``AWS_REGION`` and the like); for any others, build
+            the zarr-python store.
         allow_incomplete: Accept a store whose extraction has not finished.
         portable: Read a directory through zarr-python, too.
 
@@ -231,7 +231,8 @@ class Store:
     A store may be pickled: what travels is its place, not its content.
 
     Attributes:
-        path: The directory, or where there is none, the URL.
+        path: The directory as a Path; where there is none, the URL as text. For messages: what needs files takes
+            :attr:`directory`.
         files: The store's files, wherever they are.
         attributes: The root's attributes.
         models: Short names, in store order.
@@ -239,7 +240,7 @@ class Store:
 
     def __init__(self, files: StoreFiles, attributes: dict[str, Any], checksum: str) -> None:
         self.files = files
-        self.path: Path | str = files.location
+        self.path: Any = files.location
         self.attributes = attributes
         self._checksum = checksum
         self._sealed = _sealed_documents(files, attributes) if attributes.get("complete") else None
@@ -252,6 +253,17 @@ class Store:
                 )
         self.models: tuple[str, ...] = tuple(names)
         self._readers: dict[tuple[str, int], RowReader | TableReader] = {}
+
+    @property
+    def directory(self) -> Path:
+        """The directory of a store on this machine.
+
+        Raises:
+            StoreStateError: It is somewhere else.
+        """
+        if not isinstance(self.path, Path):
+            raise StoreStateError(f"{self.path} is not a directory on this machine; copy the store here for that")
+        return self.path
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.files.origin, not isinstance(self.files, LocalFiles), self._checksum)
