@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="where the demo models are built once")
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--document-bytes", type=int, default=1200)
-    parser.add_argument("--stitch-tokens", type=int, default=1000)
+    parser.add_argument("--stitch-tokens", type=int, default=1200)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     options = parser.parse_args()
     start = time.perf_counter()

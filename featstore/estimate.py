@@ -35,7 +35,8 @@ def dry_run(job: Job) -> dict[str, Any]:
             "weights_on_disk": weights is not None,
             "seconds": None if weights is None else _probe_seconds(job, name),
         }
-    result["bytes"] = job.state_bytes()
+    result["moment_bytes"] = job.moment_bytes()
+    result["bytes"] = job.state_bytes() + job.moment_bytes()
     result["bytes_to_write"] = job.bytes_to_write()
     result["free_bytes"] = free_bytes(job.settings.store)
     result["fits"] = result["bytes_to_write"] <= result["free_bytes"]
@@ -74,10 +75,13 @@ def describe(result: dict[str, Any]) -> str:
         time = "time unknown until its weights are on this disk"
         if model["seconds"] is not None:
             time = f"about {human_seconds(model['seconds'])} here"
+        table = f", layer 0 as a table of {human_bytes(model['table_bytes'])}" if model["table_bytes"] else ""
         lines.append(
             f"{name}: {human(model['tokens'])} tokens x {len(model['layers'])} layers = {human_bytes(model['bytes'])} "
-            f"({human_bytes(model['bytes_per_layer'])} a layer), {time}"
+            f"({human_bytes(model['bytes_per_layer'])} a layer of rows{table}), {time}"
         )
+    if result["moment_bytes"]:
+        lines.append(f"moments (and norms, where there are no rows): {human_bytes(result['moment_bytes'])}")
     verdict = "fits" if result["fits"] else f"[bold]does not fit[/bold]: {result['remedy']}"
     lines.append(f"in all {human_bytes(result['bytes'])}; {human_bytes(result['free_bytes'])} are free: {verdict}")
     return "\n".join(lines)

@@ -32,6 +32,8 @@ from featstore.store.rows import TableReader
 from featstore.store.writer import StoreWriter
 
 #: Relative difference of a row that arithmetic in this dtype may cause between two machines, through all blocks.
+#: Measured on SmolLM2's 30 blocks, two attention kernels on a CPU: at most 2e-6 in float32 (TF32 on a GPU is coarser)
+#: and 0.056 in bfloat16 (median 0.01); float16 is at most 0.005 away from float32.
 COMPUTE_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 #: Largest relative rounding error of a row whose scales are no longer known, for the earlier links of a conversion.
 _ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-10, "bfloat16": 2.0**-8, "fp8": 2.0**-3, "int8": 0.1}

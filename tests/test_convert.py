@@ -450,10 +450,18 @@ def test_what_is_there_is_not_written_again(stores, tmp_path, monkeypatch):
         open_store(path)
     first = set(written)
     written.clear()
+    encode, encoded = convert_module._Conversion._encode, []
+
+    def watched(self, name, reader, norms, span, arrays, layer, what):
+        encoded.append((name, layer))
+        return encode(self, name, reader, norms, span, arrays, layer, what)
+
+    monkeypatch.setattr(convert_module._Conversion, "_encode", watched)
     monkeypatch.setattr(StoreWriter, "commit", lambda s, u, f, **x: (written.append(u), commit(s, u, f, **x)))
     convert(stores["float32"], path, form="int8", quiet=True)
     assert written
     assert not first & set(written)
+    assert set(encoded) == {("b", 3)}
 
 
 def test_memory_is_bounded_by_a_shard(stores, tmp_path, monkeypatch):

@@ -71,11 +71,8 @@ class LocalFiles:
 
     def __init__(self, root: Path) -> None:
         self.location = root
-
-    @property
-    def origin(self) -> str:
-        """The directory's absolute path: another process may work elsewhere."""
-        return str(self.location.absolute())
+        # Absolute, and now: this process may move, and another may work elsewhere.
+        self.origin = str(root.absolute())
 
     def read(self, name: str) -> bytes | None:
         """Content of a file, None where there is none.

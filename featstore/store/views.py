@@ -28,9 +28,9 @@ _TORCH_TYPES = {
 def torch_rows(reader: RowReader | TableReader, rows: Rows) -> torch.Tensor:
     """Rows as a tensor of the stored type, scales not applied.
 
-    A slice of step 1 within one chunk of a mapped, uncompressed array is not copied: the tensor looks at the page cache.
-    Writing to it is safe, but seldom meant: the written pages become this process's own, so neither the file nor any
-    array of the reader changes, while other tensors of the same rows do.
+    A slice of step 1 within one chunk of a mapped, uncompressed array is not copied: the tensor looks at the page
+    cache. Writing to it is safe, but seldom meant: the written pages become this process's own, so neither the file nor
+    any array of the reader changes, while other tensors of the same rows do.
 
     Args:
         reader: Of one layer, from :meth:`featstore.store.Store.rows`.
