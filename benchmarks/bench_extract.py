@@ -17,8 +17,8 @@ Memory is the largest resident size of a child process that runs the whole comma
 layers each, at both numbers of tokens; what they store differs by more than a GiB.
 
 SAELens' CacheActivationsRunner writes one layer a run, in float32, from windows of one length; it gets the same model
-directory, as many tokens in windows of 256, and the deepest of our layers. It needs no hub when it gets a local model as
-`AutoModelForCausalLM` and a dataset that is already tokenised. What it pins does not agree with what we need, so it is
+directory, as many tokens in windows of 256, and the deepest of our layers. It needs no hub when it gets a local model
+as `AutoModelForCausalLM` and a dataset that is already tokenised. What it pins does not agree with what we need, so it is
 started in an interpreter of its own, and left out, with the reason, where that fails. A way to make one (6.54.12 ran):
 
     python -m venv venv-sae
@@ -203,16 +203,14 @@ def block_weights(model: nn.Module, layers: list[int]) -> int:
 
 def peak_flops(device: torch.device, runs: int = 10) -> float:
     """Operations a second of one large bfloat16 product; the median."""
-    size = MATRIX if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    a, b = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device=device) for _ in range(2))
 
     def product() -> None:
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        torch.mm(a, b)
+        torch.cuda.synchronize(device)
 
     product()
-    return 2 * size**3 / statistics.median(seconds(product) for _ in range(runs))
+    return 2 * MATRIX**3 / statistics.median(seconds(product) for _ in range(runs))
 
 
 def sink_alone(contenders: Contenders, rows: int) -> dict[str, float]:
@@ -269,11 +267,11 @@ def measure_speed(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     }
     rate = result["speed"]["sink"]["rate"]
     result["states_gb_per_s"] = rate * len(layers) * contenders.width * 2 / 1e9
-    peak = peak_flops(device)
-    result["bf16_peak_tflops"] = peak / 1e12
-    result["share_of_bf16_peak"] = rate * 2 * block_weights(model, layers) / peak
     result["goals"] = {"extraction with the sink over the bare forward": (result["speed"]["sink"]["ratio"], 0.97)}
     if device.type == "cuda":
+        peak = peak_flops(device)
+        result["bf16_peak_tflops"] = peak / 1e12
+        result["share_of_bf16_peak"] = rate * 2 * block_weights(model, layers) / peak
         result["goals"]["tokens a second, 8B shape, five layers"] = (rate, 35_000.0)
     return result
 
@@ -429,8 +427,9 @@ def text_of(result: dict[str, Any]) -> str:
         table("forward to the deepest layer", run["speed"], "tok/s"),
         f"  {run['states_gb_per_s']:.3f} GB/s of states; the sink alone, GB/s: "
         + ", ".join(f"{part} {rate:.2f}" for part, rate in run["parts_gb_per_s"].items()),
-        f"  {run['share_of_bf16_peak']:.1%} of the bf16 peak of {run['bf16_peak_tflops']:.3g} TFLOP/s",
     ]
+    if "bf16_peak_tflops" in run:
+        lines.append(f"  {run['share_of_bf16_peak']:.1%} of the bf16 peak of {run['bf16_peak_tflops']:.3g} TFLOP/s")
     if "saelens" in result:
         lines.append(f"SAELens, one layer: {json.dumps(result['saelens'])}")
     goals = dict(run["goals"])

@@ -16,7 +16,6 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,6 @@ def main() -> None:
     parser.add_argument("--stitch-tokens", type=int, default=1200)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     options = parser.parse_args()
-    start = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     pair = build_pair(options.cache, options.cache / "assets")
     truth = options.out / "float32-hot.zarr"
@@ -205,7 +203,6 @@ def main() -> None:
         "pairs": len(held.pairs(*held.models)),
         "layers": list(LAYERS),
         "stitched_layer": STITCHED_LAYER,
-        "seconds": time.perf_counter() - start,
         "versions": versions(),
         "machine": platform.machine(),
     }

@@ -169,6 +169,11 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
     return replace(settings, **changes)
 
 
+def _without_budgets(value: Any) -> Any:
+    """An attribute without the budgets: where a larger one finds no more text, the text is the same."""
+    return {k: v for k, v in value.items() if not k.startswith("max_")} if isinstance(value, dict) else value
+
+
 def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
     """Refuse a command that does not fit the store.
 
@@ -182,7 +187,11 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
     """
     growing = root["plan"] != recorded.root["plan"]
     free = {"complete", "models", "moments"} | ({"corpus", "split", "plan", "segments"} if growing else set())
-    changed = [key for key in root if key not in free and recorded.root.get(key) != root[key]]
+    changed = [
+        key
+        for key in root
+        if key not in free and _without_budgets(recorded.root.get(key)) != _without_budgets(root[key])
+    ]
     if growing and not recorded.complete:
         changed.append("corpus")
     # An addition may come from another machine or a newer library; a half-done extraction may not go on there.

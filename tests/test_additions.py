@@ -233,6 +233,12 @@ class TestMoreDocuments:
             run(typed(whole, **given))
         assert tree_bytes(whole) == before
 
+    def test_a_larger_budget_that_finds_no_more_text_changes_nothing(self, whole, settings, capsys):
+        before = tree_bytes(whole)
+        extract(prepare(typed(whole, dataset=settings.dataset, max_documents=10_000), quiet=True))
+        assert "already complete" in capsys.readouterr().err
+        assert tree_bytes(whole) == before
+
     def test_together_with_another_model_it_is_refused(self, settings, tmp_path, tiny_mistral):
         path = run(replace(settings, store=tmp_path / "s.zarr", model=settings.model[:1], max_documents=10))
         with pytest.raises(StoreStateError, match=r"concern every model in it \(llama\) and no other"):
@@ -339,6 +345,15 @@ class TestMoments:
             run(replace(settings, store=tmp_path / "s.zarr", model=settings.model[:1], moments="only"))
 
 
+def command(settings: Settings, *more: str) -> list[str]:
+    words = ["extract", "--dataset", settings.dataset, "--layers", "0,2,3", "--max-tokens", "all", "--device", "cpu"]
+    for name in ("window_bytes", "batch_tokens", "shard_rows"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    for model in settings.model:
+        words += ["--model", model]
+    return [*words, *more]
+
+
 def launch(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "featstore"]
     environment = command_environment() | {"OMP_NUM_THREADS": "1"}
@@ -348,10 +363,7 @@ def launch(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_write_the_same_bytes_as_one(settings, tmp_path, processes):
-    words = ["extract", "--dataset", settings.dataset, "--layers", "0,2,3", "--layer-0", "table", "--max-tokens", "all"]
-    for model in settings.model:
-        words += ["--model", model]
-    words += "--window-bytes 512 --batch-tokens 1024 --shard-rows 1024 --format int8 --device cpu --json".split()
+    words = command(settings, "--layer-0", "table", "--format", "int8", "--json")
     trees = []
     for count in (1, processes):
         path = tmp_path / f"{count}.zarr"
@@ -365,10 +377,7 @@ def test_several_processes_write_the_same_bytes_as_one(settings, tmp_path, proce
 
 
 def test_a_process_that_dies_takes_the_others_with_it_and_the_same_command_goes_on(settings, tmp_path):
-    words = ["extract", "--dataset", settings.dataset, "--layers", "0,2,3", "--max-tokens", "all"]
-    for model in settings.model:
-        words += ["--model", model]
-    words += "--window-bytes 512 --batch-tokens 1024 --shard-rows 1024 --format float32 --layout archive --device cpu".split()
+    words = command(settings, "--format", "float32", "--layout", "archive")
     path = tmp_path / "s.zarr"
     program = f"""
 import os, signal, sys

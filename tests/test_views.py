@@ -127,7 +127,7 @@ class TestTorch:
         data[5] ^= 1
         file.write_bytes(data)
         reader = open_store(path).rows("a", 3)
-        with pytest.raises(CorruptDataError, match="checksum mismatch in .*chunk 0"):
+        with pytest.raises(CorruptDataError, match=r"checksum mismatch in .*chunk 0"):
             torch_rows(reader, slice(0, 5))
         torch_rows(reader, slice(1024, 1030))
 

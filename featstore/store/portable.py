@@ -61,7 +61,7 @@ def store_files(location: Location, *, portable: bool = False) -> StoreFiles:
     if isinstance(location, ZarrStore):
         return PortableFiles(location, str(location), location)
     path = Path(location)
-    url = None if path.exists() else _URL.match(str(location))
+    url = _URL.match(str(location))
     if url is not None:
         name = f"{url[1].lower()}://{url[2].rstrip('/')}"
         return PortableFiles(_open_url(name), name, name)
@@ -159,7 +159,7 @@ class PortableFiles:
             scales: Its scales by row, for formats that have them.
             column_scale: float32 ``(width,)``, for formats that have one.
         """
-        return PortableRows(self._store, array, scales, column_scale, where=f"{self.location}/{array[0]}")
+        return PortableRows(self._store, array, scales, column_scale, location=self.location)
 
 
 class PortableRows(RowReader):
@@ -170,7 +170,7 @@ class PortableRows(RowReader):
         array: Its path there and its ``zarr.json``, which is believed as given and not read again.
         scales: The same of its scales by row, for formats that have them.
         column_scale: float32 ``(width,)``, for formats that have one.
-        where: Names the array in errors; by default its path.
+        location: The directory or URL of the store, for errors.
 
     Raises:
         CorruptDataError: Its metadata is not what the format document describes.
@@ -183,13 +183,15 @@ class PortableRows(RowReader):
         scales: Described | None = None,
         column_scale: NDArray[np.float32] | None = None,
         *,
-        where: str | None = None,
+        location: Path | str = "",
     ) -> None:
-        super().__init__(where or array[0], array[1], None, column_scale)
+        prefix = f"{location}/" if str(location) else ""
+        super().__init__(f"{prefix}{array[0]}", array[1], None, column_scale)
         self._store, self._name = store, array[0]
         self.array = _array(store, array)
         self._scale_array = None if scales is None else _array(store, scales)
         self._scale_name = "" if scales is None else scales[0]
+        self._scale_path = f"{prefix}{self._scale_name}"
         self._present: dict[int, NDArray[np.bool_]] = {}
 
     @property
@@ -219,23 +221,23 @@ class PortableRows(RowReader):
         if start < stop:
             size = self.layout.chunk_rows
             self._require(np.arange(start // size, (stop - 1) // size + 1))
-            out[:] = self._read(self.array, (slice(start, stop), slice(None)))
+            out[:] = self._read(self.array, (slice(start, stop), slice(None)), self.path)
 
     def _gather(self, numbers: NDArray[np.int64], out: NDArray[Any]) -> None:
         if len(numbers):
             self._require(np.unique(numbers // self.layout.chunk_rows))
-            out[:] = self._read(self.array, (numbers, slice(None)))
+            out[:] = self._read(self.array, (numbers, slice(None)), self.path)
 
-    def _read(self, array: zarr.Array[Any], selection: Any) -> Any:
+    def _read(self, array: zarr.Array[Any], selection: Any, where: Path | str) -> Any:
         try:
             return array.oindex[selection]
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
             # zarr-python has no error of its own for a checksum that differs or a stream that does not decompress.
             raise CorruptDataError(
-                f"{self.path} is damaged ({_first_line(error)}); run `featstore verify` to see how far it goes"
+                f"{where} is damaged ({_first_line(error)}); run `featstore verify` to see how far it goes"
             ) from error
         except Exception as error:
-            raise _unreachable(str(self.path), error) from error
+            raise _unreachable(str(where), error) from error
 
     def _require(self, chunks: NDArray[np.int64]) -> None:
         """Refuse chunks that are not there: zarr-python would give zeros for them."""
@@ -267,12 +269,11 @@ class PortableRows(RowReader):
             return self._scale_of[shard]
         if self._scale_array is None:
             raise CorruptDataError(f"{self.path} has no row scales; open it through its store")
-        key = f"{self._scale_name}/c/{shard}"
-        if not _wait(self._store.exists(key), key):
-            raise CorruptDataError(f"{key} of {self.path} is missing; run the same `featstore extract` command again")
-        scale: NDArray[np.float32] = self._read(
-            self._scale_array, slice(shard * self.shard_rows, (shard + 1) * self.shard_rows)
-        )
+        where = f"{self._scale_path}/c/{shard}"
+        if not _wait(self._store.exists(f"{self._scale_name}/c/{shard}"), where):
+            raise CorruptDataError(f"{where} is missing; run the same `featstore extract` command again")
+        rows = slice(shard * self.shard_rows, (shard + 1) * self.shard_rows)
+        scale: NDArray[np.float32] = self._read(self._scale_array, rows, self._scale_path)
         self._scale_of[shard] = scale
         return scale
 

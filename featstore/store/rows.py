@@ -23,7 +23,7 @@ from featstore.store.formats import BY_DATA_TYPE, Format
 Rows = slice | Sequence[int] | NDArray[np.integer[Any]]
 
 #: Bytes gathered at a time where rows are wanted out of order: the second copy then comes from the processor's cache.
-_PIECE_BYTES = 1 << 19
+_PIECE_BYTES = 1 << 17
 
 
 @dataclass(frozen=True)
