@@ -18,8 +18,8 @@ layers each, at both numbers of tokens; what they store differs by more than a G
 
 SAELens' CacheActivationsRunner writes one layer a run, in float32, from windows of one length; it gets the same model
 directory, as many tokens in windows of 256, and the deepest of our layers. It needs no hub when it gets a local model
-as `AutoModelForCausalLM` and a dataset that is already tokenised. What it pins does not agree with what we need, so it is
-started in an interpreter of its own, and left out, with the reason, where that fails. A way to make one (6.54.12 ran):
+as `AutoModelForCausalLM` and a dataset that is already tokenised. What it pins does not agree with what we need, so it
+is started in an interpreter of its own, and left out, with the reason, where that fails. One that ran 6.54.12:
 
     python -m venv venv-sae
     venv-sae/bin/pip install --no-deps sae-lens 'transformer-lens<3' simple-parsing docstring-parser nltk plotly \\

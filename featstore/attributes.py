@@ -23,7 +23,7 @@ def root_attributes(job: Job) -> dict[str, Any]:
     plan = job.plan
     held = job.recorded.root["models"] if job.recorded else []
     counts = np.bincount(plan.corpus.document_split, minlength=3)
-    return {
+    attributes = {
         "format_version": FORMAT_VERSION,
         "complete": False,
         "models": [*held, *(name for name in job.infos if name not in held)],
@@ -45,6 +45,10 @@ def root_attributes(job: Job) -> dict[str, Any]:
         "site_convention": SITE_CONVENTION,
         "plan": plan.hash,
     }
+    if job.recorded and "converted_from" in job.recorded.root:
+        # What a conversion did to the rows that were there is not undone by adding others.
+        attributes["converted_from"] = job.recorded.root["converted_from"]
+    return attributes
 
 
 def model_attributes(job: Job, name: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def store_files(location: Location, *, portable: bool = False) -> StoreFiles:
     if isinstance(location, ZarrStore):
         return PortableFiles(location, str(location), location)
     path = Path(location)
-    url = _URL.match(str(location))
+    url = None if path.exists() else _URL.match(str(location))
     if url is not None:
         name = f"{url[1].lower()}://{url[2].rstrip('/')}"
         return PortableFiles(_open_url(name), name, name)
@@ -139,7 +139,7 @@ class PortableFiles:
         names = sorted([name async for name in self._store.list_prefix(prefix) if name.endswith(".json")])
         result: dict[str, bytes] = {}
         # There are as many documents as shards: one after another they would take minutes from an object store.
-        for at in range(0, len(names), _REQUESTS):
+        for at in range(0, min(len(names), _REQUESTS), _REQUESTS):
             part = names[at : at + _REQUESTS]
             found = await asyncio.gather(*(self._get(name) for name in part))
             result |= {
