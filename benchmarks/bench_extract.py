@@ -60,7 +60,7 @@ from featstore.store.formats import parse_format
 from featstore.store.row_writer import RowArrays, RowWriter, write_groups
 from featstore.store.shards import parse_layout
 from featstore.store.writer import StoreWriter, exclusive
-from featstore.walk import _walk as walk
+from featstore.walk import walk
 
 ROOT = Path(__file__).parents[1]
 NAME = "model"

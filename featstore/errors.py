@@ -82,3 +82,11 @@ class AdapterError(FeatstoreError, ValueError):
 
 class EnvironmentClashError(FeatstoreError, ImportError):
     """An installed package makes this one unusable."""
+
+
+class MissingPackageError(FeatstoreError, ImportError):
+    """An optional package is needed and not installed; the message says which."""
+
+
+class StoreAccessError(FeatstoreError, OSError):
+    """A store's place cannot be reached, or refuses."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from featstore.errors import CorruptDataError
+from featstore.errors import CorruptDataError, NoSpaceError
 
 #: Versions that can change a number; recorded beside every result.
 TRACKED = ("numpy", "torch", "transformers", "tokenizers", "zarr", "scipy", "scikit-learn", "dask")
@@ -80,7 +81,22 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Args:
         path: Destination; its directory is created.
         data: The content; text is written as UTF-8.
+
+    Raises:
+        NoSpaceError: The disk is full; the old content is still there.
     """
+    try:
+        _write_atomic(path, data)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NoSpaceError(
+            f"cannot write {path} ({error.strerror}); what was committed is kept: free some space and run the same "
+            "command again"
+        ) from error
+
+
+def _write_atomic(path: Path, data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:

@@ -271,7 +271,7 @@ def _reextract_model(
         err.print(f"loading {name} ({info.spec.ref})")
     model = models.load_model(info.spec, device=str(device), dtype=dtype, attention=str(attributes["attention"]))
     weights = models.weights_fingerprint(model)
-    if recorded_weights(StoreWriter(store.path), name, layers) not in (None, weights):
+    if recorded_weights(StoreWriter(store.directory), name, layers) not in (None, weights):
         return {}, [f"{name}: {info.spec.ref} has other weights than the model that this store was made with"]
     reader = BatchReader(sites.residual_stream(model), plan, name, weights)
     chain = sum(_ROUNDING[link["models"][name]["format"]] for link in _links(store) if name in link["models"])
@@ -326,7 +326,7 @@ def _compare_batch(
     """Compute a batch again and append the comparison of every layer."""
     starts = reader.planned.row_start
     number = np.concatenate([np.arange(starts[w], starts[w + 1]) for w in batch])
-    pilot = read_pilot(StoreWriter(store.path), reader.name, list(compared))
+    pilot = read_pilot(StoreWriter(store.directory), reader.name, list(compared))
     scales = {} if pilot is None else pilot.column_scale
     for layer, states in reader.states(batch, list(compared)).items():
         rows = store.rows(reader.name, layer)

@@ -101,14 +101,26 @@ def extract_rows(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quie
     groups = [g for g in job.plan.groups(name) if rows.missing(*planned.row_start[list(g)].tolist())]
     total = sum(int(planned.row_start[end] - planned.row_start[first]) for first, end in groups)
     with progress(f"extract {name}", total, "tok", quiet=quiet) as tick:
-        _walk(reader, rows, groups, pilot, tick)
+        walk(reader, rows, groups, pilot, tick)
     ranks.wait()
     if ranks.first:
         rows.count_rows()
 
 
-def _walk(reader: BatchReader, rows: RowWriter, groups: list[tuple[int, int]], pilot: Pilot, tick: Tick) -> None:
-    """Read the groups and hand their rows to a thread that puts them in place and commits."""
+def walk(reader: BatchReader, rows: RowWriter, groups: list[tuple[int, int]], pilot: Pilot, tick: Tick) -> None:
+    """Read groups of windows and hand their rows to a thread that puts them in place and commits.
+
+    Args:
+        reader: The model on its plan.
+        rows: Where they go; says which are missing.
+        groups: ``(first window, window after the last)``, ascending.
+        pilot: What the pilot froze.
+        tick: Called with the number of tokens done.
+
+    Raises:
+        NoSpaceError: The disk is full.
+        NonFiniteStateError: The model produced NaN or infinity.
+    """
     starts, form = reader.planned.row_start, rows.arrays.form
     copier = HostCopier(reader.device)
     scales = {k: torch.from_numpy(v.copy()).to(reader.device) for k, v in pilot.column_scale.items()}

@@ -164,7 +164,7 @@ class TestWhereValuesAreRounded:
         for name in MODELS:
             rows = store.model(name).rows
             raw = states(recipe(), name, LAYER, rows)
-            scale = store._vector(f"models/{name}/column_scale/{LAYER}") if form == "int8" else None
+            scale = store.vector(f"models/{name}/column_scale/{LAYER}") if form == "int8" else None
             encoded = FORMATS[form].encode(raw, scale)
             np.testing.assert_array_equal(store.rows(name, LAYER).stored(slice(None)), encoded.stored)
             np.testing.assert_array_equal(store.norms(name, LAYER), encoded.norms)
@@ -191,7 +191,7 @@ class TestWhereValuesAreRounded:
             norms = np.linalg.norm(rows, axis=1)
             assert (norms > 5 * np.median(norms)).any()
             expected = column_scale_of(rows[norms <= 5 * np.median(norms)])
-            np.testing.assert_array_equal(store._vector(f"models/{name}/column_scale/{LAYER}"), expected)
+            np.testing.assert_array_equal(store.vector(f"models/{name}/column_scale/{LAYER}"), expected)
 
     def test_masks_pairs_and_pilot_stay_and_moments_are_left_out_and_said_so(self, stores, tmp_path):
         path = tmp_path / "narrow.zarr"

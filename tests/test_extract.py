@@ -300,7 +300,8 @@ class TestNotANumber:
 
         directory = spoiled(tiny_llama, tmp_path / "big", spoil)
         mine = at(settings, tmp_path / "store.zarr", model=(f"big={directory}",), layers=("0",), form="float16")
-        with pytest.raises(NonFiniteStateError, match=r"model 'big', layer 0, row \d+ .*more than float16 can .65504.; use --format bf"):
+        message = r"model 'big', layer 0, row \d+ .*more than float16 can .65504.; use --format bf"
+        with pytest.raises(NonFiniteStateError, match=message):
             run(mine)
 
 
@@ -407,7 +408,7 @@ class TestSpace:
         with pytest.raises(NoSpaceError):
             extract(mine, quiet=True)
         monkeypatch.undo()
-        monkeypatch.setattr("featstore.extract._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr("featstore.extract._finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             extract(mine, quiet=True)
         monkeypatch.undo()

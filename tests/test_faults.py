@@ -191,10 +191,6 @@ def test_a_row_lost_from_the_manifest_is_found_whichever_it_is(whole, tmp_path, 
     assert damage_of(path) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="found by this test: nothing guards what a manifest row says beside its files",
-)
 def test_a_changed_byte_anywhere_in_a_row_of_the_manifest_is_found(whole, tmp_path):
     path = copied(whole["bfloat16"], tmp_path)
     for unit in ("corpus", "models/a/resid/2/rows-000000", "pairs/a__b/end"):
@@ -460,11 +456,6 @@ def no_space_for(path: Path) -> str:
     return ""
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=OSError,
-    reason="found by this test: a full disk is NoSpaceError where a unit is committed, a bare OSError in documents",
-)
 def test_a_disk_that_fills_up_again_and_again_ends_with_the_same_bytes(disk, tmp_path):
     """With a little more space each time, so that it is full at ever other places: documents, shards, manifest rows."""
     path, failures = disk.path / "store.zarr", 0

@@ -167,5 +167,5 @@ def test_amounts_of_memory(text, expected):
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "lots", "1P", "1.2.3", "0.1"])
 def test_what_is_no_amount_of_memory_is_quoted(text):
-    with pytest.raises(SpecError, match="amount of memory .*500M or 12G"):
+    with pytest.raises(SpecError, match=r"amount of memory .*500M or 12G"):
         parse_bytes(text)

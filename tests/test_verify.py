@@ -61,7 +61,7 @@ def rewrite(path: Path, unit: str, change: Callable[[dict[str, np.ndarray]], Non
     writer, store = StoreWriter(path), open_store(path)
     entry = writer.entry(unit)
     names = {name.split("/c/")[0] for name in entry["files"]}
-    arrays = {name: store._vector(name).copy() for name in names}
+    arrays = {name: store.vector(name).copy() for name in names}
     change(arrays)
     writer.vectors(unit, arrays, **{k: v for k, v in entry.items() if k not in ("unit", "files")})
     reseal(path)
@@ -156,7 +156,7 @@ class TestContents:
     def test_row_scales(self, path, value):
         store = open_store(path)
         reader, rows, norms = store.rows("a", 3), store.model("a").rows, store.norms("a", 3)
-        scales = {3: store._vector("models/a/column_scale/3")}
+        scales = {3: store.vector("models/a/column_scale/3")}
         arrays = RowArrays(rows, 8, (3,), 256, FORMATS["int8"], LAYOUTS["archive"], scales)
         StoreWriter(path).drop(rows_unit("a", 3, 0))
         number = np.arange(256)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from featstore.console import Tick, human_bytes, progress
 from featstore.errors import CorruptDataError, NonFiniteStateError, SpecError, StoreFormatError, StoreStateError
 from featstore.provenance import read_json, write_json
+from featstore.store.files import MANIFEST
 from featstore.store.formats import Encoded, Format, column_scale_of, parse_format
 from featstore.store.moments import has_rows
 from featstore.store.pilot_rows import pilot_windows, without_sinks
@@ -30,7 +31,7 @@ from featstore.store.row_writer import RowArrays, RowWriter, rows_unit, write_gr
 from featstore.store.rows import RowReader, TableReader
 from featstore.store.shards import Layout, file_checksum, parse_layout
 from featstore.store.table import table_unit, write_table
-from featstore.store.writer import MANIFEST, METADATA_UNIT, StoreWriter, check_space, exclusive, read_entry
+from featstore.store.writer import METADATA_UNIT, StoreWriter, check_space, exclusive, read_entry
 
 #: Rows that are decoded at a time.
 _STEP = 1024
@@ -242,13 +243,13 @@ class _Conversion:
     def __init__(self, source: Store, before: Mapping[str, Encoding], after: Mapping[str, Encoding]) -> None:
         self.source, self.before, self.after = source, before, after
         self.exact = all(after[name].keeps_values_of(before[name]) for name in after)
-        metadata = source.path / MANIFEST / f"{METADATA_UNIT}.json"
+        metadata = source.directory / MANIFEST / f"{METADATA_UNIT}.json"
         self._documents = sorted(
             name.removesuffix("/zarr.json")
             for name in read_entry(metadata, METADATA_UNIT)["files"]
             if name != "zarr.json"
         )
-        self._units = [unit for unit in StoreWriter(source.path).unit_names() if unit != METADATA_UNIT]
+        self._units = [unit for unit in StoreWriter(source.directory).unit_names() if unit != METADATA_UNIT]
         self._root = {
             **source.attributes,
             "complete": False,
@@ -381,10 +382,10 @@ class _Conversion:
     # One unit
 
     def _document(self, name: str) -> dict[str, Any]:
-        return self.source._document(name)  # noqa: SLF001 - checked against the manifest, which nothing public does
+        return self.source.document(name)
 
     def _entry(self, unit: str) -> dict[str, Any]:
-        return read_entry(self.source.path / MANIFEST / f"{unit}.json", unit)
+        return read_entry(self.source.directory / MANIFEST / f"{unit}.json", unit)
 
     def _size(self, unit: str) -> int:
         return sum(record["bytes"] for record in self._entry(unit)["files"].values())
@@ -395,7 +396,7 @@ class _Conversion:
             return
         files = {}
         for name, record in entry["files"].items():
-            path = self.source.path / name
+            path = self.source.directory / name
             data = path.read_bytes() if path.is_file() else b""
             if len(data) != record["bytes"] or file_checksum(data) != record["crc32"]:
                 raise CorruptDataError(
@@ -412,12 +413,12 @@ class _Conversion:
         scale: NDArray[np.float32] | None = None
         if self.after[name].form.column_scaled:
             if self.before[name].form.column_scaled:
-                scale = self.source._vector(scale_name)  # noqa: SLF001 - as above
+                scale = self.source.vector(scale_name)
             else:
                 scale = self._column_scale(name, layer)
         if not writer.has(unit):
             arrays = {
-                f"{base}/{part}/{layer}": self.source._vector(f"{base}/{part}/{layer}")  # noqa: SLF001 - as above
+                f"{base}/{part}/{layer}": self.source.vector(f"{base}/{part}/{layer}")
                 for part in ("origin", "median_norm")
             }
             if scale is not None:
@@ -462,7 +463,7 @@ class _Conversion:
         if writer.has(unit):
             return
         reader = _plain(self.source.rows(name, 0))
-        ids, norms = (self.source._vector(f"{unit}/{part}") for part in ("id", "norm"))  # noqa: SLF001 - as above
+        ids, norms = (self.source.vector(f"{unit}/{part}") for part in ("id", "norm"))
         what = f"model {name!r}, layer 0 table"
         parts = [
             self._encode(name, reader, norms, (start, min(start + _STEP, reader.rows)), arrays, 0, what)

@@ -120,7 +120,7 @@ def add_pairs(path: Path, policy: str) -> dict[str, Any]:
     """
     check_policy(policy)
     store = open_store(path)
-    with exclusive(path):
+    with exclusive(store.directory):
         writer = StoreWriter(path)
         root = writer.attributes() or {}
         for first, second in combinations(store.models, 2):

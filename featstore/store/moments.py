@@ -30,7 +30,7 @@ from featstore.provenance import digest
 from featstore.store.pairs import Pairs
 from featstore.store.reader import Store, open_store
 from featstore.store.sums import Block, BlockSums, Moments, Multiply, assemble, product_threads, steady_products
-from featstore.store.writer import MANIFEST, StoreWriter, check_space, exclusive, read_entry
+from featstore.store.writer import StoreWriter, check_space, exclusive
 
 #: Splits by their number in a store.
 SPLITS = ("train", "val", "test")
@@ -75,9 +75,7 @@ def has_rows(store: Store, model: str, layer: int) -> bool:
         model: Model name.
         layer: A layer it lists.
     """
-    base = store.path / "models" / model
-    places = [base / "resid" / str(layer), *([base / "embedding" / "state"] if layer == 0 else [])]
-    return any((place / "zarr.json").is_file() for place in places)
+    return store.has_rows(model, layer)
 
 
 class StoredMoments:
@@ -131,9 +129,8 @@ class StoredMoments:
         """
         block = self._ordered(block)
         unit = unit_of(self.models, split, block)
-        path = self.store.path / MANIFEST / f"{unit}.json"
-        known = block in self._known and path.is_file() and self.store._has(f"{unit}/product")  # noqa: SLF001
-        return known and read_entry(path, unit).get("basis") == self.basis(split, block)
+        known = block in self._known and self.store.has(f"{unit}/product")
+        return known and (self.store.entry(unit) or {}).get("basis") == self.basis(split, block)
 
     def covers(self, pairs: Iterable[SitePair], splits: Sequence[int] = range(len(SPLITS))) -> bool:
         """Whether :meth:`read` has an answer for each of some pairs of sites.
@@ -169,10 +166,10 @@ class StoredMoments:
     def _block(self, wanted: SitePair, split: int) -> Block:
         ordered = self._ordered(wanted)
         unit = unit_of(self.models, split, ordered)
-        product, x, y, totals = (self.store._vector(f"{unit}/{name}") for name in ("product", "x", "y", "totals"))  # noqa: SLF001
+        product, x, y, totals = (self.store.vector(f"{unit}/{name}") for name in ("product", "x", "y", "totals"))
         width = [self.store.model(model).width for model, _ in ordered]
         if (product.shape, x.shape, y.shape, totals.shape) != ((*width,), (2, width[0]), (2, width[1]), (4,)):
-            raise CorruptDataError(f"{self.store.path / unit} does not fit its layers; make it again")
+            raise CorruptDataError(f"{self.store.path}/{unit} does not fit its layers; make it again")
         block = Block(int(totals[0]), product, x, y, totals[1:])
         return block if ordered == wanted else block.swapped
 
@@ -365,7 +362,7 @@ def add_moments(path: Path, *, memory: int = MEMORY, quiet: bool = False) -> dic
     Raises:
         FeatstoreError: No such store, rows or disk space, or another process is writing.
     """
-    open_store(path)
+    open_store(path).directory  # noqa: B018 - a store elsewhere is refused
     found = {}
     with exclusive(path):
         # Only now: what another process added while we waited to begin belongs to it.

@@ -25,7 +25,14 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, ObjectStore, StorePath
 
-from featstore.errors import CorruptDataError, EnvironmentClashError, FeatstoreError, SpecError, StoreNotFoundError
+from featstore.errors import (
+    CorruptDataError,
+    FeatstoreError,
+    MissingPackageError,
+    SpecError,
+    StoreAccessError,
+    StoreNotFoundError,
+)
 from featstore.store import shards
 from featstore.store.files import MANIFEST, Described, LocalFiles, StoreFiles
 from featstore.store.rows import RowReader
@@ -55,7 +62,7 @@ def store_files(location: Location, *, portable: bool = False) -> StoreFiles:
 
     Raises:
         StoreNotFoundError: No such directory.
-        EnvironmentClashError: The package that speaks the URL's protocol is not installed.
+        MissingPackageError: The package that speaks the URL's protocol is not installed.
         SpecError: A URL that cannot be understood.
     """
     if isinstance(location, ZarrStore):
@@ -87,7 +94,7 @@ def _open_url(url: str) -> ZarrStore:
             raise SpecError(f"{url!r} cannot be opened ({_first_line(error)}); correct the URL") from error
     except ImportError as error:
         remedy = "it with `pip install obstore`" if scheme in _OBJECT_STORES else f"the fsspec package for {scheme}://"
-        raise EnvironmentClashError(f"reading {url!r} needs a package ({error}); install {remedy}") from error
+        raise MissingPackageError(f"reading {url!r} needs a package ({error}); install {remedy}") from error
     except ValueError as error:
         if isinstance(error, FeatstoreError):
             raise
@@ -118,7 +125,7 @@ class PortableFiles:
             name: Path within the store.
 
         Raises:
-            StoreNotFoundError: The place cannot be reached, or refuses.
+            StoreAccessError: The place cannot be reached, or refuses.
         """
         return _wait(self._get(name), f"{self.location}/{name}")
 
@@ -130,7 +137,7 @@ class PortableFiles:
         """Every manifest document by the name of its unit, sorted.
 
         Raises:
-            StoreNotFoundError: The place cannot be reached, or refuses.
+            StoreAccessError: The place cannot be reached, or refuses.
         """
         return _wait(self._manifest(), f"{self.location}/{MANIFEST}")
 
@@ -139,7 +146,7 @@ class PortableFiles:
         names = sorted([name async for name in self._store.list_prefix(prefix) if name.endswith(".json")])
         result: dict[str, bytes] = {}
         # There are as many documents as shards: one after another they would take minutes from an object store.
-        for at in range(0, min(len(names), _REQUESTS), _REQUESTS):
+        for at in range(0, len(names), _REQUESTS):
             part = names[at : at + _REQUESTS]
             found = await asyncio.gather(*(self._get(name) for name in part))
             result |= {
@@ -295,5 +302,5 @@ def _wait(request: Coroutine[Any, Any, _T], where: str) -> _T:
         raise _unreachable(where, error) from error
 
 
-def _unreachable(where: str, error: Exception) -> StoreNotFoundError:
-    return StoreNotFoundError(f"{where} cannot be read ({_first_line(error)}); check URL, login and network")
+def _unreachable(where: str, error: Exception) -> StoreAccessError:
+    return StoreAccessError(f"{where} cannot be read ({_first_line(error)}); check URL, login and network")

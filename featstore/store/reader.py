@@ -46,11 +46,12 @@ def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool
         portable: Read a directory through zarr-python, too.
 
     Raises:
-        StoreNotFoundError: Nothing there, or it cannot be reached.
+        StoreNotFoundError: Nothing there.
+        StoreAccessError: It cannot be reached.
         StoreFormatError: Not a feature store, or of a newer format.
         StoreStateError: Unfinished.
         CorruptDataError: Its metadata is damaged.
-        EnvironmentClashError: The package that speaks the URL's protocol is not installed.
+        MissingPackageError: The package that speaks the URL's protocol is not installed.
     """
     files = store_files(path, portable=portable)
     where = repr(str(files.location))
@@ -285,13 +286,20 @@ class Store:
     def _stored(self) -> dict[str, StoredModel]:
         result = {}
         for name in self.models:
-            attributes = self._document(f"models/{name}").get("attributes")
+            attributes = self.document(f"models/{name}").get("attributes")
             own = attributes.get("featstore") if isinstance(attributes, dict) else None
             result[name] = StoredModel.parse(name, own, f"{self.path}/models/{name}/zarr.json")
         return result
 
-    def _document(self, name: str) -> dict[str, Any]:
-        """The metadata of a group or array, as it was when the store was sealed."""
+    def document(self, name: str) -> dict[str, Any]:
+        """The metadata of a group or array, as it was when the store was sealed.
+
+        Args:
+            name: Path within the store.
+
+        Raises:
+            CorruptDataError: Missing, or not what the manifest records.
+        """
         path = f"{self.path}/{name}/zarr.json"
         data = self.files.read(f"{name}/zarr.json")
         if data is None:
@@ -302,14 +310,49 @@ class Store:
                 raise CorruptDataError(f"{path} is not the document that the manifest records; restore it")
         return parse_json(data, path)
 
-    def _has(self, name: str) -> bool:
-        """Whether a group or array is there; in a sealed store what the manifest does not record is not."""
+    def has(self, name: str) -> bool:
+        """Whether a group or array is there; in a sealed store what the manifest does not record is not.
+
+        Args:
+            name: Path within the store.
+        """
         if self._sealed is not None:
             return f"{name}/zarr.json" in self._sealed
         return self.files.read(f"{name}/zarr.json") is not None
 
-    def _vector(self, name: str) -> NDArray[Any]:
-        return vector_of(lambda file: self.files.read(f"{name}/{file}"), self._document(name), f"{self.path}/{name}")
+    def has_rows(self, model: str, layer: int) -> bool:
+        """Whether the states of a layer are here, and not their moments alone.
+
+        Args:
+            model: Model name.
+            layer: A layer the store lists.
+        """
+        base = f"models/{model}"
+        return self.has(f"{base}/resid/{layer}") or (layer == 0 and self.has(f"{base}/embedding/state"))
+
+    def entry(self, unit: str) -> dict[str, Any] | None:
+        """The manifest entry of a unit, None where there is none.
+
+        Args:
+            unit: Name of the unit.
+
+        Raises:
+            CorruptDataError: It is damaged or points outside the store.
+        """
+        name = f"{MANIFEST}/{unit}.json"
+        data = self.files.read(name)
+        return None if data is None else parse_entry(data, f"{self.path}/{name}", unit)
+
+    def vector(self, name: str) -> NDArray[Any]:
+        """A small array, whole.
+
+        Args:
+            name: Path within the store.
+
+        Raises:
+            CorruptDataError: Missing or damaged.
+        """
+        return vector_of(lambda file: self.files.read(f"{name}/{file}"), self.document(name), f"{self.path}/{name}")
 
     def layer(self, model: str, layer: int) -> int:
         """Return a layer if the store holds it.
@@ -343,19 +386,19 @@ class Store:
     def _open_rows(self, model: str, layer: int) -> RowReader | TableReader:
         base = f"models/{model}"
         columns = f"{base}/column_scale/{layer}"
-        scale = self._vector(columns) if self._has(columns) else None
+        scale = self.vector(columns) if self.has(columns) else None
         table = f"{base}/embedding"
-        if layer == 0 and self._has(f"{table}/id"):
+        if layer == 0 and self.has(f"{table}/id"):
             name, scales = f"{table}/state", f"{table}/row_scale"
         else:
             name, scales = f"{base}/resid/{layer}", f"{base}/row_scale/{layer}"
-        row_scales = (scales, self._document(scales)) if self._has(scales) else None
-        rows = self.files.rows((name, self._document(name)), row_scales, scale)
+        row_scales = (scales, self.document(scales)) if self.has(scales) else None
+        rows = self.files.rows((name, self.document(name)), row_scales, scale)
         return TableReader(rows, self._table_index(model)) if name.startswith(table) else rows
 
     def _table_index(self, model: str) -> NDArray[np.int64]:
         """Where in the layer 0 table each token's row is."""
-        ids = self._vector(f"models/{model}/embedding/id")
+        ids = self.vector(f"models/{model}/embedding/id")
         tokens = self.columns(model, "id")["id"]
         place = np.minimum(np.searchsorted(ids, tokens), len(ids) - 1)
         if not np.array_equal(ids[place], tokens):
@@ -372,10 +415,10 @@ class Store:
         Returns:
             float32 ``(n,)``.
         """
-        if self.layer(model, layer) == 0 and self._has(f"models/{model}/embedding/id"):
-            norms: NDArray[np.float32] = self._vector(f"models/{model}/embedding/norm")[self._table_index(model)]
+        if self.layer(model, layer) == 0 and self.has(f"models/{model}/embedding/id"):
+            norms: NDArray[np.float32] = self.vector(f"models/{model}/embedding/norm")[self._table_index(model)]
             return norms
-        return self._vector(f"models/{model}/norm/{layer}")
+        return self.vector(f"models/{model}/norm/{layer}")
 
     def origin(self, model: str, layer: int) -> NDArray[np.float64]:
         """The pilot's mean state, a fixed origin for accumulating moments without cancellation.
@@ -387,7 +430,7 @@ class Store:
         Returns:
             float64 ``(width,)``.
         """
-        return self._vector(f"models/{model}/origin/{self.layer(model, layer)}").astype(np.float64)
+        return self.vector(f"models/{model}/origin/{self.layer(model, layer)}").astype(np.float64)
 
     def median_norms(self, model: str) -> dict[str, float]:
         """The pilot's median norm at every stored layer, against which sinks are told.
@@ -399,7 +442,7 @@ class Store:
             Median by layer, the layer as text.
         """
         layers = self.model(model).layers
-        return {str(k): float(self._vector(f"models/{model}/median_norm/{k}")[0]) for k in layers}
+        return {str(k): float(self.vector(f"models/{model}/median_norm/{k}")[0]) for k in layers}
 
     def tokens(self, model: str) -> Tokens:
         """A model's token table.
@@ -419,7 +462,7 @@ class Store:
             model: Model name.
             names: Columns.
         """
-        return {name: self._vector(f"models/{model}/tokens/{name}") for name in names}
+        return {name: self.vector(f"models/{model}/tokens/{name}") for name in names}
 
     @cached_property
     def _tokens(self) -> dict[str, Tokens]:
@@ -429,13 +472,13 @@ class Store:
     def corpus(self) -> StoredCorpus:
         """Documents, windows and text."""
         return StoredCorpus(
-            self._vector("corpus/text"),
-            self._vector("corpus/document/start"),
-            self._vector("corpus/document/id"),
-            self._vector("corpus/document/split"),
-            self._vector("corpus/window/document"),
-            self._vector("corpus/window/start"),
-            self._vector("corpus/window/end"),
+            self.vector("corpus/text"),
+            self.vector("corpus/document/start"),
+            self.vector("corpus/document/id"),
+            self.vector("corpus/document/split"),
+            self.vector("corpus/window/document"),
+            self.vector("corpus/window/start"),
+            self.vector("corpus/window/end"),
         )
 
     def pairs(self, source: str, target: str, policy: str = "end") -> Pairs:
@@ -456,12 +499,12 @@ class Store:
         else:
             first, second = sorted((source, target), key=self.models.index)
             base = f"pairs/{first}__{second}/{policy}"
-            if not self._has(f"{base}/row_a"):
+            if not self.has(f"{base}/row_a"):
                 raise PairingError(
                     f"{self.path} has no {policy!r} pairs of {first} and {second}; "
                     f"make them with `featstore pair {self.path} --policy {policy}`"
                 )
-            row_a, row_b = self._vector(f"{base}/row_a"), self._vector(f"{base}/row_b")
+            row_a, row_b = self.vector(f"{base}/row_a"), self.vector(f"{base}/row_b")
             if source != first:
                 row_a, row_b = row_b, row_a
         window = tokens_a.window[row_a]

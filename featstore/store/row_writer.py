@@ -19,7 +19,7 @@ from featstore.provenance import read_json, write_json
 from featstore.store import documents, shards
 from featstore.store.formats import Encoded, Format
 from featstore.store.rows import RowReader, read_chunk
-from featstore.store.writer import StoreWriter, padded_chunk
+from featstore.store.writer import Content, StoreWriter, padded_chunk
 
 
 def rows_unit(model: str, layer: int, shard: int) -> str:
@@ -246,8 +246,8 @@ class RowWriter:
 
     def _commit(self, layer: int, shard: int, buffer: _Buffer) -> None:
         base, size = f"models/{self._model}", self.arrays.shard_rows
-        files = {
-            f"{base}/resid/{layer}/c/{shard}/0": shards.encode_shard(buffer.stored, size, self.arrays.layout),
+        files: dict[str, Content] = {
+            f"{base}/resid/{layer}/c/{shard}/0": shards.shard_pieces(buffer.stored, size, self.arrays.layout),
             f"{base}/norm/{layer}/c/{shard}": padded_chunk(buffer.norms, size),
         }
         if buffer.scale is not None:

@@ -8,6 +8,7 @@ little-endian array followed by its crc32c, so a reader can map the file and vie
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,13 @@ from numpy.typing import NDArray
 
 from featstore.errors import CorruptDataError, SpecError
 
+#: What stands in a file.
+Buffer = bytes | memoryview
+
 CRC_BYTES = 4
 BLOSC_BLOCK = 512 * 1024
+#: Where a chunk of the hot layout may begin, in bytes.
+HOT_ALIGNMENT = 4096
 _MISSING = np.uint64(2**64 - 1)
 
 
@@ -57,14 +63,14 @@ def parse_layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def crc32c(data: bytes | memoryview) -> int:
+def crc32c(data: Buffer) -> int:
     """CRC-32C (Castagnoli) of a buffer.
 
     Args:
         data: Any contiguous buffer.
     """
-    # google_crc32c accepts bytes only, and hashes at memory speed: the copy is the price of the interface.
-    return int(google_crc32c.value(bytes(data)))
+    # The library takes few kinds of buffers; a numpy view of the memory is one of them and costs no copy.
+    return int(google_crc32c.value(np.frombuffer(data, np.uint8)))
 
 
 def file_checksum(data: bytes) -> str:
@@ -145,30 +151,50 @@ def decode_chunk(data: memoryview, dtype: np.dtype[Any], layout: Layout, what: s
         raise CorruptDataError(f"{what} does not decompress ({error})") from error
 
 
-def encode_shard(rows: NDArray[Any], shard_rows: int, layout: Layout) -> bytes:
-    """Encode a whole shard file.
+def shard_pieces(rows: NDArray[Any], shard_rows: int, layout: Layout) -> Iterator[Buffer]:
+    """Encode a whole shard file, piece by piece; in the hot layout most pieces are views of the rows.
 
     Args:
         rows: ``(m, width)`` of a storage type, 1 <= m <= shard_rows; the last inner chunk is padded with zeros, whole
             inner chunks beyond the rows are recorded as missing.
         shard_rows: Rows of a full shard, a multiple of the layout's chunk rows.
         layout: Inner chunking and codec.
+
+    Yields:
+        What stands in the file, in order.
     """
     count = shard_rows // layout.chunk_rows
     index = np.full((count, 2), _MISSING, dtype="<u8")
-    parts: list[bytes] = []
     offset = 0
     for i in range(-(-len(rows) // layout.chunk_rows)):
-        chunk = rows[i * layout.chunk_rows : (i + 1) * layout.chunk_rows]
+        chunk = np.ascontiguousarray(rows[i * layout.chunk_rows : (i + 1) * layout.chunk_rows])
         if len(chunk) < layout.chunk_rows:
             padded = np.zeros((layout.chunk_rows, rows.shape[1]), dtype=rows.dtype)
             padded[: len(chunk)] = chunk
             chunk = padded
-        encoded = encode_chunk(chunk, layout)
-        index[i] = offset, len(encoded)
-        offset += len(encoded)
-        parts.append(encoded)
-    return b"".join((*parts, seal(index.tobytes())))
+        if not layout.compressed:
+            # Plain chunks begin where pages do: copies from an address four bytes off (the last chunk's checksum) take
+            # up to twice as long.
+            gap = -offset % HOT_ALIGNMENT
+            yield bytes(gap)
+            offset += gap
+        body = _blosc(chunk.itemsize).encode(chunk) if layout.compressed else chunk.data.cast("B")
+        yield body
+        yield crc32c(body).to_bytes(CRC_BYTES, "little")
+        index[i] = offset, len(body) + CRC_BYTES
+        offset += len(body) + CRC_BYTES
+    yield seal(index.tobytes())
+
+
+def encode_shard(rows: NDArray[Any], shard_rows: int, layout: Layout) -> bytes:
+    """Encode a whole shard file, in memory.
+
+    Args:
+        rows: As :func:`shard_pieces`.
+        shard_rows: As there.
+        layout: As there.
+    """
+    return b"".join(shard_pieces(rows, shard_rows, layout))
 
 
 def decode_index(data: memoryview, chunks: int, what: str) -> list[tuple[int, int] | None]:

@@ -111,7 +111,7 @@ def states_summary(store: Store, *, spectrum: bool = True, quiet: bool = False) 
                 "participation_ratio": None,
                 "rank_rows": 0,
             }
-            if held or (store.path / "models" / name / "norm" / str(layer)).is_dir():
+            if held or store.has(f"models/{name}/norm/{layer}"):
                 energy = np.square(store.norms(name, layer), dtype=np.float64)
                 whole = max(float(energy.sum()), np.finfo(np.float64).tiny)
                 loudest = -(-len(energy) // _LOUDEST)

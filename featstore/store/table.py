@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from featstore.store import documents, shards
 from featstore.store.formats import Encoded
 from featstore.store.row_writer import RowArrays
-from featstore.store.writer import StoreWriter, padded_chunk
+from featstore.store.writer import Content, StoreWriter, padded_chunk
 
 
 def table_unit(model: str) -> str:
@@ -46,9 +47,10 @@ def write_table(
     vectors = {"norm": np.concatenate([part.norms for part in parts])}
     if arrays.form.row_scaled:
         vectors["row_scale"] = np.concatenate([part.row_scale for part in parts if part.row_scale is not None])
-    files, described = {}, {}
+    files: dict[str, Content] = {}
+    described: dict[str, dict[str, Any]] = {}
     for shard, start in enumerate(range(0, len(ids), size)):
-        files[f"{base}/state/c/{shard}/0"] = shards.encode_shard(stored[start : start + size], size, arrays.layout)
+        files[f"{base}/state/c/{shard}/0"] = shards.shard_pieces(stored[start : start + size], size, arrays.layout)
         for name, vector in vectors.items():
             files[f"{base}/{name}/c/{shard}"] = padded_chunk(vector[start : start + size], size)
     described[f"{base}/state"] = documents.rows_document(len(ids), arrays.width, size, arrays.form, arrays.layout)

@@ -17,6 +17,7 @@ import numpy as np
 from featstore.console import Tick, progress
 from featstore.errors import CorruptDataError, FeatstoreError
 from featstore.provenance import read_json
+from featstore.store.files import MANIFEST
 from featstore.store.index import pair_rows, pairs_unit, sink_mask
 from featstore.store.moments import has_rows
 from featstore.store.pairs import POLICIES
@@ -24,6 +25,7 @@ from featstore.store.reader import Store, open_store
 from featstore.store.rows import TableReader
 from featstore.store.shards import file_checksum
 from featstore.store.table import table_unit
+from featstore.store.writer import METADATA_UNIT, read_entry
 
 #: Rows that are decoded at a time.
 _STEP = 4096
@@ -53,7 +55,7 @@ def verify_store(path: Path, *, quiet: bool = False) -> dict[str, Any]:
         store.manifest  # noqa: B018 - read now: a damaged entry is damage found, too
     except CorruptDataError as error:
         return {"store": str(path), "files": 0, "bytes": 0, "damage": [str(error)], "not_checked": []}
-    damage = _check_files(store, quiet=quiet) or _check_recorded(store)
+    damage = [*_check_manifest(store), *(_check_files(store, quiet=quiet) or _check_recorded(store))]
     not_checked: list[str] = []
     if not damage:
         # Contents are only worth reading once the bytes are known to be right.
@@ -72,12 +74,27 @@ def verify_store(path: Path, *, quiet: bool = False) -> dict[str, Any]:
 # Bytes --------------------------------------------------------------------------------------------------------------
 
 
+def _check_manifest(store: Store) -> list[str]:
+    """Rows of the manifest that are not what they were when the store was sealed, whatever it is that they say."""
+    root = store.directory / MANIFEST
+    units = read_entry(root / f"{METADATA_UNIT}.json", METADATA_UNIT).get("units")
+    if not isinstance(units, dict):
+        return [f"{MANIFEST}/{METADATA_UNIT}.json does not list the units"]
+    present = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.json")}
+    lost = [f"{MANIFEST}/{unit}.json: missing" for unit in units if unit not in present]
+    return lost + [
+        f"{MANIFEST}/{unit}.json: checksum differs from the one recorded when the store was sealed"
+        for unit, path in sorted(present.items())
+        if unit in units and file_checksum(path.read_bytes()) != units[unit]
+    ]
+
+
 def _check_files(store: Store, *, quiet: bool) -> list[str]:
     damage = []
     total = sum(record["bytes"] for record in store.manifest.values())
     with progress("verify", total, "B", quiet=quiet) as tick:
         for name, record in store.manifest.items():
-            path = store.path / name
+            path = store.directory / name
             if not path.is_file():
                 damage.append(f"{name}: missing")
             elif (size := path.stat().st_size) != record["bytes"]:
@@ -92,7 +109,7 @@ def _check_recorded(store: Store) -> list[str]:
     """Chunks that an array must have but the manifest does not name: nothing would notice damage to them."""
     damage = []
     for document in [name for name in store.manifest if name.endswith("/zarr.json")]:
-        array = read_json(store.path / document)
+        array = read_json(store.directory / document)
         if array["node_type"] != "array":
             continue
         (rows, *rest), size = array["shape"], array["chunk_grid"]["configuration"]["chunk_shape"][0]
@@ -195,17 +212,17 @@ def _check_layer(store: Store, name: str, layer: int, tick: Tick) -> Iterator[st
     base = f"models/{name}"
     table = reader.table if isinstance(reader, TableReader) else None
     if reader.form.row_scaled:
-        scale = store._vector(f"{base}/row_scale/{layer}" if table is None else f"{table_unit(name)}/row_scale")  # noqa: SLF001 - the file as it is
+        scale = store.vector(f"{base}/row_scale/{layer}" if table is None else f"{table_unit(name)}/row_scale")
         rows = model.rows if table is None else table.rows
         if scale.shape != (rows,) or not np.isfinite(scale).all() or (scale < 0).any():
             yield f"{where}: the row scales are not {rows} finite numbers"
     if reader.form.column_scaled:
-        columns = store._vector(f"{base}/column_scale/{layer}")  # noqa: SLF001 - as above
+        columns = store.vector(f"{base}/column_scale/{layer}")
         if columns.shape != (model.width,) or not (np.isfinite(columns) & (columns > 0)).all():
             yield f"{where}: the column scales are not {model.width} positive numbers"
             return
     if table is not None:
-        ids = store._vector(f"{table_unit(name)}/id")  # noqa: SLF001 - as above
+        ids = store.vector(f"{table_unit(name)}/id")
         if not np.array_equal(ids, np.unique(store.tokens(name).id)):
             yield f"{where}: the table is not of the token ids that occur, each once and in order"
     origin = store.origin(name, layer)
@@ -240,7 +257,7 @@ def _was_rounded(link: dict[str, Any] | None) -> bool:
 
 def _check_pairs(store: Store, first: str, second: str, policy: str) -> Iterator[str]:
     unit = pairs_unit(first, second, policy)
-    if not (store.path / unit / "zarr.json").is_file():
+    if not (store.directory / unit / "zarr.json").is_file():
         if policy == POLICIES[0]:
             yield f"pairs of {first} and {second}: there is no index"
         return
@@ -258,6 +275,6 @@ def _check_pairs(store: Store, first: str, second: str, policy: str) -> Iterator
         np.array_equal(ours, held) for ours, held in zip(rows, (pairs.row_source, pairs.row_target), strict=True)
     ):
         yield f"{what}: they are not all those, and only those, that the tokens make"
-    recorded = read_json(store.path / unit / "zarr.json")["attributes"]["featstore"]["coverage"]
+    recorded = read_json(store.directory / unit / "zarr.json")["attributes"]["featstore"]["coverage"]
     if not np.allclose([recorded[first], recorded[second]], pairs.coverage):
         yield f"{what}: the recorded coverage is not that of the tokens"

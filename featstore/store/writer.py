@@ -12,27 +12,30 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import CorruptDataError, NoSpaceError, StoreBusyError
+from featstore.errors import NoSpaceError, StoreBusyError
 from featstore.provenance import digest, fsync_directory, json_text, read_json, write_atomic, write_json
 from featstore.store import documents
-from featstore.store.shards import file_checksum, seal
+from featstore.store.files import MANIFEST, parse_entry
+from featstore.store.shards import Buffer, file_checksum, seal
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest"
 _LOCK = ".writer.lock"
 METADATA_UNIT = "metadata"
-_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,12}\Z")
-_CHECKSUM = re.compile(r"[0-9a-f]{8}\Z")
+
+#: What a file will hold.
+Content = bytes | Iterator[Buffer]
 
 #: Chunk length of token tables and pair indexes.
 VECTOR_CHUNK = 1 << 20
@@ -76,21 +79,7 @@ def read_entry(path: Path, unit: str) -> dict[str, Any]:
     Raises:
         CorruptDataError: It is damaged or names a file outside the store.
     """
-    entry = read_json(path)
-    files = entry.get("files")
-    if entry.get("unit") != unit or not isinstance(files, dict):
-        raise CorruptDataError(f"{path} is not the manifest entry of {unit!r}; restore it or extract again")
-    for name, record in files.items():
-        if not _FILE_NAME.match(name) or ".." in name.split("/"):
-            raise CorruptDataError(f"{path} names {name!r}, which is not a file of this store; do not trust it")
-        if not (
-            isinstance(record, dict)
-            and record.keys() == {"bytes", "crc32"}
-            and type(record["bytes"]) is int
-            and _CHECKSUM.match(str(record["crc32"]))
-        ):
-            raise CorruptDataError(f"{path} records {record!r} for {name!r}; restore it or extract again")
-    return entry
+    return parse_entry(path.read_bytes(), str(path), unit)
 
 
 def check_space(path: Path, needed: int, remedy: str) -> None:
@@ -157,12 +146,12 @@ class StoreWriter:
         )
         return entry if whole else None
 
-    def commit(self, unit: str, files: Mapping[str, bytes], **facts: int | str) -> None:
+    def commit(self, unit: str, files: Mapping[str, Content], **facts: int | str) -> None:
         """Write a unit's files and then its manifest entry.
 
         Args:
             unit: Name of the unit.
-            files: Content by path relative to the store.
+            files: Content by path relative to the store: bytes, or pieces one after another.
             facts: Recorded in the entry beside the files, such as the number of rows.
 
         Raises:
@@ -171,9 +160,10 @@ class StoreWriter:
         record = {}
         try:
             for name, data in files.items():
-                self._place(name, data)
-                record[name] = {"bytes": len(data), "crc32": file_checksum(data)}
+                record[name] = self._place(name, data)
             write_json(self._manifest_path(unit), {"unit": unit, "files": record, **facts})
+        except NoSpaceError:
+            raise
         except OSError as error:
             raise NoSpaceError(
                 f"cannot write {unit} to {self.path} ({error.strerror or error}); what was committed is kept: "
@@ -212,7 +202,7 @@ class StoreWriter:
         unit: str,
         arrays: Mapping[str, NDArray[Any]],
         *,
-        more: Mapping[str, bytes] | None = None,
+        more: Mapping[str, Content] | None = None,
         **facts: int | str,
     ) -> None:
         """Commit small arrays as one unit.
@@ -223,7 +213,7 @@ class StoreWriter:
             more: Further files of the unit.
             facts: Recorded in the manifest entry.
         """
-        files: dict[str, bytes] = dict(more or {})
+        files: dict[str, Content] = dict(more or {})
         for name, array in arrays.items():
             chunk = max(min(len(array), VECTOR_CHUNK), 1)
             files.update(vector_files(name, array, chunk))
@@ -256,9 +246,14 @@ class StoreWriter:
         record = {
             name: {"bytes": len(text.encode()), "crc32": file_checksum(text.encode())} for name, text in texts.items()
         }
+        rows = {
+            unit: file_checksum(self._manifest_path(unit).read_bytes())
+            for unit in self.unit_names()
+            if unit != METADATA_UNIT
+        }
         write_json(
             self._manifest_path(METADATA_UNIT),
-            {"unit": METADATA_UNIT, "files": record, "attributes": digest(attributes)},
+            {"unit": METADATA_UNIT, "files": record, "attributes": digest(attributes), "units": rows},
         )
         write_atomic(self.path / "zarr.json", texts["zarr.json"])
 
@@ -282,16 +277,47 @@ class StoreWriter:
     def _manifest_path(self, unit: str) -> Path:
         return self.path / MANIFEST / f"{unit}.json"
 
-    def _place(self, name: str, data: bytes) -> None:
+    def _place(self, name: str, content: Content) -> dict[str, Any]:
+        """Write a file aside, sync it and rename it; returns what the manifest records of it."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.part")
-        with aside.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
+        with aside.open("wb", buffering=0) as handle:
+            if isinstance(content, bytes):
+                _write(handle, content)
+                size, checksum = len(content), zlib.crc32(content)
+            else:
+                size, checksum = _write_pieces(handle, content)
             os.fsync(handle.fileno())
         aside.replace(path)
         fsync_directory(path.parent)
+        return {"bytes": size, "crc32": f"{checksum:08x}"}
+
+
+def _write(handle: FileIO, piece: Buffer) -> None:
+    """All of a piece: one call may write less."""
+    left = memoryview(piece)
+    while left:
+        left = left[handle.write(left) or 0 :]
+
+
+def _write_pieces(handle: FileIO, pieces: Iterator[Buffer]) -> tuple[int, int]:
+    """Write while another thread encodes the next piece and sums it; returns size and CRC-32."""
+    size = checksum = 0
+
+    def following() -> Buffer | None:
+        nonlocal size, checksum
+        piece = next(pieces, None)
+        if piece is not None:
+            size, checksum = size + len(piece), zlib.crc32(piece, checksum)
+        return piece
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(following)
+        while (piece := ahead.result()) is not None:
+            ahead = thread.submit(following)
+            _write(handle, piece)
+    return size, checksum
 
 
 def vector_files(name: str, array: NDArray[Any], chunk: int) -> dict[str, bytes]:
