@@ -275,7 +275,7 @@ def test_a_table_is_converted_too(with_table, tmp_path, form):
     for name in MODELS:
         reader = new.rows(name, 0)
         assert (reader.form.name, reader.layout.name) == (form, "archive")
-        scale = new._vector(f"models/{name}/column_scale/0") if form == "int8" else None
+        scale = new.vector(f"models/{name}/column_scale/0") if form == "int8" else None
         encoded = FORMATS[form].encode(old.rows(name, 0)[:], scale)
         np.testing.assert_array_equal(reader.stored(slice(None)), encoded.stored)
         np.testing.assert_array_equal(new.norms(name, 0), encoded.norms)
