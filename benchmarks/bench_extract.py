@@ -2,7 +2,7 @@
 
     python benchmarks/bench_extract.py                       # SmolLM2 on the CPU, then memory at 10 k and 200 k tokens
     python benchmarks/bench_extract.py --device cuda         # an 8B-shaped Llama with random weights, store on /dev/shm
-    python benchmarks/bench_extract.py --saelens /tmp/w/venv-sae/bin/python        # with SAELens beside
+    python benchmarks/bench_extract.py --saelens venv-sae/bin/python   # with SAELens beside
 
 `bare` runs the planned batches through the model up to the deepest layer wanted and drops the states. `sink` is the
 walk of `featstore extract` itself over the same batches: states rounded where they are, copied to the host, gathered
