@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -319,3 +321,42 @@ def read_everything(store: Store) -> dict[str, np.ndarray]:
     result["pairs/a__b/end/row_a"], result["pairs/a__b/end/row_b"] = pairs.row_source, pairs.row_target
     result["split"], result["document"], result["mask"] = pairs.split, pairs.document, pairs.sink
     return result
+
+
+FORKED = """
+import os, sys
+import numpy as np
+from featstore import open_store
+
+rows = open_store(sys.argv[1]).rows("a", 3)
+whole = rows.stored(slice(None))
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if np.array_equal(rows.stored(slice(None)), whole) else 3)
+_, status = os.waitpid(pid, 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_forked_process_reads_on(stores):
+    """The threads that decode are its parent's and do not come along."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED, str(stores["archive-bfloat16"])],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
+
+
+def test_what_a_thread_finds_damaged_reaches_the_reader(stores, tmp_path):
+    path = shutil.copytree(stores["archive-bfloat16"], tmp_path / "s.zarr")
+    shard = path / "models" / "a" / "resid" / str(LAYER) / "c" / "1" / "0"
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 1
+    shard.write_bytes(data)
+    rows = open_store(path).rows("a", LAYER)
+    with pytest.raises(CorruptDataError, match="checksum mismatch"):
+        rows.stored(slice(None))
+    rows.stored(slice(0, 700))

@@ -6,11 +6,13 @@ page cache. In the archive layout every read verifies and decompresses, straight
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,8 @@ Rows = slice | Sequence[int] | NDArray[np.integer[Any]]
 
 #: Bytes gathered at a time where rows are wanted out of order: the second copy then comes from the processor's cache.
 _PIECE_BYTES = 1 << 17
+#: Bytes of rows wanted in any order from which several threads gather them.
+_THREADED_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -265,16 +269,23 @@ class RowReader:
 
     def _copy(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Consecutive rows into an array, chunk by chunk."""
-        size, at = self.layout.chunk_rows, start
-        while at < stop:
-            number, first = divmod(at, size)
-            count = min(size - first, stop - at)
-            place = out[at - start : at - start + count]
-            if self.layout.compressed and count == size:
+        size = self.layout.chunk_rows
+
+        def copy(number: int) -> None:
+            first, end = max(number * size, start), min((number + 1) * size, stop)
+            place = out[first - start : end - start]
+            if self.layout.compressed and end - first == size:
                 self._decompress(number, place)
             else:
-                place[:] = self.chunk(number)[first : first + count]
-            at += count
+                place[:] = self.chunk(number)[first - number * size : end - number * size]
+
+        numbers = range(start // size, -(-stop // size) if stop > start else start // size)
+        if self.layout.compressed:
+            # Decoding a chunk keeps one core busy, and waits where its bytes are not in memory yet.
+            in_threads(copy, numbers)
+        else:
+            for number in numbers:
+                copy(number)
 
     def _gather(self, numbers: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Rows in any order into an array, each chunk touched once."""
@@ -284,7 +295,8 @@ class RowReader:
         chunk = numbers // size
         order = np.argsort(chunk, kind="stable")
         piece = max(_PIECE_BYTES // (self.width * self.form.storage.itemsize), 1)
-        for places in np.split(order, np.flatnonzero(np.diff(chunk[order])) + 1):
+
+        def gather(places: NDArray[np.int64]) -> None:
             number = int(chunk[places[0]])
             rows, wanted = self.chunk(number), numbers[places] - number * size
             first, end = int(places[0]), int(places[-1]) + 1
@@ -292,9 +304,16 @@ class RowReader:
                 # Stable sorting kept them in order, so they are neighbours in the result. mode="clip" because "raise"
                 # gathers into a buffer of its own first.
                 np.take(rows, wanted, axis=0, out=out[first:end], mode="clip")
-                continue
+                return
             for at in range(0, len(places), piece):
                 out[places[at : at + piece]] = rows.take(wanted[at : at + piece], axis=0)
+
+        groups = np.split(order, np.flatnonzero(np.diff(chunk[order])) + 1)
+        if self.layout.compressed or out.nbytes > _THREADED_BYTES:
+            in_threads(gather, groups)
+        else:
+            for places in groups:
+                gather(places)
 
     def __getitem__(self, rows: Rows) -> NDArray[np.float32]:
         """Rows as float32 ``(m, width)``.
@@ -306,6 +325,36 @@ class RowReader:
             return self.form.decode(self.stored(rows))
         scale = self.row_scale(row_numbers(rows, self.rows, self.path))
         return self.form.decode(self.stored(rows), scale, self._column_scale)
+
+
+_Item = TypeVar("_Item")
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 8), thread_name_prefix="rows")
+
+
+# A forked process has none of its parent's threads.
+os.register_at_fork(after_in_child=_threads.cache_clear)
+
+
+def in_threads(work: Callable[[_Item], None], items: Sequence[_Item]) -> None:
+    """Do something for every item, on all cores this process may use.
+
+    Args:
+        work: Spends its time outside the interpreter's lock: decoding, copying, waiting for the disk.
+        items: What for.
+
+    Raises:
+        Exception: What the first item in order raised.
+    """
+    if len(items) < 2:
+        for item in items:
+            work(item)
+        return
+    for _ in _threads().map(work, items):
+        pass
 
 
 class TableReader:

@@ -312,11 +312,15 @@ def _write_pieces(handle: FileIO, pieces: Iterator[Buffer]) -> tuple[int, int]:
             size, checksum = size + len(piece), zlib.crc32(piece, checksum)
         return piece
 
+    at = 0
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(following)
         while (piece := ahead.result()) is not None:
             ahead = thread.submit(following)
             _write(handle, piece)
+            # So that the disk begins now and not when the file is complete; pages still to be written stay in memory.
+            os.posix_fadvise(handle.fileno(), at, len(piece), os.POSIX_FADV_DONTNEED)
+            at += len(piece)
     return size, checksum
 
 
