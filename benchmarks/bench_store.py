@@ -38,7 +38,15 @@ from featstore.store.documents import rows_document
 from featstore.store.dtypes import bfloat16_bits, bfloat16_values
 from featstore.store.formats import FORMATS
 from featstore.store.rows import RowReader
-from featstore.store.shards import LAYOUTS, crc32c, decode_chunk, encode_chunk, encode_shard, file_checksum
+from featstore.store.shards import (
+    LAYOUTS,
+    crc32c,
+    decode_chunk,
+    encode_chunk,
+    encode_shard,
+    file_checksum,
+    shard_pieces,
+)
 from featstore.store.writer import StoreWriter, exclusive
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +122,7 @@ def write_ours(path: Path, array: Array, layout_name: str) -> None:
         writer.group("", {})
         writer.describe({"states": rows_document(*array.shape, SHARD_ROWS, FORM, layout)})
         for shard, start in enumerate(range(0, len(array), SHARD_ROWS)):
-            data = encode_shard(array[start : start + SHARD_ROWS], SHARD_ROWS, layout)
+            data = shard_pieces(array[start : start + SHARD_ROWS], SHARD_ROWS, layout)
             writer.commit(f"rows-{shard:06d}", {f"states/c/{shard}/0": data})
 
 
