@@ -54,3 +54,26 @@ install() {
     PATH=$(cd "$VENV/bin" && pwd):$PATH
     export PATH
 }
+
+# What formatting, lint, types and walls need, without torch and its company: seconds instead of minutes. The whole
+# environment is used where it is there and current.
+install_for_checks() {
+    local wanted light
+    wanted=$(cat pyproject.toml constraints.txt | sha256sum)
+    if [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$wanted" ]; then
+        install
+        return
+    fi
+    light=$VENV-check
+    if [ ! -x "$light/bin/python" ]; then
+        "$(find_python)" -m venv "$light"
+    fi
+    if [ "$(cat "$light/.installed" 2>/dev/null)" != "$wanted" ]; then
+        echo "installing what the checks need into $light" >&2
+        "$light/bin/python" -m pip install -qq -c constraints.txt ruff mypy types-PyYAML pytest pytest-timeout hypothesis \
+            numpy zarr numcodecs google-crc32c typer rich pyyaml safetensors threadpoolctl jinja2
+        echo "$wanted" >"$light/.installed"
+    fi
+    PATH=$(cd "$light/bin" && pwd):$PATH
+    export PATH
+}
