@@ -1,6 +1,11 @@
 """A fitted map: its tensors, its card, how it is applied, saved and loaded.
 
-Row convention: ``y_hat = (x - mean_source) @ weight + mean_target``.
+Row convention: ``y_hat = (x - mean_source) @ weight + mean_target``. Two kinds are no matrix. An ``mlp`` adds to its
+skip map, with z = x - mean_source::
+
+    y_hat = z @ skip + silu(z @ hidden_weight + hidden_bias) @ output_weight + output_bias + mean_target
+
+A ``compress`` map does not take rows at all but the states of a window (:mod:`align.compress`).
 """
 
 from __future__ import annotations
@@ -18,7 +23,23 @@ from featstore.errors import AdapterError, CorruptDataError
 from featstore.provenance import read_json, write_atomic, write_json
 
 CARD_VERSION = 1
-_REQUIRED = ("weight", "mean_source", "mean_target", "control_mean_source", "control_mean")
+_CONTROLS = ("control_mean_source", "control_mean")
+#: Tensors by kind, with the axes of each: s source width, t target width, h hidden width.
+_AXES = {
+    "linear": {"weight": "st", "mean_source": "s", "mean_target": "t"},
+    "mlp": {
+        "skip": "st",
+        "mean_source": "s",
+        "mean_target": "t",
+        "hidden_weight": "sh",
+        "hidden_bias": "h",
+        "output_weight": "ht",
+        "output_bias": "t",
+    },
+    "compress": {},
+}
+#: Tensors of an ``mlp`` that may be left out.
+_OPTIONAL = ("skip",)
 
 
 @dataclass(frozen=True)
@@ -27,17 +48,29 @@ class Aligner:
 
     Attributes:
         pair: Which layers.
-        tensors: float32 arrays: ``weight`` (d_source, d_target), ``mean_source``, ``mean_target``,
-            ``control_mean_source`` and ``control_mean`` (the train means, which controls need even where the map is not
-            centred), and what else the type has.
+        tensors: float32 arrays: those of its kind (of a linear map ``weight`` (d_source, d_target), ``mean_source``,
+            ``mean_target``), ``control_mean_source`` and ``control_mean`` (the train means, which controls need even
+            where the map is not centred), and what else the type has.
         options: How it was fitted (lambda, rank, ...).
         trainable: Parameters that were fitted.
+        kind: ``linear``, ``mlp`` or ``compress``.
     """
 
     pair: LayerPair
     tensors: dict[str, NDArray[np.float32]]
     options: dict[str, Any] = field(default_factory=dict)
     trainable: int = 0
+    kind: str = "linear"
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Width of the states it takes (of a joint map all of them end to end) and of those it gives."""
+        return self.tensors["control_mean_source"].size, self.tensors["control_mean"].size
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether it maps single states, and not windows."""
+        return self.kind != "compress"
 
     def apply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Map source states.
@@ -47,21 +80,48 @@ class Aligner:
 
         Returns:
             float32 ``(n, d_target)``.
+
+        Raises:
+            AdapterError: The map takes windows, not rows.
         """
-        mapped = (x - self.tensors["mean_source"]) @ self.tensors["weight"] + self.tensors["mean_target"]
+        if not self.takes_rows:
+            raise AdapterError(
+                f"{self.pair.key} is a {self.kind} map: it reads whole windows, and single states cannot be put "
+                "through it; choose a run of another type"
+            )
+        t = self.tensors
+        centred = x - t["mean_source"]
+        if self.kind == "linear":
+            mapped = centred @ t["weight"] + t["mean_target"]
+            return mapped.astype(np.float32, copy=False)
+        hidden = centred @ t["hidden_weight"] + t["hidden_bias"]
+        # silu(h) = h / (1 + exp(-h)); far below zero exp overflows to infinity, and the quotient is rightly 0.
+        with np.errstate(over="ignore"):
+            hidden /= 1 + np.exp(-hidden)
+        mapped = hidden @ t["output_weight"] + (t["output_bias"] + t["mean_target"])
+        if "skip" in t:
+            mapped += centred @ t["skip"]
         return mapped.astype(np.float32, copy=False)
 
     @property
     def shipped(self) -> int:
         """Numbers needed to apply the map."""
-        return sum(self.tensors[name].size for name in ("weight", "mean_source", "mean_target"))
+        if self.kind == "compress":
+            return sum(t.size for name, t in self.tensors.items() if name not in _CONTROLS)
+        return sum(self.tensors[name].size for name in _AXES[self.kind] if name in self.tensors)
 
     def card(self) -> dict[str, Any]:
         """The map's entry in the card."""
-        width_source, width_target = self.tensors["weight"].shape
+        width_source, width_target = self.widths
         return {
             "key": self.pair.key,
-            "source": {"model": self.pair.source, "layer": self.pair.source_layer, "width": width_source},
+            "kind": self.kind,
+            "source": {
+                "model": self.pair.source,
+                "layer": self.pair.source_layer,
+                "layers": list(self.pair.source_layers),
+                "width": width_source,
+            },
             "target": {"model": self.pair.target, "layer": self.pair.target_layer, "width": width_target},
             "parameters": {"trainable": self.trainable, "shipped": self.shipped},
             "options": self.options,
@@ -132,18 +192,20 @@ def load_adapter(directory: Path) -> Adapter:
 
 def _aligner(entry: dict[str, Any], tensors: dict[str, NDArray[np.float32]], path: Path) -> Aligner:
     source, target = entry["source"], entry["target"]
-    pair = LayerPair(source["model"], source["layer"], target["model"], target["layer"])
+    pair = LayerPair(source["model"], tuple(source.get("layers", [source["layer"]])), target["model"], target["layer"])
     own = {name.removeprefix(f"{pair.key}."): t for name, t in tensors.items() if name.startswith(f"{pair.key}.")}
-    missing = [name for name in _REQUIRED if name not in own]
+    kind = entry.get("kind", "linear")
+    if kind not in _AXES:
+        raise AdapterError(f"{path}: {pair.key} is of kind {kind!r}, this version knows {', '.join(_AXES)}; upgrade")
+    axes = {**_AXES[kind], "control_mean_source": "s", "control_mean": "t"}
+    missing = [name for name in axes if name not in own and not (kind == "mlp" and name in _OPTIONAL)]
     if missing:
         raise AdapterError(f"{path}: tensors {', '.join(missing)} of {pair.key} are missing; train it again")
-    for name, width in (
-        ("weight", (source["width"], target["width"])),
-        *((name, (source["width"],)) for name in ("mean_source", "control_mean_source")),
-        *((name, (target["width"],)) for name in ("mean_target", "control_mean")),
-    ):
-        if own[name].shape != width:
+    size = {"s": source["width"], "t": target["width"], "h": own["hidden_bias"].size if kind == "mlp" else 0}
+    for name, letters in axes.items():
+        shape = tuple(size[letter] for letter in letters)
+        if name in own and own[name].shape != shape:
             raise AdapterError(
-                f"{path}: {name} of {pair.key} has shape {own[name].shape}, the card says {width}; train it again"
+                f"{path}: {name} of {pair.key} has shape {own[name].shape}, the card says {shape}; train it again"
             )
-    return Aligner(pair, own, entry.get("options", {}), entry.get("parameters", {}).get("trainable", 0))
+    return Aligner(pair, own, entry.get("options", {}), entry.get("parameters", {}).get("trainable", 0), kind)

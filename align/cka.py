@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from scipy.linalg.blas import ssyrk
 from threadpoolctl import threadpool_limits
 
-from align.fit import usable_moments
 from align.metrics import biased_cka_from_moments, debiased_cka, debiased_cka_from_moments
 from align.moment_scores import NEEDS_ROWS, layer_similarity
 from align.moments import Moments
+from align.scan import usable_moments
 from featstore.console import progress
 from featstore.errors import PairingError, SpecError
 from featstore.store import Store, open_store

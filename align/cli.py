@@ -1,9 +1,7 @@
-"""`align`: train, cka, compare. A thin skin over the library."""
+"""`align`: train, sweep, cka, compare. A thin skin over the library."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +9,16 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from align.resources import choose_device, dask_client
+from align.rundir import check_free
+from align.settings import TYPES
 from featstore.console import check_directory, emit, err, jsonable, run_app
 from featstore.errors import SpecError
+from featstore.ranks import Ranks
 from featstore.spec import parse_bytes
 
-#: How long a Dask scheduler may take to answer.
-SCHEDULER_SECONDS = 10.0
+#: Panels of the help.
+_LAYERS, _MAP, _TRAINING = "Layers", "The map", "Training by gradient"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 
@@ -27,29 +29,87 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 def train(
     context: typer.Context,
     store: Annotated[Path | None, typer.Option(help="Path of the store.")] = None,
-    type_: Annotated[
-        str, typer.Option("--type", help="procrustes, linear, affine, reduced-rank or lora.")
-    ] = "procrustes",
+    type_: Annotated[str, typer.Option("--type", help=f"{', '.join(TYPES)}.")] = "procrustes",
     source: Annotated[str | None, typer.Option(help="Source model; default the store's first.")] = None,
     target: Annotated[str | None, typer.Option(help="Target model; may equal the source.")] = None,
     both: Annotated[bool, typer.Option("--both", help="Also the other direction.")] = False,
-    layers: Annotated[str | None, typer.Option(help="Source layers: 8,16,24 or depths in percent.")] = None,
-    layer_map: Annotated[str | None, typer.Option(help="SOURCE:TARGET layers, such as 16:20,24:24.")] = None,
-    solver: Annotated[str | None, typer.Option(help="closed or adamw; default by type.")] = None,
-    scale: Annotated[bool, typer.Option("--scale", help="Procrustes: with the optimal scale.")] = False,
-    rank: Annotated[int, typer.Option(help="Of lora and reduced-rank.")] = 32,
-    alpha: Annotated[float | None, typer.Option(help="LoRA's scale; default the rank.")] = None,
-    skip: Annotated[
-        str | None, typer.Option(help="What lora and reduced-rank are added to: procrustes, ridge, identity, none.")
+    layers: Annotated[
+        str | None, typer.Option(help="Source layers: 8,16,24 or depths in percent.", rich_help_panel=_LAYERS)
     ] = None,
-    loss: Annotated[str, typer.Option(help="Weights of the components.")] = "mse=1,cosine=0,infonce=0",
-    temperature: Annotated[float, typer.Option(help="Of InfoNCE.")] = 0.07,
-    epochs: Annotated[int, typer.Option(help="At most.")] = 10,
-    patience: Annotated[int, typer.Option(help="Epochs without improvement before stopping.")] = 2,
-    min_delta: Annotated[float, typer.Option(help="Least improvement of the validation loss.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = 128,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-2,
-    precondition: Annotated[bool, typer.Option(help="Whiten inputs inside the parameterisation.")] = True,
+    layer_map: Annotated[
+        str | None,
+        typer.Option(
+            help="SOURCE:TARGET layers, such as 16:20,24:24; or auto: the best partner by validation R2.",
+            rich_help_panel=_LAYERS,
+        ),
+    ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="One map from all source layers together.", rich_help_panel=_LAYERS)
+    ] = False,
+    shared: Annotated[
+        bool,
+        typer.Option(
+            "--shared", help="One map for all layers, and a small projection for each.", rich_help_panel=_LAYERS
+        ),
+    ] = False,
+    solver: Annotated[str | None, typer.Option(help="closed or adamw; default by type.", rich_help_panel=_MAP)] = None,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="Procrustes: with the optimal scale.", rich_help_panel=_MAP)
+    ] = False,
+    components: Annotated[
+        str | None,
+        typer.Option(help="Procrustes within so many principal components: a number, or auto.", rich_help_panel=_MAP),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of lora, reduced-rank and --shared.", rich_help_panel=_MAP)] = 32,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's scale; default the rank.", rich_help_panel=_MAP)] = None,
+    skip: Annotated[
+        str | None,
+        typer.Option(
+            help="What lora, mlp and reduced-rank are added to: procrustes, ridge, identity, none.",
+            rich_help_panel=_MAP,
+        ),
+    ] = None,
+    hidden: Annotated[int, typer.Option(help="Hidden width of an mlp.", rich_help_panel=_MAP)] = 1024,
+    latents: Annotated[int, typer.Option(help="Latents of compress.", rich_help_panel=_MAP)] = 32,
+    latent_dim: Annotated[int, typer.Option(help="Width of a latent.", rich_help_panel=_MAP)] = 64,
+    loss: Annotated[
+        str, typer.Option(help="Weights of the components.", rich_help_panel=_TRAINING)
+    ] = "mse=1,cosine=0,infonce=0",
+    temperature: Annotated[float, typer.Option(help="Of InfoNCE.", rich_help_panel=_TRAINING)] = 0.07,
+    epochs: Annotated[int, typer.Option(help="At most.", rich_help_panel=_TRAINING)] = 10,
+    patience: Annotated[
+        int, typer.Option(help="Epochs without improvement before stopping.", rich_help_panel=_TRAINING)
+    ] = 2,
+    min_delta: Annotated[
+        float, typer.Option(help="Least improvement of the validation loss.", rich_help_panel=_TRAINING)
+    ] = 1e-3,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pairs (compress: windows) a batch; default by type.", rich_help_panel=_TRAINING)
+    ] = None,
+    accumulate: Annotated[int, typer.Option(help="Batches a step.", rich_help_panel=_TRAINING)] = 1,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm.", rich_help_panel=_TRAINING)] = 1.0,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; default by type.", rich_help_panel=_TRAINING)
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16: of the arithmetic.", rich_help_panel=_TRAINING)
+    ] = "auto",
+    precondition: Annotated[
+        bool, typer.Option(help="Whiten inputs inside the parameterisation.", rich_help_panel=_TRAINING)
+    ] = True,
+    cka_every: Annotated[int, typer.Option(help="Steps between CKA figures.", rich_help_panel=_TRAINING)] = 100,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints within an epoch.", rich_help_panel=_TRAINING)
+    ] = 1000,
+    tracker: Annotated[str, typer.Option(help="tensorboard, wandb, none.", rich_help_panel=_TRAINING)] = "tensorboard",
+    eval_models: Annotated[
+        bool,
+        typer.Option(
+            "--eval-models",
+            help="Load both models; stitched loss and five texts every epoch.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = False,
     keep_sinks: Annotated[bool, typer.Option("--keep-sinks", help="Lift the attention-sink mask.")] = False,
     policy: Annotated[str, typer.Option(help="Pair policy: end or word.")] = "end",
     max_rows: Annotated[int | None, typer.Option(help="Train pairs at most.")] = None,
@@ -57,8 +117,9 @@ def train(
         str, typer.Option(help="Memory for buffers of paired rows: bytes, or such as 500M, 4GiB.")
     ] = "1GiB",
     seed: Annotated[int, typer.Option(help="Of initialisation, order and random controls.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N (gradient training).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
     config: Annotated[Path | None, typer.Option(help="A run.yaml: make that run again.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<type>-<source>-<target>[-n].")] = None,
     as_json: Json = False,
 ) -> None:
@@ -67,15 +128,22 @@ def train(
     from align.train import describe
     from align.train import train as run_training
 
+    if resume:
+        if out is None:
+            raise SpecError("--resume needs --out: the directory of the interrupted run")
+        if config is not None:
+            raise SpecError("--resume goes by the run.yaml in --out; leave out --config")
+        check_free(out, resume=True)
+        config = out / "run.yaml"
     if config is not None:
         settings = load_settings(config)
         given = _given(context)
-        if others := given - {"config", "store", "device", "out", "as_json"}:
+        if others := given - {"config", "store", "device", "out", "as_json", "resume"}:
             raise SpecError(
-                f"--config {config} decides the whole run; leave out --{min(others).strip('_').replace('_', '-')} or "
-                "change it in a copy of that file"
+                f"--{'resume' if resume else 'config'}: {config} decides the whole run; leave out "
+                f"--{min(others).strip('_').replace('_', '-')} or change it in a copy of that file"
             )
-        place = _device(device if "device" in given else settings.loop.device, settings.type, settings.solver)
+        place = choose_device(device if "device" in given else settings.loop.device, by_gradient=settings.by_gradient)
         settings = replace(settings, loop=replace(settings.loop, device=place))
         settings = replace(settings, store=str(store)) if store is not None else settings
     elif store is None:
@@ -89,31 +157,47 @@ def train(
             both=both,
             layers=layers,
             layer_map=layer_map,
+            joint=joint,
+            shared=shared,
             solver=solver,
             scale=scale,
+            components=components,
             keep_sinks=keep_sinks,
             policy=policy,
             max_rows=max_rows,
             memory=parse_bytes(memory),
+            eval_models=eval_models,
             loop=LoopSettings(
                 rank=rank,
                 alpha=alpha,
-                skip=skip or ("procrustes" if type_ == "lora" else "none"),
+                skip=skip or ("none" if type_ == "reduced-rank" else "procrustes"),
+                hidden=hidden,
+                latents=latents,
+                latent_dim=latent_dim,
                 loss=loss,
                 temperature=temperature,
                 epochs=epochs,
                 patience=patience,
                 min_delta=min_delta,
                 batch_size=batch_size,
+                accumulate=accumulate,
+                clip=clip,
                 lr=lr,
+                precision=precision,
+                cka_every=cka_every,
+                checkpoint_every=checkpoint_every,
+                tracker=tracker,
                 precondition=precondition,
                 seed=seed,
-                device=_device(device, type_, solver),
             ),
         )
-    result = run_training(settings, out)
+        place = choose_device(device, by_gradient=settings.by_gradient)
+        settings = replace(settings, loop=replace(settings.loop, device=place))
+    result = run_training(settings, out, resume=resume)
+    if not Ranks.from_environment().first:
+        return
     emit(result, escape(describe(result)), as_json=as_json)
-    if not as_json:
+    if not as_json and settings.type != "compress":
         err.print(f"next: evaluate stitch --store {settings.store} --adapter {result['run']}")
 
 
@@ -121,22 +205,6 @@ def _given(context: typer.Context) -> set[str]:
     """Names of the options that were typed."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-
-
-def _device(name: str, type_: str, solver: str | None) -> str:
-    if type_ != "lora" and solver != "adamw":
-        return "cpu"
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SpecError(f"device {name!r}: write auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SpecError(f"device {name!r}: this machine has no usable CUDA device; use --device cpu")
-    return name
 
 
 @app.command()
@@ -170,7 +238,7 @@ def cka(
     if layers is not None:
         wanted = parse_layers([layers], {name: opened.model(name).depth for name in held})
         held = {name: tuple(opened.layer(name, k) for k in ks) for name, ks in wanted.items()}
-    with _dask(scheduler):
+    with dask_client(scheduler):
         result = compare_layers(
             store,
             models=chosen,
@@ -207,29 +275,6 @@ def _describe(result: dict[str, Any], partners: dict[str, dict[str, Any]], out: 
     return "\n".join(lines)
 
 
-@contextmanager
-def _dask(address: str | None) -> Iterator[None]:
-    """A client of the given scheduler, or of one within this process."""
-    import os
-
-    from distributed import Client
-
-    try:
-        if address is not None:
-            client = Client(address, timeout=SCHEDULER_SECONDS)
-        else:
-            # Any free port, and for this machine only: None would take 8787 and offer it to the network.
-            client = Client(
-                processes=False, n_workers=1, threads_per_worker=os.cpu_count() or 1, dashboard_address="127.0.0.1:0"
-            )
-    except (OSError, TimeoutError, ValueError) as error:
-        raise SpecError(f"--scheduler {address}: no Dask scheduler answers there ({error})") from error
-    with client:
-        if address is not None:
-            err.print(f"Dask dashboard: {client.dashboard_link}")
-        yield
-
-
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
@@ -240,6 +285,47 @@ def compare(
 
     result = compare_runs(runs)
     emit(result, escape(describe(result)), as_json=as_json)
+
+
+@app.command()
+def sweep(
+    store: Annotated[Path, typer.Option(help="Path of the store.")],
+    out: Annotated[Path, typer.Option(help="Directory of the runs and of sweep.json.")] = Path("runs/sweep"),
+    types: Annotated[str, typer.Option(help="Such as procrustes,affine,lora.")] = "procrustes,affine,lora",
+    layers: Annotated[str | None, typer.Option(help="Runs by source layers: 8;16,24 makes two.")] = None,
+    ranks: Annotated[str | None, typer.Option(help="Of lora and reduced-rank: 8,32.")] = None,
+    formats: Annotated[str | None, typer.Option(help="Element formats to convert the store to: int8,fp8.")] = None,
+    latents: Annotated[str | None, typer.Option(help="Of compress: 8,32.")] = None,
+    latent_dims: Annotated[str | None, typer.Option(help="Of compress: 16,64.")] = None,
+    source: Annotated[str | None, typer.Option(help="Source model; default the store's first.")] = None,
+    target: Annotated[str | None, typer.Option(help="Target model.")] = None,
+    both: Annotated[bool, typer.Option("--both", help="Also the other direction.")] = False,
+    epochs: Annotated[int, typer.Option(help="At most, of trained maps.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of every run.")] = 0,
+    config: Annotated[Path | None, typer.Option(help="A run.yaml: whatever else the runs share.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler; default a local one.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Local processes; default one a core.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a grid of maps over one store, in parallel; what is there already is not done again."""
+    from align import sweep as sweeping
+    from align.settings import LoopSettings, Settings, load_settings
+
+    grid = sweeping.parse_grid(
+        types=types, ranks=ranks, formats=formats, layers=layers, latents=latents, latent_dims=latent_dims
+    )
+    shared = load_settings(config) if config is not None else Settings("", loop=LoopSettings(epochs=epochs, seed=seed))
+    settings = replace(
+        shared,
+        store=str(store),
+        source=source or shared.source,
+        target=target or shared.target,
+        both=both or shared.both,
+    )
+    result = sweeping.sweep(settings, grid, out, scheduler=scheduler, workers=workers)
+    emit(result, escape(sweeping.describe(result)), as_json=as_json)
+    if result["failed"]:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -1,249 +1,26 @@
-"""Closed-form fits of all layer pairs from one scan of the store, or from the moments it keeps."""
+"""Closed-form fits of layer pairs from their moments, and the baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy.linalg
+from array_api_compat import device as device_of
 from numpy.typing import NDArray
 
 from align import solvers
 from align.aligners import Aligner
+from align.device import torch_device
 from align.layers import LayerPair
-from align.moments import BLOCK_ROWS, Array, Moments, Scatter, about, centered, means, merge, moments_of, raw
-from featstore.corpus import TRAIN, VALIDATION
-from featstore.errors import FitError, StoreStateError
-from featstore.store import Store
-from featstore.store.moments import SitePair, StoredMoments, has_rows
-from featstore.store.pairs import Pairs
-
-#: Fewest train pairs: below, no fit is worth the name.
-MINIMUM_PAIRS = 8
+from align.moments import Array, Scatter, about, centered, raw
+from align.scan import Scan
+from align.shared import fit_shared
+from align.solvers.linalg import namespace
+from featstore.errors import FitError
 
 SKIPS = ("procrustes", "ridge", "identity", "none")
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What one pass over the store knows of a layer pair.
-
-    Attributes:
-        train: Moments of the train pairs.
-        val: Moments of the validation pairs.
-        shuffled: The train moments with targets permuted, or drawn as if: the fit that must find nothing.
-    """
-
-    train: Moments
-    val: Moments
-    shuffled: Moments
-
-    @property
-    def means(self) -> tuple[Array, Array]:
-        """Train means of source and target."""
-        return means(self.train)
-
-
-def limit_rows(pairs: Pairs, max_rows: int | None, seed: int) -> Pairs:
-    """Keep a random subset of pairs, in document order.
-
-    Args:
-        pairs: Any selection.
-        max_rows: At most so many; None for all.
-        seed: Of the choice.
-    """
-    if max_rows is None or len(pairs) <= max_rows:
-        return pairs
-    keep = np.zeros(len(pairs), dtype=bool)
-    keep[np.random.default_rng(seed).choice(len(pairs), max_rows, replace=False)] = True
-    return pairs.where(keep)
-
-
-def scan(
-    store: Store,
-    pairs: Pairs,
-    wanted: Sequence[LayerPair],
-    *,
-    seed: int = 0,
-    tick: Callable[[float], None] = lambda _: None,
-) -> dict[str, Scan]:
-    """Accumulate the moments of all layer pairs, reading every row once.
-
-    Args:
-        store: Complete store.
-        pairs: Of the models, all splits, mask applied.
-        wanted: Layer pairs, all of these two models in this direction.
-        seed: Of the shuffled control.
-        tick: Called with the number of pairs done since the last call.
-
-    Raises:
-        PairingError: Too few train or no validation pairs.
-    """
-    train = pairs.where(pairs.split == TRAIN).need(MINIMUM_PAIRS, "training")
-    val = pairs.where(pairs.split == VALIDATION).need(1, "validation")
-    fit, shuffled = _accumulate(store, train, wanted, np.random.default_rng(seed), tick)
-    check, _ = _accumulate(store, val, wanted, None, tick)
-    return {p.key: Scan(fit[p.key], check[p.key], shuffled[p.key]) for p in wanted}
-
-
-def _accumulate(
-    store: Store,
-    pairs: Pairs,
-    wanted: Sequence[LayerPair],
-    rng: np.random.Generator | None,
-    tick: Callable[[float], None],
-) -> tuple[dict[str, Moments], dict[str, Moments]]:
-    total: dict[str, Moments] = {}
-    shuffled: dict[str, Moments] = {}
-    for start in range(0, len(pairs), BLOCK_ROWS):
-        part = slice(start, min(start + BLOCK_ROWS, len(pairs)))
-        x = {k: store.rows(pairs.source, k)[pairs.row_source[part]] for k in {p.source_layer for p in wanted}}
-        y = {k: store.rows(pairs.target, k)[pairs.row_target[part]] for k in {p.target_layer for p in wanted}}
-        order = rng.permutation(part.stop - part.start) if rng is not None else None
-        for pair in wanted:
-            origins = store.origin(pair.source, pair.source_layer), store.origin(pair.target, pair.target_layer)
-            rows, targets = x[pair.source_layer], y[pair.target_layer]
-            new = moments_of(rows, targets, *origins)
-            total[pair.key] = merge(total[pair.key], new) if pair.key in total else new
-            if order is not None:
-                # Permuting targets changes the cross term alone as far as any fit is concerned.
-                cross = (rows - origins[0].astype(np.float32)).T @ (targets[order] - origins[1].astype(np.float32))
-                mixed = replace(new, c=cross.astype(np.float64))
-                shuffled[pair.key] = merge(shuffled[pair.key], mixed) if pair.key in shuffled else mixed
-        tick(part.stop - part.start)
-    return total, shuffled
-
-
-def usable_moments(
-    store: Store,
-    models: tuple[str, str],
-    wanted: Sequence[SitePair],
-    *,
-    policy: str = "end",
-    keep_sinks: bool = False,
-    max_rows: int | None = None,
-) -> StoredMoments | None:
-    """The store's own moments where they are sums over exactly the pairs asked for; None where a scan has to do.
-
-    Args:
-        store: Complete store.
-        models: Whose pairs, source and target.
-        wanted: Which layers with which.
-        policy: Pair policy.
-        keep_sinks: Lift the sink mask.
-        max_rows: Pairs of the train split at most.
-
-    Raises:
-        StoreStateError: The stored moments do not answer, and there are no rows that would.
-    """
-    source, target = models
-    stored = StoredMoments(store, source, target)
-    reasons = {
-        f"--policy {policy}": policy != "end",
-        "--keep-sinks": keep_sinks,
-        "--max-rows": max_rows is not None,
-        f"aligning {source!r} with itself": source == target,
-    }
-    asked = next((words for words, applies in reasons.items() if applies), None)
-    if asked is None and stored.covers(wanted):
-        return stored
-    need_rows(store, wanted, asked or "a fit without moments of these pairs")
-    return None
-
-
-def need_rows(store: Store, wanted: Sequence[SitePair], what: str) -> None:
-    """Refuse what only rows can answer where a store kept none.
-
-    Args:
-        store: Complete store.
-        wanted: Which layers with which.
-        what: What needs them, for the message.
-
-    Raises:
-        StoreStateError: A layer has no rows.
-    """
-    for model, layer in sorted({site for pair in wanted for site in pair}):
-        if not has_rows(store, model, layer):
-            raise StoreStateError(
-                f"{what} needs rows, and {store.path} holds none of layer {layer} of {model!r}, only moments "
-                "(policy end, sinks masked): fit a closed form to these, or extract again without --moments-only"
-            )
-
-
-def stored_scan(stored: StoredMoments, wanted: Sequence[LayerPair], *, seed: int = 0) -> dict[str, Scan]:
-    """What :func:`scan` finds, from moments that the store keeps.
-
-    Args:
-        stored: From :func:`usable_moments`.
-        wanted: Layer pairs, all of these two models in either direction.
-        seed: Of the shuffled control.
-
-    Raises:
-        PairingError: Too few train or no validation pairs.
-        StoreStateError: The moments have gone meanwhile.
-    """
-    stored.pairs.where(stored.pairs.split == TRAIN).need(MINIMUM_PAIRS, "training")
-    stored.pairs.where(stored.pairs.split == VALIDATION).need(1, "validation")
-    rng, result = np.random.default_rng(seed), {}
-    for pair in wanted:
-        train, val = (read_split(stored, pair, split) for split in (TRAIN, VALIDATION))
-        result[pair.key] = Scan(train, val, as_if_shuffled(train, rng))
-    return result
-
-
-def sites_of(pair: LayerPair) -> SitePair:
-    """A layer pair as stored moments name it.
-
-    Args:
-        pair: Which layers.
-    """
-    return (pair.source, pair.source_layer), (pair.target, pair.target_layer)
-
-
-def read_split(stored: StoredMoments, pair: LayerPair, split: int) -> Moments:
-    """The stored moments of a layer pair.
-
-    Args:
-        stored: From :func:`usable_moments`.
-        pair: Which layers.
-        split: 0 train, 1 validation, 2 test.
-
-    Raises:
-        StoreStateError: There are none.
-    """
-    found = stored.read(*sites_of(pair), split)
-    if found is None:
-        raise StoreStateError(f"{stored.store.path} holds no moments of {pair.key}; make them with `featstore moments`")
-    return found
-
-
-def as_if_shuffled(m: Moments, rng: np.random.Generator) -> Moments:
-    """Moments as permuting the targets would leave them, drawn without the rows.
-
-    Over all permutations P of n rows the centred cross term ``X'PY`` has mean zero and covariance
-    ``kron(X'X, Y'Y) / (n - 1)`` exactly, and many rows make it normal (Hoeffding, A combinatorial central limit
-    theorem, 1951). So with ``X'X = L L'`` and ``Y'Y = M M'`` a draw is ``L Z M' / sqrt(n - 1)``, Z standard normal.
-
-    Args:
-        m: Moments of at least two pairs.
-        rng: Source of the draw.
-    """
-    whole = centered(m)
-    noise = rng.standard_normal(m.c.shape)
-    cross = _root(whole.gx) @ noise @ _root(whole.gy).T / np.sqrt(max(m.n - 1, 1))
-    # Back about the origin, like the other terms.
-    return replace(m, c=cross + np.outer(m.sx, m.sy) / m.n)
-
-
-def _root(gram: Array) -> Array:
-    """A matrix L with ``L L'`` the given one."""
-    try:
-        root: Array = np.linalg.cholesky(gram).astype(np.float64, copy=False)
-    except np.linalg.LinAlgError:
-        # Fewer rows than dimensions: semidefinite, with rounding on either side of zero.
-        values, vectors = np.linalg.eigh(gram)
-        root = vectors * np.sqrt(np.maximum(values, 0.0))
-    return root
 
 
 @dataclass(frozen=True)
@@ -255,59 +32,268 @@ class Fit:
         scale: Optimal isotropic scale (Procrustes).
         rank: Rank (reduced-rank).
         skip: What a low-rank map is added to: ``procrustes``, ``ridge``, ``identity``, ``none``.
+        components: Procrustes within so many principal components of either side; ``auto`` for the number that is best
+            on validation, None for all dimensions.
     """
 
     type: str
     scale: bool = False
     rank: int = 32
     skip: str = "none"
+    components: int | str | None = None
 
 
-def fit_closed(fit: Fit, pair: LayerPair, moments: Scan) -> Aligner:
-    """Fit one map in closed form.
+@dataclass(eq=False)
+class _Source:
+    """What is known of the source layers that were fitted last.
+
+    Attributes:
+        facts: By which they are recognised.
+        rotated: A layer pair in their eigenbasis; None before there is one.
+        spectrum: Their eigendecomposition, or None.
+        values: (d,) eigenvalues of their Gram on the host, or None.
+    """
+
+    facts: tuple[object, ...]
+    rotated: solvers.Rotated | None = None
+    spectrum: solvers.Spectrum | None = None
+    values: Array | None = None
+
+
+class Solver:
+    """Fits layer pairs one after the other; what those with the same source layers share is computed once.
+
+    That is the eigendecomposition of the source Gram and the validation Gram in its basis, the dearest part of a ridge
+    path. Only the last source is remembered (about six matrices of its width), so fit the pairs of a source in a row.
+
+    Args:
+        device: ``cpu`` for numpy; otherwise systems are solved in float64 by torch on that device
+            (:func:`align.device.torch_device`).
+
+    Raises:
+        SpecError: There is no such device.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = torch_device(device)
+        self._sources: dict[str, _Source] = {}
+
+    def fit(self, fit: Fit, pair: LayerPair, moments: Scan) -> Aligner:
+        """Fit one map in closed form.
+
+        Args:
+            fit: What to fit.
+            pair: Which layers.
+            moments: Of this pair; lambda and components are chosen on its validation part.
+
+        Returns:
+            The map. Its options hold what was chosen, and ``gram_min`` and ``gram_max``, the extreme eigenvalues of the
+            centred source Gram of the train rows (a sum over them, not divided by their number).
+
+        Raises:
+            FitError: Rank or components above width, identity between different widths, or the solver refused.
+        """
+        if fit.components is not None and fit.type != "procrustes":
+            raise FitError(f"type {fit.type!r} has no components to choose; leave --components out or use procrustes")
+        mean_x, mean_y = moments.means
+        centred = centered(moments.train), about(moments.val, mean_x, mean_y)
+        if fit.type == "procrustes":
+            weight, options, trainable = self._procrustes(fit, pair, *centred)
+        elif fit.type == "reduced-rank":
+            weight, options, trainable = self._reduced_rank(fit, pair, *centred)
+        elif fit.type in ("affine", "linear"):
+            both = centred if fit.type == "affine" else (raw(moments.train), raw(moments.val))
+            choice = solvers.select_ridge(*(sides := self._there(*both)), rotated=self._rotate(pair, both, sides))
+            weight, options = solvers.to_numpy(choice.weight), {"lambda": choice.lam}
+            trainable = weight.size + (len(mean_y) if fit.type == "affine" else 0)
+        else:
+            raise FitError(f"type {fit.type!r} has no closed form; choose procrustes, linear, affine or reduced-rank")
+        if fit.type == "linear":
+            mean_x, mean_y = np.zeros_like(mean_x), np.zeros_like(mean_y)
+        values = self._values(pair, *centred)
+        options |= {"gram_min": float(values[0]), "gram_max": float(values[-1])}
+        return _aligner(pair, weight, mean_x, mean_y, moments.means, options, trainable)
+
+    def fit_on(self, skip: Array, pair: LayerPair, moments: Scan, rank: int) -> Aligner:
+        """See :func:`fit_low_rank_on`.
+
+        Args:
+            skip: float64 ``(d_source, d_target)``.
+            pair: Which layers.
+            moments: Of this pair.
+            rank: 1 to the smaller width.
+        """
+        means = moments.means
+        train, val = centered(moments.train), about(moments.val, *means)
+        check_low_rank(rank, "none", *train.c.shape)
+        there, check = self._there(train, val)
+        rotated = self._rotate(pair, (train, val), (there, check))
+        below = skip if self._device is None else namespace(there.c).asarray(skip, device=device_of(there.c))
+        choice = solvers.select_reduced_rank(there, check, rank, skip=below, rotated=rotated)
+        options: dict[str, float | int | str] = {"lambda": choice.lam, "rank": rank, "skip": "shared"}
+        weight = skip + solvers.to_numpy(choice.weight)
+        return _aligner(pair, weight, *means, means, options, rank * sum(train.c.shape))
+
+    def gram_values(self, pair: LayerPair, moments: Scan) -> Array:
+        """(d,) eigenvalues, ascending, of the centred source Gram of the train rows; none below zero.
+
+        Args:
+            pair: Which layers.
+            moments: Of this pair.
+
+        Raises:
+            FitError: There are no train pairs.
+        """
+        return self._values(pair, centered(moments.train), about(moments.val, *moments.means))
+
+    def _procrustes(self, fit: Fit, pair: LayerPair, train: Scatter, val: Scatter) -> _Fitted:
+        there, check = self._there(train, val)
+        if fit.components is None:
+            weight, scale = solvers.procrustes(there.c, there.gx, scale=fit.scale)
+            return scale * solvers.to_numpy(weight), {"scale": scale}, train.c.size
+        spectra = self._spectrum(pair, train, val, there), solvers.Spectrum.of(there.gy)
+        if fit.components == "auto":
+            found = solvers.select_truncated_procrustes(there, check, scale=fit.scale, spectra=spectra)
+            weight, scale, components = found.weight, found.scale, found.components
+        elif isinstance(fit.components, int):
+            components = fit.components
+            weight, scale = solvers.truncated_procrustes(there.c, *spectra, components, scale=fit.scale)
+        else:
+            raise FitError(f"components {fit.components!r}: give a number of principal components, or 'auto'")
+        return scale * solvers.to_numpy(weight), {"scale": scale, "components": components}, train.c.size
+
+    def _reduced_rank(self, fit: Fit, pair: LayerPair, train: Scatter, val: Scatter) -> _Fitted:
+        check_low_rank(fit.rank, fit.skip, *train.c.shape)
+        there, check = self._there(train, val)
+        rotated = self._rotate(pair, (train, val), (there, check))
+        skip = skip_weight(fit.skip, there, check, rotated=rotated)
+        choice = solvers.select_reduced_rank(there, check, fit.rank, skip=skip, rotated=rotated)
+        weight = choice.weight if skip is None else skip + choice.weight
+        options: dict[str, float | int | str] = {"lambda": choice.lam, "rank": fit.rank, "skip": fit.skip}
+        return solvers.to_numpy(weight), options, fit.rank * sum(train.c.shape)
+
+    def _there(self, train: Scatter, val: Scatter) -> tuple[Scatter, Scatter]:
+        if self._device is None:
+            return train, val
+        return solvers.to_device(train, self._device), solvers.to_device(val, self._device)
+
+    def _source(self, pair: LayerPair, train: Scatter, val: Scatter) -> _Source:
+        # Moments of other rows, or about another centre, differ in these; equal ones are the same to the last bit.
+        marks = (train.mean_x, np.diag(train.gx), np.diag(val.gx))
+        facts = (pair.source, pair.source_layers, train.n, val.n, *(mark.tobytes() for mark in marks))
+        kind = "centred" if train.mean_x.any() else "raw"
+        if kind not in self._sources or self._sources[kind].facts != facts:
+            self._sources[kind] = _Source(facts)
+        return self._sources[kind]
+
+    def _rotate(
+        self, pair: LayerPair, here: tuple[Scatter, Scatter], there: tuple[Scatter, Scatter]
+    ) -> solvers.Rotated:
+        source = self._source(pair, *here)
+        source.rotated = solvers.rotate(*there, spectrum=source.spectrum, like=source.rotated)
+        source.spectrum = source.rotated.spectrum
+        return source.rotated
+
+    def _spectrum(self, pair: LayerPair, train: Scatter, val: Scatter, there: Scatter) -> solvers.Spectrum:
+        source = self._source(pair, train, val)
+        if source.spectrum is None:
+            source.spectrum = solvers.Spectrum.of(there.gx)
+        return source.spectrum
+
+    def _values(self, pair: LayerPair, train: Scatter, val: Scatter) -> Array:
+        source = self._source(pair, train, val)
+        if source.values is None and source.spectrum is not None:
+            source.values = solvers.to_numpy(source.spectrum.values)
+        if source.values is None:
+            # Without eigenvectors: a rotation has no other use for the decomposition.
+            source.values = np.maximum(scipy.linalg.eigvalsh(train.gx, check_finite=False), 0.0)
+        return source.values
+
+
+#: Weight, options and the number of fitted parameters.
+_Fitted = tuple[Array, dict[str, float | int | str], int]
+
+
+def fit_closed(
+    fit: Fit, pair: LayerPair, moments: Scan, *, device: str = "cpu", solver: Solver | None = None
+) -> Aligner:
+    """Fit one map in closed form; see :meth:`Solver.fit`.
 
     Args:
         fit: What to fit.
-        pair: Which layers.
-        moments: Of this pair; lambda is chosen on its validation part.
+        pair: Which layers, joint ones too.
+        moments: Of this pair; lambda and components are chosen on its validation part.
+        device: Where systems are solved.
+        solver: One that has fitted other pairs with the same source, whose device then counts; None for a fresh one.
 
     Raises:
-        FitError: Rank above width, identity between different widths, or the solver refused.
+        FitError: Rank or components above width, identity between different widths, or the solver refused.
+        SpecError: There is no such device.
     """
-    mean_x, mean_y = moments.means
-    train = centered(moments.train)
-    val = about(moments.val, mean_x, mean_y)
-    if fit.type == "procrustes":
-        weight, scale = solvers.procrustes(train.c, train.gx, scale=fit.scale)
-        return _aligner(pair, scale * weight, mean_x, mean_y, moments.means, {"scale": scale}, weight.size)
-    if fit.type == "affine":
-        choice = solvers.select_ridge(train, val)
-        trainable = choice.weight.size + len(mean_y)
-        return _aligner(pair, choice.weight, mean_x, mean_y, moments.means, {"lambda": choice.lam}, trainable)
-    if fit.type == "linear":
-        choice = solvers.select_ridge(raw(moments.train), raw(moments.val))
-        zero_x, zero_y = np.zeros_like(mean_x), np.zeros_like(mean_y)
-        return _aligner(pair, choice.weight, zero_x, zero_y, moments.means, {"lambda": choice.lam}, choice.weight.size)
-    if fit.type == "reduced-rank":
-        skip = skip_weight(fit.skip, train, val)
-        choice = solvers.select_reduced_rank(train, val, fit.rank, skip=skip)
-        weight = choice.weight if skip is None else skip + choice.weight
-        trainable = sum(factor.size for factor in choice.factors)
-        options: dict[str, float | int | str] = {"lambda": choice.lam, "rank": fit.rank, "skip": fit.skip}
-        return _aligner(pair, weight, mean_x, mean_y, moments.means, options, trainable)
-    raise FitError(f"type {fit.type!r} has no closed form; choose procrustes, linear, affine or reduced-rank")
+    return (solver or Solver(device)).fit(fit, pair, moments)
 
 
-def skip_weight(name: str, train: Scatter, val: Scatter) -> Array | None:
+def fit_shared_procrustes(
+    pairs: Sequence[LayerPair], scans: Mapping[str, Scan], scale: bool = False
+) -> dict[str, Aligner]:
+    """One rotation for all layer pairs, each about its own means (:mod:`align.shared`).
+
+    W maximises the sum over layer pairs of ``tr(W'C_k) / (u_xk u_yk)``, with u the root of the mean variance of a
+    layer's dimensions; a pair's own map is ``s_k W``.
+
+    Args:
+        pairs: Layer pairs of two models in one direction.
+        scans: Moments of each, by key.
+        scale: Each pair's least-squares factor ``s_k = tr(W'C_k) / tr(W'G_k W)`` instead of 1.
+
+    Returns:
+        A map for each pair, in order, by key.
+
+    Raises:
+        FitError: No pairs, one without moments, source or target widths that differ, or a layer that does not vary.
+    """
+    missing = [pair.key for pair in pairs if pair.key not in scans]
+    if missing:
+        raise FitError(f"there are no moments of {', '.join(missing)}; scan all layer pairs that share a rotation")
+    shapes = {scans[pair.key].train.c.shape for pair in pairs}
+    if len(shapes) > 1:
+        raise FitError(f"layer pairs of widths {sorted(shapes)} cannot share a rotation; fit joint maps apart")
+    shared = fit_shared({pair.key: scans[pair.key] for pair in pairs}, "procrustes", scale=scale)
+    result = {}
+    for pair in pairs:
+        means = scans[pair.key].means
+        options: dict[str, float | int | str] = {"scale": shared.factors[pair.key], "shared": len(pairs)}
+        result[pair.key] = _aligner(pair, shared.of(pair.key), *means, means, options, shared.weight.size)
+    return result
+
+
+def fit_low_rank_on(skip: Array, pair: LayerPair, moments: Scan, rank: int, *, solver: Solver | None = None) -> Aligner:
+    """The best map of one rank on top of a given map, with the ridge strength that validation chooses.
+
+    Args:
+        skip: float64 ``(d_source, d_target)``, say a map that several layer pairs share.
+        pair: Which layers.
+        moments: Of this pair.
+        rank: 1 to the smaller width.
+        solver: One that has fitted other pairs with the same source; None for a fresh one.
+
+    Raises:
+        FitError: The rank does not fit the widths.
+    """
+    return (solver or Solver()).fit_on(skip, pair, moments, rank)
+
+
+def skip_weight(name: str, train: Scatter, val: Scatter, *, rotated: solvers.Rotated | None = None) -> Array | None:
     """The fixed map that a low-rank map is added to.
 
     Args:
         name: ``procrustes``, ``ridge``, ``identity`` or ``none``.
         train: Centred train moments.
         val: Validation moments about the train means.
+        rotated: ``solvers.rotate(train, val)`` if it is known already.
 
     Returns:
-        float64 ``(d_source, d_target)``, or None.
+        float64 ``(d_source, d_target)``, of the kind and on the device of the moments, or None.
 
     Raises:
         FitError: Unknown, or identity between different widths.
@@ -318,8 +304,10 @@ def skip_weight(name: str, train: Scatter, val: Scatter) -> Array | None:
     if name == "procrustes":
         return solvers.procrustes(train.c, train.gx)[0]
     if name == "ridge":
-        return solvers.select_ridge(train, val).weight
-    return np.eye(len(train.c))
+        return solvers.select_ridge(train, val, rotated=rotated).weight
+    xp = namespace(train.c)
+    eye: Array = xp.eye(len(train.c), dtype=xp.float64, device=device_of(train.c))
+    return eye
 
 
 def check_low_rank(rank: int, skip: str, dx: int, dy: int) -> None:
@@ -356,7 +344,9 @@ def _aligner(
     return Aligner(pair, {name: t.astype(np.float32) for name, t in tensors.items()}, dict(options), int(trainable))
 
 
-def baselines(fit: Fit, pair: LayerPair, moments: Scan, seed: int) -> dict[str, Aligner | str]:
+def baselines(
+    fit: Fit, pair: LayerPair, moments: Scan, seed: int, *, device: str = "cpu", solver: Solver | None = None
+) -> dict[str, Aligner | str]:
     """The maps every result is shown beside.
 
     Args:
@@ -364,6 +354,8 @@ def baselines(fit: Fit, pair: LayerPair, moments: Scan, seed: int) -> dict[str, 
         pair: Which layers.
         moments: Of this pair.
         seed: Of the random rotation.
+        device: Where systems are solved.
+        solver: One that has fitted pairs with the same source; None for a fresh one.
 
     Returns:
         By name a map, or the reason why there is none.
@@ -373,11 +365,12 @@ def baselines(fit: Fit, pair: LayerPair, moments: Scan, seed: int) -> dict[str, 
     rng = np.random.default_rng(seed)
     rotation = solvers.random_orthogonal(*shape, rng)
     zeros = np.zeros(shape)
+    shuffled = replace(moments, train=moments.shuffled)
     result: dict[str, Aligner | str] = {
         "mean": _aligner(pair, zeros, mean_x, mean_y, moments.means, {}, 0),
         "identity": f"widths differ ({shape[0]} and {shape[1]})",
         "random_rotation": _aligner(pair, rotation, mean_x, mean_y, moments.means, {}, 0),
-        "shuffled": fit_closed(fit, pair, replace(moments, train=moments.shuffled)),
+        "shuffled": fit_closed(fit, pair, shuffled, device=device, solver=solver),
     }
     if shape[0] == shape[1]:
         zero = np.zeros_like(mean_x)

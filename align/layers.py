@@ -11,29 +11,34 @@ from featstore.store import Store
 
 @dataclass(frozen=True)
 class LayerPair:
-    """A source layer and the target layer its states are mapped to.
+    """The source layer, or layers side by side, whose states are mapped to a target layer.
 
     Attributes:
         source: Model name.
-        source_layer: Layer.
+        source_layers: One layer; several for a joint map, whose x is their states end to end in this order.
         target: Model name.
         target_layer: Layer.
     """
 
     source: str
-    source_layer: int
+    source_layers: tuple[int, ...]
     target: str
     target_layer: int
 
     @property
     def key(self) -> str:
-        """Name in adapters and metrics, such as ``llama:16->mistral:16``."""
-        return f"{self.source}:{self.source_layer}->{self.target}:{self.target_layer}"
+        """Name in adapters and metrics, such as ``llama:16->mistral:16`` or ``llama:8+16->mistral:16``."""
+        return f"{self.source}:{'+'.join(map(str, self.source_layers))}->{self.target}:{self.target_layer}"
+
+    @property
+    def source_layer(self) -> int:
+        """The source layer; of a joint map the last, by which time the source has computed all of them."""
+        return self.source_layers[-1]
 
     @property
     def reversed(self) -> LayerPair:
-        """The other direction."""
-        return LayerPair(self.target, self.target_layer, self.source, self.source_layer)
+        """The other direction of a map between two layers."""
+        return LayerPair(self.target, (self.target_layer,), self.source, self.source_layer)
 
 
 def choose_models(store: Store, source: str | None, target: str | None) -> tuple[str, str]:
@@ -93,11 +98,46 @@ def layer_pairs(
         table = {k: table[k] for k in wanted}
     if not table:
         raise SpecError(f"{source} and {target} share no layers in {store.path}; use --layer-map")
-    return [LayerPair(source, a, target, b) for a, b in table.items()]
+    return [LayerPair(source, (a,), target, b) for a, b in table.items()]
+
+
+def joint_pairs(pairs: list[LayerPair], *, backwards: bool = False) -> list[LayerPair]:
+    """One map from all the source layers of some layer pairs, side by side, to each target layer.
+
+    Args:
+        pairs: Single layers, of two models.
+        backwards: The other direction: from all the target layers to each source layer.
+
+    Raises:
+        SpecError: They have a single source layer.
+    """
+    singles = [pair.reversed for pair in pairs] if backwards else pairs
+    sources = tuple(dict.fromkeys(layer for pair in singles for layer in pair.source_layers))
+    if len(sources) < 2:
+        raise SpecError(f"--joint needs at least two source layers, not {sources}; name more with --layers")
+    targets = dict.fromkeys(pair.target_layer for pair in singles)
+    return [LayerPair(singles[0].source, sources, singles[0].target, layer) for layer in targets]
+
+
+def source_layers(store: Store, model: str, layers: str | None) -> tuple[int, ...]:
+    """The layers of a model that ``--layers`` names, all that the store holds without it.
+
+    Args:
+        store: Complete store.
+        model: Model name.
+        layers: Numbers or depths in percent.
+
+    Raises:
+        LayerRangeError: A layer that the store does not hold.
+    """
+    if layers is None:
+        return store.model(model).layers
+    wanted = parse_layers([layers], {model: store.model(model).depth})[model]
+    return tuple(store.layer(model, layer) for layer in wanted)
 
 
 def _mapped(store: Store, source: str, target: str, item: str) -> LayerPair:
     first, colon, second = item.strip().partition(":")
     if not colon or not all(number.isdecimal() and len(number) < 10 for number in (first, second)):
         raise SpecError(f"--layer-map {item!r}: write SOURCE:TARGET layer numbers, such as 16:20,24:24")
-    return LayerPair(source, store.layer(source, int(first)), target, store.layer(target, int(second)))
+    return LayerPair(source, (store.layer(source, int(first)),), target, store.layer(target, int(second)))

@@ -2,33 +2,48 @@
 
 What is scored and kept is a running average of the weights, not their last value: a step size that gets somewhere
 within few epochs leaves the weights jittering about the optimum, and the average takes the jitter out.
+
+On several processes all of them run this; the main one alone scores, reports and writes, and all stop where it stops.
 """
 
 from __future__ import annotations
 
-import copy
+import hashlib
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from align import losses, solvers
+from align import losses
 from align.aligners import Aligner
-from align.fit import Scan, skip_weight
+from align.building import as_aligner, build_module, target_unit
+from align.checkpoint import read_checkpoint, write_checkpoint
+from align.defaults import resolved
+from align.engine import Engine, Objective, accelerator_for, precision_of
+from align.feed import pairs_digest, rows_on
 from align.layers import LayerPair
-from align.modules import LinearMap, LowRankMap
-from align.moments import Array, Scatter, about, centered, raw
+from align.moments import Array
+from align.probe import CkaProbe, validation_losses
+from align.progress import Progress
+from align.scan import Scan
 from align.scoring import Epoch, score_all
 from align.settings import LoopSettings
+from featstore.console import jsonable
 from featstore.errors import FitError
 from featstore.store.loader import PairBatches
 
 #: Polynomial-decay averaging (Shamir and Zhang 2013): the average is over about the last ninth of all steps so far.
 _AVERAGING = 8
+#: Steps between two looks at the losses; each makes the host wait for the device.
+_UNREAD = 16
+#: Settings that say where a map is trained and what is written on the way, but not what comes out.
+_BESIDE = ("device", "precision", "accumulate", "cka_every", "checkpoint_every", "tracker")
 
 
 @dataclass(frozen=True)
@@ -58,172 +73,325 @@ def train_map(
     val: PairBatches,
     settings: LoopSettings,
     *,
+    skip: Array | None = None,
     on_epoch: Callable[[Epoch], None],
+    on_map: Callable[[Aligner], None] = lambda _: None,
+    on_step: Callable[[dict[str, Any]], None] = lambda _: None,
     tick: Callable[[float], None] = lambda _: None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    store: str = "",
 ) -> Trained:
     """Train one map with AdamW.
 
     Args:
-        type_: ``lora``, ``linear`` or ``affine``.
+        type_: ``lora``, ``mlp``, ``linear`` or ``affine``.
         pair: Which layers.
         moments: Of this pair: means, skip map, preconditioner and units come from the train part.
         train: Train pairs.
         val: Validation pairs.
-        settings: How.
-        on_epoch: Called after every epoch, epoch 0 (before training) included.
-        tick: Called with the number of pairs done since the last call.
+        settings: How; batch size and learning rate may be None, for the type's own.
+        skip: float64 ``(d_source, d_target)``, the map that a ``lora`` or ``mlp`` is added to; None for the one that
+            the settings name.
+        on_epoch: Called on the main process after every epoch, epoch 0 (before training) included.
+        on_map: Called just before with the epoch's map; not for epochs that a resumed training only tells again.
+        on_step: Called on the main process every ``cka_every`` steps with ``{"event": "step", "epoch", "step", "lr",
+            "loss", "cka", "cka_seconds"}``: steps counted from the beginning of training, the mean loss of the last
+            steps (100 at most), and debiased CKA on 256 fixed validation rows (null where undefined).
+        tick: Called on the main process with the number of pairs done since the last call.
+        checkpoint: Directory of this training's state, its own; None for no checkpoints.
+        resume: Go on from the state there, if there is one. Its epochs and events go to ``on_epoch`` and ``on_step``
+            again, so that a log can be written anew.
+        store: Fingerprint of the store; a state made from another is refused.
+
+    Returns:
+        The same on every process.
 
     Raises:
-        FitError: The loss became NaN (the message names the step), or the type or rank does not fit.
-        SpecError: The loss weights do not parse.
+        FitError: The loss became NaN or infinite (the message names the step), or the type or rank does not fit.
+        SpecError: The loss weights or the precision do not parse, or the device is not there.
+        StoreStateError: The state is of another training.
+        CorruptDataError: The state is damaged.
     """
-    weights = losses.parse_loss(settings.loss)
-    device = torch.device(settings.device)
-    module = build_module(type_, moments, settings).to(device)
-    # Only the weights are averaged; means, skip and preconditioner are shared.
-    average = copy.deepcopy(module, {id(buffer): buffer for buffer in module.buffers()})
-    mean_y = torch.as_tensor(moments.means[1], dtype=torch.float32, device=device)
-    unit = float(np.trace(centered(moments.train).gy) / moments.train.n / len(mean_y))
-    steps = max(-(-len(train) // settings.batch_size), 1) * settings.epochs
-    optimiser = torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad], lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99)
+    settings = resolved(type_, settings)
+    training = Training(
+        type_, pair, moments, train, val, settings, skip, on_epoch, on_map, on_step, tick, checkpoint, store
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=settings.lr, total_steps=steps + 1, pct_start=min(0.1, 10 / steps), anneal_strategy="cos"
-    )
+    return training.run(resume=resume)
 
-    def evaluate(epoch: int, loss: float | None, parts: dict[str, float], start: float) -> tuple[Epoch, Aligner]:
-        aligner = _as_aligner(average, pair, moments, settings)
+
+class Training:
+    """One call of :func:`train_map`, whose arguments it takes."""
+
+    def __init__(
+        self,
+        type_: str,
+        pair: LayerPair,
+        moments: Scan,
+        train: PairBatches,
+        val: PairBatches,
+        settings: LoopSettings,
+        skip: Array | None,
+        on_epoch: Callable[[Epoch], None],
+        on_map: Callable[[Aligner], None],
+        on_step: Callable[[dict[str, Any]], None],
+        tick: Callable[[float], None],
+        checkpoint: Path | None,
+        store: str,
+    ) -> None:
+        self.pair, self.moments, self.train, self.val, self.settings = pair, moments, train, val, settings
+        self.on_epoch, self.on_map, self.on_step = on_epoch, on_map, on_step
+        self.tick, self.checkpoint = tick, checkpoint
+        weights = losses.parse_loss(settings.loss)
+        accelerator = accelerator_for(settings)
+        self.main, self.device = accelerator.is_main_process, accelerator.device
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        if settings.batch_size is None or settings.lr is None:
+            raise FitError(f"type {type_!r} has no batch size or learning rate of its own; give both")
+        self.size, self.lr = settings.batch_size, settings.lr
+        #: Micro-batches of a step, on all processes.
+        self.together = settings.accumulate * self.world
+        self.steps = max(-(-len(train) // (self.size * self.together)), 1)
+        self.objective = Objective(
+            weights,
+            torch.as_tensor(moments.means[1], dtype=torch.float32, device=self.device),
+            target_unit(moments),
+            settings.temperature,
+        )
+        self.engine = Engine(
+            accelerator,
+            build_module(type_, moments, settings, skip).to(self.device),
+            self.objective,
+            lr=self.lr,
+            clip=settings.clip,
+            steps=self.steps * settings.epochs,
+            averaging=_AVERAGING,
+        )
+        self.probe = CkaProbe(val, settings.seed, self.device) if self.main and settings.cka_every else None
+        self.progress = Progress()
+        self.best = as_aligner(self.engine.average, pair, moments, settings)
+        self.identity = {
+            "type": type_,
+            "pair": pair.key,
+            "store": store,
+            **{name: value for name, value in asdict(settings).items() if name not in _BESIDE},
+            "precision": precision_of(settings),
+            "batches a step": self.together,
+            "given skip": None if skip is None else hashlib.sha256(skip.tobytes()).hexdigest()[:16],
+            "memory": train.memory,
+            "train pairs": pairs_digest(train),
+            "validation pairs": pairs_digest(val),
+        }
+
+    def run(self, *, resume: bool) -> Trained:
+        """Train to the end.
+
+        Args:
+            resume: Go on from the state in the checkpoint's directory, if there is one.
+        """
+        found = read_checkpoint(self.checkpoint, self.identity) if self.checkpoint is not None and resume else None
+        if found is None:
+            self._evaluate(time.perf_counter(), None, {})
+            self._save()
+        else:
+            self._restore(found.tensors, found.progress)
+        progress = self.progress
+        while progress.reason is None:
+            self._epoch()
+            self._save()
+        return Trained(
+            self.best, progress.best_epoch, progress.epoch - 1, progress.reason, self.engine.module.shipped_parameters()
+        )
+
+    def _epoch(self) -> None:
+        """The rest of an epoch, its validation, and whether to go on."""
+        start = time.perf_counter() - self.progress.seconds
+        self.take_steps(start)
+        means = self.progress.means
+        self._decide(self._evaluate(start, means.pop("total"), means))
+
+    def take_steps(self, start: float) -> None:
+        """The rest of an epoch's steps.
+
+        Args:
+            start: When the epoch began, by :func:`time.perf_counter`.
+
+        Raises:
+            FitError: A loss, a gradient or a weight is not finite.
+        """
+        progress = self.progress
+        batches = self.train.shuffled(
+            self.size,
+            self.settings.seed,
+            progress.epoch,
+            start=progress.step * self.together,
+            rank=self.rank,
+            world=self.world,
+        )
+        with closing(rows_on(self.device, batches)) as own:
+            while progress.step < self.steps:
+                sizes = self._sizes(progress.step)
+                self.engine.step(own, len(sizes[self.rank :: self.world]), sum(sizes))
+                progress.step, progress.taken = progress.step + 1, progress.taken + 1
+                self._look(start)
+                if self.main:
+                    self.tick(sum(sizes))
+
+    def _sizes(self, step: int) -> list[int]:
+        """Rows of every micro-batch of a step of an epoch, of all processes."""
+        first, total = step * self.together, -(-len(self.train) // self.size)
+        return [
+            min(self.size, len(self.train) - number * self.size)
+            for number in range(first, min(first + self.together, total))
+        ]
+
+    def _look(self, start: float) -> None:
+        """After a step: read figures, report, write the state, each when it is due."""
+        settings, progress = self.settings, self.progress
+        last = progress.step == self.steps
+        report = bool(settings.cka_every) and progress.taken % settings.cka_every == 0
+        save = self.checkpoint is not None and progress.taken % settings.checkpoint_every == 0 and not last
+        if report or save or last or self.engine.unread >= _UNREAD:
+            self._read()
+        if report and self.probe is not None:
+            cka, seconds = self.probe(self.engine.average)
+            event = {
+                "event": "step",
+                "epoch": progress.epoch,
+                "step": progress.taken,
+                "lr": self.engine.lr,
+                "loss": progress.recent_loss,
+                "cka": cka,
+                "cka_seconds": seconds,
+            }
+            progress.events.append(event)
+            self.on_step(dict(event))
+        if save:
+            if not self.engine.sound():
+                raise self._exploded("a weight", math.nan, progress.step)
+            progress.seconds = time.perf_counter() - start
+            self._save()
+
+    def _read(self) -> None:
+        """Add the figures of the steps since the last call to the sums; the first that is not finite ends training."""
+        progress = self.progress
+        read = self.engine.read()
+        for step, figures in enumerate(read, progress.step - len(read)):
+            *parts, norm = figures
+            for what, value in (("the loss", parts[0]), ("the gradient's norm", norm)):
+                if not math.isfinite(value):
+                    raise self._exploded(what, value, step + 1)
+            sizes = self._sizes(step)
+            named = dict(zip(self.objective.names, parts, strict=True))
+            if "infonce" in named:
+                named["infonce_chance"] = sum(losses.infonce_chance(n) * n for n in sizes) / sum(sizes)
+            progress.add(named, norm, sum(sizes))
+
+    def _exploded(self, what: str, value: float, step: int) -> FitError:
+        epoch = self.progress.epoch
+        kept = f"; its state is in {self.checkpoint}" if self.checkpoint is not None else ""
+        return FitError(
+            f"{self.pair.key}: {what} became {value} at epoch {epoch}, step {step}; the last good epoch was "
+            f"{epoch - 1}: use a smaller --lr than {self.lr:g}{kept}"
+        )
+
+    def _evaluate(self, start: float, loss: float | None, parts: dict[str, float]) -> float:
+        """Score the average, keep it if it is the best, tell the epoch's record; the validation loss."""
+        progress, epoch = self.progress, 0 if loss is None else self.progress.epoch
+        aligner = as_aligner(self.engine.average, self.pair, self.moments, self.settings)
+        val_loss, failed = math.nan, None
+        if self.main:
+            try:
+                val_loss = self._record(epoch, aligner, start, loss, parts)
+            except BaseException as error:  # noqa: BLE001 - raised again when the others know
+                failed = error
+        val_loss = self.engine.tell(val_loss)
+        if failed is not None:
+            raise failed
+        if math.isnan(val_loss):
+            raise FitError(f"{self.pair.key}: the main process stopped at epoch {epoch}; its message says why")
+        if val_loss < progress.best_loss:
+            self.best, progress.best_epoch, progress.best_loss = aligner, epoch, val_loss
+        if epoch == 0:
+            progress.reference = val_loss
+        return val_loss
+
+    def _record(self, epoch: int, aligner: Aligner, start: float, loss: float | None, parts: dict[str, float]) -> float:
+        settings, progress = self.settings, self.progress
         with np.errstate(over="ignore", invalid="ignore"):
-            figures, reasons = score_all(val, {"map": aligner}, seed=settings.seed)["map"]
+            figures, reasons = score_all(self.val, {"map": aligner}, seed=settings.seed)["map"]
         r2 = (figures or {}).get("r2")
         if r2 is None:
-            remedy = f"use a smaller --lr than {settings.lr:g}" if epoch else "look at the rows of the validation split"
-            raise FitError(
-                f"{pair.key}: validation R2 is undefined at epoch {epoch} ({reasons.get('r2', 'no map')}); {remedy}"
-            )
-        record = Epoch(
-            epoch, loss, 1 - float(r2), figures or {}, schedule.get_last_lr()[0], time.perf_counter() - start, parts
+            remedy = f"use a smaller --lr than {self.lr:g}" if epoch else "look at the rows of the validation split"
+            why = reasons.get("r2", "no map")
+            raise FitError(f"{self.pair.key}: validation R2 is undefined at epoch {epoch} ({why}); {remedy}")
+        objective = self.objective
+        val_parts = validation_losses(
+            self.engine.average,
+            self.val,
+            batch_size=self.size,
+            seed=settings.seed,
+            centre=objective.centre,
+            unit=objective.unit,
+            temperature=objective.temperature,
         )
-        on_epoch(record)
-        return record, aligner
+        record = Epoch(
+            epoch,
+            loss,
+            1 - float(r2),
+            figures or {},
+            self.engine.lr,
+            time.perf_counter() - start,
+            parts,
+            val_parts,
+            progress.recent_loss if epoch else None,
+            progress.norms / self.steps if epoch else None,
+        )
+        progress.records.append(jsonable(asdict(record)))
+        self.on_map(aligner)
+        self.on_epoch(record)
+        return record.val_loss
 
-    first, best = evaluate(0, None, {}, time.perf_counter())
-    best_epoch, best_loss, waited, taken = 0, first.val_loss, 0, 0
-    # Patience starts anew from here, not from the best epoch: slow progress counts once it adds up to min_delta.
-    reference = first.val_loss
-    reason = f"ran all {settings.epochs} epochs"
-    for epoch in range(1, settings.epochs + 1):
-        start = time.perf_counter()
-        sums: dict[str, float] = {}
-        rows = 0
-        for step, (x, y) in enumerate(_batches(train, settings, epoch, device), 1):
-            total, parts = losses.combined(
-                module(x), y, weights, centre=mean_y, temperature=settings.temperature, unit=unit
+    def _decide(self, val_loss: float) -> None:
+        """After an epoch: stop, or make ready for the next."""
+        settings, progress, epoch = self.settings, self.progress, self.progress.epoch
+        # Patience starts anew from here, not from the best epoch: slow progress counts once it adds up to min_delta.
+        if val_loss < progress.reference - settings.min_delta:
+            progress.reference, progress.waited = val_loss, 0
+        else:
+            progress.waited += 1
+        if progress.waited >= settings.patience:
+            progress.reason = (
+                f"stopped at epoch {epoch}: no improvement of {settings.min_delta:g} in {progress.waited} epochs; "
+                f"best was epoch {progress.best_epoch}"
             )
-            value = float(total.detach())
-            if not np.isfinite(value):
-                raise FitError(
-                    f"{pair.key}: the loss became {value} at epoch {epoch}, step {step}; the last good epoch was "
-                    f"{epoch - 1}: use a smaller --lr than {settings.lr:g}"
-                )
-            optimiser.zero_grad(set_to_none=True)
-            total.backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-            taken += 1
-            with torch.no_grad():
-                for mean, weight in zip(average.parameters(), module.parameters(), strict=True):
-                    mean.lerp_(weight, (_AVERAGING + 1) / (_AVERAGING + taken))
-            figures = {"total": value, **{name: float(part) for name, part in parts.items()}}
-            if "infonce" in figures:
-                figures["infonce_chance"] = losses.infonce_chance(len(x))
-            for name, figure in figures.items():
-                sums[name] = sums.get(name, 0.0) + figure * len(x)
-            rows += len(x)
-            tick(len(x))
-        averaged = {name: value / rows for name, value in sums.items()}
-        record, aligner = evaluate(epoch, averaged.pop("total"), averaged, start)
-        if record.val_loss < best_loss:
-            best, best_epoch, best_loss = aligner, epoch, record.val_loss
-        if record.val_loss < reference - settings.min_delta:
-            reference, waited = record.val_loss, 0
-            continue
-        waited += 1
-        if waited >= settings.patience:
-            reason = (
-                f"stopped at epoch {epoch}: no improvement of {settings.min_delta:g} in {waited} epochs; "
-                f"best was epoch {best_epoch}"
-            )
-            break
-    return Trained(best, best_epoch, record.epoch, reason, module.shipped_parameters())
+        elif epoch == settings.epochs:
+            progress.reason = f"ran all {settings.epochs} epochs"
+        progress.next_epoch()
 
+    def _save(self) -> None:
+        """Write the state; on the main process alone."""
+        if self.checkpoint is None or not self.main:
+            return
+        best = {f"best.{name}": tensor for name, tensor in self.best.tensors.items()}
+        write_checkpoint(self.checkpoint, {**self.engine.state(), **best}, asdict(self.progress), self.identity)
 
-def build_module(type_: str, moments: Scan, settings: LoopSettings) -> LowRankMap | LinearMap:
-    """A map before training, with means, units and preconditioner from the train moments.
-
-    Args:
-        type_: ``lora``, ``linear`` or ``affine``.
-        moments: Of the layer pair.
-        settings: Rank, skip, preconditioner, seed.
-
-    Raises:
-        FitError: The type has no gradient form, or the rank does not fit.
-    """
-    mean_x, mean_y = moments.means
-    centred = type_ != "linear"
-    train = centered(moments.train) if centred else raw(moments.train)
-    val = about(moments.val, mean_x, mean_y) if centred else raw(moments.val)
-    n, dx, dy = train.n, len(mean_x), len(mean_y)
-    skip = skip_weight(settings.skip, train, val) if type_ == "lora" else None
-    common: dict[str, Any] = {
-        "mean_source": mean_x if centred else None,
-        "mean_target": mean_y if centred else None,
-        "output_scale": float(np.sqrt(np.trace(train.gy) / (n * dy))),
-        "preconditioner": _preconditioner(train, val, skip) if settings.precondition else None,
-        "input_scale": 1.0 if settings.precondition else float(np.sqrt(np.trace(train.gx) / (n * dx))),
-    }
-    if type_ == "lora":
-        return LowRankMap(dx, dy, settings.rank, skip=skip, alpha=settings.alpha, seed=settings.seed, **common)
-    if type_ in ("linear", "affine"):
-        return LinearMap(dx, dy, **common)
-    raise FitError(f"type {type_!r} is not trained by gradient; choose lora, linear or affine")
-
-
-def _preconditioner(train: Scatter, val: Scatter, skip: Array | None) -> Array:
-    """Whiten the source as far as validation says its directions can be trusted.
-
-    The damping is the ridge strength that validation chooses for what the skip map leaves over. Where small directions
-    carry noise they are then learnt late, and early stopping leaves them alone, as ridge would; where they carry
-    signal they are whitened fully.
-    """
-    if skip is not None:
-        train, val = (_left_over(side, skip) for side in (train, val))
-    spectrum = solvers.Spectrum.of(train.gx)
-    damping = solvers.select_ridge(train, val, spectrum=spectrum).lam
-    return solvers.whitening(spectrum, train.n, eps=damping)
-
-
-def _left_over(rows: Scatter, skip: Array) -> Scatter:
-    """The moments of ``x`` and ``y - x @ skip``."""
-    predicted = rows.gx @ skip
-    mixed = skip.T @ rows.c
-    return replace(rows, c=rows.c - predicted, gy=rows.gy - mixed - mixed.T + skip.T @ predicted)
-
-
-def _batches(
-    train: PairBatches, settings: LoopSettings, epoch: int, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    with closing(train.shuffled(settings.batch_size, settings.seed, epoch)) as batches:
-        for batch in batches:
-            yield torch.from_numpy(batch.x).to(device), torch.from_numpy(batch.y).to(device)
-
-
-def _as_aligner(module: LowRankMap | LinearMap, pair: LayerPair, moments: Scan, settings: LoopSettings) -> Aligner:
-    tensors = dict(module.export())
-    tensors["control_mean_source"], tensors["control_mean"] = (mean.astype(np.float32) for mean in moments.means)
-    options: dict[str, Any] = {"solver": "adamw", "lr": settings.lr}
-    if isinstance(module, LowRankMap):
-        options |= {"rank": module.rank, "alpha": module.alpha, "skip": settings.skip}
-    return Aligner(pair, tensors, options, module.trainable_parameters())
+    def _restore(self, tensors: Mapping[str, Any], progress: dict[str, Any]) -> None:
+        """Go on from a state, and tell again what was told by then, in the same order."""
+        self.progress = Progress(**progress)
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("best.")}
+        self.engine.restore(own, self.progress.taken)
+        best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name not in own}
+        self.best = replace(self.best, tensors=best)
+        if not self.main:
+            return
+        for record in self.progress.records:
+            for event in self.progress.events:
+                if event["epoch"] == record["epoch"]:
+                    self.on_step(dict(event))
+            self.on_epoch(Epoch(**record))
+        for event in self.progress.events:
+            if event["epoch"] == self.progress.epoch:
+                self.on_step(dict(event))
+        done = (len(self.progress.records) - 1) * len(self.train)
+        self.tick(done + self.progress.rows)

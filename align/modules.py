@@ -11,6 +11,10 @@ plain gradient steps crawl along the small ones. A fixed preconditioner P (see
 :func:`align.solvers.whitening`) reparameterises the factor next to the source as ``P @ A``: the
 same maps, a round error surface. ``input_scale`` and ``output_scale`` do the same for the units, so
 that one learning rate serves layers of any norm. The export multiplies all of it out.
+
+Under mixed precision the preconditioner and the skip stay in float32, and only what comes after them
+is rounded to bfloat16: raw states are a sum of few huge directions and many small ones, and eight bits
+of each element would bury the small ones in the rounding of the huge ones before P could enlarge them.
 """
 
 from __future__ import annotations
@@ -27,7 +31,17 @@ from featstore.errors import FitError
 Exported = dict[str, NDArray[np.float32]]
 
 
-def _tensor(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Tensor:
+def frozen(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Tensor:
+    """A float32 tensor of what is not trained.
+
+    Args:
+        name: Named in errors.
+        value: What becomes the tensor.
+        shape: What it must have.
+
+    Raises:
+        FitError: The value has the wrong shape or is not finite.
+    """
     array = np.array(value, dtype=np.float32)
     if array.shape != shape:
         raise FitError(f"{name} has shape {array.shape}; expected {shape}")
@@ -36,13 +50,40 @@ def _tensor(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _double(tensor: Tensor) -> NDArray[np.float64]:
+def double(tensor: Tensor) -> NDArray[np.float64]:
+    """A tensor as a float64 array.
+
+    Args:
+        tensor: On any device.
+    """
     array: NDArray[np.float64] = tensor.detach().cpu().double().numpy()
     return array
 
 
-class _LinearBase(nn.Module):
-    """The frozen part both maps share: means, preconditioner and units."""
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context in which products are not rounded to bfloat16, whatever mixed precision is on.
+
+    Args:
+        x: Says on which kind of device.
+    """
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class TrainedMap(nn.Module):
+    """The frozen part that all trained maps share: means, preconditioner and units.
+
+    Args:
+        dx: Source width.
+        dy: Target width.
+        mean_source: (dx,) train mean; none for zero.
+        mean_target: (dy,) train mean; none for zero.
+        preconditioner: (dx, dx) P; none for the identity.
+        input_scale: Unit of the source states; 1 with a whitening P.
+        output_scale: Unit of the target states.
+
+    Raises:
+        FitError: An input has the wrong shape or is not finite.
+    """
 
     mean_source: Tensor
     mean_target: Tensor
@@ -69,28 +110,47 @@ class _LinearBase(nn.Module):
         self.input_scale, self.output_scale = float(input_scale), float(output_scale)
         mean_source = np.zeros(dx) if mean_source is None else mean_source
         mean_target = np.zeros(dy) if mean_target is None else mean_target
-        self.register_buffer("mean_source", _tensor("mean_source", mean_source, (dx,)))
-        self.register_buffer("mean_target", _tensor("mean_target", mean_target, (dy,)))
-        matrix = None if preconditioner is None else _tensor("preconditioner", preconditioner, (dx, dx))
+        self.register_buffer("mean_source", frozen("mean_source", mean_source, (dx,)))
+        self.register_buffer("mean_target", frozen("mean_target", mean_target, (dy,)))
+        matrix = None if preconditioner is None else frozen("preconditioner", preconditioner, (dx, dx))
         self.register_buffer("preconditioner", matrix)
+
+    def export(self) -> Exported:
+        """The tensors of an adapter file, float32, with preconditioner and units multiplied out."""
+        raise NotImplementedError
+
+    def whitened(self, x: Tensor) -> Tensor:
+        """Centred source states times P, in float32; without P just centred.
+
+        Args:
+            x: (..., dx).
+
+        Returns:
+            (..., dx).
+        """
+        centred = x - self.mean_source
+        if self.preconditioner is None:
+            return centred
+        with full_precision(x):
+            return centred @ self.preconditioner
 
     def _unscaled(self, factor: Tensor) -> NDArray[np.float64]:
         """A factor (dx, k) next to the source, in the units of the states and in float64."""
-        array = _double(factor)
+        array = double(factor)
         if self.preconditioner is not None:
-            array = _double(self.preconditioner) @ array
+            array = double(self.preconditioner) @ array
         return array / self.input_scale
 
     def trainable_parameters(self) -> int:
         """How many numbers the optimiser moves."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return sum(p.numel() for p in self.parameters())
 
     def shipped_parameters(self) -> int:
         """How many numbers applying the map needs; the preconditioner is multiplied out."""
         return self.dx + self.dy + self.trainable_parameters()
 
 
-class LowRankMap(_LinearBase):
+class LowRankMap(TrainedMap):
     """``y_hat = (x - mean_source) @ (skip + (alpha/r) A B) + mean_target`` with trainable A and B.
 
     A starts as N(0, 1/dx), B as zero, so training starts exactly at the skip map.
@@ -143,7 +203,7 @@ class LowRankMap(_LinearBase):
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise FitError(f"alpha must be finite and positive, not {alpha}")
-        self.register_buffer("skip", None if skip is None else _tensor("skip", skip, (dx, dy)))
+        self.register_buffer("skip", None if skip is None else frozen("skip", skip, (dx, dy)))
         generator = torch.Generator().manual_seed(seed)
         self.A = nn.Parameter(torch.randn(dx, rank, generator=generator) / math.sqrt(dx))
         self.B = nn.Parameter(torch.zeros(rank, dy))
@@ -162,11 +222,13 @@ class LowRankMap(_LinearBase):
         Returns:
             (..., dy).
         """
-        # P @ A costs dx^2 r once; x @ P would cost dx^2 for every row.
-        a, b = self.lora()
-        centred = x - self.mean_source
-        y_hat = (centred @ a) @ b * (self.alpha / self.rank) + self.mean_target
-        return y_hat if self.skip is None else y_hat + centred @ self.skip
+        with full_precision(x):
+            # P @ A costs dx^2 r once; x @ P would cost dx^2 for every row.
+            a, b = self.lora()
+            centred = x - self.mean_source
+            narrow = centred @ a
+            fixed = self.mean_target if self.skip is None else centred @ self.skip + self.mean_target
+        return narrow @ b * (self.alpha / self.rank) + fixed
 
     def shipped_parameters(self) -> int:
         """Elements of both means, of A and B, and of skip where there is one."""
@@ -181,20 +243,20 @@ class LowRankMap(_LinearBase):
             lora_B`` of these very arrays, summed in float64 and rounded once.
         """
         lora_a = self._unscaled(self.A).astype(np.float32)
-        lora_b = (_double(self.B) * self.output_scale).astype(np.float32)
-        skip = np.zeros((self.dx, self.dy)) if self.skip is None else _double(self.skip)
+        lora_b = (double(self.B) * self.output_scale).astype(np.float32)
+        skip = np.zeros((self.dx, self.dy)) if self.skip is None else double(self.skip)
         product = lora_a.astype(np.float64) @ lora_b.astype(np.float64)
         return {
             "weight": (skip + self.alpha / self.rank * product).astype(np.float32),
-            "mean_source": _double(self.mean_source).astype(np.float32),
-            "mean_target": _double(self.mean_target).astype(np.float32),
+            "mean_source": double(self.mean_source).astype(np.float32),
+            "mean_target": double(self.mean_target).astype(np.float32),
             "lora_A": lora_a,
             "lora_B": lora_b,
             "skip": skip.astype(np.float32),
         }
 
 
-class LinearMap(_LinearBase):
+class LinearMap(TrainedMap):
     """``y_hat = (x - mean_source) @ weight + mean_target`` with every element trained, from zero.
 
     It starts as the mean prediction; its optimum is the ridge solution's, so a run that loses to
@@ -244,15 +306,12 @@ class LinearMap(_LinearBase):
         Returns:
             (..., dy).
         """
-        centred = x - self.mean_source
-        if self.preconditioner is not None:
-            centred = centred @ self.preconditioner
-        return centred @ self.W * (self.output_scale / self.input_scale) + self.mean_target
+        return self.whitened(x) @ self.W * (self.output_scale / self.input_scale) + self.mean_target
 
     def export(self) -> Exported:
         """The tensors of an adapter file, float32: ``weight``, ``mean_source``, ``mean_target``."""
         return {
             "weight": (self._unscaled(self.W) * self.output_scale).astype(np.float32),
-            "mean_source": _double(self.mean_source).astype(np.float32),
-            "mean_target": _double(self.mean_target).astype(np.float32),
+            "mean_source": double(self.mean_source).astype(np.float32),
+            "mean_target": double(self.mean_target).astype(np.float32),
         }

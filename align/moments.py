@@ -1,4 +1,4 @@
-"""Moments of paired rows re-expressed: about another origin, of one side alone, centred for the solvers.
+"""Moments of paired rows re-expressed: about another origin, of one side alone, layers end to end, centred for solvers.
 
 The sums themselves (:class:`Moments`, :func:`moments_of`, :func:`merge`) are made in :mod:`featstore.store.sums`, where
 a store keeps them, too. They are taken about a fixed origin; :func:`moved` re-expresses them about another one without
@@ -7,17 +7,18 @@ the rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from featstore.errors import FitError
-from featstore.store.sums import BLOCK_ROWS, Array, Moments, Rows, merge, moments_of, vector
+from featstore.store.sums import BLOCK_ROWS, Array, Block, Moments, Rows, merge, moments_of, vector
 
 __all__ = [
-    "BLOCK_ROWS", "Array", "Moments", "Rows", "Scatter", "about", "centered", "means", "merge", "moments_of", "moved",
-    "paired_with_itself", "raw",
+    "BLOCK_ROWS", "Array", "Moments", "Rows", "Scatter", "about", "centered", "end_to_end", "means", "merge",
+    "moments_of", "moved", "paired_with_itself", "raw",
 ]  # fmt: skip
 
 
@@ -88,6 +89,37 @@ def paired_with_itself(m: Moments, side: str) -> Moments:
         n=m.n, origin_x=o, origin_y=o, sx=s, sy=s, gx=g, gy=g, c=g,
         a=q, b=q, d=qq, aa=qq, bb=qq, ux=v, uy=v, vx=v, vy=v,
     )  # fmt: skip
+
+
+def end_to_end(parts: Sequence[Block]) -> Block:
+    """The block of several nodes laid end to end with one y, from each one's block with that y.
+
+    Row i of the whole is ``(x_1i, ..., x_Ki)`` and its squared norm ``sum_k a_ki``, so the products and the sums of x
+    and of ``X'b`` stand below each other, while ``Y'a``, the sum of a and that of a b are sums over k. Applied twice,
+    with :attr:`~featstore.store.sums.Block.swapped` in between, it gives the block of the whole with itself.
+
+    Args:
+        parts: Of x_1, ..., x_K with the same y, in the order in which the x stand.
+
+    Raises:
+        FitError: There are none, or they are sums over different rows.
+    """
+    if not parts:
+        raise FitError("there are no blocks to lay end to end; name at least one source layer")
+    first = parts[0]
+    same = all(part.n == first.n and np.array_equal(part.y[0], first.y[0]) for part in parts)
+    if not same:
+        raise FitError("blocks over different rows, or with different y, cannot be laid end to end; sum them together")
+    if len(parts) == 1:
+        return first
+    a, d = (sum(float(part.totals[i]) for part in parts) for i in (0, 2))
+    return Block(
+        first.n,
+        np.concatenate([part.product for part in parts]),
+        np.concatenate([part.x for part in parts], axis=1),
+        np.stack([first.y[0], sum((part.y[1] for part in parts[1:]), parts[0].y[1])]),
+        np.array([a, float(first.totals[1]), d]),
+    )
 
 
 def moved(m: Moments, new_origin_x: ArrayLike, new_origin_y: ArrayLike) -> Moments:

@@ -12,12 +12,16 @@ from typing import Any, TypeVar
 
 import yaml
 
-from align.fit import MINIMUM_PAIRS
+from align.scan import MINIMUM_PAIRS
 from featstore.errors import SpecError
 from featstore.store.loader import MEMORY
 
 CLOSED_TYPES = ("procrustes", "linear", "affine", "reduced-rank")
-TYPES = (*CLOSED_TYPES, "lora")
+TYPES = (*CLOSED_TYPES, "lora", "mlp", "compress")
+#: Types of which layers can share a map.
+SHARED_TYPES = ("procrustes", "affine", "lora")
+PRECISIONS = ("auto", "float32", "bfloat16")
+TRACKERS = ("tensorboard", "wandb", "none")
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,25 @@ class LoopSettings:
     """How a map is trained.
 
     Attributes:
-        rank: Rank of a ``lora`` map.
+        rank: Rank of a ``lora`` map, and of each layer's own projection beside a shared map.
         alpha: LoRA's scale; None for the rank (a factor of 1).
-        skip: What a ``lora`` map is added to.
+        skip: What a ``lora`` or ``mlp`` map is added to.
+        hidden: Width of the hidden layer of an ``mlp``.
+        latents: Latents of a ``compress`` map.
+        latent_dim: Width of a latent.
         loss: Weights, as typed after ``--loss``.
         temperature: Of InfoNCE.
         epochs: At most.
         patience: Stop after so many epochs without an improvement of ``min_delta``.
         min_delta: Least improvement of the validation loss.
-        batch_size: Pairs a step.
-        lr: Peak learning rate of AdamW.
+        batch_size: Pairs in a batch of one process; windows for ``compress``. None for the type's own.
+        accumulate: Batches of every process whose gradients make one step.
+        clip: Largest norm of a step's gradient.
+        lr: Peak learning rate of AdamW; None for the type's own, which serves widths 64 to 4096.
+        precision: ``float32``, ``bfloat16`` (the arithmetic; weights stay float32), or ``auto``: bfloat16 on CUDA.
+        cka_every: Steps between two CKA figures on a fixed sample of validation rows; 0 for none.
+        checkpoint_every: Steps between two checkpoints within an epoch; every epoch ends with one.
+        tracker: Where figures go as well: ``tensorboard``, ``wandb``, ``none``.
         precondition: Whether inputs are whitened inside the parameterisation.
         seed: Of initialisation and order.
         device: Torch device name.
@@ -43,13 +56,22 @@ class LoopSettings:
     rank: int = 32
     alpha: float | None = None
     skip: str = "procrustes"
+    hidden: int = 1024
+    latents: int = 32
+    latent_dim: int = 64
     loss: str = "mse=1,cosine=0,infonce=0"
     temperature: float = 0.07
     epochs: int = 10
     patience: int = 2
     min_delta: float = 1e-3
-    batch_size: int = 128
-    lr: float = 2e-2
+    batch_size: int | None = None
+    accumulate: int = 1
+    clip: float = 1.0
+    lr: float | None = None
+    precision: str = "auto"
+    cka_every: int = 100
+    checkpoint_every: int = 1000
+    tracker: str = "tensorboard"
     precondition: bool = True
     seed: int = 0
     device: str = "cpu"
@@ -66,13 +88,18 @@ class Settings:
         target: Target model; None for the store's second.
         both: Also the other direction.
         layers: Source layers, None for all.
-        layer_map: ``K:K,...``, None for equal layers.
+        layer_map: ``K:K,...``, None for equal layers, ``auto`` for each source layer's best partner by validation R2.
+        joint: One map from all source layers side by side to each target layer.
+        shared: One map for all layer pairs, with a small projection of each layer's own.
         solver: ``closed`` or ``adamw``; None for the type's own.
         scale: Optimal scale (Procrustes).
+        components: Procrustes within so many principal components of either side: a number, or ``auto`` for the best by
+            validation R2. None for all dimensions.
         keep_sinks: Lift the sink mask.
         policy: Pair policy.
         max_rows: Pairs of the train split at most.
         memory: Bytes that the buffers of paired rows may take; the order of minibatches depends on it.
+        eval_models: Load both models, and measure stitched loss and generations after every epoch.
         loop: Rank, skip, loss, epochs and the rest of the gradient loop.
     """
 
@@ -83,18 +110,22 @@ class Settings:
     both: bool = False
     layers: str | None = None
     layer_map: str | None = None
+    joint: bool = False
+    shared: bool = False
     solver: str | None = None
     scale: bool = False
+    components: str | None = None
     keep_sinks: bool = False
     policy: str = "end"
     max_rows: int | None = None
     memory: int = MEMORY
+    eval_models: bool = False
     loop: LoopSettings = field(default_factory=LoopSettings)
 
     @property
     def by_gradient(self) -> bool:
         """Whether the map is trained rather than solved for."""
-        return self.type == "lora" or self.solver == "adamw"
+        return self.type in ("lora", "mlp", "compress") or self.solver == "adamw"
 
 
 def load_settings(path: Path) -> Settings:
@@ -145,22 +176,63 @@ def check(settings: Settings) -> None:
         raise SpecError(f"solver {settings.solver!r}: choose closed or adamw")
     if settings.solver == "closed" and settings.type == "lora":
         raise SpecError("type 'lora' is trained by gradient; its closed form is --type reduced-rank")
+    if settings.solver == "closed" and settings.type in ("mlp", "compress"):
+        raise SpecError(
+            f"type {settings.type!r} is trained by gradient and has no closed form; leave out --solver closed"
+        )
     if settings.solver == "adamw" and settings.type in ("procrustes", "reduced-rank"):
         raise SpecError(f"type {settings.type!r} has a closed form only; leave out --solver adamw")
+    _check_combinations(settings)
     loop = settings.loop
-    for name in ("epochs", "patience", "batch_size", "rank"):
+    for name in ("epochs", "patience", "rank", "accumulate", "checkpoint_every", "hidden", "latents", "latent_dim"):
         if getattr(loop, name) < 1:
             raise SpecError(f"--{name.replace('_', '-')} {getattr(loop, name)}: must be at least 1")
+    if loop.batch_size is not None and loop.batch_size < 1:
+        raise SpecError(f"--batch-size {loop.batch_size}: must be at least 1")
+    if loop.cka_every < 0:
+        raise SpecError(f"--cka-every {loop.cka_every}: must not be negative; 0 turns it off")
     if settings.max_rows is not None and settings.max_rows < MINIMUM_PAIRS:
         raise SpecError(f"--max-rows {settings.max_rows}: a fit needs at least {MINIMUM_PAIRS} pairs")
-    for name in ("lr", "temperature"):
-        if not 0 < getattr(loop, name) < math.inf:
-            raise SpecError(f"--{name} {getattr(loop, name)}: must be a positive number")
+    for name in ("lr", "temperature", "clip"):
+        value = getattr(loop, name)
+        if value is not None and not 0 < value < math.inf:
+            raise SpecError(f"--{name} {value}: must be a positive number")
     if not 0 <= loop.min_delta < math.inf:
         raise SpecError(f"--min-delta {loop.min_delta}: must not be negative")
     if loop.seed < 0:
         raise SpecError(f"--seed {loop.seed}: must not be negative")
+    for name, known in (("precision", PRECISIONS), ("tracker", TRACKERS)):
+        if getattr(loop, name) not in known:
+            raise SpecError(f"--{name} {getattr(loop, name)!r}: choose one of {', '.join(known)}")
     if settings.by_gradient:
         from align.losses import parse_loss
 
         parse_loss(loop.loss)
+
+
+def _check_combinations(settings: Settings) -> None:
+    """Refuse options that do not go together, naming the one to leave out."""
+    type_ = settings.type
+    if settings.joint and settings.shared:
+        raise SpecError("--joint and --shared are two ways to use several layers; give one of them")
+    if settings.joint and settings.layer_map is not None:
+        raise SpecError("--joint maps all source layers to each target layer; leave out --layer-map")
+    if settings.joint and type_ == "compress":
+        raise SpecError("--joint: a compress map reads one layer; leave it out")
+    if settings.shared and type_ not in SHARED_TYPES:
+        raise SpecError(f"--shared: not for type {type_!r}; choose one of {', '.join(SHARED_TYPES)}")
+    if settings.shared and settings.solver == "adamw" and type_ == "affine":
+        raise SpecError("--shared --type affine is solved for; leave out --solver adamw, or use --type lora")
+    if settings.shared and settings.loop.skip not in ("procrustes", "ridge") and type_ == "lora":
+        raise SpecError(
+            f"--shared: the map that the layers share is procrustes or ridge, not --skip {settings.loop.skip}"
+        )
+    if settings.components is not None:
+        if type_ != "procrustes" or settings.shared:
+            raise SpecError("--components is for --type procrustes without --shared; leave it out")
+        if settings.components != "auto" and not (settings.components.isdecimal() and int(settings.components)):
+            raise SpecError(f"--components {settings.components!r}: write a number of dimensions, or auto")
+    if settings.eval_models and not settings.by_gradient:
+        raise SpecError(f"--eval-models is for training by gradient; use `evaluate stitch` on a {type_} run")
+    if settings.eval_models and type_ == "compress":
+        raise SpecError("--eval-models: the states of a compress map cannot be injected token by token; leave it out")

@@ -47,7 +47,7 @@ def control_states(
         float32 ``(n, d_target)``, or the reason why the control does not exist.
     """
     tensors = aligner.tensors
-    d_source, d_target = tensors["weight"].shape
+    d_source, d_target = aligner.widths
     if name == "mean":
         return np.broadcast_to(tensors["control_mean"], (len(source), d_target)).copy()
     if name == "zero":

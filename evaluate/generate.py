@@ -6,7 +6,7 @@ own. Blocks below the layer still read the target's own prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    models: Mapping[str, Loaded] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Continue every prompt, greedily, in every condition.
@@ -91,6 +92,7 @@ def generate(
         device: Where to run.
         dtype: Compute dtype.
         seed: Of the random controls.
+        models: The run's models where they are loaded already.
         quiet: No progress.
 
     Returns:
@@ -102,7 +104,7 @@ def generate(
     chosen = choose(adapter, layers)
     source, target = chosen[0].pair.source, chosen[0].pair.target
     loaded = {
-        name: load(adapter, name, overrides, device=device, dtype=dtype, quiet=quiet)
+        name: (models or {}).get(name) or load(adapter, name, overrides, device=device, dtype=dtype, quiet=quiet)
         for name in dict.fromkeys((source, target))
     }
     reads = {
@@ -137,7 +139,7 @@ def _read(loaded: Loaded, prompt: str, aligners: Sequence[Aligner], extra: int) 
             f"prompt {prompt[:40]!r}... has {len(window.ids)} tokens; with {extra} new ones it exceeds the context of "
             f"{loaded.name!r} ({loaded.info.context}); shorten it or use a smaller --max-new-tokens"
         )
-    layers = {a.pair.source_layer for a in aligners if a.pair.source == loaded.name}
+    layers = {layer for a in aligners if a.pair.source == loaded.name for layer in a.pair.source_layers}
     layers |= {a.pair.target_layer for a in aligners if a.pair.target == loaded.name}
     ids = torch.from_numpy(window.ids.astype(np.int64))[None].to(loaded.device)
     # Sinks show at any stored layer; all of them are captured to judge by the store's own rule.
@@ -158,7 +160,9 @@ def _stitched(
     rng = np.random.default_rng((seed, i))
 
     def rows(read: Read) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = read.states[pair.source_layer].float().cpu().numpy()
+        values: NDArray[np.float32] = (
+            torch.cat([read.states[layer].float() for layer in pair.source_layers], dim=-1).cpu().numpy()
+        )
         return values
 
     states = rows(source)[taken[places]]

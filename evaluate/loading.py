@@ -132,22 +132,28 @@ def _check_weights(spec: ModelSpec, model: Any, entry: Mapping[str, Any]) -> Non
 
 
 def choose(adapter: Adapter, layers: str | None) -> list[Aligner]:
-    """The maps of a run, or those of some source layers.
+    """The maps of a run that can be injected, or those of some source layers.
 
     Args:
         adapter: The run's adapter.
         layers: Source layers as typed, None for all.
 
     Raises:
+        AdapterError: Its maps take windows, not states.
         SpecError: The run has no such layer.
     """
     chosen = list(adapter.aligners.values())
+    if not all(aligner.takes_rows for aligner in chosen):
+        raise AdapterError(
+            f"the run in {adapter.directory} is of type {adapter.card['type']!r}, whose maps read whole windows: their "
+            "states cannot be injected token by token; its figures are in its metrics.json"
+        )
     if layers is None:
         return chosen
     depths = {name: int(entry["depth"]) for name, entry in adapter.card["models"].items()}
     wanted = parse_layers([layers], depths)
-    picked = [a for a in chosen if a.pair.source_layer in wanted[a.pair.source]]
+    picked = [a for a in chosen if set(a.pair.source_layers) & set(wanted[a.pair.source])]
     if not picked:
-        held = sorted({a.pair.source_layer for a in chosen})
+        held = sorted({layer for a in chosen for layer in a.pair.source_layers})
         raise SpecError(f"--layers {layers}: this run maps layers {', '.join(map(str, held))}")
     return picked

@@ -6,7 +6,7 @@ windows, and the loss is over the predictions of the third token on. Intervals r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,7 @@ def stitch(
     split: int = TEST,
     max_tokens: int | None = None,
     seed: int = 0,
+    models: Mapping[str, Loaded] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Stitched loss of every map of a run, with controls and intervals.
@@ -140,6 +141,7 @@ def stitch(
         split: Which documents.
         max_tokens: Target tokens at most, None for all.
         seed: Of the random controls.
+        models: The run's models where they are loaded already.
         quiet: No progress.
 
     Returns:
@@ -165,7 +167,8 @@ def stitch(
     for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
         aligners = [a for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
         windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens)
-        loaded = load(adapter, target, overrides, device=device, dtype=dtype, quiet=quiet)
+        at_hand = (models or {}).get(target)
+        loaded = at_hand or load(adapter, target, overrides, device=device, dtype=dtype, quiet=quiet)
         work = sum(len(w.target.ids) for w in windows) * (1 + len(aligners) * (len(CONDITIONS) - 1))
         with progress(f"stitch {source}->{target}", work, "tok", quiet=quiet) as tick:
             run = _Stitcher(store, loaded, windows, seed)
@@ -237,13 +240,18 @@ class _Stitcher:
     def _source_rows(
         self, window: Window, aligner: Aligner, places: NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        rows = self._store.rows(aligner.pair.source, aligner.pair.source_layer)
-        source = rows[window.source_row + window.taken[places]]
+        pair = aligner.pair
+        layers = [self._store.rows(pair.source, layer) for layer in pair.source_layers]
+
+        def rows(numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+            return np.concatenate([layer[numbers] for layer in layers], axis=1)
+
+        source = rows(window.source_row + window.taken[places])
         others = [w for w in self._windows if w.document != window.document]
         if not others:
             return source, None
         pool = np.concatenate([w.source_row + w.taken[w.taken >= 0] for w in others])
-        return source, rows[rng.choice(pool, len(places))] if len(pool) else None
+        return source, rows(rng.choice(pool, len(places))) if len(pool) else None
 
     def _score(self, key: str, condition: str, window: Window, logits: torch.Tensor) -> None:
         ids = torch.from_numpy(window.target.ids.astype(np.int64)).to(logits.device)

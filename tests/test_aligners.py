@@ -27,7 +27,7 @@ def aligner(pair: LayerPair | None = None, shape: tuple[int, int] = (3, 5), seed
         "control_mean": rng.normal(size=shape[1]),
     }
     own = {name: value.astype(np.float32) for name, value in tensors.items()}
-    return Aligner(pair or LayerPair("a", 1, "b", 2), own, {"lambda": 0.1}, 15)
+    return Aligner(pair or LayerPair("a", (1,), "b", 2), own, {"lambda": 0.1}, 15)
 
 
 @pytest.fixture
@@ -100,7 +100,10 @@ def test_extra_tensors_travel_along(tmp_path: Path) -> None:
 
 def test_several_pairs_do_not_mix(tmp_path: Path) -> None:
     # Layer 1 is a prefix of layer 10, and a model name may hold a dot.
-    pairs = [LayerPair("a", 1, "b", k) for k in (1, 10)] + [LayerPair("a", 1, "b.v2", 1), LayerPair("b", 1, "a", 1)]
+    pairs = [LayerPair("a", (1,), "b", k) for k in (1, 10)] + [
+        LayerPair("a", (1,), "b.v2", 1),
+        LayerPair("b", (1,), "a", 1),
+    ]
     saved = {pair.key: aligner(pair, seed=i) for i, pair in enumerate(pairs)}
     save_adapter(tmp_path, list(saved.values()), {})
     loaded = load_adapter(tmp_path).aligners
@@ -122,7 +125,7 @@ def test_non_contiguous_and_wider_arrays_are_stored_as_float32(tmp_path: Path) -
 def test_the_card_says_what_a_reader_needs(saved: Path) -> None:
     entry = json.loads((saved / "adapter.json").read_text())["pairs"][0]
     assert entry["key"] == KEY
-    assert entry["source"] == {"model": "a", "layer": 1, "width": 3}
+    assert entry["source"] == {"model": "a", "layer": 1, "layers": [1], "width": 3}
     assert entry["target"] == {"model": "b", "layer": 2, "width": 5}
     assert entry["parameters"] == {"trainable": 15, "shipped": 23}
 
@@ -213,3 +216,85 @@ def test_a_failed_save_leaves_the_run_without_a_card(tmp_path: Path, monkeypatch
         save_adapter(tmp_path, [aligner()], {})
     assert not (tmp_path / "adapter.json").exists()
     refused(tmp_path)
+
+
+# Maps that are no single matrix.
+
+
+def mlp(*, skip: bool = True) -> Aligner:
+    rng = np.random.default_rng(3)
+    shapes = {
+        "mean_source": (3,),
+        "mean_target": (5,),
+        "hidden_weight": (3, 7),
+        "hidden_bias": (7,),
+        "output_weight": (7, 5),
+        "output_bias": (5,),
+        "control_mean_source": (3,),
+        "control_mean": (5,),
+    }
+    if skip:
+        shapes["skip"] = (3, 5)
+    own = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return Aligner(LayerPair("a", (1,), "b", 2), own, {}, 3 * 7 + 7 + 7 * 5 + 5, "mlp")
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_an_mlp_is_applied_by_its_formula(skip: bool) -> None:
+    own, x = mlp(skip=skip), np.random.default_rng(4).normal(size=(6, 3)).astype(np.float32)
+    t = {name: value.astype(np.float64) for name, value in own.tensors.items()}
+    z = x - t["mean_source"]
+    h = z @ t["hidden_weight"] + t["hidden_bias"]
+    expected = (h / (1 + np.exp(-h))) @ t["output_weight"] + t["output_bias"] + t["mean_target"]
+    if skip:
+        expected += z @ t["skip"]
+    np.testing.assert_allclose(own.apply(x), expected, rtol=1e-5, atol=1e-5)
+    assert own.apply(x).dtype == np.float32
+    assert own.shipped == 3 + 5 + 3 * 7 + 7 + 7 * 5 + 5 + 15 * skip
+
+
+def test_an_mlp_far_from_zero_neither_overflows_nor_warns() -> None:
+    own = mlp()
+    own.tensors["hidden_bias"][:] = [-1e4, -200, 1e4, 200, -90, 0, 90]
+    assert np.isfinite(own.apply(np.zeros((2, 3), np.float32))).all()
+
+
+def test_an_mlp_and_a_joint_map_come_back(tmp_path: Path) -> None:
+    joint = aligner(LayerPair("a", (0, 2, 4), "b", 3), shape=(12, 5))
+    save_adapter(tmp_path, [mlp(), joint], {"type": "mlp"})
+    loaded = load_adapter(tmp_path).aligners
+    assert list(loaded) == [KEY, "a:0+2+4->b:3"]
+    assert loaded[KEY].kind == "mlp"
+    assert loaded["a:0+2+4->b:3"].pair == joint.pair
+    assert loaded["a:0+2+4->b:3"].widths == (12, 5)
+    x = np.ones((2, 3), np.float32)
+    np.testing.assert_array_equal(loaded[KEY].apply(x), mlp().apply(x))
+
+
+def test_an_mlp_with_a_tensor_missing_or_of_another_shape_is_refused(tmp_path: Path) -> None:
+    save_adapter(tmp_path, [mlp()], {})
+    edit_tensors(tmp_path, output_weight=np.zeros((6, 5), np.float32))
+    assert "output_weight" in refused(tmp_path)
+    edit_tensors(tmp_path, output_weight=None)
+    assert "output_weight" in refused(tmp_path)
+
+
+def test_a_map_of_an_unknown_kind_is_refused(saved: Path) -> None:
+    edit_card(saved, lambda card: card["pairs"][0].update(kind="oracle"))
+    assert "'oracle'" in refused(saved)
+
+
+def test_a_card_of_before_joint_maps_is_read(saved: Path) -> None:
+    def older(card: dict[str, Any]) -> None:
+        del card["pairs"][0]["kind"], card["pairs"][0]["source"]["layers"]
+
+    edit_card(saved, older)
+    assert load_adapter(saved).aligners[KEY].pair == LayerPair("a", (1,), "b", 2)
+
+
+def test_a_map_of_windows_refuses_rows() -> None:
+    own = mlp()
+    windows = Aligner(own.pair, own.tensors, {}, 0, "compress")
+    with pytest.raises(AdapterError, match="compress map: it reads whole windows"):
+        windows.apply(np.zeros((1, 3), np.float32))
+    assert not windows.takes_rows

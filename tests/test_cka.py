@@ -329,7 +329,7 @@ def test_workers_in_other_processes_give_the_same_bits(
 def test_a_scheduler_that_does_not_answer_is_one_clear_line(
     planted: Planted, tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("align.cli.SCHEDULER_SECONDS", 0.5)
+    monkeypatch.setattr("align.resources.SCHEDULER_SECONDS", 0.5)
     line = call(
         capsys, "align", "cka", "--store", planted.path, "--out", tmp_path / "out", "--scheduler", address
     ).refusal

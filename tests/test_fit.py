@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from planted import TEST, TRAIN, VAL, Planted, leaky, only, plant, rotation, spectrum_rows, splits_of, trained
 from scipy.linalg import orthogonal_procrustes
 
-import align.fit
+import align.solvers.spectrum
 from align import solvers
 from align.aligners import Aligner, load_adapter
-from align.fit import Fit, baselines, check_low_rank, fit_closed, limit_rows, scan
+from align.fit import Fit, Solver, baselines, check_low_rank, fit_closed, fit_shared_procrustes
 from align.layers import LayerPair
 from align.moments import centered
+from align.partners import validation_r2
+from align.scan import Scan, scan
 from featstore.errors import FitError, PairingError, SpecError
 
-PAIR = LayerPair("a", 1, "b", 1)
+PAIR = LayerPair("a", (1,), "b", 1)
 N, D = 6000, 64
 
 
@@ -290,53 +294,6 @@ def test_a_model_against_itself_is_the_identity(rotated: Planted, tmp_path: Path
     assert {w["code"] for w in entry["warnings"]} <= {"no-better-than-controls"}
 
 
-def test_one_scan_serves_many_pairs_as_well_as_one(tmp_path: Path) -> None:
-    x = {k: spectrum_rows(2000, 12, k) for k in (1, 2, 3)}
-    store = plant(tmp_path / "s.zarr", x, {k: x[k] @ rotation(12, k) for k in (1, 2)}).store
-    pairs = store.pairs("a", "b").select()
-    wanted = [LayerPair("a", i, "b", j) for i, j in ((1, 1), (1, 2), (3, 1))]
-    many = scan(store, pairs, wanted)
-    assert list(many) == ["a:1->b:1", "a:1->b:2", "a:3->b:1"]
-    for pair in wanted:
-        alone = scan(store, pairs, [pair])[pair.key]
-        for part in ("train", "val", "shuffled"):
-            np.testing.assert_array_equal(getattr(alone, part).c, getattr(many[pair.key], part).c)
-            np.testing.assert_array_equal(getattr(alone, part).gx, getattr(many[pair.key], part).gx)
-
-
-def test_the_scan_reads_every_row_once(rotated: Planted) -> None:
-    done: list[float] = []
-    store = rotated.store
-    pairs = store.pairs("a", "b").select()
-    scan(store, pairs, [PAIR], tick=done.append)
-    assert sum(done) == (pairs.split != TEST).sum()
-
-
-def test_the_scan_does_not_depend_on_the_block(
-    rotated: Planted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    whole = fitted(rotated, Fit("affine"))
-    monkeypatch.setattr(align.fit, "BLOCK_ROWS", 700)
-    parts = fitted(rotated, Fit("affine"))
-    np.testing.assert_allclose(parts.tensors["weight"], whole.tensors["weight"], atol=1e-4)
-
-
-def test_the_shuffled_control_is_a_fit_to_permuted_targets(tmp_path: Path) -> None:
-    x = spectrum_rows(2000, 16, 1, mean=2.0)
-    planted = plant(tmp_path / "s.zarr", x, x @ rotation(16, 2))
-    store = planted.store
-    pairs = store.pairs("a", "b").select()
-    found = scan(store, pairs, [PAIR], seed=3)[PAIR.key]
-    order = np.random.default_rng(3).permutation(int((planted.split == TRAIN).sum()))
-    xt, yt = (side[planted.split == TRAIN] for side in (planted.x[1], planted.y[1]))
-    expected = (xt - xt.mean(0)).T @ (yt[order] - yt.mean(0))
-    scatter = centered(found.shuffled)
-    np.testing.assert_allclose(scatter.c, expected, atol=1e-2)
-    np.testing.assert_allclose(scatter.gx, centered(found.train).gx)
-    # Nothing of the pairing is left in it.
-    assert np.linalg.norm(scatter.c) < 0.1 * np.linalg.norm(centered(found.train).c)
-
-
 def test_the_seed_moves_the_random_controls_only(rotated: Planted) -> None:
     store = rotated.store
     pairs = store.pairs("a", "b").select()
@@ -347,17 +304,6 @@ def test_the_seed_moves_the_random_controls_only(rotated: Planted) -> None:
         assert np.abs(one - other).max() > 0.01
     weights = maps[0]["random_rotation"].tensors["weight"]  # type: ignore[union-attr]
     np.testing.assert_allclose(weights.T @ weights, np.eye(D), atol=1e-5)
-
-
-@pytest.mark.parametrize("count", [10, 100, 5000])
-def test_fewer_rows_are_a_seeded_choice_in_document_order(rotated: Planted, count: int) -> None:
-    pairs = rotated.store.pairs("a", "b")
-    few = limit_rows(pairs, count, 0)
-    assert len(few) == min(count, len(pairs))
-    assert (np.diff(few.row_source) > 0).all()
-    np.testing.assert_array_equal(few.row_source, limit_rows(pairs, count, 0).row_source)
-    assert (few.row_source != limit_rows(pairs, count, 1).row_source).any()
-    assert limit_rows(pairs, None, 0) is pairs
 
 
 def test_too_few_train_pairs_are_refused(tmp_path: Path) -> None:
@@ -408,6 +354,179 @@ def test_a_low_rank_map_that_cannot_be_is_refused_before_the_scan(
     with pytest.raises((FitError, SpecError), match=words):
         trained(planted, tmp_path / "run", type_, rank=rank, skip=skip)
     assert not (tmp_path / "run").exists()
+
+
+# What several layer pairs share.
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """b:2 follows from a:1, b:1 from a:3, and b:3 from a:1 and a:3 together; b:3 needs both."""
+    x = {k: spectrum_rows(3000, 24, k, decay=0.4, mean=2.0) for k in (1, 3)}
+    both = x[1] @ rotation(24, 20) + x[3] @ rotation(24, 30)
+    noise = np.random.default_rng(0).normal(size=(3000, 24))
+    y = {1: 3 * x[3] @ rotation(24, 10) + 0.05 * noise, 2: x[1] @ rotation(24, 11) + 4, 3: both - 1}
+    return plant(tmp_path_factory.mktemp("fit") / "l.zarr", x, y)
+
+
+FITS = [
+    Fit("procrustes", scale=True), Fit("procrustes", components=9), Fit("procrustes", components="auto"),
+    Fit("affine"), Fit("linear"),
+    *(Fit("reduced-rank", rank=5, skip=skip) for skip in ("none", "ridge", "identity", "procrustes")),
+]  # fmt: skip
+
+
+def scanned(planted: Planted, wanted: list[LayerPair]) -> dict[str, Scan]:
+    return scan(planted.store, planted.store.pairs(wanted[0].source, wanted[0].target).select(), wanted)
+
+
+def words(fit: Fit) -> str:
+    return f"{fit.type}-{fit.skip}-{fit.components}"
+
+
+@pytest.mark.parametrize("fit", FITS, ids=words)
+def test_a_solver_decomposes_a_source_once_and_fits_as_afresh(
+    layered: Planted, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [LayerPair("a", (k,), "b", j) for k in (1, 3) for j in (1, 2, 3)]
+    found = scanned(layered, wanted)
+    fresh = {pair.key: fit_closed(fit, pair, found[pair.key]) for pair in wanted}
+    calls: list[int] = []
+    original = align.solvers.spectrum.eigh
+
+    def counted(matrix: Any) -> Any:
+        calls.append(len(matrix))
+        return original(matrix)
+
+    monkeypatch.setattr(align.solvers.spectrum, "eigh", counted)
+    solver = Solver()
+    for pair in wanted:
+        again = fit_closed(fit, pair, found[pair.key], solver=solver)
+        for name, tensor in fresh[pair.key].tensors.items():
+            np.testing.assert_array_equal(again.tensors[name], tensor)
+        assert again.options == fresh[pair.key].options
+        # The shuffled control has the same source.
+        baselines(fit, pair, found[pair.key], 0, solver=solver)
+    of_sources = 0 if fit.type == "procrustes" and fit.components is None else 2
+    of_targets = 2 * len(wanted) if fit.components is not None else 0
+    assert len(calls) == of_sources + of_targets
+
+
+@pytest.mark.parametrize("fit", FITS, ids=words)
+def test_torch_solves_what_numpy_does(layered: Planted, fit: Fit) -> None:
+    """The path of a GPU, on torch's host device."""
+    for pair in (LayerPair("a", (1,), "b", 3), LayerPair("a", (1, 3), "b", 3)):
+        if fit.skip == "identity" and len(pair.source_layers) > 1:
+            continue
+        found = scanned(layered, [pair])[pair.key]
+        here, there = (fit_closed(fit, pair, found, device=device) for device in ("cpu", "torch-cpu"))
+        np.testing.assert_allclose(there.tensors["weight"], here.tensors["weight"], atol=1e-5)
+        assert there.trainable == here.trainable
+        for name, value in here.options.items():
+            assert there.options[name] == (pytest.approx(value, rel=1e-8) if isinstance(value, float) else value)
+        one, two = (baselines(fit, pair, found, 0, device=device)["shuffled"] for device in ("cpu", "torch-cpu"))
+        np.testing.assert_allclose(two.tensors["weight"], one.tensors["weight"], atol=1e-4)  # type: ignore[union-attr]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("fit", FITS, ids=words)
+def test_a_gpu_solves_what_numpy_does(layered: Planted, fit: Fit) -> None:
+    pair = LayerPair("a", (1,), "b", 3)
+    found = scanned(layered, [pair])[pair.key]
+    here, there = (fit_closed(fit, pair, found, device=device) for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(there.tensors["weight"], here.tensors["weight"], atol=1e-5)
+
+
+def test_a_source_of_other_rows_is_decomposed_anew(layered: Planted, rotated: Planted) -> None:
+    solver, fits = Solver(), []
+    for planted in (layered, rotated, layered):
+        found = scanned(planted, [PAIR])[PAIR.key]
+        fits.append(fit_closed(Fit("affine"), PAIR, found, solver=solver).tensors["weight"])
+        np.testing.assert_array_equal(fits[-1], fit_closed(Fit("affine"), PAIR, found).tensors["weight"])
+        # Fewer validation rows, the same train rows.
+        other = replace(found, val=found.train)
+        again = fit_closed(Fit("affine"), PAIR, other, solver=solver).options["lambda"]
+        assert again == fit_closed(Fit("affine"), PAIR, other).options["lambda"]
+    np.testing.assert_array_equal(fits[0], fits[2])
+
+
+@pytest.mark.parametrize("fit", [Fit("procrustes"), Fit("affine"), Fit("linear")], ids=words)
+@pytest.mark.parametrize("device", ["cpu", "torch-cpu"])
+def test_the_options_tell_how_the_source_varies(layered: Planted, fit: Fit, device: str) -> None:
+    found = scanned(layered, [PAIR])[PAIR.key]
+    values = np.linalg.eigvalsh(centered(found.train).gx)
+    options = fit_closed(fit, PAIR, found, device=device).options
+    assert options["gram_min"] == pytest.approx(values[0], rel=1e-8)
+    assert options["gram_max"] == pytest.approx(values[-1], rel=1e-8)
+    np.testing.assert_allclose(Solver(device).gram_values(PAIR, found), values, rtol=1e-8)
+
+
+def test_components_are_counted_and_chosen(layered: Planted) -> None:
+    pair = LayerPair("a", (1,), "b", 2)
+    found = scanned(layered, [pair])[pair.key]
+    few, chosen, whole = (fit_closed(Fit("procrustes", components=k), pair, found) for k in (5, "auto", 24))
+    assert np.linalg.matrix_rank(few.tensors["weight"], tol=1e-4) == few.options["components"] == 5
+    # The planted map is a rotation of everything.
+    assert chosen.options["components"] == 24
+    np.testing.assert_allclose(whole.tensors["weight"], rotation(24, 11), atol=1e-4)
+    with pytest.raises(FitError, match="25 components do not fit widths 24 and 24"):
+        fit_closed(Fit("procrustes", components=25), pair, found)
+    with pytest.raises(FitError, match="components 'some': give a number of principal components, or 'auto'"):
+        fit_closed(Fit("procrustes", components="some"), pair, found)
+    with pytest.raises(FitError, match="type 'affine' has no components"):
+        fit_closed(Fit("affine", components=3), pair, found)
+
+
+def test_a_joint_map_reaches_what_needs_two_layers(layered: Planted) -> None:
+    wanted = [LayerPair("a", layers, "b", 3) for layers in ((1,), (3,), (1, 3), (3, 1))]
+    found = scanned(layered, wanted)
+    maps = [fit_closed(Fit("affine"), pair, found[pair.key]) for pair in wanted]
+    r2 = [validation_r2(one, found[one.pair.key].val) for one in maps]
+    assert max(r2[:2]) < 0.6
+    assert min(r2[2:]) > 1 - 1e-6
+    np.testing.assert_allclose(maps[2].tensors["weight"], np.vstack([rotation(24, 20), rotation(24, 30)]), atol=1e-3)
+    np.testing.assert_allclose(maps[3].tensors["weight"], np.vstack([rotation(24, 30), rotation(24, 20)]), atol=1e-3)
+    turn = fit_closed(Fit("procrustes"), wanted[2], found[wanted[2].key]).tensors["weight"]
+    np.testing.assert_allclose(turn.T @ turn, np.eye(24), atol=1e-5)
+    with pytest.raises(FitError, match="skip 'identity' needs equal widths, not 48 and 24"):
+        fit_closed(Fit("reduced-rank", rank=2, skip="identity"), wanted[2], found[wanted[2].key])
+    with pytest.raises(FitError, match="rank 25 does not fit widths 48 and 24"):
+        fit_closed(Fit("reduced-rank", rank=25), wanted[2], found[wanted[2].key])
+
+
+def test_one_rotation_for_all_layers(tmp_path: Path) -> None:
+    turn = rotation(24, 9)
+    x = {k: 10.0**k * spectrum_rows(3000, 24, k, decay=0.4, mean=2.0) for k in (1, 2)}
+    # The larger layer's own best rotation is another one; in units of their norms both have the same say.
+    y = {1: 0.5 * x[1] @ turn + 3, 2: 2 * x[2] @ turn - 7}
+    planted = plant(tmp_path / "s.zarr", x, y)
+    wanted = [LayerPair("a", (k,), "b", k) for k in (1, 2)]
+    found = scanned(planted, wanted)
+    with_scale = fit_shared_procrustes(wanted, found, scale=True)
+    for pair, scale in zip(wanted, (0.5, 2), strict=True):
+        one = with_scale[pair.key]
+        np.testing.assert_allclose(one.tensors["weight"], scale * turn, atol=1e-4)
+        assert one.options["scale"] == pytest.approx(scale, rel=1e-5)
+        assert validation_r2(one, found[pair.key].val) > 1 - 1e-6
+        np.testing.assert_allclose(one.tensors["mean_source"], found[pair.key].means[0], rtol=1e-6)
+    same = fit_shared_procrustes(wanted, found, scale=False)
+    np.testing.assert_array_equal(*(one.tensors["weight"] for one in same.values()))
+    # Its objective, against the maximum by definition: the nuclear norm of the sum.
+    total = 0.0
+    for pair in wanted:
+        rows = centered(found[pair.key].train)
+        units = [np.sqrt(np.trace(gram) / (rows.n * 24)) for gram in (rows.gx, rows.gy)]
+        total = total + rows.c / (units[0] * units[1])
+    weight = same[wanted[0].key].tensors["weight"].astype(np.float64)
+    assert np.sum(weight * total) == pytest.approx(np.linalg.norm(total, "nuc"), rel=1e-6)
+    with pytest.raises(FitError, match="no layer pairs"):
+        fit_shared_procrustes([], found)
+    with pytest.raises(FitError, match=r"no moments of a:2->b:2"):
+        fit_shared_procrustes(wanted, {wanted[0].key: found[wanted[0].key]})
+    joint = LayerPair("a", (1, 2), "b", 1)
+    with pytest.raises(FitError, match=r"widths .*\(24, 24\), \(48, 24\).* cannot share"):
+        fit_shared_procrustes([wanted[0], joint], found | scanned(planted, [joint]))
 
 
 def test_an_unknown_type_has_no_closed_form(rotated: Planted) -> None:

@@ -168,7 +168,7 @@ def map_of(d_source: int = 6, d_target: int = 6) -> Aligner:
         "control_mean": (d_target,),
     }
     tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    return Aligner(LayerPair("a", 1, "b", 1), tensors)
+    return Aligner(LayerPair("a", (1,), "b", 1), tensors)
 
 
 def states(name: str, aligner: Aligner, n: int = 40, seed: int = 0, rng_seed: int = 0) -> Any:

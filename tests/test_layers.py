@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from planted import plant
 
-from align.layers import LayerPair, choose_models, layer_pairs
+from align.layers import LayerPair, choose_models, joint_pairs, layer_pairs, source_layers
 from featstore.errors import LayerRangeError, SpecError, StoreStateError
 from featstore.store import Store
 
@@ -120,7 +120,29 @@ def test_an_unknown_model_is_named_with_those_there_are(equal: Store, source: st
 
 
 def test_a_pair_knows_its_key_and_its_reverse() -> None:
-    pair = LayerPair("llama", 16, "mistral", 20)
+    pair = LayerPair("llama", (16,), "mistral", 20)
     assert pair.key == "llama:16->mistral:20"
     assert pair.reversed.key == "mistral:20->llama:16"
     assert pair.reversed.reversed == pair
+
+
+def test_a_joint_pair_takes_every_source_layer_to_each_target_layer(equal: Store) -> None:
+    singles = layer_pairs(equal, "a", "b", layers="0,4,8")
+    forward = joint_pairs(singles)
+    assert [pair.key for pair in forward] == ["a:0+4+8->b:0", "a:0+4+8->b:4", "a:0+4+8->b:8"]
+    assert forward[1].source_layers == (0, 4, 8)
+    assert forward[1].source_layer == 8
+    backward = joint_pairs(layer_pairs(equal, "a", "b", layer_map="0:4,4:4,8:6"), backwards=True)
+    assert [pair.key for pair in backward] == ["b:4+6->a:0", "b:4+6->a:4", "b:4+6->a:8"]
+
+
+def test_one_source_layer_is_not_joint(equal: Store) -> None:
+    with pytest.raises(SpecError, match=r"--joint needs at least two source layers, not \(4,\)"):
+        joint_pairs(layer_pairs(equal, "a", "b", layers="4"))
+
+
+def test_source_layers_are_those_named_or_all(equal: Store) -> None:
+    assert source_layers(equal, "a", None) == (0, 2, 4, 8)
+    assert source_layers(equal, "a", "8,50%") == (8, 4) or source_layers(equal, "a", "8,50%") == (4, 8)
+    with pytest.raises(LayerRangeError, match="layer 3 of 'a'"):
+        source_layers(equal, "a", "3")

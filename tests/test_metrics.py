@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,16 @@ import scipy.spatial
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import plant, rotation, spectrum_rows
 from sklearn.metrics import mean_squared_error, r2_score
 from sklearn.metrics.pairwise import paired_cosine_distances
 
 from align.metrics import (
     KEYS,
+    DocumentSums,
     ScoreAccumulator,
     Scorer,
+    add_intervals,
     biased_cka,
     biased_cka_from_moments,
     debiased_cka,
@@ -26,6 +30,8 @@ from align.metrics import (
     document_bootstrap,
     hsic0_linear,
     hsic1_linear,
+    paired_difference,
+    r2_interval,
     retrieval,
     score,
 )
@@ -449,3 +455,177 @@ class TestDocumentBootstrap:
             document_bootstrap(np.array([[1, np.nan]]), (0, 1))
         with pytest.raises(FitError, match="draws"):
             document_bootstrap(np.ones((4, 2)), (0, 1), draws=0)
+
+
+class TestDocumentSums:
+    def rows(self) -> tuple[Any, Any, Any]:
+        y, y_hat = (rows.astype(np.float32) for rows in noisy(20, n=300))
+        return y, y_hat, np.random.default_rng(21).integers(3, 9, 300)
+
+    def filled(self, cuts: list[int]) -> DocumentSums:
+        y, y_hat, document = self.rows()
+        sums = DocumentSums()
+        for p, q, owner in zip(*(np.split(a, sorted(cuts)) for a in (y, y_hat, document)), strict=True):
+            sums.add_targets(owner, p, np.full(12, 1.5))
+            sums.add("map", owner, p, q)
+            sums.add("mean", owner, p, np.full(q.shape, 1.5))
+        return sums
+
+    def test_sums_are_those_of_each_documents_rows(self) -> None:
+        y, y_hat, document = self.rows()
+        sums = self.filled([])
+        assert sums.documents == [3, 4, 5, 6, 7, 8]
+        for place, number in enumerate(sums.documents):
+            own = document == number
+            assert sums.n[place] == own.sum()
+            assert sums.sst[place] == pytest.approx(((y[own].astype(float) - 1.5) ** 2).sum())
+            assert sums.sse["map"][place] == pytest.approx(((y[own] - y_hat[own]).astype(float) ** 2).sum())
+        np.testing.assert_allclose(sums.sse["mean"], sums.sst, rtol=1e-6)
+
+    def test_they_add_up_to_the_scorers_r2(self) -> None:
+        y, y_hat, _ = self.rows()
+        sums = self.filled([100])
+        want = score(y, y_hat, np.full(12, 1.5))[0]["r2"]
+        assert 1 - sums.sse["map"].sum() / sums.sst.sum() == pytest.approx(want, rel=1e-12)
+
+    @settings(max_examples=15, deadline=None)
+    @given(st.lists(st.integers(0, 300), max_size=4))
+    def test_blocks_do_not_matter(self, cuts: list[int]) -> None:
+        whole, parts = self.filled([]).block(), self.filled(cuts).block()
+        assert (parts["documents"], parts["n"]) == (whole["documents"], whole["n"])
+        assert parts["sst"] == pytest.approx(whole["sst"])
+        assert parts["sse"]["map"] == pytest.approx(whole["sse"]["map"])
+
+    def test_a_block_is_json(self) -> None:
+        block = self.filled([]).block()
+        assert json.loads(json.dumps(block, allow_nan=False)) == block
+        assert set(block) == {"documents", "n", "sst", "sse"}
+        assert set(block["sse"]) == {"map", "mean"}
+        assert DocumentSums().block() == {"documents": [], "n": [], "sst": [], "sse": {}}
+
+    def test_maps_may_get_other_names(self) -> None:
+        sums = self.filled([])
+        other = sums.renamed({"map": "ours"}).block()
+        assert other["sse"] == {"ours": sums.block()["sse"]["map"], "mean": sums.block()["sse"]["mean"]}
+        assert (other["documents"], other["sst"]) == (sums.documents, sums.sst.tolist())
+        assert set(sums.sse) == {"map", "mean"}
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        sums, y = DocumentSums(), np.zeros((4, 3))
+        with pytest.raises(FitError, match=r"y has shape \(4, 3\); expected \(n, 2\)"):
+            sums.add_targets(np.zeros(4), y, np.zeros(2))
+        with pytest.raises(FitError, match=r"4 rows came with documents of shape \(3,\)"):
+            sums.add_targets(np.zeros(3), y, np.zeros(3))
+        with pytest.raises(FitError, match="states of map 'map'"):
+            sums.add("map", np.zeros(4), y, y[:3])
+        for missing in (sums, self.filled([])):
+            missing.add("stranger", np.full(4, 77), y, y)
+            with pytest.raises(FitError, match="not scored on the documents of the targets"):
+                missing.block()
+
+    def test_every_map_that_is_scored_is_summed_by_the_stores_documents(self, tmp_path: Any) -> None:
+        from align.fit import Fit, baselines, fit_closed
+        from align.layers import layer_pairs
+        from align.scan import scan
+        from align.scoring import batches_of, score_all
+
+        x = spectrum_rows(1500, 8, 1)
+        planted = plant(tmp_path / "s.zarr", x, x @ rotation(8, 2) + 0.3 * spectrum_rows(1500, 8, 3), documents=30)
+        pairs = planted.store.pairs("a", "b").select()
+        [pair] = layer_pairs(planted.store, "a", "b")
+        [moments] = scan(planted.store, pairs, [pair]).values()
+        fit = Fit("affine")
+        maps = {"map": fit_closed(fit, pair, moments), **baselines(fit, pair, moments, 0), "none": "no such map"}
+        rows = batches_of(planted.store, pair, pairs.where(pairs.split == 2))
+        sums = DocumentSums()
+        scored = score_all(rows, maps, documents=sums)
+        assert scored == score_all(rows, maps)
+        # Of every ten documents the first is a test document; the rows of each, from what was planted.
+        assert sums.documents == [0, 10, 20]
+        assert sums.n.tolist() == [50, 50, 50]
+        mean = planted.y[1][planted.split == 0].mean(axis=0)
+        assert sums.sst[1] == pytest.approx(((planted.y[1][planted.document == 10] - mean) ** 2).sum(), rel=1e-4)
+        assert set(sums.sse) == {"map", "mean", "identity", "random_rotation", "shuffled"}
+        for name, sse in sums.sse.items():
+            figures, _ = scored[name]
+            assert figures is not None
+            assert 1 - sse.sum() / sums.sst.sum() == pytest.approx(figures["r2"], rel=1e-9, abs=1e-12)
+        other = replace(maps["map"], tensors={**maps["map"].tensors, "control_mean": np.ones(8, dtype=np.float32)})
+        with pytest.raises(FitError, match="map 'other' has another train mean than 'map'"):
+            score_all(rows, {"map": maps["map"], "other": other}, documents=DocumentSums())
+        assert score_all(rows, {"none": "no such map"}, documents=DocumentSums())["none"][0] is None
+
+
+class TestIntervals:
+    def test_an_interval_of_r2_covers_the_truth_about_95_times_in_100(self) -> None:
+        covered = 0
+        for seed in range(200):
+            rng = np.random.default_rng(seed)
+            # The share unexplained is 0.3 on average, whatever there is to explain.
+            sst = rng.uniform(50, 150, 60)
+            interval, reason = r2_interval(sst * rng.uniform(0.1, 0.5, 60), sst, draws=400)
+            assert interval is not None
+            assert reason is None
+            covered += interval[0] <= 0.7 <= interval[1]
+        assert 182 <= covered <= 199
+
+    def test_a_difference_is_of_the_same_documents(self) -> None:
+        rng = np.random.default_rng(22)
+        sst, share = rng.uniform(50, 150, 40), rng.uniform(0.1, 0.9, 40)
+        interval, _ = paired_difference((share * sst, sst), ((share + 0.02) * sst, sst))
+        assert interval == pytest.approx((0.02, 0.02))
+        # Resampled apart, the same two would not be told from each other.
+        apart = share[rng.permutation(40)]
+        interval, _ = paired_difference((share * sst, sst), ((apart + 0.02) * sst, sst))
+        assert interval is not None
+        assert interval[0] < 0 < interval[1]
+        with pytest.raises(FitError, match="40 and 39 documents"):
+            paired_difference((sst, sst), (sst[1:], sst[1:]))
+
+    @pytest.mark.parametrize(
+        ("sse", "sst", "words"),
+        [
+            ([1.0], [2.0], "at least 2 test documents, not 1"),
+            ([], [], "not 0"),
+            ([1.0, np.nan], [2.0, 2.0], "not finite"),
+            ([0.0, 0.0], [0.0, 0.0], "equals the train mean"),
+        ],
+    )
+    def test_what_has_no_interval_has_a_reason(self, sse: list[float], sst: list[float], words: str) -> None:
+        interval, reason = r2_interval(np.array(sse), np.array(sst))
+        assert interval is None
+        assert reason is not None
+        assert words in reason
+
+    def entry(self) -> dict[str, Any]:
+        base = {"mean": {"r2": 0.0}, "identity": None, "shuffled": {"r2": None}, "closed_form": {"r2": 0.5}}
+        return {"test": {"r2": 0.7}, "baselines": base, "reasons": {"baselines.shuffled.r2": "it is spoiled"}}
+
+    def test_every_r2_of_the_test_split_gets_one(self) -> None:
+        rng, sums, entry = np.random.default_rng(23), DocumentSums(), self.entry()
+        y = rng.normal(size=(200, 3))
+        owner = np.arange(200) // 20
+        sums.add_targets(owner, y, np.zeros(3))
+        for name, far in (("map", 0.5), ("mean", 1.0), ("shuffled", 2.0)):
+            sums.add(name, owner, y, (1 - far) * y + rng.normal(size=y.shape) / 9)
+        add_intervals(entry, sums)
+        low, high = entry["test"]["r2_ci95"]
+        assert low < 0.75 - 1 / 81 < high
+        assert (low, high) == r2_interval(sums.sse["map"], sums.sst)[0]
+        assert len(entry["baselines"]["mean"]["r2_ci95"]) == 2
+        assert entry["baselines"]["shuffled"]["r2_ci95"] is None
+        assert entry["baselines"]["closed_form"]["r2_ci95"] is None
+        assert entry["baselines"]["identity"] is None
+        assert entry["reasons"] == {
+            "baselines.shuffled.r2": "it is spoiled",
+            "baselines.shuffled.r2_ci95": "it is spoiled",
+            "baselines.closed_form.r2_ci95": "no sums over documents were made of this map",
+        }
+        json.dumps(entry, allow_nan=False)
+
+    def test_without_sums_the_reason_stands_everywhere(self) -> None:
+        entry = self.entry()
+        add_intervals(entry, "no rows here")
+        assert entry["test"]["r2_ci95"] is None
+        places = ("test", "baselines.mean", "baselines.shuffled", "baselines.closed_form")
+        assert [entry["reasons"][f"{place}.r2_ci95"] for place in places] == ["no rows here"] * 4

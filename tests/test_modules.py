@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from align.aligners import Aligner
+from align.layers import LayerPair
+from align.mlp import HiddenLayerMap
 from align.modules import LinearMap, LowRankMap
 from align.moments import centered, moments_of
 from align.solvers import RidgePath, mse_of, reduced_rank, whitening
@@ -178,6 +181,104 @@ class TestLinearMap:
         module = LinearMap(DX, DY, **arrays())
         assert module.trainable_parameters() == DX * DY
         assert module.shipped_parameters() == DX * DY + DX + DY
+
+
+H = 11
+
+
+def hidden_layer(*, with_skip: bool = True, **changes: Any) -> HiddenLayerMap:
+    matrix = np.random.default_rng(1).standard_normal((DX, DY)) if with_skip else None
+    return HiddenLayerMap(DX, DY, H, **{"skip": matrix, **arrays(), **changes})
+
+
+class TestHiddenLayerMap:
+    def test_starts_at_the_skip_map(self) -> None:
+        module, linear = hidden_layer(), low_rank()
+        x = torch.randn(10, DX, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            np.testing.assert_allclose(module(x), linear(x), atol=1e-5)
+            assert module(x).equal(hidden_layer(seed=5)(x))
+        exported = module.export()
+        assert not exported["output_weight"].any()
+        assert not exported["output_bias"].any()
+
+    def test_starts_with_units_of_variance_one_on_whitened_input(self) -> None:
+        module = HiddenLayerMap(400, 3, 300)
+        units = torch.randn(500, 400) @ torch.from_numpy(module.export()["hidden_weight"])
+        assert units.std().item() == pytest.approx(1, rel=0.03)
+        assert torch.equal(module.H, HiddenLayerMap(400, 3, 300).H)
+        assert not torch.equal(module.H, HiddenLayerMap(400, 3, 300, seed=1).H)
+
+    @pytest.mark.parametrize("skip", [True, False])
+    @pytest.mark.parametrize("preconditioned", [True, False])
+    def test_export_is_the_forward_pass_and_the_aligner_s(self, *, skip: bool, preconditioned: bool) -> None:
+        changes = {} if preconditioned else {"preconditioner": None}
+        module = hidden_layer(with_skip=skip, **changes)
+        disturb(module)
+        x = np.random.default_rng(3).standard_normal((6, DX)).astype(np.float32)
+        with torch.no_grad():
+            y_hat = module(torch.from_numpy(x)).numpy()
+        tensors = module.export()
+        shapes = {
+            "skip": (DX, DY),
+            "mean_source": (DX,),
+            "mean_target": (DY,),
+            "hidden_weight": (DX, H),
+            "hidden_bias": (H,),
+            "output_weight": (H, DY),
+            "output_bias": (DY,),
+        }
+        if not skip:
+            del shapes["skip"]
+        assert {name: tensor.shape for name, tensor in tensors.items()} == shapes
+        assert all(tensor.dtype == np.float32 for tensor in tensors.values())
+        double = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+        centred = x - double["mean_source"]
+        units = centred @ double["hidden_weight"] + double["hidden_bias"]
+        expected = units / (1 + np.exp(-units)) @ double["output_weight"] + double["output_bias"]
+        expected += double["mean_target"] + (centred @ double["skip"] if skip else 0)
+        np.testing.assert_allclose(y_hat, expected, rtol=1e-4, atol=1e-4)
+        controls = {"control_mean_source": tensors["mean_source"], "control_mean": tensors["mean_target"]}
+        aligner = Aligner(LayerPair("a", (1,), "b", 1), {**tensors, **controls}, kind="mlp")
+        np.testing.assert_allclose(aligner.apply(x), expected, rtol=1e-4, atol=1e-4)
+        assert aligner.shipped == module.shipped_parameters()
+
+    def test_counts(self) -> None:
+        trained = DX * H + H + H * DY + DY
+        assert hidden_layer().trainable_parameters() == trained
+        assert hidden_layer().shipped_parameters() == trained + DX * DY + DX + DY
+        assert hidden_layer(with_skip=False).shipped_parameters() == trained + DX + DY
+
+    def test_bad_input_is_named(self) -> None:
+        with pytest.raises(FitError, match="--hidden 0: a hidden layer needs at least 1 unit"):
+            HiddenLayerMap(DX, DY, 0)
+        with pytest.raises(FitError, match="skip has shape"):
+            hidden_layer(skip=np.zeros((DY, DX)))
+
+
+@pytest.mark.parametrize("kind", ["lora", "mlp", "affine"])
+def test_mixed_precision_leaves_small_directions_alone(kind: str) -> None:
+    # One direction a thousand times the rest; whitened, all are alike. Rounded before P, the small ones would be noise.
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((40, 40)))[0]
+    scales = np.r_[1000.0, np.ones(39)]
+    x = torch.from_numpy(rng.standard_normal((300, 40)) * scales @ basis).float()
+    common: dict[str, Any] = {"preconditioner": basis.T / scales @ basis}
+    modules: dict[str, Any] = {
+        "lora": lambda: LowRankMap(40, 8, 8, **common),
+        "mlp": lambda: HiddenLayerMap(40, 8, 16, **common),
+        "affine": lambda: LinearMap(40, 8, **common),
+    }
+    module = modules[kind]()
+    disturb(module)
+    with torch.no_grad():
+        exact = module(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = module(x)
+    assert rounded.dtype == torch.float32
+    assert (rounded != exact).any(), "mixed precision was not on"
+    error = (rounded - exact).std() / exact.std()
+    assert error < 0.01
 
 
 def anisotropic(seed: int) -> tuple[Any, Any]:

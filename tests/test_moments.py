@@ -14,6 +14,7 @@ from align.moments import (
     Moments,
     about,
     centered,
+    end_to_end,
     means,
     merge,
     moments_of,
@@ -23,6 +24,7 @@ from align.moments import (
 )
 from featstore.errors import FitError
 from featstore.store import sums as module
+from featstore.store.sums import BlockSums, assemble
 
 seeds = st.integers(0, 2**32 - 1)
 widths = st.integers(1, 6)
@@ -196,3 +198,35 @@ def test_shapes_are_checked() -> None:
         moved(m, np.zeros(3), np.zeros(2))
     with pytest.raises(FitError, match="not finite"):
         about(m, np.array([0, np.nan]), np.zeros(2))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.lists(widths, min_size=1, max_size=4), widths, st.integers(1, 40))
+def test_layers_end_to_end_are_the_rows_concatenated(seed: int, several: list[int], dy: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = {k: rng.standard_normal((n, w)) + k for k, w in enumerate([*several, dy])}
+    origins = {k: k + 0.3 * rng.standard_normal(v.shape[1]) for k, v in rows.items()}
+    y = len(several)
+    sums = BlockSums(origins, [(k, j) for k in rows for j in rows], dtype=np.float64)
+    sums.add(rows)
+    blocks = sums.blocks()
+    cross = end_to_end([blocks[k, y] for k in range(y)])
+    own = end_to_end([end_to_end([blocks[k, j] for k in range(y)]).swapped for j in range(y)])
+    x, origin = (np.concatenate([part[k] for k in range(y)], axis=-1) for part in (rows, origins))
+    got = assemble(origin, origins[y], cross, own, blocks[y, y])
+    assert_same(got, moments_of(x, rows[y], origin, origins[y]))
+    assert_same(paired_with_itself(got, "x"), moments_of(x, x, origin, origin))
+
+
+def test_blocks_that_do_not_belong_together_are_not_laid_end_to_end() -> None:
+    rng = np.random.default_rng(0)
+    found = []
+    for n in (5, 6, 6):
+        sums = BlockSums({k: np.zeros(2) for k in "xy"}, [("x", "y")], dtype=np.float64)
+        sums.add({k: rng.standard_normal((n, 2)) for k in "xy"})
+        found.append(sums.blocks()["x", "y"])
+    for wrong in (found[:2], found[1:]):
+        with pytest.raises(FitError, match="different rows"):
+            end_to_end(wrong)
+    with pytest.raises(FitError, match="no blocks"):
+        end_to_end([])

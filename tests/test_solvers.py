@@ -19,13 +19,20 @@ from align.solvers import (
     ReducedRank,
     RidgePath,
     Spectrum,
+    component_grid,
     lambda_grid,
     mse_of,
     procrustes,
     random_orthogonal,
     reduced_rank,
+    rotate,
+    select_every_rank,
     select_reduced_rank,
     select_ridge,
+    select_truncated_procrustes,
+    to_device,
+    to_numpy,
+    truncated_procrustes,
     whitening,
 )
 from featstore.errors import FitError
@@ -384,3 +391,180 @@ def test_bad_scatter_is_named() -> None:
         RidgePath(np.eye(4), np.ones((4, 2))).mse(val, [0.1])
     with pytest.raises(FitError, match="weight has shape"):
         mse_of(np.eye(5), val)
+
+
+def planted_scatters(seed: int = 30, dx: int = 9, dy: int = 7, n: int = 120) -> tuple[Scatter, Scatter]:
+    rng = rng_of(seed)
+    x = states(rng, n, dx)
+    y = x @ rng.standard_normal((dx, dy)) + 8 * rng.standard_normal((n, dy))
+    return scatters(x, y, n * 2 // 3)
+
+
+class TestTruncated:
+    @pytest.mark.parametrize(("dx", "dy"), [(7, 7), (9, 5), (5, 9)])
+    @pytest.mark.parametrize("scale", [False, True])
+    def test_full_width_is_procrustes(self, dx: int, dy: int, *, scale: bool) -> None:
+        train, _ = planted_scatters(31, dx, dy)
+        weight, factor = truncated_procrustes(train.c, train.gx, train.gy, max(dx, dy), scale=scale)
+        expected, wanted = procrustes(train.c, train.gx, scale=scale)
+        np.testing.assert_allclose(weight, expected, atol=1e-12)
+        assert factor == pytest.approx(wanted, rel=1e-9)
+
+    def test_is_the_rotation_of_the_principal_scores(self) -> None:
+        rng = rng_of(32)
+        xc, yc, gx, c = centred_moments(states(rng, 80, 7), states(rng, 80, 6))
+        vx, vy = np.linalg.svd(xc)[2][:3].T, np.linalg.svd(yc)[2][:3].T
+        inner, _ = scipy.linalg.orthogonal_procrustes(xc @ vx, yc @ vy)
+        weight, factor = truncated_procrustes(c, gx, yc.T @ yc, 3, scale=True)
+        np.testing.assert_allclose(weight, vx @ inner @ vy.T, atol=1e-9)
+        flat = (xc @ weight).ravel()
+        assert factor == pytest.approx(flat @ yc.ravel() / (flat @ flat))
+
+    @pytest.mark.parametrize("scale", [False, True])
+    def test_path_of_errors_is_that_of_the_maps(self, *, scale: bool) -> None:
+        train, val = planted_scatters(33)
+        choice = select_truncated_procrustes(train, val, scale=scale)
+        assert choice.grid.tolist() == component_grid(9, 7) == [1, 2, 4, 9]
+        for k, error in zip(choice.grid, choice.val_mse, strict=True):
+            weight, factor = truncated_procrustes(train.c, train.gx, train.gy, int(k), scale=scale)
+            assert mse_of(factor * weight, val) == pytest.approx(error, rel=1e-9)
+        assert choice.components == choice.grid[np.argmin(choice.val_mse)]
+        assert mse_of(choice.scale * choice.weight, val) == pytest.approx(choice.val_mse.min(), rel=1e-9)
+
+    def test_few_rows_choose_few_axes(self) -> None:
+        rng = rng_of(34)
+        turn = random_orthogonal(32, 32, rng)
+        x = rng.standard_normal((60, 32)) * np.r_[np.full(4, 10.0), np.full(28, 1.0)]
+        # Only the loud directions mean anything; to turn the others adds their energy to the error.
+        y = x[:, :4] @ turn[:4] + 0.5 * rng.standard_normal((60, 32))
+        train, val = scatters(x, y, 30)
+        choice = select_truncated_procrustes(train, val)
+        assert choice.components == 4
+        assert choice.val_mse.min() < choice.val_mse[-1]
+
+    def test_components_must_fit(self) -> None:
+        train, val = planted_scatters()
+        for k in (0, 10):
+            with pytest.raises(FitError, match=f"{k} components .* use 1 to 9"):
+                truncated_procrustes(train.c, train.gx, train.gy, k)
+        with pytest.raises(FitError, match="no number of components"):
+            select_truncated_procrustes(train, val, [])
+        with pytest.raises(FitError, match="gy has width 9"):
+            truncated_procrustes(train.c, train.gx, train.gx, 2)
+
+
+class TestEveryRank:
+    @pytest.mark.parametrize("with_skip", [False, True])
+    def test_finds_what_trying_everything_finds(self, *, with_skip: bool) -> None:
+        train, val = planted_scatters(40)
+        skip = procrustes(train.c, train.gx)[0] if with_skip else None
+        few = select_every_rank(train, val, [2, 7, 4], skip=skip)
+        every = select_every_rank(train, val, [2, 7, 4], skip=skip, search="all")
+        assert list(few) == [2, 7, 4]
+        for rank, choice in few.items():
+            assert len(every[rank].lambdas) == 15
+            assert choice.lam == every[rank].lam == every[rank].lambdas[np.argmin(every[rank].val_mse)]
+            for lam, error in zip(choice.lambdas, choice.val_mse, strict=True):
+                a, b = reduced_rank(train.gx, train.c, rank, lam, skip)
+                assert mse_of(a @ b if skip is None else skip + a @ b, val) == pytest.approx(error, rel=1e-9)
+            alone = reduced_rank(train.gx, train.c, rank, choice.lam, skip)
+            np.testing.assert_allclose(choice.weight, alone[0] @ alone[1], atol=1e-8)
+
+    def test_tries_few_strengths(self) -> None:
+        train, val = planted_scatters(41, 40, 40, 3000)
+        assert len(select_reduced_rank(train, val, 8).lambdas) <= 7
+
+    def test_shared_rotation_gives_the_same(self) -> None:
+        train, val = planted_scatters(42)
+        pair = rotate(train, val)
+        np.testing.assert_array_equal(select_ridge(train, val, rotated=pair).weight, select_ridge(train, val).weight)
+        other = Scatter(train.n, train.mean_x, train.mean_y, train.gx, train.gy, 2 * train.c)
+        again = rotate(other, val, like=pair)
+        np.testing.assert_allclose(again.c, 2 * pair.c)
+        assert again.spectrum is pair.spectrum
+        with pytest.raises(FitError, match="other moments"):
+            select_ridge(other, val, rotated=pair)
+        strange = Scatter(train.n, train.mean_x, train.mean_y, 2 * train.gx, train.gy, train.c)
+        with pytest.raises(FitError, match="other source rows"):
+            rotate(strange, val, like=pair)
+
+    def test_refuses(self) -> None:
+        train, val = planted_scatters()
+        with pytest.raises(FitError, match="no ranks"):
+            select_every_rank(train, val, [])
+        with pytest.raises(FitError, match="rank 8 does not fit"):
+            select_every_rank(train, val, [2, 8])
+        with pytest.raises(FitError, match="'guess'"):
+            select_every_rank(train, val, [2], search="guess")  # type: ignore[arg-type]
+
+
+def on(scatter: Scatter, device: str) -> Scatter:
+    torch = pytest.importorskip("torch")
+    parts = (scatter.mean_x, scatter.mean_y, scatter.gx, scatter.gy, scatter.c)
+    return Scatter(scatter.n, *(torch.tensor(part, dtype=torch.float64, device=device) for part in parts))
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not has_cuda(), reason="no CUDA device here")])
+
+
+def attributes(choice: Any, *names: str) -> tuple[Any, ...]:
+    return tuple(getattr(choice, name) for name in names)
+
+
+ACROSS: dict[str, Any] = {
+    "procrustes": lambda t, v: procrustes(t.c, t.gx, scale=True),
+    "truncated": lambda t, v: truncated_procrustes(t.c, t.gx, t.gy, 3, scale=True),
+    "select_truncated": lambda t, v: attributes(select_truncated_procrustes(t, v), "weight", "scale", "val_mse"),
+    "spectrum": lambda t, v: (Spectrum.of(t.gx).values, Spectrum.of(t.gx).mean, Spectrum.of(t.gx).damped(0.1)),
+    "ridge": lambda t, v: (RidgePath(t.gx, t.c).weight(0.1), RidgePath(t.gx, t.c).mse(v, [0.0, 0.1])),
+    "select_ridge": lambda t, v: attributes(select_ridge(t, v), "weight", "lam", "val_mse"),
+    "reduced_rank": lambda t, v: np.matmul(*map(to_numpy, reduced_rank(t.gx, t.c, 3, 0.1))),
+    "reduced_rank_errors": lambda t, v: ReducedRank(t.gx, t.c, 0.1, max_rank=4, skip=t.c / 100).mse(v),
+    "select_reduced_rank": lambda t, v: attributes(select_reduced_rank(t, v, 3), "weight", "lam", "val_mse"),
+    "whitening": lambda t, v: whitening(t.gx, t.n),
+    "mse_of": lambda t, v: mse_of(t.c / 100, v),
+}
+
+
+@pytest.mark.parametrize("name", ACROSS)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_torch_gives_what_numpy_gives(name: str, device: str) -> None:
+    import torch
+
+    train, val = planted_scatters(50)
+    expected = ACROSS[name](train, val)
+    found = ACROSS[name](on(train, device), on(val, device))
+    pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
+    for want, have in pairs:
+        assert not isinstance(have, torch.Tensor) or have.device.type == device
+        np.testing.assert_allclose(to_numpy(have), want, rtol=1e-8, atol=1e-10)
+
+
+def test_matrices_come_back_as_they_went_in() -> None:
+    import torch
+
+    train, val = (on(s, "cpu") for s in planted_scatters(51))
+    for matrix in (procrustes(train.c, train.gx)[0], *select_reduced_rank(train, val, 2).factors,
+                   select_ridge(train, val).weight, select_truncated_procrustes(train, val).weight):  # fmt: skip
+        assert isinstance(matrix, torch.Tensor)
+        assert matrix.dtype == torch.float64
+    assert isinstance(select_ridge(train, val).val_mse, np.ndarray)
+
+
+def test_devices() -> None:
+    train, _ = planted_scatters(52)
+    same = to_device(train, "cpu")
+    assert same.gx is train.gx
+    back = to_device(on(train, "cpu"), "cpu")
+    assert isinstance(back.c, np.ndarray)
+    np.testing.assert_array_equal(back.c, train.c)
+    with pytest.raises(FitError, match="'warp'"):
+        to_device(train, "warp")
+    with pytest.raises(FitError, match="bring both to one device"):
+        procrustes(on(train, "cpu").c, train.gx, scale=True)

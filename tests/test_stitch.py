@@ -196,7 +196,7 @@ def entry_of(losses: dict[str, tuple[float, float]], source: str = "a") -> dict[
         for n in TOKENS
     ]
     run = _Stitcher(None, None, windows, seed=0)  # type: ignore[arg-type]
-    pair = LayerPair(source, 1, "b", 2)
+    pair = LayerPair(source, (1,), "b", 2)
     run._identical[pair.key] = True
     for name, values in losses.items():
         tally = run._tallies[pair.key, name] = Tally()

@@ -20,11 +20,12 @@ from test_moments import assert_same
 
 from align.aligners import Aligner, load_adapter
 from align.cka import compare_layers
-from align.fit import Fit, as_if_shuffled, baselines, fit_closed, scan, stored_scan, usable_moments
+from align.fit import Fit, baselines, fit_closed
 from align.layers import LayerPair
 from align.metrics import RETRIEVAL_KEYS, score
 from align.moment_scores import NEEDS_ROWS, score_moments
 from align.moments import centered
+from align.scan import as_if_shuffled, scan, stored_scan, usable_moments
 from align.train import describe
 from featstore.errors import CorruptDataError, FitError, SpecError, StoreBusyError, StoreStateError
 from featstore.store import moments as module
@@ -358,7 +359,7 @@ def test_a_row_that_is_not_finite_is_named() -> None:
 # What align makes of them.
 
 N, D = 6000, 24
-PAIR = LayerPair("a", 1, "b", 1)
+PAIR = LayerPair("a", (1,), "b", 1)
 SITES = (("a", 1), ("b", 1))
 
 

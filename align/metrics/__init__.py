@@ -1,0 +1,44 @@
+"""Scores of predicted target states against true ones: arrays in, figures out.
+
+A figure that cannot be computed is ``None`` (or NaN for a single CKA) with a reason beside it; bad
+data never raises and never warns. The keys are those of a block of ``metrics.json``
+(docs/architecture.md).
+"""
+
+from align.metrics.bootstrap import document_bootstrap
+from align.metrics.documents import DocumentSums, add_intervals, paired_difference, r2_interval
+from align.metrics.retrieval import RETRIEVAL_KEYS, retrieval
+from align.metrics.rows import ROW_KEYS, TOP_DIMS_SHARE, Figures, Reasons, ScoreAccumulator
+from align.metrics.scorer import KEYS, Scorer, score
+from align.metrics.similarity import (
+    biased_cka,
+    biased_cka_from_moments,
+    debiased_cka,
+    debiased_cka_from_moments,
+    hsic0_linear,
+    hsic1_linear,
+)
+
+__all__ = [
+    "KEYS",
+    "RETRIEVAL_KEYS",
+    "ROW_KEYS",
+    "TOP_DIMS_SHARE",
+    "DocumentSums",
+    "Figures",
+    "Reasons",
+    "ScoreAccumulator",
+    "Scorer",
+    "add_intervals",
+    "biased_cka",
+    "biased_cka_from_moments",
+    "debiased_cka",
+    "debiased_cka_from_moments",
+    "document_bootstrap",
+    "hsic0_linear",
+    "hsic1_linear",
+    "paired_difference",
+    "r2_interval",
+    "retrieval",
+    "score",
+]

@@ -1,0 +1,140 @@
+"""Every figure of a ``metrics.json`` block over a stream of blocks of rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from align.metrics.retrieval import RETRIEVAL_KEYS, rank_of_partners
+from align.metrics.rows import ROW_KEYS, Figures, Reasons, ScoreAccumulator
+from align.metrics.similarity import debiased_cka
+from align.moments import Rows
+from featstore.errors import FitError
+
+#: Every key of a block, in the order of docs/architecture.md.
+KEYS = (*ROW_KEYS, "cka_debiased", *RETRIEVAL_KEYS, "retrieval_gallery", "n")
+
+
+class _Sample:
+    """Keeps a subset of a stream of known length: which rows depends on the seed alone."""
+
+    def __init__(self, total: int, size: int, rng: np.random.Generator) -> None:
+        self._wanted = np.sort(rng.choice(total, size=min(size, total), replace=False))
+        self._kept: list[tuple[Rows, Rows]] = []
+
+    def update(self, start: int, y: Rows, y_hat: Rows) -> None:
+        low, high = np.searchsorted(self._wanted, [start, start + len(y)])
+        take = self._wanted[low:high] - start
+        # Fancy indexing copies, so the caller's buffers can be reused.
+        self._kept.append((y[take], y_hat[take]))
+
+    def rows(self) -> tuple[Rows, Rows]:
+        y, y_hat = zip(*self._kept, strict=True)
+        return np.concatenate(y), np.concatenate(y_hat)
+
+
+class Scorer:
+    """Every figure of a ``metrics.json`` block over a stream of blocks.
+
+    Row figures use all rows; CKA and retrieval use two fixed random subsets, the same however the
+    rows are cut into blocks and the same for every aligner scored with this seed.
+
+    Args:
+        mean_train_y: (dy,) mean target state over the train rows.
+        total: How many rows will come.
+        gallery: Rows of the retrieval gallery, at most.
+        cka_rows: Rows for CKA, at most.
+        seed: Chooses the subsets.
+
+    Raises:
+        FitError: The mean is not a finite vector, or a count is negative.
+    """
+
+    def __init__(
+        self,
+        mean_train_y: ArrayLike,
+        total: int,
+        *,
+        gallery: int = 512,
+        cka_rows: int = 16_384,
+        seed: int = 0,
+    ) -> None:
+        if min(total, gallery, cka_rows) < 0:
+            raise FitError(f"counts cannot be negative: {total}, {gallery}, {cka_rows}")
+        self._rows = ScoreAccumulator(mean_train_y)
+        self._total = total
+        rng_gallery, rng_cka = np.random.default_rng(seed).spawn(2)
+        self._gallery = _Sample(total, gallery, rng_gallery)
+        self._cka = _Sample(total, cka_rows, rng_cka)
+
+    def update(self, y: Rows, y_hat: Rows) -> None:
+        """Add the next rows, in order.
+
+        Args:
+            y: (m, dy) true target states.
+            y_hat: (m, dy) predicted ones.
+
+        Raises:
+            FitError: Shapes do not fit, or more rows come than announced.
+        """
+        start = self._rows.n
+        if start + len(y) > self._total:
+            raise FitError(f"{start + len(y)} rows came, {self._total} were announced")
+        self._rows.update(y, y_hat)
+        for sample in (self._gallery, self._cka):
+            sample.update(start, np.asarray(y), np.asarray(y_hat))
+
+    def result(self) -> tuple[Figures, Reasons]:
+        """The block with all of :data:`KEYS`, and a reason for each None."""
+        found, reasons = self._rows.result(), self._rows.reasons()
+        if self._rows.n == 0:
+            found["retrieval_gallery"] = 0
+            missing = ("cka_debiased", *RETRIEVAL_KEYS)
+            reasons.update(dict.fromkeys(missing, "no rows"))
+        else:
+            gallery, reason = rank_of_partners(*self._gallery.rows(), self._rows.mean)
+            found.update(gallery)
+            if reason:
+                reasons.update(dict.fromkeys(RETRIEVAL_KEYS, reason))
+            try:
+                cka, reason = debiased_cka(*self._cka.rows())
+            except FitError as error:
+                cka, reason = math.nan, str(error)
+            if reason:
+                reasons["cka_debiased"] = reason
+            else:
+                found["cka_debiased"] = cka
+        return {key: found.get(key) for key in KEYS}, reasons
+
+
+def score(
+    y: Rows,
+    y_hat: Rows,
+    mean_train_y: ArrayLike,
+    *,
+    gallery: int = 512,
+    cka_rows: int = 16_384,
+    seed: int = 0,
+) -> tuple[Figures, Reasons]:
+    """Every figure of a ``metrics.json`` block from rows in memory; see :class:`Scorer`.
+
+    Args:
+        y: (n, dy) true target states.
+        y_hat: (n, dy) predicted ones.
+        mean_train_y: (dy,) mean target state over the train rows.
+        gallery: Rows of the retrieval gallery, at most.
+        cka_rows: Rows for CKA, at most.
+        seed: Chooses the subsets.
+
+    Returns:
+        The figures by key, and a reason for each that is None.
+
+    Raises:
+        FitError: Shapes do not fit.
+    """
+    scorer = Scorer(mean_train_y, len(y), gallery=gallery, cka_rows=cka_rows, seed=seed)
+    for start in range(0, len(y), 8192):
+        scorer.update(y[start : start + 8192], y_hat[start : start + 8192])
+    return scorer.result()

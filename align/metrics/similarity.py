@@ -1,0 +1,133 @@
+"""Linear CKA from moments or rows: unbiased HSIC_1 (Song et al. 2012) by default, biased HSIC_0 beside it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from align.moments import Moments, Rows, means, moments_of, moved, paired_with_itself
+from featstore.errors import FitError
+
+
+def _centred(m: Moments) -> Moments:
+    return moved(m, *means(m))
+
+
+def _hsic1_centred(m: Moments) -> tuple[float, float]:
+    """HSIC_1 of moments about the mean, and the size of the terms it is the difference of."""
+    n = m.n
+    fro, diagonal = float(np.sum(m.c * m.c)), n / (n - 2) * m.d
+    product = m.a * m.b / ((n - 1) * (n - 2))
+    return (fro - diagonal + product) / (n * (n - 3)), (fro + diagonal + product) / (n * (n - 3))
+
+
+def hsic1_linear(m: Moments) -> float:
+    """Unbiased HSIC_1 (Song et al. 2012) with linear kernels, from moments about any origin.
+
+    [ |C|_F^2 - n/(n-2) D + AB/((n-1)(n-2)) ] / (n(n-3)) about the mean. May be negative. NaN below
+    4 rows.
+
+    Args:
+        m: Moments of the pairs; ``paired_with_itself(m, "x")`` for a self term.
+    """
+    return _hsic1_centred(_centred(m))[0] if m.n >= 4 else math.nan
+
+
+def hsic0_linear(m: Moments) -> float:
+    """Biased HSIC_0 = |Xc'Yc|_F^2 / (n-1)^2 with linear kernels; NaN below 2 rows.
+
+    Args:
+        m: Moments of the pairs about any origin.
+    """
+    return float(np.sum(_centred(m).c ** 2)) / (m.n - 1) ** 2 if m.n >= 2 else math.nan
+
+
+def _constant_side(m: Moments) -> str | None:
+    """Name the side whose rows are equal to the float32 rounding of their mean."""
+    for name, origin, spread in (("first", m.origin_x, m.a), ("second", m.origin_y, m.b)):
+        eps = float(np.finfo(np.float32).eps)
+        if spread <= m.n * eps * eps * float(origin @ origin):
+            return f"the {name} set of states does not vary"
+    return None
+
+
+def debiased_cka_from_moments(m: Moments) -> tuple[float, str | None]:
+    """CKA with unbiased HSIC_1 and linear kernels; about 0 for independent data of any width.
+
+    Never clamped: it may be slightly negative or, at small n, exceed 1 by noise.
+
+    Args:
+        m: Moments of the pairs about any origin.
+
+    Returns:
+        ``(value, None)``, or ``(nan, reason)`` below 4 rows or where a side has no similarity
+        structure (self-HSIC zero or below, to rounding).
+    """
+    if m.n < 4:
+        return math.nan, f"debiased CKA needs at least 4 rows, not {m.n}"
+    m = _centred(m)
+    if reason := _constant_side(m):
+        return math.nan, reason
+    selves = []
+    for name, side in (("first", "x"), ("second", "y")):
+        value, size = _hsic1_centred(paired_with_itself(m, side))
+        # A self-HSIC is never negative in exact arithmetic; at this size only rounding is left.
+        if not value > 1e-12 * size:
+            return math.nan, f"self-HSIC of the {name} set of states is not positive"
+        selves.append(value)
+    return _hsic1_centred(m)[0] / math.sqrt(selves[0] * selves[1]), None
+
+
+def biased_cka_from_moments(m: Moments) -> tuple[float, str | None]:
+    """CKA with the biased HSIC_0 and linear kernels: near 1 for *any* data when n is below d.
+
+    Args:
+        m: Moments of the pairs about any origin.
+
+    Returns:
+        ``(value, None)``, or ``(nan, reason)`` below 2 rows or where a side does not vary.
+    """
+    if m.n < 2:
+        return math.nan, f"CKA needs at least 2 rows, not {m.n}"
+    m = _centred(m)
+    if reason := _constant_side(m):
+        return math.nan, reason
+    norms = float(np.linalg.norm(m.gx)) * float(np.linalg.norm(m.gy))
+    return float(np.sum(m.c * m.c)) / norms, None
+
+
+def _moments_near_mean(x: Rows, y: Rows) -> Moments:
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise FitError("a true or predicted state is not finite")
+    return moments_of(x, y, *(np.mean(r, axis=0, dtype=np.float64) for r in (x, y)))
+
+
+def debiased_cka(x: Rows, y: Rows) -> tuple[float, str | None]:
+    """:func:`debiased_cka_from_moments` of rows in memory.
+
+    Args:
+        x: (n, dx).
+        y: (n, dy), the i-th row paired with the i-th of ``x``.
+
+    Raises:
+        FitError: Shapes do not fit or a row is not finite.
+    """
+    if len(x) < 4:
+        return math.nan, f"debiased CKA needs at least 4 rows, not {len(x)}"
+    return debiased_cka_from_moments(_moments_near_mean(x, y))
+
+
+def biased_cka(x: Rows, y: Rows) -> tuple[float, str | None]:
+    """:func:`biased_cka_from_moments` of rows in memory.
+
+    Args:
+        x: (n, dx).
+        y: (n, dy), the i-th row paired with the i-th of ``x``.
+
+    Raises:
+        FitError: Shapes do not fit or a row is not finite.
+    """
+    if len(x) < 2:
+        return math.nan, f"CKA needs at least 2 rows, not {len(x)}"
+    return biased_cka_from_moments(_moments_near_mean(x, y))
