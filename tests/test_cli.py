@@ -27,7 +27,7 @@ Capture = pytest.CaptureFixture[str]
 
 COMMANDS = {
     "featstore": ("extract", "info", "inspect", "verify", "convert", "pair", "moments", "doctor", "calibrate", "demo"),
-    "align": ("train", "cka", "compare"),
+    "align": ("train", "sweep", "cka", "compare"),
     "evaluate": ("stitch", "generate", "report"),
 }
 
@@ -82,9 +82,9 @@ def test_modules_run_as_commands(run_cli: Callable[..., subprocess.CompletedProc
     assert done.stdout.count("\n") == 1
     assert set(strict_json(done.stdout)["models"]) == {"llama", "mistral"}
     assert done.stderr == ""
-    wrong = run_cli("align", "train", "--store", tiny_store, "--type", "mlp")
+    wrong = run_cli("align", "train", "--store", tiny_store, "--type", "gan")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr.startswith("align: type 'mlp'")
+    assert wrong.stderr.startswith("align: type 'gan'")
     assert wrong.stderr.count("\n") == 1
 
 
@@ -176,7 +176,7 @@ def test_stitch_and_generate_print_one_object(tiny_store: Path, run: Path, tmp_p
 # One clear line.
 
 REFUSALS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "unknown type": ("align train --store STORE --type mlp", ("type 'mlp'", "procrustes")),
+    "unknown type": ("align train --store STORE --type gan", ("type 'gan'", "procrustes")),
     "unknown solver": ("align train --store STORE --solver sgd", ("solver 'sgd'", "adamw")),
     "unknown source": ("align train --store STORE --source gemma", ("'gemma'", "it holds llama, mistral")),
     "unknown target": ("align train --store STORE --target gemma", ("'gemma'", "it holds llama, mistral")),
@@ -266,6 +266,25 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...]]] = {
     "generate below a file": ("evaluate generate --adapter RUN --out FILE/a", ("--out", "FILE", "lies below a file")),
     "report below a file": ("evaluate report RUN --out FILE/r.html", ("--out", "FILE/r.html", "lies below a file")),
     "report into a directory": ("evaluate report RUN --out EMPTY", ("EMPTY", "is a directory", "report.html")),
+    "resume without a place": ("align train --resume", ("--resume needs --out", "interrupted run")),
+    "resume of nothing": ("align train --resume --out EMPTY", ("EMPTY", "holds no interrupted run")),
+    "resume of a whole run": ("align train --resume --out RUN", ("RUN", "there is nothing to resume")),
+    "joint of one": ("align train --store STORE --joint --layers 2", ("--joint needs at least two source layers", "2")),
+    "shared mlp": ("align train --store STORE --type mlp --shared", ("--shared", "'mlp'", "procrustes, affine, lora")),
+    "components": ("align train --store STORE --components many", ("--components 'many'", "auto")),
+    "components above width": ("align train --store STORE --components 99", ("99",)),
+    "precision": ("align train --store STORE --type lora --precision fp4", ("'fp4'", "bfloat16")),
+    "tracker": ("align train --store STORE --type lora --tracker paper", ("'paper'", "tensorboard, wandb, none")),
+    "tracker not there": ("align train --store STORE --type lora --rank 4 --tracker wandb", ("wandb", "pip install")),
+    "latent width": (
+        "align train --store STORE --type compress --latent-dim 99 --tracker none",
+        ("99",),
+    ),
+    "models of a closed form": ("align train --store STORE --eval-models", ("--eval-models", "evaluate stitch")),
+    "sweep of an unknown type": ("align sweep --store STORE --types gan", ("--types 'gan'", "procrustes")),
+    "sweep of ranks of nothing": ("align sweep --store STORE --types affine --ranks 4", ("--ranks 4", "leave it out")),
+    "sweep of no numbers": ("align sweep --store STORE --types lora --ranks x", ("--ranks 'x'", "whole numbers")),
+    "sweep of a format": ("align sweep --store STORE --types affine --formats int3", ("int3",)),
     "a file as store of cka": ("align cka --store FILE", ("FILE", "not a feature store")),
     "a file as store of stitch": ("evaluate stitch --store FILE --adapter RUN", ("FILE", "not a feature store")),
     "a file as store of info": ("featstore info FILE", ("FILE", "not a feature store")),
@@ -301,7 +320,7 @@ def test_a_wrong_word_is_one_line_with_the_value_and_the_remedy(
 ) -> None:
     line, expected = REFUSALS[case]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("align.cli.SCHEDULER_SECONDS", 0.5)
+    monkeypatch.setattr("align.resources.SCHEDULER_SECONDS", 0.5)
 
     def meant(word: str) -> str:
         """The word with a leading capital one replaced by its place."""
