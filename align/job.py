@@ -12,6 +12,7 @@ from align.layers import LayerPair, choose_models, joint_pairs, layer_pairs, sou
 from align.scan import limit_rows, need_rows, sites_of, usable_moments
 from align.settings import Settings, check
 from featstore.corpus import TRAIN
+from featstore.errors import FitError
 from featstore.provenance import versions
 from featstore.store import Store, open_store
 from featstore.store.moments import StoredMoments
@@ -94,12 +95,26 @@ def resolve(settings: Settings) -> Job:
         rank = settings.loop.rank if settings.type != "mlp" else 1
         skip = "procrustes" if projected else settings.loop.skip
         check_low_rank(rank, skip, store.model(source).width, store.model(target).width)
+    _check_sizes(settings, store.model(source).width, store.model(target).width)
     ways = [False] + ([True] if settings.both and source != target else [])
     directions = []
     for backwards in ways:
         a, b = (target, source) if backwards else (source, target)
         directions.append(_direction(store, settings, a, b, _wanted(store, settings, source, target, backwards)))
     return Job(settings, store, directions)
+
+
+def _check_sizes(settings: Settings, dx: int, dy: int) -> None:
+    """Refuse dimensions that the states do not have, before anything is read."""
+    components, most = settings.components, max(dx, dy)
+    if components is not None and components.isdecimal() and int(components) > most:
+        raise FitError(f"--components {components}: the states have {dx} and {dy} dimensions; use 1 to {most}, or auto")
+    narrow = min(dx, dy) if settings.both else dx
+    if settings.type == "compress" and settings.loop.latent_dim > narrow:
+        raise FitError(
+            f"--latent-dim {settings.loop.latent_dim}: the states have {narrow} dimensions, and a latent no more; use "
+            "more --latents instead"
+        )
 
 
 def _wanted(store: Store, settings: Settings, source: str, target: str, backwards: bool) -> list[LayerPair]:
