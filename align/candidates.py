@@ -202,5 +202,6 @@ class Maker:
         told.stop(pair, epoch=done.last_epoch, best_epoch=done.best_epoch, reason=done.reason)
         like, optimum, name = self._optimum(pair)
         training = Training(done.best_epoch, done.last_epoch, loop.epochs)
-        parts = told.files.last_epoch(pair)["train_parts"]
+        # Of several processes the others are told of no epoch, and judge nothing.
+        parts = told.files.last_epoch(pair)["train_parts"] if told.files.writes else {}
         return Candidate(done.aligner, done.reason, like, (optimum, name), training, parts)

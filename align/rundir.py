@@ -73,7 +73,7 @@ class RunDirectory:
     """
 
     def __init__(self, out: Path, settings: Settings, *, resume: bool = False, writes: bool = True) -> None:
-        self.path, self._writes = out, writes
+        self.path, self.writes = out, writes
         self.epochs: dict[int, dict[str, Any]] = {}
         self._old_epochs: dict[int, dict[str, Any]] = {}
         if not writes:
@@ -142,7 +142,7 @@ class RunDirectory:
         for key in _AVERAGED:
             values = [entry[key] for entry in record["pairs"].values() if entry[key] is not None]
             record[key] = sum(values) / len(values) if values else None
-        if self._writes:
+        if self.writes:
             write_json(self.path / f"eval_epoch_{epoch.epoch}.json", jsonable(record))
 
     def stop(self, pair: LayerPair, *, epoch: int, best_epoch: int, reason: str) -> None:
@@ -180,7 +180,7 @@ class RunDirectory:
             aligners: The maps.
             card: The card without the pairs.
         """
-        if not self._writes:
+        if not self.writes:
             return
         # Only here: of several processes one draws.
         from align.plots import plot_curves
@@ -200,6 +200,6 @@ class RunDirectory:
         return {"stitched": old["pairs"][pair.key]["stitched"], "generations": own}
 
     def _log(self, event: Mapping[str, Any]) -> None:
-        if self._writes:
+        if self.writes:
             with (self.path / "log.jsonl").open("a") as handle:
                 handle.write(json.dumps(jsonable(dict(event)), allow_nan=False) + "\n")

@@ -114,6 +114,8 @@ class _Run:
         for pair in wanted:
             self._announce(pair)
             candidate = maker.candidate(pair)
+            if not self.reporting.files.writes:
+                continue
             self._keep(pair, candidate.aligner, *judge.entry(pair, moments[pair.key], candidate))
 
     def finish(self) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from commands import strict_json
+from conftest import command_environment, command_line
 from planted import Planted, only, plant, rotation, spectrum_rows, trained
 
 from align.aligners import load_adapter
@@ -227,3 +230,20 @@ def test_a_run_that_was_stopped_ends_with_the_same_files(
     train(load_settings(tmp_path / "run" / "run.yaml"), tmp_path / "run", resume=True, quiet=True)
     assert run_files(tmp_path / "run") == run_files(tmp_path / "whole")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_two_processes_train_one_map(alike: Planted, tmp_path: Path) -> None:
+    """As a launcher starts them: both train, one writes, and the map is that of one process to rounding."""
+    options = ("--type", "lora", "--layers", "1,2", "--rank", "4", "--epochs", "2", "--skip", "none")
+    one = command_line("align", "train", "--store", alike.path, *options, "--accumulate", 2, "--out", tmp_path / "one")
+    two = command_line("align", "train", "--store", alike.path, *options, "--device", "cpu", "--out", tmp_path / "two")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *two[1:]]
+    environment = command_environment(OMP_NUM_THREADS="1")
+    for words in (one, [*launch, "--json"]):
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert set(json.loads(done.stdout)["pairs"]) == {"a:1->b:1", "a:2->b:2"}
+    for key, aligner in load_adapter(tmp_path / "two").aligners.items():
+        single = load_adapter(tmp_path / "one").aligners[key].tensors["weight"]
+        assert np.abs(aligner.tensors["weight"] - single).max() < 2e-3 * np.abs(single).max()
