@@ -7,6 +7,7 @@ A cell is a run directory of its own. Whoever works on one holds its lock, which
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import threading
@@ -201,7 +202,13 @@ def _client(address: str | None, workers: int) -> Iterator[Any]:
     # Any free port, for this machine only. A worker that dies is replaced, and its cell done again.
     with (
         LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address="127.0.0.1:0"
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+            # What fails is told of its cell, in a line.
+            silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
     ):
