@@ -217,6 +217,14 @@ def _check_combinations(settings: Settings) -> None:
         raise SpecError("--joint and --shared are two ways to use several layers; give one of them")
     if settings.joint and settings.layer_map is not None:
         raise SpecError("--joint maps all source layers to each target layer; leave out --layer-map")
+    loop, own = settings.loop, LoopSettings()
+    if type_ == "compress":
+        for name in ("loss", "accumulate", "precision"):
+            if getattr(loop, name) != getattr(own, name):
+                raise SpecError(
+                    f"--{name} {getattr(loop, name)}: a compress map is trained on mse in float32, a batch a step; "
+                    "leave it out"
+                )
     if settings.joint and type_ == "compress":
         raise SpecError("--joint: a compress map reads one layer; leave it out")
     if settings.shared and type_ not in SHARED_TYPES:

@@ -92,6 +92,8 @@ class _Run:
 
     def __init__(self, job: Job, reporting: Reporting) -> None:
         self.job, self.settings, self.reporting = job, job.settings, reporting
+        # Of several processes each has a GPU of its own.
+        self.device = Ranks.from_environment().device(job.settings.loop.device)
         self.aligners: list[Aligner] = []
         self.entries: dict[str, Any] = {}
         self.documents: dict[str, Any] = {}
@@ -101,7 +103,7 @@ class _Run:
         direction.pairs.where(direction.pairs.split == TEST).need(1, "testing")
         wanted = self._choose(direction) if self.settings.layer_map == "auto" else direction.wanted
         moments = self._scan(direction, wanted)
-        solver = Solver(self.settings.loop.device)
+        solver = Solver(self.device)
         judge = Judge(self.job, direction, solver)
         if self.settings.type == "compress":
             from align.compress.run import compress
@@ -150,7 +152,7 @@ class _Run:
             Fit(settings.type if closed else "affine"),
             stored=direction.stored,
             seed=settings.loop.seed,
-            device=settings.loop.device,
+            device=self.device,
         )
         self.partners.append({"source": direction.source, "target": direction.target, **table})
         return chosen
@@ -161,7 +163,7 @@ class _Run:
             return stored_scan(direction.stored, wanted, seed=seed)
         used, label = int((pairs.split != TEST).sum()), f"scan {direction.source}->{direction.target}"
         with progress(label, used, "pairs", quiet=self.reporting.quiet) as tick:
-            return scan(self.job.store, pairs, wanted, seed=seed, device=self.settings.loop.device, tick=tick)
+            return scan(self.job.store, pairs, wanted, seed=seed, device=self.device, tick=tick)
 
     def _shared_parameters(self) -> dict[str, int]:
         """What the run's maps ship together: the map they share counts once for each direction."""

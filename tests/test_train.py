@@ -580,6 +580,8 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
         ({"type": "mlp", "solver": "closed"}, "has no closed form; leave out --solver closed"),
         ({"joint": True, "shared": True}, "give one of them"),
         ({"joint": True, "layer_map": "auto"}, "leave out --layer-map"),
+        ({"type": "compress", "loop": LoopSettings(accumulate=2)}, "--accumulate 2: a compress map"),
+        ({"type": "compress", "loop": LoopSettings(loss="mse=1,cosine=1")}, "trained on mse in float32"),
         ({"type": "compress", "joint": True}, "a compress map reads one layer"),
         ({"type": "mlp", "shared": True}, "choose one of procrustes, affine, lora"),
         ({"type": "affine", "solver": "adamw", "shared": True}, "use --type lora"),
