@@ -84,7 +84,6 @@ class RunDirectory:
             self._old_epochs = {record["epoch"]: record for record in records}
         else:
             shutil.rmtree(self._checkpoints, ignore_errors=True)
-            shutil.rmtree(out / "tensorboard", ignore_errors=True)
         for left in (out / "log.jsonl", out / "metrics.json", *out.glob("eval_epoch_*.json")):
             left.unlink(missing_ok=True)
         write_atomic(out / "run.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))

@@ -83,8 +83,11 @@ def test_a_run_directory_holds_what_its_description_says(lora: Path) -> None:
         "loss.png",
         "metrics.json",
         "run.yaml",
+        "tensorboard",
         *epochs,
     }
+    [events] = (lora / "tensorboard").glob("events.out.tfevents.*")
+    assert events.stat().st_size > 1000
     assert (lora / "loss.png").stat().st_size > 1000
 
 
