@@ -19,9 +19,6 @@ from featstore.corpus import TEST, TRAIN, VALIDATION
 from featstore.store.moments import has_rows
 from featstore.store.pairs import Pairs
 
-#: Closed types whose debiased CKA no fit can change.
-_ISOMETRIES = ("procrustes",)
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -170,7 +167,12 @@ class Judge:
         # CKA does not know a rotation: the random one shows the states as they are, whatever their widths.
         wider = len(pair.source_layers) == 1 and not self._shrinks(controls["random_rotation"])
         before = (entry["baselines"]["random_rotation"] or {}).get("cka_debiased") if wider else None
-        return {"before": before, "after": after, "invariant": self._job.settings.type in _ISOMETRIES and wider}
+        return {"before": before, "after": after, "invariant": self._isometric and wider}
+
+    @property
+    def _isometric(self) -> bool:
+        """Whether no fit can change debiased CKA; within some principal components a rotation drops the others."""
+        return self._job.settings.type == "procrustes" and self._job.settings.components is None
 
     @staticmethod
     def _shrinks(rotation: Aligner | str) -> bool:

@@ -21,7 +21,7 @@ from align.scan import Scan, scan, stored_scan
 from align.settings import Settings
 from featstore.console import check_directory, err, progress
 from featstore.corpus import TEST
-from featstore.errors import MissingPackageError
+from featstore.errors import MissingPackageError, SpecError
 from featstore.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def train(settings: Settings, out: Path | None = None, *, resume: bool = False, 
         check_free(out, resume=resume)
     job = resolve(settings)
     first = Ranks.from_environment().first
+    if settings.type == "compress" and Ranks.from_environment().world > 1:
+        raise SpecError("--type compress trains on one process; start it without a launcher")
     out = out or default_directory(settings, job.directions[0].source, job.directions[0].target)
     quiet = quiet or not first
     with _tracking(settings, out) as tracker:
@@ -142,18 +144,23 @@ class _Run:
         """The best partner of every source layer, by validation R2 of the closed form."""
         settings, wanted = self.settings, direction.wanted
         closed = settings.type in ("procrustes", "affine", "linear") and not settings.by_gradient
-        chosen, table = best_partners(
-            self.job.store,
-            direction.pairs,
-            direction.source,
-            direction.target,
-            list(dict.fromkeys(pair.source_layer for pair in wanted)),
-            list(dict.fromkeys(pair.target_layer for pair in wanted)),
-            Fit(settings.type if closed else "affine"),
-            stored=direction.stored,
-            seed=settings.loop.seed,
-            device=self.device,
-        )
+        used = int((direction.pairs.split != TEST).sum())
+        with progress(
+            f"partners {direction.source}->{direction.target}", used, "pairs", quiet=self.reporting.quiet
+        ) as tick:
+            chosen, table = best_partners(
+                self.job.store,
+                direction.pairs,
+                direction.source,
+                direction.target,
+                list(dict.fromkeys(pair.source_layer for pair in wanted)),
+                list(dict.fromkeys(pair.target_layer for pair in wanted)),
+                Fit(settings.type if closed else "affine"),
+                stored=direction.stored,
+                seed=settings.loop.seed,
+                device=self.device,
+                tick=tick,
+            )
         self.partners.append({"source": direction.source, "target": direction.target, **table})
         return chosen
 

@@ -128,6 +128,8 @@ def test_components_are_chosen_by_validation(tmp_path: Path) -> None:
     assert aligner.options["components"] in (2, 4, 8)
     assert only(found)["test"]["r2"] > full + 0.1
     assert fixed > full + 0.1
+    # A rotation within some components is none of the whole space.
+    assert only(found)["cka"]["invariant"] is False
 
 
 def test_a_hidden_layer_finds_what_no_matrix_does(tmp_path: Path) -> None:
