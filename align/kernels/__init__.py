@@ -1,0 +1,1 @@
+"""Similarity kernels: a float64 reference, Triton on a GPU, and the choice between forms."""
