@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from align.aligners import Aligner
 from align.findings import Training
 from align.fit import Fit, Solver, fit_low_rank_on, fit_shared_procrustes
+from align.fit_all import fit_all
 from align.job import Direction, Job
 from align.judge import Candidate, Judge
 from align.layers import LayerPair
@@ -93,6 +94,7 @@ class Maker:
         solver: What is shared between pairs of one source is computed once.
         judge: Scores a closed form on validation.
         reporting: Where to tell of it.
+        device: Where closed forms are solved.
     """
 
     def __init__(
@@ -104,17 +106,22 @@ class Maker:
         solver: Solver,
         judge: Judge,
         reporting: Reporting,
+        *,
+        device: str = "cpu",
     ) -> None:
         self._job, self._direction, self._moments = job, direction, moments
         self._solver, self._judge, self._reporting = solver, judge, reporting
         settings = self._settings = job.settings
         self._rotations: dict[str, Aligner] = {}
         self._shared: Shared | None = None
+        self._closed: dict[str, dict[str, Aligner]] = {}
         if settings.shared and settings.type == "procrustes":
             self._rotations = fit_shared_procrustes(wanted, moments, settings.scale)
         elif settings.shared:
             base = settings.loop.skip if settings.type == "lora" else "ridge"
             self._shared = fit_shared(moments, base, scale=True)
+        elif not settings.by_gradient:
+            self._closed = fit_all({"": self._closed_form()}, wanted, moments, device=device)
 
     def candidate(self, pair: LayerPair) -> Candidate:
         """The map of a layer pair and how it came about.
@@ -135,13 +142,13 @@ class Maker:
         return Fit(settings.type, scale=settings.scale, rank=loop.rank, skip=skip, components=number)
 
     def _solved(self, pair: LayerPair) -> Candidate:
-        moments, words = self._moments[pair.key], "closed form"
+        words = "closed form"
         if self._rotations:
             aligner, words = self._rotations[pair.key], f"one rotation for {len(self._rotations)} layer pairs"
         elif self._shared is not None:
             aligner, words = self._on_shared(pair), "one ridge map for all layer pairs, and a projection of low rank"
         else:
-            aligner = self._solver.fit(self._closed_form(), pair, moments)
+            aligner = self._closed[pair.key][""]
         figures, _ = self._judge.scores(pair, self._direction.pairs, VALIDATION, {"map": aligner})["map"]
         r2 = (figures or {}).get("r2")
         loss = 1 - float(r2 if r2 is not None else "nan")

@@ -8,7 +8,7 @@ the rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,8 +17,8 @@ from featstore.errors import FitError
 from featstore.store.sums import BLOCK_ROWS, Array, Block, Moments, Rows, merge, moments_of, vector
 
 __all__ = [
-    "BLOCK_ROWS", "Array", "Moments", "Rows", "Scatter", "about", "centered", "end_to_end", "means", "merge",
-    "moments_of", "moved", "paired_with_itself", "raw",
+    "BLOCK_ROWS", "Array", "Moments", "Rows", "Scatter", "about", "as_if_shuffled", "centered", "end_to_end", "means",
+    "merge", "moments_of", "moved", "paired_with_itself", "raw",
 ]  # fmt: skip
 
 
@@ -222,3 +222,32 @@ def raw(m: Moments) -> Scatter:
         m: Moments about any origin.
     """
     return about(m, np.zeros_like(m.sx), np.zeros_like(m.sy))
+
+
+def as_if_shuffled(m: Moments, rng: np.random.Generator) -> Moments:
+    """Moments as permuting the targets would leave them, drawn without the rows.
+
+    Over all permutations P of n rows the centred cross term ``X'PY`` has mean zero and covariance
+    ``kron(X'X, Y'Y) / (n - 1)`` exactly, and many rows make it normal (Hoeffding, A combinatorial central limit
+    theorem, 1951). So with ``X'X = L L'`` and ``Y'Y = M M'`` a draw is ``L Z M' / sqrt(n - 1)``, Z standard normal.
+
+    Args:
+        m: Moments of at least two pairs.
+        rng: Source of the draw.
+    """
+    whole = centered(m)
+    noise = rng.standard_normal(m.c.shape)
+    cross = _root(whole.gx) @ noise @ _root(whole.gy).T / np.sqrt(max(m.n - 1, 1))
+    # Back about the origin, like the other terms.
+    return replace(m, c=cross + np.outer(m.sx, m.sy) / m.n)
+
+
+def _root(gram: Array) -> Array:
+    """A matrix L with ``L L'`` the given one."""
+    try:
+        root: Array = np.linalg.cholesky(gram).astype(np.float64, copy=False)
+    except np.linalg.LinAlgError:
+        # Fewer rows than dimensions: semidefinite, with rounding on either side of zero.
+        values, vectors = np.linalg.eigh(gram)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+    return root

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from align.aligners import Aligner
-from align.fit import Fit, Solver
+from align.fit import Fit
+from align.fit_all import fit_all
 from align.layers import LayerPair
 from align.moments import Moments, about
 from align.scan import Scan, scans, stored_scan
@@ -69,12 +70,11 @@ def best_partners(
         # A source layer at a time: nothing is read twice but the target layers' Grams.
         rows = [wanted[i : i + len(target_layers)] for i in range(0, len(wanted), max(len(target_layers), 1))]
         groups = (stored_scan(stored, row, seed=seed) for row in rows or [[]])
-    solver, by_key = Solver(device), {pair.key: pair for pair in wanted}
-    r2 = {
-        key: validation_r2(solver.fit(fit, by_key[key], scan), scan.val)
-        for group in groups
-        for key, scan in group.items()
-    }
+    r2: dict[str, float] = {}
+    for group in groups:
+        maps = fit_all({"": fit}, [pair for pair in wanted if pair.key in group], group, device=device)
+        r2 |= {key: validation_r2(fitted[""], group[key].val) for key, fitted in maps.items()}
+        group.clear()
     chosen, table = [], []
     for k in source_layers:
         row = [pair for pair in wanted if pair.source_layers == (k,)]

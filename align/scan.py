@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
 from align.device import multiplier
 from align.layers import LayerPair
-from align.moments import Array, Moments, centered, end_to_end, means
+from align.moments import Array, Moments, as_if_shuffled, end_to_end, means
 from featstore.console import human_bytes
 from featstore.corpus import TRAIN, VALIDATION
 from featstore.errors import FitError, SpecError, StoreStateError
@@ -149,7 +149,7 @@ def scans(
             store.layer(model, layer)
     train = pairs.where(pairs.split == TRAIN).need(MINIMUM_PAIRS, "training")
     val = pairs.where(pairs.split == VALIDATION).need(1, "validation")
-    groups = list(_groups(store, wanted, memory))
+    groups = list(groups_within(store, wanted, memory))
     multiply = multiplier(device)
     for group in groups:
         sums = [_accumulate(store, part, group, multiply, lambda n: tick(n / len(groups))) for part in (train, val)]
@@ -191,7 +191,17 @@ def memory_of(store: Store, wanted: Sequence[LayerPair]) -> int:
     return 2 * 8 * (sums + sum(d * (d + width["y"]) for d in joint))
 
 
-def _groups(store: Store, wanted: Sequence[LayerPair], memory: int | None) -> Iterator[list[LayerPair]]:
+def groups_within(store: Store, wanted: Sequence[LayerPair], memory: int | None) -> Iterator[list[LayerPair]]:
+    """Cut a list of layer pairs so that the sums of each part fit into memory.
+
+    Args:
+        store: Any store.
+        wanted: Layer pairs of two models in one direction.
+        memory: Bytes; None for one part.
+
+    Raises:
+        SpecError: Not even a single layer pair fits.
+    """
     group: list[LayerPair] = []
     for pair in wanted:
         if memory is not None and (least := memory_of(store, [pair])) > memory:
@@ -368,32 +378,3 @@ def _read(stored: StoredMoments, pair: LayerPair, split: int, shared: dict[tuple
 
     nodes = dict.fromkeys(node for both in _blocks(pair) for node in both)
     return _moments(pair, {(side, k): stored.store.origin(models[side], k) for side, k in nodes}, block)
-
-
-def as_if_shuffled(m: Moments, rng: np.random.Generator) -> Moments:
-    """Moments as permuting the targets would leave them, drawn without the rows.
-
-    Over all permutations P of n rows the centred cross term ``X'PY`` has mean zero and covariance
-    ``kron(X'X, Y'Y) / (n - 1)`` exactly, and many rows make it normal (Hoeffding, A combinatorial central limit
-    theorem, 1951). So with ``X'X = L L'`` and ``Y'Y = M M'`` a draw is ``L Z M' / sqrt(n - 1)``, Z standard normal.
-
-    Args:
-        m: Moments of at least two pairs.
-        rng: Source of the draw.
-    """
-    whole = centered(m)
-    noise = rng.standard_normal(m.c.shape)
-    cross = _root(whole.gx) @ noise @ _root(whole.gy).T / np.sqrt(max(m.n - 1, 1))
-    # Back about the origin, like the other terms.
-    return replace(m, c=cross + np.outer(m.sx, m.sy) / m.n)
-
-
-def _root(gram: Array) -> Array:
-    """A matrix L with ``L L'`` the given one."""
-    try:
-        root: Array = np.linalg.cholesky(gram).astype(np.float64, copy=False)
-    except np.linalg.LinAlgError:
-        # Fewer rows than dimensions: semidefinite, with rounding on either side of zero.
-        values, vectors = np.linalg.eigh(gram)
-        root = vectors * np.sqrt(np.maximum(values, 0.0))
-    return root

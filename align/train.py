@@ -17,12 +17,13 @@ from align.judge import Judge
 from align.layers import LayerPair
 from align.partners import best_partners
 from align.rundir import RunDirectory, check_free, default_directory
-from align.scan import Scan, scan, stored_scan
+from align.scan import Scan, groups_within, scan, stored_scan
 from align.settings import Settings
 from featstore.console import check_directory, err, progress
 from featstore.corpus import TEST
 from featstore.errors import MissingPackageError, SpecError
 from featstore.ranks import Ranks
+from featstore.store.moments import MEMORY
 
 if TYPE_CHECKING:
     from align.tracking import Tracker
@@ -104,7 +105,12 @@ class _Run:
     def direction(self, direction: Direction) -> None:
         direction.pairs.where(direction.pairs.split == TEST).need(1, "testing")
         wanted = self._choose(direction) if self.settings.layer_map == "auto" else direction.wanted
-        moments = self._scan(direction, wanted)
+        for moments in self._scans(direction, wanted):
+            self._group(direction, [pair for pair in wanted if pair.key in moments], moments)
+            # The sums of a group can take all the memory allowed: they go before those of the next are made.
+            moments.clear()
+
+    def _group(self, direction: Direction, wanted: list[LayerPair], moments: dict[str, Scan]) -> None:
         solver = Solver(self.device)
         judge = Judge(self.job, direction, solver)
         if self.settings.type == "compress":
@@ -114,7 +120,7 @@ class _Run:
                 self._announce(pair)
                 self._keep(pair, *compress(self.job, direction, pair, moments[pair.key], judge, self.reporting))
             return
-        maker = Maker(self.job, direction, wanted, moments, solver, judge, self.reporting)
+        maker = Maker(self.job, direction, wanted, moments, solver, judge, self.reporting, device=self.device)
         for pair in wanted:
             self._announce(pair)
             candidate = maker.candidate(pair)
@@ -164,13 +170,17 @@ class _Run:
         self.partners.append({"source": direction.source, "target": direction.target, **table})
         return chosen
 
-    def _scan(self, direction: Direction, wanted: list[LayerPair]) -> dict[str, Scan]:
+    def _scans(self, direction: Direction, wanted: list[LayerPair]) -> Iterator[dict[str, Scan]]:
+        """The moments of all layer pairs, at once if their sums fit into memory; a shared map needs them at once."""
         seed, pairs = self.settings.loop.seed, direction.pairs
         if direction.stored is not None:
-            return stored_scan(direction.stored, wanted, seed=seed)
+            yield stored_scan(direction.stored, wanted, seed=seed)
+            return
         used, label = int((pairs.split != TEST).sum()), f"scan {direction.source}->{direction.target}"
-        with progress(label, used, "pairs", quiet=self.reporting.quiet) as tick:
-            return scan(self.job.store, pairs, wanted, seed=seed, device=self.device, tick=tick)
+        for group in groups_within(self.job.store, wanted, None if self.settings.shared else MEMORY):
+            with progress(label, used, "pairs", quiet=self.reporting.quiet) as tick:
+                moments = scan(self.job.store, pairs, group, seed=seed, device=self.device, tick=tick)
+            yield moments
 
     def _shared_parameters(self) -> dict[str, int]:
         """What the run's maps ship together: the map they share counts once for each direction."""

@@ -23,7 +23,8 @@ from unittest import mock
 import numpy as np
 from _measure import figures, interleaved, judged, keep, machine, table, versions_of
 
-from align.fit import Fit, Solver, fit_closed
+from align.fit import Fit, fit_closed
+from align.fit_all import fit_all
 from align.layers import LayerPair
 from align.scan import Scan, scan
 from featstore.store import Store, open_store
@@ -52,10 +53,7 @@ def synthetic(path: Path, rows: int, width: int) -> Store:
 
 
 def solve(moments: dict[str, Scan], fits: dict[str, Fit]) -> None:
-    solver = Solver()
-    for pair in PAIRS:
-        for fit in fits.values():
-            fit_closed(fit, pair, moments[pair.key], solver=solver)
+    fit_all(fits, PAIRS, moments)
 
 
 def measure(rows: int, width: int, runs: int, directory: Path) -> dict[str, Any]:

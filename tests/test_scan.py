@@ -16,10 +16,9 @@ from test_moments import assert_same
 
 from align.device import DeviceProducts, multiplier, torch_device
 from align.layers import LayerPair
-from align.moments import Moments, centered, moments_of
+from align.moments import Moments, as_if_shuffled, centered, moments_of
 from align.scan import (
     Scan,
-    as_if_shuffled,
     limit_rows,
     memory_of,
     read_split,

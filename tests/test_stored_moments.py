@@ -24,8 +24,8 @@ from align.fit import Fit, baselines, fit_closed
 from align.layers import LayerPair
 from align.metrics import RETRIEVAL_KEYS, score
 from align.moment_scores import NEEDS_ROWS, score_moments
-from align.moments import centered
-from align.scan import as_if_shuffled, scan, stored_scan, usable_moments
+from align.moments import as_if_shuffled, centered
+from align.scan import scan, stored_scan, usable_moments
 from align.train import describe
 from featstore.errors import CorruptDataError, FitError, SpecError, StoreBusyError, StoreStateError
 from featstore.store import moments as module
