@@ -137,6 +137,29 @@ class TestHsicAndCka:
         xc, yc = (r.astype(np.float64) - r.mean(0, dtype=np.float64) for r in (x32, y32))
         assert debiased_cka(x32, y32)[0] == pytest.approx(naive_debiased(xc, yc), abs=1e-6)
 
+    @pytest.mark.parametrize("n", [4, 23, 24, 40])
+    @pytest.mark.parametrize("case", ["benign", "mean of 10 sigma", "one dim at 1000 +- 5", "sink"])
+    def test_fewer_rows_than_dimensions_give_the_same(self, case: str, n: int) -> None:
+        rng = np.random.default_rng(n)
+        x = rng.standard_normal((n, 24))
+        y = x @ rng.standard_normal((24, 30)) / 5 + rng.standard_normal((n, 30))
+        if case == "mean of 10 sigma":
+            x, y = x + 10, y + 10
+        elif case == "one dim at 1000 +- 5":
+            x[:, 3] = 1000 + 5 * x[:, 3]
+        elif case == "sink":
+            x[0], y[0] = 100 * x[0], 100 * y[0]
+        x32, y32 = x.astype(np.float32), y.astype(np.float32)
+        xc, yc = (r.astype(np.float64) - r.mean(0, dtype=np.float64) for r in (x32, y32))
+        value, reason = debiased_cka(x32, y32)
+        from_moments, why = debiased_cka_from_moments(moments_of(x32, y32, x32.mean(0), y32.mean(0)))
+        assert reason == why
+        if reason is None:
+            # Grams are float64; moments are float32 products, of which a sink takes the digits.
+            assert value == pytest.approx(naive_debiased(xc, yc), abs=1e-9 if n <= 24 else 1e-5)
+            if case != "sink":
+                assert value == pytest.approx(from_moments, abs=1e-6)
+
     def test_no_value_comes_with_a_reason(self) -> None:
         x, y = correlated(4, 30)
         flat = np.full((30, 3), 0.1, dtype=np.float32)
@@ -165,6 +188,10 @@ class TestHsicAndCka:
         x[3, 0] = np.inf
         with pytest.raises(FitError, match="not finite"):
             debiased_cka(x, y)
+        with pytest.raises(FitError, match="not finite"):
+            debiased_cka(x[1:5], y[1:5])
+        with pytest.raises(FitError, match="rows"):
+            debiased_cka(y[:5], y[:4])
 
 
 def noisy(seed: int, n: int = 300, d: int = 12) -> tuple[Any, Any]:

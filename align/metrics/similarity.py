@@ -6,8 +6,11 @@ import math
 
 import numpy as np
 
-from align.moments import Moments, Rows, means, moments_of, moved, paired_with_itself
+from align.moments import Array, Moments, Rows, means, moments_of, moved, paired_with_itself
 from featstore.errors import FitError
+
+#: A self-HSIC this small against the terms it is the difference of is rounding.
+_ROUNDING = 1e-12
 
 
 def _centred(m: Moments) -> Moments:
@@ -45,11 +48,12 @@ def hsic0_linear(m: Moments) -> float:
 
 def _constant_side(m: Moments) -> str | None:
     """Name the side whose rows are equal to the float32 rounding of their mean."""
-    for name, origin, spread in (("first", m.origin_x, m.a), ("second", m.origin_y, m.b)):
-        eps = float(np.finfo(np.float32).eps)
-        if spread <= m.n * eps * eps * float(origin @ origin):
-            return f"the {name} set of states does not vary"
-    return None
+    return _constant("first", m.a, m.n, m.origin_x) or _constant("second", m.b, m.n, m.origin_y)
+
+
+def _constant(name: str, spread: float, n: int, mean: Array) -> str | None:
+    eps = float(np.finfo(np.float32).eps)
+    return f"the {name} set of states does not vary" if spread <= n * eps * eps * float(mean @ mean) else None
 
 
 def debiased_cka_from_moments(m: Moments) -> tuple[float, str | None]:
@@ -73,7 +77,7 @@ def debiased_cka_from_moments(m: Moments) -> tuple[float, str | None]:
     for name, side in (("first", "x"), ("second", "y")):
         value, size = _hsic1_centred(paired_with_itself(m, side))
         # A self-HSIC is never negative in exact arithmetic; at this size only rounding is left.
-        if not value > 1e-12 * size:
+        if not value > _ROUNDING * size:
             return math.nan, f"self-HSIC of the {name} set of states is not positive"
         selves.append(value)
     return _hsic1_centred(m)[0] / math.sqrt(selves[0] * selves[1]), None
@@ -97,14 +101,20 @@ def biased_cka_from_moments(m: Moments) -> tuple[float, str | None]:
     return float(np.sum(m.c * m.c)) / norms, None
 
 
-def _moments_near_mean(x: Rows, y: Rows) -> Moments:
+def _check_finite(x: Rows, y: Rows) -> None:
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise FitError("a true or predicted state is not finite")
+
+
+def _moments_near_mean(x: Rows, y: Rows) -> Moments:
+    _check_finite(x, y)
     return moments_of(x, y, *(np.mean(r, axis=0, dtype=np.float64) for r in (x, y)))
 
 
 def debiased_cka(x: Rows, y: Rows) -> tuple[float, str | None]:
     """:func:`debiased_cka_from_moments` of rows in memory.
+
+    Fewer rows than dimensions are compared by their Gram matrices, which are then the smaller ones.
 
     Args:
         x: (n, dx).
@@ -115,7 +125,38 @@ def debiased_cka(x: Rows, y: Rows) -> tuple[float, str | None]:
     """
     if len(x) < 4:
         return math.nan, f"debiased CKA needs at least 4 rows, not {len(x)}"
+    if len(x) == len(y) and x.ndim == y.ndim == 2 and len(x) <= min(x.shape[1], y.shape[1]):
+        return _debiased_cka_from_grams(x, y)
     return debiased_cka_from_moments(_moments_near_mean(x, y))
+
+
+def _debiased_cka_from_grams(x: Rows, y: Rows) -> tuple[float, str | None]:
+    """CKA of HSIC_1 over (n, n) Gram matrices with a zero diagonal (Song et al. 2012, equation 5)."""
+    _check_finite(x, y)
+    grams: list[tuple[Array, Array]] = []
+    n = len(x)
+    for name, rows in (("first", x), ("second", y)):
+        mean: Array = np.mean(rows, axis=0, dtype=np.float64)
+        centred = np.subtract(rows, mean, dtype=np.float64)
+        gram = centred @ centred.T
+        if reason := _constant(name, float(np.trace(gram)), n, mean):
+            return math.nan, reason
+        np.fill_diagonal(gram, 0.0)
+        grams.append((gram, gram.sum(axis=0)))
+
+    def hsic1(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[float, float]:
+        (k, by_row), (m, by_row_m) = one, other
+        product = float(by_row.sum()) * float(by_row_m.sum()) / ((n - 1) * (n - 2))
+        fro, rows = float(np.vdot(k, m)), 2 / (n - 2) * float(by_row @ by_row_m)
+        return (fro + product - rows) / (n * (n - 3)), (abs(fro) + abs(product) + abs(rows)) / (n * (n - 3))
+
+    selves = []
+    for name, own in zip(("first", "second"), grams, strict=True):
+        value, size = hsic1(own, own)
+        if not value > _ROUNDING * size:
+            return math.nan, f"self-HSIC of the {name} set of states is not positive"
+        selves.append(value)
+    return hsic1(*grams)[0] / math.sqrt(selves[0] * selves[1]), None
 
 
 def biased_cka(x: Rows, y: Rows) -> tuple[float, str | None]:
