@@ -21,7 +21,7 @@ from featstore.console import err, progress
 from featstore.corpus import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
-    from align.tracking import Tracker
+    from align.training.tracking import Tracker
 
 #: What both models say of an epoch's map (`--eval-models`).
 EpochEvaluation = Callable[[Aligner], Mapping[str, Any]]
@@ -178,7 +178,7 @@ class Maker:
 
     def _trained(self, pair: LayerPair) -> Candidate:
         # Only here: torch takes two seconds to import, and a closed form needs none of it.
-        from align.loop import train_map
+        from align.training.loop import train_map
 
         job, settings, loop = self._job, self._settings, self._settings.loop
         told, pairs = self._reporting, self._direction.pairs

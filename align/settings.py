@@ -205,7 +205,7 @@ def check(settings: Settings) -> None:
         if getattr(loop, name) not in known:
             raise SpecError(f"--{name} {getattr(loop, name)!r}: choose one of {', '.join(known)}")
     if settings.by_gradient:
-        from align.losses import parse_loss
+        from align.training.losses import parse_loss
 
         parse_loss(loop.loss)
 

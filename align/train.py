@@ -26,7 +26,7 @@ from featstore.ranks import Ranks
 from featstore.store.moments import MEMORY
 
 if TYPE_CHECKING:
-    from align.tracking import Tracker
+    from align.training.tracking import Tracker
 
 #: Under this name a package offers what `--eval-models` runs after every epoch.
 EPOCH_EVALUATION = "align.epoch_evaluation"
@@ -71,7 +71,7 @@ def _tracking(settings: Settings, out: Path) -> Iterator[Tracker | None]:
     if not settings.by_gradient:
         yield None
         return
-    from align.tracking import tracking
+    from align.training.tracking import tracking
 
     with tracking(settings.loop, out, asdict(settings)) as tracker:
         yield tracker

@@ -23,11 +23,11 @@ from _measure import interleaved, machine, ratios, versions_of
 from bench_loader import FORM, pairs_of, states
 
 from align.layers import LayerPair
-from align.loop import Training
 from align.moments import moments_of
-from align.progress import Progress
 from align.scan import Scan
 from align.settings import LoopSettings
+from align.training.loop import Training
+from align.training.progress import Progress
 from featstore.spec import parse_budget
 from featstore.store.documents import rows_document
 from featstore.store.loader import SHARD_ROWS, PairBatches

@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 from align.fit import Fit, fit_closed
 from align.layers import LayerPair
-from align.loop import Trained, train_map
 from align.scan import Scan, scan
 from align.scoring import Epoch, batches_of, score_all
 from align.settings import LoopSettings
+from align.training.loop import Trained, train_map
 from featstore.store import open_store
 from featstore.store.loader import PairBatches
 

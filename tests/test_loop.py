@@ -13,20 +13,20 @@ import pytest
 import torch
 from looping import PAIR, Ready, command, launched, ready, result, run
 
-import align.loop
-import align.losses
-import align.tracking
-from align.building import build_module
-from align.checkpoint import FILE
-from align.defaults import resolved
-from align.engine import Engine, Objective, accelerator_for, one_cycle, precision_of
-from align.losses import parse_loss
+import align.training.loop
+import align.training.losses
+import align.training.tracking
 from align.metrics import debiased_cka
-from align.modules import LinearMap
-from align.probe import CkaProbe
 from align.scoring import Epoch
 from align.settings import LoopSettings
-from align.tracking import Tracker, check_tracker, tracking
+from align.training.building import build_module
+from align.training.checkpoint import FILE
+from align.training.defaults import resolved
+from align.training.engine import Engine, Objective, accelerator_for, one_cycle, precision_of
+from align.training.losses import parse_loss
+from align.training.modules import LinearMap
+from align.training.probe import CkaProbe
+from align.training.tracking import Tracker, check_tracker, tracking
 from featstore.errors import FitError, MissingPackageError, SpecError
 
 
@@ -251,8 +251,8 @@ def test_a_loss_that_explodes_names_the_step_and_keeps_the_state(
         total, parts = combined(*arguments, **named)
         return total * (math.nan if steps == 25 + 11 else 1.0), parts
 
-    combined = align.losses.combined
-    monkeypatch.setattr(align.losses, "combined", spoil)
+    combined = align.training.losses.combined
+    monkeypatch.setattr(align.training.losses, "combined", spoil)
     words = (
         r"^a:1->b:1: the loss became nan at epoch 2, step 11; the last good epoch was 1: "
         rf"use a smaller --lr than 0\.02; its state is in {tmp_path}$"
@@ -260,7 +260,7 @@ def test_a_loss_that_explodes_names_the_step_and_keeps_the_state(
     options = {"epochs": 3, "batch_size": 64, "hidden": 16}
     epochs: list[Epoch] = []
     with pytest.raises(FitError, match=words):
-        align.loop.train_map(
+        align.training.loop.train_map(
             "mlp", PAIR, data.moments, data.train, data.val, LoopSettings(**options),
             on_epoch=epochs.append, checkpoint=tmp_path,
         )  # fmt: skip
@@ -380,7 +380,9 @@ def test_no_tracker_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_is_not_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(align.tracking, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda _: None)))
+    monkeypatch.setattr(
+        align.training.tracking, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda _: None))
+    )
     with pytest.raises(MissingPackageError, match=r"--tracker wandb needs the package wandb.*or use --tracker none"):
         check_tracker("wandb")
     with (

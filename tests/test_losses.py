@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from align.losses import NAMES, combined, cosine, infonce, infonce_chance, mse, parse_loss
+from align.training.losses import NAMES, combined, cosine, infonce, infonce_chance, mse, parse_loss
 from featstore.errors import SpecError
 
 

@@ -10,10 +10,10 @@ import torch
 
 from align.aligners import Aligner
 from align.layers import LayerPair
-from align.mlp import HiddenLayerMap
-from align.modules import LinearMap, LowRankMap
 from align.moments import centered, moments_of
 from align.solvers import RidgePath, mse_of, reduced_rank, whitening
+from align.training.mlp import HiddenLayerMap
+from align.training.modules import LinearMap, LowRankMap
 from featstore.errors import FitError
 
 DX, DY, R = 7, 5, 3

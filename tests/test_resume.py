@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from looping import Outcome, Ready, command, environment, launched, ready, result, run
 
-import align.loop
-from align.checkpoint import FILE, read_checkpoint, write_checkpoint
+import align.training.loop
+from align.training.checkpoint import FILE, read_checkpoint, write_checkpoint
 from featstore import provenance
 from featstore.errors import CorruptDataError, StoreStateError
 
@@ -61,7 +61,7 @@ def test_stopped_after_every_checkpoint(
         write_checkpoint(*arguments)
         raise InterruptedHereError
 
-    monkeypatch.setattr(align.loop, "write_checkpoint", write)
+    monkeypatch.setattr(align.training.loop, "write_checkpoint", write)
     monkeypatch.setattr(provenance.os, "fsync", lambda _: None)
     stops = 0
     while True:

@@ -15,7 +15,7 @@ import yaml
 from commands import call, strict_json
 from planted import TEST, VAL, Planted, leaky, only, plant, rotation, spectrum_rows, trained
 
-import align.loop
+import align.training.loop
 from align.aligners import load_adapter
 from align.settings import CLOSED_TYPES, LoopSettings, Settings, check, load_settings
 from align.train import default_directory, describe, train
@@ -423,7 +423,7 @@ def test_the_average_of_the_weights_is_better_than_their_last_value(
     r2 = {}
     # A large constant makes the average follow the last step alone.
     for name, constant in (("average", 8), ("last", 10**9)):
-        monkeypatch.setattr(align.loop, "_AVERAGING", constant)
+        monkeypatch.setattr(align.training.loop, "_AVERAGING", constant)
         run = trained(planted, tmp_path / name, "affine", solver="adamw", lr=0.05, batch_size=16, epochs=10, patience=1)
         events = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         r2[name] = 1 - next(e["val_loss"] for e in events if e["event"] == "epoch" and e["epoch"] == 1)
@@ -490,7 +490,7 @@ def test_patience(
     small: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r2: list[float], stop: int, best: int
 ) -> None:
     script = iter(r2)
-    monkeypatch.setattr(align.loop, "score_all", lambda *_, **__: {"map": ({"r2": next(script)}, {})})
+    monkeypatch.setattr(align.training.loop, "score_all", lambda *_, **__: {"map": ({"r2": next(script)}, {})})
     trained(small, tmp_path, "lora", rank=2, epochs=6)
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [e["epoch"] for e in events if e["event"] == "epoch"] == list(range(stop + 1))
@@ -532,7 +532,7 @@ def test_an_undefined_validation_is_one_clear_error(
     small: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = iter([({"r2": 0.5}, {}), ({"r2": None}, {"r2": "a predicted state is not finite"})])
-    monkeypatch.setattr(align.loop, "score_all", lambda *_, **__: {"map": next(script)})
+    monkeypatch.setattr(align.training.loop, "score_all", lambda *_, **__: {"map": next(script)})
     with pytest.raises(FitError, match=r"undefined at epoch 1 \(a predicted state is not finite\); use a smaller --lr"):
         trained(small, tmp_path, "lora", rank=2)
 

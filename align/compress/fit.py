@@ -1,6 +1,6 @@
 """Training a resampler: epochs over windows, validation after each, early stopping, the best epoch kept.
 
-What is scored and kept is a running average of the weights, as for the maps of :mod:`align.loop`.
+What is scored and kept is a running average of the weights, as for the maps of :mod:`align.training.loop`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.checkpoint import read_checkpoint, write_checkpoint
 from align.compress.pack import pack
 from align.compress.resampler import Resampler, tensors_of
 from align.compress.score import Trained, score_windows
@@ -26,6 +25,7 @@ from align.compress.start import choose_start
 from align.compress.windows import Windows
 from align.scoring import Epoch
 from align.settings import LoopSettings
+from align.training.checkpoint import read_checkpoint, write_checkpoint
 from featstore.errors import FitError
 from featstore.provenance import digest
 
@@ -36,7 +36,7 @@ LEARNING_RATE = 2e-3
 #: Steps of an epoch at least: a small store's windows are gone over several times before a validation.
 EPOCH_STEPS = 48
 WEIGHT_DECAY = 0.02
-#: Polynomial-decay averaging (Shamir and Zhang 2013), as in :mod:`align.loop`.
+#: Polynomial-decay averaging (Shamir and Zhang 2013), as in :mod:`align.training.loop`.
 _AVERAGING = 8
 
 
@@ -98,7 +98,8 @@ def fit_windows(
             resume only for epochs that are run.
         tick: Called with the number of windows done since the last call; an epoch has
             ``steps_of(len(train), settings)`` batches.
-        checkpoint: Directory of :mod:`align.checkpoint` in which the state after every epoch is kept; None for nowhere.
+        checkpoint: Directory of :mod:`align.training.checkpoint` in which the state after every epoch is kept; None for
+            nowhere.
         resume: Go on from the state in ``checkpoint`` where there is one: to the same numbers as without a stop.
 
     Raises:

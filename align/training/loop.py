@@ -20,20 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from align import losses
 from align.aligners import Aligner
-from align.building import as_aligner, build_module, target_unit
-from align.checkpoint import read_checkpoint, write_checkpoint
-from align.defaults import resolved
-from align.engine import Engine, Objective, accelerator_for, precision_of
-from align.feed import pairs_digest, rows_on
 from align.layers import LayerPair
 from align.moments import Array
-from align.probe import CkaProbe, validation_losses
-from align.progress import Progress
 from align.scan import Scan
 from align.scoring import Epoch, score_all
 from align.settings import LoopSettings
+from align.training import losses
+from align.training.building import as_aligner, build_module, target_unit
+from align.training.checkpoint import read_checkpoint, write_checkpoint
+from align.training.defaults import resolved
+from align.training.engine import Engine, Objective, accelerator_for, precision_of
+from align.training.feed import pairs_digest, rows_on
+from align.training.probe import CkaProbe, validation_losses
+from align.training.progress import Progress
 from featstore.console import jsonable
 from featstore.errors import FitError
 from featstore.store.loader import PairBatches

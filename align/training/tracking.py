@@ -57,7 +57,7 @@ class Tracker:
 
         Args:
             pair: Key of the layer pair.
-            event: As :func:`align.loop.train_map` tells it; its step is the place on the x axis.
+            event: As :func:`align.training.loop.train_map` tells it; its step is the place on the x axis.
         """
         self._send(f"{_tag(pair)}/step", {name: event[name] for name in ("loss", "cka", "lr")}, int(event["step"]))
 
@@ -105,7 +105,7 @@ def tracking(loop: LoopSettings, run: Path, config: Mapping[str, Any]) -> Iterat
     check_tracker(loop.tracker)
     tracker: Any = None
     if loop.tracker != "none":
-        from align.engine import accelerator_for
+        from align.training.engine import accelerator_for
 
         # accelerate's trackers log, and its logging wants to know which process this is.
         accelerator = accelerator_for(loop)

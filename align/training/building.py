@@ -11,11 +11,11 @@ from align import solvers
 from align.aligners import Aligner
 from align.fit import skip_weight
 from align.layers import LayerPair
-from align.mlp import HiddenLayerMap
-from align.modules import LinearMap, LowRankMap, TrainedMap
 from align.moments import Array, Scatter, about, centered, raw
 from align.scan import Scan
 from align.settings import LoopSettings
+from align.training.mlp import HiddenLayerMap
+from align.training.modules import LinearMap, LowRankMap, TrainedMap
 from featstore.errors import FitError
 
 

@@ -22,11 +22,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, broadcast
 from torch import Tensor
 
-from align import losses
-from align.checkpoint import Arrays
-from align.feed import Rows
-from align.modules import TrainedMap
 from align.settings import PRECISIONS, LoopSettings
+from align.training import losses
+from align.training.checkpoint import Arrays
+from align.training.feed import Rows
+from align.training.modules import TrainedMap
 from featstore.errors import SpecError
 
 #: AdamW's second beta; the first follows the schedule.
@@ -112,7 +112,7 @@ class Objective:
     """What is minimised.
 
     Attributes:
-        weights: By component, from :func:`align.losses.parse_loss`.
+        weights: By component, from :func:`align.training.losses.parse_loss`.
         centre: (dy,) float32, the target's train mean, on the device.
         unit: Of the MSE.
         temperature: Of InfoNCE.

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align import losses
-from align.modules import TrainedMap
+from align.training import losses
+from align.training.modules import TrainedMap
 from featstore.store.loader import PairBatches
 
 #: Validation rows of the sample.

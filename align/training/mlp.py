@@ -10,8 +10,8 @@ Training starts exactly at the skip, since ``output_weight`` and ``output_bias``
 adds is what a linear map leaves over, and early stopping can give it up again.
 
 Inside, ``hidden_weight = P H / (input_scale sqrt(dx))`` and ``output_weight = output_scale W / sqrt(h)`` with trained H
-and W, H from N(0, 1). P whitens the source as for the linear maps (see :mod:`align.modules`). Elements of order one
-behind a fixed ``1 / sqrt(fan-in)`` make AdamW's step, which moves every element by about the learning rate, turn a
+and W, H from N(0, 1). P whitens the source as for the linear maps (:mod:`align.training.modules`). Elements of order
+one behind a fixed ``1 / sqrt(fan-in)`` make AdamW's step, which moves every element by about the learning rate, turn a
 wide layer no faster than a narrow one (Jacot, Gabriel and Hongler 2018, section 2.1): one learning rate serves all
 widths.
 """
@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional
 
-from align.modules import Exported, TrainedMap, double, frozen, full_precision
+from align.training.modules import Exported, TrainedMap, double, frozen, full_precision
 from featstore.errors import FitError
 
 

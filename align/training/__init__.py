@@ -1,0 +1,1 @@
+"""Maps trained by gradient on cached pairs: what is trained, against what, and the loop that does it."""
