@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,46 @@ def plot_curves(epochs: dict[int, dict[str, Any]], entries: dict[str, Any], out:
     axes.set_title("dotted: closed-form optimum on test", fontsize="small")
     axes.legend(fontsize="small")
     figure.savefig(out / "loss.png", dpi=120)
+
+
+def plot_rate_distortion(points: Sequence[Mapping[str, Any]], out: Path) -> list[str]:
+    """Draw R2 against rate of compressed runs, beside the codecs of the same rate.
+
+    Args:
+        points: ``rate_distortion`` of :func:`align.compare.compare_runs`, each with its ``pair``.
+        out: Directory.
+
+    Returns:
+        Names of the files written: ``rate_distortion.png`` where there are at least two rates, else none.
+    """
+    if len({point["bytes_per_text_byte"] for point in points}) < 2:
+        return []
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for colour, pair in enumerate(dict.fromkeys(point["pair"] for point in points)):
+        of_pair = sorted((p for p in points if p["pair"] == pair), key=lambda p: p["bytes_per_text_byte"])
+        for name, style in (("compress", "-"), ("pca", "--"), ("strided", ":")):
+            known = [p for p in of_pair if p["r2"].get(name) is not None]
+            x, y = [p["bytes_per_text_byte"] for p in known], [p["r2"][name] for p in known]
+            axes.plot(x, y, style, marker="o", markersize=4, color=f"C{colour}", label=f"{pair} {name}")
+        for point in of_pair:
+            if point["r2"].get("compress") is not None:
+                place = (point["bytes_per_text_byte"], point["r2"]["compress"])
+                text = f"{point['latents']}x{point['latent_dim']}"
+                axes.annotate(text, place, xytext=(0, 6), textcoords="offset points", ha="center", fontsize="x-small")
+    ids = [p["token_id_bytes"] / p["text_bytes"] for p in points]
+    for x, text in ((1.0, "the text itself"), (sum(ids) / len(ids), "its token ids")):
+        axes.axvline(x, color="grey", linewidth=1)
+        axes.annotate(
+            text, (x, 0.98), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top", fontsize="x-small"
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("bytes of latents per byte of text")
+    axes.set_ylabel("R2 on test, all paired positions")
+    axes.legend(fontsize="x-small")
+    figure.savefig(out / "rate_distortion.png", dpi=120)
+    return ["rate_distortion.png"]
 
 
 def plot_heatmaps(result: dict[str, Any], out: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """Many runs over one store: the cells of a grid over Dask, resumable, in one table at the end.
 
 A cell is a run directory of its own. Whoever works on one holds its lock, which goes with the process, so two workers
-(one of them thought dead) never write to the same directory, and what a killed one left is done again.
+(one of them thought dead) never write to the same directory. A training that a killed one left goes on from its last
+checkpoint; anything else of it is done again.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from typing import Any
 from align.compare import compare_runs
 from align.compare import describe as describe_comparison
 from align.grid import Cell, Grid, cells, parse_grid
+from align.plots import plot_rate_distortion
 from align.resources import dask_client
 from align.settings import Settings, load_settings
 from featstore.console import check_directory, jsonable, progress
-from featstore.errors import FeatstoreError, SpecError
+from featstore.errors import CorruptDataError, FeatstoreError, SpecError, StoreStateError
 from featstore.provenance import write_json
 from featstore.store import open_store
 
@@ -61,7 +63,8 @@ def sweep(
     Returns:
         What ``sweep.json`` holds: ``grid``, ``store``, ``cells`` (``{"name", "run", "settings", "status": "done",
         "skipped", "failed" or "waiting", "seconds", "error", "pairs": {key: {"r2", "r2_ci95"}}}``), ``failed`` (names);
-        and under ``comparison`` what :func:`align.compare.compare_runs` says of all finished cells.
+        and under ``comparison`` what :func:`align.compare.compare_runs` says of all finished cells, under ``plots`` the
+        names of the files drawn of them.
 
     Raises:
         SpecError: A run that cannot be meant, a directory that holds a run of other settings, or no scheduler answers.
@@ -95,7 +98,12 @@ def sweep(
         with _client(scheduler, workers or min(os.cpu_count() or 1, len(todo))) as client:
             _run_all(client, todo, out, record, quiet=quiet)
     finished = [out / cell.name for cell in placed if _finished(cell.settings, out / cell.name)]
-    return {**record.value(), "comparison": compare_runs(finished)}
+    comparison = compare_runs(finished)
+    return {
+        **record.value(),
+        "comparison": comparison,
+        "plots": plot_rate_distortion(comparison["rate_distortion"], out),
+    }
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -108,6 +116,7 @@ def describe(result: dict[str, Any]) -> str:
     counts = {status: sum(cell["status"] == status for cell in result["cells"]) for status in ("done", "skipped")}
     lines.append(f"{counts['done']} runs made, {counts['skipped']} were there, {len(result['failed'])} failed")
     lines += [f"failed: {cell['name']}: {cell['error']}" for cell in result["cells"] if cell["status"] == "failed"]
+    lines += [f"drawn: {result['out']}/{name}" for name in result["plots"]]
     return "\n".join([*lines, f"sweep: {result['out']}"])
 
 
@@ -254,10 +263,30 @@ def run_cell(settings: Settings, out: str, name: str) -> float:
     with _ONE_AT_A_TIME, threadpool_limits(1), _locked(Path(out) / _LOCKS / name):
         # Whoever held the lock may have finished meanwhile.
         if not _finished(settings, run):
-            # What a killed worker left is no run.
-            shutil.rmtree(run, ignore_errors=True)
-            train(settings, run, quiet=True)
+            resume = _begun(settings, run)
+            if not resume:
+                # What a killed worker left of another kind is no run.
+                shutil.rmtree(run, ignore_errors=True)
+            try:
+                train(settings, run, resume=resume, quiet=True)
+            except (StoreStateError, CorruptDataError):
+                if not resume:
+                    raise
+                # A state that cannot be gone on with costs time, not the cell.
+                shutil.rmtree(run, ignore_errors=True)
+                train(settings, run, quiet=True)
     return time.perf_counter() - start
+
+
+def _begun(settings: Settings, run: Path) -> bool:
+    """Whether a directory holds the beginning of this very training, and a state to go on from."""
+    if not (settings.by_gradient and (run / "run.yaml").is_file() and any(run.glob("checkpoints/*"))):
+        return False
+    try:
+        return not (run / "adapter.json").exists() and load_settings(run / "run.yaml") == settings
+    except FeatstoreError:
+        # Cut off while it was written.
+        return False
 
 
 @contextmanager

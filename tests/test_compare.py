@@ -12,6 +12,7 @@ from commands import call
 from planted import Planted, plant, rotation, spectrum_rows, trained
 
 from align.compare import compare_runs, describe
+from align.plots import plot_rate_distortion
 from featstore.errors import AdapterError, CorruptDataError
 
 
@@ -331,3 +332,7 @@ def test_compressed_runs_get_a_table_of_their_own(tmp_path: Path) -> None:
     lines = describe(result).splitlines()
     assert [line.split()[1] for line in lines if line.lstrip().startswith("8x16")] == ["128", "256", "512"]
     assert "8x16" not in describe(compare_runs([tmp_path / "plain"]))
+    assert plot_rate_distortion(result["rate_distortion"][:1], tmp_path) == [], "one rate is no curve"
+    assert not (tmp_path / "rate_distortion.png").exists()
+    assert plot_rate_distortion(result["rate_distortion"], tmp_path) == ["rate_distortion.png"]
+    assert (tmp_path / "rate_distortion.png").stat().st_size > 10_000

@@ -17,6 +17,7 @@ import pytest
 from planted import Planted, plant, rotation, spectrum_rows
 
 import align.train
+import align.training.loop
 from align.settings import LoopSettings, Settings
 from align.sweep import Cell, Grid, cells, describe, parse_grid, sweep
 from featstore.errors import SpecError, StoreNotFoundError
@@ -135,7 +136,9 @@ def test_every_cell_is_the_run_that_train_makes(settings: Settings, here: str, t
     ]
     assert statuses(result) == dict.fromkeys(names, "done")
     assert result["failed"] == []
-    assert read_json(tmp_path / "out" / "sweep.json") == {k: v for k, v in result.items() if k != "comparison"}
+    assert read_json(tmp_path / "out" / "sweep.json") == {
+        key: value for key, value in result.items() if key not in ("comparison", "plots")
+    }
     assert result["grid"]["ranks"] == [2, 4]
     # The store's own format is the store itself; the other was made once, and holds what it says.
     assert [path.name for path in (tmp_path / "out" / "stores").iterdir()] == ["float16.zarr"]
@@ -296,6 +299,38 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(settings: Settings, tmp_
     want = sweep(settings, grid, tmp_path / "calm", workers=1, quiet=True)
     for mine, theirs in zip(result["cells"], want["cells"], strict=True):
         assert (mine["name"], mine["pairs"]) == (theirs["name"], theirs["pairs"])
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_training_that_was_begun_goes_on(
+    settings: Settings, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    own = replace(settings, loop=replace(settings.loop, epochs=6, patience=6, min_delta=0.0))
+    grid, out = Grid(("lora",)), tmp_path / "out"
+    decide = align.training.loop.Training._decide
+
+    def stop(self: Any, val_loss: float) -> None:
+        decide(self, val_loss)
+        if self.progress.epoch == 4:
+            self._save()
+            raise RuntimeError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(align.training.loop.Training, "_decide", stop)
+        assert statuses(sweep(own, grid, out, scheduler=here, quiet=True)) == {"lora": "failed"}
+    [state] = (out / "lora" / "checkpoints").rglob("*.safetensors")
+    if damaged:
+        state.write_bytes(b"no state")
+    taken: list[int] = []
+    take = align.training.loop.Training.take_steps
+    monkeypatch.setattr(
+        align.training.loop.Training, "take_steps", lambda s, start: (taken.append(s.progress.epoch), take(s, start))[1]
+    )
+    result = sweep(own, grid, out, scheduler=here, quiet=True)
+    # Of two layer pairs the first was at its fourth epoch.
+    assert taken == [*range(1 if damaged else 4, 7), *range(1, 7)]
+    calm = sweep(own, grid, tmp_path / "calm", scheduler=here, quiet=True)
+    assert result["cells"][0]["pairs"] == calm["cells"][0]["pairs"]
 
 
 SWEEP = """

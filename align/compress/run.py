@@ -12,7 +12,7 @@ from align.compress.fit import Compressed, fit_windows, steps_of
 from align.compress.report import evaluate
 from align.compress.score import Trained, score_windows
 from align.compress.windows import Windows
-from align.findings import Training
+from align.findings import Training, gram_facts
 from align.fit import Fit, Solver, baselines
 from align.job import Direction, Job
 from align.judge import Judge
@@ -65,7 +65,8 @@ def compress(
     aligner = _aligner(done, pair)
     entry, sums = _entry(done, (train, val, test), direction, pair, moments, judge, loop.seed)
     training = Training(done.best_epoch, done.last_epoch, loop.epochs)
-    entry["warnings"] = judge.warnings(pair, entry, moments, {}, None, training=training)
+    gram = gram_facts(Solver().gram_values(pair, moments), moments.train.n)
+    entry["warnings"] = judge.warnings(pair, entry, moments, {}, gram, training=training)
     return aligner, entry, sums.renamed({"compress": "map"}).block()
 
 
