@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -12,13 +12,14 @@ from rich.markup import escape
 from align.resources import choose_device, dask_client
 from align.rundir import check_free
 from align.settings import TYPES
+from align.similarity.names import MEASURES
 from featstore.console import check_directory, emit, err, jsonable, run_app
 from featstore.errors import SpecError
 from featstore.ranks import Ranks
 from featstore.spec import parse_bytes
 
 #: Panels of the help.
-_LAYERS, _MAP, _TRAINING = "Layers", "The map", "Training by gradient"
+_LAYERS, _MAP, _TRAINING, _SAMPLE = "Layers", "The map", "Training by gradient", "More measures, over a sample of rows"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 
@@ -210,25 +211,39 @@ def _given(context: typer.Context) -> set[str]:
 @app.command()
 def cka(
     store: Annotated[Path, typer.Option(help="Path of the store.")],
-    estimator: Annotated[str, typer.Option(help="debiased or biased.")] = "debiased",
+    estimator: Annotated[str, typer.Option(help="debiased, biased, minibatch.")] = "debiased",
+    kernel: Annotated[str, typer.Option(help="linear, over all rows; or rbf, over a sample.")] = "linear",
     models: Annotated[str | None, typer.Option(help="A,B; default the store's first two.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers of both models: 8,16 or depths in percent.")] = None,
     policy: Annotated[str, typer.Option(help="Pair policy: end or word.")] = "end",
     keep_sinks: Annotated[bool, typer.Option("--keep-sinks", help="Attention sinks in the main figures.")] = False,
+    measures: Annotated[
+        str, typer.Option(help=f"Over a sample of rows: {', '.join(MEASURES)}; all, none.", rich_help_panel=_SAMPLE)
+    ] = "none",
+    max_rows: Annotated[int, typer.Option(help="Rows of the sample at most.", rich_help_panel=_SAMPLE)] = 16_384,
+    draws: Annotated[
+        int, typer.Option(min=1, help="Resamples of documents behind each interval.", rich_help_panel=_SAMPLE)
+    ] = 1000,
+    memory: Annotated[str, typer.Option(help="For sums, or for the sample: bytes, or such as 500M, 4GiB.")] = "4GiB",
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler; default a local one.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the shuffled floor.")] = 0,
-    out: Annotated[Path, typer.Option(help="Directory for cka.json and the heatmaps.")] = Path("runs/cka"),
+    workers: Annotated[int | None, typer.Option(help="Local processes; default threads of this one.")] = None,
+    device: Annotated[str, typer.Option(help="Of RBF kernels: auto, cpu, cuda, cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of sample, floors and draws.")] = 0,
+    out: Annotated[Path, typer.Option(help="Directory for cka.json, cka.html and the heatmaps.")] = Path("runs/cka"),
     as_json: Json = False,
 ) -> None:
     """Compare all layers of two models with each other, debiased and over the whole store."""
-    from align.cka import best_partners, compare_layers
     from align.layers import choose_models
-    from align.plots import plot_heatmaps
+    from align.similarity import heatmaps, page
+    from align.similarity.compare import Comparison
+    from align.similarity.measures import parse_measures
+    from align.similarity.words import describe as describe_cka
     from featstore.provenance import write_json
     from featstore.spec import parse_layers
     from featstore.store import open_store
 
     check_directory(out)
+    chosen_measures = parse_measures(measures)
     opened = open_store(store)
     names = [name.strip() for name in models.split(",")] if models else []
     if models and len(names) != 2:
@@ -238,41 +253,33 @@ def cka(
     if layers is not None:
         wanted = parse_layers([layers], {name: opened.model(name).depth for name in held})
         held = {name: tuple(opened.layer(name, k) for k in ks) for name, ks in wanted.items()}
-    with dask_client(scheduler):
-        result = compare_layers(
+    with dask_client(scheduler, workers=workers) as client:
+        comparison = Comparison(
             store,
             models=chosen,
             layers=held,
+            client=client,
             estimator=estimator,
+            kernel=kernel,
             policy=policy,
             keep_sinks=keep_sinks,
+            measures=chosen_measures,
+            max_rows=max_rows,
+            draws=draws,
+            memory=parse_bytes(memory),
+            checkpoint=out / "checkpoints",
+            device=choose_device(device, by_gradient=kernel == "rbf"),
             seed=seed,
         )
-    result = jsonable(result)
+        result = jsonable(comparison.run())
     write_json(out / "cka.json", result)
-    files = plot_heatmaps(result, out)
+    files = ["cka.json", page.write(result, out), *heatmaps.plot(result, out)]
+    comparison.discard()
     emit(
-        {**result, "files": ["cka.json", *files], "out": str(out)},
-        escape(_describe(result, best_partners(result), out)),
+        {**result, "files": files, "out": str(out)},
+        escape(f"{describe_cka(result)}\nwritten to {out}: {', '.join(files)}"),
         as_json=as_json,
     )
-
-
-def _describe(result: dict[str, Any], partners: dict[str, dict[str, Any]], out: Path) -> str:
-    first, second = result["models"]
-    lines = [f"{result['estimator']} CKA over {result['n']} pairs, {result['masked_rows']} attention sinks apart"]
-    lines.append(f"{first:>10} | " + " ".join(f"{second}:{k}".rjust(12) for k in result["layers"][second]))
-    for layer, row in zip(result["layers"][first], result["cross"], strict=True):
-        values = " ".join(f"{v:12.4f}" if v is not None else f"{'-':>12}" for v in row)
-        lines.append(f"{layer:10} | {values}")
-    for layer, best in partners.items():
-        lines.append(f"{first}:{layer} is most like {second}:{best['layer']} ({best['cka']:.4f})")
-    floor = [v for row in result["null"]["cross"] for v in row if v is not None]
-    if floor:
-        lines.append(f"floor (shuffled pairs): at most {max(map(abs, floor)):.4f}")
-    lines += [f"undefined: {where}: {why}" for where, why in result["reasons"].items()]
-    lines.append(f"written: {out}/cka.json, cka.png, cka.svg")
-    return "\n".join(lines)
 
 
 @app.command()

@@ -53,8 +53,8 @@ def plot_rate_distortion(points: Sequence[Mapping[str, Any]], out: Path) -> list
         of_pair = sorted((p for p in points if p["pair"] == pair), key=lambda p: p["bytes_per_text_byte"])
         for name, style in (("compress", "-"), ("pca", "--"), ("strided", ":")):
             known = [p for p in of_pair if p["r2"].get(name) is not None]
-            x, y = [p["bytes_per_text_byte"] for p in known], [p["r2"][name] for p in known]
-            axes.plot(x, y, style, marker="o", markersize=4, color=f"C{colour}", label=f"{pair} {name}")
+            rates, values = [p["bytes_per_text_byte"] for p in known], [p["r2"][name] for p in known]
+            axes.plot(rates, values, style, marker="o", markersize=4, color=f"C{colour}", label=f"{pair} {name}")
         for point in of_pair:
             if point["r2"].get("compress") is not None:
                 place = (point["bytes_per_text_byte"], point["r2"]["compress"])

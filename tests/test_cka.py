@@ -1,4 +1,4 @@
-"""CKA over a store: equal to the naive n x n formula, whatever the blocks, the groups and the workers."""
+"""`align cka`: all layers of two models compared, equal to naive formulas, with floors, ceilings and other measures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,12 @@ import pytest
 from commands import call, strict_json
 from planted import Planted, plant, rotation, spectrum_rows
 
-import align.cka
-from align.cka import Site, accumulate, add, best_partners, compare_layers, groups
-from align.plots import plot_heatmaps
+from align.kernels.reference import cka, rbf_gram
+from align.similarity.compare import Comparison
+from align.similarity.measures import parse_measures
+from align.similarity.names import MEASURES
+from align.similarity.sample import affordable_rows, draw
+from align.similarity.words import best_partners
 from featstore.console import jsonable
 from featstore.errors import PairingError, SpecError
 
@@ -78,8 +80,10 @@ def client() -> Iterator[Any]:
 
 
 def compared(planted: Planted, **options: Any) -> dict[str, Any]:
-    wanted = {"models": ("a", "b"), "layers": LAYERS, "quiet": True, **options}
-    return compare_layers(planted.path, **wanted)
+    from distributed import get_client
+
+    wanted = {"models": ("a", "b"), "layers": LAYERS, "quiet": True, "client": get_client(), **options}
+    return Comparison(planted.path, **wanted).run()
 
 
 @pytest.fixture(scope="module")
@@ -124,73 +128,6 @@ def test_a_rotation_scores_one_and_independence_nothing(tmp_path: Path, client: 
     cross = compared(planted, layers={"a": (0,), "b": (0, 1)})["cross"]
     assert cross[0][0] == pytest.approx(1, abs=1e-6)
     assert abs(cross[0][1]) < 0.05
-
-
-def test_wide_layers_in_groups_give_the_same(
-    planted: Planted, result: dict[str, Any], client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for limit in (1, 30, 45):
-        monkeypatch.setattr(align.cka, "groups", partial(groups, limit=limit))
-        grouped = compared(planted)
-        np.testing.assert_allclose(grouped["cross"], result["cross"], atol=1e-7)
-        for name in ("a", "b"):
-            np.testing.assert_allclose(grouped["within"][name], result["within"][name], atol=1e-7)
-
-
-def test_groups_hold_every_site_once_within_the_limit() -> None:
-    sites = [Site("a", k, source=True) for k in range(5)] + [Site("b", k, source=False) for k in range(3)]
-    for limit in (1, 10, 25, 1000):
-        parts = groups(sites, {"a": 10, "b": 15}, limit)
-        assert [site for part in parts for site in part] == sites
-        for part in parts:
-            assert len(part) == 1 or sum({"a": 10, "b": 15}[site.model] for site in part) <= limit
-
-
-@pytest.mark.parametrize("rows", [50, 256])
-def test_the_block_size_does_not_matter(
-    planted: Planted, result: dict[str, Any], client: Any, monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
-    # More blocks than one merge takes, so that the tree has two levels.
-    monkeypatch.setattr(align.cka, "BLOCK_ROWS", rows)
-    blocks = compared(planted)
-    # Products within a block are float32; what they lose differs from cut to cut.
-    np.testing.assert_allclose(blocks["cross"], result["cross"], atol=2e-8)
-
-
-def test_whole_numbers_give_the_same_bits_in_any_blocks(
-    tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Nothing is rounded, so nothing may differ: neither a row left out nor one taken twice could hide.
-    rng = np.random.default_rng(0)
-    x, y = (rng.integers(-4, 5, size=(400, 6)).astype(float) for _ in range(2))
-    planted = plant(tmp_path / "s.zarr", {0: x}, {0: y + x})
-    monkeypatch.setattr("featstore.store.Store.origin", lambda *_: np.zeros(6))
-    texts = []
-    for rows in (4096, 400, 61, 7):
-        monkeypatch.setattr(align.cka, "BLOCK_ROWS", rows)
-        texts.append(json.dumps(jsonable(compared(planted, layers={"a": (0,), "b": (0,)}))))
-    assert len(set(texts)) == 1
-
-
-def test_a_rerun_gives_the_same_bits(planted: Planted, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(align.cka, "BLOCK_ROWS", 64)
-    texts = {json.dumps(jsonable(compared(planted))) for _ in range(3)}
-    assert len(texts) == 1
-
-
-def test_sums_add_up_in_any_cut() -> None:
-    rng = np.random.default_rng(1)
-    p, q = ([rng.integers(-3, 4, size=(30, w)).astype(np.float32) for w in (4, 5)] for _ in range(2))
-    whole = accumulate(p, q)
-    parts = add([accumulate([x[a:b] for x in p], [x[a:b] for x in q]) for a, b in ((0, 1), (1, 17), (17, 30))])
-    own, both = accumulate(p, None), accumulate(p, p)
-    for one, two in ((whole, parts), (own, both)):
-        assert one.n == two.n == 30
-        np.testing.assert_array_equal(one.gram, two.gram)
-        np.testing.assert_array_equal(one.products, two.products)
-        for name in ("sums", "norms", "cross"):
-            for left, right in zip(getattr(one, name), getattr(two, name), strict=True):
-                np.testing.assert_array_equal(left, right)
 
 
 def test_the_floor_is_the_same_states_with_their_pairing_destroyed(result: dict[str, Any], planted: Planted) -> None:
@@ -254,8 +191,12 @@ def test_four_pairs_are_enough(tmp_path: Path, client: Any) -> None:
 
 
 def test_an_unknown_estimator_is_refused(planted: Planted) -> None:
-    with pytest.raises(SpecError, match="estimator 'hsic': choose one of debiased, biased"):
-        compared(planted, estimator="hsic")
+    with pytest.raises(SpecError, match="estimator 'hsic': choose one of debiased, biased, minibatch"):
+        compared(planted, estimator="hsic", client=None)
+    with pytest.raises(SpecError, match="--kernel 'cosine': choose one of linear, rbf"):
+        compared(planted, kernel="cosine", client=None)
+    with pytest.raises(SpecError, match="minibatch is of the linear kernel"):
+        compared(planted, kernel="rbf", estimator="minibatch", client=None)
 
 
 def test_states_that_do_not_vary_are_null_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,7 +222,9 @@ def test_the_command_writes_json_and_heatmaps(
     shown = call(capsys, "align", "cka", "--store", planted.path, "--out", tmp_path, "--json").json
     saved = strict_json((tmp_path / "cka.json").read_text())
     assert {**saved, "files": None, "out": None} == {**shown, "files": None, "out": None}
-    assert shown["files"] == ["cka.json", "cka.png", "cka.svg"]
+    assert shown["files"] == ["cka.json", "cka.html", "cka.png", "cka.svg"]
+    assert not (tmp_path / "checkpoints").exists(), "what the scan kept goes when the result is written"
+    assert "<script" in (tmp_path / "cka.html").read_text()
     np.testing.assert_array_equal(saved["cross"], result["cross"])
     assert (tmp_path / "cka.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (tmp_path / "cka.png").stat().st_size > 5000
@@ -337,14 +280,6 @@ def test_a_scheduler_that_does_not_answer_is_one_clear_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_heatmaps_are_the_same_from_run_to_run(result: dict[str, Any], tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        assert plot_heatmaps(jsonable(result), tmp_path / name) == ["cka.png", "cka.svg"]
-    for name in ("cka.svg", "cka.png"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
 def test_the_best_partner_of_a_layer() -> None:
     table = {
         "models": ["a", "b"],
@@ -352,3 +287,147 @@ def test_the_best_partner_of_a_layer() -> None:
         "cross": [[0.2, 0.9], [0.5, None], [None, None]],
     }
     assert best_partners(table) == {"0": {"layer": 4, "cka": 0.9}, "8": {"layer": 0, "cka": 0.5}}
+
+
+def test_minibatch_is_an_estimate_of_the_same(planted: Planted, result: dict[str, Any], client: Any) -> None:
+    found = compared(planted, estimator="minibatch")
+    assert (found["batches"], found["batch_rows"]) == (2, 512)
+    np.testing.assert_allclose(found["cross"], result["cross"], atol=0.1)
+    assert not np.array_equal(found["cross"], result["cross"])
+
+
+@pytest.mark.parametrize("estimator", ["debiased", "biased"])
+def test_the_rbf_kernel_equals_its_formula(planted: Planted, client: Any, estimator: str) -> None:
+    found = compared(planted, kernel="rbf", estimator=estimator, max_rows=300)
+    assert (found["kernel"], found["n"]) == ("rbf", 300)
+    store = planted.store
+    sample = draw(store, store.pairs("a", "b").select(), (LAYERS["a"], LAYERS["b"]), max_rows=300, memory=1 << 30)
+    for i, one in enumerate(LAYERS["a"]):
+        for j, two in enumerate(LAYERS["b"]):
+            grams = [
+                rbf_gram(rows[k].astype(np.float64), found["sigmas"][name])
+                for rows, k, name in ((sample.xs, i, f"a:{one}"), (sample.ys, j, f"b:{two}"))
+            ]
+            assert found["cross"][i][j] == pytest.approx(cka(*grams, estimator), abs=5e-6)
+    assert np.abs(found["null"]["cross"]).max() < (0.03 if estimator == "debiased" else 0.4)
+    assert found["null"]["kernel"] == "rbf"
+
+
+def test_effective_ranks_are_those_of_the_covariance(planted: Planted, result: dict[str, Any]) -> None:
+    for name, rows in (("a", planted.x), ("b", planted.y)):
+        for layer, states in rows.items():
+            values = np.linalg.eigvalsh(np.cov(states.T))
+            share = np.maximum(values, 1e-300) / values.sum()
+            found = result["effective_rank"][name][str(layer)]
+            assert found["entropy"] == pytest.approx(float(np.exp(-(share * np.log(share)).sum())), rel=1e-4)
+            assert found["participation"] == pytest.approx(float(1 / np.square(share).sum()), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def measured(planted: Planted, client: Any) -> dict[str, Any]:
+    return compared(planted, measures=parse_measures("all"), draws=50, max_rows=500)
+
+
+def test_every_measure_has_its_floors_ceilings_and_intervals(measured: dict[str, Any]) -> None:
+    assert tuple(measured["measures"]) == MEASURES
+    assert measured["sample"] == {"rows": 500, "of": 700, "documents": 20, "draws": 50, "seed": 0}
+    json.loads(json.dumps(jsonable(measured), allow_nan=False))
+    for name, block in measured["measures"].items():
+        cross = np.array(block["cross"])
+        assert cross.shape == (3, 2), name
+        assert np.isfinite(cross).all(), (name, block["reasons"])
+        assert {key: np.array(value).shape for key, value in block["within"].items()} == {"a": (3, 3), "b": (2, 2)}
+        sign = 1 if block["closer"] == "higher" else -1
+        # The second layers share most; nothing is as close as that to rows of other pairs, or to noise.
+        for floor in ("shuffled", "noise"):
+            far = np.array(block["floors"][floor]["cross"])
+            assert far.shape == (3, 2), name
+            assert sign * far[1, 1] < sign * cross[1, 1], (name, floor)
+        ceiling = block["ceilings"]["rounding"]
+        assert [len(ceiling[model]) for model in ("a", "b")] == [3, 2]
+        assert sign * ceiling["a"][1] >= sign * cross[1, 1] - 1e-6, name
+        assert np.array(block["ceilings"]["halves"]["cross"]).shape == (3, 2)
+        assert block["ceilings"]["twice"] is None
+        assert "no second reading of 'a'" in block["ceilings"]["reasons"]["twice"]
+        low, high = block["ci95"]["cross"][1][1]
+        assert low <= high
+        assert low - 0.1 * abs(low) <= cross[1, 1] <= high + 0.1 * abs(high), name
+        assert ("reverse" in block) == (not block["symmetric"])
+        if block["symmetric"]:
+            np.testing.assert_array_equal(block["within"]["a"], np.transpose(block["within"]["a"]))
+
+
+def test_one_way_measures_go_both_ways(measured: dict[str, Any], planted: Planted, client: Any) -> None:
+    turned = compared(planted, models=("b", "a"), measures=parse_measures("ridge-r2"), draws=50, max_rows=500)
+    there, back = measured["measures"]["ridge-r2"], turned["measures"]["ridge-r2"]
+    np.testing.assert_allclose(np.transpose(there["reverse"]), back["cross"], atol=0.02)
+    np.testing.assert_allclose(there["cross"], np.transpose(back["reverse"]), atol=0.02)
+    assert not np.allclose(there["cross"], there["reverse"], atol=0.02)
+    floor = there["floors"]["shuffled"]
+    assert np.array(floor["reverse"]).shape == (3, 2)
+
+
+def test_the_sampled_cka_is_the_one_over_all_rows_where_the_sample_is_all(planted: Planted, client: Any) -> None:
+    found = compared(planted, measures=parse_measures("cka"), draws=20)
+    assert found["sample"]["rows"] == 700
+    np.testing.assert_allclose(found["measures"]["cka"]["cross"], found["cross"], atol=2e-6)
+    np.testing.assert_allclose(found["measures"]["cka"]["within"]["b"], found["within"]["b"], atol=2e-6)
+
+
+def test_one_model_alone_is_measured(planted: Planted, measured: dict[str, Any], client: Any) -> None:
+    alone = compared(planted, models=("a", "a"), layers={"a": LAYERS["a"]}, measures=parse_measures("pwcca"), draws=5)
+    block = alone["measures"]["pwcca"]
+    assert np.array(block["cross"]).shape == (3, 3)
+    np.testing.assert_array_equal(block["cross"], block["within"]["a"])
+    assert list(block["within"]) == ["a"]
+    assert "reverse" not in block
+
+
+def test_a_second_reading_is_the_ceiling(planted: Planted, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Read twice by the same arithmetic, states are the same.
+    monkeypatch.setattr(Comparison, "_read_again", lambda _, model: model)
+    found = compared(planted, measures=parse_measures("cka,angular-distance"), draws=5)
+    for name, same in (("cka", 1.0), ("angular-distance", 0.0)):
+        ceilings = found["measures"][name]["ceilings"]
+        assert "twice" not in ceilings["reasons"]
+        np.testing.assert_allclose(ceilings["twice"]["a"], [same] * 3, atol=1e-3)
+        np.testing.assert_allclose(ceilings["twice"]["b"], [same] * 2, atol=1e-3)
+
+
+def test_what_does_not_fit_into_memory_is_refused(planted: Planted, client: Any) -> None:
+    assert affordable_rows([100, 100], 5000, 12 * 200 * 300) == 300
+    assert affordable_rows([100, 100], 5000, 1 << 30) == 5000
+    with pytest.raises(SpecError, match=r"holds 100 rows of 2 layers; give at least 600\.00 kB|holds 100 rows"):
+        affordable_rows([100, 100], 5000, 12 * 200 * 100)
+    with pytest.raises(SpecError, match="--max-rows 3"):
+        affordable_rows([100], 3, 1 << 30)
+    found = compared(planted, measures=parse_measures("rsa"), draws=5, max_rows=40)
+    assert found["sample"]["rows"] == 40
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("svcca,cosine", "'cosine' is none of"), ("rsa,rsa", "every measure once"), ("", "'' is none of")],
+)
+def test_measures_that_do_not_parse_are_refused(text: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        parse_measures(text)
+
+
+def test_the_command_measures(planted: Planted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ("align", "cka", "--store", planted.path, "--out", tmp_path)
+    outcome = call(capsys, *base, "--measures", "cka,mutual-knn,angular-distance", "--max-rows", "300", "--draws", "20")
+    assert outcome.code == 0
+    assert "over 300 of 700 pairs from 20 documents" in outcome.out
+    for name in ("mutual-knn", "angular-distance"):
+        assert any(line.split()[:2] == [name, "a:1"] and "b:2" in line for line in outcome.out.splitlines()), name
+    assert "cka.html" in outcome.out
+    assert (tmp_path / "measures.png").stat().st_size > 5000
+    saved = strict_json((tmp_path / "cka.json").read_text())
+    assert sorted(saved["measures"]) == ["angular-distance", "cka", "mutual-knn"]
+    for option, words in (
+        (("--measures", "dot"), "'dot' is none of"),
+        (("--memory", "1k", "--measures", "cka"), "too few for layers"),
+        (("--workers", "0"), "0 worker processes"),
+    ):
+        assert words in call(capsys, *base, *option).refusal

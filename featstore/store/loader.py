@@ -200,7 +200,7 @@ class PairBatches:
         source: Rows of the source layer. Of several, x is their concatenation.
         target: Rows of the target layer or layers.
         pairs: Which rows, already selected by split and mask.
-        memory: Bytes that rows may take up at a time, in each process.
+        memory: Bytes that rows may take up at a time, in each process; buffers are kept from one epoch to the next.
     """
 
     source: Reader | Sequence[Reader]
@@ -281,7 +281,7 @@ class PairBatches:
         """Batches from two buffers in turn: one is used up while the other is filled."""
         per_buffer = order.buffer_pairs // size
         most = min(-(-per_buffer // wanted.step), len(wanted)) * size
-        slots = [self._empty(most) for _ in range(1 if len(order) <= order.buffer_pairs else 2)]
+        slots = self._take_slots(most, 1 if len(order) <= order.buffer_pairs else 2)
 
         def load(buffer: int, batches: list[int], slot: list[NDArray[Any]]) -> _Loaded:
             numbers = order.buffer(buffer)
@@ -292,11 +292,27 @@ class PairBatches:
 
         groups = groupby(wanted, key=lambda batch: batch // per_buffer)
         jobs = (partial(load, buffer, list(own), slots[i % 2]) for i, (buffer, own) in enumerate(groups))
-        with closing(_one_ahead(jobs)) as loaded:
-            for part in loaded:
-                for i, number in enumerate(part.batches):
-                    at = slice(i * size, min((i + 1) * size, len(part.pairs)))
-                    yield self._batch(number, part.pairs[at], [rows[at] for rows in part.held])
+        try:
+            with closing(_one_ahead(jobs)) as loaded:
+                for part in loaded:
+                    for i, number in enumerate(part.batches):
+                        at = slice(i * size, min((i + 1) * size, len(part.pairs)))
+                        yield self._batch(number, part.pairs[at], [rows[at] for rows in part.held])
+        finally:
+            self._spare[:] = slots
+
+    @cached_property
+    def _spare(self) -> list[list[NDArray[Any]]]:
+        """Buffers of an epoch that has ended: new memory is paged in anew, which took as long as filling it."""
+        return []
+
+    def _take_slots(self, pairs: int, count: int) -> list[list[NDArray[Any]]]:
+        spare = list(self._spare)
+        # Out of reach of an iteration that begins before this one ends.
+        self._spare.clear()
+        if len(spare) == count and all(len(slot[0]) == pairs for slot in spare):
+            return spare
+        return [self._empty(pairs) for _ in range(count)]
 
     @cached_property
     def _sides(self) -> tuple[list[_Layer], list[_Layer]]:

@@ -1,0 +1,345 @@
+"""All layers of two models against each other and within each: what `align cka` finds, floors and sinks beside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align.metrics import debiased_cka
+from align.moment_scores import NEEDS_ROWS, layer_similarity
+from align.moments import centered, merge
+from align.scan import need_rows, usable_moments
+from align.similarity.checkpoint import discard
+from align.similarity.measure import Measure, resampling
+from align.similarity.planning import MEMORY, Selection, Site
+from align.similarity.sample import MAX_ROWS, Layers, Sample, draw, read_rows
+from align.similarity.streaming import stream
+from align.similarity.tables import Twice, compare
+from align.similarity.terms import check_estimator, effective_rank, similarity
+from featstore.console import progress
+from featstore.errors import PairingError, SpecError
+from featstore.store import open_store
+from featstore.store.moments import SPLITS, StoredMoments, has_rows
+from featstore.store.pairs import Pairs
+
+Kernel = Literal["linear", "rbf"]
+KERNELS = ("linear", "rbf")
+#: Resamples of documents behind an interval.
+DRAWS = 1000
+#: Where the state of a scan lies, by whether sinks are in.
+_PARTS = {False: "masked", True: "with-sinks"}
+#: Rows of the floor of linear CKA: of unrelated rows more say the same.
+_NULL_ROWS = 4096
+
+
+class Comparison:
+    """A comparison of the layers of two models, or of one with itself.
+
+    Args:
+        path: The store.
+        models: Two model names; equal for one model alone.
+        layers: Layers by model.
+        client: Dask client.
+        estimator: ``debiased``, ``biased`` or ``minibatch``.
+        kernel: ``linear``, over all rows; or ``rbf``, over a sample.
+        policy: Pair policy.
+        keep_sinks: Whether the main figures include attention sinks.
+        measures: Others, over a sample of rows.
+        max_rows: Rows of the sample at most.
+        draws: Resamples of documents behind each interval.
+        memory: Bytes for the scan, and for the sample.
+        checkpoint: Directory of the scan's state; None to keep none.
+        device: Where RBF kernels are made, a torch device.
+        seed: Of the sample, the floors and the draws.
+        quiet: No progress.
+
+    Raises:
+        SpecError: Unknown estimator or kernel.
+        StoreStateError: The store holds no rows, and its moments do not answer.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        models: tuple[str, str],
+        layers: Mapping[str, Sequence[int]],
+        client: Any,
+        estimator: str = "debiased",
+        kernel: str = "linear",
+        policy: str = "end",
+        keep_sinks: bool = False,
+        measures: Sequence[Measure] = (),
+        max_rows: int = MAX_ROWS,
+        draws: int = DRAWS,
+        memory: int = MEMORY,
+        checkpoint: Path | None = None,
+        device: str = "cpu",
+        seed: int = 0,
+        quiet: bool = False,
+    ) -> None:
+        self.estimator = check_estimator(estimator)
+        if kernel not in KERNELS:
+            raise SpecError(f"--kernel {kernel!r}: choose one of {', '.join(KERNELS)}")
+        if kernel == "rbf" and estimator == "minibatch":
+            raise SpecError("--estimator minibatch is of the linear kernel; leave out --kernel rbf")
+        self.path, self.models, self.layers = path, models, {name: tuple(layers[name]) for name in models}
+        self.client, self.kernel, self.policy, self.keep_sinks = client, kernel, policy, keep_sinks
+        self.measures, self.max_rows, self.draws, self.memory = list(measures), max_rows, draws, memory
+        self.checkpoint, self.device, self.seed, self.quiet = checkpoint, device, seed, quiet
+        self.store = open_store(path)
+        first, second = models
+        self.everything = self.store.pairs(first, second, policy)
+        self.sites = [Site(first, k, source=True) for k in self.layers[first]]
+        if first != second:
+            self.sites += [Site(second, k, source=False) for k in self.layers[second]]
+        named = [(site.model, site.layer) for site in self.sites]
+        wanted = list(combinations_with_replacement(named, 2))
+        self.rows = all(has_rows(self.store, *site) for site in named)
+        self.stored = None
+        if estimator != "minibatch" and kernel == "linear":
+            self.stored = usable_moments(self.store, models, wanted, policy=policy, keep_sinks=keep_sinks)
+        elif not self.rows:
+            need_rows(self.store, wanted, f"--estimator {estimator} with --kernel {kernel}")
+        if self.measures and not self.rows:
+            need_rows(self.store, wanted, f"--measures {self.measures[0].name}")
+        self._samples: dict[bool, Sample] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Compare.
+
+        Returns:
+            The contents of ``cka.json``, with arrays and NaN.
+
+        Raises:
+            PairingError: Fewer than four pairs.
+            FeatstoreError: A row that is not finite, layers of unequal length, a scheduler or memory that gave out.
+        """
+        first, second = self.models
+        masked = self.everything.select(keep_sinks=False)
+        main, ranks = self._tables(keep_sinks=self.keep_sinks)
+        beside, _ = self._tables(keep_sinks=not self.keep_sinks)
+        result = {
+            "models": [first, second],
+            "layers": {name: list(ks) for name, ks in self.layers.items()},
+            "widths": {name: self.store.model(name).width for name in self.layers},
+            "estimator": self.estimator,
+            "kernel": self.kernel,
+            **main,
+            "null": self._floor(),
+            "masked_rows": len(self.everything) - len(masked),
+            "keep_sinks": self.keep_sinks,
+            "masked" if self.keep_sinks else "unmasked": beside,
+            "effective_rank": ranks,
+            "store": {"path": str(self.path), "fingerprint": self.store.fingerprint},
+        }
+        return {**result, **self._measured()} if self.measures else result
+
+    def discard(self) -> None:
+        """Remove the state of the scans, when the result is written."""
+        if self.checkpoint is None:
+            return
+        for part in _PARTS.values():
+            discard(self.checkpoint / part)
+        if self.checkpoint.is_dir() and not any(self.checkpoint.iterdir()):
+            self.checkpoint.rmdir()
+
+    def _pairs(self, *, keep_sinks: bool) -> Pairs:
+        pairs = self.everything.select(keep_sinks=keep_sinks)
+        if len(pairs) < 4:
+            first, second = self.models
+            raise PairingError(f"{len(pairs)} pairs of {first} and {second}: CKA needs at least 4; extract more text")
+        return pairs
+
+    def _sample(self, *, keep_sinks: bool) -> Sample:
+        if keep_sinks not in self._samples:
+            # One at a time: a sample may take all the memory allowed.
+            self._samples.clear()
+            first, second = self.models
+            ks = self.layers[first], self.layers[second]
+            with progress("sample", None, "rows", quiet=self.quiet) as tick:
+                self._samples[keep_sinks] = draw(
+                    self.store,
+                    self._pairs(keep_sinks=keep_sinks),
+                    ks,
+                    max_rows=self.max_rows,
+                    memory=self.memory,
+                    seed=self.seed,
+                    tick=tick,
+                )
+        return self._samples[keep_sinks]
+
+    def _tables(self, *, keep_sinks: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The main matrices with sinks or without, and effective ranks."""
+        n = len(self._pairs(keep_sinks=keep_sinks))
+        ranks: dict[str, Any] = {}
+        facts: dict[str, Any] = {}
+        if self.kernel == "rbf":
+            values, reasons, facts = self._rbf(keep_sinks=keep_sinks)
+            n = facts.pop("n")
+        elif self.stored is not None and not keep_sinks:
+            values, reasons = layer_similarity(self.stored, [(s.model, s.layer) for s in self.sites], self.estimator)
+            ranks = _ranks(self.sites, *_ranks_of_moments(self.stored, self.sites))
+        elif self.rows:
+            # Workers of another process have another working directory.
+            path = str(self.path.resolve()) if "://" not in str(self.path) else str(self.path)
+            selection = Selection(path, self.store.fingerprint, *self.models, self.policy, keep_sinks)
+            terms = stream(
+                selection,
+                self.sites,
+                client=self.client,
+                checkpoint=None if self.checkpoint is None else self.checkpoint / _PARTS[keep_sinks],
+                estimator=self.estimator,
+                memory=self.memory,
+                seed=self.seed,
+                ranks=keep_sinks == self.keep_sinks,
+                quiet=self.quiet,
+                label="cka with sinks" if keep_sinks else "cka",
+            )
+            values, reasons = similarity(terms, self.estimator)
+            ranks = _ranks(self.sites, terms.effective_rank, terms.participation_ratio)
+            if self.estimator == "minibatch":
+                facts = {"batches": terms.batches, "batch_rows": terms.batch_rows}
+        else:
+            values = np.full((len(self.sites), len(self.sites)), math.nan)
+            reasons = dict.fromkeys(combinations_with_replacement(range(len(self.sites)), 2), NEEDS_ROWS)
+        first, second = self.models
+        count = len(self.layers[first])
+        cross = values[:count, count:] if first != second else values
+        within = {first: values[:count, :count]}
+        if first != second:
+            within[second] = values[count:, count:]
+        names = [f"{site.model}:{site.layer}" for site in self.sites]
+        undefined = {f"{names[r]} {names[c]}": why for (r, c), why in reasons.items()}
+        return {"n": n, **facts, "cross": cross, "within": within, "reasons": undefined}, ranks
+
+    def _rbf(
+        self, *, keep_sinks: bool, shuffled: bool = False
+    ) -> tuple[NDArray[np.float64], dict[tuple[int, int], str], dict[str, Any]]:
+        """RBF CKA over the sample, on the device."""
+        # Torch takes two seconds to import, and nothing else here needs it.
+        import torch
+
+        from align.kernels.api import compare_layers
+        from align.kernels.reference import Estimator
+
+        sample = self._sample(keep_sinks=keep_sinks)
+        ys = [] if sample.xs is sample.ys and not shuffled else sample.ys
+        if shuffled:
+            order = np.random.default_rng(self.seed).permutation(sample.n)
+            ys = [y[order] for y in ys]
+        layers = [torch.from_numpy(rows).to(self.device) for rows in (*sample.xs, *ys)]
+        biased: Estimator = "biased" if self.estimator == "biased" else "debiased"
+        found = compare_layers(layers, kernel="rbf", estimator=biased)
+        reasons = {
+            (r, c): found.reasons[k]
+            for r, c in combinations_with_replacement(range(len(layers)), 2)
+            for k in (r, c)
+            if k in found.reasons
+        }
+        sigmas = dict(zip([f"{s.model}:{s.layer}" for s in self.sites], found.sigmas or [], strict=False))
+        return found.cka(), reasons, {"n": sample.n, "sigmas": sigmas}
+
+    def _floor(self) -> dict[str, Any]:
+        """The main figure of the same states with their pairing destroyed; null in a store without rows."""
+        count = len(self.layers[self.models[0]])
+        about = {"method": "shuffled pairs", "estimator": "debiased", "kernel": self.kernel}
+        columns = self.sites[count:] or self.sites
+        if not self.rows:
+            return {"cross": np.full((count, len(columns)), math.nan), "n": 0, **about, "reason": NEEDS_ROWS}
+        if self.kernel == "rbf":
+            values, _, facts = self._rbf(keep_sinks=self.keep_sinks, shuffled=True)
+            return {"cross": values[:count, count:], **about, "estimator": self.estimator, "n": facts["n"]}
+        pairs, rng = self._pairs(keep_sinks=self.keep_sinks), np.random.default_rng(self.seed)
+        chosen = np.sort(rng.choice(len(pairs), min(len(pairs), _NULL_ROWS), replace=False))
+        order = rng.permutation(len(chosen))
+        down = self.sites[:count]
+        x = [self.store.rows(s.model, s.layer)[pairs.row_source[chosen]] for s in down]
+        y = [self.store.rows(s.model, s.layer)[pairs.row_target[chosen][order]] for s in columns]
+        return {"cross": [[debiased_cka(one, other)[0] for other in y] for one in x], "n": len(chosen), **about}
+
+    def _measured(self) -> dict[str, Any]:
+        """The measures over the sample."""
+        first, second = self.models
+        sample = self._sample(keep_sinks=self.keep_sinks)
+        draws = resampling(sample.document, draws=self.draws, seed=self.seed)
+        names = tuple([f"{model}:{k}" for k in self.layers[model]] for model in (first, second))
+        forms = tuple(str(self.store.model(model).attributes.get("format", "float32")) for model in (first, second))
+        twice = self._twice(sample)
+        found = {}
+        for measure in self.measures:
+            with progress(measure.name, 100, "%", quiet=self.quiet) as tick:
+                found[measure.name] = compare(
+                    measure,
+                    sample,
+                    (names[0], names[1]),
+                    forms=(forms[0], forms[1]),
+                    draws=draws,
+                    twice=twice,
+                    seed=self.seed,
+                    tick=lambda share, tick=tick: tick(100 * share),  # type: ignore[misc]
+                )
+        about = {
+            "rows": sample.n,
+            "of": sample.of,
+            "documents": len(np.unique(sample.document)),
+            "draws": 0 if draws is None else self.draws,
+            "seed": self.seed,
+        }
+        return {"sample": about, "measures": found}
+
+    def _twice(self, sample: Sample) -> Twice:
+        """The sample as a second reading by the same models has it, if the store holds one of both."""
+        sides: list[Layers] = []
+        numbers = (sample.pairs.row_source, sample.pairs.row_target)
+        for model, rows, origins in zip(self.models, numbers, sample.origins, strict=True):
+            again = self._read_again(model)
+            if again is None:
+                return (
+                    f"the store holds no second reading of {model!r}; extract it with the same model under another "
+                    f"name as well, such as --model {model}=REF --model {model}-again=REF"
+                )
+            read = zip(self.layers[model], origins, strict=True)
+            sides.append([read_rows(self.store, again, k, rows, origin) for k, origin in read])
+        return sides[0], sides[1]
+
+    def _read_again(self, model: str) -> str | None:
+        """Another name in the store for the same weights, which read the same tokens."""
+        own = self.store.model(model)
+        weights = own.attributes.get("weights_fingerprint")
+        for name in self.store.models:
+            other = self.store.model(name)
+            if name == model or weights is None or other.attributes.get("weights_fingerprint") != weights:
+                continue
+            tokens = self.store.tokens(model).id, self.store.tokens(name).id
+            held = set(self.layers[model]) <= set(other.layers)
+            if held and np.array_equal(*tokens) and all(has_rows(self.store, name, k) for k in self.layers[model]):
+                return name
+        return None
+
+
+def _ranks(
+    sites: Sequence[Site], entropy: NDArray[np.float64], participation: NDArray[np.float64]
+) -> dict[str, dict[str, dict[str, float]]]:
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for site, one, other in zip(sites, entropy, participation, strict=True):
+        found.setdefault(site.model, {})[str(site.layer)] = {"entropy": float(one), "participation": float(other)}
+    return found
+
+
+def _ranks_of_moments(stored: StoredMoments, sites: Sequence[Site]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    entropy, participation = np.full(len(sites), math.nan), np.full(len(sites), math.nan)
+    for place, site in enumerate(sites):
+        own = (site.model, site.layer)
+        parts = [part for split in range(len(SPLITS)) if (part := stored.read(own, own, split)) is not None]
+        scatter = centered(merge(*parts)).gx
+        entropy[place] = effective_rank(scatter)
+        size = float(np.sum(scatter * scatter))
+        participation[place] = float(np.trace(scatter)) ** 2 / size if size > 0 else math.nan
+    return entropy, participation
