@@ -1,4 +1,4 @@
-"""Plots of a run and of a similarity map, drawn without a display."""
+"""Plots of runs, drawn without a display."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 
@@ -73,39 +72,3 @@ def plot_rate_distortion(points: Sequence[Mapping[str, Any]], out: Path) -> list
     axes.legend(fontsize="x-small")
     figure.savefig(out / "rate_distortion.png", dpi=120)
     return ["rate_distortion.png"]
-
-
-def plot_heatmaps(result: dict[str, Any], out: Path) -> list[str]:
-    """Draw the similarity of all layers, between the models and within each.
-
-    Args:
-        result: Contents of ``cka.json``.
-        out: Directory.
-
-    Returns:
-        Names of the files written: ``cka.png`` and ``cka.svg``.
-    """
-    first, second = result["models"]
-    panels = [(f"{first} and {second}", first, second, result["cross"])]
-    panels += [(name, name, name, result["within"][name]) for name in dict.fromkeys((first, second))]
-    figure = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
-    for i, (title, rows, columns, values) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), i + 1)
-        table = [[float("nan") if v is None else v for v in row] for row in values]
-        image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", origin="lower")
-        axes.set_xticks(range(len(result["layers"][columns])), [str(k) for k in result["layers"][columns]])
-        axes.set_yticks(range(len(result["layers"][rows])), [str(k) for k in result["layers"][rows]])
-        axes.set_xlabel(f"layer of {columns}")
-        axes.set_ylabel(f"layer of {rows}")
-        axes.set_title(f"{result['estimator']} CKA, {title}", fontsize="small")
-        if max(len(table), len(table[0])) <= 12:
-            for r, row in enumerate(table):
-                for c, value in enumerate(row):
-                    colour = "white" if value < 0.6 else "black"
-                    axes.text(c, r, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="x-small")
-        figure.colorbar(image, ax=axes, shrink=0.8)
-    # A fixed salt keeps identifiers in the SVG the same from run to run.
-    with mpl.rc_context({"svg.hashsalt": "featstore"}):
-        figure.savefig(out / "cka.svg", metadata={"Date": None})
-    figure.savefig(out / "cka.png", dpi=120)
-    return ["cka.png", "cka.svg"]

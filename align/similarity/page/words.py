@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from align.similarity.page.views import Matrix, View, beside, best, values_of
 ROWS_PER_DIMENSION = 10
 #: Below so many documents the resampled intervals are themselves uncertain.
 FEW_DOCUMENTS = 20
+
+_NUMBERS = re.compile(r"\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -313,7 +316,7 @@ def _undefined(shown: Sequence[View]) -> list[str]:
     """What is undefined and why; measures for which it is the same share a sentence."""
     titles: dict[str, list[str]] = {}
     for view in shown:
-        missing: dict[str, int] = {}
+        missing: dict[str, tuple[str, int]] = {}
         cells = 0
         for block in view["blocks"]:
             for i, row in enumerate(block["values"]):
@@ -321,11 +324,14 @@ def _undefined(shown: Sequence[View]) -> list[str]:
                     cells += 1
                     if value is None:
                         why = block["reasons"].get(f"{i},{j}", "no reason is given")
-                        missing[why] = missing.get(why, 0) + 1
+                        # Reasons that differ in their numbers alone are one; the first stands for all.
+                        alike = _NUMBERS.sub("#", why)
+                        first, n = missing.get(alike, (why, 0))
+                        missing[alike] = first, n + 1
         if missing:
-            order = sorted(missing.items(), key=lambda item: (-item[1], item[0]))
+            order = sorted(missing.values(), key=lambda item: (-item[1], item[0]))
             why = "; ".join(f"{reason} ({n})" for reason, n in order)
-            text = f"{sum(missing.values())} of {cells} values are undefined: {why}."
+            text = f"{sum(n for _, n in missing.values())} of {cells} values are undefined: {why}."
             titles.setdefault(text, []).append(view["title"])
     return [f"{'; '.join(names)}: {text}" for text, names in titles.items()]
 
