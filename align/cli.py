@@ -253,25 +253,24 @@ def cka(
     if layers is not None:
         wanted = parse_layers([layers], {name: opened.model(name).depth for name in held})
         held = {name: tuple(opened.layer(name, k) for k in ks) for name, ks in wanted.items()}
+    comparison = Comparison(
+        store,
+        models=chosen,
+        layers=held,
+        estimator=estimator,
+        kernel=kernel,
+        policy=policy,
+        keep_sinks=keep_sinks,
+        measures=chosen_measures,
+        max_rows=max_rows,
+        draws=draws,
+        memory=parse_bytes(memory),
+        checkpoint=out / "checkpoints",
+        device=choose_device(device, by_gradient=kernel == "rbf"),
+        seed=seed,
+    )
     with dask_client(scheduler, workers=workers) as client:
-        comparison = Comparison(
-            store,
-            models=chosen,
-            layers=held,
-            client=client,
-            estimator=estimator,
-            kernel=kernel,
-            policy=policy,
-            keep_sinks=keep_sinks,
-            measures=chosen_measures,
-            max_rows=max_rows,
-            draws=draws,
-            memory=parse_bytes(memory),
-            checkpoint=out / "checkpoints",
-            device=choose_device(device, by_gradient=kernel == "rbf"),
-            seed=seed,
-        )
-        result = jsonable(comparison.run())
+        result = jsonable(comparison.run(client))
     write_json(out / "cka.json", result)
     files = ["cka.json", page.write(result, out), *heatmaps.plot(result, out)]
     comparison.discard()

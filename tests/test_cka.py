@@ -82,8 +82,8 @@ def client() -> Iterator[Any]:
 def compared(planted: Planted, **options: Any) -> dict[str, Any]:
     from distributed import get_client
 
-    wanted = {"models": ("a", "b"), "layers": LAYERS, "quiet": True, "client": get_client(), **options}
-    return Comparison(planted.path, **wanted).run()
+    wanted: dict[str, Any] = {"models": ("a", "b"), "layers": LAYERS, "quiet": True, **options}
+    return Comparison(planted.path, **wanted).run(get_client())
 
 
 @pytest.fixture(scope="module")
@@ -192,11 +192,11 @@ def test_four_pairs_are_enough(tmp_path: Path, client: Any) -> None:
 
 def test_an_unknown_estimator_is_refused(planted: Planted) -> None:
     with pytest.raises(SpecError, match="estimator 'hsic': choose one of debiased, biased, minibatch"):
-        compared(planted, estimator="hsic", client=None)
+        compared(planted, estimator="hsic")
     with pytest.raises(SpecError, match="--kernel 'cosine': choose one of linear, rbf"):
-        compared(planted, kernel="cosine", client=None)
+        compared(planted, kernel="cosine")
     with pytest.raises(SpecError, match="minibatch is of the linear kernel"):
-        compared(planted, kernel="rbf", estimator="minibatch", client=None)
+        compared(planted, kernel="rbf", estimator="minibatch")
 
 
 def test_states_that_do_not_vary_are_null_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,9 @@ from align.moments import centered, merge
 from align.scan import need_rows, usable_moments
 from align.similarity.checkpoint import discard
 from align.similarity.measure import Measure, resampling
-from align.similarity.planning import MEMORY, Selection, Site
-from align.similarity.sample import MAX_ROWS, Layers, Sample, draw, read_rows
-from align.similarity.streaming import stream
+from align.similarity.planning import MEMORY, Selection, Site, plan
+from align.similarity.sample import MAX_ROWS, Layers, Sample, affordable_rows, draw, read_rows
+from align.similarity.streaming import BATCH, stream
 from align.similarity.tables import Twice, compare
 from align.similarity.terms import check_estimator, effective_rank, similarity
 from featstore.console import progress
@@ -45,7 +45,6 @@ class Comparison:
         path: The store.
         models: Two model names; equal for one model alone.
         layers: Layers by model.
-        client: Dask client.
         estimator: ``debiased``, ``biased`` or ``minibatch``.
         kernel: ``linear``, over all rows; or ``rbf``, over a sample.
         policy: Pair policy.
@@ -70,7 +69,6 @@ class Comparison:
         *,
         models: tuple[str, str],
         layers: Mapping[str, Sequence[int]],
-        client: Any,
         estimator: str = "debiased",
         kernel: str = "linear",
         policy: str = "end",
@@ -90,7 +88,7 @@ class Comparison:
         if kernel == "rbf" and estimator == "minibatch":
             raise SpecError("--estimator minibatch is of the linear kernel; leave out --kernel rbf")
         self.path, self.models, self.layers = path, models, {name: tuple(layers[name]) for name in models}
-        self.client, self.kernel, self.policy, self.keep_sinks = client, kernel, policy, keep_sinks
+        self.kernel, self.policy, self.keep_sinks = kernel, policy, keep_sinks
         self.measures, self.max_rows, self.draws, self.memory = list(measures), max_rows, draws, memory
         self.checkpoint, self.device, self.seed, self.quiet = checkpoint, device, seed, quiet
         self.store = open_store(path)
@@ -109,10 +107,19 @@ class Comparison:
             need_rows(self.store, wanted, f"--estimator {estimator} with --kernel {kernel}")
         if self.measures and not self.rows:
             need_rows(self.store, wanted, f"--measures {self.measures[0].name}")
+        # What cannot be meant is refused before a scheduler is asked for.
+        widths = [self.store.model(site.model).width for site in self.sites]
+        if self.rows and kernel == "linear":
+            plan(widths, len(self.everything), memory=memory, batch=BATCH if estimator == "minibatch" else None)
+        if self.measures or kernel == "rbf":
+            affordable_rows(widths, max_rows, memory)
         self._samples: dict[bool, Sample] = {}
 
-    def run(self) -> dict[str, Any]:
+    def run(self, client: Any) -> dict[str, Any]:
         """Compare.
+
+        Args:
+            client: Dask client, for the scan.
 
         Returns:
             The contents of ``cka.json``, with arrays and NaN.
@@ -123,8 +130,8 @@ class Comparison:
         """
         first, second = self.models
         masked = self.everything.select(keep_sinks=False)
-        main, ranks = self._tables(keep_sinks=self.keep_sinks)
-        beside, _ = self._tables(keep_sinks=not self.keep_sinks)
+        main, ranks = self._tables(client, keep_sinks=self.keep_sinks)
+        beside, _ = self._tables(client, keep_sinks=not self.keep_sinks)
         result = {
             "models": [first, second],
             "layers": {name: list(ks) for name, ks in self.layers.items()},
@@ -175,7 +182,7 @@ class Comparison:
                 )
         return self._samples[keep_sinks]
 
-    def _tables(self, *, keep_sinks: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _tables(self, client: Any, *, keep_sinks: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """The main matrices with sinks or without, and effective ranks."""
         n = len(self._pairs(keep_sinks=keep_sinks))
         ranks: dict[str, Any] = {}
@@ -193,7 +200,7 @@ class Comparison:
             terms = stream(
                 selection,
                 self.sites,
-                client=self.client,
+                client=client,
                 checkpoint=None if self.checkpoint is None else self.checkpoint / _PARTS[keep_sinks],
                 estimator=self.estimator,
                 memory=self.memory,
