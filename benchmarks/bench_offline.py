@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=2 python benchmarks/bench_offline.py --documents 12
 
-In the loop both models read the windows of the train and validation documents, up to the mapped layer, and then the
-same steps follow; so its epoch is that forward pass and the offline epoch added up. Rounds are interleaved; the goal is
-a hundredfold. Needs the demo models, which `featstore demo` or `featstore calibrate` builds.
+In the loop both models read the windows of the train and validation documents, and then the same steps follow; so its
+epoch is that forward pass and the offline epoch added up. Two ways: the whole models with all their hidden states, as
+one asks transformers for them, and no further than the mapped layer. Rounds are interleaved; the goal is a hundredfold.
+Needs the demo models, which `featstore demo` or `featstore calibrate` builds.
 """
 
 from __future__ import annotations
@@ -73,28 +74,37 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     read = []
     for reference in references:
         spec = parse_model(reference)
-        stream = sites.residual_stream(models.load_model(spec, device="cpu", dtype="float32"))
-        read.append((stream, windows(store, spec.name, arguments.batch), store.model(spec.name).layers))
+        model = models.load_model(spec, device="cpu", dtype="float32")
+        read.append((model, windows(store, spec.name, arguments.batch), store.model(spec.name).layers))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward() -> None:
-        for stream, batches, layers in read:
+        for model, batches, layers in read:
+            stream = sites.residual_stream(model)
             for ids in batches:
                 sites.capture(stream, ids, layers)
 
-    offline, online = [], []
+    @torch.inference_mode()
+    def whole() -> None:
+        for model, batches, _ in read:
+            for ids in batches:
+                model(input_ids=ids, output_hidden_states=True, use_cache=False)
+
+    offline, online, all_through = [], [], []
     for run in range(arguments.runs + 1):
         steps = epoch_seconds(store, directory / f"run{run}", arguments.epochs)
-        reading = seconds(forward)
+        reading, reading_all = seconds(forward), seconds(whole)
         if run:  # the first round warms up
             offline.append(statistics.median(steps))
             online.append(reading + offline[-1])
+            all_through.append(reading_all + offline[-1])
     pairs = store.pairs(*store.models).select()
     return {
         "train_pairs": int((pairs.split == 0).sum()),
         "tokens": sum(int(ids.numel()) for _, batches, _ in read for ids in batches),
-        "seconds": {"offline": offline, "in the loop": online},
-        "ratio": statistics.median(b / a for a, b in zip(offline, online, strict=True)),
+        "seconds": {"offline": offline, "in the loop": all_through, "in the loop, to the mapped layer": online},
+        "ratio": statistics.median(b / a for a, b in zip(offline, all_through, strict=True)),
+        "ratio_to_mapped_layer": statistics.median(b / a for a, b in zip(offline, online, strict=True)),
     }
 
 
@@ -118,8 +128,9 @@ def main() -> None:
         **measured,
     }
     for label, spent in measured["seconds"].items():
-        print(f"  {label:12} {statistics.median(spent):9.4f} s an epoch of {measured['train_pairs']} pairs")
-    print(judged({"speed of an offline epoch": (measured["ratio"], WANTED)}))
+        print(f"  {label:34} {statistics.median(spent):9.4f} s an epoch of {measured['train_pairs']} pairs")
+    goals = {"speed of an offline epoch": "ratio", "where models stop at the mapped layer": "ratio_to_mapped_layer"}
+    print(judged({name: (measured[key], WANTED) for name, key in goals.items()}))
     if arguments.json:
         print(json.dumps(result))
     if arguments.keep:

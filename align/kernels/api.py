@@ -54,7 +54,8 @@ class LayerSimilarity:
         own = np.diag(self.hsic).copy()
         own[list(self.reasons)] = math.nan
         root = np.sqrt(own)
-        return np.asarray(self.hsic / root[:, None] / root[None, :])
+        # One product of roots for both places: dividing one after the other would round them differently.
+        return np.asarray(self.hsic / (root[:, None] * root[None, :]))
 
 
 def _tensor(x: Any) -> torch.Tensor:
