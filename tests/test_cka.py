@@ -16,9 +16,10 @@ from planted import Planted, plant, rotation, spectrum_rows
 
 from align.kernels.reference import cka, rbf_gram
 from align.similarity.compare import Comparison
+from align.similarity.controls import floors, halves
 from align.similarity.measures import parse_measures
 from align.similarity.names import MEASURES
-from align.similarity.sample import affordable_rows, draw
+from align.similarity.sample import Sample, affordable_rows, draw
 from align.similarity.words import best_partners
 from featstore.console import jsonable
 from featstore.errors import PairingError, SpecError
@@ -363,8 +364,44 @@ def test_one_way_measures_go_both_ways(measured: dict[str, Any], planted: Plante
     np.testing.assert_allclose(np.transpose(there["reverse"]), back["cross"], atol=0.02)
     np.testing.assert_allclose(there["cross"], np.transpose(back["reverse"]), atol=0.02)
     assert not np.allclose(there["cross"], there["reverse"], atol=0.02)
-    floor = there["floors"]["shuffled"]
-    assert np.array(floor["reverse"]).shape == (3, 2)
+    sample = sampled(planted, 500)
+    [measure] = parse_measures("ridge-r2")
+    want = floors(measure, sample.ys, sample.xs, document=sample.document)["shuffled"]
+    np.testing.assert_allclose(
+        there["floors"]["shuffled"]["reverse"], np.transpose([[one.value for one in row] for row in want]), atol=1e-9
+    )
+
+
+def sampled(planted: Planted, rows: int) -> Sample:
+    pairs = planted.store.pairs("a", "b").select()
+    return draw(planted.store, pairs, (LAYERS["a"], LAYERS["b"]), max_rows=rows, memory=1 << 30)
+
+
+def test_a_sample_is_the_same_rows_of_every_layer_about_their_origins(planted: Planted) -> None:
+    sample, store = sampled(planted, 90), planted.store
+    assert (sample.n, sample.of) == (90, 700)
+    assert len(np.unique(sample.document)) > 10
+    for model, rows, origins, numbers in (
+        ("a", sample.xs, sample.origins[0], sample.pairs.row_source),
+        ("b", sample.ys, sample.origins[1], sample.pairs.row_target),
+    ):
+        for k, one, origin in zip(LAYERS[model], rows, origins, strict=True):
+            np.testing.assert_array_equal(origin, store.origin(model, k).astype(np.float32))
+            np.testing.assert_allclose(one + origin, store.rows(model, k)[numbers], rtol=1e-6, atol=1e-4)
+    assert np.abs(sample.origins[0][1]).max() > 5, "of a layer whose mean is 10 sigma, the origin is what it is about"
+
+
+def test_the_halves_are_compared_with_each_other(measured: dict[str, Any], planted: Planted) -> None:
+    sample = sampled(planted, 500)
+    [measure] = parse_measures("rsa")
+    two = halves(measure, sample.xs, sample.ys, document=sample.document)
+    found = measured["measures"]["rsa"]["ceilings"]["halves"]
+    for i in range(3):
+        for j in range(2):
+            apart = abs(two.first[i][j].value - two.second[i][j].value)
+            assert found["cross"][i][j] == pytest.approx(apart, abs=1e-9)
+    assert found["largest"] == pytest.approx(np.max(found["cross"]))
+    assert sum(found["rows"].values()) == 500
 
 
 def test_the_sampled_cka_is_the_one_over_all_rows_where_the_sample_is_all(planted: Planted, client: Any) -> None:
