@@ -70,6 +70,7 @@ class Job:
             },
             "store": {"path": settings.store, "fingerprint": store.fingerprint},
             "corpus": store.attributes["corpus"],
+            "window_bytes": store.attributes["window_bytes"],
             "pair_policy": settings.policy,
             "coverage": coverage,
             "mask": {**store.attributes["mask"], "keep_sinks": settings.keep_sinks},

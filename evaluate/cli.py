@@ -1,9 +1,9 @@
-"""`evaluate`: stitch, generate, report. A thin skin over the library."""
+"""`evaluate`: stitch, generate, communicate, report. A thin skin over the library."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -30,6 +30,12 @@ def stitch(
     layers: Layers = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     max_tokens: Annotated[str, typer.Option(help="Target tokens at most: a number, 20k, or all.")] = "20k",
+    keep: Annotated[
+        str, typer.Option(help="What later blocks read of positions that take no state: own or hide.")
+    ] = "own",
+    source_alone: Annotated[
+        bool, typer.Option("--source-alone", help="Also load the source model and score it by itself.")
+    ] = False,
     model: Models = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -57,6 +63,8 @@ def stitch(
             dtype=dtype,
             split=SPLITS.index(split),
             max_tokens=parse_budget(max_tokens),
+            keep=keep,
+            source_alone=source_alone,
             seed=seed,
         )
     )
@@ -70,6 +78,9 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line; default five prompts.")] = None,
     layers: Layers = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each continuation.")] = 32,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
+    temperature: Annotated[float, typer.Option(help="With --sample: divides the logits.")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="With --sample: draw from this share of probability.")] = 1.0,
     model: Models = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -80,8 +91,11 @@ def generate(
     """Continue prompts in four conditions (each model alone, and each way through the map), with controls."""
     from align.aligners import load_adapter
     from evaluate import generate as generating
+    from evaluate.continuing import Sampling
     from featstore.provenance import write_json
 
+    if not sample and (temperature, top_p) != (1.0, 1.0):
+        raise SpecError("--temperature and --top-p need --sample")
     if out is not None:
         check_directory(out)
     result = generating.generate(
@@ -89,6 +103,7 @@ def generate(
         generating.read_prompts(prompts),
         layers=layers,
         max_new_tokens=max_new_tokens,
+        sample=Sampling(temperature, top_p, seed) if sample else None,
         overrides=model or (),
         device=device,
         dtype=dtype,
@@ -99,8 +114,65 @@ def generate(
 
 
 @app.command()
+def communicate(
+    adapter: AdapterPath,
+    task: Annotated[
+        list[str] | None, typer.Option(help="countries (default), tipsheets, lookup, lookup:PAIRS, jsonl:PATH; repeat.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="How many of each task; of a file at most.")] = 50,
+    layers: Layers = None,
+    itself: Annotated[
+        bool, typer.Option("--itself", help="Also the target with itself, the identity as the map.")
+    ] = False,
+    form: Annotated[
+        str, typer.Option("--format", help="What states travel in: bfloat16, float16, float32, fp8.")
+    ] = "bfloat16",
+    summary_tokens: Annotated[int, typer.Option(min=1, help="Length of the source's summaries.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each free answer.")] = 8,
+    model: Models = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the examples and the controls.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where communicate.json goes; default the run directory.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the target what only the source has read: from its states, from text and from nothing, with controls."""
+    from align.aligners import load_adapter
+    from evaluate import communicate as communicating
+    from evaluate.tasks import make
+    from featstore.provenance import write_json
+
+    if out is not None:
+        check_directory(out)
+    # A mistyped task is refused before the wait for the weights.
+    asked = [make(name, examples, seed) for name in dict.fromkeys(task or ["countries"])]
+    run = load_adapter(adapter)
+    result: dict[str, Any] = {}
+    for one in asked:
+        found = jsonable(
+            communicating.communicate(
+                run,
+                one,
+                layers=layers,
+                itself=itself,
+                form=form,
+                summary_tokens=summary_tokens,
+                max_new_tokens=max_new_tokens,
+                overrides=model or (),
+                device=device,
+                dtype=dtype,
+                seed=seed,
+            )
+        )
+        result = {**found, "tasks": {**result.get("tasks", {}), **found["tasks"]}}
+        # After each, so that an interruption costs one task.
+        write_json((out or adapter) / "communicate.json", result)
+    emit(result, escape(communicating.describe(result)), as_json=as_json)
+
+
+@app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(help="Run and CKA directories.")],
+    directories: Annotated[list[Path], typer.Argument(help="Run, CKA and sweep directories.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:

@@ -32,6 +32,9 @@ def control_states(
     other: NDArray[np.float32] | None,
     rng: np.random.Generator,
     seed: int,
+    *,
+    mapped: NDArray[np.float32] | None = None,
+    other_mapped: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32] | str:
     """The states of a control at the positions that would take mapped states.
 
@@ -42,6 +45,9 @@ def control_states(
         other: float32 ``(n, d_source)`` source states of other text, or None where there is none.
         rng: For random vectors.
         seed: Of the random rotation, the same for all positions and windows.
+        mapped: float32 ``(n, d_target)``, the mapped states where they are at hand: a map of windows cannot make them
+            from ``source``.
+        other_mapped: float32 ``(n, d_target)``, mapped states of other text, in place of mapping ``other``.
 
     Returns:
         float32 ``(n, d_target)``, or the reason why the control does not exist.
@@ -55,13 +61,16 @@ def control_states(
     if name == "random_norm":
         noise = rng.standard_normal((len(source), d_target)).astype(np.float32)
         unit = noise / np.linalg.norm(noise, axis=1, keepdims=True)
-        scaled: NDArray[np.float32] = unit * np.linalg.norm(aligner.apply(source), axis=1, keepdims=True)
+        size = np.linalg.norm(aligner.apply(source) if mapped is None else mapped, axis=1, keepdims=True)
+        scaled: NDArray[np.float32] = unit * size
         return scaled
     if name == "random_rotation":
         rotated = (source - tensors["control_mean_source"]) @ _rotation(d_source, d_target, seed)
         rotated = rotated + tensors["control_mean"]
         return rotated.astype(np.float32, copy=False)
     if name == "shuffled":
+        if other_mapped is not None:
+            return other_mapped
         return "there is no other text to take states from" if other is None else aligner.apply(other)
     if d_source != d_target:
         return f"widths differ ({d_source} and {d_target})"

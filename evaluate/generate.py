@@ -2,6 +2,10 @@
 
 The prompt's states at the mapped layer are replaced during the prefill; the tokens generated after it are the target's
 own. Blocks below the layer still read the target's own prompt.
+
+Texts differ or agree at a glance; how much a condition changes is told by the likelihood, in nats per token, of the
+receiving model's own continuation of the untouched prompt, teacher-forced under that condition. When text is sampled,
+every condition of a prompt gets the same random numbers: texts differ only where the predictions do.
 """
 
 from __future__ import annotations
@@ -16,10 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from align.aligners import Adapter, Aligner
+from evaluate.continuing import Sampling, continue_from, left_padded, prompt_states, score_continuation
 from evaluate.controls import control_states
-from evaluate.inject import injecting, source_positions
-from evaluate.loading import Loaded, choose, load
-from featstore import sites, tokens
+from evaluate.inject import Injection, aligned
+from evaluate.loading import Loaded, load
+from evaluate.wire import Crossing, Rows, Wire, chosen_maps, crossing, wire
+from featstore import tokens
 from featstore.console import progress
 from featstore.errors import SpecError
 
@@ -31,21 +37,38 @@ PROMPTS = (
     "The main difference between cats and dogs",
 )
 CONTROLS = ("mean", "random_norm", "shuffled")
+_CONDITIONS = ("mapped", "self", *CONTROLS)
+#: Prompts that go through a model together.
+_BATCH = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Read:
-    """A prompt as one model read it.
+    """Some prompts as one model read them, padded at the left to one length.
 
     Attributes:
-        window: Its tokens.
-        states: ``{layer: (tokens, width)}``.
-        sink: bool ``(tokens,)``.
+        windows: Their tokens.
+        ids: int64 ``(prompts, tokens)``.
+        padding: bool ``(prompts, tokens)``, True where there is no token; None for none.
+        states: ``{layer: (prompts, tokens, width)}``.
+        sinks: Per prompt bool over its own tokens.
     """
 
-    window: tokens.TokenizedWindow
+    windows: list[tokens.TokenizedWindow]
+    ids: torch.Tensor
+    padding: torch.Tensor | None
     states: dict[int, torch.Tensor]
-    sink: NDArray[np.bool_]
+    sinks: list[NDArray[np.bool_]]
+
+    def first(self, row: int) -> int:
+        """Where a prompt's tokens begin in its padded row."""
+        return int(self.ids.shape[1]) - len(self.windows[row].ids)
+
+    def rows(self, row: int, layers: Sequence[int]) -> Rows:
+        """A prompt's states at some layers, end to end: float32 ``(its tokens, widths)``."""
+        parts = [self.states[layer][row, self.first(row) :].float() for layer in layers]
+        values: Rows = torch.cat(parts, dim=-1).cpu().numpy()
+        return values
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:
@@ -78,10 +101,11 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    sample: Sampling | None = None,
     models: Mapping[str, Loaded] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Continue every prompt, greedily, in every condition.
+    """Continue every prompt in every condition.
 
     Args:
         adapter: A run's adapter; the fourth condition needs one trained with ``--both``.
@@ -92,138 +116,221 @@ def generate(
         device: Where to run.
         dtype: Compute dtype.
         seed: Of the random controls.
+        sample: How to draw tokens; None for the likeliest each time.
         models: The run's models where they are loaded already.
         quiet: No progress.
 
     Returns:
-        The contents of ``generations.json``.
+        The contents of ``generations.json``. ``likelihood`` of an entry has the keys of its texts: nats per token of
+        the receiving model's own continuation (``target_alone``, and for ``target_to_source`` ``source_alone``).
 
     Raises:
-        SpecError: A prompt is longer than a model's context.
+        SpecError: A prompt is longer than a model's context, or there is none.
     """
-    chosen = choose(adapter, layers)
+    if not prompts:
+        raise SpecError("there is no prompt to continue; give one at least")
+    chosen = chosen_maps(adapter, layers)
+    wires = [wire(adapter, aligner) for aligner in chosen]
     source, target = chosen[0].pair.source, chosen[0].pair.target
     loaded = {
         name: (models or {}).get(name) or load(adapter, name, overrides, device=device, dtype=dtype, quiet=quiet)
         for name in dict.fromkeys((source, target))
     }
+    batches = [range(start, min(start + _BATCH, len(prompts))) for start in range(0, len(prompts), _BATCH)]
+    windows = {name: _tokenized(model, prompts, max_new_tokens) for name, model in loaded.items()}
     reads = {
-        name: [_read(model, prompt, chosen, max_new_tokens) for prompt in prompts] for name, model in loaded.items()
+        name: [_read(model, [windows[name][i] for i in batch], chosen) for batch in batches]
+        for name, model in loaded.items()
     }
-    directions = {
-        "source_to_target": [a for a in chosen if (a.pair.source, a.pair.target) == (source, target)],
-        "target_to_source": [
-            a for a in chosen if (a.pair.source, a.pair.target) == (target, source) != (source, target)
-        ],
+    entries: list[dict[str, Any]] = [
+        {"prompt": prompt, "source": source, "target": target, "likelihood": {}} for prompt in prompts
+    ]
+    directions = {"source_to_target": (source, target), "target_to_source": (target, source)}
+    for entry in entries:
+        for block in (entry, entry["likelihood"]):
+            block |= dict.fromkeys(("source_alone", "target_alone")) | {role: {} for role in directions}
+    own: dict[str, list[list[int]]] = {name: [] for name in loaded}
+    work = len(prompts) * (len(loaded) + len(_CONDITIONS) * len(chosen))
+    with progress("generate", work, "texts", quiet=quiet) as tick:
+        for name, model in loaded.items():
+            for batch, read in zip(batches, reads[name], strict=True):
+                voice = _Voice(model, read, batch, max_new_tokens, sample)
+                said = voice.say(None)
+                own[name] += said
+                for i, text, value in zip(batch, voice.text(said), voice.score(None, said), strict=True):
+                    for role in ("source_alone", "target_alone"):
+                        if entries[i][role.removesuffix("_alone")] == name:
+                            entries[i][role], entries[i]["likelihood"][role] = text, value
+                tick(len(batch))
+        for to in wires:
+            pair = to.aligner.pair
+            role = next(role for role, names in directions.items() if names == (pair.source, pair.target))
+            states = _states(to, reads[pair.source], reads[pair.target], batches, prompts, seed)
+            for batch, read in zip(batches, reads[pair.target], strict=True):
+                voice = _Voice(loaded[pair.target], read, batch, max_new_tokens, sample)
+                for condition in _CONDITIONS:
+                    injection = voice.injection(pair.target_layer, condition, [states[i] for i in batch])
+                    texts = voice.text(voice.say(injection))
+                    nats = voice.score(injection, [own[pair.target][i] for i in batch])
+                    for i, text, value in zip(batch, texts, nats, strict=True):
+                        there = not isinstance(states[i][1][condition], str)
+                        for block, figure in ((entries[i], text), (entries[i]["likelihood"], value)):
+                            block[role].setdefault(pair.key, {})[condition] = figure if there else None
+                    tick(len(batch))
+    return {
+        "max_new_tokens": max_new_tokens,
+        "decoding": "greedy" if sample is None else _sampling(sample),
+        "seed": seed,
+        "likelihood": "nats per token of the receiving model's own continuation of the untouched prompt",
+        "entries": entries,
     }
-    entries = []
-    with progress("generate", len(prompts) * (2 + len(chosen)), "texts", quiet=quiet) as tick:
-        for i, prompt in enumerate(prompts):
-            entry: dict[str, Any] = {"prompt": prompt, "source": source, "target": target}
-            for role, name in (("source_alone", source), ("target_alone", target)):
-                entry[role] = _continue(loaded[name], reads[name][i], None, 0, max_new_tokens)[0]
-                tick(1)
-            for role, aligners in directions.items():
-                entry[role] = {}
-                for aligner in aligners:
-                    entry[role][aligner.pair.key] = _stitched(loaded, reads, i, aligner, max_new_tokens, seed)
-                    tick(1)
-            entries.append(entry)
-    return {"max_new_tokens": max_new_tokens, "decoding": "greedy", "seed": seed, "entries": entries}
 
 
-def _read(loaded: Loaded, prompt: str, aligners: Sequence[Aligner], extra: int) -> Read:
-    window = tokens.tokenize(loaded.info.tokenizer, [prompt])[0]
-    if len(window.ids) + extra > loaded.info.context:
-        raise SpecError(
-            f"prompt {prompt[:40]!r}... has {len(window.ids)} tokens; with {extra} new ones it exceeds the context of "
-            f"{loaded.name!r} ({loaded.info.context}); shorten it or use a smaller --max-new-tokens"
-        )
+def _tokenized(loaded: Loaded, prompts: Sequence[str], extra: int) -> list[tokens.TokenizedWindow]:
+    windows = tokens.tokenize(loaded.info.tokenizer, list(prompts))
+    for prompt, window in zip(prompts, windows, strict=True):
+        if len(window.ids) + extra > loaded.info.context:
+            raise SpecError(
+                f"prompt {prompt[:40]!r}... has {len(window.ids)} tokens; with {extra} new ones it exceeds the context "
+                f"of {loaded.name!r} ({loaded.info.context}); shorten it or use a smaller --max-new-tokens"
+            )
+    return windows
+
+
+def _read(loaded: Loaded, windows: list[tokens.TokenizedWindow], aligners: Sequence[Aligner]) -> Read:
     layers = {layer for a in aligners if a.pair.source == loaded.name for layer in a.pair.source_layers}
     layers |= {a.pair.target_layer for a in aligners if a.pair.target == loaded.name}
-    ids = torch.from_numpy(window.ids.astype(np.int64))[None].to(loaded.device)
+    ids, padding = left_padded([window.ids.tolist() for window in windows])
     # Sinks show at any stored layer; all of them are captured to judge by the store's own rule.
-    states = sites.capture(loaded.stream, ids, sorted(layers | set(loaded.median_norm)))
-    flat = {layer: hidden[0] for layer, hidden in states.items()}
-    sink = loaded.is_sink(flat).cpu().numpy()
-    return Read(window, {layer: flat[layer] for layer in layers}, sink)
+    states = prompt_states(loaded.model, loaded.stream, ids, sorted(layers | set(loaded.median_norm)), padding=padding)
+    sinks = loaded.is_sink(states).cpu().numpy()
+    own = [sinks[row, ids.shape[1] - len(window.ids) :] for row, window in enumerate(windows)]
+    return Read(windows, ids, padding, {layer: states[layer] for layer in layers}, own)
 
 
-def _stitched(
-    loaded: dict[str, Loaded], reads: dict[str, list[Read]], i: int, aligner: Aligner, length: int, seed: int
-) -> dict[str, str | None]:
-    pair = aligner.pair
-    source, target = reads[pair.source][i], reads[pair.target][i]
-    taken = source_positions(source.window, target.window)
-    taken[target.sink | ((taken >= 0) & source.sink[np.maximum(taken, 0)])] = -1
-    places = np.flatnonzero(taken >= 0)
-    rng = np.random.default_rng((seed, i))
+#: A prompt's tokens under both tokenizers, and what each condition puts at its places, or why it has nothing to put.
+_Put = tuple[Crossing, dict[str, Rows | str | None]]
 
-    def rows(read: Read) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = (
-            torch.cat([read.states[layer].float() for layer in pair.source_layers], dim=-1).cpu().numpy()
+
+def _states(
+    to: Wire,
+    there: Sequence[Read],
+    here: Sequence[Read],
+    batches: Sequence[range],
+    prompts: Sequence[str],
+    seed: int,
+) -> list[_Put]:
+    """What every condition puts into every prompt; None stands for the target's own states."""
+    layers = to.aligner.pair.source_layers
+    at = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch))]
+    rows = [there[number].rows(row, layers) for number, row in at]
+    texts = [
+        crossing(there[n].windows[row], here[n].windows[row], there[n].sinks[row], here[n].sinks[row]) for n, row in at
+    ]
+    mapped = [to.states(x, text, to.pieces(prompt)) for x, text, prompt in zip(rows, texts, prompts, strict=True)]
+    # A map of windows cannot map single states of other prompts: what it made of them is drawn from.
+    pools = (
+        [x[~text.source_sink & ~text.source.special] for x, text in zip(rows, texts, strict=True)]
+        if to.aligner.takes_rows
+        else mapped
+    )
+    found: list[_Put] = []
+    for i, (x, text) in enumerate(zip(rows, texts, strict=True)):
+        rng = np.random.default_rng((seed, i))
+        rest = np.concatenate([pools[i][:0], *(pool for j, pool in enumerate(pools) if j != i)])
+        drawn = rest[rng.integers(len(rest), size=len(text.places))] if len(rest) else None
+        other, other_mapped = (drawn, None) if to.aligner.takes_rows else (None, drawn)
+        source = x[text.taken[text.places]]
+        states: dict[str, Rows | str | None] = {"mapped": mapped[i], "self": None}
+        for name in CONTROLS:
+            states[name] = control_states(
+                name, to.aligner, source, other, rng, seed, mapped=mapped[i], other_mapped=other_mapped
+            )
+        found.append((text, states))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Voice:
+    """A model about to go on with some prompts."""
+
+    loaded: Loaded
+    read: Read
+    numbers: range
+    length: int
+    sample: Sampling | None
+
+    def injection(self, layer: int, condition: str, states: Sequence[_Put]) -> Injection:
+        own, places, values = self.read.states[layer], [], []
+        for row, (text, put) in enumerate(states):
+            places.append(self.read.first(row) + text.places)
+            value = put[condition]
+            # Where a prompt lacks the condition, its row goes along with its own states and is not reported.
+            new = own[row, torch.as_tensor(places[-1], device=own.device)]
+            values.append(torch.as_tensor(value) if isinstance(value, np.ndarray) else new)
+        return aligned(own, values, places, layer=layer, padding=self.read.padding)
+
+    def say(self, injection: Injection | None) -> list[list[int]]:
+        said: list[list[int]] = continue_from(
+            self.loaded.model,
+            self.read.ids,
+            injection=injection,
+            stream=self.loaded.stream,
+            length=self.length,
+            stops=self._stops,
+            sample=self.sample,
+            padding=self.read.padding,
+            rows=self.numbers,
         )
-        return values
+        return said
 
-    states = rows(source)[taken[places]]
-    pool = [rows(r)[~r.sink & ~r.window.special] for j, r in enumerate(reads[pair.source]) if j != i]
-    rest = np.concatenate(pool) if pool else np.zeros((0, states.shape[1]), np.float32)
-    other = rest[rng.integers(len(rest), size=len(places))] if len(rest) else None
-    own = target.states[pair.target_layer]
-    conditions: dict[str, Any] = {"mapped": aligner.apply(states), "self": own[places]}
-    for name in CONTROLS:
-        conditions[name] = control_states(name, aligner, states, other, rng, seed)
-    usable = {name: value for name, value in conditions.items() if not isinstance(value, str)}
-    hidden = own[None].repeat(len(usable), 1, 1)
-    for row, value in enumerate(usable.values()):
-        hidden[row, places] = torch.as_tensor(value).to(hidden.device, hidden.dtype)
-    texts = _continue(loaded[pair.target], target, hidden, pair.target_layer, length)
-    return dict.fromkeys(conditions) | dict(zip(usable, texts, strict=True))
+    def score(self, injection: Injection | None, said: Sequence[Sequence[int]]) -> list[float]:
+        model, stream, padding = self.loaded.model, self.loaded.stream, self.read.padding
+        nats: list[float] = score_continuation(
+            model, self.read.ids, said, injection=injection, stream=stream, padding=padding
+        )
+        return nats
+
+    def text(self, said: Sequence[Sequence[int]]) -> list[str]:
+        return [str(self.loaded.info.tokenizer.decode(row, skip_special_tokens=True)) for row in said]
+
+    @property
+    def _stops(self) -> list[int]:
+        stop = self.loaded.model.generation_config.eos_token_id
+        return [stop] if isinstance(stop, int) else list(stop or [])
 
 
-@torch.inference_mode()
-def _continue(loaded: Loaded, read: Read, hidden: torch.Tensor | None, layer: int, length: int) -> list[str]:
-    """Greedy continuation of a prompt, one text for each row of injected states (or one of the model alone)."""
-    count = 1 if hidden is None else len(hidden)
-    ids = torch.from_numpy(read.window.ids.astype(np.int64))[None].repeat(count, 1).to(loaded.device)
-    stop = loaded.model.generation_config.eos_token_id
-    ends = [stop] if isinstance(stop, int) else list(stop or [])
-    last = torch.tensor(ends, dtype=torch.long, device=loaded.device)
-    if hidden is None:
-        output = loaded.model(input_ids=ids, use_cache=True)
-    else:
-        with injecting(loaded.stream, layer, hidden, whole=False):
-            output = loaded.model(input_ids=ids, use_cache=True)
-    new: list[torch.Tensor] = []
-    done = torch.zeros(count, dtype=torch.bool, device=loaded.device)
-    for _ in range(length):
-        step = output.logits[:, -1].argmax(dim=-1)
-        new.append(step)
-        done |= torch.isin(step, last)
-        if bool(done.all()) or len(new) == length:
-            break
-        output = loaded.model(input_ids=step[:, None], past_key_values=output.past_key_values, use_cache=True)
-    texts = []
-    for row in torch.stack(new, dim=1).tolist():
-        # A finished row went on while others were not done; that is not part of its text.
-        end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-        texts.append(loaded.info.tokenizer.decode(row[:end], skip_special_tokens=True))
-    return texts
+def _sampling(sample: Sampling) -> str:
+    return f"sampled (temperature {sample.temperature:g}, top-p {sample.top_p:g}, seed {sample.seed})"
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The texts for people.
+    """The texts for people, each with the likelihood of the receiving model's own text under its condition.
 
     Args:
         result: From :func:`generate`.
     """
     lines = []
     for entry in result["entries"]:
+        nats = entry["likelihood"]
         lines.append(f"{entry['prompt']!r}")
-        lines.append(f"  {entry['source']} alone: {entry['source_alone']!r}")
-        lines.append(f"  {entry['target']} alone: {entry['target_alone']!r}")
+        lines += [
+            f"  {entry[role]} alone: {entry[f'{role}_alone']!r}{_likelihood(nats[f'{role}_alone'])}"
+            for role in ("source", "target")
+        ]
         for role in ("source_to_target", "target_to_source"):
             for key, texts in entry[role].items():
-                lines.append(f"  {key}: {texts['mapped']!r}")
-                lines += [f"    {name}: {texts[name]!r}" for name in CONTROLS if texts[name] is not None]
+                own = nats[role][key]
+                lines.append(f"  {key}: {texts['mapped']!r}{_likelihood(own['mapped'])}")
+                lines += [
+                    f"    {name}: {texts[name]!r}{_likelihood(own[name])}"
+                    for name in CONTROLS
+                    if texts[name] is not None
+                ]
+    if lines:
+        lines.append("in brackets: nats per token of the receiving model's own text under that condition")
     return "\n".join(lines)
+
+
+def _likelihood(nats: float | None) -> str:
+    return "" if nats is None else f"  [{nats:.2f}]"

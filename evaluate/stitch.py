@@ -1,13 +1,15 @@
 """Teacher-forced stitched loss: how well the target predicts text when a layer's states come from the source.
 
-The source states are the store's; only the target is loaded. Every condition replaces the same positions of the same
-windows, and the loss is over the predictions of the third token on. Intervals resample documents.
+The source states are the store's; only the target is loaded (and, where it is to be scored by itself, afterwards the
+source). Every condition replaces the same positions of the same windows, and the loss is over the predictions of the
+third token on. Intervals resample documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,60 +17,38 @@ import torch
 from numpy.typing import NDArray
 
 from align.aligners import Adapter, Aligner
-from align.metrics import document_bootstrap
 from evaluate.controls import CONTROLS, control_states
-from evaluate.inject import injecting, source_positions
-from evaluate.loading import Loaded, choose, load
+from evaluate.inject import KEEP, aligned, inject
+from evaluate.loading import Loaded, load
+from evaluate.stitch_scores import FIRST_SCORED, Tally, add_window, alone, describe, figures, recovered
+from evaluate.wire import Crossing, Rows, Wire, chosen_maps, crossing, wire
 from featstore import sites
 from featstore.console import progress
 from featstore.corpus import SPLITS, TEST
-from featstore.errors import AdapterError, PairingError
+from featstore.errors import AdapterError, PairingError, SpecError
 from featstore.store import Store
 from featstore.tokens import TokenizedWindow
 
+__all__ = ["CONDITIONS", "Window", "describe", "scored_windows", "stitch"]
+
 CONDITIONS = ("clean", "self", "mapped", *CONTROLS)
-_FIRST_SCORED = 2
 
 
-@dataclass(frozen=True)
-class Window:
+@dataclass(frozen=True, eq=False)
+class Window(Crossing):
     """One test window under both tokenizers.
 
     Attributes:
+        number: Of the window in the store.
         document: Document number.
-        source: Source tokens.
-        target: Target tokens.
         source_row: First source row in the store.
-        taken: Per target position the source position whose state it takes, -1 for its own.
+        size: Bytes of its text.
     """
 
+    number: int
     document: int
-    source: TokenizedWindow
-    target: TokenizedWindow
     source_row: int
-    taken: NDArray[np.int64]
-
-
-@dataclass
-class Tally:
-    """Sums by document: nats, tokens, bytes."""
-
-    sums: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-
-    def add(self, document: int, nats: float, tokens: int, size: int) -> None:
-        """Add a window.
-
-        Args:
-            document: Document number.
-            nats: Summed loss.
-            tokens: Scored tokens.
-            size: Bytes those tokens span.
-        """
-        self.sums[document] = self.sums.get(document, np.zeros(3)) + np.array([nats, tokens, size])
-
-    def table(self) -> NDArray[np.float64]:
-        """``(documents, 3)`` in document order."""
-        return np.stack([self.sums[d] for d in sorted(self.sums)])
+    size: int
 
 
 def scored_windows(
@@ -99,16 +79,19 @@ def scored_windows(
     total = 0
     for w in numbers[np.argsort(order_within, kind="stable")]:
         a, b = (slice(*np.searchsorted(t.window, [w, w + 1])) for t in (table_a, table_b))
-        if b.stop - b.start <= _FIRST_SCORED:
+        if b.stop - b.start <= FIRST_SCORED:
             continue
         if chosen and max_tokens is not None and total + (b.stop - b.start) > max_tokens:
             break
         first = TokenizedWindow(table_a.id[a], table_a.byte_end[a], table_a.special[a])
         second = TokenizedWindow(table_b.id[b], table_b.byte_end[b], table_b.special[b])
-        taken = source_positions(first, second)
-        sink_a, sink_b = table_a.sink[a], table_b.sink[b]
-        taken[sink_b | ((taken >= 0) & sink_a[np.maximum(taken, 0)])] = -1
-        chosen.append(Window(int(corpus.window_document[w]), first, second, int(a.start), taken))
+        text = crossing(first, second, table_a.sink[a], table_b.sink[b])
+        size = int(corpus.window_end[w] - corpus.window_start[w])
+        chosen.append(
+            Window(
+                **vars(text), number=int(w), document=int(corpus.window_document[w]), source_row=int(a.start), size=size
+            )
+        )
         total += b.stop - b.start
     if not chosen:
         raise PairingError(f"the {SPLITS[split]} split of {store.path} has no window to score; extract more documents")
@@ -125,6 +108,8 @@ def stitch(
     dtype: str = "auto",
     split: int = TEST,
     max_tokens: int | None = None,
+    keep: str = "own",
+    source_alone: bool = False,
     seed: int = 0,
     models: Mapping[str, Loaded] | None = None,
     quiet: bool = False,
@@ -140,6 +125,11 @@ def stitch(
         dtype: Compute dtype.
         split: Which documents.
         max_tokens: Target tokens at most, None for all.
+        keep: What the blocks from the layer on read of positions that take no state: ``own``, the target's own states
+            there, or ``hide``, nothing (the start token excepted). Under ``hide`` the ``self`` condition is what the
+            hiding alone does, and no longer equal to ``clean``.
+        source_alone: Score the source model by itself on its own tokens of the same windows; it is loaded after the
+            target is released.
         seed: Of the random controls.
         models: The run's models where they are loaded already.
         quiet: No progress.
@@ -149,80 +139,125 @@ def stitch(
 
     Raises:
         AdapterError: The adapter was fitted from another store, or does not fit the model.
+        SpecError: No such layer, or ``keep`` is unknown.
     """
+    if keep not in KEEP:
+        raise SpecError(f"--keep {keep}: choose one of {', '.join(KEEP)}")
     if adapter.card["store"]["fingerprint"] != store.fingerprint:
         raise AdapterError(
             f"the adapter in {adapter.directory} was fitted from a store with fingerprint "
             f"{adapter.card['store']['fingerprint'][:12]}, {store.path} has {store.fingerprint[:12]}; "
             "use the store named in its card"
         )
-    chosen = choose(adapter, layers)
-    result: dict[str, Any] = {
+    chosen = chosen_maps(adapter, layers)
+    runs = []
+    for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
+        wires = [wire(adapter, a) for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
+        windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens)
+        runs.append(_Stitcher(store, windows, wires, keep=keep, seed=seed))
+    # A model is loaded once, does all it is needed for, and is released before the next.
+    sources = [run.source for run in runs] if source_alone else []
+    for name in dict.fromkeys([*(run.target for run in runs), *sources]):
+        loaded = (models or {}).get(name) or load(adapter, name, overrides, device=device, dtype=dtype, quiet=quiet)
+        for run in runs:
+            if run.target == name:
+                with progress(f"stitch {run.source}->{name}", run.work, "tok", quiet=quiet) as tick:
+                    for done in run.stitched(loaded):
+                        tick(done)
+            if run.source == name and source_alone:
+                work = sum(len(w.source.ids) for w in run.windows)
+                with progress(f"{name} alone", work, "tok", quiet=quiet) as tick:
+                    for done in run.alone(loaded):
+                        tick(done)
+        del loaded
+    return {
         "adapter_type": adapter.card["type"],
         "split": SPLITS[split],
-        "keep": "own",
+        "keep": keep,
         "seed": seed,
-        "pairs": {},
+        "pairs": {w.aligner.pair.key: run.entry(w) for run in runs for w in run.wires},
     }
-    for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
-        aligners = [a for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
-        windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens)
-        at_hand = (models or {}).get(target)
-        loaded = at_hand or load(adapter, target, overrides, device=device, dtype=dtype, quiet=quiet)
-        work = sum(len(w.target.ids) for w in windows) * (1 + len(aligners) * (len(CONDITIONS) - 1))
-        with progress(f"stitch {source}->{target}", work, "tok", quiet=quiet) as tick:
-            run = _Stitcher(store, loaded, windows, seed)
-            for at, window in enumerate(windows):
-                run.window(at, window, aligners)
-                tick(len(window.target.ids) * (1 + len(aligners) * (len(CONDITIONS) - 1)))
-        for aligner in aligners:
-            result["pairs"][aligner.pair.key] = run.entry(aligner)
-    return result
 
 
 class _Stitcher:
-    """Runs windows through the target under every condition and adds up the losses."""
+    """Runs windows of one direction through the target under every condition and adds up the losses."""
 
-    def __init__(self, store: Store, target: Loaded, windows: Sequence[Window], seed: int) -> None:
-        self._store, self._target, self._windows, self._seed = store, target, windows, seed
+    def __init__(self, store: Store, windows: Sequence[Window], wires: Sequence[Wire], *, keep: str, seed: int) -> None:
+        self.windows, self.wires = windows, wires
+        self.source, self.target = wires[0].aligner.pair.source, wires[0].aligner.pair.target
+        self._store, self._keep, self._seed = store, keep, seed
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._reasons: dict[str, dict[str, str]] = {}
         self._identical: dict[str, bool] = {}
+        self._source_tally = Tally()
+
+    @property
+    def work(self) -> int:
+        """Target tokens of all passes."""
+        return sum(len(w.target.ids) for w in self.windows) * self._passes
+
+    @property
+    def _passes(self) -> int:
+        # Under `hide` one more, without it: only there must the target's own states give its own logits.
+        return 1 + len(self.wires) * (len(CONDITIONS) - 1 + (self._keep == "hide"))
+
+    def stitched(self, target: Loaded) -> Iterator[int]:
+        """Run all windows under all conditions, yielding target tokens done."""
+        for at, window in enumerate(self.windows):
+            self._window(target, at, window)
+            yield len(window.target.ids) * self._passes
 
     @torch.inference_mode()
-    def window(self, at: int, window: Window, aligners: Sequence[Aligner]) -> None:
-        target = self._target
-        ids = torch.from_numpy(window.target.ids.astype(np.int64))[None].to(target.device)
-        own, clean = self._clean(ids, {a.pair.target_layer for a in aligners})
-        places = np.flatnonzero(window.taken >= 0)
-        for aligner in aligners:
-            key, layer = aligner.pair.key, aligner.pair.target_layer
+    def alone(self, source: Loaded) -> Iterator[int]:
+        """Run all windows through the source by itself, yielding its tokens done."""
+        for window in self.windows:
+            if len(window.source.ids) > FIRST_SCORED:
+                logits = source.model(input_ids=_ids(window.source, source), use_cache=False).logits[0]
+                add_window(self._source_tally, window.document, window.source, logits)
+            yield len(window.source.ids)
+
+    @torch.inference_mode()
+    def _window(self, target: Loaded, at: int, window: Window) -> None:
+        ids = _ids(window.target, target)
+        own, clean = self._clean(target, ids, {w.aligner.pair.target_layer for w in self.wires})
+        places = window.places
+        for to in self.wires:
+            key, layer = to.aligner.pair.key, to.aligner.pair.target_layer
             self._score(key, "clean", window, clean)
-            rng = np.random.default_rng((self._seed, at))
-            source, other = self._source_rows(window, aligner, places, rng)
-            states: dict[str, NDArray[np.float32] | torch.Tensor | str] = {
-                "self": own[layer][0, places],
-                "mapped": aligner.apply(source),
-            }
-            for name in CONTROLS:
-                states[name] = control_states(name, aligner, source, other, rng, self._seed)
-            for name, value in states.items():
+
+            def logits(value: Rows | torch.Tensor, keep: str, layer: int = layer) -> torch.Tensor:
+                injection = aligned(own[layer], [value], [places], layer=layer, keep=keep)
+                with inject(target.stream, injection, whole=True):
+                    result: torch.Tensor = target.model(input_ids=ids, use_cache=False).logits[0]
+                return result
+
+            for name, value in self._states(at, window, to, own[layer][0, places]).items():
                 if isinstance(value, str):
                     self._reasons.setdefault(key, {})[name] = value
                     continue
-                hidden = own[layer].clone()
-                new = torch.as_tensor(value)
-                hidden[0, places] = new.to(hidden.device, hidden.dtype)
-                with injecting(target.stream, layer, hidden, whole=True):
-                    logits = target.model(input_ids=ids, use_cache=False).logits[0]
+                found = logits(value, self._keep)
+                self._score(key, name, window, found, clean)
                 if name == "self":
-                    same = bool(torch.equal(logits, clean))
-                    self._identical[key] = self._identical.get(key, True) and same
-                self._score(key, name, window, logits)
+                    exact = found if self._keep == "own" else logits(value, "own")
+                    self._identical[key] = self._identical.get(key, True) and bool(torch.equal(exact, clean))
 
-    def _clean(self, ids: torch.Tensor, layers: set[int]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-        from contextlib import ExitStack
+    def _states(self, at: int, window: Window, to: Wire, own: torch.Tensor) -> dict[str, Rows | torch.Tensor | str]:
+        """The states of every condition at the window's places, or why a condition has none."""
+        rng = np.random.default_rng((self._seed, at))
+        aligner, places = to.aligner, window.places
+        rows = self._rows(window, aligner)
+        mapped, source = to.states(rows, window), rows[window.taken[places]]
+        other, other_mapped = self._elsewhere(window, to, len(places), rng)
+        states: dict[str, Rows | torch.Tensor | str] = {"self": own, "mapped": mapped}
+        for name in CONTROLS:
+            states[name] = control_states(
+                name, aligner, source, other, rng, self._seed, mapped=mapped, other_mapped=other_mapped
+            )
+        return states
 
+    def _clean(
+        self, target: Loaded, ids: torch.Tensor, layers: set[int]
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
         own: dict[int, torch.Tensor] = {}
 
         def keep(layer: int) -> sites.SiteFunction:
@@ -233,116 +268,62 @@ class _Stitcher:
 
         with ExitStack() as stack:
             for layer in layers:
-                stack.enter_context(sites.at_site(self._target.stream, layer, keep(layer)))
-            logits = self._target.model(input_ids=ids, use_cache=False).logits[0]
+                stack.enter_context(sites.at_site(target.stream, layer, keep(layer)))
+            logits = target.model(input_ids=ids, use_cache=False).logits[0]
         return own, logits
 
-    def _source_rows(
-        self, window: Window, aligner: Aligner, places: NDArray[np.int64], rng: np.random.Generator
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    def _rows(self, window: Window, aligner: Aligner, numbers: NDArray[np.int64] | None = None) -> Rows:
+        """The stored source states of a window, or those of some rows of the store."""
+        wanted = slice(window.source_row, window.source_row + len(window.source.ids)) if numbers is None else numbers
         pair = aligner.pair
-        layers = [self._store.rows(pair.source, layer) for layer in pair.source_layers]
+        layers = [self._store.rows(pair.source, layer)[wanted] for layer in pair.source_layers]
+        return np.concatenate(layers, axis=1)
 
-        def rows(numbers: NDArray[np.int64]) -> NDArray[np.float32]:
-            return np.concatenate([layer[numbers] for layer in layers], axis=1)
-
-        source = rows(window.source_row + window.taken[places])
-        others = [w for w in self._windows if w.document != window.document]
+    def _elsewhere(
+        self, window: Window, to: Wire, count: int, rng: np.random.Generator
+    ) -> tuple[Rows | None, Rows | None]:
+        """States of other documents: those of the source for a map of rows, mapped ones for a map of windows."""
+        others = [w for w in self.windows if w.document != window.document and len(w.places)]
         if not others:
-            return source, None
-        pool = np.concatenate([w.source_row + w.taken[w.taken >= 0] for w in others])
-        return source, rows(rng.choice(pool, len(places))) if len(pool) else None
+            return None, None
+        if to.aligner.takes_rows:
+            pool = np.concatenate([w.source_row + w.taken[w.places] for w in others])
+            return self._rows(window, to.aligner, rng.choice(pool, count)), None
+        # One other window: what the map makes of it is known only once all of it is read.
+        other = others[int(rng.integers(len(others)))]
+        mapped = to.states(self._rows(other, to.aligner), other)
+        return None, mapped[rng.integers(len(mapped), size=count)]
 
-    def _score(self, key: str, condition: str, window: Window, logits: torch.Tensor) -> None:
-        ids = torch.from_numpy(window.target.ids.astype(np.int64)).to(logits.device)
-        losses = torch.nn.functional.cross_entropy(
-            logits[_FIRST_SCORED - 1 : -1].float(), ids[_FIRST_SCORED:], reduction="none"
-        )
-        scored = ~window.target.special[_FIRST_SCORED:]
-        ends = window.target.byte_end
-        size = int(ends[_FIRST_SCORED:][scored].max(initial=0)) - int(ends[_FIRST_SCORED - 1])
-        nats = float(losses.double().cpu().numpy()[scored].sum())
-        self._tallies.setdefault((key, condition), Tally()).add(window.document, nats, int(scored.sum()), max(size, 0))
+    def _score(
+        self, key: str, condition: str, window: Window, logits: torch.Tensor, clean: torch.Tensor | None = None
+    ) -> None:
+        add_window(self._tallies.setdefault((key, condition), Tally()), window.document, window.target, logits, clean)
 
-    def entry(self, aligner: Aligner) -> dict[str, Any]:
+    def entry(self, to: Wire) -> dict[str, Any]:
         """The pair's part of ``stitch.json``."""
-        key = aligner.pair.key
+        key, pair = to.aligner.pair.key, to.aligner.pair
         tables = {name: self._tallies[key, name].table() for name in CONDITIONS if (key, name) in self._tallies}
-        ordinary = sum(int((~w.target.special).sum()) for w in self._windows)
-        replaced = sum(int((w.taken >= 0).sum()) for w in self._windows)
+        ordinary = sum(int((~w.target.special).sum()) for w in self.windows)
+        replaced = sum(len(w.places) for w in self.windows)
+        mean = tables["mean"]
         entry: dict[str, Any] = {
             "n_documents": len(tables["clean"]),
             "n_tokens": int(tables["clean"][:, 1].sum()),
             "replaced_share": replaced / max(ordinary, 1),
             "self_bit_identical": self._identical[key],
-            "conditions": {name: _figures(tables[name]) if name in tables else None for name in CONDITIONS},
+            "conditions": {name: figures(tables[name], mean) if name in tables else None for name in CONDITIONS},
             "reasons": self._reasons.get(key, {}),
         }
-        same_model = aligner.pair.source == aligner.pair.target
-        controls = [name for name in CONTROLS if name in tables and not (same_model and name == "raw")]
+        controls = [name for name in CONTROLS if name in tables and not (pair.source == pair.target and name == "raw")]
         best = min(controls, key=lambda name: entry["conditions"][name]["nats_per_token"])
-        entry["recovered"] = _recovered(tables, "mean")
-        entry["recovered_best_control"] = {"control": best, **_recovered(tables, best)}
+        entry["recovered"] = recovered(tables, "mean")
+        entry["recovered_best_control"] = {"control": best, **recovered(tables, best)}
+        by_itself = self._source_tally.table() if self._source_tally.sums else None
+        entry["alone"] = {"source": None if by_itself is None else alone(by_itself), "target": alone(tables["clean"])}
+        if (rate := to.rate([w.size for w in self.windows])) is not None:
+            entry["rate"] = rate
         return entry
 
 
-def _figures(table: NDArray[np.float64]) -> dict[str, Any]:
-    nats, tokens, size = table.sum(axis=0)
-    return {
-        "nats_per_token": nats / tokens,
-        "bits_per_byte": nats / np.log(2) / size if size else None,
-        "ci95": list(document_bootstrap(table, (0, 1))),
-    }
-
-
-def _recovered(tables: dict[str, NDArray[np.float64]], control: str) -> dict[str, Any]:
-    """(control - mapped) / (control - clean) with its interval; null where the control does no harm."""
-    joined = np.concatenate([tables[name][:, :1] for name in (control, "mapped", "clean")], axis=1)
-
-    def share(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-        worst, mapped, clean = totals.T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            result: NDArray[np.float64] = np.where(worst > clean, (worst - mapped) / (worst - clean), np.nan)
-        return result
-
-    value = float(share(joined.sum(axis=0, keepdims=True))[0])
-    return {"value": value, "ci95": list(document_bootstrap(joined, share))}
-
-
-def describe(result: dict[str, Any]) -> str:
-    """The losses as lines for people.
-
-    Args:
-        result: From :func:`stitch`.
-    """
-    lines = []
-    for key, entry in result["pairs"].items():
-        lines.append(
-            f"{key}: {entry['n_tokens']} tokens of {entry['n_documents']} documents, "
-            f"{entry['replaced_share']:.0%} of positions replaced"
-        )
-        for name, figures in entry["conditions"].items():
-            if figures is None:
-                lines.append(f"  {name:16} -  ({entry['reasons'].get(name, 'not run')})")
-            else:
-                nats, bits = figures["nats_per_token"], figures["bits_per_byte"]
-                lines.append(
-                    f"  {name:16} {_number(nats, '7.3f')} nats/token {_interval(figures['ci95'], '.2f')}"
-                    f"  {_number(bits, '6.3f')} bits/byte"
-                )
-        best = entry["recovered_best_control"]
-        for name, block in (("mean", entry["recovered"]), (best["control"], best)):
-            lines.append(
-                f"  recovered {_number(block['value'], '6.1%')} against {name} {_interval(block['ci95'], '.1%')}"
-            )
-        if not entry["self_bit_identical"]:
-            lines.append("  warning: self-injection changed the logits; do not trust these figures")
-    return "\n".join(lines)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _interval(ci: Sequence[float | None], form: str) -> str:
-    return f"[{', '.join(_number(value, form) for value in ci)}]"
+def _ids(tokens: TokenizedWindow, model: Loaded) -> torch.Tensor:
+    return torch.from_numpy(tokens.ids.astype(np.int64))[None].to(model.device)

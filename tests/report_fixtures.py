@@ -189,6 +189,72 @@ def cka() -> dict[str, Any]:
     }
 
 
+def measured() -> dict[str, Any]:
+    """A similarity with other measures, as `align cka --measures` writes it."""
+    sides = {"closer": "higher", "symmetric": True, "bounds": [None, 1], "reasons": {}}
+    distances = [[12.5, 80.0, 97.25], [70.5, None, 60.0]]
+    return cka() | {
+        "measures": {
+            "rsa": {
+                "title": "RSA",
+                "cross": [[0.91, 0.32, 0.1], [0.4, 0.88, -0.05]],
+                "floors": {"shuffled": {"cross": [[0.01, 0.02, 0.03], [0.04, 0.05, 0.06]]}},
+                **sides,
+            },
+            "procrustes-distance": {"cross": distances, **sides, "closer": "lower", "bounds": [0, None]},
+            "svcca": {"cross": [[None] * 3] * 2, **sides, "reasons": {"twin:0 smol:0": "too few rows"}},
+        },
+        "effective_rank": {
+            "smol": {"0": {"entropy": 186.1, "participation": 59.6}, "15": {"entropy": 150.5, "participation": 40.25}},
+            "twin": {"0": {"entropy": 190.0}},
+        },
+        "sample": {"rows": 400, "of": 15000, "documents": 60, "draws": 50, "seed": 0},
+    }
+
+
+def communicated() -> dict[str, Any]:
+    def right(accuracy: float, low: float, high: float, size: float) -> dict[str, Any]:
+        return {"accuracy": accuracy, "ci95": [low, high], "bytes": size, "unknown": {"more": 1}}
+
+    return {
+        "unknown": [1],
+        "tasks": {
+            "countries": {
+                "n": 50,
+                "chance": 0.02,
+                "conditions": {
+                    "silent": right(0.04, 0.01, 0.13, 0),
+                    "text": right(0.96, 0.87, 0.99, 38.4),
+                    "aligned": right(0.82, 0.69, 0.9, 11520),
+                    "replace": right(0.08, 0.03, 0.19, 1152),
+                    "random": right(0.06, 0.02, 0.16, 1152),
+                },
+                "warnings": [{"code": "x", "message": "only 50 examples"}, "names repeat"],
+            }
+        },
+    }
+
+
+def compressed(latents: int = 4, r2: float = 0.5, stitched: float = 6.1) -> dict[str, Any]:
+    """A run of compressed windows, by file name."""
+    scored, spliced = metrics(r2), stitch(stitched, 0.6)
+    size = latents * 16 * 2
+    scored["type"] = "compress"
+    scored["pairs"][PAIR]["rate_distortion"] = {
+        "latents": latents,
+        "latent_dim": 16,
+        "bytes_per_window": size,
+        "bytes_per_text_byte": size / 500,
+        "text_bytes": 500,
+        "token_id_bytes": 245.5,
+        "raw_bytes": 139008,
+        "side_bytes": 120,
+        "r2": {"compress": r2, "pca": r2 - 0.1, "strided": r2 - 0.25},
+    }
+    spliced["pairs"][PAIR]["rate"] = {"latent_bytes": size, "latent_bytes_per_text_byte": size / 512}
+    return {"metrics.json": scored, "stitch.json": spliced}
+
+
 def log() -> list[dict[str, Any]]:
     epochs = [
         {
@@ -222,6 +288,7 @@ def documents() -> dict[str, Any]:
         "stitch.json": stitch(),
         "generations.json": generations(),
         "cka.json": cka(),
+        "communicate.json": communicated(),
         "eval_epoch_1.json": epoch(1),
         "eval_epoch_2.json": epoch(2),
     }
@@ -295,10 +362,11 @@ class Page(HTMLParser):
         assert len(ids) == len(set(ids))
         for name in ("src", "srcset", "href", "xlink:href", "action", "poster", "data", "background"):
             for value in self.attributes(name):
-                assert value.startswith(("#", "data:,")), f"{name}={value}"
+                known = ("#", "data:,", "./", "../") if name == "href" else ()
+                assert value.startswith(known), f"{name}={value}"
         for tag in ("iframe", "object", "embed", "img", "base", "form", "foreignobject"):
             assert tag not in [name for name, _ in self.tags]
-        assert not [name for _, attrs in self.tags for name in attrs if name.startswith("on")]
+        assert not [name for _, attrs in self.tags for name in attrs if name.startswith("on") or name == "style"]
         styles = re.findall(r"<style>(.*?)</style>", self.html, re.DOTALL)
         assert len(styles) == 1
         assert "url(" not in styles[0]
@@ -308,12 +376,15 @@ class Page(HTMLParser):
         assert len(self.scripts) == 1
         digest = base64.b64encode(hashlib.sha256(self.scripts[0].encode()).digest()).decode()
         (policy,) = [c for c in self.attributes("content") if "script-src" in c]
-        assert f"script-src 'sha256-{digest}'" in policy
-        assert "default-src 'none'" in policy
+        assert f"script-src 'sha256-{digest}';" in policy
+        digest = base64.b64encode(hashlib.sha256(styles[0].encode()).digest()).decode()
+        assert f"style-src 'sha256-{digest}';" in policy
+        assert policy.startswith("default-src 'none';")
+        assert "unsafe" not in policy
 
 
-def page(*dirs: Path) -> Page:
-    found = Page(build_report(dirs))
+def page(*dirs: Path, base: Path | None = None) -> Page:
+    found = Page(build_report(dirs, base))
     found.check()
     return found
 

@@ -15,6 +15,7 @@ import evaluate.generate as module
 from align.aligners import load_adapter
 from align.settings import Settings
 from align.train import train
+from evaluate.continuing import Sampling
 from evaluate.generate import PROMPTS, describe, generate, read_prompts
 from evaluate.inject import source_positions
 from featstore.errors import AdapterError, SpecError
@@ -148,35 +149,44 @@ def test_an_end_token_ends_a_text_and_only_its_own(
 def test_hidden_positions_keep_the_targets_own_state(
     runs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, source: str, target: str
 ) -> None:
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, list[Any]] = {"llama": [], "mistral": []}
     reads: dict[str, Any] = {}
-    original, read = module.injecting, module._read
+    original, read = module.aligned, module._read
 
-    def spy(stream: Any, layer: int, hidden: torch.Tensor, *, whole: bool) -> Any:
-        seen[{48: "llama", 32: "mistral"}[hidden.shape[-1]]] = hidden.clone()
-        assert not whole
-        return original(stream, layer, hidden, whole=whole)
+    def spy(own: torch.Tensor, *args: Any, **options: Any) -> Any:
+        injection = original(own, *args, **options)
+        seen[{48: "llama", 32: "mistral"}[own.shape[-1]]].append(injection)
+        return injection
 
     def remember(loaded: Any, *args: Any) -> Any:
         reads[loaded.name] = read(loaded, *args)
         return reads[loaded.name]
 
-    monkeypatch.setattr(module, "injecting", spy)
+    monkeypatch.setattr(module, "aligned", spy)
     monkeypatch.setattr(module, "_read", remember)
-    # Llama's newline is a sink; Mistral's start token is special.
-    generate(load_adapter(runs.both), TEXTS[1:2], max_new_tokens=1, quiet=True)
+    # Llama's newline is a sink; Mistral's start token is special. The first prompt is shorter: it is padded.
+    generate(load_adapter(runs.both), (TEXTS[2], TEXTS[1]), max_new_tokens=1, quiet=True)
     there, here = reads[source], reads[target]
-    assert (reads["llama"].sink & ~reads["llama"].window.special).any()
-    assert reads["mistral"].window.special[0]
-    taken = source_positions(there.window, here.window)
-    kept = np.array([t < 0 or here.sink[i] or there.sink[t] for i, t in enumerate(taken)])
-    assert kept.sum() > (1 if target == "mistral" else 0)
-    assert (~kept).sum() > 3
-    own, hidden = here.states[2], seen[target]
-    for row in hidden:
-        assert torch.equal(row[kept], own[kept])
-    # The first row is the mapped one: there every other position is new.
-    assert not torch.isclose(hidden[0][~kept], own[~kept]).all(dim=1).any()
+    assert (reads["llama"].sinks[1] & ~reads["llama"].windows[1].special).any()
+    assert reads["mistral"].windows[1].special[0]
+    assert here.first(0) > 0
+    assert here.first(1) == 0
+    assert [injection.layer for injection in seen[target]] == [2] * 5
+    for row in (0, 1):
+        taken = source_positions(there.windows[row], here.windows[row])
+        kept = np.array([t < 0 or here.sinks[row][i] or there.sinks[row][t] for i, t in enumerate(taken)])
+        if row:
+            assert kept.sum() > (1 if target == "mistral" else 0)
+        assert (~kept).sum() > 2
+        for injection in seen[target]:
+            own, hidden = (states[row, here.first(row) :] for states in (here.states[2], injection.hidden))
+            assert torch.equal(hidden[kept], own[kept])
+            assert (
+                injection.replaced[row].nonzero()[:, 0].tolist() == (here.first(row) + np.flatnonzero(~kept)).tolist()
+            )
+        # The first one is the mapped one: there every other position is new.
+        own, hidden = (states[row, here.first(row) :] for states in (here.states[2], seen[target][0].hidden))
+        assert not torch.isclose(hidden[~kept], own[~kept]).all(dim=1).any()
 
 
 def test_a_prompt_longer_than_the_context_is_refused(runs: SimpleNamespace) -> None:
@@ -194,6 +204,104 @@ def test_a_layer_the_run_lacks_is_named(runs: SimpleNamespace) -> None:
 def test_another_model_is_refused(runs: SimpleNamespace, tiny_mistral: Path) -> None:
     with pytest.raises(AdapterError, match="point to the right model"):
         generate(load_adapter(runs.one), TEXTS[:1], overrides=(f"llama={tiny_mistral}",), quiet=True)
+
+
+# How likely the receiving model's own text stays.
+
+
+def own_nats(path: Path, prompt: str, said: list[int]) -> float:
+    """Nats per token of a continuation, in one pass without a cache."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    start = AutoTokenizer.from_pretrained(path)(prompt)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*start, *said]])).logits[0, len(start) - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits.double(), torch.tensor(said)))
+
+
+def test_the_likelihood_is_that_of_the_receivers_own_text(
+    runs: SimpleNamespace, tiny_llama: Path, tiny_mistral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[list[list[int]]] = []
+    scored: list[Any] = []
+    go_on, score = module.continue_from, module.score_continuation
+
+    def heard(*args: Any, **options: Any) -> Any:
+        said.append(go_on(*args, **options))
+        return said[-1]
+
+    def asked(model: Any, ids: Any, continuation: Any, **options: Any) -> Any:
+        scored.append((continuation, options["injection"]))
+        return score(model, ids, continuation, **options)
+
+    monkeypatch.setattr(module, "continue_from", heard)
+    monkeypatch.setattr(module, "score_continuation", asked)
+    result = generate(load_adapter(runs.both), TEXTS, max_new_tokens=NEW, quiet=True)
+    own = {"llama": said[0], "mistral": said[1]}
+    for i, entry in enumerate(result["entries"]):
+        for role, name, path in (("source", "llama", tiny_llama), ("target", "mistral", tiny_mistral)):
+            nats = entry["likelihood"][f"{role}_alone"]
+            assert nats == pytest.approx(own_nats(path, TEXTS[i], own[name][i]), abs=1e-4)
+        for role, alone in (("source_to_target", "target_alone"), ("target_to_source", "source_alone")):
+            [nats] = entry["likelihood"][role].values()
+            assert set(nats) == CONDITIONS
+            assert nats["self"] == entry["likelihood"][alone]
+    assert "nats per token" in result["likelihood"]
+    # The receiving model's own text is scored, and every time under what was put in for the text beside it.
+    assert [continuation for continuation, _ in scored] == [own["llama"], own["mistral"]] + [own["mistral"]] * 5 + [
+        own["llama"]
+    ] * 5
+    changed = [injection for _, injection in scored if injection is not None]
+    assert len({id(injection) for injection in changed}) == 10
+    for role in ("source_to_target", "target_to_source"):
+        told = [next(iter(entry["likelihood"][role].values())) for entry in result["entries"]]
+        assert any(nats["mapped"] != nats["self"] for nats in told)
+        assert any(nats["mapped"] != nats["shuffled"] for nats in told)
+    first = result["entries"][0]["likelihood"]["target_alone"]
+    assert f"[{first:.2f}]" in describe(result)
+
+
+def test_sampled_texts_share_their_random_numbers(runs: SimpleNamespace, result: dict[str, Any]) -> None:
+    adapter = load_adapter(runs.both)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "quiet": True}
+    drawn = generate(adapter, TEXTS, sample=Sampling(30.0, 0.9, 5), **options)
+    assert drawn["decoding"] == "sampled (temperature 30, top-p 0.9, seed 5)"
+    for entry in drawn["entries"]:
+        # The same predictions and the same numbers: the same text.
+        assert entry["source_to_target"]["llama:2->mistral:2"]["self"] == entry["target_alone"]
+        assert entry["target_to_source"]["mistral:2->llama:2"]["self"] == entry["source_alone"]
+    texts, greedy, other = (
+        [entry["target_alone"] for entry in found["entries"]]
+        for found in (drawn, result, generate(adapter, TEXTS, sample=Sampling(30.0, 0.9, 6), **options))
+    )
+    assert texts != greedy
+    assert texts != other
+    with pytest.raises(SpecError, match="temperature 0"):
+        Sampling(0.0)
+
+
+def test_how_prompts_are_batched_changes_no_text(
+    runs: SimpleNamespace, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = load_adapter(runs.both)
+    sample = Sampling(30.0, 0.9, 5)
+    together = generate(adapter, TEXTS, max_new_tokens=NEW, sample=sample, quiet=True)
+    monkeypatch.setattr(module, "_BATCH", 2)
+    apart = generate(adapter, TEXTS, max_new_tokens=NEW, quiet=True)
+    roles = ("source_alone", "target_alone", "source_to_target", "target_to_source")
+    for one, two in zip(apart["entries"], result["entries"], strict=True):
+        assert {role: one[role] for role in roles} == {role: two[role] for role in roles}
+        assert one["likelihood"]["target_alone"] == pytest.approx(two["likelihood"]["target_alone"], abs=1e-4)
+    # A draw depends on the prompt's number, not on its batch.
+    drawn = generate(adapter, TEXTS, max_new_tokens=NEW, sample=sample, quiet=True)
+    for one, two in zip(drawn["entries"], together["entries"], strict=True):
+        assert one["target_alone"] == two["target_alone"]
+
+
+def test_no_prompt_is_refused(runs: SimpleNamespace) -> None:
+    with pytest.raises(SpecError, match="there is no prompt to continue"):
+        generate(load_adapter(runs.one), [], quiet=True)
 
 
 # Prompts.

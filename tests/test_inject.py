@@ -15,8 +15,9 @@ import evaluate.controls
 from align.aligners import Aligner
 from align.layers import LayerPair
 from evaluate.controls import CONTROLS, control_states
-from evaluate.inject import injecting, source_positions
+from evaluate.inject import COMBINE, Injection, aligned, embeds, inject, injecting, last, source_positions
 from featstore import sites
+from featstore.errors import LayerRangeError, NonFiniteStateError, SpecError
 from featstore.models import load_model
 from featstore.spec import ModelSpec
 from featstore.tokens import TokenizedWindow
@@ -153,6 +154,171 @@ def test_passes_over_other_tokens_are_left_alone(model: Any) -> None:
     hidden = torch.zeros(2, 40, model.config.hidden_size)
     assert torch.equal(logits_with(model, ids[:, :5], 1, hidden, whole=False), clean)
     assert stream.depth == len(stream.blocks)
+
+
+# Injections.
+
+
+def passed(model: Any, ids: torch.Tensor, injection: Injection, *, whole: bool, cache: bool = True) -> torch.Tensor:
+    """Logits of the prompt's pass."""
+    stream = sites.residual_stream(model)
+    with torch.inference_mode(), inject(stream, injection, whole=whole):
+        return model(input_ids=ids, use_cache=cache and not whole).logits
+
+
+@pytest.mark.parametrize(("whole", "cache"), [(True, False), (False, False), (False, True)])
+def test_own_states_put_back_in_any_way_change_no_bit(model: Any, whole: bool, cache: bool) -> None:
+    stream, ids = sites.residual_stream(model), prompt(model)
+    with torch.inference_mode():
+        clean = model(input_ids=ids, use_cache=cache).logits
+    for layer, own in sites.capture(stream, ids, range(stream.depth + 1)).items():
+        places = [[0, 3, 39], range(40)]
+        ways = {
+            "aligned": aligned(own, [own[0, places[0]], own[1]], places, layer=layer),
+            "none": aligned(own, [own[0, :0], own[1, :0].numpy()], [[], []], layer=layer),
+            "replace": last(own, own[:, -1], layer=layer),
+            "sum": last(own, torch.zeros(2, own.shape[2]), layer=layer, how="sum"),
+            "mean": last(own, own[:, -1].numpy(), layer=layer, how="mean"),
+        }
+        if layer == 0:
+            ways["embeds"] = embeds(list(own))
+        for name, injection in ways.items():
+            assert torch.equal(passed(model, ids, injection, whole=whole, cache=cache), clean), (layer, name)
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=ids, use_cache=cache).logits, clean)
+
+
+def test_states_land_at_their_places_and_nowhere_else() -> None:
+    own = torch.arange(2 * 4 * 3, dtype=torch.float32).reshape(2, 4, 3)
+    before = own.clone()
+    states = [np.full((2, 3), -1.0), torch.full((1, 3), -2.0, dtype=torch.float64)]
+    injection = aligned(own, states, [[3, 1], np.array([0])], layer=1, keep="hide")
+    assert torch.equal(own, before)
+    assert injection.replaced.tolist() == [[False, True, False, True], [True, False, False, False]]
+    assert torch.equal(injection.hidden[~injection.replaced], own[~injection.replaced])
+    assert (injection.hidden[0, [1, 3]] == -1).all()
+    assert (injection.hidden[1, 0] == -2).all()
+    assert (injection.hidden.dtype, injection.layer, injection.keep) == (torch.float32, 1, "hide")
+    ordered = aligned(own, [torch.eye(3)[:2], own[1, :0]], [[3, 1], []], layer=1)
+    assert torch.equal(ordered.hidden[0, [3, 1]], torch.eye(3)[:2])
+
+
+def test_the_last_position_takes_the_state_its_sum_or_its_mean() -> None:
+    own, state = torch.randn(2, 4, 3), torch.randn(2, 3)
+    wanted = {"replace": state, "sum": own[:, -1] + state, "mean": (own[:, -1] + state) / 2}
+    assert set(wanted) == set(COMBINE)
+    for how, value in wanted.items():
+        injection = last(own, state, layer=2, how=how, keep="hide")
+        torch.testing.assert_close(injection.hidden[:, -1], value, rtol=0, atol=1e-7)
+        assert torch.equal(injection.hidden[:, :-1], own[:, :-1])
+        assert injection.replaced.tolist() == [[False, False, False, True]] * 2
+        assert (injection.layer, injection.keep) == (2, "hide")
+
+
+def test_a_sum_in_half_precision_is_rounded_once() -> None:
+    own = torch.full((1, 1, 1), 256.0, dtype=torch.bfloat16)
+    injection = last(own, torch.tensor([[1.001]]), layer=0, how="mean")
+    assert injection.hidden.dtype == torch.bfloat16
+    # The state in bfloat16 would be 1, the mean 128.5 and its nearest even 128.
+    assert float(injection.hidden) == 129.0
+
+
+def test_whole_sequences_are_padded_at_the_left_and_enter_at_layer_0() -> None:
+    rows = [torch.ones(2, 3), torch.full((4, 3), 2.0)]
+    injection = embeds(rows)
+    assert injection.layer == 0
+    assert injection.padding is not None
+    assert injection.padding.tolist() == [[True, True, False, False], [False] * 4]
+    assert torch.equal(injection.replaced, ~injection.padding)
+    assert torch.equal(injection.hidden[0, 2:], rows[0])
+    assert torch.equal(injection.hidden[1], rows[1])
+    assert injection.start.tolist() == [[False, False, True, False], [True, False, False, False]]
+    assert embeds(rows[:1]).padding is None
+
+
+def test_a_pass_that_is_not_the_injections_is_refused(model: Any) -> None:
+    stream, ids = sites.residual_stream(model), prompt(model)
+    own = sites.capture(stream, ids, [1])[1]
+    injection = aligned(own, [own[0], own[1]], [range(40)] * 2, layer=1)
+    with pytest.raises(SpecError, match=r"stream of shape \(2, 5, "):
+        passed(model, ids[:, :5], injection, whole=False)
+    with pytest.raises(SpecError, match=r"stream of shape \(1, 40, "):
+        passed(model, ids[:1], injection, whole=False)
+    with torch.inference_mode():
+        past = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+        with inject(stream, injection, whole=False), pytest.raises(SpecError, match="goes on from 5 cached tokens"):
+            model(input_ids=ids[:, 5:], past_key_values=past)
+        past = model(input_ids=ids, use_cache=True).past_key_values
+        with inject(stream, injection, whole=True), pytest.raises(SpecError, match="without a cache"):
+            model(input_ids=ids[:, :1], past_key_values=past)
+    with pytest.raises(LayerRangeError), inject(stream, last(own, own[:, -1], layer=9), whole=False):
+        pass
+    assert not stream.decoder._forward_pre_hooks
+    assert not any(block._forward_pre_hooks or block._forward_hooks for block in stream.blocks)
+
+
+def test_a_step_after_a_prompt_of_one_token_is_no_prompt(model: Any) -> None:
+    stream, ids = sites.residual_stream(model), prompt(model)[:, :1]
+    own = sites.capture(stream, ids, [1])[1]
+    state = torch.ones_like(own[:, 0])
+    with torch.inference_mode():
+        with inject(stream, last(own, state, layer=1), whole=False):
+            first = model(input_ids=ids, use_cache=True)
+            inside = model(input_ids=ids, past_key_values=first.past_key_values).logits
+        with inject(stream, last(own, state, layer=1), whole=False):
+            past = model(input_ids=ids, use_cache=True).past_key_values
+        outside = model(input_ids=ids, past_key_values=past).logits
+    assert torch.equal(inside, outside)
+
+
+OWN = torch.zeros(2, 4, 3)
+FLAGS = torch.zeros(2, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Injection(0, OWN, FLAGS, keep="none"), "keep 'none': choose one of own, hide"),
+        (lambda: Injection(0, OWN[0], FLAGS), r"shape \(4, 3\): give"),
+        (lambda: Injection(0, OWN[:, :0], FLAGS[:, :0]), "none of them 0"),
+        (
+            lambda: Injection(0, OWN, FLAGS[:1]),
+            r"replaced is torch.bool of shape \(1, 4\); give bool of shape \(2, 4\)",
+        ),
+        (lambda: Injection(0, OWN, FLAGS.long()), "replaced is torch.int64"),
+        (lambda: Injection(0, OWN, FLAGS, padding=FLAGS.long()), "padding is torch.int64"),
+        (lambda: Injection(0, OWN, FLAGS, padding=~FLAGS), "padding must lie at the left"),
+        (
+            lambda: Injection(0, OWN, FLAGS, padding=torch.tensor([[0, 1, 0, 0]] * 2) > 0),
+            "padding must lie at the left",
+        ),
+        (lambda: Injection(0, OWN, ~FLAGS, padding=torch.tensor([[1, 0, 0, 0]] * 2) > 0), "where a row is padded"),
+        (lambda: aligned(OWN, [OWN[0]], [range(4)] * 2, layer=0), "states for 1 and places for 2"),
+        (
+            lambda: aligned(OWN, [OWN[0, :2]] * 2, [[0, 1], [1]], layer=0),
+            r"row 1: states of shape \(2, 3\) for 1 places",
+        ),
+        (lambda: aligned(OWN, [OWN[0, :2]] * 2, [[0, 1], [1, 1]], layer=0), "row 1: places must be distinct"),
+        (lambda: aligned(OWN, [OWN[0, :1]] * 2, [[0], [4]], layer=0), r"row 1: .* lie in 0..3"),
+        (lambda: aligned(OWN, [OWN[0, :1]] * 2, [[-1], [3]], layer=0), r"row 0: .* lie in 0..3"),
+        (lambda: last(OWN, OWN[:, 0], layer=0, how="max"), "how 'max': choose one of replace, sum, mean"),
+        (lambda: last(OWN, OWN[:1, 0], layer=0), r"state of shape \(1, 3\): give"),
+        (lambda: embeds([]), "shapes none"),
+        (lambda: embeds([OWN[0], OWN[0, :0]]), r"\(4, 3\), \(0, 3\)"),
+        (lambda: embeds([OWN[0], OWN[0, :, :2]]), "of one width"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        make()
+
+
+def test_a_state_that_is_no_number_is_refused_where_it_is_injected() -> None:
+    own = OWN.clone()
+    own[0, 1] = torch.nan
+    assert aligned(own, [OWN[0, :1]] * 2, [[0], [1]], layer=0).replaced.sum() == 2
+    with pytest.raises(NonFiniteStateError, match="at layer 3 holds NaN"):
+        aligned(OWN, [own[0, 1:2]] * 2, [[0], [1]], layer=3)
 
 
 # Controls.

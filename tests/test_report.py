@@ -15,8 +15,8 @@ import pytest
 import report_fixtures as made
 from report_fixtures import page, run_of
 
-from evaluate.report import build_report, write_report
-from evaluate.report.heatmap import Scale
+from align.similarity.page.palette import colour
+from evaluate.report import build_report
 from evaluate.report.inputs import read_runs
 
 
@@ -44,9 +44,11 @@ def agrees(shown: str, value: float) -> bool:
 
 def test_page_is_complete_well_formed_and_self_contained(tmp_path: Path) -> None:
     found = page(run_of(tmp_path))
-    headings = [i for i in found.attributes("id") if i != "hatch"]
-    sections = ["summary", "leaderboard", "stitched", "cka", "training", "texts", "provenance"]
+    headings = [attrs["id"] for tag, attrs in found.tags if tag == "section" and "id" in attrs]
+    sections = ["summary", "leaderboard", "stitched", "cka", "training", "answers", "texts", "provenance"]
     assert headings == sections
+    targets = {value[1:] for value in found.attributes("href") if value.startswith("#")}
+    assert targets == set(headings)
     assert found.text.startswith(" ")
     for words in ("smol → twin", "org/twin", "demo.zarr", "2.9.0", "few-rows", "The capital of France"):
         assert words in found.text
@@ -92,32 +94,26 @@ def test_columns_show_what_their_headings_say(tmp_path: Path) -> None:
     found = page(run_of(tmp_path))
     board = [attrs["data-from"].split("#")[1] for attrs, _ in found.figures]
     metric = f"/pairs/{made.PAIR}"
+    figures = ("retrieval_top1", "retrieval_chance", "cosine_centered", "r2_median_dim")
     row = [
-        "/pairs/0/parameters/trainable",
-        *(
-            f"{metric}/test/{k}"
-            for k in ("r2", "r2_median_dim", "cosine_centered", "retrieval_top1", "retrieval_chance")
-        ),
-        f"{metric}/by_mask/kept/r2",
-        *(f"{metric}/baselines/{k}/r2" for k in ("identity", "random_rotation", "shuffled", "closed_form")),
+        f"{metric}/test/r2",
         *(f"{metric}/recovered/{k}" for k in ("value", "ci95/0", "ci95/1")),
         *(f"{metric}/recovered_best_control/{k}" for k in ("value", "ci95/0", "ci95/1")),
+        *(f"{metric}/test/{k}" for k in figures),
+        f"{metric}/by_mask/kept/r2",
+        "/pairs/0/parameters/trainable",
+        *(f"{metric}/baselines/closed_form/{k}" for k in ("r2", *figures)),
+        *(f"{metric}/baselines/mean/{k}" for k in ("r2", *figures)),
+        *(f"{metric}/baselines/shuffled/{k}" for k in ("r2", *figures)),
+        *(f"{metric}/baselines/random_rotation/{k}" for k in ("r2", *figures)),
+        *(f"{metric}/baselines/identity/{k}" for k in ("r2", *figures)),
     ]
-    start = board.index(row[0])
+    start = board.index(row[-1]) - len(row) + 1
     assert board[start : start + len(row)] == row
     headings = re.findall(r'<th scope="col" title="[^"]*"[^>]*>([^<]*)</th>', found.html)
     assert headings == [
-        *("run", "layers", "type", "trainable", "R²", "median dim", "cosine", "top-1", "chance"),
-        *(
-            "with sinks",
-            "identity",
-            "rotation",
-            "shuffled",
-            "closed form",
-            "recovered",
-            "past best control",
-            "warnings",
-        ),
+        *("run", "layers", "what", "R²", "recovered", "past best control", "top-1", "chance", "cosine"),
+        *("median dim", "with sinks", "trainable", "warnings"),
     ]
     condition = f"{metric}/conditions/mapped"
     losses = [f"{condition}/nats_per_token", f"{condition}/ci95/0", f"{condition}/ci95/1", f"{condition}/bits_per_byte"]
@@ -139,13 +135,18 @@ def test_marks_lie_where_their_values_are(tmp_path: Path) -> None:
         assert place == pytest.approx(centres[0] + scale * (value - values[0]), abs=0.02)
 
 
-def test_one_colour_for_each_value_without_clamping() -> None:
-    scale = Scale.over([[[-0.4, None, 1.2]]])
-    assert (scale.low, scale.high) == (-0.4, 1.2)
-    colours = [scale.rgb(v / 20) for v in range(-8, 25)]
-    assert len(set(colours)) == len(colours)
-    with pytest.raises(ValueError, match="outside"):
-        Scale().rgb(1.01)
+def test_cells_have_the_colours_of_the_similarity_page(tmp_path: Path) -> None:
+    html = page(made.write(tmp_path / "cka", {"cka.json": made.measured()})).html
+    # One scale for linear CKA, up to the largest value anywhere; one for every other measure.
+    shown = {
+        "smol 0 × twin 0: 0.951234": colour(0.9512345 / 1.013),
+        "smol 0 × twin 30: \u22120.0213": colour(-0.0213 / 1.013),
+        "smol 0 × twin 0: 0.91": colour(0.91),
+        "smol 0 × twin 15: 80": colour((97.25 - 80) / 97.25),
+    }
+    for title, rgb in shown.items():
+        (fill,) = re.findall(f'fill="(#[0-9a-f]+)"><title>{re.escape(title)}</title>', html)
+        assert fill == "#{:02x}{:02x}{:02x}".format(*rgb)
 
 
 def test_missing_cells_are_hatched_and_out_of_range_ones_are_not_clamped(tmp_path: Path) -> None:
@@ -314,7 +315,8 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def test_any_damaged_value_still_gives_a_page(tmp_path: Path) -> None:
-    whole = made.documents()
+    whole = made.documents() | {"cka.json": made.measured()}
+    whole["metrics.json"]["pairs"][made.PAIR] |= made.compressed()["metrics.json"]["pairs"][made.PAIR]
     places = [path for path in _places(whole) if len(path) > 1]
     rng = random.Random(0)
     for trial in range(60):
@@ -343,8 +345,11 @@ def test_several_directories_share_one_page(tmp_path: Path) -> None:
     assert "1 of 2 injected maps beats every control. The best, Procrustes at smol:15 → twin:15" in found.text
     assert "different stores" in found.text
     assert found.text.count("few-rows") == 1
-    rows = [attrs["data-sort"] for tag, attrs in found.tags if attrs.get("class") == "name"]
-    assert rows == ["one", "two"]
+    html = found.html.split('id="stitched"')[0]
+    rows = re.findall(r'<tr class="(\w+)"><td class="name" data-sort="(\w+)">', html)
+    # From different stores nothing is shared, however equal the digits.
+    assert rows[:4] == [("map", "one"), ("map", "two"), ("closed", "one"), ("closed", "two")]
+    assert rows[4:] == [("control", "one"), ("control", "two")] * 4
     assert "2 of" not in found.text
 
 
@@ -388,16 +393,3 @@ def test_a_log_cut_short_is_read_and_said(tmp_path: Path) -> None:
     with (directory / "log.jsonl").open("a") as stream:
         stream.write('{"event": "epo')
     assert "log.jsonl ends in half a line" in page(directory).text
-
-
-def test_same_files_same_bytes_and_atomic(tmp_path: Path) -> None:
-    directory, out = run_of(tmp_path), tmp_path / "deep" / "report.html"
-    done = write_report([directory], out)
-    first = out.read_bytes()
-    assert write_report([directory], out) == done
-    assert out.read_bytes() == first == build_report([directory]).encode()
-    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
-    assert done["maps"] == done["beat_controls"] == 1
-    assert done["bytes"] == len(first)
-    assert "run/metrics.json" in done["files"]
-    json.dumps(done)

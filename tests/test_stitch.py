@@ -21,13 +21,16 @@ from align.train import train
 from evaluate.controls import CONTROLS
 from evaluate.inject import source_positions
 from evaluate.loading import load
-from evaluate.stitch import CONDITIONS, Tally, Window, _Stitcher, describe, scored_windows, stitch
+from evaluate.stitch import CONDITIONS, Window, _Stitcher, describe, scored_windows, stitch
+from evaluate.stitch_scores import Tally, add_window
+from evaluate.wire import Wire
 from featstore.console import jsonable
 from featstore.corpus import TEST
 from featstore.errors import AdapterError, ModelLoadError, PairingError, SpecError, StoreStateError
 from featstore.models import load_model, weights_fingerprint
 from featstore.spec import ModelSpec
 from featstore.store import Store, open_store
+from featstore.tokens import TokenizedWindow
 
 
 def extracted(path: Path, corpus: Path, *models: str, layers: tuple[str, ...], form: str = "float32") -> Path:
@@ -189,14 +192,19 @@ LOSSES = {
 }
 
 
+#: Nats of divergence per token and the share of tokens with the clean first choice, by document.
+DIVERGENCES = {"mapped": ((1.0, 3.0), (0.9, 0.5)), "mean": ((4.0, 6.0), (0.1, 0.3))}
+
+
 def entry_of(losses: dict[str, tuple[float, float]], source: str = "a") -> dict[str, Any]:
     """The entry of made-up losses: what is measured before and written after it is left out."""
     windows = [
-        SimpleNamespace(target=SimpleNamespace(special=np.zeros(n + 2, bool)), taken=np.zeros(n + 2, np.int64))
+        SimpleNamespace(target=SimpleNamespace(special=np.zeros(n + 2, bool)), places=np.arange(n + 2), size=1)
         for n in TOKENS
     ]
-    run = _Stitcher(None, None, windows, seed=0)  # type: ignore[arg-type]
     pair = LayerPair(source, (1,), "b", 2)
+    to = Wire(Aligner(pair, {}), None, False, None)
+    run = _Stitcher(None, windows, [to], keep="own", seed=0)  # type: ignore[arg-type]
     run._identical[pair.key] = True
     for name, values in losses.items():
         tally = run._tallies[pair.key, name] = Tally()
@@ -204,8 +212,11 @@ def entry_of(losses: dict[str, tuple[float, float]], source: str = "a") -> dict[
             # In two windows each: sums are by document.
             for part in (0.2, 0.8):
                 tokens, size = TOKENS[document] * part, BYTES[document] * part
-                tally.add(document, values[document] * tokens, int(tokens), int(size))
-    return run.entry(Aligner(pair, {}))
+                divergences, shares = DIVERGENCES.get(name, ((0.0, 0.0), (1.0, 1.0)))
+                same = round(shares[document] * tokens * 10) / 10
+                divergence = divergences[document] * tokens
+                tally.add(document, values[document] * tokens, int(tokens), int(size), divergence, same)
+    return run.entry(to)
 
 
 def test_losses_are_pooled_over_tokens() -> None:
@@ -250,6 +261,51 @@ def test_the_best_control_is_the_one_with_the_lowest_pooled_loss() -> None:
     other = entry_of({**LOSSES, "shuffled": (3.0, 6.0)})["recovered_best_control"]
     assert other["control"] == "shuffled"
     assert other["value"] == pytest.approx((3.75 - 2.25) / (3.75 - 1.25))
+
+
+def test_divergence_agreement_and_perplexity_by_hand() -> None:
+    conditions = entry_of(LOSSES)["conditions"]
+    mapped = conditions["mapped"]
+    # (30 * 1 + 10 * 3) / 40, (30 * 0.9 + 10 * 0.5) / 40, e^2.25.
+    assert (mapped["kl"], mapped["top1"]) == (pytest.approx(1.5), pytest.approx(0.8))
+    assert mapped["perplexity"] == pytest.approx(9.487736)
+    # Two documents resampled: either one twice, or both; the ends of each interval are the documents themselves.
+    assert mapped["kl_ci95"] == [pytest.approx(1.0), pytest.approx(3.0)]
+    assert mapped["top1_ci95"] == [pytest.approx(0.5), pytest.approx(0.9)]
+    assert mapped["perplexity_ci95"] == [pytest.approx(math.exp(2)), pytest.approx(math.exp(3))]
+    # 2 nats on 30 tokens over 60 bytes, and 3 nats on 10 over 40.
+    assert mapped["bits_per_byte_ci95"] == [pytest.approx(0.75 / math.log(2)), pytest.approx(1 / math.log(2))]
+    # Against the mean state: (30 * (5 - 2) + 10 * (8 - 3)) / 40.
+    assert mapped["below_mean"] == pytest.approx(3.5)
+    assert mapped["below_mean_ci95"] == [pytest.approx(3.0), pytest.approx(5.0)]
+    assert conditions["zero"]["below_mean"] == pytest.approx((30 * -4 + 10 * -1) / 40)
+    assert conditions["mean"]["below_mean_ci95"] == [0, 0]
+    assert conditions["clean"]["kl_ci95"] == [0, 0]
+    assert conditions["clean"]["top1_ci95"] == [1, 1]
+
+
+def test_a_window_is_scored_as_the_formulas_say() -> None:
+    # Longer than a slice of positions, with a special token in the middle.
+    rng = np.random.default_rng(0)
+    count, vocabulary = 300, 11
+    q, p = rng.standard_normal((2, count, vocabulary)) * 2
+    ids, special = rng.integers(vocabulary, size=count), np.zeros(count, bool)
+    special[[0, 150]] = True
+    ends = np.sort(rng.integers(1, 900, size=count)).astype(np.int32)
+    tally = Tally()
+    add_window(tally, 3, TokenizedWindow(ids, ends, special), torch.from_numpy(q), torch.from_numpy(p))
+    log_q, log_p = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (q, p))
+    at = np.array([t for t in range(2, count) if not special[t]])
+    nats = -log_q[at - 1, ids[at]].sum()
+    divergence = sum(float(np.exp(log_p[t - 1]) @ (log_p[t - 1] - log_q[t - 1])) for t in at)
+    same = sum(int(q[t - 1].argmax() == p[t - 1].argmax()) for t in at)
+    assert list(tally.sums) == [3]
+    assert tally.sums[3] == pytest.approx([nats, len(at), ends[-1] - ends[1], divergence, same], rel=1e-5)
+    # The untouched predictions do not diverge from themselves, whether they are given twice or once.
+    for clean in (None, torch.from_numpy(q).clone()):
+        other = Tally()
+        add_window(other, 3, TokenizedWindow(ids, ends, special), torch.from_numpy(q), clean)
+        assert other.sums[3][3:].tolist() == [0, len(at)]
 
 
 def test_raw_states_are_a_control_unless_source_and_target_are_one_model() -> None:
@@ -314,13 +370,14 @@ def test_only_the_replaced_positions_are_replaced(itself: SimpleNamespace, monke
     import evaluate.stitch as module
 
     seen: list[tuple[torch.Tensor, int]] = []
-    original = module.injecting
+    original = module.inject
 
-    def spy(stream: Any, layer: int, hidden: torch.Tensor, *, whole: bool) -> Any:
-        seen.append((hidden.clone(), layer))
-        return original(stream, layer, hidden, whole=whole)
+    def spy(stream: Any, injection: Any, *, whole: bool) -> Any:
+        seen.append((injection.hidden.clone(), injection.layer))
+        assert whole
+        return original(stream, injection, whole=whole)
 
-    monkeypatch.setattr(module, "injecting", spy)
+    monkeypatch.setattr(module, "inject", spy)
     [window] = scored_windows(itself.store, "llama", "llama", max_tokens=1)
     # A sink in the middle, so that there is something to keep.
     window.taken[7] = -1
@@ -360,6 +417,81 @@ def test_a_split_without_a_window_is_refused(pair: SimpleNamespace, monkeypatch:
     monkeypatch.setattr("featstore.store.StoredCorpus.window_split", property(lambda _: np.zeros(1, np.uint8)))
     with pytest.raises(PairingError, match=r"the test split of .* has no window to score"):
         scored_windows(pair.store, "llama", "mistral")
+
+
+# What is hidden, and what the models do by themselves.
+
+
+def test_under_hide_only_the_self_check_keeps_the_rest(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import evaluate.stitch as module
+
+    seen: list[str] = []
+    original = module.inject
+
+    def spy(stream: Any, injection: Any, *, whole: bool) -> Any:
+        seen.append(injection.keep)
+        return original(stream, injection, whole=whole)
+
+    monkeypatch.setattr(module, "inject", spy)
+    result = stitch(pair.store, pair.adapter, layers="2", max_tokens=1, keep="hide", quiet=True)
+    assert result["keep"] == "hide"
+    assert seen == ["hide", "own", *["hide"] * 5] * 2
+    own = stitch(pair.store, pair.adapter, layers="2", max_tokens=1, quiet=True)["pairs"]
+    for key, entry in result["pairs"].items():
+        # The check that injection is exact is made without hiding, which alone changes predictions.
+        assert entry["self_bit_identical"]
+        assert entry["conditions"]["clean"]["kl"] == 0
+        assert entry["conditions"]["clean"]["nats_per_token"] == own[key]["conditions"]["clean"]["nats_per_token"]
+    assert any(entry["conditions"]["self"]["kl"] > 1e-4 for entry in result["pairs"].values())
+    assert "the others hidden" in describe(result)
+
+
+def test_what_to_keep_is_own_or_hide(pair: SimpleNamespace) -> None:
+    with pytest.raises(SpecError, match="--keep all: choose one of own, hide"):
+        stitch(pair.store, pair.adapter, keep="all", quiet=True)
+
+
+def test_both_models_by_themselves_on_the_same_windows(
+    pair: SimpleNamespace, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import evaluate.stitch as module
+
+    loads: list[str] = []
+    original = module.load
+
+    def counted(adapter: Adapter, name: str, *args: Any, **options: Any) -> Any:
+        loads.append(name)
+        return original(adapter, name, *args, **options)
+
+    monkeypatch.setattr(module, "load", counted)
+    result = stitch(pair.store, pair.adapter, layers="2", max_tokens=150, source_alone=True, quiet=True)
+    assert loads == ["mistral", "llama"]
+    there, back = (result["pairs"][key] for key in ("llama:2->mistral:2", "mistral:2->llama:2"))
+    for entry in (there, back):
+        clean, alone = entry["conditions"]["clean"], entry["alone"]["target"]
+        assert {name: alone[name] for name in ("nats_per_token", "ci95", "bits_per_byte", "perplexity")} == {
+            name: clean[name] for name in ("nats_per_token", "ci95", "bits_per_byte", "perplexity")
+        }
+        assert alone["n_tokens"] == entry["n_tokens"]
+    # The source's own loss, by hand.
+    model = load_model(ModelSpec("llama", str(tiny_llama)), device="cpu", dtype="float32")
+    nats, count, size = 0.0, 0, 0
+    for window in scored_windows(pair.store, "llama", "mistral", max_tokens=150):
+        ids = torch.from_numpy(window.source.ids.astype(np.int64))
+        with torch.inference_mode():
+            logits = model(input_ids=ids[None]).logits[0].double()
+        nats += float(torch.nn.functional.cross_entropy(logits[1:-1], ids[2:], reduction="sum"))
+        count += len(ids) - 2
+        size += int(window.source.byte_end[-1] - window.source.byte_end[1])
+    alone = there["alone"]["source"]
+    assert (alone["n_tokens"], alone["n_bytes"]) == (count, size)
+    assert alone["nats_per_token"] == pytest.approx(nats / count, abs=1e-5)
+    assert alone["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+    assert alone["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert "source alone: perplexity" in describe(result)
+    # It is measured only when asked for.
+    assert pair.result["pairs"]["llama:2->mistral:2"]["alone"]["source"] is None
+    assert "source alone" not in describe(pair.result)
 
 
 # What does not fit together.
@@ -521,13 +653,21 @@ def test_the_true_map_between_the_real_models_loses_nothing(
     assert entry["self_bit_identical"]
     assert nats["mapped"] == pytest.approx(nats["clean"], abs=1e-3)
     assert entry["recovered"]["value"] > 0.999
+    assert entry["conditions"]["mapped"]["top1"] > 0.98
+    assert entry["conditions"]["mapped"]["kl"] < 1e-3
     for control in CONTROLS:
         assert nats[control] > nats["clean"] + 2, control
+        assert entry["conditions"][control]["kl"] > 2, control
+    # A random direction of the right size tells no more than the mean state does.
+    assert entry["conditions"]["random_norm"]["below_mean_ci95"][0] <= 0
 
-    texts = generate(adapter, PROMPTS, max_new_tokens=12, quiet=True)["entries"]
+    texts = generate(adapter, PROMPTS[:2], max_new_tokens=6, quiet=True)["entries"]
     for text in texts:
         stitched = text["source_to_target"]["smol:15->twin:15"]
         assert stitched["mapped"] == stitched["self"] == text["target_alone"] == text["source_alone"]
         assert stitched["mean"] != text["target_alone"]
         assert stitched["random_norm"] != text["target_alone"]
+        nats = text["likelihood"]["source_to_target"]["smol:15->twin:15"]
+        assert nats["mapped"] == pytest.approx(text["likelihood"]["target_alone"], abs=1e-3)
+        assert nats["random_norm"] > nats["self"] + 0.5
     assert "Paris" in texts[0]["source_to_target"]["smol:15->twin:15"]["mapped"]

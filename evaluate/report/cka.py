@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluate.report.heatmap import Row, Scale, heatmap, legend
-from evaluate.report.inputs import Node, Run
-from evaluate.report.numbers import count, dash, exact, say, show
+from align.similarity.page.palette import Scale
+from evaluate.report.heatmap import legend
+from evaluate.report.inputs import Node, Origin, Run
+from evaluate.report.matrices import Panel, cells_of, height, layer_name, panel, rows_of
+from evaluate.report.measures import Measures, measures
+from evaluate.report.numbers import count, say, show
 
 #: Similarity of shuffled pairs above this means that the estimate itself is biased upwards.
 _HIGH_NULL = 0.05
 #: A cell that moves further than this when masked rows return is made by those rows.
 _SINK_SHIFT = 0.05
-#: Up to this many columns the values stand in the cells; beyond, in a table below.
-_READABLE_COLUMNS = 13
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One matrix: drawn, and as a table where its cells are too small to read."""
-
-    title: str
-    caption: Markup
-    svg: Markup
-    table: tuple[tuple[str, ...], tuple[tuple[str, tuple[Markup, ...]], ...]] | None
 
 
 @dataclass(frozen=True)
@@ -34,11 +25,13 @@ class Similarity:
     """The section of one directory."""
 
     label: str
-    source: str
+    source: Origin
+    page: Origin | None
     facts: Markup
     findings: tuple[Markup, ...]
     panels: tuple[Panel, ...]
     legend: Markup
+    measures: Measures | None
 
 
 def similarity(run: Run) -> Similarity | None:
@@ -64,13 +57,13 @@ def similarity(run: Run) -> Similarity | None:
         (f"{a} × {a}", cka, cka.get("within", a), (a, a), say("Within {}.", a)),
         (f"{b} × {b}", cka, cka.get("within", b), (b, b), say("Within {}.", b)),
         (beside.at.rsplit("/", 1)[-1], beside, beside.get("cross"), (a, b), say(note, _count(beside))),
-        ("null", null, null.get("cross"), (a, b), chance),
+        ("shuffled pairs", null, null.get("cross"), (a, b), chance),
     ]
     if a == b:
         del wanted[1:3]  # the cross matrix of a model with itself is what "within" would repeat
-    wanted = [entry for entry in wanted if _height(entry[2])]
-    scale = Scale.over([_rows(node) for _, _, node, _, _ in wanted])
-    panels = tuple(_panel(run.label, names, scale, *entry) for entry in wanted)
+    wanted = [entry for entry in wanted if height(entry[2])]
+    scale = Scale.over(value for _, _, node, _, _ in wanted for row in rows_of(node) for value in row)
+    panels = tuple(panel(run.label, names, scale, *entry) for entry in wanted)
     kernel, estimator = cka.get("kernel").text or "linear", cka.get("estimator").text
     facts = say(
         "{} CKA, {} kernel, n = {} pairs, {} rows masked{}.",
@@ -80,7 +73,16 @@ def similarity(run: Run) -> Similarity | None:
         show(cka.get("masked_rows"), count),
         ", sinks kept" if cka.get("keep_sinks").value is True else "",
     )
-    return Similarity(run.label, f"{run.label}/cka.json", facts, tuple(findings(run)), panels, legend(scale))
+    return Similarity(
+        label=run.label,
+        source=run.origin("cka.json"),
+        page=run.cka_page,
+        facts=facts,
+        findings=tuple(findings(run)),
+        panels=panels,
+        legend=legend(scale),
+        measures=measures(run.label, cka, (a, b), names),
+    )
 
 
 def findings(run: Run) -> list[Markup]:
@@ -90,7 +92,7 @@ def findings(run: Run) -> list[Markup]:
         run: The directory.
     """
     cka = run.file("cka.json")
-    best = max(_cells(cka.get("cross")), key=lambda cell: cell[2].number or 0.0, default=None)
+    best = max(cells_of(cka.get("cross")), key=lambda cell: cell[2].number or 0.0, default=None)
     if best is None:
         return []
     sentences = [say("Most alike are {}: CKA {}.", _name(cka, best[0], best[1]), show(best[2]))]
@@ -124,7 +126,7 @@ def warnings(run: Run) -> list[Markup]:
     beside = _beside(cka)
     shifts = [
         (abs((other.number or 0.0) - (cell.number or 0.0)), i, j, cell, other)
-        for i, j, cell in _cells(cka.get("cross"))
+        for i, j, cell in cells_of(cka.get("cross"))
         if (other := beside.get("cross", i, j)).number is not None
     ]
     size, i, j, cell, other = max(shifts, key=lambda s: s[0], default=(0.0, 0, 0, Node(), Node()))
@@ -138,39 +140,6 @@ def warnings(run: Run) -> list[Markup]:
     return notes
 
 
-def _panel(
-    label: str,
-    names: dict[str, list[str]],
-    scale: Scale,
-    title: str,
-    owner: Node,
-    node: Node,
-    sides: tuple[str, str],
-    caption: Markup,
-) -> Panel:
-    rows = _rows(node)
-    down, across = names[sides[0]], names[sides[1]]
-
-    def reason(i: int, j: int) -> str:
-        ends = (f"{sides[0]}:{_layer(down, i)}", f"{sides[1]}:{_layer(across, j)}")
-        found = [owner.get("reasons", " ".join(order)).text for order in (ends, ends[::-1])]
-        return found[0] or found[1] or "null in cka.json"
-
-    known = [cell for _, _, cell in _cells(node)]
-    if known:
-        low, high = (pick(known, key=lambda c: c.number or 0.0) for pick in (min, max))
-        caption = say("{} From {} to {}.", caption, show(low), show(high))
-    svg = heatmap(rows, (sides[0], down), (sides[1], across), scale, label=f"CKA {title}, {label}", reason=reason)
-    table = None
-    if max(len(row) for row in rows) > _READABLE_COLUMNS:
-        body = tuple(
-            (_layer(down, i), tuple(_plain(value, reason(i, j)) for j, value in enumerate(row)))
-            for i, row in enumerate(rows)
-        )
-        table = ((f"{sides[0]} \\ {sides[1]}", *across), body)
-    return Panel(title, caption, svg, table)
-
-
 def _beside(cka: Node) -> Node:
     # With --keep-sinks the main figures are the unmasked ones, and the masked stand beside them.
     return cka.get("masked" if cka.get("masked").value is not None else "unmasked")
@@ -181,39 +150,16 @@ def _models(cka: Node) -> tuple[str, str]:
     return (named[0] if named else "a", named[-1] if named else "b")
 
 
-def _rows(node: Node) -> list[Row]:
-    return [[cell.number for cell in row] for row in node]
-
-
-def _height(node: Node) -> int:
-    return sum(1 for _ in node)
-
-
-def _cells(node: Node) -> Iterator[tuple[int, int, Node]]:
-    for i, row in enumerate(node):
-        for j, cell in enumerate(row):
-            if cell.number is not None:
-                yield i, j, cell
-
-
 def _largest(node: Node) -> Node | None:
-    cells: Sequence[Node] = [cell for _, _, cell in _cells(node)]
+    cells: Sequence[Node] = [cell for _, _, cell in cells_of(node)]
     return max(cells, key=lambda cell: cell.number or 0.0, default=None)
 
 
 def _name(cka: Node, i: int, j: int) -> str:
     a, b = _models(cka)
     names = [[layer.text for layer in cka.get("layers", model)] for model in (a, b)]
-    return f"{a} layer {_layer(names[0], i)} and {b} layer {_layer(names[1], j)}"
-
-
-def _layer(names: Sequence[str], i: int) -> str:
-    return names[i] if i < len(names) else f"#{i}"
+    return f"{a} layer {layer_name(names[0], i)} and {b} layer {layer_name(names[1], j)}"
 
 
 def _count(node: Node) -> Markup:
     return show(node.get("n"), count)
-
-
-def _plain(value: float | None, reason: str) -> Markup:
-    return dash(reason) if value is None else say("{}", exact(value))

@@ -1,63 +1,17 @@
-"""Similarity matrices as inline SVG, and the colour scale they share."""
+"""Similarity matrices as inline SVG, in the colours of the page that `align cka` writes."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from align.similarity.page.palette import RGB, Scale, is_dark
 from evaluate.report.numbers import exact, fixed
 from evaluate.report.svg import coordinate, drawing, lettering, ticks_between
 
 Row = Sequence[float | None]
-
-#: Similarity 0 to 1: pale to navy, with more change of hue towards 1, where trained models differ.
-_RAMP = (
-    (0.0, (244, 243, 236)),
-    (0.25, (222, 229, 204)),
-    (0.5, (158, 205, 182)),
-    (0.75, (62, 151, 166)),
-    (0.9, (38, 92, 148)),
-    (1.0, (32, 28, 92)),
-)
-_NEGATIVE = ((0.0, (244, 243, 236)), (1.0, (168, 66, 24)))
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Maps values to colours: 0 is pale, positive blue, negative rust; nothing is clamped."""
-
-    low: float = 0.0
-    high: float = 1.0
-
-    @classmethod
-    def over(cls, matrices: Sequence[Sequence[Row]]) -> Scale:
-        """The scale from 0 to 1, widened to hold every value.
-
-        Args:
-            matrices: All matrices that share the scale.
-        """
-        values = [v for matrix in matrices for row in matrix for v in row if v is not None]
-        return cls(min([0.0, *values]), max([1.0, *values]))
-
-    def rgb(self, value: float) -> tuple[int, int, int]:
-        """The colour of a value.
-
-        Args:
-            value: A number within the scale.
-        """
-        share = value / max(self.high, -self.low)
-        stops = _RAMP if share >= 0 else _NEGATIVE
-        share = abs(share)
-        for (x0, c0), (x1, c1) in itertools.pairwise(stops):
-            if share <= x1:
-                t = (share - x0) / (x1 - x0)
-                red, green, blue = (round(a + t * (b - a)) for a, b in zip(c0, c1, strict=True))
-                return red, green, blue
-        raise ValueError(f"{value} lies outside the scale {self.low}..{self.high}")
 
 
 def heatmap(
@@ -68,6 +22,7 @@ def heatmap(
     *,
     label: str,
     reason: Callable[[int, int], str],
+    size: float = 340.0,
 ) -> Markup:
     """Draw a matrix with its first row at the bottom, as similarity matrices usually are.
 
@@ -78,9 +33,10 @@ def heatmap(
         scale: The colours.
         label: What the drawing shows, for screen readers.
         reason: Why the cell in a row and column is empty.
+        size: Of the longer side.
     """
     height, width = len(matrix), max((len(row) for row in matrix), default=0)
-    cell = min(52.0, 340.0 / max(width, height, 1))
+    cell = min(52.0, size / max(width, height, 1))
     left, bottom, total = 46.0, 38.0, height * cell
     digits = 2 if cell >= 25 else None
     cells = []
@@ -156,9 +112,8 @@ def _cell(
         *box, _hex(rgb), f"{name}: {exact(value)}"
     )
     if digits is not None:
-        dark = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] < 140
         drawn += Markup('<text class="in {}" x="{}" y="{}">{}</text>').format(
-            "onk" if dark else "onp",
+            "onk" if is_dark(rgb) else "onp",
             coordinate(x + size / 2),
             coordinate(y + size / 2 + 4),
             f"{value:z.{digits}f}".replace("-", "\u2212"),
@@ -166,7 +121,7 @@ def _cell(
     return drawn
 
 
-def _hex(rgb: tuple[int, int, int]) -> str:
+def _hex(rgb: RGB) -> str:
     return "#{:02x}{:02x}{:02x}".format(*rgb)
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from featstore.errors import AdapterError, CorruptDataError
 from featstore.provenance import read_json
 
 #: A directory with none of these has nothing to report.
-KNOWN = ("metrics.json", "cka.json", "stitch.json", "generations.json", "adapter.json")
+KNOWN = ("metrics.json", "cka.json", "stitch.json", "generations.json", "communicate.json", "adapter.json")
+#: A directory with this stands for the runs inside it.
+SWEEP = "sweep.json"
+#: What `align cka` writes for reading, beside its ``cka.json``.
+CKA_PAGE = "cka.html"
 
 #: No figure of a run comes near this; below it, sums and differences of figures stay finite.
 _LARGEST = 1e100
@@ -52,6 +58,7 @@ class Node:
 
     value: Any = None
     at: str = ""
+    href: str = ""
 
     def get(self, *keys: str | int) -> Node:
         """Follow object keys and list positions.
@@ -67,7 +74,7 @@ class Node:
             else:
                 value = value[key] if isinstance(value, list) and 0 <= key < len(value) else None
                 at += f"/{key}"
-        return Node(value, at)
+        return Node(value, at, self.href)
 
     def items(self) -> Iterator[tuple[str, Node]]:
         """The members of an object; nothing for any other value."""
@@ -124,24 +131,39 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """A file that was read: its name in the report, size and SHA-256."""
+class Origin:
+    """A file by its name in the report and where the page finds it; no address where the page lies nowhere yet."""
 
     name: str
-    size: int
-    sha256: str
+    href: str = ""
+
+
+@dataclass(frozen=True)
+class SourceFile(Origin):
+    """A file that was read, its size and SHA-256."""
+
+    size: int = 0
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run or CKA directory."""
+    """One run or CKA directory.
+
+    Attributes:
+        href: The directory's address from the page, ending in a slash; empty for none.
+        notes: What went wrong around the run, as code and sentence: cells of a sweep that failed.
+    """
 
     label: str
+    href: str = ""
     files: dict[str, Node] = field(default_factory=dict)
     epochs: tuple[Node, ...] = ()
     log: Node = field(default_factory=Node)
     torn_log: bool = False
     sources: tuple[SourceFile, ...] = ()
+    cka_page: Origin | None = None
+    notes: tuple[tuple[str, str], ...] = ()
 
     def file(self, name: str) -> Node:
         """The content of one file; a missing one holds None.
@@ -150,6 +172,14 @@ class Run:
             name: For instance ``metrics.json``.
         """
         return self.files.get(name, Node(None, f"{self.label}/{name}#"))
+
+    def origin(self, name: str) -> Origin:
+        """One file by name and address.
+
+        Args:
+            name: For instance ``metrics.json``.
+        """
+        return Origin(f"{self.label}/{name}", self.href and self.href + quote(name))
 
     @property
     def type(self) -> str:
@@ -192,20 +222,59 @@ class Run:
         return Node(None, f"{self.label}/adapter.json#/pairs")
 
 
-def read_runs(dirs: Sequence[Path]) -> list[Run]:
-    """Read every directory once, in the order given.
+def read_runs(dirs: Sequence[Path], base: Path | None = None) -> list[Run]:
+    """Read every directory once, in the order given; a sweep stands for its runs.
 
     Args:
-        dirs: Run and CKA directories; one named twice is read once.
+        dirs: Run, CKA and sweep directories; one named twice is read once.
+        base: Directory of the page, from which files are addressed; None for a page without addresses.
 
     Raises:
         AdapterError: No directory was given, or one holds none of the files a report shows.
         CorruptDataError: A file is there but is not JSON.
     """
-    paths = list(dict.fromkeys(Path(path).resolve() for path in dirs))
-    if not paths:
+    given = list(dict.fromkeys(Path(path).resolve() for path in dirs))
+    if not given:
         raise AdapterError("no directory given; name at least one run or CKA directory")
-    return [_read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
+    paths: dict[Path, tuple[tuple[str, str], ...]] = {}
+    for path in given:
+        for found, notes in _expanded(path).items():
+            paths.setdefault(found, ())
+            paths[found] += notes
+    named = zip(paths.items(), _labels(list(paths)), strict=True)
+    return [_read_run(path, label, _address(path, base), notes) for (path, notes), label in named]
+
+
+def _expanded(path: Path) -> dict[Path, tuple[tuple[str, str], ...]]:
+    # A sweep is its finished cells, in the order of the grid; what failed is said at the first of them.
+    if not (path / SWEEP).is_file() or any((path / name).exists() for name in KNOWN):
+        return {path: ()}
+    sweep = Node(_load(path / SWEEP))
+    inside = [entry for entry in sorted(path.iterdir()) if any((entry / name).exists() for name in KNOWN)]
+    cells = [(cell.get("name").text, cell) for cell in sweep.get("cells")]
+    order = {name: place for place, (name, _) in enumerate(cells)}
+    inside.sort(key=lambda entry: order.get(entry.name, len(order)))
+    if not inside:
+        raise AdapterError(f"{path} is a sweep without a finished run; see {SWEEP} for why, or wait for its first cell")
+    notes = []
+    for name, cell in cells:
+        why = " ".join(portable(word) for word in cell.get("error").text.split())
+        if cell.get("status").text == "failed" or why:
+            notes.append(("failed cell", f"{clean_text(path.name)}/{name}: {why or 'no reason is given'}"))
+        elif not any(entry.name == name for entry in inside):
+            notes.append(("unfinished cell", f"{clean_text(path.name)}/{name} has no figures yet"))
+    return {entry: tuple(notes) if place == 0 else () for place, entry in enumerate(inside)}
+
+
+def _address(path: Path, base: Path | None) -> str:
+    if base is None:
+        return ""
+    try:
+        relative = Path(os.path.relpath(path, base.resolve())).as_posix()
+    except ValueError:  # another drive
+        return path.as_uri() + "/"
+    # The leading dot keeps a colon in a name from being read as a scheme.
+    return quote(relative if relative.startswith("..") else f"./{relative}") + "/"
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -219,7 +288,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
         depth += 1
 
 
-def _read_run(path: Path, label: str) -> Run:
+def _read_run(path: Path, label: str, href: str, notes: tuple[tuple[str, str], ...]) -> Run:
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
         raise AdapterError(f"{path} {what}; expected a run or CKA directory")
@@ -233,20 +302,23 @@ def _read_run(path: Path, label: str) -> Run:
     )
     contents, sources = {}, []
     for name in [*names, *(name for _, name in epochs)]:
-        contents[name] = Node(_load(path / name), f"{label}/{name}#")
-        sources.append(_source(path / name, label))
+        contents[name] = Node(_load(path / name), f"{label}/{name}#", href and href + quote(name))
+        sources.append(_source(path / name, label, href))
     log, torn = Node(), False
     if (path / "log.jsonl").exists():
         lines, torn = _load_log(path / "log.jsonl")
-        log = Node(lines, f"{label}/log.jsonl#")
-        sources.append(_source(path / "log.jsonl", label))
+        log = Node(lines, f"{label}/log.jsonl#", href and f"{href}log.jsonl")
+        sources.append(_source(path / "log.jsonl", label, href))
     return Run(
         label=label,
+        href=href,
         files={name: contents[name] for name in names},
         epochs=tuple(contents[name] for _, name in epochs),
         log=log,
         torn_log=torn,
         sources=tuple(sources),
+        cka_page=Origin(f"{label}/{CKA_PAGE}", href and href + CKA_PAGE) if (path / CKA_PAGE).is_file() else None,
+        notes=notes,
     )
 
 
@@ -275,6 +347,7 @@ def _load_log(path: Path) -> tuple[list[Any], bool]:
     return events, False
 
 
-def _source(path: Path, label: str) -> SourceFile:
+def _source(path: Path, label: str, href: str) -> SourceFile:
     data = path.read_bytes()
-    return SourceFile(f"{label}/{path.name}", len(data), hashlib.sha256(data).hexdigest())
+    digest = hashlib.sha256(data).hexdigest()
+    return SourceFile(f"{label}/{path.name}", href and href + quote(path.name), len(data), digest)

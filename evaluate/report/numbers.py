@@ -96,18 +96,23 @@ def exact(value: float) -> str:
 
 
 def show(node: Node, style: Style = score, reason: str = "") -> Markup:
-    """Render a figure with its full value and origin, or a dash that says why there is none.
+    """Render a figure with its full value and origin, linked to its file, or a dash that says why there is none.
 
     Args:
         node: The figure.
         style: How to write it.
         reason: Why it is missing, shown if it is.
     """
+    file, _, path = node.at.partition("#")
     if node.number is None:
-        return dash(reason or f"not given in {node.at.split('#')[0]}")
-    return Markup('<data value="{}" data-from="{}" title="{}">{}</data>').format(
-        node.value, node.at, f"{node.value!r} in {node.at.split('#')[0]}", style(node.number)
+        return dash(reason or f"not given in {file}")
+    places = path.replace("~1", "\0").split("/")[1:]
+    keys = " › ".join(part.replace("\0", "/").replace("~0", "~") for part in places)
+    figure = Markup('<data value="{}" data-from="{}" title="{}">{}</data>').format(
+        node.value, node.at, f"{node.value!r} in {file} › {keys}", style(node.number)
     )
+    # Not a stop for the Tab key: a page has hundreds, and the files are linked once below each table and plot.
+    return Markup('<a class="n" href="{}" tabindex="-1">{}</a>').format(node.href, figure) if node.href else figure
 
 
 def dash(reason: str) -> Markup:

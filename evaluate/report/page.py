@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from evaluate.report import cka, sections, tables, words
+from evaluate.report import cka, communicate, curves, rates, sections, stitched, tables, texts, training, words
 from evaluate.report.inputs import Run, read_runs
 from featstore.errors import SpecError
 from featstore.provenance import write_atomic
@@ -24,16 +24,17 @@ from featstore.provenance import write_atomic
 #: Good news beyond this many verdicts folds away; bad and unclear news never does.
 _OPEN_VERDICTS = 4
 #: Blocks of stitched losses beyond this many fold away, each by itself.
-_OPEN_LOSSES = 4
+_OPEN_LOSSES = 2
 #: Prompts beyond this many fold away.
 _OPEN_PROMPTS = 8
 
 
-def build_report(dirs: Sequence[Path]) -> str:
+def build_report(dirs: Sequence[Path], base: Path | None = None) -> str:
     """Render the page.
 
     Args:
-        dirs: Run and CKA directories, in the order they are to appear.
+        dirs: Run, CKA and sweep directories, in the order they are to appear.
+        base: Directory the page will lie in, from which its numbers link to their files; None for no links.
 
     Returns:
         A complete HTML document.
@@ -42,14 +43,14 @@ def build_report(dirs: Sequence[Path]) -> str:
         AdapterError: A directory holds none of the files a report shows.
         CorruptDataError: A file is there but is not JSON.
     """
-    return _render(read_runs(dirs))
+    return _render(read_runs(dirs, base))
 
 
 def write_report(dirs: Sequence[Path], out: Path) -> dict[str, Any]:
     """Render the page and put it in place atomically.
 
     Args:
-        dirs: Run and CKA directories, in the order they are to appear.
+        dirs: Run, CKA and sweep directories, in the order they are to appear.
         out: The HTML file; its directory is created.
 
     Returns:
@@ -60,7 +61,7 @@ def write_report(dirs: Sequence[Path], out: Path) -> dict[str, Any]:
         CorruptDataError: A file is there but is not JSON.
         SpecError: The page cannot be written there.
     """
-    runs = read_runs(dirs)
+    runs = read_runs(dirs, out.parent)
     data = _render(runs).encode()
     if out.is_dir():
         raise SpecError(f"{out} is a directory; name a file for the report, such as report.html")
@@ -82,45 +83,58 @@ def write_report(dirs: Sequence[Path], out: Path) -> dict[str, Any]:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("evaluate.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["csp_hash"] = _csp_hash
-    return environment.get_template("report.html.j2")
 
 
 def _render(runs: Sequence[Run]) -> str:
     judged = words.verdicts(runs)
     similarities = [cka.similarity(run) for run in runs]
-    return _template().render(
-        title=sections.title(runs),
-        headline=words.headline(runs, judged),
-        facts=sections.compared(runs),
-        runs=runs,
-        verdicts=_folded(judged),
-        warnings=words.warnings(runs),
-        gaps=words.gaps(runs),
-        columns=tables.COLUMNS,
-        leaderboard=tables.leaderboard(runs),
-        r2_chart=tables.r2_by_layer(runs),
-        forest=tables.forest(runs),
-        recovered_chart=tables.recovered_by_layer(runs),
-        stitched=[block for run in runs for block in tables.stitched_losses(run)],
-        conditions=tables.CONDITIONS,
-        similarities=[similarity for similarity in similarities if similarity is not None],
-        trainings=[training for run in runs for training in sections.trainings(run)],
-        prompts=sections.prompts(runs),
-        decodings=sections.decodings(runs),
-        open_losses=_OPEN_LOSSES,
-        open_prompts=_OPEN_PROMPTS,
-        files=sections.files(runs),
-        versions=sections.versions(runs),
-        command=words.command,
+    charts = (curves.r2_by_layer(runs), curves.recovered_by_layer(runs))
+    script, style = _text("report.js"), _text("report.css")
+    # As strict as a page can be: even text that slipped through escaping would neither run nor load anything.
+    policy = f"default-src 'none'; img-src data:; script-src '{_hash(script)}'; style-src '{_hash(style)}'"
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            policy=f"{policy}; base-uri 'none'; form-action 'none'",
+            script=script,
+            style=style,
+            title=sections.title(runs),
+            headline=words.headline(runs, judged),
+            facts=sections.compared(runs),
+            runs=runs,
+            verdicts=_folded(judged),
+            answers=communicate.findings(runs),
+            warnings=words.warnings(runs),
+            gaps=words.gaps(runs),
+            columns=tables.COLUMNS,
+            leaderboard=tables.leaderboard(runs),
+            r2_chart=charts[0],
+            forest=stitched.forest(runs),
+            recovered_chart=charts[1],
+            curves=[chart for run in runs for chart in curves.stitched_curves(run)],
+            stitched=[block for run in runs for block in stitched.stitched_losses(run)],
+            conditions=stitched.CONDITIONS,
+            rates=rates.rates(runs),
+            similarities=[similarity for similarity in similarities if similarity is not None],
+            trainings=[curve for run in runs for curve in training.trainings(run)],
+            exchanges=[exchange for run in runs for exchange in communicate.exchanges(run)],
+            prompts=texts.prompts(runs),
+            decodings=texts.decodings(runs),
+            open_losses=_OPEN_LOSSES,
+            open_prompts=_OPEN_PROMPTS,
+            files=sections.files(runs),
+            versions=sections.versions(runs),
+            command=words.command,
+        )
     )
 
 
@@ -131,7 +145,12 @@ def _folded(
     return shown, [v for v in judged if v not in shown]
 
 
-def _csp_hash(script: Markup) -> Markup:
-    # The page allows this one script by its hash: text that slipped through escaping would not run.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return Markup("sha256-{}").format(digest)
+def _text(name: str) -> Markup:
+    loader = _environment().loader
+    if loader is None:
+        raise jinja2.TemplateNotFound(name)
+    return Markup(loader.get_source(_environment(), name)[0])  # noqa: S704 (a file of this package)
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

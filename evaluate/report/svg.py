@@ -55,6 +55,7 @@ def dot_plot(
     style: Callable[[float], str],
     anchors: Sequence[float] = (),
     stacked: bool = False,
+    bounds: tuple[float, ...] = (),
 ) -> Markup:
     """Draw one horizontal line a row with points and their intervals.
 
@@ -65,9 +66,11 @@ def dot_plot(
         style: How to write a tick.
         anchors: Values that the axis must show and that are marked by a line through all rows.
         stacked: Whether labels are long and stand above their line.
+        bounds: Values that the axis must show, too, without a line.
     """
     ends = [e for line in lines for m in line.marks for e in (m.value, m.low, m.high) if e is not None]
-    low, high = min([*ends, *anchors], default=0.0), max([*ends, *anchors], default=1.0)
+    shown = [*ends, *anchors, *bounds]
+    low, high = min(shown, default=0.0), max(shown, default=1.0)
     pad = 0.04 * (high - low) or 0.5
     left, right = (10.0, _WIDTH - 62.0) if stacked else (112.0, _WIDTH - 52.0)
     place = _linear(low - pad, high + pad, left, right)
@@ -82,9 +85,9 @@ def dot_plot(
     for i, line in enumerate(lines):
         y = i * pitch + (31.0 if stacked else 17.0)
         if stacked:
-            parts.append(lettering(left, y - 13, line.label, "lb"))
+            parts.append(lettering(left, y - 13, _cut(line.label, 58), "lb"))
         else:
-            parts.append(lettering(left - 10, y + 4, line.label, "lb end"))
+            parts.append(lettering(left - 10, y + 4, _cut(line.label, 17), "lb end"))
         for k, mark in enumerate(line.marks):
             parts.append(_mark(mark, place, y + (8.0 * k if stacked else 0.0)))
         if line.text:
@@ -97,10 +100,17 @@ def dot_plot(
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a line chart; its colour and marker follow from its place in the list."""
+    """A line of a line chart.
+
+    Attributes:
+        name: As the key says it.
+        points: Place and mark; a mark without a value breaks the line.
+        style: Which colour and marker, 0 to 7, 6 being muted and 7 the colour of text; None for those of its place.
+    """
 
     name: str
     points: Sequence[tuple[float, Mark]] = field(default_factory=tuple)
+    style: int | None = None
 
 
 def line_chart(
@@ -109,6 +119,8 @@ def line_chart(
     label: str,
     axes: tuple[str, str],
     references: Sequence[tuple[float, str]] = (),
+    verticals: Sequence[tuple[float, str]] = (),
+    log: bool = False,
 ) -> Markup:
     """Draw lines with points and, where given, interval whiskers.
 
@@ -117,6 +129,8 @@ def line_chart(
         label: What the drawing shows, for screen readers.
         axes: What the two axes measure.
         references: Horizontal lines with their names.
+        verticals: Vertical lines with their names.
+        log: Whether places lie on a logarithmic axis; all of them are then above zero.
     """
     marks = [mark for s in series for _, mark in s.points]
     ys = [e for m in marks for e in (m.value, m.low, m.high) if e is not None]
@@ -125,22 +139,35 @@ def line_chart(
     low, high = min(ys, default=0.0), max(ys, default=1.0)
     pad = 0.06 * (high - low) or 0.1
     left, right, top, bottom = 48.0, _WIDTH - 12.0, 12.0, 190.0
-    gap = 0.04 * (xs[-1] - xs[0]) or 0.5 if xs else 0.5
-    px = _linear((xs or [0.0])[0] - gap, (xs or [0.0])[-1] + gap, left, right)
+    scaled: Callable[[float], float] = math.log10 if log else float
+    ends = sorted(scaled(x) for x in (*xs, *(x for x, _ in verticals))) or [0.0]
+    gap = 0.04 * (ends[-1] - ends[0]) or 0.5
+    along = _linear(ends[0] - gap, ends[-1] + gap, left, right)
+
+    def px(x: float) -> float:
+        return along(scaled(x))
+
     py = _linear(low - pad, high + pad, bottom, top)
     parts = []
     ticks, decimals = ticks_between(low - pad, high + pad, 5)
     for tick in ticks:
         parts.append(_line(left, py(tick), right, py(tick), "tick"))
         parts.append(lettering(left - 6, py(tick) + 4, _tick(tick, decimals), "ax end"))
-    shown = xs[:: max(1, math.ceil(len(xs) / 10))]
-    parts += [lettering(px(x), bottom + 16, exact(x), "ax mid") for x in shown]
+    # A rate needs two digits here; all of them stand in the readout and the table.
+    written = (lambda x: _typed(f"{x:.2g}")) if log else exact
+    parts += [lettering(px(x), bottom + 16, written(x), "ax mid") for x in _apart(xs, px)]
+    parts += [_line(px(x), top, px(x), bottom, "ref") for x, _ in verticals]
     for value, _ in references:
         parts.append(_line(left, py(value), right, py(value), "ref"))
     for k, one in enumerate(series):
-        parts.append(_polyline(one, px, py, k % 6))
+        parts.append(_polyline(one, px, py, _style(one, k)))
     # Names of reference lines come last: the page gives them a border of its own background.
     parts += [lettering(right, py(v) - 5, name, "ax end note-in") for v, name in references]
+    for k, (x, name) in enumerate(verticals):
+        end = px(x) > (left + right) / 2
+        parts.append(
+            lettering(px(x) + (-4 if end else 4), top + 12 + 15 * k, name, "ax note-in end" if end else "ax note-in")
+        )
     parts.append(lettering((left + right) / 2, bottom + 33, axes[0], "ax mid"))
     parts.append(
         Markup('<text class="ax mid" transform="translate(10 {}) rotate(-90)">{}</text>').format(
@@ -172,6 +199,10 @@ def _tick(value: float, decimals: int, style: Callable[[float], str] | None = No
     if style is not None:
         return style(value)
     return exact(value) if abs(value) >= 1e5 else f"{value:.{decimals}f}".replace("-", "\u2212")
+
+
+def _cut(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
 def _linear(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -213,18 +244,35 @@ def _polyline(one: Series, px: Callable[[float], float], py: Callable[[float], f
     return Markup('<g class="s s{}">{}</g>').format(k, Markup("").join([*lines, *parts]))
 
 
-def chart_key(names: Sequence[str]) -> Markup:
+def chart_key(series: Sequence[Series]) -> Markup:
     """Draw the key of a line chart: a list of markers with the names of their lines.
 
     Args:
-        names: In the order of the lines.
+        series: The lines, in their order.
     """
     swatch = Markup(
         '<li><svg class="key" viewBox="0 0 22 12" aria-hidden="true"><g class="s s{0}">'
         '<polyline points="0,6 22,6"/>{1}</g></svg>{2}</li>'
     )
-    items = [swatch.format(k % 6, marker(k % 6, 11, 6), name) for k, name in enumerate(names)]
+    items = [swatch.format(_style(one, k), marker(_style(one, k), 11, 6), one.name) for k, one in enumerate(series)]
     return Markup('<ul class="keys">{}</ul>').format(Markup("").join(items))
+
+
+def _style(one: Series, k: int) -> int:
+    return k % 6 if one.style is None else one.style
+
+
+def _apart(xs: Sequence[float], px: Callable[[float], float]) -> list[float]:
+    # Labels that would touch the one before are left out.
+    shown: list[float] = []
+    for x in xs:
+        if not shown or px(x) - px(shown[-1]) >= 30:
+            shown.append(x)
+    return shown
+
+
+def _typed(text: str) -> str:
+    return text.replace("-", "\u2212")
 
 
 def marker(k: int, x: float, y: float) -> Markup:
@@ -253,10 +301,10 @@ def drawing(width: float, height: float, label: str, parts: Sequence[Markup]) ->
         label: What the drawing shows, for screen readers.
         parts: The shapes.
     """
-    return Markup('<svg viewBox="0 0 {0} {1}" style="max-width:{2}px" role="img" aria-label="{3}">{4}</svg>').format(
+    return Markup('<svg viewBox="0 0 {0} {1}" width="{2}" role="img" aria-label="{3}">{4}</svg>').format(
         coordinate(width),
         coordinate(height),
-        coordinate(width * 1.15),
+        round(width * 1.15),
         label,
         Markup("").join(parts),
     )

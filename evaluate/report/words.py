@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from markupsafe import Markup
 
-from evaluate.report import cka
+from evaluate.report import cka, communicate
 from evaluate.report.inputs import Node, Pair, Run
-from evaluate.report.numbers import count, interval, nats, percent, percent_number, say, show
+from evaluate.report.names import control_name, share, type_name
+from evaluate.report.numbers import count, nats, percent, say, show
 
 #: Below this, two R2 are called equal in words; the table shows both.
 _TIE = 0.005
@@ -19,7 +20,6 @@ _NEUTRAL_NATS = 1e-3
 #: A bootstrap over fewer documents gives an interval that is only a hint.
 _FEW_DOCUMENTS = 10
 
-_TYPES = {"lora": "LoRA", "mlp": "MLP", "procrustes": "Procrustes"}
 _BASELINES = {
     "mean": "the mean state",
     "identity": "the states as they are (identity)",
@@ -56,34 +56,6 @@ class Note:
 
     text: Markup
     where: tuple[str, ...]
-
-
-def type_name(run: Run) -> str:
-    """The aligner's type as a word that can open a sentence.
-
-    Args:
-        run: The run.
-    """
-    return _TYPES.get(run.type) or run.type.capitalize() or "The map"
-
-
-def share(block: Node) -> Markup:
-    """A recovered share with its interval, ``85 % [82, 88]``.
-
-    Args:
-        block: With ``value`` and ``ci95``.
-    """
-    ends = interval(block.get("ci95"), percent_number)
-    return say("{} {}" if ends else "{}{}", show(block.get("value"), percent), ends)
-
-
-def control_name(name: str) -> str:
-    """A control's or condition's name for people.
-
-    Args:
-        name: As in the files, for instance ``random_norm``.
-    """
-    return name.replace("_", " ")
 
 
 def verdicts(runs: Sequence[Run]) -> list[Verdict]:
@@ -152,10 +124,12 @@ def warnings(runs: Sequence[Run]) -> list[Note]:
         for key, stitched in run.file("stitch.json").get("pairs").items():
             where = f"{run.label}, {Pair.parse(key)}"
             found += [(where, text) for text in _stitch_warnings(stitched)]
+        found += communicate.warnings(run)
+        found += [(run.label, say("<b>{}</b> {}", code, text)) for code, text in run.notes]
         if run.torn_log:
             words = "<b>torn log</b> log.jsonl ends in half a line: training was cut short or runs."
             found.append((run.label, say(words)))
-    return _grouped(found)
+    return sorted(_grouped(found), key=_by_code(found))
 
 
 def gaps(runs: Sequence[Run]) -> list[Note]:
@@ -178,6 +152,18 @@ def gaps(runs: Sequence[Run]) -> list[Note]:
     return found
 
 
+def _by_code(found: Sequence[tuple[str, Markup]]) -> Callable[[Note], int]:
+    # Warnings of one kind stand together, the kinds in the order in which they first come up.
+    order: dict[str, int] = {}
+    for _, text in found:
+        order.setdefault(_code(text), len(order))
+    return lambda note: order[_code(note.text)]
+
+
+def _code(text: Markup) -> str:
+    return text.partition("</b>")[0]
+
+
 def _grouped(found: Sequence[tuple[str, Markup]]) -> list[Note]:
     # The same warning for many layer pairs is one thing to know, not many.
     notes: dict[str, tuple[Markup, list[str]]] = {}
@@ -197,6 +183,7 @@ def command(name: str, run: Run | None) -> str:
     return {
         "stitch.json": f"evaluate stitch --store STORE --adapter {where}",
         "generations.json": f"evaluate generate --adapter {where}",
+        "communicate.json": f"evaluate communicate --adapter {where} --task countries",
         "cka.json": "align cka --store STORE --out DIR",
     }.get(name, f"align train --store STORE --type {(run and run.type) or 'TYPE'} --out {where}")
 
@@ -318,7 +305,9 @@ def _stitch_warnings(stitched: Node) -> list[Markup]:
     own = stitched.get("conditions", "self", "nats_per_token")
     known = clean.number is not None and own.number is not None
     moved = known and abs(_number(own) - _number(clean)) > _NEUTRAL_NATS
-    if moved or stitched.get("self_bit_identical").value is False:
+    identical = stitched.get("self_bit_identical").value
+    # Where the prompt is hidden, a model loses by its own states as well; they were put in bit by bit all the same.
+    if identical is False or (identical is None and moved):
         text = (
             "<b>self-injection</b> Injecting the target’s own states is not neutral (clean {}, self {} "
             "nats/token): do not trust the other conditions either."
@@ -343,6 +332,8 @@ def _differing_stores(runs: Sequence[Run]) -> list[Markup]:
 
 
 def _only_cka(runs: Sequence[Run]) -> Markup:
+    if answered := communicate.findings(runs):
+        return answered[0][0]
     found = [sentence for run in runs for sentence in cka.findings(run)[:1]]
     return say(
         "{} No map was fitted in {}, so nothing here says whether one model can use the other’s states.",

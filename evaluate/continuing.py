@@ -1,0 +1,315 @@
+"""A prompt, with or without injected states, and what the model makes of it: continuations and their likelihood.
+
+The prompt is one pass, which fills the key-value cache; what follows reads the cache. Prompts of several lengths are
+padded at the left and get the positions they would have alone, so a row's text does not depend on its neighbours
+(beyond rounding). States to be injected are captured the same way (:func:`prompt_states`): then a model's own states
+put back change no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from evaluate.inject import Injection, check_padding, inject
+from featstore import sites
+from featstore.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: Divides the logits; above 0.
+        top_p: Draw from the fewest likeliest tokens that together have this probability, in (0, 1] (nucleus sampling,
+            arXiv 1904.09751).
+        seed: 0 or more. With the row's number and the step it fixes a draw, whatever else is in the batch.
+
+    Raises:
+        SpecError: A value outside its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise SpecError(f"temperature {self.temperature}: must be above 0; leave sampling out for greedy text")
+        if not 0 < self.top_p <= 1:
+            raise SpecError(f"top_p {self.top_p}: must be above 0 and at most 1")
+        if self.seed < 0:
+            raise SpecError(f"seed {self.seed}: must be 0 or more")
+
+
+def left_padded(rows: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Make one batch of prompts of several lengths.
+
+    Args:
+        rows: Token ids, none empty.
+        fill: Any id of the vocabulary; it is never read.
+
+    Returns:
+        int64 ids ``(batch, tokens)``, and bool padding of the same shape, None where all are of one length.
+
+    Raises:
+        SpecError: No rows, or an empty one.
+    """
+    if not rows or not all(len(row) for row in rows):
+        raise SpecError("a prompt without tokens cannot be continued; give each row at least one")
+    tokens = max(len(row) for row in rows)
+    ids = torch.tensor([[fill] * (tokens - len(row)) + [int(token) for token in row] for row in rows])
+    short = torch.tensor([tokens - len(row) for row in rows])
+    return ids, torch.arange(tokens)[None] < short[:, None] if bool(short.any()) else None
+
+
+@torch.inference_mode()
+def prompt_states(
+    model: Any,
+    stream: sites.ResidualStream,
+    ids: torch.Tensor,
+    layers: Sequence[int],
+    *,
+    padding: torch.Tensor | None = None,
+) -> dict[int, torch.Tensor]:
+    """A model's own stream over prompts, from the very pass that a continuation begins with.
+
+    Args:
+        model: The causal language model.
+        stream: Its residual stream.
+        ids: int64 ``(batch, tokens)``.
+        layers: Distinct layers in 0..L.
+        padding: bool ``(batch, tokens)``, True at the left of a row where there is no token; None for none.
+
+    Returns:
+        ``{layer: (batch, tokens, width)}`` in the model's dtype; rows of padding are meaningless.
+
+    Raises:
+        LayerRangeError: No such layer.
+        SpecError: As :func:`continue_from`.
+    """
+    prompt = _prompt(model, stream, ids, None, padding, 0)
+    states: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> sites.SiteFunction:
+        def look(hidden: torch.Tensor) -> None:
+            states[layer] = hidden
+
+        return look
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(sites.at_site(stream, layer, keep(layer)))
+        prompt.begin(model)
+    return states
+
+
+@torch.inference_mode()
+def continue_from(
+    model: Any,
+    ids: torch.Tensor | None,
+    *,
+    injection: Injection | None = None,
+    stream: sites.ResidualStream,
+    length: int,
+    stops: Collection[int],
+    sample: Sampling | None = None,
+    padding: torch.Tensor | None = None,
+    rows: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Continue prompts, greedily or by sampling.
+
+    Args:
+        model: The causal language model.
+        ids: int64 ``(batch, tokens)``; None where the injection replaces the whole prompt at layer 0.
+        injection: States to put in.
+        stream: The model's residual stream.
+        length: New tokens at most, 1 or more.
+        stops: Tokens that end a text.
+        sample: How to draw; None for the likeliest token each time.
+        padding: bool ``(batch, tokens)``, True at the left of a row where there is no token; None for the injection's.
+        rows: Numbers of the rows, which fix their draws; None for 0, 1, ... A batch cut in two gives the same texts if
+            the second half keeps its numbers.
+
+    Returns:
+        Per row its new tokens, the stop included.
+
+    Raises:
+        LayerRangeError: The injection's layer.
+        SpecError: The prompt with its continuation exceeds the context, ids, padding and injection do not fit each
+            other, or, with ``keep="hide"``, a prompt's last token took no state: it has read what is to be hidden.
+        UnsupportedArchitectureError: As :func:`evaluate.inject.inject`.
+    """
+    if length < 1:
+        raise SpecError(f"length {length}: must be 1 or more")
+    prompt = _prompt(model, stream, ids, injection, padding, length)
+    numbers = list(range(len(prompt.ids))) if rows is None else list(rows)
+    if len(numbers) != len(prompt.ids) or min(numbers) < 0:
+        raise SpecError(f"row numbers {numbers[:8]} for {len(prompt.ids)} rows; give each one, 0 or more")
+    texts: list[list[int]] = [[] for _ in numbers]
+    open_rows = set(range(len(numbers)))
+    with _injected(stream, injection):
+        logits, past = prompt.begin(model)
+        for step in range(length):
+            new = _next(logits[:, -1], sample, numbers, step)
+            for row in sorted(open_rows):
+                texts[row].append(new[row])
+                if new[row] in stops:
+                    open_rows.discard(row)
+            if not open_rows or step == length - 1:
+                break
+            # A finished row goes on while others are not done; that is not part of its text.
+            logits = prompt.go_on(model, torch.tensor(new)[:, None], past, step)
+    return texts
+
+
+@torch.inference_mode()
+def score_continuation(
+    model: Any,
+    ids: torch.Tensor | None,
+    continuation: Sequence[Sequence[int]],
+    *,
+    injection: Injection | None = None,
+    stream: sites.ResidualStream,
+    padding: torch.Tensor | None = None,
+) -> list[float]:
+    """How unlikely given continuations of prompts are, teacher-forced.
+
+    Args:
+        model: The causal language model.
+        ids: As of :func:`continue_from`.
+        continuation: Per row the tokens to be predicted, at least one.
+        injection: States to put in.
+        stream: The model's residual stream.
+        padding: As of :func:`continue_from`.
+
+    Returns:
+        Per row the mean of -log p in nats per token; float64 sums of float32 log-probabilities.
+
+    Raises:
+        LayerRangeError: As :func:`continue_from`.
+        SpecError: As :func:`continue_from`; or a continuation is empty or missing.
+        UnsupportedArchitectureError: As :func:`continue_from`.
+    """
+    counts = [len(row) for row in continuation]
+    if not counts or min(counts) == 0:
+        raise SpecError("a continuation without tokens has no likelihood; give each row at least one")
+    prompt = _prompt(model, stream, ids, injection, padding, max(counts))
+    if len(counts) != len(prompt.ids):
+        raise SpecError(f"{len(counts)} continuations for {len(prompt.ids)} rows")
+    # Padded at the right: attention is causal, so what is scored never sees it.
+    wanted = torch.tensor([[*map(int, row)] + [0] * (max(counts) - len(row)) for row in continuation])
+    with _injected(stream, injection):
+        logits, past = prompt.begin(model)
+        if max(counts) > 1:
+            logits = torch.cat([logits, prompt.go_on(model, wanted[:, :-1], past, 0)], dim=1)
+    nats = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), wanted.to(logits.device), reduction="none")
+    table = nats.double().cpu().numpy()
+    return [float(table[row, :count].mean()) for row, count in enumerate(counts)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """Checked prompts on the model's device. Without padding no mask is passed: the path the models take alone."""
+
+    ids: torch.Tensor
+    real: torch.Tensor | None
+
+    def begin(self, model: Any) -> tuple[torch.Tensor, Any]:
+        """The last logits ``(batch, 1, vocabulary)`` and the cache."""
+        extra = {}
+        if self.real is not None:
+            places = (self.real.cumsum(dim=1) - 1).clamp(min=0)
+            extra = {"attention_mask": self.real.long(), "position_ids": places}
+        output = model(input_ids=self.ids, use_cache=True, logits_to_keep=1, **extra)
+        return output.logits, output.past_key_values
+
+    def go_on(self, model: Any, new: torch.Tensor, past: Any, after: int) -> torch.Tensor:
+        """Logits ``(batch, new tokens, vocabulary)`` of tokens that follow ``after`` others behind the prompt."""
+        new = new.to(self.ids.device)
+        extra = {}
+        if self.real is not None:
+            seen = self.real.new_ones((len(new), after + new.shape[1]))
+            places = self.real.sum(dim=1, keepdim=True) + torch.arange(after, after + new.shape[1], device=new.device)
+            extra = {"attention_mask": torch.cat([self.real, seen], dim=1).long(), "position_ids": places}
+        logits: torch.Tensor = model(input_ids=new, past_key_values=past, use_cache=True, **extra).logits
+        return logits
+
+
+def _prompt(
+    model: Any,
+    stream: sites.ResidualStream,
+    ids: torch.Tensor | None,
+    injection: Injection | None,
+    padding: torch.Tensor | None,
+    extra: int,
+) -> _Prompt:
+    if injection is not None:
+        none = torch.zeros_like(injection.replaced)
+        theirs = none if injection.padding is None else injection.padding
+        if padding is not None:
+            check_padding(padding, tuple(none.shape))
+            if not torch.equal(theirs.cpu(), padding.cpu()):
+                raise SpecError("the prompt is padded otherwise than its injection; make that with the same padding")
+        padding = theirs
+    if ids is None:
+        if injection is None or injection.layer or not bool((injection.replaced | theirs).all()):
+            raise SpecError("a prompt without ids needs states at layer 0 for every position; see embeds()")
+        ids = torch.zeros(injection.hidden.shape[:2], dtype=torch.long)
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise SpecError(f"ids of shape {tuple(ids.shape)}: give (batch, tokens), at least one of each")
+    if injection is not None and injection.hidden.shape[:2] != ids.shape:
+        raise SpecError(
+            f"ids of shape {tuple(ids.shape)} and an injection for {tuple(injection.hidden.shape[:2])}; inject "
+            "into the prompt it was made for"
+        )
+    if padding is not None:
+        check_padding(padding, tuple(ids.shape))
+        padding = padding if bool(padding.any()) else None
+    longest = ids.shape[1] if padding is None else int((~padding).sum(dim=1).max())
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    if longest + extra > context:
+        raise SpecError(
+            f"a prompt of {longest} tokens with {extra} new ones exceeds the context of {context}; shorten it or ask "
+            "for fewer"
+        )
+    if injection is not None and injection.keep == "hide":
+        ends = (injection.replaced | injection.start)[:, -1]
+        if not bool(ends.all()):
+            raise SpecError(
+                f"row {int(ends.int().argmin())}: the prompt's last token took no state, and its own has read what "
+                "keep='hide' is to hide; use keep='own' or a prompt whose last token takes one"
+            )
+    device = next(stream.decoder.parameters()).device
+    return _Prompt(ids.to(device), None if padding is None else ~padding.to(device))
+
+
+@contextmanager
+def _injected(stream: sites.ResidualStream, injection: Injection | None) -> Iterator[None]:
+    with nullcontext() if injection is None else inject(stream, injection, whole=False):
+        yield
+
+
+def _next(logits: torch.Tensor, sample: Sampling | None, numbers: Sequence[int], step: int) -> list[int]:
+    if sample is None:
+        chosen: list[int] = logits.argmax(dim=-1).tolist()
+        return chosen
+    rows = logits.double().cpu()
+    return [_drawn(row, sample, number, step) for row, number in zip(rows, numbers, strict=True)]
+
+
+def _drawn(logits: torch.Tensor, sample: Sampling, number: int, step: int) -> int:
+    """One token, by the inverse of the cumulative distribution: one uniform number decides."""
+    share, order = torch.softmax(logits / sample.temperature, dim=-1).sort(descending=True, stable=True)
+    total = share.cumsum(dim=0)
+    # Kept are the tokens before which less than top_p has been reached; the likeliest always is.
+    kept = int((total - share < sample.top_p).sum())
+    drawn = np.random.default_rng((sample.seed, number, step)).random() * float(total[kept - 1])
+    place = int(torch.searchsorted(total[:kept], drawn, right=True))
+    return int(order[min(place, kept - 1)])
