@@ -22,6 +22,8 @@ MEMORY = 4 << 30
 #: float64 matrices of the larger width that one thread holds: the source's basis and both Grams in it, a product, its
 #: factors and LAPACK's work space.
 _MATRICES = 12
+#: With fewer sources a thread than this, the last ones would leave threads idle.
+_FEW = 4
 
 
 def fit_all(
@@ -34,8 +36,9 @@ def fit_all(
 ) -> dict[str, dict[str, Aligner]]:
     """Fit several kinds of map to every layer pair.
 
-    What the pairs of one source share is decomposed once (:class:`align.fit.Solver`), so a thread takes all pairs of a
-    source. On a GPU they follow one another: there a single system fills the machine.
+    What the pairs of one source share is decomposed once (:class:`align.fit.Solver`), so a thread takes the pairs of a
+    source; all of them where there are many sources, else some, at the price of another decomposition, so that no core
+    waits for the last source. On a GPU they follow one another: there a single system fills the machine.
 
     Args:
         fits: What to fit, by a name of the caller's.
@@ -62,18 +65,25 @@ def fit_all(
             tick(1)
         return done
 
-    threads = _threads(wanted, moments, len(sources)) if device == "cpu" else 1
+    threads = _threads(wanted, moments) if device == "cpu" else 1
     if threads <= 1:
         found = [solve(part) for part in sources.values()]
     else:
+        pieces = threads if len(sources) < _FEW * threads else 1
+        parts = [part for pairs in sources.values() for part in _cut(pairs, pieces)]
         cores = len(os.sched_getaffinity(0))
         with threadpool_limits(max(1, cores // threads)), ThreadPoolExecutor(threads) as pool:
-            found = list(pool.map(solve, sources.values()))
+            found = list(pool.map(solve, parts))
     by_key = {key: maps for part in found for key, maps in part.items()}
     return {pair.key: by_key[pair.key] for pair in wanted}
 
 
-def _threads(wanted: Sequence[LayerPair], moments: Mapping[str, Scan], sources: int) -> int:
+def _cut(pairs: list[LayerPair], pieces: int) -> list[list[LayerPair]]:
+    size = -(-len(pairs) // pieces)
+    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+
+def _threads(wanted: Sequence[LayerPair], moments: Mapping[str, Scan]) -> int:
     width = max((max(moments[pair.key].train.c.shape) for pair in wanted), default=1)
     fitting = MEMORY // (_MATRICES * 8 * width * width)
-    return max(1, min(len(os.sched_getaffinity(0)), sources, fitting))
+    return max(1, min(len(os.sched_getaffinity(0)), len(wanted), fitting))

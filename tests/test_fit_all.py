@@ -64,8 +64,8 @@ def test_threads_are_as_many_as_fit_into_memory(moments: dict[str, Scan], monkey
     counts = []
     for memory in (10 * wide, 2 * wide, 2 * wide - 1, 0):
         monkeypatch.setattr(module, "MEMORY", memory)
-        counts.append(module._threads(PAIRS, moments, sources=3))
-    assert counts == [3, 2, 1, 1]
+        counts.append(module._threads(PAIRS, moments))
+    assert counts == [8, 2, 1, 1]
 
 
 def test_a_fit_that_is_refused_is_refused(moments: dict[str, Scan], monkeypatch: pytest.MonkeyPatch) -> None:

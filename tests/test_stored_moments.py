@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from align.cka import compare_layers
 from commands import call, strict_json
 from planted import Planted, only, plant, rotation, spectrum_rows, trained
 from store_fixtures import tree_bytes
@@ -19,7 +20,6 @@ from test_cka import related
 from test_moments import assert_same
 
 from align.aligners import Aligner, load_adapter
-from align.cka import compare_layers
 from align.fit import Fit, baselines, fit_closed
 from align.layers import LayerPair
 from align.metrics import RETRIEVAL_KEYS, score
