@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from hypothesis import settings as hypothesis_settings
 # The machine may be shared: a slow example is not a failure.
 hypothesis_settings.register_profile("featstore", deadline=None)
 hypothesis_settings.load_profile("featstore")
+
+# A shell that runs the tests in the background tells them, and all they start, to ignore Ctrl-C; some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before any hub library is imported: no test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

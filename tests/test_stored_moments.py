@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from align.cka import compare_layers
 from commands import call, strict_json
 from planted import Planted, only, plant, rotation, spectrum_rows, trained
 from store_fixtures import tree_bytes
@@ -26,6 +25,7 @@ from align.metrics import RETRIEVAL_KEYS, score
 from align.moment_scores import NEEDS_ROWS, score_moments
 from align.moments import as_if_shuffled, centered
 from align.scan import scan, stored_scan, usable_moments
+from align.similarity.compare import Comparison
 from align.train import describe
 from featstore.errors import CorruptDataError, FitError, SpecError, StoreBusyError, StoreStateError
 from featstore.store import moments as module
@@ -50,6 +50,17 @@ from featstore.store.writer import StoreWriter, exclusive
 MODELS = ("a", "b")
 #: Three layers of one model and two of the other.
 BLOCKS = 15
+
+
+def compare_layers(path: Path, **options: Any) -> dict[str, Any]:
+    """A comparison on the current Dask client; moments alone need none."""
+    from distributed import get_client
+
+    try:
+        client = get_client()
+    except ValueError:
+        client = None
+    return Comparison(path, **options).run(client)
 
 
 def rows_with_sinks(n: int = 700) -> tuple[dict[int, Any], dict[int, Any]]:
