@@ -205,7 +205,7 @@ def batch_cka(
 ) -> torch.Tensor:
     """CKA of two batches of paired rows, differentiable once in both.
 
-    Bandwidths are constants of the gradient. The debiased value of a small batch may be negative or exceed 1.
+    Bandwidths are constants of the gradient. The debiased value of a small batch may be negative.
 
     Args:
         x: ``(n, dx)`` float64, float32, float16 or bfloat16, on the CPU or a GPU.

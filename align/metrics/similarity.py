@@ -59,7 +59,7 @@ def _constant(name: str, spread: float, n: int, mean: Array) -> str | None:
 def debiased_cka_from_moments(m: Moments) -> tuple[float, str | None]:
     """CKA with unbiased HSIC_1 and linear kernels; about 0 for independent data of any width.
 
-    Never clamped: it may be slightly negative or, at small n, exceed 1 by noise.
+    Never clamped: it may be negative. HSIC_1 is a product of U-centred kernels, so it lies within [-1, 1] to rounding.
 
     Args:
         m: Moments of the pairs about any origin.
