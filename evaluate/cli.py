@@ -1,4 +1,4 @@
-"""`evaluate`: stitch, generate, communicate, report. A thin skin over the library."""
+"""`evaluate`: stitch, generate, communicate, report, reproduce. A thin skin over the library."""
 
 from __future__ import annotations
 
@@ -182,6 +182,54 @@ def report(
     check_directory(out.parent, out)
     result = write_report(directories, out)
     emit(result, f"written: {out}", as_json=as_json)
+
+
+@app.command()
+def reproduce(
+    store: Annotated[Path | None, typer.Option(help="A store that is there; default one is made in --out.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="NAME=REF of a store to be made, twice; default the demo pair.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Text of a store to be made, as `featstore extract` has it.")
+    ] = None,
+    max_tokens: Annotated[str | None, typer.Option(help="Tokens of each model in a store to be made.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of a store to be made; default seven depths.")] = None,
+    stitch_tokens: Annotated[str, typer.Option(help="Target tokens of every stitched loss.")] = "1200",
+    task: Annotated[list[str] | None, typer.Option(help="As of `communicate`; default countries.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Questions of every task.")] = 40,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Of every training; none stops earlier, so the curve is whole.")
+    ] = 10,
+    ranks: Annotated[str, typer.Option(help="Of low-rank maps.")] = "2,8,32,128",
+    latents: Annotated[str, typer.Option(help="Formats of compressed runs: LATENTSxWIDTH.")] = "8x32,32x64",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the commands; run none.")] = False,
+    out: Annotated[Path, typer.Option(help="Directory for everything.")] = Path("reproduction"),
+    as_json: Json = False,
+) -> None:
+    """Carry out the whole programme of experiments, or what is left of it, and answer its questions in ANALYSIS.md."""
+    from evaluate import reproduce as programme
+
+    check_directory(out)
+    given = programme.parse_scale(
+        stitch_tokens=stitch_tokens,
+        tasks=tuple(dict.fromkeys(task or ["countries"])),
+        examples=examples,
+        epochs=epochs,
+        ranks=ranks,
+        latents=latents,
+    )
+    corpus = programme.Corpus(tuple(model or ()), dataset, max_tokens, layers or programme.LAYERS)
+    if store is not None and corpus != programme.Corpus():
+        raise SpecError("--model, --dataset, --max-tokens and --layers make a store; leave them out with --store")
+    if dry_run:
+        listed = programme.commands(out, given, store=store, corpus=corpus)
+        emit(listed, escape(programme.describe_commands(listed)), as_json=as_json)
+        return
+    result = programme.reproduce(out, given, store=store, corpus=corpus)
+    emit(result, escape(programme.describe(result)), as_json=as_json)
+    if result["failed"]:
+        raise typer.Exit(1)
 
 
 def main() -> None:

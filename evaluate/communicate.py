@@ -15,7 +15,8 @@ condition       what B has of the context
 
 ``replace``, ``sum`` and ``mean`` are those of "Communicating Activations Between Language Model Agents" (arXiv
 2501.14082), with a map between two models. Each of the four has two controls: ``random``, vectors of the same norms,
-and ``shuffled``, the mapped states of an example with another answer.
+and ``shuffled``, the mapped states of an example with another answer. A ``compress`` map reads windows of states and
+makes nothing of a single one: it has ``aligned`` alone.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from numpy.typing import NDArray
 from align.aligners import Adapter, Aligner
 from align.layers import LayerPair
 from evaluate.controls import control_states
-from evaluate.inject import source_positions
-from evaluate.loading import Loaded, choose, load
+from evaluate.loading import Loaded, Models, check_card, choose
 from evaluate.messages import Reading, read, received, state_bytes, text_bytes, wire_format
 from evaluate.tasks.asking import Prompt, PutIn, ask, prompts_of
 from evaluate.tasks.base import Example, Task, is_right
 from evaluate.tasks.verdicts import CONTROLS, METHODS, condition_name, describe, figures, gain, warnings_of
+from evaluate.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.console import Tick, progress
 from featstore.errors import SpecError
 from featstore.store.formats import Format
@@ -44,7 +45,6 @@ __all__ = ["COMMON", "communicate", "describe", "identity"]
 
 #: Conditions without states.
 COMMON = ("silent", "text", "summary")
-_PER_PAIR = len(METHODS) * (1 + len(CONTROLS))
 
 
 def communicate(
@@ -71,7 +71,8 @@ def communicate(
         layers: Source layers, None for all.
         itself: Also let every target read for itself, at the target layers and with the identity as the map: what the
             channel gives where nothing is lost between two models.
-        form: Storage format that states travel in.
+        form: Storage format that states travel in. It is none of a ``compress`` map's: there the latents travel, in
+            the numbers they were trained for.
         summary_tokens: Length of A's summaries.
         max_new_tokens: Length of B's free answers.
         overrides: ``NAME=REF`` for models that moved.
@@ -82,34 +83,37 @@ def communicate(
         quiet: No progress.
 
     Returns:
-        The contents of ``communicate.json``.
+        The contents of ``communicate.json``. ``bytes`` of a condition is what travels for an example in the mean: the
+        bytes of a text, those of the states in the format, or latents x latent_dim x bytes a number of every window
+        of the context (:meth:`evaluate.wire.Wire.rate`).
 
     Raises:
-        AdapterError: The adapter's maps take windows, or it does not fit the models.
+        AdapterError: A map does not fit its card, or the card does not fit the models.
         SpecError: The run has no such layer, the format cannot travel, or an example does not fit into a model.
     """
-    wire = wire_format(form)
+    states_form = wire_format(form)
     for name, count in (("summary", summary_tokens), ("answer", max_new_tokens)):
         if count < 1:
             raise SpecError(f"length of the {name} is {count}: must be 1 or more")
+    check_card(adapter)
     chosen = choose(adapter, layers)
-    named = dict.fromkeys(name for a in chosen for name in (a.pair.source, a.pair.target))
-    loaded = {
-        name: (models or {}).get(name) or load(adapter, name, overrides, device=device, dtype=dtype, quiet=quiet)
-        for name in named
-    }
+    # A map that does not fit its card is refused before the wait for the weights.
+    wires = [wire(adapter, a) for a in chosen]
+    names = [name for a in chosen for name in (a.pair.source, a.pair.target)]
+    loaded = Models(adapter, names, overrides, device=device, dtype=dtype, quiet=quiet, given=models).load_all()
     if itself:
         have = {a.pair.key for a in chosen}
         own = dict.fromkeys((a.pair.target, a.pair.target_layer) for a in chosen)
         new = [identity(name, layer, loaded[name].info.width) for name, layer in own]
-        chosen = [*chosen, *(a for a in new if a.pair.key not in have)]
-    directions = list(dict.fromkeys((a.pair.source, a.pair.target) for a in chosen))
-    work = len(task.examples) * (len(COMMON) * len(directions) + _PER_PAIR * len(chosen))
+        wires += [wire(adapter, a) for a in new if a.pair.key not in have]
+    directions = list(dict.fromkeys((w.aligner.pair.source, w.aligner.pair.target) for w in wires))
+    work = len(task.examples) * (len(COMMON) * len(directions) + sum(map(_conditions, wires)))
     entries = {}
     with progress(f"communicate {task.name}", work, "answers", quiet=quiet) as tick:
         for source, target in directions:
-            maps = [a for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
-            run = _Direction(task, loaded[source], loaded[target], wire, (summary_tokens, max_new_tokens), seed, tick)
+            maps = [w for w in wires if (w.aligner.pair.source, w.aligner.pair.target) == (source, target)]
+            lengths = (summary_tokens, max_new_tokens)
+            run = _Direction(task, loaded[source], loaded[target], states_form, lengths, seed, tick)
             key = task.name if len(directions) == 1 else f"{task.name} ({source}->{target})"
             entries[key] = run.entry(maps)
     return {
@@ -145,45 +149,45 @@ class _Direction:
     task: Task
     source: Loaded
     target: Loaded
-    wire: Format
+    form: Format
     lengths: tuple[int, int]
     seed: int
     tick: Tick
 
-    def entry(self, maps: Sequence[Aligner]) -> dict[str, Any]:
+    def entry(self, maps: Sequence[Wire]) -> dict[str, Any]:
         """The direction's part of ``communicate.json``."""
         task, examples = self.task, self.task.examples
-        answers: dict[str, list[str]] = {}
-        sizes: dict[str, float] = {}
         summaries = self._summaries()
         told = {
-            "silent": ([task.question_text(e) for e in examples], [""] * len(examples)),
             "text": ([task.text(e) for e in examples], [e.context for e in examples]),
             "summary": ([task.text(e, s) for e, s in zip(examples, summaries, strict=True)], summaries),
         }
+        answers: dict[str, list[str]] = {}
+        sizes = {"silent": 0.0}
         for name, (texts, sent) in told.items():
-            answers[name] = self._ask(self._prompts(texts), {name: None})[name]
+            answers |= self._ask(self._prompts(texts), {name: None})
             sizes[name] = float(np.mean([text_bytes(text) for text in sent]))
         contexts = [task.context_text(e) for e in examples]
         spans = [len(e.context.encode()) for e in examples]
         start = _start(task.context_prompt)
-        kept = sorted({layer for a in maps for layer in a.pair.source_layers})
+        kept = sorted({layer for to in maps for layer in to.aligner.pair.source_layers})
         readings = read(self.source, contexts, [start] * len(examples), spans, kept)
-        places, prompts = self._aligned_prompts(told["text"][0], spans, readings)
+        texts_read, prompts = self._aligned_prompts(told["text"][0], spans, readings)
         reasons: dict[str, str] = {}
-        questions = self._prompts(told["silent"][0])
-        for aligner in maps:
-            states, why = self._states(aligner, readings, places)
-            reasons |= {f"{name} {aligner.pair.key}": reason for name, reason in why.items()}
-            for whole, shown in ((False, questions), (True, prompts)):
-                # A state that several positions take travels once.
-                count = float(np.mean([len(set(p)) for p in places])) if whole else 1.0
-                given = {f"{name} {aligner.pair.key}": g for name, g in states.items() if (g.how == "aligned") == whole}
-                answers |= self._ask(shown, given)
-                sizes |= dict.fromkeys(given, count * state_bytes(1, aligner.widths[0], self.wire))
+        # All that asks the question alone is asked together, because the question is then read once.
+        alone: dict[str, PutIn | None] = {"silent": None}
+        for to in maps:
+            key = to.aligner.pair.key
+            states, why = self._states(to, readings, texts_read)
+            reasons |= {f"{name} {key}": reason for name, reason in why.items()}
+            put = {f"{name} {key}": given for name, given in states.items()}
+            sizes |= {name: self._size(to, given.how, texts_read) for name, given in put.items()}
+            alone |= {name: given for name, given in put.items() if given.how != "aligned"}
+            answers |= self._ask(prompts, {name: given for name, given in put.items() if given.how == "aligned"})
             # The progress counts what cannot be done as done.
-            self.tick(len(examples) * len(why))
-        return self._judged(maps, answers, sizes, reasons, summaries)
+            self.tick(len(examples) * (_conditions(to) - len(put)))
+        answers |= self._ask(self._prompts([task.question_text(e) for e in examples]), alone)
+        return self._judged(maps, {name: answers[name] for name in sizes}, sizes, reasons, summaries)
 
     def _prompts(self, texts: Sequence[str]) -> list[Prompt]:
         return prompts_of(self.target, texts, [e.choices for e in self.task.examples], self.lengths[1])
@@ -204,58 +208,80 @@ class _Direction:
 
     def _aligned_prompts(
         self, texts: Sequence[str], spans: Sequence[int], readings: Sequence[Reading]
-    ) -> tuple[list[NDArray[np.int64]], list[Prompt]]:
-        """Per example the source position of every position that takes a state, and the prompts with their places."""
+    ) -> tuple[list[Crossing], list[Prompt]]:
+        """The contexts under both tokenizers, and the prompts with the places that take states."""
         start = _start(self.task.text_prompt)
         own = read(self.target, texts, [start] * len(texts), spans, ())
-        whole = self._prompts(texts)
-        taken, prompts = [], []
-        for reading, mine, prompt in zip(readings, own, whole, strict=True):
-            at = source_positions(reading.window, mine.window)
-            at[mine.sink | ((at >= 0) & reading.sink[np.maximum(at, 0)])] = -1
-            takers = np.flatnonzero(at >= 0)
+        crossings, prompts = [], []
+        for reading, mine, prompt in zip(readings, own, self._prompts(texts), strict=True):
+            text = crossing(reading.window, mine.window, reading.sink, mine.sink)
             # The rest begins with the first token that has read beyond the context.
             end = int(np.flatnonzero(~mine.window.special).max(initial=0)) + 1
-            taken.append(at[takers])
-            prompts.append(Prompt(prompt.ids[:end], prompt.ids[end:], prompt.choices, tuple(map(int, takers))))
-        return taken, prompts
+            crossings.append(text)
+            places = tuple(map(int, text.places))
+            prompts.append(Prompt(prompt.ids[:end], prompt.ids[end:], prompt.choices, places))
+        return crossings, prompts
 
     def _states(
-        self, aligner: Aligner, readings: Sequence[Reading], places: Sequence[NDArray[np.int64]]
+        self, to: Wire, readings: Sequence[Reading], texts: Sequence[Crossing]
     ) -> tuple[dict[str, PutIn], dict[str, str]]:
         """What each condition of a layer pair puts in, and why some cannot be."""
-        layers, layer = aligner.pair.source_layers, aligner.pair.target_layer
+        aligner, layers = to.aligner, to.aligner.pair.source_layers
         rng = np.random.default_rng(self.seed)
         partners = _partners(self.task.examples, rng)
         result: dict[str, PutIn] = {}
         reasons: dict[str, str] = {}
-        sent = {
-            False: [received(r.rows(layers, [r.last]), self.wire) for r in readings],
-            True: [received(r.rows(layers, at), self.wire) for r, at in zip(readings, places, strict=True)],
-        }
-        for whole, rows in sent.items():
-            new: dict[str | None, list[NDArray[np.float32]]] = {None: [aligner.apply(x) for x in rows], "random": []}
-            for x in rows:
-                noise = control_states("random_norm", aligner, x, None, rng, self.seed)
+        sent: dict[bool, list[Rows]] = {}
+        if aligner.takes_rows:
+            sent[False] = [aligner.apply(received(r.rows(layers, [r.last]), self.form)) for r in readings]
+        else:
+            names = ", ".join(method for method in METHODS if method != "aligned")
+            reasons[names] = "the map reads windows of states and makes nothing of a single one"
+        sent[True] = []
+        for example, reading, text in zip(self.task.examples, readings, texts, strict=True):
+            rows = reading.rows(layers, range(len(reading.window.ids)))
+            if aligner.takes_rows:
+                # Those that travel. Of a map of windows the latents do, which its own encoder rounds.
+                used = text.taken[text.places]
+                rows[used] = received(rows[used], self.form)
+            sent[True].append(to.states(rows, text, to.pieces(example.context)))
+        for whole, mapped in sent.items():
+            new: dict[str | None, list[Rows]] = {None: mapped, "random": []}
+            for x in mapped:
+                noise = control_states("random_norm", aligner, x, None, rng, self.seed, mapped=x)
                 if not isinstance(noise, str):
                     new["random"].append(noise)
             if partners is not None:
-                mapped = new[None]
-                new["shuffled"] = [_stretched(mapped[j], len(x)) for j, x in zip(partners, rows, strict=True)]
+                new["shuffled"] = [_stretched(mapped[j], len(x)) for j, x in zip(partners, mapped, strict=True)]
             for method in METHODS:
                 if (method == "aligned") != whole:
                     continue
                 for control in (None, *CONTROLS):
                     name = condition_name(method, control)
                     if control in new:
-                        result[name] = PutIn(layer, new[control], method, "hide" if whole else "own")
+                        keep = "hide" if whole else "own"
+                        result[name] = PutIn(aligner.pair.target_layer, new[control], method, keep)
                     else:
                         reasons[name] = "no two examples have different answers"
         return result, reasons
 
+    def _size(self, to: Wire, how: str, texts: Sequence[Crossing]) -> float:
+        """Mean bytes that travel for an example."""
+        rate = self._rate(to)
+        if rate is not None:
+            return rate["latent_bytes"] * rate["windows"] / len(texts)
+        # A state that several positions take travels once.
+        counts = [len(set(text.taken[text.places])) for text in texts] if how == "aligned" else [1]
+        return float(np.mean(counts)) * state_bytes(1, to.aligner.widths[0], self.form)
+
+    def _rate(self, to: Wire) -> dict[str, float | int] | None:
+        """What a map of windows sends for all contexts together; None for a map of rows."""
+        ends = [[0, *to.pieces(e.context)] for e in self.task.examples]
+        return to.rate([size for row in ends for size in np.diff(row).tolist()])
+
     def _judged(
         self,
-        maps: Sequence[Aligner],
+        maps: Sequence[Wire],
         answers: Mapping[str, Sequence[str]],
         sizes: Mapping[str, float],
         reasons: dict[str, str],
@@ -271,14 +297,23 @@ class _Direction:
             condition, _, pair = name.partition(" ")
             conditions[name] = {"condition": condition, "pair": pair or None, **figures(found, sizes[name])}
         gains: dict[str, dict[str, Any]] = {}
-        for pair in (a.pair.key for a in maps):
+        keys = [to.aligner.pair.key for to in maps]
+        for pair in keys:
             for method in METHODS:
+                mapped = right.get(f"{method} {pair}")
+                if mapped is None:
+                    continue
                 against = {"silent": "silent"}
                 against |= {control: f"{condition_name(method, control)} {pair}" for control in CONTROLS}
-                mapped = right[f"{method} {pair}"]
                 gains[f"{method} {pair}"] = {
                     control: gain(mapped, right[other]) for control, other in against.items() if other in right
                 }
+        pairs: dict[str, dict[str, Any]] = {}
+        for to in maps:
+            own = to.aligner.options.get("map") == "identity"
+            pairs[to.aligner.pair.key] = {"map_numbers": 0 if own else to.aligner.shipped}
+            if (rate := self._rate(to)) is not None:
+                pairs[to.aligner.pair.key]["rate"] = rate
         return {
             "task": task.name,
             "source": self.source.name,
@@ -289,11 +324,9 @@ class _Direction:
             "scoring": "choice of the highest likelihood" if task.has_choices else "answer in the first line",
             "conditions": conditions,
             "gains": gains,
-            "pairs": {
-                a.pair.key: {"map_numbers": 0 if a.options.get("map") == "identity" else a.shipped} for a in maps
-            },
+            "pairs": pairs,
             "reasons": reasons,
-            "warnings": warnings_of(right, [a.pair.key for a in maps], task.chance, gains),
+            "warnings": warnings_of(right, keys, task.chance, gains),
             "examples": [
                 {
                     "context": e.context,
@@ -305,6 +338,11 @@ class _Direction:
                 for i, e in enumerate(task.examples)
             ],
         }
+
+
+def _conditions(to: Wire) -> int:
+    """How many conditions a map has, controls included."""
+    return (len(METHODS) if to.aligner.takes_rows else 1) * (1 + len(CONTROLS))
 
 
 def _start(prompt: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from evaluate.inject import Injection, check_padding, inject
 from featstore import sites
-from featstore.errors import SpecError
+from featstore.errors import SpecError, UnsupportedArchitectureError
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,93 @@ def left_padded(rows: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[torch.
     return ids, torch.arange(tokens)[None] < short[:, None] if bool(short.any()) else None
 
 
+class Passes:
+    """Passes over a batch, each of which reads what came before from the cache.
+
+    A batch with padding gets the mask and the positions that it needs. Without padding no mask is passed: the path the
+    models take alone.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Begin with nothing read.
+
+        Args:
+            model: The causal language model.
+        """
+        self._model = model
+        self._real: torch.Tensor | None = None
+        self._padded = False
+        self._past: Any = None
+
+    def read(self, new: torch.Tensor, padding: torch.Tensor | None = None, *, keep: int = 1) -> torch.Tensor:
+        """Pass further tokens.
+
+        Args:
+            new: int64 ``(batch, new tokens)``; the first ones on the model's device.
+            padding: bool of the same shape, True at the left of a row where there is no token; None for none.
+            keep: Of how many of them, the last ones, the logits are wanted, 1 or more.
+
+        Returns:
+            Logits ``(batch, keep, vocabulary)``.
+        """
+        new = new if self._real is None else new.to(self._real.device)
+        real = torch.ones_like(new, dtype=torch.bool) if padding is None else ~padding.to(new.device)
+        self._padded |= padding is not None
+        self._real = real if self._real is None else torch.cat([self._real, real], dim=1)
+        extra = {}
+        if self._padded:
+            places = (self._real.cumsum(dim=1) - 1).clamp(min=0)
+            extra = {"attention_mask": self._real.long(), "position_ids": places[:, -new.shape[1] :]}
+        output = self._model(input_ids=new, past_key_values=self._past, use_cache=True, logits_to_keep=keep, **extra)
+        self._past = output.past_key_values
+        self.logits: torch.Tensor = output.logits
+        return self.logits
+
+    def branch(self, rows: torch.Tensor | None = None) -> Passes:
+        """What may go on otherwise, while this one stays as it is.
+
+        Args:
+            rows: int64, the rows that the new batch has, each as often as is wished; None for all of them once.
+
+        Raises:
+            UnsupportedArchitectureError: The cache is written in place, so that two cannot go on from it.
+        """
+        other = Passes(self._model)
+        other._real, other._padded = self._real, self._padded
+        if self._past is not None:
+            if getattr(self._past, "is_compileable", False):
+                raise UnsupportedArchitectureError(
+                    f"two texts cannot go on from one {type(self._past).__name__}; use a cache that grows, such as "
+                    "DynamicCache"
+                )
+            # A cache that grows makes new tensors, so the two share what has been read until rows are chosen.
+            other._past = copy(self._past)
+            other._past.layers = [copy(layer) for layer in self._past.layers]
+        if rows is not None and self._real is not None:
+            rows = rows.to(self._real.device)
+            other._real = self._real[rows]
+            if other._past is not None:
+                other._past.batch_select_indices(rows)
+        return other
+
+
+def check_speaker(injection: Injection) -> None:
+    """Refuse a prompt whose last token, out of which the text goes on, gives away what is hidden.
+
+    Args:
+        injection: What is put into the prompt.
+
+    Raises:
+        SpecError: With ``keep="hide"``, a row's last token took no state.
+    """
+    ends = (injection.replaced | injection.start)[:, -1]
+    if injection.keep == "hide" and not bool(ends.all()):
+        raise SpecError(
+            f"row {int(ends.int().argmin())}: the prompt's last token took no state, and its own has read what "
+            "keep='hide' is to hide; use keep='own' or a prompt whose last token takes one"
+        )
+
+
 @torch.inference_mode()
 def prompt_states(
     model: Any,
@@ -106,7 +194,7 @@ def prompt_states(
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(sites.at_site(stream, layer, keep(layer)))
-        prompt.begin(model)
+        Passes(model).read(prompt.ids, prompt.padding)
     return states
 
 
@@ -155,7 +243,8 @@ def continue_from(
     texts: list[list[int]] = [[] for _ in numbers]
     open_rows = set(range(len(numbers)))
     with _injected(stream, injection):
-        logits, past = prompt.begin(model)
+        passes = Passes(model)
+        logits = passes.read(prompt.ids, prompt.padding)
         for step in range(length):
             new = _next(logits[:, -1], sample, numbers, step)
             for row in sorted(open_rows):
@@ -165,7 +254,7 @@ def continue_from(
             if not open_rows or step == length - 1:
                 break
             # A finished row goes on while others are not done; that is not part of its text.
-            logits = prompt.go_on(model, torch.tensor(new)[:, None], past, step)
+            logits = passes.read(torch.tensor(new)[:, None])
     return texts
 
 
@@ -206,9 +295,10 @@ def score_continuation(
     # Padded at the right: attention is causal, so what is scored never sees it.
     wanted = torch.tensor([[*map(int, row)] + [0] * (max(counts) - len(row)) for row in continuation])
     with _injected(stream, injection):
-        logits, past = prompt.begin(model)
+        passes = Passes(model)
+        logits = passes.read(prompt.ids, prompt.padding)
         if max(counts) > 1:
-            logits = torch.cat([logits, prompt.go_on(model, wanted[:, :-1], past, 0)], dim=1)
+            logits = torch.cat([logits, passes.read(wanted[:, :-1], keep=max(counts) - 1)], dim=1)
     nats = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), wanted.to(logits.device), reduction="none")
     table = nats.double().cpu().numpy()
     return [float(table[row, :count].mean()) for row, count in enumerate(counts)]
@@ -216,30 +306,10 @@ def score_continuation(
 
 @dataclass(frozen=True, eq=False)
 class _Prompt:
-    """Checked prompts on the model's device. Without padding no mask is passed: the path the models take alone."""
+    """Checked prompts on the model's device."""
 
     ids: torch.Tensor
-    real: torch.Tensor | None
-
-    def begin(self, model: Any) -> tuple[torch.Tensor, Any]:
-        """The last logits ``(batch, 1, vocabulary)`` and the cache."""
-        extra = {}
-        if self.real is not None:
-            places = (self.real.cumsum(dim=1) - 1).clamp(min=0)
-            extra = {"attention_mask": self.real.long(), "position_ids": places}
-        output = model(input_ids=self.ids, use_cache=True, logits_to_keep=1, **extra)
-        return output.logits, output.past_key_values
-
-    def go_on(self, model: Any, new: torch.Tensor, past: Any, after: int) -> torch.Tensor:
-        """Logits ``(batch, new tokens, vocabulary)`` of tokens that follow ``after`` others behind the prompt."""
-        new = new.to(self.ids.device)
-        extra = {}
-        if self.real is not None:
-            seen = self.real.new_ones((len(new), after + new.shape[1]))
-            places = self.real.sum(dim=1, keepdim=True) + torch.arange(after, after + new.shape[1], device=new.device)
-            extra = {"attention_mask": torch.cat([self.real, seen], dim=1).long(), "position_ids": places}
-        logits: torch.Tensor = model(input_ids=new, past_key_values=past, use_cache=True, **extra).logits
-        return logits
+    padding: torch.Tensor | None
 
 
 def _prompt(
@@ -279,15 +349,10 @@ def _prompt(
             f"a prompt of {longest} tokens with {extra} new ones exceeds the context of {context}; shorten it or ask "
             "for fewer"
         )
-    if injection is not None and injection.keep == "hide":
-        ends = (injection.replaced | injection.start)[:, -1]
-        if not bool(ends.all()):
-            raise SpecError(
-                f"row {int(ends.int().argmin())}: the prompt's last token took no state, and its own has read what "
-                "keep='hide' is to hide; use keep='own' or a prompt whose last token takes one"
-            )
+    if injection is not None:
+        check_speaker(injection)
     device = next(stream.decoder.parameters()).device
-    return _Prompt(ids.to(device), None if padding is None else ~padding.to(device))
+    return _Prompt(ids.to(device), None if padding is None else padding.to(device))
 
 
 @contextmanager

@@ -23,11 +23,12 @@ from align.aligners import Adapter, Aligner
 from evaluate.continuing import Sampling, continue_from, left_padded, prompt_states, score_continuation
 from evaluate.controls import control_states
 from evaluate.inject import Injection, aligned
-from evaluate.loading import Loaded, load
-from evaluate.wire import Crossing, Rows, Wire, chosen_maps, crossing, wire
+from evaluate.loading import Loaded, Models, check_card, choose
+from evaluate.wire import Crossing, Rows, Wire, crossing, wire
 from featstore import tokens
 from featstore.console import progress
 from featstore.errors import SpecError
+from featstore.models import ModelInfo
 
 PROMPTS = (
     "The capital of France is",
@@ -75,20 +76,27 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
     """Prompts of a file, one a line; the five default ones without a file.
 
     Args:
-        path: UTF-8 text file or None.
+        path: UTF-8 text file or None. Empty lines at its end are no prompts.
 
     Raises:
-        SpecError: No such file, or nothing in it.
+        SpecError: No such file, nothing in it, or an empty line before its last prompt: it may be a mistake or stand
+            for an empty prompt, which no model could go on with.
     """
     if path is None:
         return PROMPTS
     try:
-        lines = tuple(line.rstrip("\n") for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        # Not splitlines(): a form feed or a line separator within a prompt does not end it.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"--prompts {path}: cannot be read ({error}); give a UTF-8 file, one prompt a line") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
     if not lines:
         raise SpecError(f"--prompts {path} holds no prompt; write one a line")
-    return lines
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise SpecError(f"--prompts {path}: line {number} is empty; write one prompt a line and remove it")
+    return tuple(lines)
 
 
 def generate(
@@ -125,19 +133,21 @@ def generate(
         the receiving model's own continuation (``target_alone``, and for ``target_to_source`` ``source_alone``).
 
     Raises:
-        SpecError: A prompt is longer than a model's context, or there is none.
+        AdapterError: The run is damaged or does not fit a model.
+        ModelLoadError: A model is not at hand.
+        SpecError: A prompt has no tokens or is longer than a model's context, there is none, or no such layer.
     """
     if not prompts:
         raise SpecError("there is no prompt to continue; give one at least")
-    chosen = chosen_maps(adapter, layers)
+    check_card(adapter)
+    chosen = choose(adapter, layers)
     wires = [wire(adapter, aligner) for aligner in chosen]
     source, target = chosen[0].pair.source, chosen[0].pair.target
-    loaded = {
-        name: (models or {}).get(name) or load(adapter, name, overrides, device=device, dtype=dtype, quiet=quiet)
-        for name in dict.fromkeys((source, target))
-    }
+    both = Models(adapter, (source, target), overrides, device=device, dtype=dtype, quiet=quiet, given=models)
+    # Both models and all prompts are known to fit before the wait for the weights.
+    windows = {name: _tokenized(name, both.info(name), prompts, max_new_tokens) for name in both.names}
+    loaded = both.load_all()
     batches = [range(start, min(start + _BATCH, len(prompts))) for start in range(0, len(prompts), _BATCH)]
-    windows = {name: _tokenized(model, prompts, max_new_tokens) for name, model in loaded.items()}
     reads = {
         name: [_read(model, [windows[name][i] for i in batch], chosen) for batch in batches]
         for name, model in loaded.items()
@@ -186,13 +196,15 @@ def generate(
     }
 
 
-def _tokenized(loaded: Loaded, prompts: Sequence[str], extra: int) -> list[tokens.TokenizedWindow]:
-    windows = tokens.tokenize(loaded.info.tokenizer, list(prompts))
+def _tokenized(name: str, info: ModelInfo, prompts: Sequence[str], extra: int) -> list[tokens.TokenizedWindow]:
+    windows = tokens.tokenize(info.tokenizer, list(prompts))
     for prompt, window in zip(prompts, windows, strict=True):
-        if len(window.ids) + extra > loaded.info.context:
+        if not len(window.ids):
+            raise SpecError(f"prompt {prompt!r} has no tokens under the tokenizer of {name!r}; give it a word at least")
+        if len(window.ids) + extra > info.context:
             raise SpecError(
                 f"prompt {prompt[:40]!r}... has {len(window.ids)} tokens; with {extra} new ones it exceeds the context "
-                f"of {loaded.name!r} ({loaded.info.context}); shorten it or use a smaller --max-new-tokens"
+                f"of {name!r} ({info.context}); shorten it or use a smaller --max-new-tokens"
             )
     return windows
 

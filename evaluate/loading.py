@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from align.aligners import Adapter, Aligner
@@ -13,6 +14,10 @@ from featstore import models, sites
 from featstore.console import err
 from featstore.errors import AdapterError, SpecError
 from featstore.spec import ModelSpec, parse_layers, parse_models
+
+#: What injecting needs of a card, and of its entry for every model of a map.
+_CARD = (("type",), ("store", "fingerprint"), ("mask", "sink_threshold"))
+_MODEL = ("reference", "depth", "width", "config_sha256", "tokenizer_sha256", "median_norm")
 
 
 @dataclass(frozen=True)
@@ -56,28 +61,32 @@ class Loaded:
         return torch.stack(flags).any(dim=0)
 
 
-def load(
-    adapter: Adapter,
-    name: str,
-    overrides: Sequence[str],
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    quiet: bool = False,
-) -> Loaded:
-    """Load a model of a run.
+@dataclass(frozen=True)
+class Known:
+    """A model that is at hand and is the one the card names, but for its weights, which are not loaded yet.
+
+    Attributes:
+        spec: Where it is.
+        info: Configuration and tokenizer.
+    """
+
+    spec: ModelSpec
+    info: models.ModelInfo
+
+
+def check(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str = "auto", dtype: str = "auto") -> Known:
+    """Find a model of a run and compare it with the card: all that can be wrong before the wait for its weights.
 
     Args:
         adapter: The run's adapter.
         name: Model name in its card.
         overrides: ``NAME=REF`` values for models that moved.
-        device: Where to run.
+        device: Where it is to run.
         dtype: Compute dtype.
-        quiet: Do not say that the weights are being loaded.
 
     Raises:
         AdapterError: The model at hand is not the one the adapter was fitted to.
-        ModelLoadError: It cannot be loaded.
+        ModelLoadError: There is none.
         SpecError: An override names a model the run does not have, or the device or dtype is unknown.
     """
     card = adapter.card["models"]
@@ -85,7 +94,6 @@ def load(
     unknown = sorted(set(moved) - set(card))
     if unknown:
         raise SpecError(f"--model {unknown[0]}=...: this run has {', '.join(card)}")
-    # Anything wrong with the words comes before the wait for the weights, and before it is announced.
     models.resolve_dtype(dtype, models.resolve_device(device))
     entry = card[name]
     spec = moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision")))
@@ -101,13 +109,104 @@ def load(
                 f"model {name!r} ({spec.ref}) has {what} {str(at_hand)[:12]}, the adapter was fitted to "
                 f"{str(wanted)[:12]}; point to the right model with --model {name}=REF"
             )
+    return Known(spec, info)
+
+
+class Models:
+    """Models of a run: all of them checked at once, before the wait for the weights of the first.
+
+    Args:
+        adapter: The run's adapter.
+        names: Model names in its card.
+        overrides: ``NAME=REF`` for models that moved.
+        device: Where they are to run.
+        dtype: Compute dtype.
+        quiet: Do not say that weights are being loaded.
+        given: Those that are loaded already, by name.
+
+    Raises:
+        AdapterError: A model at hand is not the one the adapter was fitted to.
+        ModelLoadError: There is none.
+        SpecError: An override names a model the run does not have, or the device or dtype is unknown.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        names: Iterable[str],
+        overrides: Sequence[str],
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        quiet: bool = False,
+        given: Mapping[str, Loaded] | None = None,
+    ) -> None:
+        self._adapter, self._device, self._dtype, self._quiet = adapter, device, dtype, quiet
+        self._given = given or {}
+        self.names = tuple(dict.fromkeys(names))
+        """Without repetition, in their order."""
+        self._known = {
+            name: check(adapter, name, overrides, device=device, dtype=dtype)
+            for name in self.names
+            if name not in self._given
+        }
+
+    def info(self, name: str) -> models.ModelInfo:
+        """A model's configuration and tokenizer."""
+        return self._given[name].info if name in self._given else self._known[name].info
+
+    def load(self, name: str) -> Loaded:
+        """A model with its weights, which are read anew at every call: who asks decides how long they stay.
+
+        Raises:
+            AdapterError: Its weights are not those the adapter was fitted to.
+            ModelLoadError: They cannot be loaded.
+        """
+        return self._given.get(name) or _load(
+            self._adapter, self._known[name], device=self._device, dtype=self._dtype, quiet=self._quiet
+        )
+
+    def load_all(self) -> dict[str, Loaded]:
+        """All of them, by name."""
+        return {name: self.load(name) for name in self.names}
+
+
+def load(
+    adapter: Adapter,
+    name: str,
+    overrides: Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: bool = False,
+) -> Loaded:
+    """One model of a run, as :class:`Models` loads it.
+
+    Args:
+        adapter: The run's adapter.
+        name: Model name in its card.
+        overrides: ``NAME=REF`` for models that moved.
+        device: Where to run.
+        dtype: Compute dtype.
+        quiet: Do not say that the weights are being loaded.
+
+    Raises:
+        AdapterError: The model at hand is not the one the adapter was fitted to.
+        ModelLoadError: It cannot be loaded.
+        SpecError: An override names a model the run does not have, or the device or dtype is unknown.
+    """
+    return Models(adapter, [name], overrides, device=device, dtype=dtype, quiet=quiet).load(name)
+
+
+def _load(adapter: Adapter, known: Known, *, device: str, dtype: str, quiet: bool) -> Loaded:
+    name, entry = known.spec.name, adapter.card["models"][known.spec.name]
     if not quiet:
         err.print(f"loading {name}")
-    model = models.load_model(spec, device=device, dtype=dtype, attention=entry.get("attention", "sdpa"))
-    _check_weights(spec, model, entry)
+    model = models.load_model(known.spec, device=device, dtype=dtype, attention=entry.get("attention", "sdpa"))
+    _check_weights(known.spec, model, entry)
     medians = {int(k): float(v) for k, v in entry["median_norm"].items()}
     threshold = float(adapter.card["mask"]["sink_threshold"])
-    return Loaded(name, info, model, sites.residual_stream(model), medians, threshold)
+    return Loaded(name, known.info, model, sites.residual_stream(model), medians, threshold)
 
 
 def _check_weights(spec: ModelSpec, model: Any, entry: Mapping[str, Any]) -> None:
@@ -132,22 +231,18 @@ def _check_weights(spec: ModelSpec, model: Any, entry: Mapping[str, Any]) -> Non
 
 
 def choose(adapter: Adapter, layers: str | None) -> list[Aligner]:
-    """The maps of a run that can be injected, or those of some source layers.
+    """The maps of a run, or those of some source layers; of every kind.
 
     Args:
         adapter: The run's adapter.
         layers: Source layers as typed, None for all.
 
     Raises:
-        AdapterError: Its maps take windows, not states.
+        AdapterError: The run has no map, or one that holds NaN or infinity.
         SpecError: The run has no such layer.
     """
     chosen = list(adapter.aligners.values())
-    if not all(aligner.takes_rows for aligner in chosen):
-        raise AdapterError(
-            f"the run in {adapter.directory} is of type {adapter.card['type']!r}, whose maps read whole windows: their "
-            "states cannot be injected token by token; its figures are in its metrics.json"
-        )
+    _check_maps(adapter, chosen)
     if layers is None:
         return chosen
     depths = {name: int(entry["depth"]) for name, entry in adapter.card["models"].items()}
@@ -157,3 +252,34 @@ def choose(adapter: Adapter, layers: str | None) -> list[Aligner]:
         held = sorted({layer for a in chosen for layer in a.pair.source_layers})
         raise SpecError(f"--layers {layers}: this run maps layers {', '.join(map(str, held))}")
     return picked
+
+
+def _check_maps(adapter: Adapter, aligners: Sequence[Aligner]) -> None:
+    """Refuse a damaged run before a model is looked for: its weights may take minutes."""
+    if not aligners:
+        raise AdapterError(f"the run in {adapter.directory} holds no map; train it again")
+    for aligner in aligners:
+        broken = [name for name, tensor in aligner.tensors.items() if not np.isfinite(tensor).all()]
+        if broken:
+            raise AdapterError(
+                f"{aligner.pair.key}: {broken[0]} in {adapter.directory} holds NaN or infinity; train it again"
+            )
+
+
+def check_card(adapter: Adapter) -> None:
+    """Check that a run's card says what injecting its maps needs.
+
+    Args:
+        adapter: The run's adapter.
+
+    Raises:
+        AdapterError: It lacks something.
+    """
+    pairs = [aligner.pair for aligner in adapter.aligners.values()]
+    names = dict.fromkeys(name for pair in pairs for name in (pair.source, pair.target))
+    for path in (*_CARD, *(("models", name, key) for name in names for key in _MODEL)):
+        at: Any = adapter.card
+        for key in path:
+            if not isinstance(at, Mapping) or key not in at:
+                raise AdapterError(f"the card of {adapter.directory} lacks {'.'.join(path)}; train it again")
+            at = at[key]

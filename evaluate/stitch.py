@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from align.aligners import Adapter, Aligner
 from evaluate.controls import CONTROLS, control_states
 from evaluate.inject import KEEP, aligned, inject
-from evaluate.loading import Loaded, load
+from evaluate.loading import Loaded, Models, check_card, choose
 from evaluate.stitch_scores import FIRST_SCORED, Tally, add_window, alone, describe, figures, recovered
-from evaluate.wire import Crossing, Rows, Wire, chosen_maps, crossing, wire
+from evaluate.wire import Crossing, Rows, Wire, crossing, wire
 from featstore import sites
 from featstore.console import progress
 from featstore.corpus import SPLITS, TEST
@@ -138,27 +138,33 @@ def stitch(
         The contents of ``stitch.json``.
 
     Raises:
-        AdapterError: The adapter was fitted from another store, or does not fit the model.
+        AdapterError: The adapter was fitted from another store, does not fit a model, or is damaged.
+        ModelLoadError: A model is not at hand.
+        PairingError: As :func:`scored_windows`.
         SpecError: No such layer, or ``keep`` is unknown.
     """
     if keep not in KEEP:
         raise SpecError(f"--keep {keep}: choose one of {', '.join(KEEP)}")
+    check_card(adapter)
+    chosen = choose(adapter, layers)
     if adapter.card["store"]["fingerprint"] != store.fingerprint:
         raise AdapterError(
             f"the adapter in {adapter.directory} was fitted from a store with fingerprint "
             f"{adapter.card['store']['fingerprint'][:12]}, {store.path} has {store.fingerprint[:12]}; "
             "use the store named in its card"
         )
-    chosen = chosen_maps(adapter, layers)
     runs = []
     for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
         wires = [wire(adapter, a) for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
         windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens)
         runs.append(_Stitcher(store, windows, wires, keep=keep, seed=seed))
-    # A model is loaded once, does all it is needed for, and is released before the next.
     sources = [run.source for run in runs] if source_alone else []
-    for name in dict.fromkeys([*(run.target for run in runs), *sources]):
-        loaded = (models or {}).get(name) or load(adapter, name, overrides, device=device, dtype=dtype, quiet=quiet)
+    # The second model is known to fit before the first one has worked for an hour.
+    names = [*(run.target for run in runs), *sources]
+    needed = Models(adapter, names, overrides, device=device, dtype=dtype, quiet=quiet, given=models)
+    # A model is loaded once, does all it is needed for, and is released before the next.
+    for name in needed.names:
+        loaded = needed.load(name)
         for run in runs:
             if run.target == name:
                 with progress(f"stitch {run.source}->{name}", run.work, "tok", quiet=quiet) as tick:

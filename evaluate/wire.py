@@ -19,7 +19,6 @@ from align.aligners import Adapter, Aligner
 from align.compress.layout import NUMBER_BYTES
 from align.compress.resampler import Resampler
 from evaluate.inject import source_positions
-from evaluate.loading import choose
 from featstore.corpus import windows as cut
 from featstore.errors import AdapterError, FitError
 from featstore.tokens import TokenizedWindow
@@ -200,21 +199,6 @@ def wire(adapter: Adapter, aligner: Aligner) -> Wire:
     keep = _checked(adapter, "mask.keep_sinks", lambda: bool(card["mask"]["keep_sinks"]))
     size = _checked(adapter, "corpus", lambda: _window_bytes(card))
     return Wire(aligner, size, keep, module)
-
-
-def chosen_maps(adapter: Adapter, layers: str | None) -> list[Aligner]:
-    """The maps of a run, or those of some source layers; of every kind.
-
-    Args:
-        adapter: The run's adapter.
-        layers: Source layers as typed, None for all.
-
-    Raises:
-        SpecError: The run has no such layer.
-    """
-    by_rows = {key: Aligner(a.pair, a.tensors) for key, a in adapter.aligners.items()}
-    # `choose` refuses maps of windows, which cannot be applied to rows; here a wire applies them.
-    return [adapter.aligners[a.pair.key] for a in choose(Adapter(adapter.directory, adapter.card, by_rows), layers)]
 
 
 def _window_bytes(card: dict[str, Any]) -> int:

@@ -7,9 +7,6 @@ are done are not repeated: an interrupted demo goes on where it stopped.
 from __future__ import annotations
 
 import json
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,8 +15,8 @@ from typing import Any
 
 from featstore.calibration import build_pair, sample_path
 from featstore.console import err, human_seconds
-from featstore.errors import FeatstoreError
 from featstore.provenance import write_json
+from featstore.stages import run_stage
 
 #: Small enough for two cores, large enough that every figure means something.
 _EXTRACT = ("--layers", "0%,25%,50%,75%,100%", "--max-documents", "60", "--max-document-bytes", "1200")
@@ -35,10 +32,6 @@ _STITCHED_LAYER = "50%"
 _STITCH_TOKENS = "1200"
 
 
-class DemoError(FeatstoreError, RuntimeError):
-    """A stage of the demo failed; the message names its command."""
-
-
 def run_demo(out: Path, cache: Path) -> dict[str, Any]:
     """Build the calibration pair and do everything with it.
 
@@ -50,7 +43,7 @@ def run_demo(out: Path, cache: Path) -> dict[str, Any]:
         The main figures, the seconds of each stage, and the report's path.
 
     Raises:
-        DemoError: A stage failed.
+        StageError: A stage failed.
     """
     started = time.perf_counter()
     seconds: dict[str, float] = {}
@@ -67,45 +60,31 @@ def run_demo(out: Path, cache: Path) -> dict[str, Any]:
     store, runs = out / "demo.zarr", out / "runs"
     models = ("--model", f"smollm2={pair.source}", "--model", f"twin={pair.target}")
     extract = (*models, "--dataset", f"jsonl:{sample_path()}", *_EXTRACT, "--store", str(store))
-    summary = stage("extract", lambda: _run("featstore", "extract", *extract))
+    summary = stage("extract", lambda: run_stage("featstore", "extract", *extract))
     for type_, scope in _TYPES.items():
         run = runs / type_
         if not (run / "adapter.json").exists():
             what = ("--type", type_, "--both", *scope, "--out", str(run))
-            stage(f"train {type_}", partial(_run, "align", "train", "--store", str(store), *what))
+            stage(f"train {type_}", partial(run_stage, "align", "train", "--store", str(store), *what))
     if not (runs / "cka" / "cka.json").exists():
-        stage("cka", lambda: _run("align", "cka", "--store", str(store), "--out", str(runs / "cka")))
+        stage("cka", lambda: run_stage("align", "cka", "--store", str(store), "--out", str(runs / "cka")))
     for type_ in _STITCHED:
         run = runs / type_
         if not (run / "stitch.json").exists():
             scope = ("--layers", _STITCHED_LAYER, "--max-tokens", _STITCH_TOKENS)
             stitch = ("stitch", "--store", str(store), "--adapter", str(run), *scope)
-            stage(f"stitch {type_}", partial(_run, "evaluate", *stitch))
+            stage(f"stitch {type_}", partial(run_stage, "evaluate", *stitch))
     if not (runs / "procrustes" / "generations.json").exists():
         run = runs / "procrustes"
-        stage("generate", partial(_run, "evaluate", "generate", "--adapter", str(run), "--layers", _STITCHED_LAYER))
+        prompts = ("generate", "--adapter", str(run), "--layers", _STITCHED_LAYER)
+        stage("generate", partial(run_stage, "evaluate", *prompts))
     report = out / "report.html"
     directories = [str(runs / name) for name in (*_TYPES, "cka")]
-    stage("report", lambda: _run("evaluate", "report", *directories, "--out", str(report)))
+    stage("report", lambda: run_stage("evaluate", "report", *directories, "--out", str(report)))
     result = {"report": str(report), "store": summary, "runs": _figures(runs), "seconds": seconds}
     result["total_seconds"] = time.perf_counter() - started
     write_json(out / "demo.json", result)
     return {**result, "text": _describe(result)}
-
-
-def _run(tool: str, *arguments: str) -> dict[str, Any]:
-    """Run one of the commands as its user would, with its result as JSON."""
-    shown = shlex.join((tool, *arguments))
-    err.rule(align="left")
-    err.print(f"$ {shown}", markup=False)
-    command = (sys.executable, "-m", tool, *arguments, "--json")
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    if done.returncode == 130:
-        raise KeyboardInterrupt
-    if done.returncode:
-        raise DemoError(f"stage failed with exit code {done.returncode}: {shown}")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def _figures(runs: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 def commands() -> list[list[str]]:
     lines = [line for _, body in blocks("sh") for line in body.splitlines()]
+    lines = [line.replace("./scripts/reproduce", "evaluate reproduce") for line in lines]
     split = [shlex.split(line, comments=True) for line in lines if line.strip()]
     return [words for words in split if words and words[0] in TOOLS]
 

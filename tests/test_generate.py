@@ -18,6 +18,7 @@ from align.train import train
 from evaluate.continuing import Sampling
 from evaluate.generate import PROMPTS, describe, generate, read_prompts
 from evaluate.inject import source_positions
+from evaluate.loading import Models
 from featstore.errors import AdapterError, SpecError
 
 TEXTS = ("The capital of France is", "One line – with a dash\nand another", "naïve 東京")
@@ -126,15 +127,15 @@ def test_an_end_token_ends_a_text_and_only_its_own(
 
     full = result["entries"][0]
     [first, *_] = AutoTokenizer.from_pretrained(tiny_llama)(full["source_alone"])["input_ids"]
-    original = module.load
+    original = Models.load
 
-    def ending(adapter: Any, name: str, *args: Any, **options: Any) -> Any:
-        loaded = original(adapter, name, *args, **options)
+    def ending(both: Models, name: str) -> Any:
+        loaded = original(both, name)
         if name == "llama":
             loaded.model.generation_config.eos_token_id = [2, first]
         return loaded
 
-    monkeypatch.setattr(module, "load", ending)
+    monkeypatch.setattr(Models, "load", ending)
     [stopped] = generate(load_adapter(runs.both), TEXTS[:1], max_new_tokens=NEW, quiet=True)["entries"]
     assert stopped["source_alone"] == transformers_text(tiny_llama, TEXTS[0], eos_token_id=[2, first])
     assert len(stopped["source_alone"]) < len(full["source_alone"])
@@ -315,8 +316,19 @@ def test_the_five_prompts_are_the_default() -> None:
 
 def test_a_file_has_one_prompt_a_line(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
-    path.write_bytes("One\r\n\n  two, with spaces \nnaïve 東京".encode())
+    path.write_bytes("One\r\n  two, with spaces \nnaïve 東京".encode())
     assert read_prompts(path) == ("One", "  two, with spaces ", "naïve 東京")
+    # A byte order mark is no part of the first prompt, empty lines at the end are no prompts, and nothing but a line
+    # feed ends one.
+    path.write_bytes("One\u2028and a half\x0c\nTwo\n\n \n".encode("utf-8-sig"))
+    assert read_prompts(path) == ("One\u2028and a half\x0c", "Two")
+
+
+def test_an_empty_line_between_prompts_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("One\n\nTwo\n", encoding="utf-8")
+    with pytest.raises(SpecError, match=r"p\.txt: line 2 is empty; write one prompt a line and remove it"):
+        read_prompts(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\t\n"])

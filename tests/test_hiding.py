@@ -83,6 +83,21 @@ def test_two_prompts_with_the_same_states_give_the_same_answer(model: Any) -> No
         assert (change > 1e-3).all(), layer
 
 
+def test_attention_sinks_that_took_no_state_are_hidden_too(model: Any) -> None:
+    # The tokens made to be sinks in the tiny models: Llama's newline and Mistral's start token.
+    sinks, new = torch.tensor([198, 1]), later(model, 1, 3)
+    one, two = prompt(model, 3), prompt(model, 3)
+    two[:, [1, 12]] = sinks[None]
+    assert not {1, 12} & {place for row in PLACES for place in row}
+    stream = sites.residual_stream(model)
+    for layer in layers(model):
+        size = sites.capture(stream, two, [layer])[layer].norm(dim=-1)
+        if layer == 0:
+            assert (size[:, [1, 12]].amax(dim=1) > 5 * size.median()).all()
+        found = [answers(model, ids, injection_into(model, ids, layer, "hide"), new) for ids in (one, two)]
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+
+
 def test_what_is_injected_is_not_hidden(model: Any) -> None:
     ids, new = prompt(model), later(model, 1, 2)
     for layer in layers(model):

@@ -48,7 +48,7 @@ def test_page_is_complete_well_formed_and_self_contained(tmp_path: Path) -> None
     sections = ["summary", "leaderboard", "stitched", "cka", "training", "answers", "texts", "provenance"]
     assert headings == sections
     targets = {value[1:] for value in found.attributes("href") if value.startswith("#")}
-    assert targets == set(headings)
+    assert targets == {*headings, "warnings"}
     assert found.text.startswith(" ")
     for words in ("smol → twin", "org/twin", "demo.zarr", "2.9.0", "few-rows", "The capital of France"):
         assert words in found.text
@@ -344,7 +344,8 @@ def test_several_directories_share_one_page(tmp_path: Path) -> None:
     )
     assert "1 of 2 injected maps beats every control. The best, Procrustes at smol:15 → twin:15" in found.text
     assert "different stores" in found.text
-    assert found.text.count("few-rows") == 1
+    # Once in the answer at the top, once as a warning that holds for both.
+    assert found.text.count("few-rows") == 2
     html = found.html.split('id="stitched"')[0]
     rows = re.findall(r'<tr class="(\w+)"><td class="name" data-sort="(\w+)">', html)
     # From different stores nothing is shared, however equal the digits.

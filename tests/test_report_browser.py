@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import report_fixtures as made
 from browser import Browser, Tab, browser
+from test_report_evidence import warned, whole, windows
 from test_report_parts import full as every_kind
 
 from evaluate.report import write_report
@@ -53,6 +54,18 @@ def hostile(root: Path) -> Path:
     return root / "hostile.html"
 
 
+@pytest.fixture(scope="module")
+def evidence(root: Path) -> Path:
+    """A page with many warnings of one kind, gains, and answers against rate."""
+    runs = [made.write(root / f"m{m}", windows(m, 0.2 + m / 40)) for m in (4, 16)]
+    runs.append(made.run_of(root, "whole", communicate=whole()))
+    keys = [f"smol:{k}->twin:{k}" for k in range(30)]
+    found = warned({key: [("few-rows", f"{k} pairs")] for k, key in enumerate(keys)})
+    runs.append(made.write(root / "deep", found))
+    write_report(runs, root / "evidence.html")
+    return root / "evidence.html"
+
+
 @pytest.fixture
 def tab(browser: Browser) -> Iterator[Tab]:
     with browser.tab() as tab:
@@ -83,11 +96,11 @@ def said(tab: Tab) -> str:
     return tab.run("[...document.getElementById('readout').childNodes].map(n => n.textContent).join(' | ')")
 
 
-@pytest.mark.parametrize("name", ["full", "hostile"])
+@pytest.mark.parametrize("name", ["full", "hostile", "evidence"])
 def test_the_page_loads_alone_and_without_complaint(
-    tab: Tab, name: str, full: Path, hostile: Path, tmp_path: Path
+    tab: Tab, name: str, full: Path, hostile: Path, evidence: Path
 ) -> None:
-    file = {"full": full, "hostile": hostile}[name]
+    file = {"full": full, "hostile": hostile, "evidence": evidence}[name]
     tab.open(file)
     assert tab.complaints == []
     assert tab.requests == [file.resolve().as_uri()]
@@ -211,10 +224,12 @@ def test_marks_answer_to_a_tap(tab: Tab, full: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1200])
-@pytest.mark.parametrize("name", ["full", "hostile"])
-def test_no_page_is_wider_than_its_window(tab: Tab, width: int, name: str, full: Path, hostile: Path) -> None:
+@pytest.mark.parametrize("name", ["full", "hostile", "evidence"])
+def test_no_page_is_wider_than_its_window(
+    tab: Tab, width: int, name: str, full: Path, hostile: Path, evidence: Path
+) -> None:
     tab.size(width, 844, phone=width < 700)
-    tab.open({"full": full, "hostile": hostile}[name])
+    tab.open({"full": full, "hostile": hostile, "evidence": evidence}[name])
     tab.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     tab.settle()
     assert tab.overflow() <= 0
@@ -260,6 +275,70 @@ def test_light_dark_and_print_differ_and_can_be_read(tab: Tab, full: Path, tmp_p
     assert tab.run("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert tab.run(CONTRAST) >= 4.5
     assert tab.run("[...document.querySelectorAll('nav, .toggle')].every(e => getComputedStyle(e).display === 'none')")
+
+
+def sorts(tab: Tab, table: str, title: str) -> list[str]:
+    """What a table's column sorts by, after a click on its heading."""
+    headings = tab.run(f"[...document.querySelectorAll('{table} th')].map(h => h.innerText.trim())")
+    place = headings.index(title)
+    tab.click(f"{table} th:nth-child({place + 1}) button")
+    return tab.run(f"[...document.querySelectorAll('{table} tbody tr')].map(r => r.cells[{place}].dataset.sort)")
+
+
+def test_gains_and_rates_sort_and_answer_to_the_mouse(tab: Tab, evidence: Path) -> None:
+    tab.open(evidence)
+    at = "document.querySelectorAll('[aria-label=\"countries, gains\"]')"
+    tab.run(f"{at}[2].id = 'gains'")
+    assert sorts(tab, "#gains", "over random") == ["0.5", "0.05"]
+    assert sorts(tab, "#gains", "over random") == ["0.05", "0.5"]
+    assert sorts(tab, "#gains", "sent") == ["aligned", "replace"]
+    tab.point("#gains svg[aria-label^='replace'][aria-label*='over random'] .m.level circle")
+    assert said(tab).startswith("0.05 [\u22120.1, 0.2] | replace")
+    # The whisker of a gain shown to be one has the colour of good news.
+    colour = "getComputedStyle(document.querySelector('#gains .m.{}')).color"
+    assert tab.run(colour.format("above")) != tab.run(colour.format("level"))
+    rates = "[aria-label='Rates, smol:15 → twin:15']"
+    tab.run(f'document.querySelector("{rates}").id = "kept"')
+    assert sorts(tab, "#kept", "bytes per text byte") == ["400.0", "1.5", "1.0", "1.0", "0.25"]
+    tab.point("svg[aria-label^='Right answers against rate'] .s5 .m polygon")
+    assert "bytes per byte of text" in said(tab)
+
+
+def test_many_warnings_of_a_kind_take_one_line_and_unfold(tab: Tab, evidence: Path) -> None:
+    tab.open(evidence)
+    item = "[...document.querySelectorAll('.notes.warn > li')].find(li => li.innerText.includes('0 to 29 pairs'))"
+    text = tab.run(f"{item}.innerText")
+    assert "30 times; smol:0 → twin:0, smol:1 → twin:1, smol:2 → twin:2, smol:3 → twin:3 and 26 more; in deep" in text
+    assert tab.run(f"{item}.getBoundingClientRect().height") < 90
+    tab.run(f"{item}.querySelector('summary').click()")
+    unfolded = tab.run(f"{item}.innerText")
+    assert all(f"{k} pairs" in unfolded and f"smol:{k} → twin:{k}" in unfolded for k in range(30))
+
+
+def test_the_leaderboard_scrolls_in_its_box_under_its_headings(tab: Tab, evidence: Path) -> None:
+    tab.open(evidence)
+    box = "document.querySelector('.tall')"
+    assert tab.run(f"{box}.scrollHeight - {box}.clientHeight") > 200
+    assert tab.run(f"{box}.clientHeight") <= 900
+    tab.run(f"{box}.scrollTop = 400")
+    tab.settle()
+    top, head = (tab.run(f"{e}.getBoundingClientRect().top") for e in (box, f"{box}.querySelector('th:nth-child(4)')"))
+    assert head == pytest.approx(top, abs=1)
+    tab.media("print")
+    assert tab.run(f"{box}.scrollHeight - {box}.clientHeight") <= 1
+
+
+def test_letters_of_plots_and_tables_can_be_read(tab: Tab, evidence: Path) -> None:
+    small = (
+        "Math.min(...[...document.querySelectorAll('main svg text, main td, main th')].filter(e => e.textContent.trim()"
+        " && e.getClientRects().length).map(e => parseFloat(getComputedStyle(e).fontSize)"
+        " * (e.ownerSVGElement ? e.ownerSVGElement.getBoundingClientRect().width"
+        " / e.ownerSVGElement.viewBox.baseVal.width : 1)))"
+    )
+    for width, least in ((1200, 10.5), (390, 9.5)):
+        tab.size(width, 844, phone=width < 700)
+        tab.open(evidence)
+        assert tab.run(small) >= least
 
 
 def test_sections_say_what_was_measured(tab: Tab, full: Path) -> None:

@@ -96,6 +96,7 @@ def test_noise_has_the_covariance_and_mean_of_the_rows_and_nothing_of_their_orde
     scale = np.abs(np.cov(theirs.T)).max()
     # Between layers, too: their common covariance is of rank 8.
     assert np.abs(np.cov(both.T) - np.cov(theirs.T)).max() < 0.12 * scale
+    assert np.trace(np.cov(both.T)) == pytest.approx(np.trace(np.cov(theirs.T)), rel=0.05)
     assert np.abs(both.mean(axis=0) - theirs.mean(axis=0)).max() < 0.1 * math.sqrt(scale)
     assert np.abs(np.corrcoef(both.T, theirs.T)[:18, 18:]).max() < 0.1
     assert np.array_equal(both, np.hstack(noise(ys, 5)))
@@ -276,3 +277,70 @@ def test_what_does_not_fit_is_refused() -> None:
         ceilings(measure, xs, ys, "bfloat16", twice=([x[:50] for x in xs], ys))
     with pytest.raises(NonFiniteStateError, match="row 0"):
         rounded(np.full((1, 1), 1e6, dtype=np.float32), "float16")
+
+
+def test_halves_of_uneven_documents_are_of_about_equal_rows() -> None:
+    xs, ys = models(303)
+    # Every second document is long: alternating would put 300 rows against 3.
+    document = np.repeat(np.arange(6), [100, 1, 100, 1, 100, 1])
+    facts = halves(Recorder(), xs, ys, document=document).largest.facts
+    assert facts is not None
+    assert facts["rows_first"] + facts["rows_second"] == 303
+    assert {facts["rows_first"], facts["rows_second"]} == {200, 103}
+
+
+def test_layers_that_are_stored_alike_are_moved_apart() -> None:
+    kind = FORMATS["bfloat16"]
+    rows = kind.decode(kind.encode(np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)).stored)
+    recorder = Recorder()
+    ceilings(recorder, [rows, rows], [rows], "bfloat16")
+    given = recorder.calls[0][0]
+    assert not np.array_equal(given[2], given[3])
+
+
+def test_rows_about_any_origin_are_known_as_stored() -> None:
+    # What was taken off and is put back comes back with the rounding of float32, which is no rounding of the store's.
+    kind, rng = FORMATS["bfloat16"], np.random.default_rng(1)
+    stored = kind.decode(kind.encode(rng.normal(size=(200, 8)).astype(np.float32)).stored)
+    origin = rng.normal(size=8).astype(np.float32)
+    rows = stored - origin
+    assert (rows + origin != stored).any()
+    step = np.abs(stored) * 2**-8
+    assert (np.abs(rounded(rows, "bfloat16", origin=origin) - rows) > 0.1 * step).mean() > 0.7
+
+
+def test_the_largest_element_is_moved_to_both_sides() -> None:
+    moved = rounded(np.full((2000, 1), 65504, dtype=np.float32), "float16")
+    # Its step is 32, and there is no next element.
+    assert 65504 - 16 <= moved.min() < 65504 - 14
+    assert 65504 + 14 < moved.max() <= 65504 + 16
+
+
+def test_pairs_of_layers_that_are_undefined_on_a_half_are_counted() -> None:
+    class Partly(Recorder):
+        def __call__(self, *args: Any) -> dict[tuple[int, int], Result]:
+            found = super().__call__(*args)
+            return found | {pair: Result(math.nan, "no") for pair in found if pair == (1, 3)}
+
+    xs, ys = models(100)
+    found = halves(Partly(), xs, ys)
+    assert found.largest.facts is not None
+    assert found.largest.facts["undefined"] == 1
+    assert math.isfinite(found.largest.value)
+
+
+def test_column_scales_are_those_of_the_rows_with_their_origin() -> None:
+    from featstore.store.formats import column_scale_of
+
+    kind, rows = FORMATS["int8"], np.random.default_rng(2).normal(size=(60, 4)).astype(np.float32)
+    origin = np.full(4, 40.0, dtype=np.float32)
+    scale = column_scale_of(rows + origin)
+    encoded = kind.encode(rows + origin, scale)
+    expected = kind.decode(encoded.stored, encoded.row_scale, scale) - origin
+    np.testing.assert_array_equal(rounded(rows, kind, origin=origin), expected)
+
+
+def test_a_second_reading_of_other_widths_is_refused() -> None:
+    xs, ys = models(100)
+    with pytest.raises(FitError, match="another shape"):
+        ceilings(angular_distance(), xs, ys, "bfloat16", twice=([x[:, :5] for x in xs], ys))

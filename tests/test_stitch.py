@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,23 +13,19 @@ import pytest
 import torch
 from commands import call, strict_json
 
-from align.aligners import Adapter, Aligner, load_adapter, save_adapter
-from align.layers import LayerPair
+from align.aligners import Aligner, load_adapter, save_adapter
 from align.settings import Settings
 from align.train import train
 from evaluate.controls import CONTROLS
 from evaluate.inject import source_positions
-from evaluate.loading import load
-from evaluate.stitch import CONDITIONS, Window, _Stitcher, describe, scored_windows, stitch
-from evaluate.stitch_scores import Tally, add_window
-from evaluate.wire import Wire
+from evaluate.loading import Models
+from evaluate.stitch import CONDITIONS, Window, describe, scored_windows, stitch
 from featstore.console import jsonable
 from featstore.corpus import TEST
-from featstore.errors import AdapterError, ModelLoadError, PairingError, SpecError, StoreStateError
-from featstore.models import load_model, weights_fingerprint
+from featstore.errors import PairingError, SpecError
+from featstore.models import load_model
 from featstore.spec import ModelSpec
 from featstore.store import Store, open_store
-from featstore.tokens import TokenizedWindow
 
 
 def extracted(path: Path, corpus: Path, *models: str, layers: tuple[str, ...], form: str = "float32") -> Path:
@@ -175,157 +170,6 @@ def test_the_seed_decides_the_random_controls_and_nothing_else(pair: SimpleNames
             assert one[name] != two[name], name
 
 
-# The figures, by hand.
-
-#: Two documents of 30 and 10 tokens over 60 and 40 bytes, and for each condition the nats per token in either.
-TOKENS, BYTES = (30, 10), (60, 40)
-LOSSES = {
-    "clean": (1.0, 2.0),
-    "self": (1.0, 2.0),
-    "mapped": (2.0, 3.0),
-    "mean": (5.0, 8.0),
-    "zero": (9.0, 9.0),
-    "random_norm": (4.0, 10.0),
-    "random_rotation": (4.5, 4.0),
-    "shuffled": (4.0, 6.0),
-    "raw": (7.0, 7.0),
-}
-
-
-#: Nats of divergence per token and the share of tokens with the clean first choice, by document.
-DIVERGENCES = {"mapped": ((1.0, 3.0), (0.9, 0.5)), "mean": ((4.0, 6.0), (0.1, 0.3))}
-
-
-def entry_of(losses: dict[str, tuple[float, float]], source: str = "a") -> dict[str, Any]:
-    """The entry of made-up losses: what is measured before and written after it is left out."""
-    windows = [
-        SimpleNamespace(target=SimpleNamespace(special=np.zeros(n + 2, bool)), places=np.arange(n + 2), size=1)
-        for n in TOKENS
-    ]
-    pair = LayerPair(source, (1,), "b", 2)
-    to = Wire(Aligner(pair, {}), None, False, None)
-    run = _Stitcher(None, windows, [to], keep="own", seed=0)  # type: ignore[arg-type]
-    run._identical[pair.key] = True
-    for name, values in losses.items():
-        tally = run._tallies[pair.key, name] = Tally()
-        for document in (1, 0):
-            # In two windows each: sums are by document.
-            for part in (0.2, 0.8):
-                tokens, size = TOKENS[document] * part, BYTES[document] * part
-                divergences, shares = DIVERGENCES.get(name, ((0.0, 0.0), (1.0, 1.0)))
-                same = round(shares[document] * tokens * 10) / 10
-                divergence = divergences[document] * tokens
-                tally.add(document, values[document] * tokens, int(tokens), int(size), divergence, same)
-    return run.entry(to)
-
-
-def test_losses_are_pooled_over_tokens() -> None:
-    entry = entry_of(LOSSES)
-    assert (entry["n_documents"], entry["n_tokens"]) == (2, 40)
-    figures = {name: block["nats_per_token"] for name, block in entry["conditions"].items()}
-    # (30 * 1 + 10 * 2) / 40 and so on; the mean of the documents' means would be 1.5.
-    assert figures == {
-        "clean": pytest.approx(1.25),
-        "self": pytest.approx(1.25),
-        "mapped": pytest.approx(2.25),
-        "mean": pytest.approx(5.75),
-        "zero": pytest.approx(9.0),
-        "random_norm": pytest.approx(5.5),
-        "random_rotation": pytest.approx(4.375),
-        "shuffled": pytest.approx(4.5),
-        "raw": pytest.approx(7.0),
-    }
-    # 50 nats are 72.13 bits, over 100 bytes.
-    assert entry["conditions"]["clean"]["bits_per_byte"] == pytest.approx(0.72135, abs=1e-5)
-    assert entry["conditions"]["mapped"]["bits_per_byte"] == pytest.approx(1.29843, abs=1e-5)
-
-
-def test_recovered_is_the_share_of_the_way_from_the_mean_state_to_the_clean_loss() -> None:
-    # (5.75 - 2.25) / (5.75 - 1.25), of pooled losses; the mean of the documents' own shares would be 0.792.
-    entry = entry_of(LOSSES)
-    assert entry["recovered"]["value"] == pytest.approx(3.5 / 4.5)
-    # Resampling two documents gives one of them twice or both: 3 / 4 and 5 / 6 are the ends.
-    assert entry["recovered"]["ci95"] == [pytest.approx(3 / 4), pytest.approx(5 / 6)]
-    # A map that does better than the model's own states recovers more than everything, a harmful one less than nothing.
-    better = entry_of({**LOSSES, "mapped": (0.5, 1.5)})["recovered"]["value"]
-    worse = entry_of({**LOSSES, "mapped": (6.0, 8.0)})["recovered"]["value"]
-    assert (better, worse) == (pytest.approx(5 / 4.5), pytest.approx(-0.75 / 4.5))
-
-
-def test_the_best_control_is_the_one_with_the_lowest_pooled_loss() -> None:
-    # In the larger document alone `shuffled` and `random_norm` are lower; `clean`, `self` and `mapped` are no controls.
-    best = entry_of(LOSSES)["recovered_best_control"]
-    assert best["control"] == "random_rotation"
-    assert best["value"] == pytest.approx((4.375 - 2.25) / (4.375 - 1.25))
-    # By document means `shuffled` (4.5) would lose to `random_rotation` (4.25); pooled it wins, 3.75 to 4.375.
-    other = entry_of({**LOSSES, "shuffled": (3.0, 6.0)})["recovered_best_control"]
-    assert other["control"] == "shuffled"
-    assert other["value"] == pytest.approx((3.75 - 2.25) / (3.75 - 1.25))
-
-
-def test_divergence_agreement_and_perplexity_by_hand() -> None:
-    conditions = entry_of(LOSSES)["conditions"]
-    mapped = conditions["mapped"]
-    # (30 * 1 + 10 * 3) / 40, (30 * 0.9 + 10 * 0.5) / 40, e^2.25.
-    assert (mapped["kl"], mapped["top1"]) == (pytest.approx(1.5), pytest.approx(0.8))
-    assert mapped["perplexity"] == pytest.approx(9.487736)
-    # Two documents resampled: either one twice, or both; the ends of each interval are the documents themselves.
-    assert mapped["kl_ci95"] == [pytest.approx(1.0), pytest.approx(3.0)]
-    assert mapped["top1_ci95"] == [pytest.approx(0.5), pytest.approx(0.9)]
-    assert mapped["perplexity_ci95"] == [pytest.approx(math.exp(2)), pytest.approx(math.exp(3))]
-    # 2 nats on 30 tokens over 60 bytes, and 3 nats on 10 over 40.
-    assert mapped["bits_per_byte_ci95"] == [pytest.approx(0.75 / math.log(2)), pytest.approx(1 / math.log(2))]
-    # Against the mean state: (30 * (5 - 2) + 10 * (8 - 3)) / 40.
-    assert mapped["below_mean"] == pytest.approx(3.5)
-    assert mapped["below_mean_ci95"] == [pytest.approx(3.0), pytest.approx(5.0)]
-    assert conditions["zero"]["below_mean"] == pytest.approx((30 * -4 + 10 * -1) / 40)
-    assert conditions["mean"]["below_mean_ci95"] == [0, 0]
-    assert conditions["clean"]["kl_ci95"] == [0, 0]
-    assert conditions["clean"]["top1_ci95"] == [1, 1]
-
-
-def test_a_window_is_scored_as_the_formulas_say() -> None:
-    # Longer than a slice of positions, with a special token in the middle.
-    rng = np.random.default_rng(0)
-    count, vocabulary = 300, 11
-    q, p = rng.standard_normal((2, count, vocabulary)) * 2
-    ids, special = rng.integers(vocabulary, size=count), np.zeros(count, bool)
-    special[[0, 150]] = True
-    ends = np.sort(rng.integers(1, 900, size=count)).astype(np.int32)
-    tally = Tally()
-    add_window(tally, 3, TokenizedWindow(ids, ends, special), torch.from_numpy(q), torch.from_numpy(p))
-    log_q, log_p = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (q, p))
-    at = np.array([t for t in range(2, count) if not special[t]])
-    nats = -log_q[at - 1, ids[at]].sum()
-    divergence = sum(float(np.exp(log_p[t - 1]) @ (log_p[t - 1] - log_q[t - 1])) for t in at)
-    same = sum(int(q[t - 1].argmax() == p[t - 1].argmax()) for t in at)
-    assert list(tally.sums) == [3]
-    assert tally.sums[3] == pytest.approx([nats, len(at), ends[-1] - ends[1], divergence, same], rel=1e-5)
-    # The untouched predictions do not diverge from themselves, whether they are given twice or once.
-    for clean in (None, torch.from_numpy(q).clone()):
-        other = Tally()
-        add_window(other, 3, TokenizedWindow(ids, ends, special), torch.from_numpy(q), clean)
-        assert other.sums[3][3:].tolist() == [0, len(at)]
-
-
-def test_raw_states_are_a_control_unless_source_and_target_are_one_model() -> None:
-    losses = {**LOSSES, "raw": (1.5, 2.5)}
-    foreign = entry_of(losses)["recovered_best_control"]
-    assert foreign["control"] == "raw"
-    assert foreign["value"] == pytest.approx((1.75 - 2.25) / (1.75 - 1.25))
-    assert entry_of(losses, source="b")["recovered_best_control"]["control"] == "random_rotation"
-    # Where widths differ there are none.
-    without = entry_of({name: values for name, values in losses.items() if name != "raw"})
-    assert without["conditions"]["raw"] is None
-    assert without["recovered_best_control"]["control"] == "random_rotation"
-
-
-def test_nothing_is_recovered_where_the_control_does_no_harm() -> None:
-    entry = entry_of({**LOSSES, "mean": (1.0, 1.0)})
-    assert math.isnan(entry["recovered"]["value"])
-    assert entry["recovered_best_control"]["control"] == "mean"
-
-
 # Which positions are replaced.
 
 
@@ -454,16 +298,14 @@ def test_what_to_keep_is_own_or_hide(pair: SimpleNamespace) -> None:
 def test_both_models_by_themselves_on_the_same_windows(
     pair: SimpleNamespace, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import evaluate.stitch as module
-
     loads: list[str] = []
-    original = module.load
+    original = Models.load
 
-    def counted(adapter: Adapter, name: str, *args: Any, **options: Any) -> Any:
+    def counted(needed: Models, name: str) -> Any:
         loads.append(name)
-        return original(adapter, name, *args, **options)
+        return original(needed, name)
 
-    monkeypatch.setattr(module, "load", counted)
+    monkeypatch.setattr(Models, "load", counted)
     result = stitch(pair.store, pair.adapter, layers="2", max_tokens=150, source_alone=True, quiet=True)
     assert loads == ["mistral", "llama"]
     there, back = (result["pairs"][key] for key in ("llama:2->mistral:2", "mistral:2->llama:2"))
@@ -492,108 +334,6 @@ def test_both_models_by_themselves_on_the_same_windows(
     # It is measured only when asked for.
     assert pair.result["pairs"]["llama:2->mistral:2"]["alone"]["source"] is None
     assert "source alone" not in describe(pair.result)
-
-
-# What does not fit together.
-
-
-def test_another_store_is_refused(pair: SimpleNamespace, itself: SimpleNamespace) -> None:
-    words = r"was fitted from a store with fingerprint .* use the store named in its card"
-    with pytest.raises(AdapterError, match=words):
-        stitch(itself.store, pair.adapter, quiet=True)
-
-
-def test_another_model_is_refused(pair: SimpleNamespace, tiny_llama: Path, tiny_mistral: Path) -> None:
-    for override, what in ((f"mistral={tiny_llama}", "depth"), (f"llama={tiny_mistral}", "depth")):
-        with pytest.raises(AdapterError, match=rf"has {what} .* point to the right model with --model"):
-            stitch(pair.store, pair.adapter, overrides=(override,), max_tokens=1, quiet=True)
-
-
-def test_the_same_weights_with_another_tokenizer_are_refused(
-    pair: SimpleNamespace, tiny_mistral: Path, tiny_llama: Path, tmp_path: Path
-) -> None:
-    moved = shutil.copytree(tiny_mistral, tmp_path / "moved")
-    result = stitch(pair.store, pair.adapter, layers="2", overrides=(f"mistral={moved}",), max_tokens=1, quiet=True)
-    assert result["pairs"]
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_llama / name, moved / name)
-    with pytest.raises(AdapterError, match=r"model 'mistral' .* has tokenizer"):
-        stitch(pair.store, pair.adapter, layers="2", overrides=(f"mistral={moved}",), max_tokens=1, quiet=True)
-
-
-def with_fingerprint(adapter: Adapter, model: str, fingerprint: str, dtype: str = "float32") -> Adapter:
-    """The adapter as a store that recorded the weights would have it."""
-    entry = {**adapter.card["models"][model], "weights_fingerprint": fingerprint, "compute_dtype": dtype}
-    models = {**adapter.card["models"], model: entry}
-    return Adapter(adapter.directory, {**adapter.card, "models": models}, adapter.aligners)
-
-
-@pytest.fixture(scope="module")
-def tuned(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Mistral after a step of training: another function under the same configuration and tokenizer."""
-    from safetensors.torch import load_file, save_file
-
-    moved = shutil.copytree(tiny_mistral, tmp_path_factory.mktemp("tuned") / "mistral")
-    tensors = load_file(moved / "model.safetensors")
-    name = "model.layers.2.mlp.up_proj.weight"
-    tensors[name] = tensors[name] * 1.05
-    save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
-    return moved
-
-
-def test_a_fine_tune_of_the_model_is_refused(pair: SimpleNamespace, tiny_mistral: Path, tuned: Path) -> None:
-    spec = ModelSpec("mistral", str(tiny_mistral))
-    fingerprint = weights_fingerprint(load_model(spec, device="cpu", dtype="float32"))
-    fitted = with_fingerprint(pair.adapter, "mistral", fingerprint)
-    override = (f"mistral={tuned}",)
-    words = r"model 'mistral' \(.*\) has weights .* fitted to .* point to the right model with --model mistral=REF"
-    with pytest.raises(AdapterError, match=words):
-        load(fitted, "mistral", override, device="cpu")
-    assert load(fitted, "mistral", (), device="cpu").name == "mistral"
-    # The dtype it is run in does not matter.
-    assert load(fitted, "mistral", (), device="cpu", dtype="bfloat16").name == "mistral"
-    with pytest.raises(AdapterError, match="has weights"):
-        load(fitted, "mistral", override, device="cpu", dtype="bfloat16")
-    # The other model of the run is not meant.
-    assert load(fitted, "llama", (), device="cpu").name == "llama"
-
-
-def test_weights_are_compared_only_where_both_sides_know_them(pair: SimpleNamespace, tuned: Path) -> None:
-    override = (f"mistral={tuned}",)
-    card = pair.adapter.card["models"]["mistral"]
-    unrecorded = {**card, "weights_fingerprint": None}
-    old = Adapter(pair.run, {**pair.adapter.card, "models": {"mistral": unrecorded}}, pair.adapter.aligners)
-    assert load(old, "mistral", override, device="cpu").name == "mistral"
-    # float16 loses what bfloat16 keeps of the smallest weights: between the two nothing can be said.
-    other = with_fingerprint(pair.adapter, "mistral", "0" * 64, dtype="float16")
-    assert load(other, "mistral", override, device="cpu").name == "mistral"
-    with pytest.raises(AdapterError, match="has weights"):
-        load(other, "mistral", override, device="cpu", dtype="float16")
-
-
-def test_an_override_of_a_model_the_run_does_not_have_is_refused(pair: SimpleNamespace, tiny_llama: Path) -> None:
-    with pytest.raises(SpecError, match=r"--model gemma=\.\.\.: this run has llama, mistral"):
-        stitch(pair.store, pair.adapter, overrides=(f"gemma={tiny_llama}",), quiet=True)
-
-
-def test_a_model_that_is_gone_is_named(pair: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="mistral"):
-        stitch(pair.store, pair.adapter, overrides=(f"mistral={tmp_path / 'gone'}",), max_tokens=1, quiet=True)
-
-
-def test_a_dtype_that_does_not_exist_is_not_blamed_on_the_model(tiny_llama: Path) -> None:
-    with pytest.raises(SpecError, match=r"^dtype 'int4': choose one of auto, bfloat16"):
-        load_model(ModelSpec("llama", str(tiny_llama)), device="cpu", dtype="int4")
-
-
-def test_a_layer_the_run_does_not_map_is_named(pair: SimpleNamespace) -> None:
-    with pytest.raises(SpecError, match="--layers 1: this run maps layers 0, 2, 3, 4"):
-        stitch(pair.store, pair.adapter, layers="1", quiet=True)
-
-
-def test_a_model_that_the_store_lacks_is_named(pair: SimpleNamespace) -> None:
-    with pytest.raises(StoreStateError, match="no model 'gemma'"):
-        scored_windows(pair.store, "gemma", "mistral")
 
 
 # The command.

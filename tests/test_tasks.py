@@ -12,14 +12,19 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from evaluate.messages import WIRE_FORMATS, received, state_bytes, text_bytes, wire_format, within
+from evaluate.loading import Loaded
+from evaluate.messages import WIRE_FORMATS, read, received, state_bytes, text_bytes, wire_format, within
 from evaluate.tasks import NAMES, Example, Task, is_right, make, words
 from evaluate.tasks.countries import LANDMARKS
 from evaluate.tasks.lookup import THINGS
 from evaluate.tasks.tipsheets import BAD, GOOD
 from evaluate.tasks.verdicts import FEW, condition_name, describe, figures, gain, warnings_of, wilson
+from featstore import tokens
 from featstore.errors import SpecError
-from featstore.tokens import TokenizedWindow
+from featstore.models import inspect_model, load_model
+from featstore.sites import capture, residual_stream
+from featstore.spec import ModelSpec
+from featstore.tokens import TokenizedWindow, tokenize
 
 # What is asked.
 
@@ -325,3 +330,29 @@ def test_a_part_of_a_text_has_its_own_bytes() -> None:
     # Up to byte 2 is before it; 12 lies after it, as does 9, which straddles its end at 8.
     assert part.special.tolist() == [True, True, False, False, True, True]
     assert part.byte_end.tolist() == [0, 0, 2, 5, 0, 0]
+
+
+def test_the_state_sent_alone_is_of_the_last_ordinary_token(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelSpec("llama", str(tiny_llama))
+    model = load_model(spec, device="cpu", dtype="float32")
+    stream = residual_stream(model)
+    [norms] = capture(stream, torch.tensor([[600, 700, 800]]), [2]).values()
+    loaded = Loaded("llama", inspect_model(spec), model, stream, {2: float(norms[0, 1].norm())}, 5.0)
+    # A line's end is this model's sink.
+    for text, last in (("It rains.", 2), ("It rains.\n", 2), ("It rains.\n\nSo", 5)):
+        [reading] = read(loaded, [text], [0], [len(text)], [2])
+        assert reading.last == last, text
+        [alone] = capture(stream, torch.from_numpy(reading.window.ids.astype(np.int64))[None], [2]).values()
+        np.testing.assert_allclose(reading.rows([2], [last])[0], alone[0, last], atol=1e-5)
+    with pytest.raises(SpecError, match="gives 'llama' only special tokens and attention sinks"):
+        read(loaded, ["\n"], [0], [1], [2])
+
+    def with_end(*args: Any) -> list[TokenizedWindow]:
+        [window] = tokenize(*args)
+        special = np.arange(len(window.ids)) == len(window.ids) - 1
+        return [TokenizedWindow(window.ids, window.byte_end, special)]
+
+    # Of a tokenizer that closes every text with a token of its own.
+    monkeypatch.setattr(tokens, "tokenize", with_end)
+    [reading] = read(loaded, ["It rains."], [0], [9], [2])
+    assert reading.last == 1

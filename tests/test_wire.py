@@ -21,8 +21,9 @@ from align.train import train
 from evaluate.generate import describe as described_texts
 from evaluate.generate import generate
 from evaluate.inject import source_positions
+from evaluate.loading import choose
 from evaluate.stitch import CONDITIONS, describe, scored_windows, stitch
-from evaluate.wire import Crossing, chosen_maps, crossing, wire
+from evaluate.wire import Crossing, crossing, wire
 from featstore.corpus import TEST
 from featstore.corpus import windows as cut
 from featstore.errors import AdapterError, SpecError
@@ -196,10 +197,10 @@ def test_states_of_another_shape_are_refused() -> None:
 
 def test_maps_of_every_kind_are_chosen_by_layer() -> None:
     adapter = adapter_of()
-    assert chosen_maps(adapter, None) == list(adapter.aligners.values())
-    assert chosen_maps(adapter, "1") == list(adapter.aligners.values())
+    assert choose(adapter, None) == list(adapter.aligners.values())
+    assert choose(adapter, "1") == list(adapter.aligners.values())
     with pytest.raises(SpecError, match="--layers 2: this run maps layers 1"):
-        chosen_maps(adapter, "2")
+        choose(adapter, "2")
 
 
 # A trained run.

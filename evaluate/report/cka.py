@@ -108,8 +108,8 @@ def findings(run: Run) -> list[Markup]:
     return sentences
 
 
-def warnings(run: Run) -> list[Markup]:
-    """What makes the similarities less than they seem.
+def warnings(run: Run) -> list[tuple[str, Markup]]:
+    """What makes the similarities less than they seem, as code and sentence.
 
     Args:
         run: The directory.
@@ -117,12 +117,11 @@ def warnings(run: Run) -> list[Markup]:
     cka = run.file("cka.json")
     notes = []
     if cka.get("keep_sinks").value is True:
-        text = "<b>sinks kept</b> A few rows of huge norm decide these similarities."
-        notes.append(say(text))
+        notes.append(("sinks kept", say("A few rows of huge norm decide these similarities.")))
     null = _largest(cka.get("null", "cross"))
     if null is not None and (null.number or 0.0) > _HIGH_NULL:
-        text = "<b>high null</b> CKA of shuffled pairs reaches {}: read the map against that, not 0."
-        notes.append(say(text, show(null)))
+        text = "CKA of shuffled pairs reaches {}: read the map against that, not 0."
+        notes.append(("high null", say(text, show(null))))
     beside = _beside(cka)
     shifts = [
         (abs((other.number or 0.0) - (cell.number or 0.0)), i, j, cell, other)
@@ -132,11 +131,8 @@ def warnings(run: Run) -> list[Markup]:
     size, i, j, cell, other = max(shifts, key=lambda s: s[0], default=(0.0, 0, 0, Node(), Node()))
     if size > _SINK_SHIFT:
         masked, unmasked = (cell, other) if "unmasked" in beside.at else (other, cell)
-        text = (
-            "<b>sinks dominate</b> With the masked rows included, {} reads {} instead of {}: only "
-            "masked figures say how alike layers are."
-        )
-        notes.append(say(text, _name(cka, i, j), show(unmasked), show(masked)))
+        text = "With the masked rows included, {} reads {} instead of {}: only masked figures say how alike layers are."
+        notes.append(("sink-dominated", say(text, _name(cka, i, j), show(unmasked), show(masked))))
     return notes
 
 

@@ -17,6 +17,8 @@ from featstore.provenance import read_json
 
 #: A directory with none of these has nothing to report.
 KNOWN = ("metrics.json", "cka.json", "stitch.json", "generations.json", "communicate.json", "adapter.json")
+#: What a run that was cut short, or is not done, leaves behind.
+BEGUN = ("run.yaml", "log.jsonl")
 #: A directory with this stands for the runs inside it.
 SWEEP = "sweep.json"
 #: What `align cka` writes for reading, beside its ``cka.json``.
@@ -293,7 +295,11 @@ def _read_run(path: Path, label: str, href: str, notes: tuple[tuple[str, str], .
         what = "is not a directory" if path.exists() else "does not exist"
         raise AdapterError(f"{path} {what}; expected a run or CKA directory")
     names = [name for name in KNOWN if (path / name).exists()]
-    if not names:
+    begun = [name for name in BEGUN if (path / name).exists()]
+    if not names and begun:
+        words = f"there is no map yet; go on with: align train --resume --out {label}"
+        notes = (*notes, ("unfinished run", words))
+    elif not names:
         raise AdapterError(
             f"{path} holds none of {', '.join(KNOWN)}; name a directory written by `align train` or `align cka`"
         )

@@ -35,4 +35,4 @@ def control_name(name: str) -> str:
     Args:
         name: As in the files, for instance ``random_norm``.
     """
-    return name.replace("_", " ")
+    return "PCA" if name == "pca" else name.replace("_", " ").replace("->", " → ")

@@ -16,7 +16,20 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from evaluate.report import cka, communicate, curves, rates, sections, stitched, tables, texts, training, words
+from evaluate.report import (
+    abstract,
+    cka,
+    communicate,
+    curves,
+    notes,
+    rates,
+    sections,
+    stitched,
+    tables,
+    texts,
+    training,
+    words,
+)
 from evaluate.report.inputs import Run, read_runs
 from featstore.errors import SpecError
 from featstore.provenance import write_atomic
@@ -25,6 +38,8 @@ from featstore.provenance import write_atomic
 _OPEN_VERDICTS = 4
 #: Blocks of stitched losses beyond this many fold away, each by itself.
 _OPEN_LOSSES = 2
+#: Drawings over layers, and trained maps, beyond this many fold away.
+_OPEN_CURVES, _OPEN_TRAININGS = 4, 4
 #: Prompts beyond this many fold away.
 _OPEN_PROMPTS = 8
 
@@ -77,8 +92,8 @@ def write_report(dirs: Sequence[Path], out: Path) -> dict[str, Any]:
         "files": [source.name for source in sections.files(runs)],
         "maps": len(judged),
         "beat_controls": sum(verdict.kind == "good" for verdict in judged),
-        "warnings": len(words.warnings(runs)),
-        "missing": [gap.text.striptags() for gap in words.gaps(runs)],
+        "warnings": len(notes.warnings(runs)),
+        "missing": [gap.text.striptags() for gap in notes.gaps(runs)],
     }
 
 
@@ -95,6 +110,7 @@ def _environment() -> jinja2.Environment:
 
 def _render(runs: Sequence[Run]) -> str:
     judged = words.verdicts(runs)
+    warned = notes.warnings(runs)
     similarities = [cka.similarity(run) for run in runs]
     charts = (curves.r2_by_layer(runs), curves.recovered_by_layer(runs))
     script, style = _text("report.js"), _text("report.css")
@@ -108,13 +124,13 @@ def _render(runs: Sequence[Run]) -> str:
             script=script,
             style=style,
             title=sections.title(runs),
-            headline=words.headline(runs, judged),
+            headline=abstract.headline(runs, judged),
+            sentences=abstract.sentences(runs, judged, warned),
             facts=sections.compared(runs),
             runs=runs,
             verdicts=_folded(judged),
-            answers=communicate.findings(runs),
-            warnings=words.warnings(runs),
-            gaps=words.gaps(runs),
+            warnings=warned,
+            gaps=notes.gaps(runs),
             columns=tables.COLUMNS,
             leaderboard=tables.leaderboard(runs),
             r2_chart=charts[0],
@@ -130,10 +146,12 @@ def _render(runs: Sequence[Run]) -> str:
             prompts=texts.prompts(runs),
             decodings=texts.decodings(runs),
             open_losses=_OPEN_LOSSES,
+            open_curves=_OPEN_CURVES,
+            open_trainings=_OPEN_TRAININGS,
             open_prompts=_OPEN_PROMPTS,
             files=sections.files(runs),
             versions=sections.versions(runs),
-            command=words.command,
+            command=notes.command,
         )
     )
 

@@ -89,7 +89,7 @@ def dot_plot(
         else:
             parts.append(lettering(left - 10, y + 4, _cut(line.label, 17), "lb end"))
         for k, mark in enumerate(line.marks):
-            parts.append(_mark(mark, place, y + (8.0 * k if stacked else 0.0)))
+            parts.append(point(mark, place, y + (8.0 * k if stacked else 0.0)))
         if line.text:
             parts.append(lettering(_WIDTH - 2, y + 4, line.text, "val end"))
         if line.note:
@@ -138,7 +138,10 @@ def line_chart(
     xs = sorted({x for s in series for x, mark in s.points if mark.value is not None})
     low, high = min(ys, default=0.0), max(ys, default=1.0)
     pad = 0.06 * (high - low) or 0.1
-    left, right, top, bottom = 48.0, _WIDTH - 12.0, 12.0, 190.0
+    ticks, decimals = ticks_between(low - pad, high + pad, 5)
+    # The name of the axis stands left of its longest number.
+    left = max(48.0, 24.0 + 6.6 * max(len(_tick(tick, decimals)) for tick in ticks))
+    right, top, bottom = _WIDTH - 12.0, 12.0, 190.0
     scaled: Callable[[float], float] = math.log10 if log else float
     ends = sorted(scaled(x) for x in (*xs, *(x for x, _ in verticals))) or [0.0]
     gap = 0.04 * (ends[-1] - ends[0]) or 0.5
@@ -149,12 +152,11 @@ def line_chart(
 
     py = _linear(low - pad, high + pad, bottom, top)
     parts = []
-    ticks, decimals = ticks_between(low - pad, high + pad, 5)
     for tick in ticks:
         parts.append(_line(left, py(tick), right, py(tick), "tick"))
         parts.append(lettering(left - 6, py(tick) + 4, _tick(tick, decimals), "ax end"))
     # A rate needs two digits here; all of them stand in the readout and the table.
-    written = (lambda x: _typed(f"{x:.2g}")) if log else exact
+    written = (lambda x: _typed(f"{x:,.0f}" if abs(x) >= 10 else f"{x:.2g}")) if log else exact
     parts += [lettering(px(x), bottom + 16, written(x), "ax mid") for x in _apart(xs, px)]
     parts += [_line(px(x), top, px(x), bottom, "ref") for x, _ in verticals]
     for value, _ in references:
@@ -162,7 +164,12 @@ def line_chart(
     for k, one in enumerate(series):
         parts.append(_polyline(one, px, py, _style(one, k)))
     # Names of reference lines come last: the page gives them a border of its own background.
-    parts += [lettering(right, py(v) - 5, name, "ax end note-in") for v, name in references]
+    above = float("-inf")
+    for v, name in sorted(references, reverse=True):
+        # A name that would lie on the one above goes below its line.
+        y = py(v) - 5 if py(v) - above >= 16 else py(v) + 12
+        above = py(v)
+        parts.append(lettering(right, y, name, "ax end note-in"))
     for k, (x, name) in enumerate(verticals):
         end = px(x) > (left + right) / 2
         parts.append(
@@ -209,7 +216,14 @@ def _linear(low: float, high: float, start: float, end: float) -> Callable[[floa
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
-def _mark(mark: Mark, place: Callable[[float], float], y: float) -> Markup:
+def point(mark: Mark, place: Callable[[float], float], y: float) -> Markup:
+    """Draw a mark as a dot on its horizontal whisker.
+
+    Args:
+        mark: One without a value is not drawn.
+        place: From values to horizontal places.
+        y: Its height.
+    """
     if mark.value is None:
         return Markup("")
     whisker = Markup("")

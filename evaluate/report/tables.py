@@ -70,7 +70,7 @@ _FIGURES: tuple[tuple[str, str, str, Style], ...] = (
 #: Baselines of every map, in the order in which equal ones stand.
 _CONTROLS = ("mean", "identity", "random_rotation", "shuffled")
 #: Baselines of compressed maps that send as much as they do.
-_CODECS = {"pca": "same rate: PCA", "strided": "same rate: every n-th state"}
+_CODECS = {"pca": "same rate: PCA", "strided": "same rate: every n\u2011th state"}
 
 COLUMNS = (
     Column("run", "directory"),
@@ -159,7 +159,7 @@ def _cells(entry: _Entry) -> Iterator[Cell]:
     if metrics.value is None:
         yield Cell(dash(_missing(run, "metrics.json")), "", "num")
         return
-    warned = sum(1 for _ in metrics.get("warnings"))
+    warned = sum(warning.get("level").text != "note" for warning in metrics.get("warnings"))
     yield Cell(say("{}", warned), str(warned), "num")
 
 

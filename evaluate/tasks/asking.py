@@ -3,28 +3,30 @@
 A prompt has a part into which states may go and a rest that follows it. With ``hide`` the rest and the answer read of
 the first part only what was put in, which is why the two are passed one after the other. Prompts of one batch are
 padded at the left; rests of several lengths go into several batches, so that no padding comes between.
+
+Several conditions of the same prompts are rows of one batch: a step of generation costs little more for many rows than
+for few. Where they differ in the prompt's last token alone, what comes before it is read once for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluate.continuing import left_padded, prompt_states
+from evaluate.continuing import Passes, check_speaker, left_padded, prompt_states
 from evaluate.inject import Injection, aligned, inject, last
 from evaluate.loading import Loaded
 from evaluate.messages import check_context
-from featstore import tokens
+from featstore import sites, tokens
 from featstore.console import Tick
 
-#: Rows of a batch, and tokens: a step of generation costs little more for many rows than for one.
-_ROWS, _TOKENS = 64, 16384
+#: Prompts of a batch; its rows, which are prompts under several conditions; and its tokens.
+_PROMPTS, _ROWS, _TOKENS = 64, 256, 16384
 
 
 @dataclass(frozen=True)
@@ -107,27 +109,26 @@ def ask(
         its tokens' log-probabilities).
 
     Raises:
-        SpecError: States do not fit the prompts.
+        SpecError: States do not fit the prompts; or, with ``hide``, a prompt without a rest whose last token takes no
+            state: the answer would begin with what is to be hidden.
         NonFiniteStateError: A state holds NaN or infinity.
     """
     answers: dict[str, list[str | int]] = {name: [""] * len(prompts) for name in put_in}
-    layers = sorted({given.layer for given in put_in.values() if given is not None})
     for rows in _batches(prompts):
-        batch = [prompts[row] for row in rows]
-        ids, padding = left_padded([prompt.ids for prompt in batch])
-        ids = ids.to(loaded.device)
-        padding = None if padding is None else padding.to(loaded.device)
-        own = prompt_states(loaded.model, loaded.stream, ids, layers, padding=padding) if layers else {}
-        for name, given in put_in.items():
-            injection = None if given is None else _injection(given, rows, batch, own[given.layer], padding)
-            found: list[str | int] = []
-            if batch[0].choices:
-                found.extend(_chosen(loaded, batch, ids, padding, injection))
-            else:
-                found.extend(_written(loaded, batch, ids, padding, injection, length))
-            for row, answer in zip(rows, found, strict=True):
-                answers[name][row] = answer
-            tick(len(rows))
+        batch = _batch(loaded, [prompts[row] for row in rows])
+        given = {
+            name: None if one is None else PutIn(one.layer, [one.states[row] for row in rows], one.how, one.keep)
+            for name, one in put_in.items()
+        }
+        for names, at_end in _stacks(given, batch.ids):
+            stack = [given[name] for name in names]
+            with ExitStack() as context:
+                passes = batch.at_end(stack) if at_end else batch.begun(stack, context)
+                found = batch.answers(passes, len(stack), length)
+            for i, name in enumerate(names):
+                for row, answer in zip(rows, found[i * len(rows) : (i + 1) * len(rows)], strict=True):
+                    answers[name][row] = answer
+            tick(len(names) * len(rows))
     return answers
 
 
@@ -137,7 +138,7 @@ def _batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
     batch: list[int] = []
     for i in order:
         # In this order the one that is added is the longest.
-        full = len(batch) == _ROWS or (len(batch) + 1) * len(prompts[i].ids) > _TOKENS
+        full = len(batch) == _PROMPTS or (len(batch) + 1) * len(prompts[i].ids) > _TOKENS
         if batch and (full or len(prompts[i].rest) != len(prompts[batch[0]].rest)):
             yield batch
             batch = []
@@ -146,97 +147,129 @@ def _batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         yield batch
 
 
-def _injection(
-    given: PutIn, rows: Sequence[int], batch: Sequence[Prompt], own: torch.Tensor, padding: torch.Tensor | None
-) -> Injection:
-    states = [given.states[row] for row in rows]
-    if given.how == "aligned":
-        # Places count from the prompt's first token, the stream from its padding.
-        places = [[own.shape[1] - len(p.ids) + place for place in p.places] for p in batch]
-        return aligned(own, states, places, layer=given.layer, keep=given.keep, padding=padding)
-    joined = np.concatenate(states)
-    return last(own, joined, layer=given.layer, how=given.how, keep=given.keep, padding=padding)
+def _stacks(given: Mapping[str, PutIn | None], ids: torch.Tensor) -> Iterator[tuple[list[str], bool]]:
+    """Conditions whose rows make one batch, and whether they differ in the prompts' last token alone."""
+    end = [name for name, one in given.items() if one is None or (one.how != "aligned" and one.keep == "own")]
+    # A prompt of one token has nothing before it to share, and one condition nobody to share with.
+    shared = set(end) if len(end) > 1 and ids.shape[1] > 1 else set()
+    alike: dict[object, list[str]] = {}
+    for name, one in given.items():
+        key: object = "end" if name in shared else None if one is None else (one.layer, one.keep)
+        alike.setdefault(key, []).append(name)
+    most = max(1, min(_ROWS // len(ids), _TOKENS // ids.numel()))
+    for key, names in alike.items():
+        for first in range(0, len(names), most):
+            yield names[first : first + most], key == "end"
 
 
-class _Conversation:
-    """Cached passes over a batch, each with the mask and positions that its padding needs."""
-
-    def __init__(self, loaded: Loaded, ids: torch.Tensor, padding: torch.Tensor | None) -> None:
-        self._model = loaded.model
-        self._real = torch.zeros((len(ids), 0), dtype=torch.bool, device=ids.device)
-        self._past: Any = None
-        self.logits = self._pass(ids, torch.ones_like(ids, dtype=torch.bool) if padding is None else ~padding)[:, -1:]
-
-    def hear(self, new: torch.Tensor) -> torch.Tensor:
-        """Logits ``(batch, new tokens, vocabulary)`` of tokens that follow."""
-        self.logits = self._pass(new, torch.ones_like(new, dtype=torch.bool), keep=0)
-        return self.logits
-
-    def _pass(self, new: torch.Tensor, real: torch.Tensor, keep: int = 1) -> torch.Tensor:
-        self._real = torch.cat([self._real, real], dim=1)
-        extra: dict[str, Any] = {}
-        if not bool(self._real.all()):
-            places = (self._real.cumsum(dim=1) - 1).clamp(min=0)
-            extra = {"attention_mask": self._real.long(), "position_ids": places[:, -new.shape[1] :]}
-        output = self._model(input_ids=new, past_key_values=self._past, use_cache=True, logits_to_keep=keep, **extra)
-        self._past = output.past_key_values
-        logits: torch.Tensor = output.logits
-        return logits
+def _batch(loaded: Loaded, prompts: Sequence[Prompt]) -> _Batch:
+    ids, padding = left_padded([prompt.ids for prompt in prompts])
+    return _Batch(loaded, prompts, ids.to(loaded.device), None if padding is None else padding.to(loaded.device))
 
 
-def _written(
-    loaded: Loaded,
-    batch: Sequence[Prompt],
-    ids: torch.Tensor,
-    padding: torch.Tensor | None,
-    injection: Injection | None,
-    length: int,
-) -> list[str]:
-    """Greedy answers."""
-    stop = loaded.model.generation_config.eos_token_id
-    ends = {stop} if isinstance(stop, int) else set(stop or ())
-    new: list[list[int]] = []
-    with nullcontext() if injection is None else inject(loaded.stream, injection, whole=False):
-        talk = _Conversation(loaded, ids, padding)
-        if batch[0].rest:
-            talk.hear(torch.tensor([prompt.rest for prompt in batch], device=ids.device))
+class _Batch:
+    """Prompts that go through the answerer together. Rows of several conditions come condition by condition."""
+
+    def __init__(
+        self, loaded: Loaded, prompts: Sequence[Prompt], ids: torch.Tensor, padding: torch.Tensor | None
+    ) -> None:
+        self.ids = ids
+        self._loaded, self._prompts, self._padding = loaded, prompts, padding
+        self._before: Passes | None = None
+        self._own: dict[int, torch.Tensor] = {}
+
+    def at_end(self, given: Sequence[PutIn | None]) -> Passes:
+        """Pass the prompts under conditions that differ in the last token alone."""
+        count = len(self.ids)
+        if self._before is None:
+            self._before = Passes(self._loaded.model)
+            self._before.read(self.ids[:, :-1], None if self._padding is None else self._padding[:, :-1])
+        passes = self._before.branch(torch.arange(count).repeat(len(given)))
+
+        def put(layer: int) -> sites.SiteFunction:
+            def into(current: torch.Tensor) -> torch.Tensor:
+                new = current.clone()
+                for i, one in enumerate(given):
+                    if one is not None and one.layer == layer:
+                        part = slice(i * count, (i + 1) * count)
+                        new[part] = last(current[part], np.concatenate(one.states), layer=layer, how=one.how).hidden
+                return new
+
+            return into
+
+        with ExitStack() as stack:
+            for layer in sorted({one.layer for one in given if one is not None}):
+                stack.enter_context(sites.at_site(self._loaded.stream, layer, put(layer)))
+            passes.read(self.ids[:, -1:].repeat(len(given), 1))
+        return passes
+
+    def begun(self, given: Sequence[PutIn | None], context: ExitStack) -> Passes:
+        """Pass the prompts under conditions of one layer; what they hide stays hidden in the context."""
+        made = [self._injection(one) for one in given if one is not None]
+        padding = None if self._padding is None else self._padding.repeat(len(given), 1)
+        if made:
+            hidden, replaced = (torch.cat([getattr(one, name) for one in made]) for name in ("hidden", "replaced"))
+            injection = Injection(made[0].layer, hidden, replaced, made[0].keep, padding)
+            if not self._prompts[0].rest:
+                check_speaker(injection)
+            context.enter_context(inject(self._loaded.stream, injection, whole=False))
+        passes = Passes(self._loaded.model)
+        passes.read(self.ids.repeat(len(given), 1), padding)
+        return passes
+
+    def _injection(self, given: PutIn) -> Injection:
+        if given.layer not in self._own:
+            model, stream = self._loaded.model, self._loaded.stream
+            self._own |= prompt_states(model, stream, self.ids, [given.layer], padding=self._padding)
+        own = self._own[given.layer]
+        if given.how == "aligned":
+            # Places count from the prompt's first token, the stream from its padding.
+            places = [[own.shape[1] - len(p.ids) + place for place in p.places] for p in self._prompts]
+            return aligned(own, given.states, places, layer=given.layer, keep=given.keep, padding=self._padding)
+        state = np.concatenate(given.states)
+        return last(own, state, layer=given.layer, how=given.how, keep=given.keep, padding=self._padding)
+
+    def answers(self, passes: Passes, times: int, length: int) -> list[str | int]:
+        """What is said after the prompts' rests."""
+        rest = torch.tensor([prompt.rest for prompt in self._prompts], dtype=torch.long)
+        logits = passes.read(rest.repeat(times, 1)) if rest.shape[1] else passes.logits
+        if self._prompts[0].choices:
+            return [*self._chosen(passes, logits, times)]
+        return [*self._written(passes, logits, length)]
+
+    def _written(self, passes: Passes, logits: torch.Tensor, length: int) -> list[str]:
+        """Greedy answers."""
+        stop = self._loaded.model.generation_config.eos_token_id
+        ends = {stop} if isinstance(stop, int) else set(stop or ())
+        new: list[list[int]] = []
         while True:
-            step = talk.logits[:, -1].argmax(dim=-1)
+            step = logits[:, -1].argmax(dim=-1)
             new.append(step.tolist())
             if len(new) == length or all(ends & set(row) for row in zip(*new, strict=True)):
                 break
-            talk.hear(step[:, None])
-    texts = []
-    for row in zip(*new, strict=True):
-        # A finished row went on while others were not done; that is not part of its text.
-        end = next((i for i, token in enumerate(row) if token in ends), len(row))
-        texts.append(loaded.info.tokenizer.decode(list(row[:end]), skip_special_tokens=True))
-    return texts
+            logits = passes.read(step[:, None])
+        texts = []
+        for row in zip(*new, strict=True):
+            # A finished row went on while others were not done; that is not part of its text.
+            end = next((i for i, token in enumerate(row) if token in ends), len(row))
+            texts.append(self._loaded.info.tokenizer.decode(list(row[:end]), skip_special_tokens=True))
+        return texts
 
-
-def _chosen(
-    loaded: Loaded,
-    batch: Sequence[Prompt],
-    ids: torch.Tensor,
-    padding: torch.Tensor | None,
-    injection: Injection | None,
-) -> list[int]:
-    """The choice of the highest likelihood; each has a pass of its own, since a cache is written to."""
-    scores = torch.full((len(batch), max(len(prompt.choices) for prompt in batch)), -torch.inf, dtype=torch.float64)
-    for at in range(scores.shape[1]):
-        ends = [prompt.choices[at] if at < len(prompt.choices) else [] for prompt in batch]
-        longest = max(len(end) for end in ends)
-        # Padded at the right: attention is causal, so what is scored never sees it.
-        wanted = torch.tensor([end + [0] * (longest - len(end)) for end in ends], device=ids.device)
-        rest = torch.tensor([prompt.rest for prompt in batch], dtype=torch.long, device=ids.device)
-        told = torch.cat([rest, wanted[:, :-1]], dim=1)
-        with nullcontext() if injection is None else inject(loaded.stream, injection, whole=False):
-            talk = _Conversation(loaded, ids, padding)
-            logits = torch.cat([talk.logits, talk.hear(told)], dim=1) if told.shape[1] else talk.logits
-        said = torch.log_softmax(logits[:, rest.shape[1] :].float(), dim=-1)
-        table = said.gather(2, wanted[:, :, None])[:, :, 0].double().cpu()
-        for row, end in enumerate(ends):
-            if end:
-                scores[row, at] = table[row, : len(end)].sum()
-    best: list[int] = scores.argmax(dim=1).tolist()
-    return best
+    def _chosen(self, passes: Passes, first: torch.Tensor, times: int) -> list[int]:
+        """The choices of the highest likelihood; each goes on by itself from the same prompt."""
+        most = max(len(prompt.choices) for prompt in self._prompts)
+        scores = torch.full((len(self._prompts) * times, most), -torch.inf, dtype=torch.float64)
+        for at in range(most):
+            ends = [prompt.choices[at] if at < len(prompt.choices) else [] for prompt in self._prompts] * times
+            longest = max(len(end) for end in ends)
+            # Padded at the right: attention is causal, so what is scored never sees it.
+            wanted = torch.tensor([end + [0] * (longest - len(end)) for end in ends], device=first.device)
+            logits = first
+            if longest > 1:
+                logits = torch.cat([first, passes.branch().read(wanted[:, :-1], keep=longest - 1)], dim=1)
+            said = torch.log_softmax(logits.float(), dim=-1).gather(2, wanted[:, :, None])[:, :, 0].double().cpu()
+            for row, end in enumerate(ends):
+                if end:
+                    scores[row, at] = said[row, : len(end)].sum()
+        best: list[int] = scores.argmax(dim=1).tolist()
+        return best

@@ -75,8 +75,6 @@ def _example(line: str, where: str) -> Example:
     choices = _texts(value.get("choices") or [], "choices", where)
     if not choices and not all(words(answer) for answer in answers):
         _refuse(where, f"the answer {value['answer']!r} has no letter or digit to look for")
-    if not choices and not all(words(answer) for answer in answers):
-        _refuse(where, f"the answer {value['answer']!r} has no letter or digit to look for")
     if choices and (len(choices) < 2 or len(set(choices)) < len(choices)):
         _refuse(where, "'choices' need at least two texts, all different")
     if choices and answers[0] not in choices:

@@ -116,7 +116,8 @@ def warnings_of(
         )
     for pair in pairs:
         for method in METHODS:
-            against = gains[f"{method} {pair}"]
+            # A map may lack a method: one of windows has no single states.
+            against = gains.get(f"{method} {pair}", {})
             level = [c for c in CONTROLS if c in against and not against[c]["ci95"][0] > 0]
             if level:
                 mapped = right[f"{method} {pair}"].mean()
@@ -140,6 +141,18 @@ def _warning(code: str, message: str) -> dict[str, str]:
     return {"code": code, "message": message}
 
 
+def describe_rate(rate: Mapping[str, float]) -> str:
+    """What a map of windows sends, in words.
+
+    Args:
+        rate: From :meth:`evaluate.wire.Wire.rate`.
+    """
+    return (
+        f"{rate['latents']} latents of {rate['latent_dim']} numbers a window, "
+        f"{rate['latent_bytes_per_text_byte']:.1f} bytes for a byte of text"
+    )
+
+
 def describe(result: Mapping[str, Any]) -> str:
     """The accuracies as a table for people.
 
@@ -156,7 +169,9 @@ def describe(result: Mapping[str, Any]) -> str:
         for block in entry["conditions"].values():
             if block["pair"] != pair:
                 pair = block["pair"]
-                lines.append(f"  {pair}, {entry['pairs'][pair]['map_numbers']} numbers in the map")
+                about = entry["pairs"][pair]
+                rate = f"; {describe_rate(about['rate'])}" if "rate" in about else ""
+                lines.append(f"  {pair}, {about['map_numbers']} numbers in the map{rate}")
             low, high = block["ci95"]
             indent = "  " if pair is None else "    "
             lines.append(

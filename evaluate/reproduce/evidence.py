@@ -1,0 +1,181 @@
+"""Figures of finished steps, read from the files their commands wrote.
+
+What is not there is None: a step that failed leaves its questions open and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align.metrics import document_bootstrap, paired_difference
+from evaluate.reproduce.places import Places
+from featstore.provenance import read_json
+
+_Block = dict[str, Any]
+_COLUMNS = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A figure with its 95 % interval, where it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def above_zero(self) -> bool:
+        """Whether the whole interval is."""
+        return self.low is not None and self.low > 0
+
+    def show(self, form: str = ".3f") -> str:
+        """As text, the interval in brackets.
+
+        Args:
+            form: Of every number; ``.1%`` for shares.
+        """
+        if self.low is None or self.high is None:
+            return format(self.value, form)
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+    @classmethod
+    def of(cls, block: Mapping[str, Any] | None) -> Value | None:
+        """From ``{"value", "ci95"}``, None where there is no value."""
+        if block is None or block.get("value") is None:
+            return None
+        return cls.between(block["value"], block.get("ci95"))
+
+    @classmethod
+    def between(cls, value: float | None, ci: Any) -> Value | None:
+        """From a value and a list of two, either of which may be missing."""
+        if value is None:
+            return None
+        low, high = ci if ci is not None else (None, None)
+        return cls(value, low, high)
+
+
+class Evidence:
+    """What a directory of the programme holds.
+
+    Args:
+        out: The directory.
+        places: Layer pairs of its store.
+    """
+
+    def __init__(self, out: Path, places: Places) -> None:
+        self.out, self.places = out, places
+        self._files: dict[str, _Block | None] = {}
+
+    def file(self, name: str) -> _Block | None:
+        """A JSON file below the directory, None if there is none.
+
+        Args:
+            name: Such as ``runs/affine/metrics.json``.
+        """
+        if name not in self._files:
+            path = self.out / name
+            self._files[name] = read_json(path) if path.is_file() else None
+        return self._files[name]
+
+    @cached_property
+    def runs(self) -> list[str]:
+        """Names of the finished runs."""
+        return sorted(path.parent.name for path in self.out.glob("runs/*/adapter.json"))
+
+    def pairs(self, run: str) -> Mapping[str, _Block]:
+        """A run's part of ``metrics.json`` by layer pair; empty where it is not done."""
+        block = self.file(f"runs/{run}/metrics.json")
+        return {} if block is None else block["pairs"]
+
+    def stitched(self, run: str, key: str, into: str = "") -> _Block | None:
+        """A layer pair's part of ``stitch.json``."""
+        where = f"runs/{run}/{into}/stitch.json" if into else f"runs/{run}/stitch.json"
+        block = self.file(where)
+        return None if block is None else block["pairs"].get(key)
+
+    def recovered(self, run: str, key: str, *, best: bool = False, into: str = "") -> Value | None:
+        """Share of the stitched loss recovered, against the mean state or the best control."""
+        entry = self.stitched(run, key, into)
+        return None if entry is None else Value.of(entry["recovered_best_control" if best else "recovered"])
+
+    def tasks(self, run: str) -> Mapping[str, _Block]:
+        """A run's part of ``communicate.json`` by task; empty where it is not done."""
+        block = self.file(f"runs/{run}/communicate.json")
+        return {} if block is None else block["tasks"]
+
+    def test(self, run: str, key: str, name: str = "r2") -> Value | None:
+        """A test figure of a layer pair, None where there is none."""
+        entry = self.pairs(run).get(key)
+        if entry is None:
+            return None
+        return Value.between(entry["test"].get(name), entry["test"].get(f"{name}_ci95"))
+
+    def curve(self, run: str, key: str, *path: str) -> list[float]:
+        """A validation figure of a layer pair by epoch, that before training first.
+
+        Args:
+            run: A trained run.
+            key: Layer pair.
+            path: Keys below the pair's entry of ``eval_epoch_<n>.json``, such as ``val_loss``.
+        """
+        found: list[float] = []
+        while (block := self.file(f"runs/{run}/eval_epoch_{len(found)}.json")) is not None:
+            value: Any = block["pairs"].get(key)
+            for step in path:
+                value = None if value is None else value.get(step)
+            if value is None:
+                break
+            found.append(float(value))
+        return found
+
+    def difference(self, first: tuple[str, str], second: tuple[str, str]) -> Value | None:
+        """R2 of one run's layer pair minus another's, resampled on the same documents.
+
+        Args:
+            first: Run and layer pair.
+            second: The same.
+        """
+        here, there = self._sums(*first), self._sums(*second)
+        values = self.test(*first), self.test(*second)
+        if here is None or there is None or values[0] is None or values[1] is None:
+            return None
+        ci, _ = paired_difference(here, there)
+        return Value.between(values[0].value - values[1].value, ci)
+
+    def ratio(self, first: tuple[str, str], second: tuple[str, str]) -> Value | None:
+        """R2 of one run's layer pair over another's, on the same documents; None where the other's is not positive.
+
+        R2 = 1 - sum SSE / sum SST, so the ratio of two is one of sums over documents, which are resampled together.
+
+        Args:
+            first: Run and layer pair.
+            second: The same.
+        """
+        here, there = self._sums(*first), self._sums(*second)
+        values = self.test(*first), self.test(*second)
+        if here is None or there is None or values[0] is None or values[1] is None or values[1].value <= 0:
+            return None
+        ci = None
+        if len(here[0]) == len(there[0]) > 1:
+            ci = document_bootstrap(np.stack([*here, *there], axis=1), _ratio_of_r2)
+        return Value.between(values[0].value / values[1].value, ci)
+
+    def _sums(self, run: str, key: str) -> tuple[_COLUMNS, _COLUMNS] | None:
+        block = self.file(f"runs/{run}/documents.json")
+        entry = None if block is None else block["pairs"].get(key)
+        if not entry:
+            return None
+        return np.array(entry["sse"]["map"], dtype=np.float64), np.array(entry["sst"], dtype=np.float64)
+
+
+def _ratio_of_r2(totals: _COLUMNS) -> _COLUMNS:
+    """Columns SSE and SST of the first map, then of the second; undefined where the second explains nothing."""
+    first, second = (1 - totals[:, at] / totals[:, at + 1] for at in (0, 2))
+    return np.where(second > 0, first / np.where(second > 0, second, 1), np.nan)

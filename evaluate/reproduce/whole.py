@@ -1,0 +1,204 @@
+"""The programme from one end to the other: a store, its steps, the analysis, the report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluate.reproduce.analysis import NAME, write_analysis
+from evaluate.reproduce.places import LAYERS, Places, places
+from evaluate.reproduce.programme import Scale, Step, programme
+from evaluate.reproduce.running import Record, carry_out
+from featstore.console import human_seconds
+from featstore.errors import SpecError
+from featstore.spec import parse_budget, parse_models
+from featstore.stages import run_stage
+from featstore.store import Store, open_store
+
+#: Text of the demo pair: small enough for two cores, large enough that every figure means something.
+_DEMO_TEXT = ("--max-documents", "60", "--max-document-bytes", "1200")
+_CACHE = Path(".cache/demo")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a store is made from, as ``featstore extract`` takes it.
+
+    Attributes:
+        models: ``NAME=REF``, two; empty for the demo pair.
+        dataset: Text; None for the default of ``featstore extract``, or the demo's sample.
+        max_tokens: Tokens of each model at most.
+        layers: Depths or numbers.
+    """
+
+    models: tuple[str, ...] = ()
+    dataset: str | None = None
+    max_tokens: str | None = None
+    layers: str = LAYERS
+
+
+def parse_scale(
+    *, stitch_tokens: str, tasks: tuple[str, ...], examples: int, epochs: int, ranks: str, latents: str
+) -> Scale:
+    """Read a scale as it is typed.
+
+    Args:
+        stitch_tokens: A number, 20k, or all.
+        tasks: As ``evaluate communicate --task`` takes them.
+        examples: Questions of every task.
+        epochs: Of every training.
+        ranks: ``8,32``.
+        latents: ``8x32,32x64``: how many, by their width.
+
+    Raises:
+        SpecError: Something of it does not parse, or a task is unknown.
+    """
+    from evaluate.tasks import make
+
+    parse_budget(stitch_tokens)
+    for task in tasks:
+        make(task, examples, 0)
+    try:
+        shapes = [tuple(int(side) for side in shape.split("x")) for shape in latents.split(",")]
+        pairs = tuple((count, width) for count, width in shapes)
+    except ValueError as error:
+        raise SpecError(f"--latents {latents!r}: write LATENTSxWIDTH, such as 8x32,32x64") from error
+    if not all(rank.strip().isdecimal() and int(rank) for rank in ranks.split(",")):
+        raise SpecError(f"--ranks {ranks!r}: write numbers from 1, such as 8,32")
+    if not all(count > 0 and width > 0 for count, width in pairs):
+        raise SpecError(f"--latents {latents!r}: both numbers must be 1 or more")
+    numbers = tuple(sorted({int(rank) for rank in ranks.split(",")}))
+    return Scale(stitch_tokens, examples, tasks, epochs, numbers, tuple(dict.fromkeys(pairs)))
+
+
+def reproduce(
+    out: Path, scale: Scale, *, store: Path | None, corpus: Corpus, run: Callable[..., Any] = run_stage
+) -> dict[str, Any]:
+    """Carry out the programme, or what is left of it, and write its analysis.
+
+    Args:
+        out: Directory for everything.
+        scale: How much of everything.
+        store: An existing store; None to make one in ``out``.
+        corpus: What to make it from.
+        run: Runs a command; raises :class:`StageError` where it fails.
+
+    Returns:
+        ``analysis`` and ``report`` (paths), ``answers`` (what was asked, expected, found and concluded), ``seconds`` by
+        step, and ``failed`` (why, by step).
+
+    Raises:
+        StageError: The report could not be written.
+        SpecError: The store could not be made, the programme cannot be run on it, or ``out`` holds results of other
+            options.
+        StoreNotFoundError: There is no store where it should be.
+        KeyboardInterrupt: Interrupted; the same command goes on.
+    """
+    first = [] if store is not None else [_extraction(out, corpus, build=True)]
+    out.mkdir(parents=True, exist_ok=True)
+    record = Record(out)
+    if failed := carry_out(first, record, out, run=run):
+        raise SpecError(f"the store could not be made ({failed['extract']}); mend that and give the same command")
+    store = store or out / _STORE
+    opened = open_store(store)
+    steps = [*first, *_plan(opened, store, out, scale)]
+    failed = carry_out(steps, record, out, run=run)
+    seconds = {step.name: took for step in steps if (took := record.of(step)["seconds"]) is not None}
+    commands_run = {step.name: record.of(step)["command"] for step in steps}
+    told = {"seconds": seconds, "failed": failed, "commands": commands_run}
+    answers = write_analysis(out, opened, places(opened), **told)
+    report = out / "report.html"
+    run("evaluate", "report", *map(str, _reported(steps, failed, out)), "--out", str(report))
+    return {
+        "analysis": str(out / NAME),
+        "report": str(report),
+        "answers": answers,
+        "seconds": seconds,
+        "failed": failed,
+    }
+
+
+def commands(out: Path, scale: Scale, *, store: Path | None, corpus: Corpus) -> dict[str, Any]:
+    """What :func:`reproduce` would run; nothing is run, built or written.
+
+    Args:
+        out: As there.
+        scale: As there.
+        store: As there.
+        corpus: As there.
+
+    Returns:
+        ``commands``, each ``{"step", "command"}``; ``complete``, whether these are all: the rest depends on the store.
+
+    Raises:
+        SpecError: As :func:`reproduce`.
+        StoreNotFoundError: There is no store where it should be.
+    """
+    steps = [] if store is not None else [_extraction(out, corpus, build=False)]
+    path = store or out / _STORE
+    known = store is not None or path.exists()
+    if known:
+        steps += _plan(open_store(path), path, out, scale)
+    listed = [{"step": step.name, "command": shlex.join((step.tool, *step.arguments))} for step in steps]
+    return {"commands": listed, "complete": known}
+
+
+def describe_commands(listed: Mapping[str, Any]) -> str:
+    """The commands, a line each.
+
+    Args:
+        listed: From :func:`commands`.
+    """
+    lines = [entry["command"] for entry in listed["commands"]]
+    if not listed["complete"]:
+        lines.append("(the other commands depend on the store; add --dry-run to this one to see its size)")
+    return "\n".join(lines)
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """What came of the questions, a line each, for people.
+
+    Args:
+        result: From :func:`reproduce`.
+    """
+    lines = [f"{answer['verdict']:18} {answer['question']} {answer['found']}" for answer in result["answers"]]
+    lines += [f"not done: {name}: {why}" for name, why in result["failed"].items()]
+    lines.append(f"steps took {human_seconds(sum(result['seconds'].values()))}; read {result['analysis']}")
+    return "\n".join(lines)
+
+
+_STORE = "store.zarr"
+
+
+def _plan(opened: Store, store: Path, out: Path, scale: Scale) -> list[Step]:
+    found: Places = places(opened)
+    widths = (opened.model(found.source).width, opened.model(found.target).width)
+    return programme(store, out, found, scale, widths)
+
+
+def _extraction(out: Path, corpus: Corpus, *, build: bool) -> Step:
+    """The command that makes the store; where no models are named it is of the demo pair, which is built first."""
+    models: Sequence[str] = corpus.models
+    text: tuple[str, ...] = () if corpus.dataset is None else ("--dataset", corpus.dataset)
+    if not models:
+        from featstore.calibration import build_pair, sample_path
+
+        if build:
+            build_pair(_CACHE, _CACHE / "assets")
+        models = (f"smollm2={_CACHE / 'smollm2'}", f"twin={_CACHE / 'twin'}")
+        text = text or ("--dataset", f"jsonl:{sample_path()}", *_DEMO_TEXT)
+    elif len(parse_models(models)) != 2:
+        raise SpecError(f"--model: the programme connects two models, not {len(models)}; name two")
+    named = tuple(part for model in models for part in ("--model", model))
+    cap = () if corpus.max_tokens is None else ("--max-tokens", corpus.max_tokens)
+    arguments = ("extract", *named, *text, *cap, "--layers", corpus.layers, "--store", str(out / _STORE))
+    return Step("extract", "featstore", arguments, (f"{_STORE}/zarr.json",))
+
+
+def _reported(steps: Sequence[Step], failed: Mapping[str, str], out: Path) -> list[Path]:
+    """Directories of finished fits and of CKA."""
+    shown = (step for step in steps if step.name not in failed and (step.fits or step.name == "cka"))
+    return [out / Path(step.makes[0]).parent for step in shown]
