@@ -125,7 +125,7 @@ def communicate(
         bool, typer.Option("--itself", help="Also the target with itself, the identity as the map.")
     ] = False,
     form: Annotated[
-        str, typer.Option("--format", help="What states travel in: bfloat16, float16, float32, fp8.")
+        str, typer.Option("--format", help="What states travel in: bfloat16, float16, float32, fp8; not latents.")
     ] = "bfloat16",
     summary_tokens: Annotated[int, typer.Option(min=1, help="Length of the source's summaries.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each free answer.")] = 8,
@@ -201,7 +201,7 @@ def reproduce(
     epochs: Annotated[
         int, typer.Option(min=1, help="Of every training; none stops earlier, so the curve is whole.")
     ] = 10,
-    ranks: Annotated[str, typer.Option(help="Of low-rank maps.")] = "2,8,32,128",
+    ranks: Annotated[str, typer.Option(help="Of low-rank maps.")] = "8,32,128",
     latents: Annotated[str, typer.Option(help="Formats of compressed runs: LATENTSxWIDTH.")] = "8x32,32x64",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the commands; run none.")] = False,
     out: Annotated[Path, typer.Option(help="Directory for everything.")] = Path("reproduction"),

@@ -20,6 +20,8 @@ from featstore.store import Store
 #: Enough for a trend; the figure to report is `evaluate stitch` on the test split.
 _TOKENS = 1000
 _NEW_TOKENS = 24
+#: Every control is a pass over the text; these two are what a map of states that means nothing amounts to.
+_CONTROLS = ("mean", "shuffled")
 
 
 class EpochEvaluation:
@@ -59,8 +61,8 @@ class EpochEvaluation:
             if name not in self._models:
                 self._models[name] = load(adapter, name, (), device=self._device, quiet=self._quiet)
         shared: dict[str, Any] = {"models": self._models, "seed": self._seed, "quiet": True}
-        stitched = stitch(self._store, adapter, split=VALIDATION, max_tokens=_TOKENS, **shared)
-        texts = generate(adapter, PROMPTS, max_new_tokens=_NEW_TOKENS, **shared)
+        stitched = stitch(self._store, adapter, split=VALIDATION, max_tokens=_TOKENS, controls=_CONTROLS, **shared)
+        texts = generate(adapter, PROMPTS, max_new_tokens=_NEW_TOKENS, conditions=("mapped",), **shared)
         generations = [
             {
                 "pair": key,

@@ -38,7 +38,7 @@ PROMPTS = (
     "The main difference between cats and dogs",
 )
 CONTROLS = ("mean", "random_norm", "shuffled")
-_CONDITIONS = ("mapped", "self", *CONTROLS)
+CONDITIONS = ("mapped", "self", *CONTROLS)
 #: Prompts that go through a model together.
 _BATCH = 8
 
@@ -110,6 +110,7 @@ def generate(
     dtype: str = "auto",
     seed: int = 0,
     sample: Sampling | None = None,
+    conditions: Sequence[str] = CONDITIONS,
     models: Mapping[str, Loaded] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -125,6 +126,7 @@ def generate(
         dtype: Compute dtype.
         seed: Of the random controls.
         sample: How to draw tokens; None for the likeliest each time.
+        conditions: Which of :data:`CONDITIONS` to write texts in, besides each model alone.
         models: The run's models where they are loaded already.
         quiet: No progress.
 
@@ -139,6 +141,8 @@ def generate(
     """
     if not prompts:
         raise SpecError("there is no prompt to continue; give one at least")
+    if set(conditions) - set(CONDITIONS):
+        raise SpecError(f"conditions {', '.join(conditions)}: choose any of {', '.join(CONDITIONS)}")
     check_card(adapter)
     chosen = choose(adapter, layers)
     wires = [wire(adapter, aligner) for aligner in chosen]
@@ -160,7 +164,7 @@ def generate(
         for block in (entry, entry["likelihood"]):
             block |= dict.fromkeys(("source_alone", "target_alone")) | {role: {} for role in directions}
     own: dict[str, list[list[int]]] = {name: [] for name in loaded}
-    work = len(prompts) * (len(loaded) + len(_CONDITIONS) * len(chosen))
+    work = len(prompts) * (len(loaded) + len(conditions) * len(chosen))
     with progress("generate", work, "texts", quiet=quiet) as tick:
         for name, model in loaded.items():
             for batch, read in zip(batches, reads[name], strict=True):
@@ -178,7 +182,7 @@ def generate(
             states = _states(to, reads[pair.source], reads[pair.target], batches, prompts, seed)
             for batch, read in zip(batches, reads[pair.target], strict=True):
                 voice = _Voice(loaded[pair.target], read, batch, max_new_tokens, sample)
-                for condition in _CONDITIONS:
+                for condition in conditions:
                     injection = voice.injection(pair.target_layer, condition, [states[i] for i in batch])
                     texts = voice.text(voice.say(injection))
                     nats = voice.score(injection, [own[pair.target][i] for i in batch])

@@ -110,6 +110,7 @@ def stitch(
     max_tokens: int | None = None,
     keep: str = "own",
     source_alone: bool = False,
+    controls: Sequence[str] = CONTROLS,
     seed: int = 0,
     models: Mapping[str, Loaded] | None = None,
     quiet: bool = False,
@@ -130,6 +131,7 @@ def stitch(
             hiding alone does, and no longer equal to ``clean``.
         source_alone: Score the source model by itself on its own tokens of the same windows; it is loaded after the
             target is released.
+        controls: Which of :data:`evaluate.controls.CONTROLS`, ``mean`` among them: each is a pass over the text.
         seed: Of the random controls.
         models: The run's models where they are loaded already.
         quiet: No progress.
@@ -145,6 +147,8 @@ def stitch(
     """
     if keep not in KEEP:
         raise SpecError(f"--keep {keep}: choose one of {', '.join(KEEP)}")
+    if "mean" not in controls or set(controls) - set(CONTROLS):
+        raise SpecError(f"controls {', '.join(controls)}: choose mean and any of {', '.join(CONTROLS)}")
     check_card(adapter)
     chosen = choose(adapter, layers)
     if adapter.card["store"]["fingerprint"] != store.fingerprint:
@@ -157,7 +161,7 @@ def stitch(
     for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
         wires = [wire(adapter, a) for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
         windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens)
-        runs.append(_Stitcher(store, windows, wires, keep=keep, seed=seed))
+        runs.append(_Stitcher(store, windows, wires, keep=keep, controls=controls, seed=seed))
     sources = [run.source for run in runs] if source_alone else []
     # The second model is known to fit before the first one has worked for an hour.
     names = [*(run.target for run in runs), *sources]
@@ -188,8 +192,17 @@ def stitch(
 class _Stitcher:
     """Runs windows of one direction through the target under every condition and adds up the losses."""
 
-    def __init__(self, store: Store, windows: Sequence[Window], wires: Sequence[Wire], *, keep: str, seed: int) -> None:
-        self.windows, self.wires = windows, wires
+    def __init__(
+        self,
+        store: Store,
+        windows: Sequence[Window],
+        wires: Sequence[Wire],
+        *,
+        keep: str,
+        controls: Sequence[str],
+        seed: int,
+    ) -> None:
+        self.windows, self.wires, self._controls = windows, wires, controls
         self.source, self.target = wires[0].aligner.pair.source, wires[0].aligner.pair.target
         self._store, self._keep, self._seed = store, keep, seed
         self._tallies: dict[tuple[str, str], Tally] = {}
@@ -205,7 +218,7 @@ class _Stitcher:
     @property
     def _passes(self) -> int:
         # Under `hide` one more, without it: only there must the target's own states give its own logits.
-        return 1 + len(self.wires) * (len(CONDITIONS) - 1 + (self._keep == "hide"))
+        return 1 + len(self.wires) * (2 + len(self._controls) + (self._keep == "hide"))
 
     def stitched(self, target: Loaded) -> Iterator[int]:
         """Run all windows under all conditions, yielding target tokens done."""
@@ -255,7 +268,7 @@ class _Stitcher:
         mapped, source = to.states(rows, window), rows[window.taken[places]]
         other, other_mapped = self._elsewhere(window, to, len(places), rng)
         states: dict[str, Rows | torch.Tensor | str] = {"self": own, "mapped": mapped}
-        for name in CONTROLS:
+        for name in self._controls:
             states[name] = control_states(
                 name, aligner, source, other, rng, self._seed, mapped=mapped, other_mapped=other_mapped
             )
@@ -318,7 +331,8 @@ class _Stitcher:
             "replaced_share": replaced / max(ordinary, 1),
             "self_bit_identical": self._identical[key],
             "conditions": {name: figures(tables[name], mean) if name in tables else None for name in CONDITIONS},
-            "reasons": self._reasons.get(key, {}),
+            "reasons": self._reasons.get(key, {})
+            | {name: "not asked for" for name in CONTROLS if name not in self._controls},
         }
         controls = [name for name in CONTROLS if name in tables and not (pair.source == pair.target and name == "raw")]
         best = min(controls, key=lambda name: entry["conditions"][name]["nats_per_token"])

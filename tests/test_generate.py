@@ -120,6 +120,16 @@ def test_one_prompt_has_no_other_text_to_shuffle_with(runs: SimpleNamespace) -> 
     assert "shuffled" not in describe({"entries": [entry]})
 
 
+def test_conditions_may_be_chosen_and_change_nothing_else(runs: SimpleNamespace, result: dict[str, Any]) -> None:
+    some = generate(load_adapter(runs.both), TEXTS, max_new_tokens=NEW, conditions=("mapped",), quiet=True)
+    for entry, everything in zip(some["entries"], result["entries"], strict=True):
+        assert entry["target_alone"] == everything["target_alone"]
+        for pair, texts in entry["source_to_target"].items():
+            assert texts == {"mapped": everything["source_to_target"][pair]["mapped"]}
+    with pytest.raises(SpecError, match="choose any of mapped"):
+        generate(load_adapter(runs.both), TEXTS, conditions=("noise",), quiet=True)
+
+
 def test_an_end_token_ends_a_text_and_only_its_own(
     runs: SimpleNamespace, result: dict[str, Any], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

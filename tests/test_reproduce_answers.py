@@ -342,15 +342,18 @@ def test_what_compressed_states_cost(planted):
         }  # fmt: skip
         planted.write(f"runs/{run}/metrics.json", block)
         planted.stitch(run, recovered, keys=[MIDDLE])
-        tasks = {"countries": talk({"silent": 0.075, "text": 0.35, "aligned": right}, {})}
+        told = talk({"silent": 0.075, "text": 0.35, "aligned": right}, {})
+        told["pairs"] = {MIDDLE: {"rate": {"latent_bytes_per_text_byte": 17.7}}}
+        tasks = {"countries": told}
         planted.write(f"runs/{run}/communicate.json", {"tasks": tasks})
     answer = models.rates(planted.evidence)
     assert answer.verdict == ANSWERED
     assert "at no rate below that of the text itself" in answer.found
     assert [row[1] for row in answer.tables[0].rows] == ["0.20", "1.60"]
     assert answer.tables[0].rows[1][4] == "-"
-    assert answer.tables[0].rows[1][6].startswith("30.0%")
-    assert answer.tables[0].rows[0][7].startswith("7.5%")
+    row = dict(zip(answer.tables[0].header, answer.tables[0].rows[1], strict=True))
+    assert row["bytes per text byte of the task"] == "17.7"
+    assert [row[name].split()[0] for name in ("aligned right", "silent", "text")] == ["30.0%", "7.5%", "35.0%"]
     planted.stitch("compress-8x64", 0.7, keys=[MIDDLE])
     assert "more than half of the stitched loss is recovered" in models.rates(planted.evidence).found
 

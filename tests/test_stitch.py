@@ -147,6 +147,25 @@ def test_every_condition_is_there_or_says_why_not(pair: SimpleNamespace) -> None
     strict_json(json.dumps(jsonable(pair.result)))
 
 
+def test_controls_may_be_chosen_and_change_nothing_else(pair: SimpleNamespace) -> None:
+    options: dict[str, Any] = {"layers": "2", "max_tokens": 150, "quiet": True}
+    everything, some = (
+        jsonable(stitch(pair.store, pair.adapter, **options, **chosen))["pairs"]["llama:2->mistral:2"]
+        for chosen in ({}, {"controls": ("mean", "shuffled")})
+    )
+    for name in ("clean", "self", "mapped", "mean", "shuffled"):
+        assert some["conditions"][name] == everything["conditions"][name]
+    assert {name for name, reason in some["reasons"].items() if reason == "not asked for"} == {
+        *("zero", "random_norm", "random_rotation", "raw"),
+    }
+    assert all(some["conditions"][name] is None for name in ("zero", "random_norm", "random_rotation", "raw"))
+    assert some["recovered"] == everything["recovered"]
+    assert some["recovered_best_control"]["control"] in ("mean", "shuffled")
+    for wrong in (("shuffled",), ("mean", "noise")):
+        with pytest.raises(SpecError, match="choose mean and any of"):
+            stitch(pair.store, pair.adapter, controls=wrong, **options)
+
+
 def test_a_run_of_both_directions_scores_both_models(pair: SimpleNamespace) -> None:
     clean = {
         key: (entry["conditions"]["clean"]["nats_per_token"], entry["n_tokens"])

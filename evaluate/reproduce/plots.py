@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from evaluate.reproduce.answers.maps import both, ranks_of
-from evaluate.reproduce.answers.models import accuracy_of, compressed_runs
+from evaluate.reproduce.answers.models import accuracy_of, compressed_runs, task_rate
 from evaluate.reproduce.evidence import Evidence, Value
 
 _DPI = 120
@@ -112,7 +112,11 @@ def _rates(evidence: Evidence) -> Figure | None:
     _line(left, [(rate, evidence.test(run, key)) for rate, run, key in found], "R2")
     _line(left, [(rate, evidence.recovered(run, key)) for rate, run, key in found], "stitched loss recovered")
     for condition in ("aligned", "aligned_random", "aligned_shuffled"):
-        points = [(rate, accuracy_of(evidence, run, key, condition)) for rate, run, key in found]
+        points = [
+            (rate, accuracy_of(evidence, run, key, condition))
+            for _, run, key in found
+            if (rate := task_rate(evidence, run, key)) is not None
+        ]
         _line(right, points, condition)
     for condition, style in (("text", "--"), ("silent", ":")):
         value = next((v for _, run, key in found if (v := accuracy_of(evidence, run, key, condition))), None)

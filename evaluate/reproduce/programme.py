@@ -32,7 +32,7 @@ class Scale:
     examples: int = 40
     tasks: tuple[str, ...] = ("countries",)
     epochs: int = 10
-    ranks: tuple[int, ...] = (2, 8, 32, 128)
+    ranks: tuple[int, ...] = (8, 32, 128)
     latents: tuple[tuple[int, int], ...] = ((8, 32), (32, 64))
 
 
@@ -150,7 +150,7 @@ def programme(store: Path, out: Path, places: Places, scale: Scale, widths: tupl
         shape = ("--latents", str(latents), "--latent-dim", str(width))
         plan.fit(compressed(latents, width), "compress", *shape, *plan.middle, trains=True)
     plan.stitch("affine", "--source-alone")
-    for run in ("procrustes", "linear", "lora", "affine-adamw", f"self-{places.source}", f"self-{places.target}"):
+    for run in ("procrustes", "linear", "lora", f"self-{places.source}", f"self-{places.target}"):
         plan.stitch(run, *plan.middle)
     if several:
         plan.stitch("joint")

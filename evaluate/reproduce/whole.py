@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.reproduce.analysis import NAME, write_analysis
-from evaluate.reproduce.places import LAYERS, Places, places
+from evaluate.reproduce.places import LAYERS, places
 from evaluate.reproduce.programme import Scale, Step, programme
 from evaluate.reproduce.running import Record, carry_out
 from featstore.console import human_seconds
@@ -104,7 +104,7 @@ def reproduce(
         raise SpecError(f"the store could not be made ({failed['extract']}); mend that and give the same command")
     store = store or out / _STORE
     opened = open_store(store)
-    steps = [*first, *_plan(opened, store, out, scale)]
+    steps = [*first, *plan(opened, store, out, scale)]
     failed = carry_out(steps, record, out, run=run)
     seconds = {step.name: took for step in steps if (took := record.of(step)["seconds"]) is not None}
     commands_run = {step.name: record.of(step)["command"] for step in steps}
@@ -119,6 +119,23 @@ def reproduce(
         "seconds": seconds,
         "failed": failed,
     }
+
+
+def plan(opened: Store, store: Path, out: Path, scale: Scale) -> list[Step]:
+    """The commands of the programme over a store.
+
+    Args:
+        opened: The store.
+        store: Its path.
+        out: Where everything goes.
+        scale: How much of everything.
+
+    Raises:
+        SpecError: A store that the programme cannot be run on.
+    """
+    found = places(opened)
+    widths = (opened.model(found.source).width, opened.model(found.target).width)
+    return programme(store, out, found, scale, widths)
 
 
 def commands(out: Path, scale: Scale, *, store: Path | None, corpus: Corpus) -> dict[str, Any]:
@@ -141,7 +158,7 @@ def commands(out: Path, scale: Scale, *, store: Path | None, corpus: Corpus) -> 
     path = store or out / _STORE
     known = store is not None or path.exists()
     if known:
-        steps += _plan(open_store(path), path, out, scale)
+        steps += plan(open_store(path), path, out, scale)
     listed = [{"step": step.name, "command": shlex.join((step.tool, *step.arguments))} for step in steps]
     return {"commands": listed, "complete": known}
 
@@ -171,12 +188,6 @@ def describe(result: Mapping[str, Any]) -> str:
 
 
 _STORE = "store.zarr"
-
-
-def _plan(opened: Store, store: Path, out: Path, scale: Scale) -> list[Step]:
-    found: Places = places(opened)
-    widths = (opened.model(found.source).width, opened.model(found.target).width)
-    return programme(store, out, found, scale, widths)
 
 
 def _extraction(out: Path, corpus: Corpus, *, build: bool) -> Step:

@@ -51,7 +51,7 @@ def ceiling(evidence: Evidence) -> Answer:
 
 
 #: Runs whose stitched loss is compared with its controls.
-_STITCHED = ("procrustes", "linear", "affine", "lora", "affine-adamw", "joint")
+_STITCHED = ("procrustes", "linear", "affine", "lora", "joint")
 
 
 def controls(evidence: Evidence) -> Answer:
@@ -200,8 +200,10 @@ def rates(evidence: Evidence) -> Answer:
                 f"{rate['r2'][name]:.3f}" if rate["r2"].get(name) is not None else "-" for name in ("pca", "strided")
             )
             shape = f"{rate['latents']} × {rate['latent_dim']}"
-            accuracy, silent = (accuracy_of(evidence, run, key, name) for name in ("aligned", "silent"))
-            cells = (shape, f"{per_byte:.2f}", figure(r2), *codecs, share(recovered), share(accuracy), share(silent))
+            accuracies = (share(accuracy_of(evidence, run, key, name)) for name in ("aligned", "silent", "text"))
+            told = task_rate(evidence, run, key)
+            there = "-" if told is None else f"{told:.1f}"
+            cells = (shape, f"{per_byte:.2f}", figure(r2), *codecs, share(recovered), there, *accuracies)
             rows.append((per_byte, cells))
             files = [
                 "metrics.json",
@@ -220,23 +222,32 @@ def rates(evidence: Evidence) -> Answer:
                 else "at no rate below that of the text itself is half of the stitched loss recovered."
             )
         )
-        header = (
-            "latents",
-            "bytes per text byte",
-            "R2",
-            "PCA R2",
-            "strided R2",
-            "recovered",
-            "aligned right",
-            "silent",
+        header = ("latents", "bytes per text byte", "R2", "PCA R2", "strided R2", "recovered")
+        task = ("bytes per text byte of the task", "aligned right", "silent", "text")
+        answer.tables.append(Table("Test windows, and the first task", (*header, *task), [cells for _, cells in rows]))
+        answer.words.append(
+            "A window costs the same however short its text: the contexts of a task are short, so their rate is higher."
         )
-        answer.tables.append(Table("Test windows; accuracy on the first task", header, [cells for _, cells in rows]))
     return answer
 
 
 def compressed_runs(evidence: Evidence) -> list[str]:
     """Finished runs of type ``compress``."""
     return [run for run in evidence.runs if run.startswith("compress-")]
+
+
+def task_rate(evidence: Evidence, run: str, key: str) -> float | None:
+    """Bytes of latents for a byte of text on a compressed run's first task, None where there is none.
+
+    Args:
+        evidence: Of the programme.
+        run: Which.
+        key: Layer pair.
+    """
+    for entry in evidence.tasks(run).values():
+        rate: float = entry["pairs"][key]["rate"]["latent_bytes_per_text_byte"]
+        return rate
+    return None
 
 
 def accuracy_of(evidence: Evidence, run: str, key: str, condition: str) -> Value | None:
