@@ -335,7 +335,8 @@ def no_better_than_controls(r2: float | None, base: Mapping[str, Any]) -> Iterat
     if r2 is None or not known:
         return
     best = max(known, key=lambda name: known[name])
-    if r2 <= known[best] + MARGIN:
+    # Nothing beats what leaves no error: two readings of one layer, where the identity is the answer.
+    if r2 <= known[best] + MARGIN and known[best] < 1 - MARGIN:
         yield _warn(
             "no-better-than-controls",
             f"test R2 {r2:.3f} does not beat the best control ({best}, {known[best]:.3f}): these layers may have "

@@ -181,6 +181,11 @@ def test_a_weak_ridge_is_a_note_and_a_strong_one_a_warning() -> None:
     assert [f.get("level") for lam in (WEAKEST, STRONGEST) for f in lambda_at_the_end(lam)] == ["note", None]
 
 
+def test_a_control_that_leaves_no_error_cannot_be_beaten() -> None:
+    assert list(no_better_than_controls(1.0, {**CONTROLS, "identity": {"r2": 1.0}})) == []
+    assert list(no_better_than_controls(0.95, {**CONTROLS, "identity": {"r2": 0.95}})) != []
+
+
 def test_the_controls_do_not_include_the_optimum() -> None:
     assert list(no_better_than_controls(0.5, {**CONTROLS, "closed_form": {"r2": 0.9}})) == []
 

@@ -367,3 +367,34 @@ def test_the_answer_at_the_top_claims_no_more_than_its_numbers(tmp_path: Path) -
     )
     quiet = warned({made.PAIR: []})
     assert "No file carries a warning." in lede(made.write(tmp_path / "quiet", quiet))
+
+
+def test_a_model_mapped_to_itself_is_the_ceiling_and_not_the_answer(tmp_path: Path) -> None:
+    own = "smol:15->smol:15"
+
+    def renamed(block: dict[str, Any]) -> dict[str, Any]:
+        return {"pairs": {own: block["pairs"][made.PAIR]}}
+
+    stitched = made.stitch(mapped=3.71, recovered=0.999, gain=0.998, gain_ci=(0.997, 0.9995))
+    ceiling = made.write(
+        tmp_path / "self", {"metrics.json": renamed(made.metrics(0.9999, 0.9999)), "stitch.json": renamed(stitched)}
+    )
+    told = whole()
+    other = copy.deepcopy(told["tasks"]["countries"])
+    # The model that read it answers best of all, which is no surprise.
+    other["conditions"][f"aligned {made.PAIR}"] = right(0.95, 8000.0)
+    told["tasks"]["countries"] |= {"source": "smol", "target": "twin"}
+    told["tasks"]["countries (twin->twin)"] = other | {"source": "twin", "target": "twin"}
+    text = lede(run_of(tmp_path, communicate=told), ceiling)
+    assert "Procrustes at smol:15 → twin:15 beats every control: it recovers 85 %" in text
+    assert "The ceiling, a model mapped to itself, recovers 99.9 %" in text
+    assert "predicts the target’s states with R² 0.861" in text
+    assert "answers 80 % [68, 92] of 40 questions right" in text
+    assert "Of the 2 ways to send states" in text
+    html = page(run_of(tmp_path, communicate=told), ceiling).html
+    assert "<title>smol → twin" in html
+    cards = html.split('class="verdicts"')[1]
+    assert cards.index("smol:15 → twin:15") < cards.index("smol:15 → smol:15")
+    # Alone it is what there is.
+    assert "smol:15 → smol:15 beats every control: it recovers 99.9 %" in lede(ceiling)
+    assert "The ceiling" not in lede(ceiling)

@@ -35,7 +35,7 @@ def run(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
 def stitcher(run: SimpleNamespace, to: Any = None, *, seed: int = 0, windows: list[Window] | None = None) -> Any:
     to = to or wire(run.adapter, run.adapter.aligners[KEY])
     given = run.windows if windows is None else windows
-    return SimpleNamespace(to=to, inner=_Stitcher(run.store, given, [to], keep="own", seed=seed))
+    return SimpleNamespace(to=to, inner=_Stitcher(run.store, given, [to], keep="own", controls=CONTROLS, seed=seed))
 
 
 def states(run: SimpleNamespace, at: int, **options: Any) -> dict[str, Any]:

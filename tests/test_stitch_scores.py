@@ -12,6 +12,7 @@ import torch
 
 from align.aligners import Aligner
 from align.layers import LayerPair
+from evaluate.controls import CONTROLS
 from evaluate.stitch import _Stitcher
 from evaluate.stitch_scores import Tally, add_window, alone, describe, figures, perplexity
 from evaluate.wire import Wire
@@ -44,7 +45,7 @@ def entry_of(losses: dict[str, tuple[float, float]], source: str = "a") -> dict[
     ]
     pair = LayerPair(source, (1,), "b", 2)
     to = Wire(Aligner(pair, {}), None, False, None)
-    run = _Stitcher(None, windows, [to], keep="own", seed=0)  # type: ignore[arg-type]
+    run = _Stitcher(None, windows, [to], keep="own", controls=CONTROLS, seed=0)  # type: ignore[arg-type]
     run._identical[pair.key] = True
     for name, values in losses.items():
         tally = run._tallies[pair.key, name] = Tally()

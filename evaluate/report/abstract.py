@@ -12,7 +12,7 @@ from evaluate.report.inputs import Node, Pair, Run
 from evaluate.report.names import control_name, share
 from evaluate.report.notes import Note
 from evaluate.report.numbers import count, interval, percent, percent_number, say, score, show
-from evaluate.report.words import Verdict, best_control
+from evaluate.report.words import Verdict, best_control, between_models
 
 _SPAN = "of the loss between the mean state and the clean run"
 #: Kinds of warning that the answer names; all of them stand further down.
@@ -28,6 +28,7 @@ def headline(runs: Sequence[Run], judged: Sequence[Verdict]) -> Markup:
         runs: What was read.
         judged: The verdicts, best first.
     """
+    judged = between_models(judged)
     tested = [v for v in judged if v.kind != "none"]
     good = [v for v in tested if v.kind == "good"]
     if not judged:
@@ -70,7 +71,7 @@ def sentences(runs: Sequence[Run], judged: Sequence[Verdict], notes: Sequence[No
         judged: The verdicts.
         notes: The warnings, the gravest first.
     """
-    found = [_held_out(judged), _answers(runs), _caution(notes)]
+    found = [_held_out(between_models(judged)), _ceiling(judged), _answers(runs), _caution(notes)]
     return [paragraph for paragraph in found if paragraph]
 
 
@@ -99,6 +100,15 @@ def _held_out(judged: Sequence[Verdict]) -> Markup:
     if (r2.number or 0.0) <= (rival.number or 0.0):
         return words + say(", which is no better than {} ({}).", name, show(rival, score))
     return words + say(", where the best control, {}, reaches {}.", name, show(rival, score))
+
+
+def _ceiling(judged: Sequence[Verdict]) -> Markup:
+    own = [v for v in judged if v.pair.is_ceiling and v.kind != "none"]
+    if not own or len(own) == len(judged):
+        return say("")
+    worst = min(own, key=lambda verdict: verdict.rank)
+    text = "The ceiling, a model mapped to itself, recovers {}{}."
+    return say(text, "at least " if len(own) > 1 else "", share(_recovered(worst)))
 
 
 def _answers(runs: Sequence[Run]) -> Markup:

@@ -180,6 +180,12 @@ class Best:
     ways: tuple[Node, ...]
 
     @property
+    def is_ceiling(self) -> bool:
+        """Whether the model that answers is the one that read."""
+        reader = self.task.get("source").text
+        return bool(reader) and reader == self.task.get("target").text
+
+    @property
     def block(self) -> Node:
         """The accuracy and what belongs to it."""
         return self.task.get("conditions", self.condition)
@@ -192,6 +198,8 @@ class Best:
 
 def best_answers(runs: Sequence[Run]) -> list[Best]:
     """The best way of every task and run: those above all controls first, and among them the most right answers.
+
+    Tasks in which a model reads for itself, the ceiling, count only where there are no others.
 
     Args:
         runs: What was read.
@@ -209,6 +217,7 @@ def best_answers(runs: Sequence[Run]) -> list[Best]:
             if mapped:
                 best = max(mapped, key=lambda name: _accuracy(blocks[name]))
                 found.append(Best(run.label, task, best, tuple(way for _, way in task.get("gains").items())))
+    found = [best for best in found if not best.is_ceiling] or found
     return sorted(found, key=lambda best: (not beats_all(best.against), -_accuracy(best.block)))
 
 

@@ -128,6 +128,11 @@ class Pair:
         found = _PAIR_KEY.fullmatch(key)
         return cls(key, *found.groups()) if found else cls(key, "", "", "", "")
 
+    @property
+    def is_ceiling(self) -> bool:
+        """Whether a model is mapped to itself: what is lost where nothing is lost between two models."""
+        return bool(self.source) and self.source == self.target
+
     def __str__(self) -> str:
         return clean_text(self.key).replace("->", " → ")
 

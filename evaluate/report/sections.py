@@ -29,7 +29,8 @@ def title(runs: Sequence[Run]) -> str:
         runs: What was read.
     """
     pairs = [(p.source, p.target) for run in runs for p in run.pairs if p.source]
-    ways = dict.fromkeys(pairs)
+    # A model beside itself is the ceiling of the others.
+    ways = dict.fromkeys([way for way in pairs if way[0] != way[1]] or pairs)
     arrows = [
         f"{source} {'↔' if (target, source) in ways else '→'} {target}"
         for source, target in ways

@@ -44,13 +44,22 @@ class Verdict:
 
 
 def verdicts(runs: Sequence[Run]) -> list[Verdict]:
-    """Judge every map of every run, best first.
+    """Judge every map of every run, best first; those of a model to itself, the ceiling, come last.
 
     Args:
         runs: What was read.
     """
     found = [_judge(run, pair) for run in runs for pair in run.pairs]
-    return sorted(found, key=lambda verdict: verdict.rank, reverse=True)
+    return sorted(found, key=lambda verdict: (not verdict.pair.is_ceiling, verdict.rank), reverse=True)
+
+
+def between_models(judged: Sequence[Verdict]) -> list[Verdict]:
+    """The maps from one model to another; all of them where there are none.
+
+    Args:
+        judged: The verdicts.
+    """
+    return [verdict for verdict in judged if not verdict.pair.is_ceiling] or list(judged)
 
 
 def _judge(run: Run, pair: Pair) -> Verdict:

@@ -13,6 +13,8 @@ from evaluate.reproduce.answers.models import accuracy_of, compressed_runs, task
 from evaluate.reproduce.evidence import Evidence, Value
 
 _DPI = 120
+#: Between bars of one depth, as a share of the depth.
+_ASIDE = 0.006
 
 
 def draw_all(evidence: Evidence, out: Path) -> list[str]:
@@ -62,9 +64,11 @@ def _layers(evidence: Evidence) -> Figure | None:
     for colour, pairs in enumerate((both(places)[:half], both(places)[half:])):
         way = f"{pairs[0].source} → {pairs[0].target}"
         depths = [places.depth_of(pair.source, pair.source_layer) for pair in pairs]
-        for run, style in (("procrustes", ":"), ("lora", "--"), ("affine", "-")):
+        for place, (run, style) in enumerate((("procrustes", ":"), ("lora", "--"), ("affine", "-"))):
             values: Mapping[str, Any] = {pair.key: evidence.test(run, pair.key) for pair in pairs}
-            points = [(depth, values[pair.key]) for depth, pair in zip(depths, pairs, strict=True)]
+            # Side by side, so that bars at one depth can be told apart.
+            aside = _ASIDE * (2 * place + colour - 2.5)
+            points = [(depth + aside, values[pair.key]) for depth, pair in zip(depths, pairs, strict=True)]
             _line(left, points, f"{run}, {way}", linestyle=style, color=f"C{colour}")
         against = [evidence.recovered("affine", pair.key, best=True) for pair in pairs]
         _line(right, list(zip(depths, against, strict=True)), f"affine, {way}", color=f"C{colour}")
@@ -124,9 +128,11 @@ def _rates(evidence: Evidence) -> Figure | None:
             right.axhline(value.value, color="grey", linestyle=style, linewidth=1, label=condition)
     left.set(xlabel="bytes of latents per byte of text", ylabel="share on test windows")
     right.set(xlabel="bytes of latents per byte of text", ylabel="questions answered rightly")
-    for axes in (left, right):
+    told = {rate for _, run, key in found if (rate := task_rate(evidence, run, key)) is not None}
+    for axes, rates in ((left, {rate for rate, _, _ in found}), (right, told)):
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xticks(sorted({1.0, *rates}), labels=[f"{rate:.3g}" for rate in sorted({1.0, *rates})])
+        axes.minorticks_off()
         axes.axvline(1.0, color="grey", linewidth=1)
         axes.annotate(
             "the text itself", (1.0, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize="x-small"
