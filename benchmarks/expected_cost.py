@@ -59,9 +59,10 @@ def main() -> None:
 
     stitched = sum(_stitched(step, places) for step in steps) * given.stitch_tokens
     asked = sum(_asked(step) for step in steps) * given.examples
-    fits = [step for step in steps if step.fits and not step.trains]
+    trainings = [step for step in steps if step.fits and "--epochs" in step.arguments]
+    fits = [step for step in steps if step.fits and step not in trainings]
     read = sum(_pairs(step, places) for step in fits) * given.tokens * 2 * row
-    trained = sum(_pairs(step, places) for step in steps if step.trains) * scale.epochs * given.tokens * 2 * row
+    trained = sum(_pairs(step, places) for step in trainings) * scale.epochs * given.tokens * 2 * row
     products = sum(_pairs(step, places) for step in fits) * 3 * 2 * given.tokens * given.width**2
     solves = sum(_maps(step, places) for step in fits) * _SOLVE * given.width**3
     seconds = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,16 +21,19 @@ from align.layers import LayerPair
 from align.settings import Settings
 from align.train import train
 from evaluate.communicate import COMMON, communicate, describe, identity
+from evaluate.inject import source_positions
 from evaluate.loading import Loaded, load
 from evaluate.messages import read
 from evaluate.tasks import Example, Task, make, words
 from evaluate.tasks.asking import Prompt, PutIn, ask, prompts_of
 from evaluate.tasks.verdicts import CONTROLS, METHODS, condition_name
+from featstore import tokens
 from featstore.console import jsonable
 from featstore.errors import SpecError
 from featstore.models import inspect_model, load_model
 from featstore.sites import residual_stream
 from featstore.spec import ModelSpec
+from featstore.tokens import tokenize
 
 NEW = 4
 NAMES = [condition_name(method, control) for method in METHODS for control in (None, *CONTROLS)]
@@ -119,6 +122,19 @@ def test_the_choice_is_that_of_the_highest_likelihood(pair: SimpleNamespace, nam
             scores.append(sum(float(said[i - 1, ids[0, i]]) for i in own))
         assert at == int(np.argmax(scores))
     assert len(set(found)) > 1
+
+
+def test_a_choice_is_what_follows_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tokenizer adds to a text of its own; it joins the second choice with the prompt and swallows the third.
+    ids = {"A b": [1, 7, 8], "A c": [1, 9], "A d": [1, 7], " b": [5, 8], " c": [5, 6, 4], " d": [5, 3]}
+    info = SimpleNamespace(tokenizer=lambda text, **_: {"input_ids": ids[text]}, context=5)
+    monkeypatch.setattr(tokens, "tokenize", lambda *_: [SimpleNamespace(ids=np.array([1, 7]))])
+    loaded: Any = SimpleNamespace(name="a", info=info)
+    [prompt] = prompts_of(loaded, ["A"], [("b", "c", "d")], 1)
+    assert prompt == Prompt([1, 7], [], ([8], [5, 6, 4], [5, 3]))
+    info.context = 4
+    with pytest.raises(SpecError, match=r"the longest prompt has 2 tokens; with 3 new ones it exceeds"):
+        prompts_of(loaded, ["A"], [("b", "c", "d")], 1)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(pair: SimpleNamespace) -> None:
@@ -297,6 +313,55 @@ def test_every_condition_puts_in_what_it_says(pair: SimpleNamespace, monkeypatch
         assert any(np.array_equal(foreign[-1], end) for end in ends)
 
 
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_an_attention_sink_of_either_side_takes_no_part(
+    pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    task = make("countries", 1, seed=2)
+    [example] = task.examples
+    size = len(example.context)
+    readings = {}
+    for name, text in (("llama", example.context), ("mistral", task.text(example))):
+        [readings[name]] = read(pair.models[name], [text], [0], [size], (2,))
+    name = {"source": "llama", "target": "mistral"}[side]
+    own = readings[name]
+    # The context's token of the largest norm becomes a sink.
+    inside = np.flatnonzero(~own.window.special)
+    norms = np.linalg.norm(own.states[2], axis=1)
+    *_, second, sink = inside[norms[inside].argsort()]
+    threshold = float(norms[second] + norms[sink]) / 2
+    models = {**pair.models, name: replace(pair.models[name], median_norm={2: threshold / 5}, sink_threshold=5.0)}
+    seen = shown(SimpleNamespace(adapter=pair.adapter, models=models), task, monkeypatch)
+    [prompt], given = seen["aligned llama:2->mistral:2"]
+    taken = source_positions(readings["llama"].window, readings["mistral"].window)
+    wanted = [p for p in np.flatnonzero(taken >= 0) if sink != (taken[p] if side == "source" else p)]
+    assert len(wanted) < (taken >= 0).sum()
+    assert list(prompt.places) == wanted
+    assert len(given.states[0]) == len(wanted)
+
+
+def test_a_context_is_found_after_words_that_come_before_it(
+    pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bytes are not characters, neither in what comes before the context nor in it; it has 21 bytes.
+    example = Example("Zoë est à Orléans.", "Where?", ("Orléans",))
+    prompts = {"context_prompt": "Voilà: {context}", "text_prompt": "Écoute, déjà: {context}\n{question}{cue}"}
+    task, key = Task("voilà", (example,), 0, "", **prompts), "llama:2->mistral:2"
+    seen = shown(pair, task, monkeypatch)
+    [prompt], given = seen[f"aligned {key}"]
+    read_by = {"llama": "Voilà: ", "mistral": "Écoute, déjà: "}
+    texts = {"llama": task.context_text(example), "mistral": task.text(example)}
+    there, here = (
+        tokenize(pair.models[name].info.tokenizer, [texts[name]])[0].byte_end - len(before.encode())
+        for name, before in read_by.items()
+    )
+    # From where the source has read something of it, to its end.
+    assert list(prompt.places) == np.flatnonzero((here >= there[there > 0].min()) & (here <= 21)).tolist()
+    assert len(prompt.ids) == prompt.places[-1] + 1
+    # Both end with the full stop, whose state is the one sent alone.
+    np.testing.assert_allclose(given.states[0][-1:], seen[f"replace {key}"][1].states[0], atol=1e-5)
+
+
 def test_examples_of_one_answer_have_no_shuffled_states(pair: SimpleNamespace) -> None:
     task = Task("same", tuple(Example(f"{n} rains.", "What?", ("rain",)) for n in ("It", "This")), 1, "always rain")
     adapter = own_map(pair, "mistral", 2)
@@ -375,6 +440,64 @@ def test_the_table_names_conditions_sizes_and_warnings(result: dict[str, Any]) -
     assert "warning: 6 examples" in text
 
 
+def planted(monkeypatch: pytest.MonkeyPatch, say: Callable[[str, int], str | int]) -> dict[str, PutIn | None]:
+    """Answers that are made up, by condition and example; what was put in."""
+    seen: dict[str, PutIn | None] = {}
+
+    def stub(_: Loaded, prompts: Any, put_in: Mapping[str, PutIn | None], **rest: Any) -> dict[str, list[str | int]]:
+        seen.update(put_in)
+        rest["tick"](len(prompts) * len(put_in))
+        return {name: [say(name.partition(" ")[0], i) for i in range(len(prompts))] for name in put_in}
+
+    monkeypatch.setattr(module, "ask", stub)
+    return seen
+
+
+def test_gains_are_over_the_controls_of_the_same_method(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make("countries", 16)
+    # Every condition is right another number of times.
+    right = {name: i for i, name in enumerate((*COMMON, *NAMES), start=1)}
+    planted(monkeypatch, lambda name, i: task.examples[i].answers[0] if i < right[name] else "nowhere")
+    found = communicate(own_map(pair, "mistral", 2), task, models=pair.models, quiet=True)["tasks"]["countries"]
+    key = "mistral:2->mistral:2"
+    assert {block["condition"]: block["right"] for block in found["conditions"].values()} == right
+    for method in METHODS:
+        others = {"silent": "silent"} | {control: condition_name(method, control) for control in CONTROLS}
+        values = {name: block["value"] for name, block in found["gains"][f"{method} {key}"].items()}
+        assert values == {name: (right[method] - right[other]) / 16 for name, other in others.items()}
+
+
+def test_a_choice_is_right_as_a_whole(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task("two", (Example("He is in York.", "Where?", ("York",), ("York", "New York")),) * 2, 0.5, "a coin")
+    planted(monkeypatch, lambda name, i: i if name == "text" else 1)
+    found = communicate(own_map(pair, "mistral", 2), task, models=pair.models, quiet=True)["tasks"]["two"]
+    assert found["scoring"] == "choice of the highest likelihood"
+    assert [e["given"]["text"] for e in found["examples"]] == ["York", "New York"]
+    assert (found["conditions"]["text"]["right"], found["conditions"]["silent"]["right"]) == (1, 0)
+
+
+def test_the_seed_decides_the_controls_alone(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = {}
+    for run, seed in enumerate((0, 1, 1)):
+        seen = planted(monkeypatch, lambda *_: "?")
+        communicate(own_map(pair, "mistral", 2), make("lookup", 3), seed=seed, models=pair.models, quiet=True)
+        put[run] = {name: np.concatenate(given.states) for name, given in seen.items() if given is not None}
+    assert len(put[0]) == len(NAMES)
+    for name, states in put[1].items():
+        assert np.array_equal(states, put[2][name])
+        assert "random" in name or "shuffled" in name or np.array_equal(states, put[0][name])
+        assert "random" not in name or not np.allclose(states, put[0][name])
+
+
+def test_a_map_of_a_layer_to_itself_is_tried_once(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, lambda *_: "?")
+    adapter, task = own_map(pair, "mistral", 2), make("lookup", 2)
+    once, again = (
+        communicate(adapter, task, itself=itself, models=pair.models, quiet=True) for itself in (False, True)
+    )
+    assert jsonable(once) == jsonable(again)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -396,3 +519,11 @@ def test_a_partner_has_another_answer() -> None:
         assert partners is not None
         assert all(not set(examples[j].answers) & set(e.answers) for e, j in zip(examples, partners, strict=True))
     assert module._partners(examples[:2], np.random.default_rng(0)) is None
+
+
+def test_states_of_another_come_in_their_order_and_number() -> None:
+    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert np.array_equal(module._stretched(rows, 3), rows)
+    assert module._stretched(rows, 2).tolist() == [[0, 1], [4, 5]]
+    assert module._stretched(rows, 4).tolist() == rows[[0, 1, 1, 2]].tolist()
+    assert np.array_equal(module._stretched(rows[:0], 4), np.zeros((4, 2)))

@@ -138,6 +138,9 @@ def test_an_answer_ends_with_its_own_text(loaded: Loaded, monkeypatch: pytest.Mo
     found = taken(loaded, asked, {"none": None})["none"]
     assert found == [written(loaded, prompt, None, row) for row, prompt in enumerate(asked)]
     assert found[row] == loaded.info.tokenizer.decode([first], skip_special_tokens=True) != full[row]
+    # A model may have several that end a text.
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", [loaded.model.config.vocab_size, stop])
+    assert taken(loaded, asked, {"none": None})["none"] == found
 
 
 def test_prompts_of_one_token_share_nothing(loaded: Loaded) -> None:

@@ -297,15 +297,17 @@ def test_how_prompts_are_batched_changes_no_text(
 ) -> None:
     adapter = load_adapter(runs.both)
     sample = Sampling(30.0, 0.9, 5)
-    together = generate(adapter, TEXTS, max_new_tokens=NEW, sample=sample, quiet=True)
+    turned = TEXTS[::-1]
+    together = generate(adapter, turned, max_new_tokens=NEW, sample=sample, quiet=True)
     monkeypatch.setattr(module, "_BATCH", 2)
     apart = generate(adapter, TEXTS, max_new_tokens=NEW, quiet=True)
     roles = ("source_alone", "target_alone", "source_to_target", "target_to_source")
     for one, two in zip(apart["entries"], result["entries"], strict=True):
         assert {role: one[role] for role in roles} == {role: two[role] for role in roles}
         assert one["likelihood"]["target_alone"] == pytest.approx(two["likelihood"]["target_alone"], abs=1e-4)
-    # A draw depends on the prompt's number, not on its batch.
-    drawn = generate(adapter, TEXTS, max_new_tokens=NEW, sample=sample, quiet=True)
+    # A draw depends on the prompt's number, not on its batch: the last one is alone in its own, and gives a text.
+    drawn = generate(adapter, turned, max_new_tokens=NEW, sample=sample, quiet=True)
+    assert drawn["entries"][-1]["target_alone"]
     for one, two in zip(drawn["entries"], together["entries"], strict=True):
         assert one["target_alone"] == two["target_alone"]
 

@@ -244,6 +244,17 @@ def test_the_last_state_alone_gets_through(model: Any) -> None:
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
 
 
+def test_padding_goes_along_and_is_no_start_token() -> None:
+    own, padding = torch.zeros(2, 4, 3), torch.tensor([[True, True, False, False], [False] * 4])
+    for made in (
+        aligned(own, [own[0, :1]] * 2, [[3], [0]], layer=1, keep="hide", padding=padding),
+        last(own, own[:, 0], layer=1, keep="hide", padding=padding),
+    ):
+        assert made.padding is not None
+        assert torch.equal(made.padding, padding)
+        assert made.start.tolist() == [[False, False, True, False], [True, False, False, False]]
+
+
 def test_hooks_leave_with_the_context(model: Any) -> None:
     ids, new = prompt(model), later(model, 1)
     clean = answers(model, ids, None, new)
@@ -259,6 +270,8 @@ def test_a_mask_with_nothing_to_hide_is_left_as_it_is() -> None:
     everything = torch.ones((2, 4), dtype=torch.bool)
     block, given = torch.nn.Identity(), {"attention_mask": None}
     assert _Hook(0, everything, below=False)(block, (torch.zeros(2, 4, 3),), given) is None
+    # Below the layer the whole prompt's pass is overwritten there.
+    assert _Hook(0, everything.tril(), below=True)(block, (torch.zeros(2, 4, 3),), given) is None
     _, new = _Hook(0, everything.tril(), below=False)(block, (torch.zeros(2, 4, 3),), given)
     assert new["attention_mask"].shape == (2, 1, 4, 4)
 

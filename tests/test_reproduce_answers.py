@@ -158,6 +158,8 @@ def test_a_cka_near_one_leaves_no_room(planted):
     ("losses", "verdict", "stops"),
     [
         ([1.0, 0.5, 0.4, 0.4, 0.4, 0.3], HELD, "4"),
+        # Stopping keeps the best epoch so far, not the last one.
+        ([1.0, 0.5, 0.4, 0.45, 0.47, 0.3], HELD, "4"),
         ([1.0, 0.5, 0.4, 0.3, 0.2, 0.1], NOT, "not within 5"),
         # It waits for two epochs, the last of which is the last anyway.
         ([1.0, 0.5, 0.4, 0.3, 0.3, 0.3], NOT, "5"),
@@ -394,8 +396,8 @@ def test_a_map_that_explains_nothing_is_no_measure(planted):
 
 def test_an_expectation_holds_where_most_intervals_overlap_it():
     inside, under, over = Value(0.06), Value(0.01, 0.0, 0.02), Value(0.2, 0.1, 0.3)
-    touching = Value(0.02, -0.01, 0.05)
-    assert judge([inside, under, over, touching], 0.05, 0.08) == Judged(2, 1, 1)
+    touching, reaching = Value(0.02, -0.01, 0.05), Value(0.1, 0.07, 0.2)
+    assert judge([inside, under, over, touching, reaching], 0.05, 0.08) == Judged(3, 1, 1)
     verdicts = [
         Judged(*counts).verdict for counts in ((2, 1, 0), (1, 2, 0), (0, 1, 2), (1, 1, 1), (1, 1, 0), (0, 0, 0))
     ]

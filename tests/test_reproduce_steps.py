@@ -125,20 +125,25 @@ def test_the_directory_may_be_moved(tmp_path):
     assert calls == []
 
 
-def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path):
-    from dataclasses import replace
+def test_only_paths_below_the_directory_are_free_of_it(tmp_path):
+    out = tmp_path / "a"
+    out.mkdir()
+    words = ("train", "--rank", "a", f"{out}", f"{out}-b/c", f"{out}/runs/a")
+    [tool, *command] = Record(out).of(Step("x", "align", words, ()))["command"]
+    assert [tool, *command] == ["align", "train", "--rank", "a", f"{out}", f"{out}-b/c", "OUT/runs/a"]
 
-    training = replace(FIT, trains=True)
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path):
     run = tmp_path / "runs/fit"
     (run / "checkpoints").mkdir(parents=True)
     calls = []
     (run / "run.yaml").write_text("")
-    carry_out([training], Record(tmp_path), tmp_path, run=maker(tmp_path, calls))
+    carry_out([FIT], Record(tmp_path), tmp_path, run=maker(tmp_path, calls))
     assert calls[-1] == ("align", *FIT.arguments)
     for made in FIT.makes:
         (tmp_path / made).unlink()
     (run / "checkpoints" / "1").write_text("")
-    carry_out([training], Record(tmp_path), tmp_path, run=maker(tmp_path, calls))
+    carry_out([FIT], Record(tmp_path), tmp_path, run=maker(tmp_path, calls))
     assert calls[-1] == ("align", "train", "--resume", "--out", str(run))
 
 

@@ -1,4 +1,7 @@
-"""What every condition of a stitched run puts at a window's places: from which rows of the store, and by which seed."""
+"""What every condition puts at a text's places: from which source states, and by which seed.
+
+Of a stitched run, where they are rows of the store, and of generated text, where they are the other prompts'.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from align.aligners import Adapter, load_adapter
+from align.aligners import Adapter, Aligner, load_adapter
+from align.layers import LayerPair
 from align.settings import Settings
 from align.train import train
+from evaluate import generate
 from evaluate.controls import CONTROLS
+from evaluate.loading import load
 from evaluate.stitch import Window, _Stitcher, scored_windows
-from evaluate.wire import Rows, wire
+from evaluate.wire import Rows, Wire, wire
 from featstore.store import Store, open_store
+from featstore.tokens import TokenizedWindow
 
 KEY, LAYERS = "llama:2->mistral:2", (2, 2)
 
@@ -30,6 +37,13 @@ def run(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
     windows = scored_windows(store, "llama", "mistral", split=0, max_tokens=2500)
     assert len({w.document for w in windows}) > 2
     return SimpleNamespace(adapter=adapter, store=store, windows=windows)
+
+
+def tokens_of(ids: Any, special: Any = None) -> TokenizedWindow:
+    """A window in which every token is a byte long."""
+    numbers = np.asarray(ids, dtype=np.int32)
+    ends = np.arange(1, len(numbers) + 1, dtype=np.int32)
+    return TokenizedWindow(numbers, ends, np.zeros(len(numbers), bool) if special is None else special)
 
 
 def stitcher(run: SimpleNamespace, to: Any = None, *, seed: int = 0, windows: list[Window] | None = None) -> Any:
@@ -162,8 +176,6 @@ def test_a_map_of_windows_is_shuffled_among_its_answers_to_another_document(run:
 
 
 def test_layers_of_a_joint_map_come_end_to_end_in_their_order(run: SimpleNamespace) -> None:
-    from align.layers import LayerPair
-
     pair = LayerPair("llama", (3, 0), "mistral", 2)
     to = Answers(run.adapter)
     to.aligner.pair = pair
@@ -190,6 +202,7 @@ def test_the_share_replaced_is_of_ordinary_tokens(run: SimpleNamespace) -> None:
     entry = made.inner.entry(made.to)
     ordinary = sum(int((~w.target.special).sum()) for w in run.windows)
     assert sum(int(w.target.special.sum()) for w in run.windows) > 0
+    assert entry["n_documents"] == 1 < len(run.windows)
     assert entry["replaced_share"] == sum(int((w.taken >= 0).sum()) for w in run.windows) / ordinary
 
 
@@ -199,3 +212,145 @@ def _tally() -> Any:
     tally = Tally()
     tally.add(0, 1.0, 1, 1)
     return tally
+
+
+def test_the_budget_is_of_the_targets_tokens_and_its_first_excess_ends_it(run: SimpleNamespace) -> None:
+    for source, target in (("llama", "mistral"), ("mistral", "llama")):
+        everything = scored_windows(run.store, source, target, split=0)
+        upto = np.cumsum([len(w.target.ids) for w in everything])
+        for count in (1, 3, 6):
+            for more, expected in ((-1, max(count - 1, 1)), (0, count)):
+                few = scored_windows(run.store, source, target, split=0, max_tokens=int(upto[count - 1]) + more)
+                assert [w.number for w in few] == [w.number for w in everything[:expected]]
+
+
+def test_a_window_without_a_scored_token_is_left_out(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = scored_windows(run.store, "llama", "mistral", split=0)
+    shortest = min(len(w.target.ids) for w in everything)
+    # As many tokens as are not scored.
+    monkeypatch.setattr("evaluate.stitch.FIRST_SCORED", shortest)
+    left = scored_windows(run.store, "llama", "mistral", split=0)
+    assert [w.number for w in left] == [w.number for w in everything if len(w.target.ids) > shortest]
+    made = stitcher(run)
+    made.inner.windows = [SimpleNamespace(source=tokens_of([5, 6]), document=0)]
+    monkeypatch.undo()
+    model = SimpleNamespace(
+        device="cpu", model=lambda input_ids, use_cache: SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 9))
+    )
+    assert list(made.inner.alone(model)) == [2]
+    assert not made.inner._source_tally.sums
+
+
+def test_a_model_alone_is_tallied_by_document(run: SimpleNamespace) -> None:
+    made = stitcher(run)
+    model = SimpleNamespace(
+        device="cpu", model=lambda input_ids, use_cache: SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 9))
+    )
+    made.inner.windows = [SimpleNamespace(source=tokens_of(range(5)), document=document) for document in (3, 8, 3)]
+    assert list(made.inner.alone(model)) == [5, 5, 5]
+    table = made.inner._source_tally.table()
+    assert table[:, 1].tolist() == [6, 3]
+    np.testing.assert_allclose(table[:, 0], np.log(9) * table[:, 1], rtol=1e-6)
+
+
+def test_one_window_whose_own_states_change_a_bit_is_enough(
+    run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stitcher(run, windows=run.windows[:2])
+    model = load(run.adapter, "mistral", (), device="cpu", quiet=True)
+    # The first window's comparison fails, the second one's does not.
+    answers = iter([False])
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: equal(a, b) and next(answers, True))
+    assert list(made.inner.stitched(model)) == [len(w.target.ids) * made.inner._passes for w in run.windows[:2]]
+    assert made.inner.entry(made.to)["self_bit_identical"] is False
+
+
+# Of generated text.
+
+#: Tokens of the prompts; of each the first one is special and the third a sink.
+LENGTHS, SPECIAL, SINK = (9, 6, 9), 0, 2
+ORDINARY = {(row, token) for row, count in enumerate(LENGTHS) for token in range(count) if token not in (SPECIAL, SINK)}
+
+
+def read() -> list[generate.Read]:
+    """Prompts in batches of two, padded at the left: a state says of which prompt and token it is."""
+    reads = []
+    for rows in ((0, 1), (2,)):
+        longest = max(LENGTHS[row] for row in rows)
+        states = torch.full((len(rows), longest, 4), torch.nan)
+        windows, sinks = [], []
+        for i, row in enumerate(rows):
+            tokens = np.arange(LENGTHS[row])
+            states[i, longest - LENGTHS[row] :] = torch.from_numpy(np.stack([0 * tokens + row, tokens], 1)).repeat(1, 2)
+            windows.append(tokens_of(tokens, tokens == SPECIAL))
+            sinks.append(tokens == SINK)
+        ids = torch.zeros((len(rows), longest), dtype=torch.long)
+        reads.append(generate.Read(windows, ids, None, {1: states}, sinks))
+    return reads
+
+
+def put(seed: int = 0) -> list[Any]:
+    """What is put into the prompts by the map that doubles a state."""
+    zero = np.zeros(4, np.float32)
+    tensors: dict[str, Any] = dict.fromkeys(("mean_source", "mean_target", "control_mean_source"), zero)
+    tensors |= {"weight": 2 * np.eye(4, dtype=np.float32), "control_mean": zero + 7}
+    to = Wire(Aligner(LayerPair("a", (1,), "b", 3), tensors), None, False, None)
+    return generate._states(to, read(), read(), (range(2), range(2, 3)), ("one", "two", "three"), seed)
+
+
+def test_a_prompt_takes_its_own_ordinary_states() -> None:
+    for row, (text, states) in enumerate(put()):
+        assert text.places.tolist() == [token for r, token in sorted(ORDINARY) if r == row]
+        np.testing.assert_array_equal(states["mapped"][:, 0], 2 * row)
+        np.testing.assert_array_equal(states["mapped"][:, 1], 2 * text.places)
+        assert states["self"] is None
+        assert (states["mean"] == 7).all()
+
+
+def test_a_prompt_is_shuffled_with_ordinary_states_of_the_other_prompts() -> None:
+    drawn: dict[int, set[tuple[int, int]]] = {0: set(), 1: set(), 2: set()}
+    for seed in range(40):
+        for row, (_, states) in enumerate(put(seed)):
+            assert states["shuffled"].shape == states["mapped"].shape
+            drawn[row] |= {(int(a), int(b)) for a, b in states["shuffled"][:, :2] / 2}
+    for row, found in drawn.items():
+        # All of them in the long run, from whatever batch, and no special token, no sink and none of its own.
+        assert found == {(r, token) for r, token in ORDINARY if r != row}
+
+
+def test_the_seed_and_the_prompt_fix_its_random_vectors() -> None:
+    first, again, other = ([states["random_norm"] for _, states in put(seed)] for seed in (0, 0, 1))
+    for row, noise in enumerate(first):
+        np.testing.assert_array_equal(noise, again[row])
+        assert (noise != other[row]).all()
+        np.testing.assert_allclose(
+            np.linalg.norm(noise, axis=1), np.linalg.norm(put()[row][1]["mapped"], axis=1), rtol=1e-5
+        )
+    units = [noise[0] / np.linalg.norm(noise[0]) for noise in first]
+    assert max(abs(units[a] @ units[b]) for a, b in ((0, 1), (0, 2), (1, 2))) < 0.999
+
+
+def test_a_model_reads_prompts_at_every_layer_that_a_map_or_the_sink_rule_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def states(model: Any, stream: Any, ids: torch.Tensor, layers: list[int], *, padding: Any) -> Any:
+        # A state is its layer and its token; token 12 is a sink, which shows at layer 5 alone.
+        return {k: torch.stack([torch.full_like(ids, k), ids + 100 * (k == 5)], dim=-1) for k in layers}
+
+    monkeypatch.setattr(generate, "prompt_states", states)
+    loaded: Any = SimpleNamespace(
+        name="a",
+        model=None,
+        stream=None,
+        median_norm={0: 1.0, 5: 1.0},
+        is_sink=lambda found: torch.stack([value[..., 1] == 112 for value in found.values()]).any(dim=0),
+    )
+    windows = [tokens_of([11, 12]), tokens_of([12])]
+    maps: Any = [SimpleNamespace(pair=LayerPair(*names)) for names in (("a", (1, 3), "b", 2), ("b", (6,), "a", 4))]
+    found = generate._read(loaded, windows, maps)
+    assert sorted(found.states) == [1, 3, 4]
+    assert [sinks.tolist() for sinks in found.sinks] == [[False, True], [True]]
+    assert [found.first(row) for row in (0, 1)] == [0, 1]
+    assert found.rows(0, (3, 1)).tolist() == [[3, 11, 1, 11], [3, 12, 1, 12]]
+    assert found.rows(1, (1,)).tolist() == [[1, 12]]

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import call
 
 from align.aligners import Adapter, Aligner, load_adapter
 from align.settings import Settings
 from align.train import train
 from evaluate.generate import generate
-from evaluate.loading import choose, load
+from evaluate.loading import Loaded, check, choose, load
 from evaluate.stitch import scored_windows, stitch
 from featstore.errors import AdapterError, ModelLoadError, SpecError, StoreStateError
 from featstore.models import load_model, weights_fingerprint
@@ -60,6 +61,76 @@ def test_the_same_weights_with_another_tokenizer_are_refused(
         shutil.copy(tiny_llama / name, moved / name)
     with pytest.raises(AdapterError, match=r"model 'mistral' .* has tokenizer"):
         stitch(pair.store, pair.adapter, layers="2", overrides=(f"mistral={moved}",), max_tokens=1, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "what", "wanted"),
+    [
+        ("depth", "depth", 9),
+        ("width", "width", 33),
+        ("config_sha256", "configuration", "0" * 64),
+        ("tokenizer_sha256", "tokenizer", "1" * 64),
+    ],
+)
+def test_whatever_differs_of_a_model_is_named(pair: SimpleNamespace, key: str, what: str, wanted: int | str) -> None:
+    models = pair.adapter.card["models"]
+    other = with_card(pair.adapter, models={**models, "mistral": {**models["mistral"], key: wanted}})
+    words = rf"model 'mistral' .* has {what} .* was fitted to {str(wanted)[:12]}; point to the right model"
+    with pytest.raises(AdapterError, match=words):
+        check(other, "mistral", ())
+    assert check(other, "llama", ()).info.width == 48
+
+
+def test_a_model_is_looked_for_where_its_card_or_the_override_says(
+    pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(spec: ModelSpec) -> None:
+        raise ModelLoadError(f"{spec.ref} at {spec.revision}")
+
+    monkeypatch.setattr("featstore.models.inspect_model", gone)
+    models = pair.adapter.card["models"]
+    moved = {**models["mistral"], "reference": "org/name", "revision": "abc123"}
+    adapter = with_card(pair.adapter, models={**models, "mistral": moved})
+    with pytest.raises(ModelLoadError, match="org/name at abc123"):
+        check(adapter, "mistral", ())
+    with pytest.raises(ModelLoadError, match="other/name at None"):
+        check(adapter, "mistral", ("mistral=other/name",))
+
+
+def test_a_model_attends_as_it_did_when_its_states_were_extracted(pair: SimpleNamespace) -> None:
+    models = pair.adapter.card["models"]
+    for attention in ("eager", "sdpa"):
+        adapter = with_card(pair.adapter, models={**models, "llama": {**models["llama"], "attention": attention}})
+        assert load(adapter, "llama", (), device="cpu", quiet=True).model.config._attn_implementation == attention
+
+
+def test_layers_are_those_of_the_model_that_is_read_from(pair: SimpleNamespace) -> None:
+    # The last layers of two models of unequal depth.
+    found = [aligner.pair.key for aligner in choose(pair.adapter, "100%")]
+    assert found == ["llama:3->mistral:4", "mistral:4->llama:3"]
+
+
+def test_a_sink_at_one_layer_is_a_sink() -> None:
+    nothing: Any = None
+    loaded = Loaded("a", nothing, nothing, nothing, {0: 1.0, 2: 10.0}, 4.0)
+    first, second = ([[3.0, 0.0], [0.0, 5.0], [0.0, 0.0]], [[0.0, 39.0], [0.0, 0.0], [41.0, 0.0]])
+    found = loaded.is_sink({0: torch.tensor(first), 2: torch.tensor(second)})
+    assert found.tolist() == [False, True, True]
+
+
+def test_models_at_hand_are_neither_looked_for_nor_loaded(
+    pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {name: load(pair.adapter, name, (), device="cpu", quiet=True) for name in ("llama", "mistral")}
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was looked for")
+
+    monkeypatch.setattr("featstore.models.inspect_model", refuse)
+    monkeypatch.setattr("featstore.models.load_model", refuse)
+    options: dict[str, Any] = {"layers": "2", "models": models, "quiet": True}
+    assert stitch(pair.store, pair.adapter, max_tokens=1, source_alone=True, **options)["pairs"]
+    assert generate(pair.adapter, ["One"], max_new_tokens=1, **options)["entries"]
 
 
 def with_fingerprint(adapter: Adapter, model: str, fingerprint: str, dtype: str = "float32") -> Adapter:

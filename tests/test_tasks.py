@@ -356,3 +356,23 @@ def test_the_state_sent_alone_is_of_the_last_ordinary_token(tiny_llama: Path, mo
     monkeypatch.setattr(tokens, "tokenize", with_end)
     [reading] = read(loaded, ["It rains."], [0], [9], [2])
     assert reading.last == 1
+
+
+def test_many_contexts_are_read_as_each_alone(tiny_llama: Path) -> None:
+    spec = ModelSpec("llama", str(tiny_llama))
+    model = load_model(spec, device="cpu", dtype="float32")
+    loaded = Loaded("llama", inspect_model(spec), model, residual_stream(model), {2: 3.4}, 5.0)
+    # More than are passed at once, each with another beginning and end.
+    texts = [f"{'Now, ' * (i % 5)}it rains{' and pours' * (i % 3)}. So" for i in range(20)]
+    starts = [len("Now, ") * (i % 5) for i in range(20)]
+    sizes = [len(text) - start - len(" So") for text, start in zip(texts, starts, strict=True)]
+    found = read(loaded, texts, starts, sizes, [2])
+    for reading, text, start, size in zip(found, texts, starts, sizes, strict=True):
+        [alone] = read(loaded, [text], [start], [size], [2])
+        for name in ("ids", "special", "byte_end"):
+            assert np.array_equal(getattr(reading.window, name), getattr(alone.window, name))
+        assert np.array_equal(reading.sink, alone.sink)
+        assert reading.last == alone.last
+        np.testing.assert_allclose(reading.states[2], alone.states[2], atol=1e-5)
+    sinks = np.concatenate([reading.sink for reading in found])
+    assert 0 < sinks.mean() < 1

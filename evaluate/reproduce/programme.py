@@ -47,7 +47,6 @@ class Step:
         makes: Files, below the programme's directory.
         needs: Steps that have to be done before.
         fits: Whether it makes a run directory, whose last file in ``makes`` is written when all else is.
-        trains: Whether an interrupted one can be resumed from its checkpoints.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Step:
     makes: tuple[str, ...]
     needs: tuple[str, ...] = ()
     fits: bool = False
-    trains: bool = False
 
 
 class _Programme:
@@ -74,7 +72,7 @@ class _Programme:
             arguments = (*arguments, "--epochs", str(self.scale.epochs))
         command = ("train", "--store", str(self.store), "--type", type_, *arguments, "--out", self._run(name))
         makes = (f"runs/{name}/metrics.json", f"runs/{name}/adapter.json")
-        self.steps.append(Step(name, "align", command, makes, fits=True, trains=trains))
+        self.steps.append(Step(name, "align", command, makes, fits=True))
 
     def stitch(self, run: str, *arguments: str, into: str = "") -> None:
         """The stitched loss of a run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -77,7 +78,8 @@ class Record:
 
     def _command(self, step: Step) -> list[str]:
         # Free of the directory's own place, so that it can be moved and gone on with.
-        return [step.tool, *(argument.replace(str(self._out), "OUT") for argument in step.arguments)]
+        here = f"{self._out}{os.sep}"
+        return [step.tool, *(f"OUT/{a.removeprefix(here)}" if a.startswith(here) else a for a in step.arguments)]
 
 
 def carry_out(
@@ -137,8 +139,8 @@ def carry_out(
 
 
 def _resumed(step: Step, out: Path) -> Step:
-    """The same step, or for a training that was interrupted the command that goes on with it."""
+    """The same step, or the command that goes on with a training that was interrupted: only these leave checkpoints."""
     run = out / Path(step.makes[0]).parent
-    if not (step.trains and (run / "run.yaml").is_file() and any(run.glob("checkpoints/*"))):
+    if not (step.fits and (run / "run.yaml").is_file() and any(run.glob("checkpoints/*"))):
         return step
     return replace(step, arguments=("train", "--resume", "--out", str(run)))
