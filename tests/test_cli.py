@@ -28,7 +28,7 @@ Capture = pytest.CaptureFixture[str]
 COMMANDS = {
     "featstore": ("extract", "info", "inspect", "verify", "convert", "pair", "moments", "doctor", "calibrate", "demo"),
     "align": ("train", "sweep", "cka", "compare"),
-    "evaluate": ("stitch", "generate", "communicate", "report"),
+    "evaluate": ("stitch", "generate", "communicate", "report", "reproduce"),
 }
 
 #: Prints the help of a command and of all its subcommands, and fails if that took a heavy library.
