@@ -19,9 +19,10 @@ from commands import call
 from conftest import command_environment, command_line
 
 from align.training.stopping import stopping_epoch
-from evaluate.reproduce import Corpus, Scale, reproduce
+from evaluate.reproduce import Corpus, Scale, analysis, reproduce
 from evaluate.reproduce.answers import QUESTIONS
 from evaluate.reproduce.answers.base import OPEN
+from evaluate.reproduce.places import places
 from evaluate.reproduce.running import Record, carry_out
 from evaluate.reproduce.whole import plan
 from featstore.errors import SpecError
@@ -92,6 +93,14 @@ def test_the_analysis_says_only_what_the_files_say(programme):
     assert {entry["source"] for entry in talk.values()} == {"llama", "mistral"}
     assert "None" not in text
     assert "nan" not in re.sub(r"\bnan\w", "", text)
+
+
+def test_models_that_are_left_out_are_named(programme, monkeypatch):
+    store = open_store(programme.store)
+    pairs = places(store)
+    assert "Not compared" not in analysis._head(store, pairs)
+    monkeypatch.setattr(store, "models", [*store.models, "third"])
+    assert "takes the store's first two: third." in analysis._head(store, pairs)
 
 
 def test_what_the_analysis_links_to_is_there(programme):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -212,3 +215,18 @@ def test_ranks_that_are_no_restriction_are_left_out(tmp_path):
     assert [name for name in names if name.startswith("rank-")] == [
         "rank-8", "rank-8-on-procrustes", "rank-23", "rank-23-on-procrustes",
     ]  # fmt: skip
+
+
+def test_the_cost_elsewhere_is_counted_from_the_programme(monkeypatch, capsys):
+    """The figures of docs/reproducing.md; seven layers of two models are 8 KiB a token each."""
+    script = Path(__file__).parents[1] / "benchmarks" / "expected_cost.py"
+    told = {}
+    for tokens in ("1e6", "2e6"):
+        monkeypatch.setattr(sys, "argv", [str(script), "--tokens", tokens])
+        runpy.run_path(str(script), run_name="__main__")
+        told[tokens] = capsys.readouterr().out
+    assert "115 GB" in told["1e6"]
+    assert "maps of all runs (float32)         9.13 GB" in told["1e6"]
+    assert "all of it, nothing overlapping     64 min" in told["1e6"]
+    assert "229 GB" in told["2e6"]
+    assert "assumed, not measured" in told["1e6"]

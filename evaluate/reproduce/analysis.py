@@ -66,10 +66,12 @@ def _head(store: Store, places: Places) -> str:
         f"`{name}` ({store.model(name).depth} blocks of width {store.model(name).width})"
         for name in (places.source, places.target)
     )
+    others = [name for name in store.models if name not in (places.source, places.target)]
+    left_out = f" Not compared, since the programme takes the store's first two: {', '.join(others)}." if others else ""
     layers = ", ".join(f"{pair.source_layer}:{pair.target_layer}" for pair in places.pairs)
     return (
         f"# What connects {places.source} and {places.target}\n\n"
-        f"Models: {models}. Layer pairs: {layers}. Pairs of token states: {counts}.\n\n"
+        f"Models: {models}. Layer pairs: {layers}. Pairs of token states: {counts}.{left_out}\n\n"
         "Maps are fitted on train documents, chosen on validation, and every figure below is of test documents unless "
         "it says otherwise. Brackets are 95 % intervals over resampled documents, of accuracies over questions. An "
         "expectation holds at a layer pair where the interval of the measured figure overlaps the expected range, and "
