@@ -244,6 +244,15 @@ def test_which_layers_work(planted, last, verdict, words):
     assert [row[1] for row in answer.tables[0].rows][:5] == ["0%", "25%", "50%", "75%", "100%"]
 
 
+def test_of_a_last_layer_without_a_figure_nothing_is_said(planted):
+    planted.run("affine", 0.85)
+    planted.stitch("affine", 0.9, keys=[MIDDLE])
+    answer = maps.which_layers(planted.evidence)
+    assert answer.verdict == OPEN
+    assert "1 of 1 layer pairs" in answer.found
+    assert answer.found.endswith("Of the last layer there is no figure.")
+
+
 def test_what_bias_and_rank_buy(planted):
     planted.run("linear", 0.80)
     planted.run("affine", 0.81)

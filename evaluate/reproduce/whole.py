@@ -21,6 +21,8 @@ from featstore.store import Store, open_store
 #: Text of the demo pair: small enough for two cores, large enough that every figure means something.
 _DEMO_TEXT = ("--max-documents", "60", "--max-document-bytes", "1200")
 _CACHE = Path(".cache/demo")
+#: Of a store that is made, below the programme's directory.
+_STORE = "store.zarr"
 
 
 @dataclass(frozen=True)
@@ -185,9 +187,6 @@ def describe(result: Mapping[str, Any]) -> str:
     lines += [f"not done: {name}: {why}" for name, why in result["failed"].items()]
     lines.append(f"steps took {human_seconds(sum(result['seconds'].values()))}; read {result['analysis']}")
     return "\n".join(lines)
-
-
-_STORE = "store.zarr"
 
 
 def _extraction(out: Path, corpus: Corpus, *, build: bool) -> Step:

@@ -9,7 +9,6 @@ from align.layers import LayerPair, joint_pairs
 from evaluate.reproduce.answers.base import (
     ANSWERED,
     HELD,
-    MORE,
     NOT,
     PARTLY,
     Answer,
@@ -70,14 +69,22 @@ def which_layers(evidence: Evidence) -> Answer:
         works = [key for key, value in scores.items() if value.above_zero]
         best = max(scores, key=lambda key: scores[key].value)
         last = [pair.key for pair in (evidence.places.pairs[-1], evidence.places.pairs[-1].reversed)]
-        failed = [key for key in last if key in scores and not scores[key].above_zero]
-        answer.verdict = HELD if len(failed) == len(last) else PARTLY if failed or len(works) < len(scores) else NOT
+        known = [key for key in last if key in scores]
+        failed = [key for key in known if not scores[key].above_zero]
+        # What was expected is that the last layer fails; without its figure nothing can be said of that.
+        if known:
+            answer.verdict = HELD if failed == known else PARTLY if failed or len(works) < len(scores) else NOT
         answer.found = (
             f"{len(works)} of {len(scores)} layer pairs recover more than the best control does, with their whole "
-            f"interval; most at {arrow(best)} ({share(scores[best])}). The last layer "
-            + ("fails." if len(failed) == len(last) else "fails in one direction." if failed else "works as well.")
+            f"interval; most at {arrow(best)} ({share(scores[best])}). "
+            + ("Of the last layer there is no figure." if not known else _last_layer(failed, known))
         )
     return answer
+
+
+def _last_layer(failed: list[str], known: list[str]) -> str:
+    how = "fails" if failed == known else "fails in one direction" if failed else "works as well"
+    return f"The last layer {how}."
 
 
 def multi_layer(evidence: Evidence) -> Answer:
@@ -165,10 +172,6 @@ def lora_keeps(evidence: Evidence) -> Answer:
             "LoRA here is a low-rank correction of the Procrustes map, which is of full rank; what rank alone gives "
             "stands below, under bias and rank."
         )
-        if found.verdict == MORE:
-            answer.words.append(
-                "Above 100 % the correction generalises better: fewer parameters are fitted to the same rows."
-            )
         header = ("layers", "LoRA R2", "linear R2", "kept of R2", "kept of CKA", "LoRA recovered")
         answer.tables.append(Table("Test documents", header, rows))
         answer.sources += ["runs/lora/metrics.json", "runs/linear/metrics.json"]
