@@ -10,13 +10,13 @@ import typer
 from rich.markup import escape
 
 from align.resources import choose_device, dask_client
-from align.rundir import check_free
+from align.runs.rundir import check_free
 from align.settings import TYPES
-from align.similarity.names import MEASURES
-from featstore.console import check_directory, emit, err, jsonable, run_app
+from align.similarity.measures.names import MEASURES
 from featstore.errors import SpecError
-from featstore.ranks import Ranks
-from featstore.spec import parse_bytes
+from featstore.runtime.console import check_directory, emit, err, jsonable, run_app
+from featstore.runtime.processes import Ranks
+from featstore.runtime.quantities import parse_bytes
 
 #: Panels of the help.
 _LAYERS, _MAP, _TRAINING, _SAMPLE = "Layers", "The map", "Training by gradient", "More measures, over a sample of rows"
@@ -125,9 +125,9 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fit a map between two models' hidden states from the store alone, and score it beside its controls."""
+    from align.runs.train import describe
+    from align.runs.train import train as run_training
     from align.settings import LoopSettings, Settings, load_settings
-    from align.train import describe
-    from align.train import train as run_training
 
     if resume:
         if out is None:
@@ -236,10 +236,10 @@ def cka(
     from align.layers import choose_models
     from align.similarity import heatmaps, page
     from align.similarity.compare import Comparison
-    from align.similarity.measures import parse_measures
+    from align.similarity.measures.by_name import parse_measures
     from align.similarity.words import describe as describe_cka
-    from featstore.provenance import write_json
-    from featstore.spec import parse_layers
+    from featstore.models.references import parse_layers
+    from featstore.runtime.provenance import write_json
     from featstore.store import open_store
 
     check_directory(out)
@@ -287,7 +287,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Print one table of several runs, with closed-form optima and controls."""
-    from align.compare import compare_runs, describe
+    from align.sweeps.compare import compare_runs, describe
 
     result = compare_runs(runs)
     emit(result, escape(describe(result)), as_json=as_json)
@@ -314,8 +314,8 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Fit a grid of maps over one store, in parallel; what is there already is not done again."""
-    from align import sweep as sweeping
     from align.settings import LoopSettings, Settings, load_settings
+    from align.sweeps import sweep as sweeping
 
     grid = sweeping.parse_grid(
         types=types, ranks=ranks, formats=formats, layers=layers, latents=latents, latent_dims=latent_dims

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from featstore.errors import LayerRangeError, SpecError
-from featstore.spec import parse_layers
+from featstore.models.references import parse_layers
 from featstore.store import Store
 
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from featstore.console import err
 from featstore.errors import SpecError
+from featstore.runtime.console import err
 
 #: How long a Dask scheduler may take to answer.
 SCHEDULER_SECONDS = 10.0

@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 
 import yaml
 
-from align.scan import MINIMUM_PAIRS
+from align.moments.scan import MINIMUM_PAIRS
 from featstore.errors import SpecError
-from featstore.store.loader import MEMORY
+from featstore.store.read.loader import MEMORY
 
 CLOSED_TYPES = ("procrustes", "linear", "affine", "reduced-rank")
 TYPES = (*CLOSED_TYPES, "lora", "mlp", "compress")
+#: The components a training loss can be mixed from.
+LOSSES = ("mse", "cosine", "infonce")
 #: Types of which layers can share a map.
 SHARED_TYPES = ("procrustes", "affine", "lora")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -205,8 +207,6 @@ def check(settings: Settings) -> None:
         if getattr(loop, name) not in known:
             raise SpecError(f"--{name} {getattr(loop, name)!r}: choose one of {', '.join(known)}")
     if settings.by_gradient:
-        from align.training.losses import parse_loss
-
         parse_loss(loop.loss)
 
 
@@ -244,3 +244,35 @@ def _check_combinations(settings: Settings) -> None:
         raise SpecError(f"--eval-models is for training by gradient; use `evaluate stitch` on a {type_} run")
     if settings.eval_models and type_ == "compress":
         raise SpecError("--eval-models: the states of a compress map cannot be injected token by token; leave it out")
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """Parse ``mse=1,cosine=0,infonce=0.1``; components not named weigh 0.
+
+    Args:
+        text: ``name=weight`` pairs, separated by commas.
+
+    Returns:
+        A weight for each of :data:`LOSSES`, in that order.
+
+    Raises:
+        SpecError: An unknown or repeated name, a weight that is no number or negative, or none that
+            is positive.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if name not in LOSSES or not equals:
+            raise SpecError(f"--loss {part.strip()!r}: write NAME=WEIGHT with a name of {', '.join(LOSSES)}")
+        if name in weights:
+            raise SpecError(f"--loss names {name} twice")
+        try:
+            weight = float(value)
+        except ValueError:
+            raise SpecError(f"--loss {name}: {value!r} is not a number") from None
+        if not (math.isfinite(weight) and weight >= 0):
+            raise SpecError(f"--loss {name}: the weight must be finite and not negative, not {value}")
+        weights[name] = weight
+    if not any(weights.values()):
+        raise SpecError(f"--loss {text!r} gives no component a positive weight")
+    return {name: weights.get(name, 0.0) for name in LOSSES}

@@ -23,13 +23,13 @@ from unittest import mock
 import numpy as np
 from _measure import figures, interleaved, judged, keep, machine, table, versions_of
 
-from align.fit import Fit, fit_closed
-from align.fit_all import fit_all
+from align.closed_form.fit import Fit, fit_closed
+from align.closed_form.fit_all import fit_all
 from align.layers import LayerPair
-from align.scan import Scan, scan
+from align.moments.scan import Scan, scan
 from featstore.store import Store, open_store
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 LAYERS = range(1, 6)
 PAIRS = [LayerPair("a", (i,), "b", j) for i in LAYERS for j in LAYERS]
@@ -39,7 +39,7 @@ WANTED = 1.3
 
 def synthetic(path: Path, rows: int, width: int) -> Store:
     """Layers that share a core, so that every pair has something to fit."""
-    from planted import plant
+    from tests.support.planted import plant
 
     rng = np.random.default_rng(0)
     scale = np.arange(1, width + 1, dtype=np.float32) ** -0.5

@@ -48,19 +48,20 @@ import torch
 from _measure import figures, interleaved, judged, keep, machine, seconds, table, versions_of
 from torch import nn
 
-from featstore import sites
-from featstore.calibration import build_pair, sample_path
-from featstore.forward import BatchReader
-from featstore.job import Settings, prepare
-from featstore.models import load_model, resolve_device
-from featstore.pilot import Pilot
-from featstore.plan import Plan, PlannedCorpus, PlannedModel
-from featstore.provenance import versions
-from featstore.store.formats import parse_format
-from featstore.store.row_writer import RowArrays, RowWriter, write_groups
-from featstore.store.shards import parse_layout
-from featstore.store.writer import StoreWriter, exclusive
-from featstore.walk import walk
+from featstore.demo.pair import build_pair, sample_path
+from featstore.extraction.forward import BatchReader
+from featstore.extraction.job import prepare
+from featstore.extraction.pilot import Pilot
+from featstore.extraction.rows import walk
+from featstore.extraction.settings import Settings
+from featstore.models import residual as sites
+from featstore.models.loading import load_model, resolve_device
+from featstore.runtime.provenance import versions
+from featstore.store.format.elements import parse_format
+from featstore.store.format.shards import parse_layout
+from featstore.store.write.row_writer import RowArrays, RowWriter, write_groups
+from featstore.store.write.writer import StoreWriter, exclusive
+from featstore.text.plan import Plan, PlannedCorpus, PlannedModel
 
 ROOT = Path(__file__).parents[1]
 NAME = "model"
@@ -215,7 +216,7 @@ def peak_flops(device: torch.device, runs: int = 10) -> float:
 
 def sink_alone(contenders: Contenders, rows: int) -> dict[str, float]:
     """What the sink could take if the model were infinitely fast, GB/s of stored states."""
-    from featstore.store.shards import encode_shard
+    from featstore.store.format.shards import encode_shard
 
     block = np.random.default_rng(0).integers(0, 1 << 16, (rows, contenders.width), dtype=np.uint16)
     path = contenders.root / "alone"

@@ -13,9 +13,10 @@ import time
 
 import torch
 
-from featstore import models, sites
-from featstore.provenance import versions
-from featstore.spec import parse_model
+from featstore.models import loading as models
+from featstore.models import residual as sites
+from featstore.models.references import parse_model
+from featstore.runtime.provenance import versions
 
 
 def seconds(work) -> float:

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from featstore.provenance import versions
-from featstore.store.documents import rows_document
-from featstore.store.dtypes import bfloat16_values
-from featstore.store.formats import FORMATS
-from featstore.store.loader import MEMORY, SHARD_ROWS, PairBatches
-from featstore.store.pairs import Pairs
-from featstore.store.rows import RowReader
-from featstore.store.shards import LAYOUTS, encode_shard
+from featstore.runtime.provenance import versions
+from featstore.store.format.documents import rows_document
+from featstore.store.format.dtypes import bfloat16_values
+from featstore.store.format.elements import FORMATS
+from featstore.store.format.shards import LAYOUTS, encode_shard
+from featstore.store.read.loader import MEMORY, SHARD_ROWS, PairBatches
+from featstore.store.read.pairs import Pairs
+from featstore.store.read.rows import RowReader
 
 FORM = FORMATS["bfloat16"]
 

@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from _measure import judged, keep, machine, seconds, versions_of
 
+from align.runs.train import train
 from align.settings import LoopSettings, Settings
-from align.train import train
-from featstore import models, sites
-from featstore.calibration import build_pair, sample_path
-from featstore.spec import parse_model
+from featstore.demo.pair import build_pair, sample_path
+from featstore.models import loading as models
+from featstore.models import residual as sites
+from featstore.models.references import parse_model
 from featstore.store import Store, open_store
 
 CACHE = Path(__file__).parents[1] / ".cache" / "demo"

@@ -31,9 +31,9 @@ from scipy.linalg.blas import ssyrk
 from threadpoolctl import threadpool_limits
 
 from align.resources import dask_client
-from align.similarity.partials import Rows
-from align.similarity.planning import CUT_ROWS, MEMORY, Selection, Site, plan
-from align.similarity.streaming import stream
+from align.similarity.scan.partials import Rows
+from align.similarity.scan.planning import CUT_ROWS, MEMORY, Selection, Site, plan
+from align.similarity.scan.streaming import stream
 from featstore.store import Store, open_store
 
 WANTED = 1.2

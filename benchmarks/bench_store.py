@@ -34,11 +34,10 @@ import numpy as np
 from _measure import drop_from_cache, figures, interleaved, judged, keep, machine, seconds, table, versions_of
 from numpy.typing import NDArray
 
-from featstore.store.documents import rows_document
-from featstore.store.dtypes import bfloat16_bits, bfloat16_values
-from featstore.store.formats import FORMATS
-from featstore.store.rows import RowReader
-from featstore.store.shards import (
+from featstore.store.format.documents import rows_document
+from featstore.store.format.dtypes import bfloat16_bits, bfloat16_values
+from featstore.store.format.elements import FORMATS
+from featstore.store.format.shards import (
     LAYOUTS,
     crc32c,
     decode_chunk,
@@ -47,7 +46,8 @@ from featstore.store.shards import (
     file_checksum,
     shard_pieces,
 )
-from featstore.store.writer import StoreWriter, exclusive
+from featstore.store.read.rows import RowReader
+from featstore.store.write.writer import StoreWriter, exclusive
 
 ROOT = Path(__file__).parents[1]
 FORM = FORMATS["bfloat16"]
@@ -71,9 +71,10 @@ def real_states(tokens: int) -> NDArray[np.uint16]:
         held: NDArray[np.uint16] = np.load(cached)
         return held
     from featstore import open_store
-    from featstore.calibration import build_pair, sample_path
-    from featstore.extract import extract
-    from featstore.job import Settings, prepare
+    from featstore.demo.pair import build_pair, sample_path
+    from featstore.extraction.job import prepare
+    from featstore.extraction.run import extract
+    from featstore.extraction.settings import Settings
 
     demo = ROOT / ".cache" / "demo"
     model = build_pair(demo, demo / "assets").source

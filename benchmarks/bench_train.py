@@ -23,16 +23,16 @@ from _measure import interleaved, machine, ratios, versions_of
 from bench_loader import FORM, pairs_of, states
 
 from align.layers import LayerPair
-from align.moments import moments_of
-from align.scan import Scan
+from align.moments.scan import Scan
+from align.moments.scatter import moments_of
 from align.settings import LoopSettings
 from align.training.loop import Training
 from align.training.progress import Progress
-from featstore.spec import parse_budget
-from featstore.store.documents import rows_document
-from featstore.store.loader import SHARD_ROWS, PairBatches
-from featstore.store.rows import RowReader
-from featstore.store.shards import LAYOUTS, encode_shard
+from featstore.runtime.quantities import parse_budget
+from featstore.store.format.documents import rows_document
+from featstore.store.format.shards import LAYOUTS, encode_shard
+from featstore.store.read.loader import SHARD_ROWS, PairBatches
+from featstore.store.read.rows import RowReader
 
 LAYOUT = LAYOUTS["hot"]
 #: Goals: the loop's speed over that of the bare steps, and the share of CKA every 100 steps.

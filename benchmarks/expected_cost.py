@@ -15,8 +15,8 @@ from pathlib import Path
 from align.layers import LayerPair
 from evaluate.reproduce.places import LAYERS, Places
 from evaluate.reproduce.programme import Scale, Step, programme
-from featstore.console import human_bytes, human_seconds
-from featstore.spec import parse_layers
+from featstore.models.references import parse_layers
+from featstore.runtime.console import human_bytes, human_seconds
 
 #: Passes of a window by layer pair: the stitched conditions without the clean one, which all pairs share.
 _CONDITIONS = 8

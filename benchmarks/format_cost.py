@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from featstore import open_store
-from featstore.calibration import build_pair, sample_path
-from featstore.provenance import versions
+from featstore.demo.pair import build_pair, sample_path
+from featstore.runtime.provenance import versions
 from featstore.store import Store
-from featstore.store.formats import FORMATS, column_scale_of
-from featstore.store.pilot_rows import pilot_windows, without_sinks
+from featstore.store.conversion.pilot_rows import pilot_windows, without_sinks
+from featstore.store.format.elements import FORMATS, column_scale_of
 
 LAYERS = (8, 15, 23)
 STITCHED_LAYER = "15"

@@ -22,9 +22,9 @@ import numpy as np
 from _measure import keep, machine, seconds, versions_of
 
 from align.metrics import debiased_cka
-from align.similarity.measure import Measure
-from align.similarity.shape import angular_distance, procrustes_distance
-from align.similarity.subspace import pwcca, svcca
+from align.similarity.measures.base import Measure
+from align.similarity.measures.shape import angular_distance, procrustes_distance
+from align.similarity.measures.subspace import pwcca, svcca
 
 #: Figure, our value, theirs, and how theirs became ours.
 Figure = tuple[str, float, float, str]

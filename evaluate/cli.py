@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from featstore.console import check_directory, emit, jsonable, run_app
-from featstore.corpus import SPLITS
 from featstore.errors import SpecError
-from featstore.spec import parse_budget
+from featstore.runtime.console import check_directory, emit, jsonable, run_app
+from featstore.runtime.quantities import parse_budget
+from featstore.text.corpus import SPLITS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 
@@ -44,9 +44,9 @@ def stitch(
     as_json: Json = False,
 ) -> None:
     """Measure the target's loss when a layer's states come from the source through the map, with controls."""
-    from align.aligners import load_adapter
-    from evaluate import stitch as stitching
-    from featstore.provenance import write_json
+    from align.maps.fitted import load_adapter
+    from evaluate.stitching import stitch as stitching
+    from featstore.runtime.provenance import write_json
     from featstore.store import open_store
 
     if split not in SPLITS:
@@ -89,10 +89,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue prompts in four conditions (each model alone, and each way through the map), with controls."""
-    from align.aligners import load_adapter
-    from evaluate import generate as generating
-    from evaluate.continuing import Sampling
-    from featstore.provenance import write_json
+    from align.maps.fitted import load_adapter
+    from evaluate.generation import generate as generating
+    from evaluate.injection.continuing import Sampling
+    from featstore.runtime.provenance import write_json
 
     if not sample and (temperature, top_p) != (1.0, 1.0):
         raise SpecError("--temperature and --top-p need --sample")
@@ -137,10 +137,10 @@ def communicate(
     as_json: Json = False,
 ) -> None:
     """Ask the target what only the source has read: from its states, from text and from nothing, with controls."""
-    from align.aligners import load_adapter
-    from evaluate import communicate as communicating
-    from evaluate.tasks import make
-    from featstore.provenance import write_json
+    from align.maps.fitted import load_adapter
+    from evaluate.communication import communicate as communicating
+    from evaluate.communication.tasks.named import make
+    from featstore.runtime.provenance import write_json
 
     if out is not None:
         check_directory(out)
@@ -177,7 +177,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page of everything that was measured."""
-    from evaluate.report import write_report
+    from evaluate.reporting import write_report
 
     check_directory(out.parent, out)
     result = write_report(directories, out)

@@ -6,7 +6,7 @@ Importing this package teaches zarr-python the ``bfloat16`` and ``float8_e4m3fn`
 
 from featstore.errors import FeatstoreError
 from featstore.store import Store, open_store
-from featstore.store.dtypes import register
+from featstore.store.format.dtypes import register
 
 __all__ = ["FeatstoreError", "Store", "open_store"]
 

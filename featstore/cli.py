@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from featstore.console import check_directory, emit, err, human, human_bytes, run_app
-from featstore.spec import DEFAULT_MODELS, parse_budget, parse_bytes
+from featstore.models.references import DEFAULT_MODELS
+from featstore.runtime.console import check_directory, emit, err, human, human_bytes, run_app
+from featstore.runtime.quantities import parse_budget, parse_bytes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 
@@ -77,11 +78,12 @@ def extract(
     On a store that exists, what is not typed is taken from it: the command goes on where an earlier run stopped, or
     adds another layer (--layers), another model (--model) or more documents (--max-tokens, --max-documents).
     """
-    from featstore import estimate
-    from featstore import extract as extraction
-    from featstore.job import Settings, prepare
-    from featstore.ranks import Ranks
-    from featstore.store.summary import describe
+    from featstore.extraction import estimate
+    from featstore.extraction import run as extraction
+    from featstore.extraction.job import prepare
+    from featstore.extraction.settings import Settings
+    from featstore.runtime.processes import Ranks
+    from featstore.store.inspect.summary import describe
 
     typed = {
         "model": tuple(model) if model else None,
@@ -133,7 +135,7 @@ def info(
 ) -> None:
     """Say what a store holds: models, rows, pairs, coverage; and of every layer size, energy and effective rank."""
     from featstore.store import open_store
-    from featstore.store.summary import describe, describe_states, states_summary, summary
+    from featstore.store.inspect.summary import describe, describe_states, states_summary, summary
 
     opened = open_store(store)
     states = states_summary(opened, spectrum=not no_spectrum)
@@ -150,7 +152,7 @@ def inspect(
 ) -> None:
     """Show a window as the models saw it: text, norms, sinks and pair partners, token by token."""
     from featstore.store import open_store
-    from featstore.store.summary import describe_window, window_table
+    from featstore.store.inspect.summary import describe_window, window_table
 
     result = window_table(open_store(store), window, rows)
     emit(result, describe_window(result), as_json=as_json)
@@ -170,9 +172,9 @@ def verify(
     """Check a store against its checksums, shapes, text and, with --reextract, its models; exit 1 if it is damaged."""
     from rich.markup import escape
 
-    from featstore.reextract import check_tokens, describe_reextract, reextract
+    from featstore.extraction.reextract import check_tokens, describe_reextract, reextract
     from featstore.store import open_store
-    from featstore.store.verify import verify_store
+    from featstore.store.inspect.verify import verify_store
 
     result = verify_store(store)
     if not result["damage"]:
@@ -209,8 +211,8 @@ def convert(
 
     Killed, it goes on where it stopped when the same command is run again.
     """
-    from featstore.store.convert import convert as convert_store
-    from featstore.store.convert import describe_conversion
+    from featstore.store.conversion.convert import convert as convert_store
+    from featstore.store.conversion.convert import describe_conversion
 
     result = convert_store(store, out, form=form, layout=layout, shard_rows=shard_rows)
     emit(result, describe_conversion(result), as_json=as_json)
@@ -223,7 +225,7 @@ def pair(
     as_json: Json = False,
 ) -> None:
     """Add pair indexes to a store under another policy."""
-    from featstore.store.index import add_pairs
+    from featstore.store.write.index import add_pairs
 
     result = add_pairs(store, policy)
     lines = [f"{key}: {human(entry['pairs'])} pairs" for key, entry in result["pairs"].items()]
@@ -237,7 +239,7 @@ def moments(
     as_json: Json = False,
 ) -> None:
     """Add the moments of every two layers to a store: closed-form fits and CKA then need no rows."""
-    from featstore.store.moments import add_moments
+    from featstore.store.moments.stored import add_moments
 
     result = add_moments(store, memory=parse_bytes(memory))
     lines = [
@@ -254,7 +256,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Check this machine: versions, device, disk, the import clash, and access to the models, before any download."""
-    from featstore.doctor import describe_checks, examine
+    from featstore.demo.doctor import describe_checks, examine
 
     result = examine(tuple(model) if model else DEFAULT_MODELS, store)
     emit(result, describe_checks(result), as_json=as_json)
@@ -270,7 +272,7 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Build the calibration pair: a real model and a twin whose hidden states are a known rotation of its own."""
-    from featstore.calibration import build_pair
+    from featstore.demo.pair import build_pair
 
     check_directory(out)
     pair_ = build_pair(out, out / "assets", seed=seed, same_tokenizer=same_tokenizer)
@@ -285,7 +287,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Do the whole job on two real models: build, extract, train, compare, stitch, generate, report."""
-    from featstore.demo import run_demo
+    from featstore.demo.run import run_demo
 
     check_directory(out)
     check_directory(cache)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings as hypothesis_settings
+
+from tests.support import ROOT
+from tests.support.commands import command_environment, command_line
+from tests.support.tiny_models import save_with_tokenizer
 
 # The machine may be shared: a slow example is not a failure.
 hypothesis_settings.register_profile("featstore", deadline=None)
@@ -26,8 +28,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before any hub library is imported: no test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-ROOT = Path(__file__).parents[1]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 #: Context of the tiny models; their windows are shorter.
 TINY_CONTEXT = 1024
@@ -38,21 +38,12 @@ TINY_SLIDING_WINDOW = 24
 @pytest.fixture(scope="session")
 def demo_models() -> SimpleNamespace:
     """The demo models' directories, built on first use; `build_pair` holds a lock, so workers wait for one builder."""
-    from featstore.calibration import build_pair
+    from featstore.demo.pair import build_pair
 
     out = Path(os.environ.get("FEATSTORE_DEMO_CACHE", ROOT / ".cache" / "demo"))
     pair = build_pair(out, out / "assets")
     same = build_pair(out, out / "assets", same_tokenizer=True)
     return SimpleNamespace(smollm2=pair.source, twin=pair.target, twin_same=same.target)
-
-
-def save_with_tokenizer(model, directory: Path, tokenizer_from: Path) -> Path:
-    """Save a model beside the tokenizer files of another directory."""
-    model.save_pretrained(directory)
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
-            shutil.copy(tokenizer_from / name, directory / name)
-    return directory
 
 
 def lively(model, seed: int):
@@ -122,7 +113,7 @@ def tiny_mistral(demo_models, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sample_texts() -> list[str]:
     """The texts of the committed Wikipedia sample."""
-    from featstore.calibration import sample_path
+    from featstore.demo.pair import sample_path
 
     return [json.loads(line)["text"] for line in gzip.decompress(sample_path().read_bytes()).splitlines()]
 
@@ -138,8 +129,9 @@ def short_corpus(sample_texts, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_store(tiny_llama, tiny_mistral, short_corpus, tmp_path_factory) -> Path:
     """A complete store of both tiny models: three layers each, hot layout, several shards of two chunks."""
-    from featstore.extract import extract
-    from featstore.job import Settings, prepare
+    from featstore.extraction.job import prepare
+    from featstore.extraction.run import extract
+    from featstore.extraction.settings import Settings
 
     path = tmp_path_factory.mktemp("store") / "tiny.zarr"
     settings = Settings(
@@ -155,16 +147,6 @@ def tiny_store(tiny_llama, tiny_mistral, short_corpus, tmp_path_factory) -> Path
     )
     extract(prepare(settings, quiet=True), quiet=True)
     return path
-
-
-def command_line(command: str, *args: object) -> list[str]:
-    """The words that run one of the three commands in a subprocess."""
-    return [sys.executable, "-m", command, *map(str, args)]
-
-
-def command_environment(**more: str) -> dict[str, str]:
-    """The environment of a command: offline, narrow output never wrapped, plain text."""
-    return os.environ | {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "200", "TERM": "dumb"} | more
 
 
 @pytest.fixture(scope="session")

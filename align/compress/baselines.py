@@ -22,7 +22,7 @@ import numpy as np
 from align import solvers
 from align.compress.start import START_TOKENS, project
 from align.compress.windows import Rows, Window, Windows
-from align.moments import Array, Moments, about, centered, merge, moments_of
+from align.moments.scatter import Array, Moments, about, centered, merge, moments_of
 from featstore.errors import FitError
 
 Features = Callable[[Rows, Window], Rows]

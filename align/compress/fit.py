@@ -23,11 +23,11 @@ from align.compress.resampler import Resampler, tensors_of
 from align.compress.score import Trained, score_windows
 from align.compress.start import choose_start
 from align.compress.windows import Windows
-from align.scoring import Epoch
+from align.scoring.rows import Epoch
 from align.settings import LoopSettings
 from align.training.checkpoint import read_checkpoint, write_checkpoint
 from featstore.errors import FitError
-from featstore.provenance import digest
+from featstore.runtime.provenance import digest
 
 #: Windows of a batch and peak learning rate where the settings leave them open. Every position of a window is a sample,
 #: so four windows are a thousand of them; on a store of few windows the number of steps is what counts.
@@ -90,10 +90,11 @@ def fit_windows(
     Args:
         train: Train windows.
         val: Validation windows.
-        means: Train means of source and target over pairs (:attr:`align.fit.Scan.means`); the second scores 0.
+        means: Train means of source and target over pairs (:attr:`align.moments.scan.Scan.means`); the second scores
+            0.
         settings: ``latents``, ``latent_dim``, and of the loop ``epochs``, ``patience``, ``min_delta``, ``batch_size``
-            (windows; None for :data:`BATCH_WINDOWS`), ``lr`` (None for :data:`LEARNING_RATE`), ``clip``, ``seed`` and
-            ``device``.
+            (windows; None for :data:`BATCH_WINDOWS`), ``lr`` (None for :data:`LEARNING_RATE`), ``clip``,
+            ``seed`` and ``device``.
         on_epoch: Called after every epoch, epoch 0 (the linear codec that training starts from) included; after a
             resume only for epochs that are run.
         tick: Called with the number of windows done since the last call; an epoch has

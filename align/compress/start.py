@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from align import solvers
 from align.compress.layout import Layout, candidates, containing, group_ends, groups_of, to_bfloat16
 from align.compress.windows import Rows, Window, Windows
-from align.moments import Array, Moments, Scatter, about, means, merge, moments_of
+from align.moments.scatter import Array, Moments, Scatter, about, means, merge, moments_of
 from featstore.errors import FitError
 
 #: Most principal coordinates of the source that the encoder sees.

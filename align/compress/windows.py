@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from align.layers import LayerPair
 from featstore.errors import FitError
 from featstore.store import Store
-from featstore.store.loader import MEMORY
-from featstore.store.pairs import Pairs
+from featstore.store.read.loader import MEMORY
+from featstore.store.read.pairs import Pairs
 
 Rows = NDArray[np.float32]
 SPLITS = ("train", "validation", "test")

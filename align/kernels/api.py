@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from align.kernels import reference
 from align.kernels.centre import Centred, centre, check_layers
 from align.kernels.forms import Form, all_pairs, choose_form
-from align.kernels.launch import Path, cross_square, triton_path
 from align.kernels.panels import panel_sums
 from align.kernels.reference import Estimator, Kernel, check_names, median_bandwidth
+from align.kernels.triton.launch import Path, cross_square, triton_path
 from featstore.errors import FitError, MissingPackageError
 
 Array = NDArray[np.float64]

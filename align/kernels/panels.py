@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from align.kernels.centre import Centred
-from align.kernels.launch import PanelKernels, Path
 from align.kernels.reference import Estimator, median_bandwidth
+from align.kernels.triton.launch import PanelKernels, Path
 from featstore.errors import FitError
 
 #: Bytes of the panels of all layers.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align.moments import Array
+from align.moments.scatter import Array
 from featstore.errors import FitError
 
 

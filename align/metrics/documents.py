@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from align.metrics.bootstrap import document_bootstrap
 from align.metrics.rows import checked_rows
-from align.moments import Array, Rows
+from align.moments.scatter import Array, Rows
 from featstore.errors import FitError
 
 Interval = tuple[float, float]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from align.moments import Array, Rows
+from align.moments.scatter import Array, Rows
 from featstore.errors import FitError
 
 Figures = dict[str, float | int | None]

@@ -7,10 +7,10 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align.metrics.retrieval import RETRIEVAL_KEYS, rank_of_partners
+from align.metrics.ranking import RETRIEVAL_KEYS, rank_of_partners
 from align.metrics.rows import ROW_KEYS, Figures, Reasons, ScoreAccumulator
 from align.metrics.similarity import debiased_cka
-from align.moments import Rows
+from align.moments.scatter import Rows
 from featstore.errors import FitError
 
 #: Every key of a block, in the order of docs/architecture.md.

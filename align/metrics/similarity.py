@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from align.moments import Array, Moments, Rows, means, moments_of, moved, paired_with_itself
+from align.moments.scatter import Array, Moments, Rows, means, moments_of, moved, paired_with_itself
 from featstore.errors import FitError
 
 #: A self-HSIC this small against the terms it is the difference of is rounding.

@@ -12,21 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.metrics import debiased_cka
-from align.moment_scores import NEEDS_ROWS, layer_similarity
-from align.moments import centered, merge
-from align.scan import need_rows, usable_moments
-from align.similarity.checkpoint import discard
-from align.similarity.measure import Measure, resampling
-from align.similarity.planning import MEMORY, Selection, Site, plan
+from align.moments.scan import need_rows, usable_moments
+from align.moments.scatter import centered, merge
+from align.scoring.moments import NEEDS_ROWS, layer_similarity
+from align.similarity.measures.base import Measure, resampling
 from align.similarity.sample import MAX_ROWS, Layers, Sample, affordable_rows, draw, read_rows
-from align.similarity.streaming import BATCH, stream
+from align.similarity.scan.checkpoint import discard
+from align.similarity.scan.planning import MEMORY, Selection, Site, plan
+from align.similarity.scan.streaming import BATCH, stream
+from align.similarity.scan.terms import check_estimator, effective_rank, similarity
 from align.similarity.tables import Twice, compare
-from align.similarity.terms import check_estimator, effective_rank, similarity
-from featstore.console import progress
 from featstore.errors import PairingError, SpecError
+from featstore.runtime.console import progress
 from featstore.store import open_store
-from featstore.store.moments import SPLITS, StoredMoments, has_rows
-from featstore.store.pairs import Pairs
+from featstore.store.moments.stored import SPLITS, StoredMoments, has_rows
+from featstore.store.read.pairs import Pairs
 
 Kernel = Literal["linear", "rbf"]
 KERNELS = ("linear", "rbf")

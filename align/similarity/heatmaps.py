@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from align.similarity.page.palette import Scale, is_dark
 from align.similarity.page.views import Matrix, View, best, values_of, views
 from align.similarity.page.words import number
-from featstore.console import jsonable
+from featstore.runtime.console import jsonable
 
 #: Numbers are printed in the cells of maps with at most so many layers a side.
 IN_CELL = 12

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from align.scan import limit_rows
-from featstore.console import human_bytes
+from align.moments.scan import limit_rows
 from featstore.errors import NonFiniteStateError, SpecError
+from featstore.runtime.console import human_bytes
 from featstore.store import Store
-from featstore.store.pairs import Pairs
+from featstore.store.read.pairs import Pairs
 
 Layers = list[NDArray[np.float32]]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from align.similarity.controls import Table, ceilings, floors, halves
-from align.similarity.measure import Measure, Resampling, Result
+from align.similarity.measures.base import Measure, Resampling, Result
+from align.similarity.measures.controls import Table, ceilings, floors, halves
 from align.similarity.sample import Layers, Sample
 from featstore.errors import FitError
 

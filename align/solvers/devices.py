@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from align.moments import Array, Scatter
+from align.moments.scatter import Array, Scatter
 from align.solvers.linalg import host, namespace
 from featstore.errors import FitError
 

@@ -14,7 +14,7 @@ import scipy.linalg
 from array_api_compat import array_namespace, device, is_array_api_obj, is_numpy_namespace
 from numpy.typing import ArrayLike
 
-from align.moments import Array
+from align.moments.scatter import Array
 from featstore.errors import FitError
 
 #: LAPACK finds the leading k of d eigenvectors (evr) sooner than all of them (evd) while k is below this part of d.

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align.moments import Array, Scatter
+from align.moments.scatter import Array, Scatter
 from align.solvers.linalg import dot, host, leading_eigenvectors, matrix, namespace, trace
 from align.solvers.ridge import Choice, known, path_errors, strengths
 from align.solvers.spectrum import Rotated, Spectrum, check_centres, check_validation

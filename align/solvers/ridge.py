@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align.moments import Array, Scatter
+from align.moments.scatter import Array, Scatter
 from align.solvers.linalg import dot, host, matrix, namespace, trace
 from align.solvers.spectrum import Rotated, Spectrum, check_centres, check_validation, rotate
 from featstore.errors import FitError
@@ -95,7 +95,7 @@ class RidgePath:
 
         Args:
             val: Moments of those rows **about the centre the map subtracts**
-                (:func:`align.moments.about`).
+                (:func:`align.moments.scatter.about`).
             lambdas: Relative strengths.
 
         Returns:

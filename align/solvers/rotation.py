@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align.moments import Array, Scatter
+from align.moments.scatter import Array, Scatter
 from align.solvers.linalg import dot, matrix, namespace, svd, trace
 from align.solvers.ridge import mse_of
 from align.solvers.spectrum import Spectrum, check_centres, check_validation

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align.moments import Array, Scatter
+from align.moments.scatter import Array, Scatter
 from align.solvers.linalg import eigh, equal, finite, matrix, namespace, square
 from featstore.errors import FitError
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from align import solvers
-from align.aligners import Aligner
-from align.fit import skip_weight
+from align.closed_form.fit import skip_weight
 from align.layers import LayerPair
-from align.moments import Array, Scatter, about, centered, raw
-from align.scan import Scan
+from align.maps.fitted import Aligner
+from align.moments.scan import Scan
+from align.moments.scatter import Array, Scatter, about, centered, raw
 from align.settings import LoopSettings
 from align.training.mlp import HiddenLayerMap
 from align.training.modules import LinearMap, LowRankMap, TrainedMap

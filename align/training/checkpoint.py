@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import CorruptDataError, StoreStateError
-from featstore.provenance import digest, write_atomic
+from featstore.runtime.provenance import digest, write_atomic
 
 FILE = "state.safetensors"
 _FORMAT = 1

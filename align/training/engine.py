@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, broadcast
 from torch import Tensor
 
-from align.settings import PRECISIONS, LoopSettings
+from align.settings import LOSSES, PRECISIONS, LoopSettings
 from align.training import losses
 from align.training.checkpoint import Arrays
 from align.training.feed import Rows
@@ -112,7 +112,7 @@ class Objective:
     """What is minimised.
 
     Attributes:
-        weights: By component, from :func:`align.training.losses.parse_loss`.
+        weights: By component, from :func:`align.settings.parse_loss`.
         centre: (dy,) float32, the target's train mean, on the device.
         unit: Of the MSE.
         temperature: Of InfoNCE.
@@ -126,7 +126,7 @@ class Objective:
     @property
     def names(self) -> tuple[str, ...]:
         """The figures of a step, in order."""
-        parts = [name for name in losses.NAMES if self.weights[name] > 0]
+        parts = [name for name in LOSSES if self.weights[name] > 0]
         return ("total", *parts, *(["infonce_top1"] if "infonce" in parts else []))
 
     def __call__(self, y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

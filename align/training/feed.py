@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featstore.store.loader import PairBatch, PairBatches
+from featstore.store.read.loader import PairBatch, PairBatches
 
 Rows = tuple[Tensor, Tensor]
 
@@ -24,7 +24,7 @@ def rows_on(device: torch.device, batches: Generator[PairBatch]) -> Generator[Ro
 
     Args:
         device: Where to.
-        batches: From :meth:`featstore.store.loader.PairBatches.shuffled`; closed at the end, however that comes.
+        batches: From :meth:`featstore.store.read.loader.PairBatches.shuffled`; closed at the end, however that comes.
     """
     with closing(batches):
         if device.type == "cuda":

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.aligners import Aligner
 from align.layers import LayerPair
-from align.moments import Array
-from align.scan import Scan
-from align.scoring import Epoch, score_all
-from align.settings import LoopSettings
+from align.maps.fitted import Aligner
+from align.moments.scan import Scan
+from align.moments.scatter import Array
+from align.scoring.rows import Epoch, score_all
+from align.settings import LoopSettings, parse_loss
 from align.training import losses
 from align.training.building import as_aligner, build_module, target_unit
 from align.training.checkpoint import read_checkpoint, write_checkpoint
@@ -34,9 +34,9 @@ from align.training.engine import Engine, Objective, accelerator_for, precision_
 from align.training.feed import pairs_digest, rows_on
 from align.training.probe import CkaProbe, validation_losses
 from align.training.progress import Progress
-from featstore.console import jsonable
 from featstore.errors import FitError
-from featstore.store.loader import PairBatches
+from featstore.runtime.console import jsonable
+from featstore.store.read.loader import PairBatches
 
 #: Polynomial-decay averaging (Shamir and Zhang 2013): the average is over about the last ninth of all steps so far.
 _AVERAGING = 8
@@ -142,7 +142,7 @@ class Training:
         self.pair, self.moments, self.train, self.val, self.settings = pair, moments, train, val, settings
         self.on_epoch, self.on_map, self.on_step = on_epoch, on_map, on_step
         self.tick, self.checkpoint = tick, checkpoint
-        weights = losses.parse_loss(settings.loss)
+        weights = parse_loss(settings.loss)
         accelerator = accelerator_for(settings)
         self.main, self.device = accelerator.is_main_process, accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes

@@ -14,9 +14,6 @@ from torch.nn import functional
 
 from featstore.errors import SpecError
 
-#: The components a loss can be mixed from.
-NAMES = ("mse", "cosine", "infonce")
-
 
 def mse(y_hat: Tensor, y: Tensor, *, unit: float = 1.0) -> Tensor:
     """Mean squared error over all elements, divided by ``unit``.
@@ -84,38 +81,6 @@ def infonce_chance(batch: int) -> float:
     return math.log(batch)
 
 
-def parse_loss(text: str) -> dict[str, float]:
-    """Parse ``mse=1,cosine=0,infonce=0.1``; components not named weigh 0.
-
-    Args:
-        text: ``name=weight`` pairs, separated by commas.
-
-    Returns:
-        A weight for each of :data:`NAMES`, in that order.
-
-    Raises:
-        SpecError: An unknown or repeated name, a weight that is no number or negative, or none that
-            is positive.
-    """
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if name not in NAMES or not equals:
-            raise SpecError(f"--loss {part.strip()!r}: write NAME=WEIGHT with a name of {', '.join(NAMES)}")
-        if name in weights:
-            raise SpecError(f"--loss names {name} twice")
-        try:
-            weight = float(value)
-        except ValueError:
-            raise SpecError(f"--loss {name}: {value!r} is not a number") from None
-        if not (math.isfinite(weight) and weight >= 0):
-            raise SpecError(f"--loss {name}: the weight must be finite and not negative, not {value}")
-        weights[name] = weight
-    if not any(weights.values()):
-        raise SpecError(f"--loss {text!r} gives no component a positive weight")
-    return {name: weights.get(name, 0.0) for name in NAMES}
-
-
 def combined(
     y_hat: Tensor,
     y: Tensor,
@@ -130,7 +95,7 @@ def combined(
     Args:
         y_hat: (B, d) predictions.
         y: (B, d) targets.
-        weights: From :func:`parse_loss`. Components with weight 0 are not computed.
+        weights: From :func:`align.settings.parse_loss`. Components with weight 0 are not computed.
         centre: (d,) the target's train mean, subtracted from both sides for cosine and InfoNCE.
         temperature: For InfoNCE.
         unit: For MSE.

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.settings import LOSSES
 from align.training import losses
 from align.training.modules import TrainedMap
-from featstore.store.loader import PairBatches
+from featstore.store.read.loader import PairBatches
 
 #: Validation rows of the sample.
 SAMPLE = 256
@@ -112,7 +113,7 @@ def validation_losses(
     Returns:
         ``mse``, ``cosine``, ``infonce``, ``infonce_top1``, ``infonce_chance`` and ``infonce_gain``, means over rows.
     """
-    weights = dict.fromkeys(losses.NAMES, 1.0)
+    weights = dict.fromkeys(LOSSES, 1.0)
     sums: dict[str, Tensor] = {}
     chance, device = 0.0, centre.device
     # Training counts epochs from 1.

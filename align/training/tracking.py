@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from align.scoring import Epoch
+from align.scoring.rows import Epoch
 from align.settings import TRACKERS, LoopSettings
 from featstore.errors import MissingPackageError, SpecError
 

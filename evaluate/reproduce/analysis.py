@@ -13,10 +13,10 @@ from evaluate.reproduce.answers.base import Answer, Table
 from evaluate.reproduce.evidence import Evidence
 from evaluate.reproduce.places import Places
 from evaluate.reproduce.plots import draw_all
-from featstore.console import human, human_seconds
-from featstore.corpus import SPLITS
-from featstore.provenance import write_json
+from featstore.runtime.console import human, human_seconds
+from featstore.runtime.provenance import write_json
 from featstore.store import Store
+from featstore.text.corpus import SPLITS
 
 NAME = "ANALYSIS.md"
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from align.metrics import document_bootstrap, paired_difference
 from evaluate.reproduce.places import Places
-from featstore.provenance import read_json
+from featstore.runtime.provenance import read_json
 
 _Block = dict[str, Any]
 _COLUMNS = NDArray[np.float64]

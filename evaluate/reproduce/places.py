@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from align.layers import LayerPair, layer_pairs
 from featstore.errors import SpecError
-from featstore.spec import parse_layers
+from featstore.models.references import parse_layers
 from featstore.store import Store
 
 #: 0, 8, 12, 16, 20, 24 and 32 of 32 blocks; the same depths of any other number.

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.reproduce.programme import Step
-from featstore.console import err, human_seconds
 from featstore.errors import CorruptDataError, SpecError
-from featstore.provenance import read_json, write_json
-from featstore.stages import StageError, run_stage
+from featstore.runtime.console import err, human_seconds
+from featstore.runtime.provenance import read_json, write_json
+from featstore.runtime.subcommands import StageError, run_stage
 
 #: What was run, how long it took, what failed.
 RECORD = "steps.json"

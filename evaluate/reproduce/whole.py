@@ -12,10 +12,11 @@ from evaluate.reproduce.analysis import NAME, write_analysis
 from evaluate.reproduce.places import LAYERS, places
 from evaluate.reproduce.programme import Scale, Step, programme
 from evaluate.reproduce.running import Record, carry_out
-from featstore.console import human_seconds
 from featstore.errors import SpecError
-from featstore.spec import parse_budget, parse_models
-from featstore.stages import run_stage
+from featstore.models.references import parse_models
+from featstore.runtime.console import human_seconds
+from featstore.runtime.quantities import parse_budget
+from featstore.runtime.subcommands import run_stage
 from featstore.store import Store, open_store
 
 #: Text of the demo pair: small enough for two cores, large enough that every figure means something.
@@ -58,7 +59,7 @@ def parse_scale(
     Raises:
         SpecError: Something of it does not parse, or a task is unknown.
     """
-    from evaluate.tasks import make
+    from evaluate.communication.tasks.named import make
 
     parse_budget(stitch_tokens)
     for task in tasks:
@@ -194,7 +195,7 @@ def _extraction(out: Path, corpus: Corpus, *, build: bool) -> Step:
     models: Sequence[str] = corpus.models
     text: tuple[str, ...] = () if corpus.dataset is None else ("--dataset", corpus.dataset)
     if not models:
-        from featstore.calibration import build_pair, sample_path
+        from featstore.demo.pair import build_pair, sample_path
 
         if build:
             build_pair(_CACHE, _CACHE / "assets")

@@ -17,8 +17,8 @@ from align.similarity.page import words
 from align.similarity.page.definitions import MEASURES
 from align.similarity.page.palette import ALIKE, BELOW
 from align.similarity.page.views import View, views
-from featstore.console import jsonable
-from featstore.provenance import write_atomic
+from featstore.runtime.console import jsonable
+from featstore.runtime.provenance import write_atomic
 
 #: In the order they run; together one script, which the page allows by its hash.
 _SCRIPTS = ("base.js", "heat.js", "charts.js", "tables.js", "main.js")

@@ -16,7 +16,7 @@ from evaluate.reproduce.answers.base import (
     share,
 )
 from evaluate.reproduce.evidence import Evidence, Value
-from featstore.console import human_bytes
+from featstore.runtime.console import human_bytes
 
 
 def ceiling(evidence: Evidence) -> Answer:

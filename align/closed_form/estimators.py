@@ -1,0 +1,325 @@
+"""The closed-form maps as scikit-learn estimators: rows in, mapped rows out; pipelines, clones and grid searches work.
+
+The mathematics is that of :mod:`align.solvers` on the sums of :mod:`align.moments.scatter`; here are only rows,
+parameters and the choice of what is held out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin, TransformerMixin
+from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted, validate_data
+
+from align.moments.scatter import Array, Moments, Scatter, about, centered, means, merge, moments_of, raw
+from align.solvers import (
+    RidgePath,
+    Spectrum,
+    procrustes,
+    reduced_rank,
+    select_reduced_rank,
+    select_ridge,
+    select_truncated_procrustes,
+    truncated_procrustes,
+)
+from featstore.errors import FitError
+
+#: Part of the rows on which a strength is chosen.
+HELD_OUT = 0.1
+
+
+class _Aligner(MultiOutputMixin, TransformerMixin, RegressorMixin, BaseEstimator):
+    """What all aligners share: checked rows to moments, and the fitted map applied."""
+
+    def fit(self, X: ArrayLike, Y: ArrayLike, groups: ArrayLike | None = None) -> Self:
+        """Fit the map.
+
+        Args:
+            X: (n, dx) source rows. float32 is multiplied in float32 and summed in float64.
+            Y: (n, dy) target rows; (n,) counts as one column.
+            groups: (n,) the document of every row. What is chosen on held-out rows is then chosen on whole groups:
+                the last ones in order of appearance, together about a tenth of the rows. Without it, on the last
+                tenth of the rows.
+
+        Raises:
+            ValueError: Rows are not finite, or numbers of rows differ.
+            FitError: A parameter does not fit the rows, or there are too few rows or groups to hold any out.
+        """
+        x, y = validate_data(
+            self, X, Y, multi_output=True, y_numeric=True, dtype=[np.float64, np.float32], ensure_min_samples=2
+        )
+        self._flat = y.ndim == 1
+        y = check_array(y.reshape(len(x), -1), dtype=[np.float64, np.float32])
+        origins = x.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)
+        if not self._chooses():
+            total, parts = moments_of(x, y, *origins), None
+        else:
+            held = _held_out(len(x), groups)
+            kept, val = (moments_of(x[rows], y[rows], *origins) for rows in (~held, held))
+            total, parts = merge(kept, val), (kept, val)
+        #: Mean target row of the train rows: what R2 is measured about.
+        self.center_target_: Array = means(total)[1]
+        self._fit(total, parts)
+        return self
+
+    def _chooses(self) -> bool:
+        """Whether anything is chosen on held-out rows."""
+        raise NotImplementedError
+
+    def _fit(self, total: Moments, parts: tuple[Moments, Moments] | None) -> None:
+        """Choose on ``parts`` (fit rows, held-out rows) if there are any, fit on ``total``, set the attributes."""
+        raise NotImplementedError
+
+    def _set(self, weight: Array, scatter: Scatter) -> None:
+        self.weight_: Array = weight
+        self.mean_source_: Array = scatter.mean_x
+        self.mean_target_: Array = scatter.mean_y
+
+    def transform(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Map rows: ``(X - mean_source_) @ weight_ + mean_target_``.
+
+        Args:
+            X: (n, dx) source rows.
+
+        Returns:
+            (n, dy), of the dtype numpy gives float64 times X.
+
+        Raises:
+            ValueError: Other widths, or not finite.
+            sklearn.exceptions.NotFittedError: Not fitted yet.
+        """
+        check_is_fitted(self)
+        x = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        mapped: NDArray[np.float64] = (x - self.mean_source_) @ self.weight_ + self.mean_target_
+        return mapped
+
+    def predict(self, X: ArrayLike) -> NDArray[np.float64]:
+        """As :meth:`transform`; (n,) if the targets were.
+
+        Args:
+            X: (n, dx) source rows.
+
+        Raises:
+            ValueError: Other widths, or not finite.
+        """
+        mapped = np.asarray(_Aligner.transform(self, X))
+        return mapped[:, 0] if self._flat else mapped
+
+    def score(self, X: ArrayLike, y: ArrayLike, sample_weight: None = None) -> float:
+        """Pooled R2 about the train mean: 1 - SSE/SST, each summed over all rows and dimensions.
+
+        scikit-learn's default averages R2 over dimensions, so a dimension without signal counts as much as one that
+        carries everything, and takes SST about the mean of the rows scored. Here predicting the train mean
+        scores 0 on rows with the train mean, and the figure is that of ``metrics.json``.
+
+        Args:
+            X: (n, dx) source rows.
+            y: (n, dy) or (n,) true targets; by the name that scikit-learn gives them.
+            sample_weight: Not supported.
+
+        Returns:
+            At most 1; NaN if the targets do not vary about the train mean.
+
+        Raises:
+            FitError: Sample weights were given, or the targets have another width.
+        """
+        if sample_weight is not None:
+            raise FitError("sample_weight is not supported: leave it out, every row counts the same")
+        mapped = np.asarray(_Aligner.transform(self, X))
+        true = check_array(y, ensure_2d=False, dtype=np.float64)
+        check_consistent_length(mapped, true)
+        true = true.reshape(len(mapped), -1)
+        if true.shape != mapped.shape:
+            raise FitError(f"targets have width {true.shape[1]}; the map was fitted to {mapped.shape[1]}")
+        total = float(((true - self.center_target_) ** 2).sum())
+        return 1.0 - float(((true - mapped) ** 2).sum()) / total if total > 0 else float("nan")
+
+    @property
+    def _n_features_out(self) -> int:
+        # What get_feature_names_out counts.
+        return int(self.weight_.shape[1])
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        return tags
+
+
+def _held_out(n: int, groups: ArrayLike | None) -> NDArray[np.bool_]:
+    """Which rows to choose on: whole groups, or the last tenth."""
+    want = max(round(HELD_OUT * n), 1)
+    if groups is None:
+        return np.arange(n) >= n - want
+    given = np.asarray(groups)
+    if given.shape != (n,):
+        raise FitError(f"groups have shape {given.shape}; the rows need ({n},)")
+    _, first, inverse = np.unique(given, return_index=True, return_inverse=True)
+    if len(first) < 2:
+        raise FitError("all rows are of one group, so none can be held out: give lam, or more groups")
+    order = np.empty(len(first), dtype=np.int64)
+    order[np.argsort(first)] = np.arange(len(first))
+    place = order[inverse]
+    sizes = np.bincount(place)
+    # From the last group backwards until there are enough; the first always stays.
+    count = int(np.searchsorted(np.cumsum(sizes[::-1]), want)) + 1
+    held: NDArray[np.bool_] = place >= len(sizes) - min(count, len(sizes) - 1)
+    return held
+
+
+def _centred(parts: tuple[Moments, Moments]) -> tuple[Scatter, Scatter]:
+    train = centered(parts[0])
+    return train, about(parts[1], train.mean_x, train.mean_y)
+
+
+class ProcrustesAligner(_Aligner):
+    """A rotation between the spaces: :func:`align.solvers.procrustes`.
+
+    Args:
+        scale: Also fit one factor.
+        components: Rotate only so many leading principal axes of either side
+            (:func:`align.solvers.truncated_procrustes`); ``"auto"`` chooses how many on held-out rows; None for all.
+
+    Attributes:
+        weight_: (dx, dy) the map, with its factor.
+        scale_: The factor; 1 without ``scale``.
+        components_: The number of axes, or None.
+        mean_source_: (dx,) subtracted from source rows.
+        mean_target_: (dy,) added to mapped rows.
+        center_target_: (dy,) mean target row of the train rows.
+        n_features_in_: dx.
+    """
+
+    def __init__(self, scale: bool = False, components: int | str | None = None) -> None:
+        self.scale = scale
+        self.components = components
+
+    def _chooses(self) -> bool:
+        if isinstance(self.components, str) and self.components != "auto":
+            raise FitError(f"components {self.components!r}: use a number, 'auto' or None")
+        return self.components == "auto"
+
+    def _fit(self, total: Moments, parts: tuple[Moments, Moments] | None) -> None:
+        rows = centered(total)
+        self.components_: int | None = None if self.components is None else _count(self.components)
+        if parts is not None:
+            self.components_ = select_truncated_procrustes(*_centred(parts), scale=self.scale).components
+        if self.components_ is None:
+            weight, self.scale_ = procrustes(rows.c, rows.gx, scale=self.scale)
+        else:
+            weight, self.scale_ = truncated_procrustes(rows.c, rows.gx, rows.gy, self.components_, scale=self.scale)
+        self._set(self.scale_ * weight, rows)
+
+
+def _count(components: int | str) -> int | None:
+    return None if isinstance(components, str) else int(components)
+
+
+class LinearAligner(_Aligner):
+    """Ridge regression without intercept: :func:`align.solvers.select_ridge` on raw moments.
+
+    Args:
+        lam: Strength relative to the mean eigenvalue of X'X; None chooses it on held-out rows and refits on all.
+
+    Attributes:
+        weight_: (dx, dy) the map.
+        lam_: The strength.
+        mean_source_: (dx,) zeros.
+        mean_target_: (dy,) zeros.
+        center_target_: (dy,) mean target row of the train rows.
+        n_features_in_: dx.
+    """
+
+    def __init__(self, lam: float | None = None) -> None:
+        self.lam = lam
+
+    def _chooses(self) -> bool:
+        return self.lam is None
+
+    def _fit(self, total: Moments, parts: tuple[Moments, Moments] | None) -> None:
+        self._ridge(raw(total), None if parts is None else (raw(parts[0]), raw(parts[1])))
+
+    def _ridge(self, rows: Scatter, parts: tuple[Scatter, Scatter] | None) -> None:
+        self.lam_ = float(self.lam or 0.0) if parts is None else select_ridge(*parts).lam
+        self._set(RidgePath(rows.gx, rows.c).weight(self.lam_), rows)
+
+
+class AffineAligner(LinearAligner):
+    """Ridge regression with intercept: :func:`align.solvers.select_ridge` on centred moments.
+
+    Args:
+        lam: Strength relative to the mean eigenvalue of the centred X'X; None chooses it on held-out rows and refits
+            on all.
+
+    Attributes:
+        weight_: (dx, dy) the map.
+        lam_: The strength.
+        mean_source_: (dx,) subtracted from source rows.
+        mean_target_: (dy,) added to mapped rows.
+        center_target_: (dy,) the same as ``mean_target_``.
+        n_features_in_: dx.
+    """
+
+    def _fit(self, total: Moments, parts: tuple[Moments, Moments] | None) -> None:
+        self._ridge(centered(total), None if parts is None else _centred(parts))
+
+
+class ReducedRankAligner(_Aligner):
+    """A map of low rank on top of a fixed one: :class:`align.solvers.ReducedRank`.
+
+    Args:
+        rank: 1 to min(dx, dy).
+        lam: Relative ridge strength; None chooses it on held-out rows and refits on all.
+        skip: The fixed map: ``none``, ``procrustes``, ``ridge`` (its own strength is chosen on held-out rows) or
+            ``identity``.
+
+    Attributes:
+        weight_: (dx, dy) the whole map, skip included.
+        factors_: (dx, rank) and (rank, dy), whose product is the low-rank part.
+        lam_: The strength.
+        mean_source_: (dx,) subtracted from source rows.
+        mean_target_: (dy,) added to mapped rows.
+        center_target_: (dy,) the same as ``mean_target_``.
+        n_features_in_: dx.
+    """
+
+    def __init__(self, rank: int = 32, lam: float | None = None, skip: str = "none") -> None:
+        self.rank = rank
+        self.lam = lam
+        self.skip = skip
+
+    def _chooses(self) -> bool:
+        return self.lam is None or self.skip == "ridge"
+
+    def _fit(self, total: Moments, parts: tuple[Moments, Moments] | None) -> None:
+        rows = centered(total)
+        skip_lam = 0.0
+        if parts is not None:
+            train, val = _centred(parts)
+            spectrum = Spectrum.of(train.gx)
+            if self.skip == "ridge":
+                skip_lam = select_ridge(train, val, spectrum=spectrum).lam
+            if self.lam is None:
+                skip = self._skip(train, skip_lam)
+                self.lam_ = select_reduced_rank(train, val, self.rank, skip=skip, spectrum=spectrum).lam
+        if self.lam is not None:
+            self.lam_ = float(self.lam)
+        skip = self._skip(rows, skip_lam)
+        self.factors_ = reduced_rank(rows.gx, rows.c, self.rank, self.lam_, skip)
+        low: Array = self.factors_[0] @ self.factors_[1]
+        self._set(low if skip is None else skip + low, rows)
+
+    def _skip(self, rows: Scatter, lam: float) -> Array | None:
+        if self.skip == "none":
+            return None
+        if self.skip == "procrustes":
+            return procrustes(rows.c, rows.gx)[0]
+        if self.skip == "ridge":
+            return RidgePath(rows.gx, rows.c).weight(lam)
+        if self.skip != "identity":
+            raise FitError(f"skip {self.skip!r}: choose one of none, procrustes, ridge, identity")
+        dx, dy = rows.c.shape
+        if dx != dy:
+            raise FitError(f"skip 'identity' needs equal widths, not {dx} and {dy}; use 'procrustes'")
+        return np.eye(dx)

@@ -1,0 +1,1 @@
+"""The Triton kernels, and how they are launched and compiled."""

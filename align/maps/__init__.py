@@ -1,0 +1,1 @@
+"""Fitted maps: tensors, card, apply, save, load."""

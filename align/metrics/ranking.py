@@ -1,0 +1,81 @@
+"""Whether a predicted state is nearest to its own partner among a gallery."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from align.metrics.rows import ROUNDING, Figures, checked_rows
+from align.moments.scatter import Array, Rows
+from featstore.errors import FitError
+
+RETRIEVAL_KEYS = (
+    "retrieval_top1",
+    "retrieval_top5",
+    "retrieval_mrr",
+    "retrieval_median_rank",
+    "retrieval_chance",
+)
+
+
+def retrieval(y: Rows, y_hat: Rows, *, centre: ArrayLike) -> Figures:
+    """Find each true row among all true rows by the cosine of its prediction, both centred.
+
+    Ties count as if broken at random: the median rank takes the middle of the tied ranks, top-k and
+    MRR their expectation. So a prediction that does not depend on its input scores exactly chance:
+    top-1 1/N, median rank (N + 1)/2.
+
+    Args:
+        y: (N, dy) the gallery.
+        y_hat: (N, dy) the i-th row is the query for the i-th of the gallery.
+        centre: (dy,) subtracted from both; the train mean.
+
+    Returns:
+        ``retrieval_top1 ... retrieval_chance`` and ``retrieval_gallery`` = N; all but the last None
+        where the gallery has fewer than two rows or all its rows look the same.
+
+    Raises:
+        FitError: Shapes do not fit.
+    """
+    mean = np.asarray(centre, dtype=np.float64)
+    y, y_hat = checked_rows("y", y, mean.size), checked_rows("y_hat", y_hat, mean.size)
+    if len(y) != len(y_hat):
+        raise FitError(f"y has {len(y)} rows and y_hat {len(y_hat)}")
+    return rank_of_partners(y, y_hat, mean)[0]
+
+
+def rank_of_partners(y: Rows, y_hat: Rows, mean: Array) -> tuple[Figures, str | None]:
+    """The figures of :func:`retrieval`, and why they are None.
+
+    Args:
+        y: ``(N, dy)`` floating rows.
+        y_hat: The same of the predictions.
+        mean: float64 ``(dy,)``, subtracted from both.
+    """
+    n, floor = len(y), ROUNDING * float(np.linalg.norm(mean))
+    figures: Figures = {**dict.fromkeys(RETRIEVAL_KEYS), "retrieval_gallery": n}
+    if n < 2:
+        return figures, f"retrieval needs at least 2 rows, not {n}"
+    if not (np.isfinite(y).all() and np.isfinite(y_hat).all()):
+        return figures, "a true or predicted state is not finite"
+    gallery, queries = _unit(y - mean, floor), _unit(y_hat - mean, floor)
+    if float(np.abs(gallery - gallery[0]).max()) < ROUNDING:
+        return figures, "all target rows of the gallery point the same way"
+    similarity = queries @ gallery.T
+    # Equal rows need not give bitwise equal products; 1e-12 is far below any real difference.
+    difference = similarity - np.diag(similarity)[:, None]
+    better = (difference > 1e-12).sum(axis=1)
+    ties = (np.abs(difference) <= 1e-12).sum(axis=1)
+    figures["retrieval_top1"] = float(np.clip((1 - better) / ties, 0, 1).mean())
+    figures["retrieval_top5"] = float(np.clip((5 - better) / ties, 0, 1).mean())
+    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, n + 1))])
+    reciprocal = (harmonic[better + ties] - harmonic[better]) / ties
+    figures["retrieval_mrr"] = float(reciprocal.mean())
+    figures["retrieval_median_rank"] = float(np.median(better + (ties + 1) / 2))
+    figures["retrieval_chance"] = 1 / n
+    return figures, None
+
+
+def _unit(rows: Array, floor: float) -> Array:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.where(norms > floor, rows / np.where(norms > floor, norms, 1.0), 0.0)

@@ -1,0 +1,1 @@
+"""One run directory from a store: resolve, fit or train, judge, write."""

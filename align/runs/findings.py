@@ -1,0 +1,397 @@
+"""What a careful reader would object to in a run: pure functions over plain facts, each with its remedy.
+
+A finding is ``{"code", "message"}``, with ``"level": "note"`` where it is no more than worth knowing. What the codes
+mean stands in docs/reading-results.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from align.solvers import lambda_grid
+from featstore.errors import FitError
+
+Finding = dict[str, str]
+
+#: Train pairs per source dimension below which held-out figures suffer.
+PAIRS_PER_DIMENSION = 10
+#: Share of either side's tokens that should have a partner.
+LEAST_COVERAGE = 0.8
+#: What R2 may fall by from train rows to held-out ones.
+GAP = 0.1
+#: R2 that counts as a difference to an optimum or a control.
+MARGIN = 0.01
+#: Part of ln B that InfoNCE has to gain on chance.
+INFONCE_GAIN = 0.1
+#: Top-1 retrieval has to be so many times chance.
+RETRIEVAL_FACTOR = 3
+#: Difference of debiased CKA with and without attention sinks that says the sinks make the figure.
+SINK_SHIFT = 0.1
+#: Eigenvalues below this part of the largest are rounding: Gram matrices are summed from float32 products.
+EIGENVALUE_FLOOR = float(np.finfo(np.float32).eps)
+#: Share of directions below the floor that makes a Gram matrix near-singular.
+SINGULAR_SHARE = 0.01
+
+# The clause of featstore.extraction.attributes.SITE_CONVENTION that matters here. Importing that module would bring
+# torch along.
+_BEFORE_THE_NORM = "L = before the final norm"
+
+
+@dataclass(frozen=True)
+class Gram:
+    """What matters of the centred Gram matrix of the source's train rows.
+
+    Attributes:
+        n: Rows.
+        width: Dimensions.
+        condition: Largest over smallest eigenvalue; infinite where the smallest is not positive.
+        below: Share of the eigenvalues below :data:`EIGENVALUE_FLOOR` times the largest.
+    """
+
+    n: int
+    width: int
+    condition: float
+    below: float
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer a map reads or writes.
+
+    Attributes:
+        model: Model name.
+        layer: Layer.
+        depth: Number of the model's blocks.
+        convention: The store's attribute ``site_convention``; None where it has none.
+    """
+
+    model: str
+    layer: int
+    depth: int
+    convention: str | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How gradient training ended.
+
+    Attributes:
+        best_epoch: The epoch whose map is kept.
+        last_epoch: The last one that was run.
+        epochs: The most that were allowed.
+    """
+
+    best_epoch: int
+    last_epoch: int
+    epochs: int
+
+
+def gram_facts(gram: ArrayLike, n: int) -> Gram:
+    """The facts of a Gram matrix, from its eigenvalues.
+
+    Args:
+        gram: float64 ``(d, d)``, centred: ``align.moments.scatter.centered(m).gx``; or its ``(d,)`` eigenvalues.
+        n: Rows it sums over.
+
+    Raises:
+        FitError: It is empty, not square, or not finite.
+    """
+    values = np.asarray(gram, dtype=np.float64)
+    if not values.size or values.ndim > 2 or values.shape != values.shape[::-1] or not np.isfinite(values).all():
+        raise FitError(f"a Gram matrix of shape {values.shape}; expected finite numbers, square or its eigenvalues")
+    eigenvalues = np.linalg.eigvalsh(values) if values.ndim == 2 else np.sort(values)
+    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+    condition = largest / smallest if smallest > 0 else math.inf
+    return Gram(n, len(eigenvalues), condition, float(np.mean(eigenvalues <= EIGENVALUE_FLOOR * largest)))
+
+
+def findings(
+    *,
+    entry: Mapping[str, Any],
+    parts: Mapping[str, float],
+    n_train: int,
+    width: int,
+    coverage: tuple[float, float],
+    keep_sinks: bool,
+    gram: Gram | None = None,
+    sites: Sequence[Site] = (),
+    lam: float | None = None,
+    training: Training | None = None,
+) -> list[Finding]:
+    """Every finding about one layer pair of a run.
+
+    Args:
+        entry: The pair's blocks ``train``, ``val``, ``test``, ``baselines`` and ``by_mask``; the last two may lack.
+        parts: Components of the last epoch's train loss; empty for a closed form.
+        n_train: Train pairs.
+        width: Source width.
+        coverage: Share of source and target tokens that have a partner.
+        keep_sinks: Whether attention sinks were kept.
+        gram: Of the source's train rows; None where nobody looked.
+        sites: The layers that the map reads and writes.
+        lam: Relative ridge strength that validation chose from :func:`align.solvers.lambda_grid`; None for a map
+            without.
+        training: How training ended; None for a closed form.
+    """
+    return list(_all(entry, parts, n_train, width, coverage, keep_sinks, gram, sites, lam, training))
+
+
+def _all(
+    entry: Mapping[str, Any],
+    parts: Mapping[str, float],
+    n_train: int,
+    width: int,
+    coverage: tuple[float, float],
+    keep_sinks: bool,
+    gram: Gram | None,
+    sites: Sequence[Site],
+    lam: float | None,
+    training: Training | None,
+) -> Iterator[Finding]:
+    test, base = entry["test"], entry.get("baselines") or {}
+    yield from few_rows(n_train, width)
+    yield from near_singular(gram)
+    yield from low_coverage(coverage)
+    yield from after_the_norm(sites)
+    yield from sinks_kept(keep_sinks)
+    yield from sinks_dominate(entry.get("by_mask") or {})
+    yield from infonce_at_chance(parts)
+    yield from overfit(_r2(entry.get("train")), _r2(entry.get("val")), _r2(test))
+    yield from loses_to_closed_form(_r2(test), base.get("closed_form"))
+    yield from no_better_than_controls(_r2(test), base)
+    yield from retrieval_at_chance(test.get("retrieval_top1"), test.get("retrieval_chance"))
+    yield from lambda_at_the_end(lam)
+    yield from still_improving(training)
+
+
+def _warn(code: str, message: str) -> Finding:
+    return {"code": code, "message": message}
+
+
+def _r2(block: Mapping[str, Any] | None) -> float | None:
+    return (block or {}).get("r2")
+
+
+def few_rows(n_train: int, width: int) -> Iterator[Finding]:
+    """Fewer than ten train pairs per source dimension.
+
+    Args:
+        n_train: Train pairs.
+        width: Source width.
+    """
+    if n_train < PAIRS_PER_DIMENSION * width:
+        yield _warn(
+            "few-rows",
+            f"{n_train} train pairs for width {width}: under {PAIRS_PER_DIMENSION} per dimension, held-out figures "
+            f"suffer: extract more text, {PAIRS_PER_DIMENSION * width} pairs or more, or fit fewer parameters",
+        )
+
+
+def near_singular(gram: Gram | None) -> Iterator[Finding]:
+    """Source directions that the train rows say nothing about.
+
+    Args:
+        gram: Of the source's train rows.
+    """
+    if gram is None or (gram.n > gram.width and gram.below <= SINGULAR_SHARE):
+        return
+    if gram.n <= gram.width:
+        # About their mean, n rows span n - 1 dimensions at most.
+        why = f"{gram.n} train pairs span at most {max(gram.n - 1, 0)} of {gram.width} source dimensions"
+    else:
+        why = (
+            f"{gram.below:.1%} of the {gram.width} source directions vary less than rounding does (condition number "
+            f"{gram.condition:.1e})"
+        )
+    yield _warn(
+        "near-singular",
+        f"{why}: what the map does there is left to the solver, not to the data: extract more text, or fit fewer "
+        "dimensions (reduced-rank, or procrustes within principal components)",
+    )
+
+
+def low_coverage(coverage: tuple[float, float]) -> Iterator[Finding]:
+    """Many tokens of a side have no partner.
+
+    Args:
+        coverage: Share of source and target tokens that have one.
+    """
+    if min(coverage) < LEAST_COVERAGE:
+        yield _warn(
+            "coverage",
+            f"only {min(coverage):.0%} of one side's tokens have a partner; figures speak for these alone, and tokens "
+            "without one are mapped unseen: read the stitched loss beside R2",
+        )
+
+
+def after_the_norm(sites: Sequence[Site]) -> Iterator[Finding]:
+    """The last layer of a store that was not made by this program and may hold states after the final norm.
+
+    Args:
+        sites: The layers that the map reads and writes.
+    """
+    for site in sites:
+        if site.layer == site.depth and _BEFORE_THE_NORM not in (site.convention or ""):
+            said = f"says {site.convention!r}" if site.convention else "does not say how it counts layers"
+            yield _warn(
+                "after-final-norm",
+                f"layer {site.layer} is the last of {site.model}, and the store {said}: these states may lie after the "
+                f"final norm, which is no residual stream and cannot be injected: use layers below {site.depth}, or "
+                "extract again with `featstore extract`",
+            )
+
+
+def sinks_kept(keep_sinks: bool) -> Iterator[Finding]:
+    """Attention sinks are among the rows.
+
+    Args:
+        keep_sinks: Whether they are.
+    """
+    if keep_sinks:
+        yield _warn(
+            "sinks-kept",
+            "attention sinks are included; they can dominate R2 and CKA: compare by_mask, or leave out --keep-sinks",
+        )
+
+
+def sinks_dominate(by_mask: Mapping[str, Any]) -> Iterator[Finding]:
+    """A few huge rows decide the similarity.
+
+    Args:
+        by_mask: Blocks ``masked`` and ``kept``, each with ``cka_debiased``; a block may be None.
+    """
+    masked, kept = ((by_mask.get(name) or {}).get("cka_debiased") for name in ("masked", "kept"))
+    if masked is not None and kept is not None and abs(masked - kept) > SINK_SHIFT:
+        yield _warn(
+            "sink-dominated",
+            f"debiased CKA is {masked:.3f} with attention sinks masked and {kept:.3f} with them in: the sinks make the "
+            "difference; report the masked figure, and both where sinks matter",
+        )
+
+
+def infonce_at_chance(parts: Mapping[str, float]) -> Iterator[Finding]:
+    """The contrastive loss stayed near the logarithm of the batch size.
+
+    Args:
+        parts: Components of the last epoch's train loss, with ``infonce_chance`` beside ``infonce``.
+    """
+    if "infonce" in parts and parts["infonce_chance"] - parts["infonce"] < INFONCE_GAIN * parts["infonce_chance"]:
+        yield _warn(
+            "infonce-at-chance",
+            f"InfoNCE {parts['infonce']:.2f} is near {parts['infonce_chance']:.2f}, the logarithm of the batch size: "
+            "nothing was learned from it; lower --temperature, raise its weight, or leave it out of --loss",
+        )
+
+
+def overfit(train: float | None, val: float | None, test: float | None) -> Iterator[Finding]:
+    """R2 falls from the rows that were fitted to those that were not.
+
+    Args:
+        train: R2 on train rows.
+        val: On validation rows.
+        test: On test rows.
+    """
+    held = {name: r2 for name, r2 in (("validation", val), ("test", test)) if r2 is not None}
+    if train is None or not any(train - r2 > GAP for r2 in held.values()):
+        return
+    rest = " and ".join(f"{r2:.3f} on {name}" for name, r2 in held.items())
+    yield _warn(
+        "overfit",
+        f"R2 falls from {train:.3f} on train to {rest}: extract more text, or fit fewer parameters (--type procrustes, "
+        "a smaller --rank)",
+    )
+
+
+def loses_to_closed_form(r2: float | None, closed: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Training did worse than solving.
+
+    Args:
+        r2: Test R2 of the trained map.
+        closed: Block of the closed-form optimum, with ``name`` and ``r2``; None for a map that was solved for.
+    """
+    best = _r2(closed)
+    if closed is not None and best is not None and r2 is not None and r2 < best - MARGIN:
+        yield _warn(
+            "loses-to-closed-form",
+            f"test R2 {r2:.3f} is below the {closed['name']} optimum {best:.3f}: "
+            "train longer or with another learning rate",
+        )
+
+
+def no_better_than_controls(r2: float | None, base: Mapping[str, Any]) -> Iterator[Finding]:
+    """A map that should not work does as well.
+
+    Args:
+        r2: Test R2.
+        base: Blocks of the baselines by name.
+    """
+    controls = {name: _r2(base.get(name)) for name in ("mean", "identity", "random_rotation", "shuffled")}
+    known = {name: value for name, value in controls.items() if value is not None}
+    if r2 is None or not known:
+        return
+    best = max(known, key=lambda name: known[name])
+    # Nothing beats what leaves no error: two readings of one layer, where the identity is the answer.
+    if r2 <= known[best] + MARGIN and known[best] < 1 - MARGIN:
+        yield _warn(
+            "no-better-than-controls",
+            f"test R2 {r2:.3f} does not beat the best control ({best}, {known[best]:.3f}): these layers may have "
+            "nothing in common that such a map can express; try other layers, more text or --type affine",
+        )
+
+
+def retrieval_at_chance(top1: float | None, chance: float | None) -> Iterator[Finding]:
+    """Mapped states do not find their own partners.
+
+    Args:
+        top1: Share of mapped states nearest to their own partner.
+        chance: What it would be for any map; None where there was no gallery.
+    """
+    if chance and top1 is not None and top1 < RETRIEVAL_FACTOR * chance:
+        yield _warn(
+            "retrieval-at-chance",
+            f"retrieval top-1 {top1:.3f} is near chance ({chance:.3f}): a mapped state does not tell which token it "
+            "came from, whatever R2 says; look at r2_without_top_dims",
+        )
+
+
+def lambda_at_the_end(lam: float | None) -> Iterator[Finding]:
+    """Validation chose the strongest or the weakest ridge there was.
+
+    Args:
+        lam: Relative strength chosen; None for maps without.
+    """
+    low, high = (float(lambda_grid()[at]) for at in (0, -1))
+    if lam is None or low < lam < high:
+        return
+    if lam >= high:
+        yield _warn(
+            "lambda-at-grid-end",
+            f"validation chose the strongest ridge of the grid (lambda {lam:g}): the map is shrunk towards the mean as "
+            "far as it goes; there is little to learn from these rows: extract more text, or use --type procrustes",
+        )
+    else:
+        message = (
+            f"validation chose the weakest ridge of the grid (lambda {lam:g}): the rows need none; harmless unless "
+            "near-singular or overfit is reported, too"
+        )
+        yield {**_warn("lambda-at-grid-end", message), "level": "note"}
+
+
+def still_improving(training: Training | None) -> Iterator[Finding]:
+    """The last epoch allowed was the best.
+
+    Args:
+        training: How training ended.
+    """
+    if training is not None and 0 < training.epochs <= training.last_epoch == training.best_epoch:
+        yield _warn(
+            "still-improving",
+            f"epoch {training.last_epoch}, the last, was the best: training stopped before it was done; use --epochs "
+            f"{2 * training.epochs}",
+        )

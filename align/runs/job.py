@@ -1,0 +1,151 @@
+"""What a run is to do, resolved against its store before anything is read or written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from align.closed_form.fit import check_low_rank
+from align.layers import LayerPair, choose_models, joint_pairs, layer_pairs, source_layers
+from align.moments.scan import limit_rows, need_rows, sites_of, usable_moments
+from align.settings import Settings, check
+from featstore.errors import FitError
+from featstore.runtime.provenance import versions
+from featstore.store import Store, open_store
+from featstore.store.moments.stored import StoredMoments
+from featstore.store.read.pairs import Pairs
+from featstore.text.corpus import TRAIN
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Everything to be done from one model to another.
+
+    Attributes:
+        source: Model name.
+        target: Model name.
+        everything: All pairs, attention sinks included.
+        pairs: Those to fit and score with.
+        wanted: Layer pairs; for ``--layer-map auto`` every source layer with every target layer, to choose from.
+        stored: The store's own moments, where they sum over just these pairs.
+    """
+
+    source: str
+    target: str
+    everything: Pairs
+    pairs: Pairs
+    wanted: list[LayerPair]
+    stored: StoredMoments | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, resolved.
+
+    Attributes:
+        settings: As given.
+        store: Complete store.
+        directions: One, or with ``--both`` two.
+    """
+
+    settings: Settings
+    store: Store
+    directions: list[Direction]
+
+    def card(self) -> dict[str, Any]:
+        """The adapter's card without its maps."""
+        store, settings = self.store, self.settings
+        names = {name for d in self.directions for name in (d.source, d.target)}
+        coverage: dict[str, float] = {}
+        for d in self.directions:
+            coverage |= dict(zip((d.source, d.target), d.everything.coverage, strict=True))
+        return {
+            "type": settings.type,
+            "models": {
+                name: {**store.model(name).attributes, "median_norm": store.median_norms(name)}
+                for name in store.models
+                if name in names
+            },
+            "store": {"path": settings.store, "fingerprint": store.fingerprint},
+            "corpus": store.attributes["corpus"],
+            "window_bytes": store.attributes["window_bytes"],
+            "pair_policy": settings.policy,
+            "coverage": coverage,
+            "mask": {**store.attributes["mask"], "keep_sinks": settings.keep_sinks},
+            "normalisation": "none" if settings.type == "linear" else "train means subtracted",
+            "provenance": {"versions": versions(), "seed": settings.loop.seed},
+        }
+
+
+def resolve(settings: Settings) -> Job:
+    """Find models, layers, pairs and moments, and refuse what cannot be.
+
+    Args:
+        settings: As given.
+
+    Raises:
+        FeatstoreError: Anything wrong with the settings, the store, the models or the layers.
+    """
+    check(settings)
+    store = open_store(settings.store)
+    source, target = choose_models(store, settings.source, settings.target)
+    projected = settings.shared and settings.type != "procrustes"
+    if settings.type in ("lora", "mlp", "reduced-rank") or projected:
+        rank = settings.loop.rank if settings.type != "mlp" else 1
+        skip = "procrustes" if projected else settings.loop.skip
+        check_low_rank(rank, skip, store.model(source).width, store.model(target).width)
+    _check_sizes(settings, store.model(source).width, store.model(target).width)
+    ways = [False] + ([True] if settings.both and source != target else [])
+    directions = []
+    for backwards in ways:
+        a, b = (target, source) if backwards else (source, target)
+        directions.append(_direction(store, settings, a, b, _wanted(store, settings, source, target, backwards)))
+    return Job(settings, store, directions)
+
+
+def _check_sizes(settings: Settings, dx: int, dy: int) -> None:
+    """Refuse dimensions that the states do not have, before anything is read."""
+    components, most = settings.components, max(dx, dy)
+    if components is not None and components.isdecimal() and int(components) > most:
+        raise FitError(f"--components {components}: the states have {dx} and {dy} dimensions; use 1 to {most}, or auto")
+    narrow = min(dx, dy) if settings.both else dx
+    if settings.type == "compress" and settings.loop.latent_dim > narrow:
+        raise FitError(
+            f"--latent-dim {settings.loop.latent_dim}: the states have {narrow} dimensions, and a latent no more; use "
+            "more --latents instead"
+        )
+
+
+def _wanted(store: Store, settings: Settings, source: str, target: str, backwards: bool) -> list[LayerPair]:
+    if settings.layer_map == "auto":
+        a, b = (target, source) if backwards else (source, target)
+        # Layers that are named are the source's, whichever way.
+        layers = source_layers(store, a, settings.layers)
+        return [LayerPair(a, (j,), b, k) for j in layers for k in store.model(b).layers]
+    forward = layer_pairs(store, source, target, layers=settings.layers, layer_map=settings.layer_map)
+    if settings.joint:
+        return joint_pairs(forward, backwards=backwards)
+    return [pair.reversed for pair in forward] if backwards else forward
+
+
+def _direction(store: Store, settings: Settings, source: str, target: str, wanted: list[LayerPair]) -> Direction:
+    # Refuses an unknown or missing pair index, too, before anything is written.
+    everything = store.pairs(source, target, settings.policy)
+    pairs = everything.select(keep_sinks=settings.keep_sinks)
+    if settings.max_rows is not None:
+        train = limit_rows(pairs.where(pairs.split == TRAIN), settings.max_rows, settings.loop.seed)
+        pairs = pairs.where((pairs.split != TRAIN) | np.isin(pairs.row_source, train.row_source))
+    sites = [sites_of(pair) for pair in wanted]
+    if settings.by_gradient:
+        need_rows(store, sites, f"training {settings.type} by gradient")
+    stored = usable_moments(
+        store,
+        (source, target),
+        sites,
+        policy=settings.policy,
+        keep_sinks=settings.keep_sinks,
+        max_rows=settings.max_rows,
+    )
+    return Direction(source, target, everything, pairs, wanted, stored)

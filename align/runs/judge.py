@@ -1,0 +1,193 @@
+"""What is said of a fitted map: its figures on every split, its baselines, its intervals, its warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from align.closed_form.fit import Fit, Solver, baselines
+from align.layers import LayerPair
+from align.maps.fitted import Aligner
+from align.metrics import DocumentSums, Figures, Reasons, add_intervals
+from align.moments.scan import Scan, limit_rows, read_split, sites_of
+from align.runs.findings import Gram, Site, Training, findings, gram_facts
+from align.runs.job import Direction, Job
+from align.scoring.moments import NEEDS_ROWS, score_moments
+from align.scoring.rows import TRAIN_ROWS, batches_of, score_all
+from featstore.store.moments.stored import has_rows
+from featstore.store.read.pairs import Pairs
+from featstore.text.corpus import TEST, TRAIN, VALIDATION
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A map to be judged.
+
+    Attributes:
+        aligner: The map.
+        words: How it came about.
+        like: What the shuffled control is fitted as.
+        optimum: The best that maps of its kind can do, and its name; None for a map that is that optimum.
+        training: How training ended; None for a closed form.
+        parts: Components of the last epoch's train loss; empty for a closed form.
+    """
+
+    aligner: Aligner
+    words: str
+    like: Fit
+    optimum: tuple[Aligner, str] | None = None
+    training: Training | None = None
+    parts: Mapping[str, float] | None = None
+
+
+class Judge:
+    """Scores the maps of one direction.
+
+    Args:
+        job: The run.
+        direction: Which models, pairs and moments.
+        solver: For the controls; it knows the sources that were fitted.
+    """
+
+    def __init__(self, job: Job, direction: Direction, solver: Solver) -> None:
+        self._job, self._direction, self._solver = job, direction, solver
+        self._seed = job.settings.loop.seed
+
+    def entry(self, pair: LayerPair, moments: Scan, candidate: Candidate) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A layer pair's part of ``metrics.json`` and of ``documents.json``.
+
+        Args:
+            pair: Which layers.
+            moments: Of this pair.
+            candidate: Its map.
+        """
+        pairs = self._direction.pairs
+        controls = baselines(candidate.like, pair, moments, self._seed, solver=self._solver)
+        maps: dict[str, Aligner | str] = {"map": candidate.aligner, **controls}
+        maps["closed_form"] = candidate.optimum[0] if candidate.optimum else "this is a closed form"
+        entry: dict[str, Any] = {"fit": candidate.words, "reasons": {}, "baselines": {}}
+        limit = TRAIN_ROWS if self._has_rows(pair) else None
+        for name, split in (("train", TRAIN), ("val", VALIDATION)):
+            some = limit_rows(pairs.where(pairs.split == split), limit, self._seed)
+            entry[name], reasons = self.scores(pair, some, split, {"map": candidate.aligner})["map"]
+            entry["reasons"] |= {f"{name}.{key}": reason for key, reason in reasons.items()}
+        sums = DocumentSums() if self._has_rows(pair) else None
+        for name, (figures, reasons) in self.scores(pair, pairs, TEST, maps, documents=sums).items():
+            place = "test" if name == "map" else f"baselines.{name}"
+            entry["reasons"] |= {
+                place if figures is None else f"{place}.{key}": reason for key, reason in reasons.items()
+            }
+            if name == "map":
+                entry["test"] = figures
+            else:
+                entry["baselines"][name] = figures
+        if candidate.optimum is not None:
+            entry["baselines"]["closed_form"]["name"] = candidate.optimum[1]
+        add_intervals(entry, NEEDS_ROWS if sums is None else sums, seed=self._seed)
+        entry["by_mask"] = self._by_mask(pair, candidate.aligner, entry["reasons"])
+        entry["cka"] = self._cka(pair, entry, controls)
+        entry["warnings"] = self.warnings(
+            pair,
+            entry,
+            moments,
+            candidate.parts or {},
+            gram_facts(self._solver.gram_values(pair, moments), moments.train.n),
+            lam=candidate.aligner.options.get("lambda"),
+            training=candidate.training,
+        )
+        return entry, {} if sums is None else sums.block()
+
+    def scores(
+        self,
+        pair: LayerPair,
+        pairs: Pairs,
+        split: int,
+        maps: Mapping[str, Aligner | str],
+        *,
+        documents: DocumentSums | None = None,
+    ) -> dict[str, tuple[Figures | None, Reasons]]:
+        """Scores on a split: from its rows, or, in a store without any, what its moments can say.
+
+        Args:
+            pair: Which layers.
+            pairs: Any selection; those of the split are scored.
+            split: 0 train, 1 validation, 2 test.
+            maps: By name, or the reason why there is none.
+            documents: Takes squared errors by document as well.
+        """
+        if self._direction.stored is not None and not self._has_rows(pair):
+            return score_moments(read_split(self._direction.stored, pair, split), maps)
+        rows = batches_of(self._job.store, pair, pairs.where(pairs.split == split), self._job.settings.memory)
+        return score_all(rows, maps, seed=self._seed, documents=documents)
+
+    def warnings(
+        self,
+        pair: LayerPair,
+        entry: Mapping[str, Any],
+        moments: Scan,
+        parts: Mapping[str, float],
+        gram: Gram | None,
+        *,
+        lam: float | None = None,
+        training: Training | None = None,
+    ) -> list[dict[str, str]]:
+        """What a careful reader would object to.
+
+        Args:
+            pair: Which layers.
+            entry: Its part of ``metrics.json`` so far.
+            moments: Of this pair.
+            parts: Components of the last epoch's train loss.
+            gram: Facts of the source's Gram matrix.
+            lam: Relative ridge strength, where one was chosen.
+            training: How training ended, where there was any.
+        """
+        store = self._job.store
+        sites = [
+            Site(model, layer, store.model(model).depth, store.attributes.get("site_convention"))
+            for model, layer in sites_of(pair)
+        ]
+        return findings(
+            entry=entry,
+            parts=parts,
+            n_train=moments.train.n,
+            width=len(moments.means[0]),
+            coverage=self._direction.everything.coverage,
+            keep_sinks=self._job.settings.keep_sinks,
+            gram=gram,
+            sites=sites,
+            lam=lam,
+            training=training,
+        )
+
+    def _cka(self, pair: LayerPair, entry: Mapping[str, Any], controls: Mapping[str, Aligner | str]) -> dict[str, Any]:
+        """Debiased CKA of the test rows before the map and after it; no rotation changes it."""
+        after = entry["test"].get("cka_debiased")
+        # CKA does not know a rotation: the random one shows the states as they are, whatever their widths.
+        wider = len(pair.source_layers) == 1 and not self._shrinks(controls["random_rotation"])
+        before = (entry["baselines"]["random_rotation"] or {}).get("cka_debiased") if wider else None
+        return {"before": before, "after": after, "invariant": self._isometric and wider}
+
+    @property
+    def _isometric(self) -> bool:
+        """Whether no fit can change debiased CKA; within some principal components a rotation drops the others."""
+        return self._job.settings.type == "procrustes" and self._job.settings.components is None
+
+    @staticmethod
+    def _shrinks(rotation: Aligner | str) -> bool:
+        return isinstance(rotation, Aligner) and rotation.widths[0] > rotation.widths[1]
+
+    def _by_mask(self, pair: LayerPair, aligner: Aligner, reasons: Reasons) -> dict[str, Any]:
+        """Test figures with the attention sinks masked and with them left in, whichever the run was asked for."""
+        blocks: dict[str, Any] = {}
+        for name, keep in (("masked", False), ("kept", True)):
+            if keep and not self._has_rows(pair):
+                blocks[name], reasons["by_mask.kept"] = None, NEEDS_ROWS
+                continue
+            part = self._direction.everything.select(keep_sinks=keep)
+            blocks[name], _ = self.scores(pair, part, TEST, {"map": aligner})["map"]
+        return blocks
+
+    def _has_rows(self, pair: LayerPair) -> bool:
+        return all(has_rows(self._job.store, *site) for site in sites_of(pair))

@@ -1,0 +1,220 @@
+"""One run directory from a store: fit or train every layer pair, score it beside its baselines, say what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.closed_form.fit import Fit, Solver
+from align.closed_form.partners import best_partners
+from align.layers import LayerPair
+from align.maps.fitted import Aligner
+from align.moments.scan import Scan, groups_within, scan, stored_scan
+from align.runs.candidates import EpochEvaluation, Maker, Reporting
+from align.runs.job import Direction, Job, resolve
+from align.runs.judge import Judge
+from align.runs.rundir import RunDirectory, check_free, default_directory
+from align.settings import Settings
+from featstore.errors import MissingPackageError, SpecError
+from featstore.runtime.console import check_directory, err, progress
+from featstore.runtime.processes import Ranks
+from featstore.store.moments.stored import MEMORY
+from featstore.text.corpus import TEST
+
+if TYPE_CHECKING:
+    from align.training.tracking import Tracker
+
+#: Under this name a package offers what `--eval-models` runs after every epoch.
+EPOCH_EVALUATION = "align.epoch_evaluation"
+
+
+def train(settings: Settings, out: Path | None = None, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Carry out a run. Of several processes all compute, and the first one writes.
+
+    Args:
+        settings: What to do.
+        out: Run directory; must not hold another run. None for the default.
+        resume: Go on with the interrupted run in that directory.
+        quiet: No progress.
+
+    Returns:
+        What ``metrics.json`` holds, and the directory as ``run``.
+
+    Raises:
+        FeatstoreError: Anything wrong with the store, the models, the layers or the fit.
+    """
+    if out is not None:
+        check_directory(out)
+        check_free(out, resume=resume)
+    job = resolve(settings)
+    first = Ranks.from_environment().first
+    if settings.type == "compress" and Ranks.from_environment().world > 1:
+        raise SpecError("--type compress trains on one process; start it without a launcher")
+    out = out or default_directory(settings, job.directions[0].source, job.directions[0].target)
+    quiet = quiet or not first
+    with _tracking(settings, out) as tracker:
+        files = RunDirectory(out, settings, resume=resume, writes=first)
+        models = _epoch_evaluation(job, quiet=quiet) if settings.eval_models else None
+        run = _Run(job, Reporting(files, tracker, models, resume, quiet))
+        for direction in job.directions:
+            run.direction(direction)
+        return {"run": str(out), **run.finish()}
+
+
+@contextmanager
+def _tracking(settings: Settings, out: Path) -> Iterator[Tracker | None]:
+    """External logging, for training alone: a closed form has one figure, and does without torch."""
+    if not settings.by_gradient:
+        yield None
+        return
+    from align.training.tracking import tracking
+
+    with tracking(settings.loop, out, asdict(settings)) as tracker:
+        yield tracker
+
+
+def _epoch_evaluation(job: Job, *, quiet: bool) -> EpochEvaluation:
+    """Whoever can say what a map does to the models; this room knows none."""
+    found = list(entry_points(group=EPOCH_EVALUATION))
+    if not found:
+        raise MissingPackageError(
+            f"--eval-models: nothing is installed under the entry points {EPOCH_EVALUATION}; install this project "
+            "again (pip install -e .), or leave the option out and use `evaluate stitch` afterwards"
+        )
+    loop = job.settings.loop
+    made: EpochEvaluation = found[0].load()(job.store, job.card(), device=loop.device, seed=loop.seed, quiet=quiet)
+    return made
+
+
+class _Run:
+    """The maps of a run, one direction after the other, and what is said of them."""
+
+    def __init__(self, job: Job, reporting: Reporting) -> None:
+        self.job, self.settings, self.reporting = job, job.settings, reporting
+        # Of several processes each has a GPU of its own.
+        self.device = Ranks.from_environment().device(job.settings.loop.device)
+        self.aligners: list[Aligner] = []
+        self.entries: dict[str, Any] = {}
+        self.documents: dict[str, Any] = {}
+        self.partners: list[dict[str, Any]] = []
+
+    def direction(self, direction: Direction) -> None:
+        direction.pairs.where(direction.pairs.split == TEST).need(1, "testing")
+        wanted = self._choose(direction) if self.settings.layer_map == "auto" else direction.wanted
+        for moments in self._scans(direction, wanted):
+            self._group(direction, [pair for pair in wanted if pair.key in moments], moments)
+            # The sums of a group can take all the memory allowed: they go before those of the next are made.
+            moments.clear()
+
+    def _group(self, direction: Direction, wanted: list[LayerPair], moments: dict[str, Scan]) -> None:
+        solver = Solver(self.device)
+        judge = Judge(self.job, direction, solver)
+        if self.settings.type == "compress":
+            from align.runs.compressed import compress
+
+            for pair in wanted:
+                self._announce(pair)
+                self._keep(pair, *compress(self.job, direction, pair, moments[pair.key], judge, self.reporting))
+            return
+        maker = Maker(self.job, direction, wanted, moments, solver, judge, self.reporting, device=self.device)
+        for pair in wanted:
+            self._announce(pair)
+            candidate = maker.candidate(pair)
+            if not self.reporting.files.writes:
+                continue
+            self._keep(pair, candidate.aligner, *judge.entry(pair, moments[pair.key], candidate))
+
+    def finish(self) -> dict[str, Any]:
+        result: dict[str, Any] = {"type": self.settings.type, "pairs": self.entries}
+        if self.partners:
+            result["layer_map"] = self.partners
+        card = self.job.card()
+        if self.settings.shared:
+            card["shared"] = self._shared_parameters()
+        self.reporting.files.finish(result, {"pairs": self.documents}, self.aligners, card)
+        return result
+
+    def _announce(self, pair: LayerPair) -> None:
+        if not self.reporting.quiet:
+            err.print(f"{self.settings.type} {pair.key}")
+
+    def _keep(self, pair: LayerPair, aligner: Aligner, entry: dict[str, Any], documents: dict[str, Any]) -> None:
+        self.aligners.append(aligner)
+        self.entries[pair.key], self.documents[pair.key] = entry, documents
+
+    def _choose(self, direction: Direction) -> list[LayerPair]:
+        """The best partner of every source layer, by validation R2 of the closed form."""
+        settings, wanted = self.settings, direction.wanted
+        closed = settings.type in ("procrustes", "affine", "linear") and not settings.by_gradient
+        used = int((direction.pairs.split != TEST).sum())
+        with progress(
+            f"partners {direction.source}->{direction.target}", used, "pairs", quiet=self.reporting.quiet
+        ) as tick:
+            chosen, table = best_partners(
+                self.job.store,
+                direction.pairs,
+                direction.source,
+                direction.target,
+                list(dict.fromkeys(pair.source_layer for pair in wanted)),
+                list(dict.fromkeys(pair.target_layer for pair in wanted)),
+                Fit(settings.type if closed else "affine"),
+                stored=direction.stored,
+                seed=settings.loop.seed,
+                device=self.device,
+                tick=tick,
+            )
+        self.partners.append({"source": direction.source, "target": direction.target, **table})
+        return chosen
+
+    def _scans(self, direction: Direction, wanted: list[LayerPair]) -> Iterator[dict[str, Scan]]:
+        """The moments of all layer pairs, at once if their sums fit into memory; a shared map needs them at once."""
+        seed, pairs = self.settings.loop.seed, direction.pairs
+        if direction.stored is not None:
+            yield stored_scan(direction.stored, wanted, seed=seed)
+            return
+        used, label = int((pairs.split != TEST).sum()), f"scan {direction.source}->{direction.target}"
+        for group in groups_within(self.job.store, wanted, None if self.settings.shared else MEMORY):
+            with progress(label, used, "pairs", quiet=self.reporting.quiet) as tick:
+                moments = scan(self.job.store, pairs, group, seed=seed, device=self.device, tick=tick)
+            yield moments
+
+    def _shared_parameters(self) -> dict[str, int]:
+        """What the run's maps ship together: the map they share counts once for each direction."""
+        shared = {(a.pair.source, a.pair.target): a.widths[0] * a.widths[1] for a in self.aligners}
+        own = sum(sum(a.widths) + self._projection(a) for a in self.aligners)
+        return {"shipped": sum(shared.values()) + own}
+
+    def _projection(self, aligner: Aligner) -> int:
+        return 1 if self.settings.type == "procrustes" else self.settings.loop.rank * sum(aligner.widths) + 1
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A run's test figures as a table for people.
+
+    Args:
+        result: From :func:`train`.
+    """
+    heads = " ".join(f"{head:>7}" for head in ("R2", "median", "cos_c", "top-1", "chance", "+sinks"))
+    lines = [f"{'pair':28} {heads}   best control R2"]
+    for key, entry in result["pairs"].items():
+        test = entry["test"]
+        controls = {
+            name: figures["r2"]
+            for name, figures in entry["baselines"].items()
+            if name != "closed_form" and figures and figures.get("r2") is not None
+        }
+        best = max(controls, key=lambda name: controls[name])
+        figures = [test[k] for k in ("r2", "r2_median_dim", "cosine_centered", "retrieval_top1", "retrieval_chance")]
+        figures.append((entry["by_mask"]["kept"] or {}).get("r2"))
+        values = " ".join(f"{v:7.3f}" if v is not None else f"{'-':>7}" for v in figures)
+        lines.append(f"{key:28} {values}   {best} {controls[best]:.3f}")
+        closed = entry["baselines"].get("closed_form")
+        if closed:
+            lines.append(f"{'':28} {closed['r2']:7.3f} is the optimum of {closed['name']}")
+        lines += [f"  {w.get('level', 'warning')}: {w['message']}" for w in entry["warnings"]]
+    lines.append(f"run: {result['run']}")
+    return "\n".join(lines)

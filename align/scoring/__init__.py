@@ -1,0 +1,1 @@
+"""Figures of fitted maps on a split, from rows or from moments."""

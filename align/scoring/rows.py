@@ -1,0 +1,109 @@
+"""Aligners' figures on a split, all from one pass over its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from align.layers import LayerPair
+from align.maps.fitted import Aligner
+from align.metrics import DocumentSums, Figures, Reasons, Scorer
+from featstore.errors import FitError
+from featstore.store import Store
+from featstore.store.read.loader import MEMORY, PairBatches
+from featstore.store.read.pairs import Pairs
+
+#: Rows of the train split that are scored; the split that matters is test, and it is scored whole.
+TRAIN_ROWS = 65_536
+
+
+@dataclass
+class Epoch:
+    """What one epoch measured; epoch 0 is the map before training.
+
+    Attributes:
+        epoch: Number.
+        train_loss: Mean over the epoch's steps, None for epoch 0.
+        parts: Mean of each loss component over the epoch's steps, unweighted, and ``infonce_chance``, what InfoNCE is
+            for a map that has learned nothing.
+        val_loss: Validation MSE over that of predicting the train mean (1 - R2); its weights never change.
+        val: Validation figures.
+        lr: Learning rate at the epoch's end.
+        seconds: Of training and validation.
+        val_parts: Mean of every loss component over the validation rows, in fixed batches of the batch size, whether or
+            not it is trained on; with ``infonce_top1``, ``infonce_chance`` (the mean of ln B) and ``infonce_gain`` (how
+            far below it InfoNCE is). Empty for a closed form.
+        recent_loss: Train loss over the epoch's last steps, 100 at most; the epoch's mean lags behind it.
+        grad_norm: Mean norm of the epoch's gradients before clipping.
+    """
+
+    epoch: int
+    train_loss: float | None
+    val_loss: float
+    val: Figures
+    lr: float
+    seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
+    val_parts: dict[str, float] = field(default_factory=dict)
+    recent_loss: float | None = None
+    grad_norm: float | None = None
+
+
+def batches_of(store: Store, pair: LayerPair, pairs: Pairs, memory: int = MEMORY) -> PairBatches:
+    """The paired rows of two layers.
+
+    Args:
+        store: Complete store.
+        pair: Which layers.
+        pairs: Selection of the same models and direction.
+        memory: Bytes that rows may take up at a time.
+    """
+    source = [store.rows(pair.source, layer) for layer in pair.source_layers]
+    return PairBatches(source, store.rows(pair.target, pair.target_layer), pairs, memory)
+
+
+def score_all(
+    rows: PairBatches,
+    aligners: Mapping[str, Aligner | str],
+    *,
+    seed: int = 0,
+    documents: DocumentSums | None = None,
+) -> dict[str, tuple[Figures | None, Reasons]]:
+    """Score several maps on the same rows in one pass.
+
+    Args:
+        rows: The rows.
+        aligners: Maps by name, or the reason why there is none.
+        seed: Of the retrieval gallery and the CKA subset, the same for all maps.
+        documents: Takes the squared errors of every map by document as well.
+
+    Returns:
+        By name the figures and the reasons of those that are null; no figures where there is no map.
+
+    Raises:
+        FitError: Sums by document are asked of maps with different train means, whose R2 have different zeros.
+    """
+    maps = {name: aligner for name, aligner in aligners.items() if isinstance(aligner, Aligner)}
+    means = {name: aligner.tensors["control_mean"] for name, aligner in maps.items()}
+    scorers = {name: Scorer(mean.astype(np.float64), len(rows), seed=seed) for name, mean in means.items()}
+    zero = next(iter(means.values()), None)
+    if documents is not None and zero is not None:
+        for name, mean in means.items():
+            if not np.array_equal(mean, zero):
+                raise FitError(f"map {name!r} has another train mean than {next(iter(means))!r}; score them apart")
+    for block in rows.blocks():
+        owner = rows.pairs.document[block.pairs]
+        if documents is not None and zero is not None:
+            documents.add_targets(owner, block.y, zero)
+        # One map at a time: the states of all of them would be many times the block.
+        for name, aligner in maps.items():
+            mapped = aligner.apply(block.x)
+            scorers[name].update(block.y, mapped)
+            if documents is not None:
+                documents.add(name, owner, block.y, mapped)
+    return {
+        name: (None, {name: aligner}) if isinstance(aligner, str) else scorers[name].result()
+        for name, aligner in aligners.items()
+    }

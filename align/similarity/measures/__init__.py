@@ -1,0 +1,1 @@
+"""Measures over a sample of rows, each with floors, ceilings and intervals."""

@@ -1,0 +1,121 @@
+"""What every measure of similarity over rows takes and gives.
+
+A measure sees all layers at once, because most of what it computes belongs to a single layer (a Gram tile, the nearest
+neighbours, a whitening) and is shared by all pairs of layers. Intervals resample whole documents; each measure knows
+how to draw itself again from sums by document, without recomputing anything per draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align.moments.scatter import Array
+from featstore.errors import FitError
+
+#: Which layers of a list to compare: positions, the first at most the second.
+Wanted = Sequence[tuple[int, int]]
+#: Called with the share of the work done since the last call; the shares add up to 1.
+Tick = Callable[[float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Resampling:
+    """Documents drawn with replacement.
+
+    Attributes:
+        document: int64 ``(n,)``, which document a row belongs to, numbered from 0 without gaps.
+        counts: float64 ``(draws, documents)``, how often each document is drawn; rows sum to the documents.
+    """
+
+    document: NDArray[np.int64]
+    counts: Array
+
+
+def resampling(documents: NDArray[np.integer], *, draws: int = 1000, seed: int = 0) -> Resampling | None:
+    """Draws of whole documents, the same for every measure and pair of layers.
+
+    Args:
+        documents: ``(n,)`` any labels.
+        draws: Resamples.
+        seed: Fixes them.
+
+    Returns:
+        None below two documents, where there is nothing to resample.
+
+    Raises:
+        FitError: No draws.
+    """
+    if draws < 1:
+        raise FitError(f"{draws} draws: an interval needs at least one")
+    names, document = np.unique(documents, return_inverse=True)
+    if len(names) < 2:
+        return None
+    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    return Resampling(document.astype(np.int64), counts.astype(np.float64))
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a measure says of two layers.
+
+    Attributes:
+        value: NaN where undefined.
+        reason: Why it is undefined.
+        draws: float64 ``(draws,)``, the value on every resample, NaN where undefined; None without resampling.
+        facts: Numbers that the value depends on and a reader should see, such as a bandwidth.
+    """
+
+    value: float
+    reason: str | None = None
+    draws: Array | None = None
+    facts: dict[str, float] | None = None
+
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % percentile interval over the resamples; None where there is none."""
+        if self.draws is None or not math.isfinite(self.value):
+            return None
+        found = self.draws[np.isfinite(self.draws)]
+        if not found.size:
+            return None
+        low, high = np.quantile(found, [0.025, 0.975])
+        return float(low), float(high)
+
+
+class Measure(Protocol):
+    """A measure over rows in memory.
+
+    Attributes:
+        name: As it is typed and written, such as ``mutual-knn``.
+        title: As a plot names it.
+        closer: Whether similar layers get higher or lower values.
+        symmetric: Whether (x, y) and (y, x) are the same; where not, only the pairs asked for are computed.
+        bounds: The values it can take in principle, for a plot's scale; None for an open side.
+    """
+
+    name: str
+    title: str
+    closer: Literal["higher", "lower"]
+    symmetric: bool
+    bounds: tuple[float | None, float | None]
+
+    def __call__(
+        self, layers: Sequence[NDArray[np.float32]], wanted: Wanted, draws: Resampling | None, tick: Tick
+    ) -> dict[tuple[int, int], Result]:
+        """Compare layers.
+
+        Args:
+            layers: float32 ``(n, d)`` each, about an origin near their mean, rows paired throughout, all finite.
+            wanted: Which with which.
+            draws: For intervals; None for values alone.
+            tick: Progress.
+
+        Returns:
+            A result for every pair wanted; what is undefined is NaN with a reason, never an exception.
+        """
+        ...

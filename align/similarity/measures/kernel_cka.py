@@ -1,0 +1,247 @@
+"""Debiased CKA from pairs of rows, with a linear or a Gaussian kernel.
+
+With K~ a kernel matrix whose diagonal is zero, U-centring (Szekely and Rizzo 2014, equation 2.5)
+
+    A_ij = K~_ij - r_i - r_j + c,  r_i = sum_j K~_ij / (n-2),  c = sum_ij K~_ij / ((n-1)(n-2)),  A_ii = 0
+
+leaves rows that sum to zero, and the unbiased HSIC_1 of Song et al. (2012, equation 5) is ``sum_ij A_ij B_ij`` over
+``n (n-3)``. So debiased CKA (Kornblith et al. 2019 with HSIC_1) is the cosine of A and B over pairs of rows: it lies
+between -1 and 1 and is about 0 for independent rows of any width.
+
+**Draws.** A draw weighs the pairs of rows (:mod:`align.similarity.measures.panels`) and keeps the centring of the
+sample: ``sum p_ij A_ij B_ij`` over the roots of those of A with A and of B with B. Centring anew would change the draws
+at second order only: moving r adds terms f_i + f_j to A, and these are orthogonal to B, whose rows sum to zero.
+
+**What debiasing does not do.** HSIC_1 is unbiased over independent rows. Rows of one document are not: with few
+documents, pairs of rows within them raise the value even between independent layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align.moments.scatter import Array, Rows
+from align.similarity.measures.base import Resampling, Result, Tick, Wanted
+from align.similarity.measures.panels import (
+    Pair,
+    centred,
+    check,
+    cosine,
+    grouping,
+    pair_sums,
+    panel_rows,
+    reason_of,
+    tile,
+    with_selves,
+)
+from featstore.errors import FitError
+
+#: Rows among which the median distance is taken.
+BANDWIDTH_ROWS = 2048
+
+
+def median_bandwidth(rows: Rows, *, fraction: float = 1.0) -> float:
+    """The width sigma of the kernel exp(-|x - y|^2 / (2 sigma^2)): a fraction of the median distance between rows.
+
+    The convention of Kornblith et al. (2019, section 4). The median is that of the squared distances between all pairs
+    of at most 2048 rows evenly spread over those given, and sigma is the fraction times its root.
+
+    Args:
+        rows: ``(n, d)``, n at least 2.
+        fraction: Above 0.
+
+    Returns:
+        sigma in the unit of the rows; 0 where at least half of the distances are, to rounding.
+
+    Raises:
+        FitError: The fraction is not positive and finite, or there are fewer than two rows.
+    """
+    if not (math.isfinite(fraction) and fraction > 0):
+        raise FitError(f"bandwidth fraction {fraction}: give one above 0, such as 1")
+    n = len(rows)
+    if n < 2:
+        raise FitError(f"a median distance needs at least 2 rows, not {n}")
+    some = rows[np.arange(min(n, BANDWIDTH_ROWS)) * n // min(n, BANDWIDTH_ROWS)]
+    norms = _norms(some)
+    squared = _squared_distances(some, some, norms, norms)
+    median = float(np.median(np.concatenate([row[i + 1 :] for i, row in enumerate(squared)])))
+    # Distances between equal rows are off by the rounding of their norms.
+    equal = median <= 16 * float(np.finfo(rows.dtype).eps) * float(np.median(norms))
+    return 0.0 if equal else fraction * math.sqrt(median)
+
+
+def _norms(rows: Rows) -> Rows:
+    norms: Rows = np.einsum("ij,ij->i", rows, rows, dtype=np.float64).astype(rows.dtype)
+    return norms
+
+
+def _squared_distances(x: Rows, y: Rows, norms_x: Rows, norms_y: Rows) -> Rows:
+    distances = tile(x, y)
+    distances *= -2
+    distances += norms_x[:, None]
+    distances += norms_y
+    # Rounding takes equal rows below 0; it is the distance that is mended, not the result.
+    return np.maximum(distances, 0, out=distances)
+
+
+@dataclass(frozen=True, eq=False)
+class _Kernel:
+    """A kernel between the rows of a layer.
+
+    Attributes:
+        rows: ``(n, d)``, centred.
+        norms: ``(n,)``, squared, of these very rows.
+        sigma: Width of the Gaussian kernel; None for the linear one.
+        means: float64 ``(n,)``, r of the module docstring.
+        grand: c of the module docstring.
+    """
+
+    rows: Rows
+    norms: Rows
+    sigma: float | None
+    means: Array
+    grand: float
+
+    def floor(self) -> float:
+        """What rounding alone makes of sum A_ij^2: every K_ij is off by about eps sqrt(K_ii K_jj)."""
+        eps = float(np.finfo(self.rows.dtype).eps)
+        diagonal = float(len(self.rows)) if self.sigma is not None else float(self.norms.sum(dtype=np.float64))
+        return (4 * eps * diagonal) ** 2
+
+    def panel(self, start: int, stop: int) -> Array:
+        """A of rows start to stop with those from start on."""
+        a = _kernel_panel(self.rows, self.norms, self.sigma, start, stop)
+        a -= self.means[start:stop, None]
+        a -= self.means[start:] - self.grand
+        np.fill_diagonal(a, 0)
+        return a
+
+
+def _kernel_panel(rows: Rows, norms: Rows, sigma: float | None, start: int, stop: int) -> Array:
+    """K~ of rows start to stop with those from start on, in float64."""
+    if sigma is None:
+        k = tile(rows[start:stop], rows[start:])
+    else:
+        k = _squared_distances(rows[start:stop], rows[start:], norms[start:stop], norms[start:])
+        k *= -1 / (2 * sigma * sigma)
+        np.exp(k, out=k)
+    np.fill_diagonal(k, 0)
+    return k.astype(np.float64)
+
+
+def _kernel(rows: Rows, sigma: float | None) -> _Kernel:
+    n, norms = len(rows), _norms(rows)
+    if sigma is None:
+        # Known without a pass over the pairs: sum_j x_i.x_j less the diagonal.
+        wide = rows.sum(axis=0, dtype=np.float64)
+        totals = rows @ wide - norms
+    else:
+        totals = np.zeros(n)
+        step = panel_rows(n, 1)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            k = _kernel_panel(rows, norms, sigma, start, stop)
+            totals[start:stop] += k.sum(axis=1)
+            totals[stop:] += k[:, stop - start :].sum(axis=0)
+    return _Kernel(rows, norms, sigma, totals / (n - 2), float(totals.sum()) / ((n - 1) * (n - 2)))
+
+
+class Cka:
+    """Debiased CKA with the linear kernel, in sample space: every draw follows from sums by (document, document)."""
+
+    name: str = "cka"
+    title: str = "debiased CKA"
+    closer: Literal["higher", "lower"] = "higher"
+    symmetric: bool = True
+    bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+
+    def __call__(
+        self, layers: Sequence[NDArray[np.float32]], wanted: Wanted, draws: Resampling | None, tick: Tick
+    ) -> dict[Pair, Result]:
+        """Compare layers (:class:`align.similarity.measures.base.Measure`).
+
+        Facts: with draws, ``documents`` and the ``groups`` of them that were drawn.
+
+        Raises:
+            FitError: Layers, pairs and draws do not belong together.
+        """
+        return _compare(layers, wanted, draws, tick, fraction=None)
+
+
+class RbfCka:
+    """Debiased CKA with the Gaussian kernel exp(-|x - y|^2 / (2 sigma^2)).
+
+    Args:
+        fraction: sigma is so many times the median distance between rows (:func:`median_bandwidth`).
+
+    Raises:
+        FitError: The fraction is not positive.
+    """
+
+    name: str = "rbf-cka"
+    title: str = "debiased CKA, Gaussian kernel"
+    closer: Literal["higher", "lower"] = "higher"
+    symmetric: bool = True
+    bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+
+    def __init__(self, fraction: float = 1.0) -> None:
+        if not (math.isfinite(fraction) and fraction > 0):
+            raise FitError(f"bandwidth fraction {fraction}: give one above 0, such as 1")
+        self.fraction = fraction
+
+    def __call__(
+        self, layers: Sequence[NDArray[np.float32]], wanted: Wanted, draws: Resampling | None, tick: Tick
+    ) -> dict[Pair, Result]:
+        """Compare layers (:class:`align.similarity.measures.base.Measure`).
+
+        Facts: ``fraction``; ``sigma_first`` and ``sigma_second`` in the layers' own units; with draws, ``documents``
+        and ``groups``.
+
+        Raises:
+            FitError: Layers, pairs and draws do not belong together.
+        """
+        return _compare(layers, wanted, draws, tick, fraction=self.fraction)
+
+
+def _compare(
+    layers: Sequence[Rows], wanted: Wanted, draws: Resampling | None, tick: Tick, *, fraction: float | None
+) -> dict[Pair, Result]:
+    n = check(layers, wanted, draws)
+    every = with_selves(wanted)
+    groups = grouping(draws, n, pairs=max(1, len(every)))
+    none = None if groups.counts is None else np.full(len(groups.counts), math.nan)
+    if n < 4:
+        tick(1.0)
+        return {pair: Result(math.nan, f"debiased CKA needs at least 4 rows, not {n}", none) for pair in wanted}
+    kernels: dict[int, _Kernel] = {}
+    reasons: dict[int, str | None] = {}
+    sigmas: dict[int, float] = {}
+    for layer in sorted({layer for pair in wanted for layer in pair}):
+        of = centred(layers[layer], groups.order)
+        sigma = None
+        if of.reason is None and fraction is not None:
+            # In the order of the layer, so that the subset does not depend on whether there are draws.
+            sigma = median_bandwidth(centred(layers[layer]).rows, fraction=fraction)
+            sigmas[layer] = sigma * of.scale
+        reasons[layer] = of.reason if sigma != 0 else "has no median distance: at least half of its rows are equal"
+        if reasons[layer] is None:
+            kernels[layer] = _kernel(of.rows, sigma)
+    pairs = [pair for pair in every if pair[0] in kernels and pair[1] in kernels]
+    _, products = pair_sums({layer: kernel.panel for layer, kernel in kernels.items()}, pairs, groups, tick)
+    for layer, kernel in kernels.items():
+        if not products[layer, layer].sum() > kernel.floor():
+            reasons[layer] = "has no similarity structure: its self-HSIC is 0 to rounding"
+    results = {}
+    for pair in wanted:
+        facts = groups.facts()
+        if fraction is not None and pair[0] in sigmas and pair[1] in sigmas:
+            facts |= {"fraction": fraction, "sigma_first": sigmas[pair[0]], "sigma_second": sigmas[pair[1]]}
+        reason = reason_of(pair, reasons)
+        results[pair] = Result(math.nan, reason, none, facts) if reason else cosine(pair, products, groups, facts)
+    return results

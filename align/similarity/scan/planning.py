@@ -1,0 +1,171 @@
+"""What a scan is: which pairs, which layers, and how they are cut into tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+from align.moments.scatter import BLOCK_ROWS
+from featstore.errors import SpecError
+from featstore.runtime.console import human_bytes
+
+#: Memory that a scan may use unless told otherwise, over all workers and the process that adds up.
+MEMORY = 2 << 30
+#: Rows of a float32 product: shorter sums keep more digits, and the rows of a task have to fit into memory.
+CUT_ROWS = 4096
+#: Tasks that shall fit into the memory side by side before groups are made wider.
+SLOTS = 4
+#: Runs of a block that a short store is cut into at least, so that several workers have something to do.
+_LEAST_RUNS = 8
+#: Longest run: adding its result up costs nothing beside it, and no more than so many rows are summed in vain.
+_LONGEST_RUN = 1 << 16
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer of one side.
+
+    Attributes:
+        model: Model name.
+        layer: Layer.
+        source: Whether its rows are those of the pairs' first model.
+    """
+
+    model: str
+    layer: int
+    source: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which pairs of which store, small enough to travel with every task.
+
+    Attributes:
+        path: The store, as the workers reach it: absolute, since theirs is another working directory.
+        fingerprint: Of the store; a worker that finds another one there refuses.
+        source: Model name.
+        target: Model name.
+        policy: Pair policy.
+        keep_sinks: Whether attention sinks are in.
+    """
+
+    path: str
+    fingerprint: str
+    source: str
+    target: str
+    policy: str
+    keep_sinks: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A task: one block over one run of pairs.
+
+    Attributes:
+        groups: The block's layers: of one group, or of two.
+        start: First pair.
+        stop: Pair after the last.
+        cut: Pairs of one float32 product.
+        batch: Rows of a batch, None where none are made.
+        seed: Of the batches.
+    """
+
+    groups: tuple[tuple[Site, ...], ...]
+    start: int
+    stop: int
+    cut: int
+    batch: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a scan is cut up; a function of rows, widths and memory alone, since it decides the last bits.
+
+    Attributes:
+        n: Rows.
+        cut: Rows of one float32 product.
+        run: Rows of a task; a multiple of ``cut``.
+        groups: Places of the layers of each group.
+        slots: Results that may exist or be in the making at a time.
+        memory: Bytes that so many take, with the rows they are made from and what adds them up.
+    """
+
+    n: int
+    cut: int
+    run: int
+    groups: tuple[tuple[int, ...], ...]
+    slots: int
+    memory: int
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """Two groups each, or one with itself."""
+        return list(combinations_with_replacement(range(len(self.groups)), 2))
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """First row and row after the last of every run."""
+        return [(start, min(start + self.run, self.n)) for start in range(0, self.n, self.run)]
+
+
+def plan(widths: Sequence[int], n: int, *, memory: int = MEMORY, batch: int | None = None) -> Plan:
+    """Cut a scan up: the fewest groups of which :data:`SLOTS` tasks fit into memory, or else a task of single layers.
+
+    Args:
+        widths: Of every layer.
+        n: Rows.
+        memory: Bytes for everything at once: results, rows, and the totals they are added to.
+        batch: Rows of a batch, where batches are made.
+
+    Raises:
+        SpecError: Not even single layers fit, or batches are too small or too large.
+    """
+    cut = CUT_ROWS
+    if batch is not None:
+        if not 4 <= batch <= BLOCK_ROWS:
+            raise SpecError(f"batches of {batch} rows: choose 4 to {BLOCK_ROWS}")
+        # Batches are dealt from the rows of a cut: the more, the less they are of one document.
+        cut = BLOCK_ROWS - BLOCK_ROWS % batch
+    run = min(max(-(-n // _LEAST_RUNS // cut), 1), max(_LONGEST_RUN // cut, 1)) * cut
+    # A store of fewer rows than a cut needs no room for a whole one.
+    rows = min(cut, n)
+    for count in range(1, len(widths) + 1):
+        groups = _packed(widths, max(-(-sum(widths) // count), *widths))
+        task, rest = _bytes(groups, widths, rows, batch)
+        if rest + SLOTS * task <= memory:
+            break
+    else:
+        groups = [[place] for place in range(len(widths))]
+        task, rest = _bytes(groups, widths, rows, batch)
+    if rest + task > memory:
+        raise SpecError(
+            f"{human_bytes(memory)} of memory are too few for layers of width {max(widths)}; "
+            f"allow at least {human_bytes(rest + task)}"
+        )
+    slots = (memory - rest) // task
+    return Plan(n, cut, run, tuple(map(tuple, groups)), slots, rest + slots * task)
+
+
+def _packed(widths: Sequence[int], limit: int) -> list[list[int]]:
+    groups: list[list[int]] = [[]]
+    for place, width in enumerate(widths):
+        if groups[-1] and sum(widths[i] for i in groups[-1]) + width > limit:
+            groups.append([])
+        groups[-1].append(place)
+    return groups
+
+
+def _bytes(groups: Sequence[Sequence[int]], widths: Sequence[int], rows: int, batch: int | None) -> tuple[int, int]:
+    """What one task takes while it runs, and what adding up takes; of the largest block."""
+    sums = sorted((sum(widths[i] for i in group) for group in groups), reverse=True)
+    p, q = sums[0], sums[min(1, len(sums) - 1)]
+    # The float64 sums and a float32 product; the rows side by side, and one layer of them as it is read and decoded.
+    beside = p if len(sums) == 1 else p + q
+    task = 12 * p * q + 4 * rows * beside + 12 * rows * max(widths)
+    if batch is not None:
+        layers = 2 * max(map(len, groups))
+        task += batch * batch * (8 * layers + 12) + 4 * batch * beside
+    # The total, a result on its way to it, what a checkpoint writes; the centred copies of one pair of layers.
+    return task, 3 * 8 * p * q + 4 * 8 * max(widths) ** 2

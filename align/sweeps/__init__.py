@@ -1,0 +1,1 @@
+"""Many runs: a grid of them, and one table of their results."""

@@ -1,0 +1,152 @@
+"""What a sweep varies, and the runs that this comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+from align.settings import TYPES, Settings, check
+from featstore.errors import FeatstoreError, SpecError
+from featstore.store.format.elements import parse_format
+
+#: Types whose maps have a rank.
+RANKED = ("lora", "reduced-rank")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What varies; an empty axis keeps what the settings say.
+
+    Attributes:
+        types: Types of map.
+        ranks: Ranks of ``lora`` and ``reduced-rank``, and of layers' own projections beside a shared map.
+        formats: Element formats of the store; missing ones are converted to.
+        layers: Source layers of a run, as typed after ``--layers``.
+        latents: Latents of ``compress``.
+        latent_dims: Widths of a latent.
+    """
+
+    types: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = ()
+    formats: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    latents: tuple[int, ...] = ()
+    latent_dims: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        name: Of its directory.
+        settings: What is run.
+        form: Element format its store has to have; None for the store as it is.
+    """
+
+    name: str
+    settings: Settings
+    form: str | None = None
+
+
+def parse_grid(
+    *,
+    types: str | None = None,
+    ranks: str | None = None,
+    formats: str | None = None,
+    layers: str | None = None,
+    latents: str | None = None,
+    latent_dims: str | None = None,
+) -> Grid:
+    """Parse the options of `align sweep`: values with commas between, None for an axis that does not vary.
+
+    Args:
+        types: Such as ``procrustes,affine,lora``.
+        ranks: Such as ``8,32``.
+        formats: Such as ``int8,fp8``.
+        layers: Such as ``8;16,24``: two runs, of layer 8 and of layers 16 and 24.
+        latents: Such as ``8,32``.
+        latent_dims: Such as ``16,64``.
+
+    Raises:
+        SpecError: An unknown type or format, a number that is none, a value twice, or an empty one.
+    """
+    found = Grid(
+        tuple(_values("--types", types)),
+        tuple(_number("--ranks", value) for value in _values("--ranks", ranks)),
+        tuple(_values("--formats", formats)),
+        tuple(_values("--layers", layers, ";")),
+        tuple(_number("--latents", value) for value in _values("--latents", latents)),
+        tuple(_number("--latent-dims", value) for value in _values("--latent-dims", latent_dims)),
+    )
+    for type_ in found.types:
+        if type_ not in TYPES:
+            raise SpecError(f"--types {type_!r}: choose among {', '.join(TYPES)}")
+    for form in found.formats:
+        parse_format(form)
+    return found
+
+
+def _values(option: str, text: str | None, separator: str = ",") -> list[str]:
+    if text is None:
+        return []
+    values = [value.strip() for value in text.split(separator)]
+    if "" in values:
+        raise SpecError(f"{option} {text!r}: write values with {separator!r} between them and nothing else")
+    for value in values:
+        if values.count(value) > 1:
+            raise SpecError(f"{option} {text!r}: {value} stands there twice")
+    return values
+
+
+def _number(option: str, value: str) -> int:
+    if not (value.isascii() and value.isdecimal() and len(value) < 10 and int(value) > 0):
+        raise SpecError(f"{option} {value!r}: write positive whole numbers, such as 8,32")
+    return int(value)
+
+
+def cells(settings: Settings, grid: Grid) -> list[Cell]:
+    """Every run of a sweep, each once: an axis that means nothing to a type does not multiply it.
+
+    Args:
+        settings: What all runs share; ``store`` is the one that formats are converted from.
+        grid: What varies.
+
+    Raises:
+        SpecError: A run that cannot be meant, or an axis that no type of the grid uses.
+    """
+    found: dict[str, Cell] = {}
+    types = grid.types or (settings.type,)
+    ranked = [type_ for type_ in types if type_ in RANKED or settings.shared]
+    for option, axis, users in (
+        ("--ranks", grid.ranks, ranked),
+        ("--latents", grid.latents, [t for t in types if t == "compress"]),
+        ("--latent-dims", grid.latent_dims, [t for t in types if t == "compress"]),
+    ):
+        if axis and not users:
+            raise SpecError(f"{option} {','.join(map(str, axis))}: no type of {', '.join(types)} has any; leave it out")
+    axes = (types, *((axis or (None,)) for axis in (grid.layers, grid.ranks, grid.latents, grid.latent_dims)))
+    for (type_, layers, rank, latents, dim), form in product(product(*axes), grid.formats or (None,)):
+        loop, words = settings.loop, [str(type_)]
+        if type_ == "reduced-rank" != settings.type:
+            # As in `align train`: without a word about a skip this is plain reduced-rank regression.
+            loop = replace(loop, skip="none")
+        if layers is not None:
+            words.append(f"L{str(layers).replace('%', 'pc').replace(',', '+').replace(' ', '')}")
+        if rank is not None and type_ in ranked:
+            loop, words = replace(loop, rank=int(rank)), [*words, f"r{rank}"]
+        if type_ == "compress":
+            if latents is not None:
+                loop, words = replace(loop, latents=int(latents)), [*words, f"m{latents}"]
+            if dim is not None:
+                loop, words = replace(loop, latent_dim=int(dim)), [*words, f"d{dim}"]
+        own = replace(settings, type=str(type_), loop=loop, layers=settings.layers if layers is None else str(layers))
+        if form is not None:
+            words.append(form)
+        name = "-".join(words)
+        try:
+            check(own)
+        except FeatstoreError as error:
+            raise SpecError(f"cell {name}: {error}") from error
+        found.setdefault(name, Cell(name, own, form))
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""Whether a target can answer what only the source has read."""

@@ -1,0 +1,372 @@
+"""Can B answer what only A has read? A reads a context, B a question; what B has of the context is the condition.
+
+==============  =====================================================================================
+condition       what B has of the context
+==============  =====================================================================================
+``silent``      nothing
+``text``        the text: the ceiling
+``summary``     some tokens in which A sums it up
+``replace``     A's state at its last position, mapped, in place of B's at the question's last position
+``sum``         the same, added to B's
+``mean``        the same, averaged with B's
+``aligned``     A's states at all positions, mapped, each where B would have read the same text; B's own
+                states there are hidden from the question and the answer
+==============  =====================================================================================
+
+``replace``, ``sum`` and ``mean`` are those of "Communicating Activations Between Language Model Agents" (arXiv
+2501.14082), with a map between two models. Each of the four has two controls: ``random``, vectors of the same norms,
+and ``shuffled``, the mapped states of an example with another answer. A ``compress`` map reads windows of states and
+makes nothing of a single one: it has ``aligned`` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align.layers import LayerPair
+from align.maps.fitted import Adapter, Aligner
+from evaluate.communication.asking import Prompt, PutIn, ask, prompts_of
+from evaluate.communication.messages import Reading, read, received, state_bytes, text_bytes, wire_format
+from evaluate.communication.tasks.base import Example, Task, is_right
+from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name, describe, figures, gain, warnings_of
+from evaluate.injection.controls import control_states
+from evaluate.injection.loading import Loaded, Models, check_card, choose
+from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
+from featstore.errors import SpecError
+from featstore.runtime.console import Tick, progress
+from featstore.store.format.elements import Format
+
+__all__ = ["COMMON", "communicate", "describe", "identity"]
+
+#: Conditions without states.
+COMMON = ("silent", "text", "summary")
+
+
+def communicate(
+    adapter: Adapter,
+    task: Task,
+    *,
+    layers: str | None = None,
+    itself: bool = False,
+    form: str = "bfloat16",
+    summary_tokens: int = 16,
+    max_new_tokens: int = 8,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    models: Mapping[str, Loaded] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Put a task to the models of a run in every condition.
+
+    Args:
+        adapter: A run's adapter; every direction it has is tried.
+        task: From :func:`evaluate.communication.tasks.make`.
+        layers: Source layers, None for all.
+        itself: Also let every target read for itself, at the target layers and with the identity as the map: what the
+            channel gives where nothing is lost between two models.
+        form: Storage format that states travel in. It is none of a ``compress`` map's: there the latents travel, in
+            the numbers they were trained for.
+        summary_tokens: Length of A's summaries.
+        max_new_tokens: Length of B's free answers.
+        overrides: ``NAME=REF`` for models that moved.
+        device: Where to run.
+        dtype: Compute dtype.
+        seed: Of the controls.
+        models: The run's models where they are loaded already.
+        quiet: No progress.
+
+    Returns:
+        The contents of ``communicate.json``. ``bytes`` of a condition is what travels for an example in the mean: the
+        bytes of a text, those of the states in the format, or latents x latent_dim x bytes a number of every window
+        of the context (:meth:`evaluate.injection.wire.Wire.rate`).
+
+    Raises:
+        AdapterError: A map does not fit its card, or the card does not fit the models.
+        SpecError: The run has no such layer, the format cannot travel, or an example does not fit into a model.
+    """
+    states_form = wire_format(form)
+    for name, count in (("summary", summary_tokens), ("answer", max_new_tokens)):
+        if count < 1:
+            raise SpecError(f"length of the {name} is {count}: must be 1 or more")
+    check_card(adapter)
+    chosen = choose(adapter, layers)
+    # A map that does not fit its card is refused before the wait for the weights.
+    wires = [wire(adapter, a) for a in chosen]
+    names = [name for a in chosen for name in (a.pair.source, a.pair.target)]
+    loaded = Models(adapter, names, overrides, device=device, dtype=dtype, quiet=quiet, given=models).load_all()
+    if itself:
+        have = {a.pair.key for a in chosen}
+        own = dict.fromkeys((a.pair.target, a.pair.target_layer) for a in chosen)
+        new = [identity(name, layer, loaded[name].info.width) for name, layer in own]
+        wires += [wire(adapter, a) for a in new if a.pair.key not in have]
+    directions = list(dict.fromkeys((w.aligner.pair.source, w.aligner.pair.target) for w in wires))
+    work = len(task.examples) * (len(COMMON) * len(directions) + sum(map(_conditions, wires)))
+    entries = {}
+    with progress(f"communicate {task.name}", work, "answers", quiet=quiet) as tick:
+        for source, target in directions:
+            maps = [w for w in wires if (w.aligner.pair.source, w.aligner.pair.target) == (source, target)]
+            lengths = (summary_tokens, max_new_tokens)
+            run = _Direction(task, loaded[source], loaded[target], states_form, lengths, seed, tick)
+            key = task.name if len(directions) == 1 else f"{task.name} ({source}->{target})"
+            entries[key] = run.entry(maps)
+    return {
+        "adapter_type": adapter.card["type"],
+        "format": form,
+        "seed": seed,
+        "summary_tokens": summary_tokens,
+        "max_new_tokens": max_new_tokens,
+        "decoding": "greedy",
+        "interval": "accuracies: Wilson, 95 %; gains: 95 % of 1000 resamples of the examples",
+        "tasks": entries,
+    }
+
+
+def identity(model: str, layer: int, width: int) -> Aligner:
+    """The map of a layer to itself.
+
+    Args:
+        model: Name.
+        layer: 0..L.
+        width: Of its stream.
+    """
+    zero = np.zeros(width, np.float32)
+    names = ("mean_source", "mean_target", "control_mean_source", "control_mean")
+    tensors = {"weight": np.eye(width, dtype=np.float32), **dict.fromkeys(names, zero)}
+    return Aligner(LayerPair(model, (layer,), model, layer), tensors, {"map": "identity"})
+
+
+@dataclass
+class _Direction:
+    """One model reads, the other (or the same) answers."""
+
+    task: Task
+    source: Loaded
+    target: Loaded
+    form: Format
+    lengths: tuple[int, int]
+    seed: int
+    tick: Tick
+
+    def entry(self, maps: Sequence[Wire]) -> dict[str, Any]:
+        """The direction's part of ``communicate.json``."""
+        task, examples = self.task, self.task.examples
+        summaries = self._summaries()
+        told = {
+            "text": ([task.text(e) for e in examples], [e.context for e in examples]),
+            "summary": ([task.text(e, s) for e, s in zip(examples, summaries, strict=True)], summaries),
+        }
+        answers: dict[str, list[str]] = {}
+        sizes = {"silent": 0.0}
+        for name, (texts, sent) in told.items():
+            answers |= self._ask(self._prompts(texts), {name: None})
+            sizes[name] = float(np.mean([text_bytes(text) for text in sent]))
+        contexts = [task.context_text(e) for e in examples]
+        spans = [len(e.context.encode()) for e in examples]
+        start = _start(task.context_prompt)
+        kept = sorted({layer for to in maps for layer in to.aligner.pair.source_layers})
+        readings = read(self.source, contexts, [start] * len(examples), spans, kept)
+        texts_read, prompts = self._aligned_prompts(told["text"][0], spans, readings)
+        reasons: dict[str, str] = {}
+        # All that asks the question alone is asked together, because the question is then read once.
+        alone: dict[str, PutIn | None] = {"silent": None}
+        for to in maps:
+            key = to.aligner.pair.key
+            states, why = self._states(to, readings, texts_read)
+            reasons |= {f"{name} {key}": reason for name, reason in why.items()}
+            put = {f"{name} {key}": given for name, given in states.items()}
+            sizes |= {name: self._size(to, given.how, texts_read) for name, given in put.items()}
+            alone |= {name: given for name, given in put.items() if given.how != "aligned"}
+            answers |= self._ask(prompts, {name: given for name, given in put.items() if given.how == "aligned"})
+            # The progress counts what cannot be done as done.
+            self.tick(len(examples) * (_conditions(to) - len(put)))
+        answers |= self._ask(self._prompts([task.question_text(e) for e in examples]), alone)
+        return self._judged(maps, {name: answers[name] for name in sizes}, sizes, reasons, summaries)
+
+    def _prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        return prompts_of(self.target, texts, [e.choices for e in self.task.examples], self.lengths[1])
+
+    def _ask(self, prompts: Sequence[Prompt], put_in: Mapping[str, PutIn | None]) -> dict[str, list[str]]:
+        found = ask(self.target, prompts, put_in, length=self.lengths[1], tick=self.tick)
+        examples = self.task.examples
+        return {
+            name: [e.choices[a] if isinstance(a, int) else a for e, a in zip(examples, answers, strict=True)]
+            for name, answers in found.items()
+        }
+
+    def _summaries(self) -> list[str]:
+        texts = [self.task.summary_text(e) for e in self.task.examples]
+        prompts = prompts_of(self.source, texts, [()] * len(texts), self.lengths[0])
+        found = ask(self.source, prompts, {"summary": None}, length=self.lengths[0], tick=lambda _: None)
+        return [" ".join(str(text).split()) for text in found["summary"]]
+
+    def _aligned_prompts(
+        self, texts: Sequence[str], spans: Sequence[int], readings: Sequence[Reading]
+    ) -> tuple[list[Crossing], list[Prompt]]:
+        """The contexts under both tokenizers, and the prompts with the places that take states."""
+        start = _start(self.task.text_prompt)
+        own = read(self.target, texts, [start] * len(texts), spans, ())
+        crossings, prompts = [], []
+        for reading, mine, prompt in zip(readings, own, self._prompts(texts), strict=True):
+            text = crossing(reading.window, mine.window, reading.sink, mine.sink)
+            # The rest begins with the first token that has read beyond the context.
+            end = int(np.flatnonzero(~mine.window.special).max(initial=0)) + 1
+            crossings.append(text)
+            places = tuple(map(int, text.places))
+            prompts.append(Prompt(prompt.ids[:end], prompt.ids[end:], prompt.choices, places))
+        return crossings, prompts
+
+    def _states(
+        self, to: Wire, readings: Sequence[Reading], texts: Sequence[Crossing]
+    ) -> tuple[dict[str, PutIn], dict[str, str]]:
+        """What each condition of a layer pair puts in, and why some cannot be."""
+        aligner, layers = to.aligner, to.aligner.pair.source_layers
+        rng = np.random.default_rng(self.seed)
+        partners = _partners(self.task.examples, rng)
+        result: dict[str, PutIn] = {}
+        reasons: dict[str, str] = {}
+        sent: dict[bool, list[Rows]] = {}
+        if aligner.takes_rows:
+            sent[False] = [aligner.apply(received(r.rows(layers, [r.last]), self.form)) for r in readings]
+        else:
+            names = ", ".join(method for method in METHODS if method != "aligned")
+            reasons[names] = "the map reads windows of states and makes nothing of a single one"
+        sent[True] = []
+        for example, reading, text in zip(self.task.examples, readings, texts, strict=True):
+            rows = reading.rows(layers, range(len(reading.window.ids)))
+            if aligner.takes_rows:
+                # Those that travel. Of a map of windows the latents do, which its own encoder rounds.
+                used = text.taken[text.places]
+                rows[used] = received(rows[used], self.form)
+            sent[True].append(to.states(rows, text, to.pieces(example.context)))
+        for whole, mapped in sent.items():
+            new: dict[str | None, list[Rows]] = {None: mapped, "random": []}
+            for x in mapped:
+                noise = control_states("random_norm", aligner, x, None, rng, self.seed, mapped=x)
+                if not isinstance(noise, str):
+                    new["random"].append(noise)
+            if partners is not None:
+                new["shuffled"] = [_stretched(mapped[j], len(x)) for j, x in zip(partners, mapped, strict=True)]
+            for method in METHODS:
+                if (method == "aligned") != whole:
+                    continue
+                for control in (None, *CONTROLS):
+                    name = condition_name(method, control)
+                    if control in new:
+                        keep = "hide" if whole else "own"
+                        result[name] = PutIn(aligner.pair.target_layer, new[control], method, keep)
+                    else:
+                        reasons[name] = "no two examples have different answers"
+        return result, reasons
+
+    def _size(self, to: Wire, how: str, texts: Sequence[Crossing]) -> float:
+        """Mean bytes that travel for an example."""
+        rate = self._rate(to)
+        if rate is not None:
+            return rate["latent_bytes"] * rate["windows"] / len(texts)
+        # A state that several positions take travels once.
+        counts = [len(set(text.taken[text.places])) for text in texts] if how == "aligned" else [1]
+        return float(np.mean(counts)) * state_bytes(1, to.aligner.widths[0], self.form)
+
+    def _rate(self, to: Wire) -> dict[str, float | int] | None:
+        """What a map of windows sends for all contexts together; None for a map of rows."""
+        ends = [[0, *to.pieces(e.context)] for e in self.task.examples]
+        return to.rate([size for row in ends for size in np.diff(row).tolist()])
+
+    def _judged(
+        self,
+        maps: Sequence[Wire],
+        answers: Mapping[str, Sequence[str]],
+        sizes: Mapping[str, float],
+        reasons: dict[str, str],
+        summaries: Sequence[str],
+    ) -> dict[str, Any]:
+        task = self.task
+        right = {
+            name: np.array([_right(task, e, a) for e, a in zip(task.examples, given, strict=True)])
+            for name, given in answers.items()
+        }
+        conditions = {}
+        for name, found in right.items():
+            condition, _, pair = name.partition(" ")
+            conditions[name] = {"condition": condition, "pair": pair or None, **figures(found, sizes[name])}
+        gains: dict[str, dict[str, Any]] = {}
+        keys = [to.aligner.pair.key for to in maps]
+        for pair in keys:
+            for method in METHODS:
+                mapped = right.get(f"{method} {pair}")
+                if mapped is None:
+                    continue
+                against = {"silent": "silent"}
+                against |= {control: f"{condition_name(method, control)} {pair}" for control in CONTROLS}
+                gains[f"{method} {pair}"] = {
+                    control: gain(mapped, right[other]) for control, other in against.items() if other in right
+                }
+        pairs: dict[str, dict[str, Any]] = {}
+        for to in maps:
+            own = to.aligner.options.get("map") == "identity"
+            pairs[to.aligner.pair.key] = {"map_numbers": 0 if own else to.aligner.shipped}
+            if (rate := self._rate(to)) is not None:
+                pairs[to.aligner.pair.key]["rate"] = rate
+        return {
+            "task": task.name,
+            "source": self.source.name,
+            "target": self.target.name,
+            "n": len(task.examples),
+            "chance": task.chance,
+            "chance_is": task.chance_is,
+            "scoring": "choice of the highest likelihood" if task.has_choices else "answer in the first line",
+            "conditions": conditions,
+            "gains": gains,
+            "pairs": pairs,
+            "reasons": reasons,
+            "warnings": warnings_of(right, keys, task.chance, gains),
+            "examples": [
+                {
+                    "context": e.context,
+                    "question": e.question,
+                    "answer": e.answers[0],
+                    "summary": summaries[i],
+                    "given": {name: given[i] for name, given in answers.items()},
+                }
+                for i, e in enumerate(task.examples)
+            ],
+        }
+
+
+def _conditions(to: Wire) -> int:
+    """How many conditions a map has, controls included."""
+    return (len(METHODS) if to.aligner.takes_rows else 1) * (1 + len(CONTROLS))
+
+
+def _start(prompt: str) -> int:
+    """First byte of the context in a prompt; nothing that varies comes before it."""
+    return len(prompt.partition("{context}")[0].encode())
+
+
+def _right(task: Task, example: Example, answer: str) -> bool:
+    return answer == example.answers[0] if task.has_choices else is_right(answer, example.answers)
+
+
+def _partners(examples: Sequence[Example], rng: np.random.Generator) -> list[int] | None:
+    """For every example another one with another answer, or None where one has none."""
+    result = []
+    for example in examples:
+        others = [j for j, other in enumerate(examples) if not set(other.answers) & set(example.answers)]
+        if not others:
+            return None
+        result.append(int(rng.choice(others)))
+    return result
+
+
+def _stretched(rows: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """As many rows as are needed, in their order, some twice or not at all."""
+    if not len(rows):
+        return np.zeros((count, rows.shape[1]), np.float32)
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]

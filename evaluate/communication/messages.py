@@ -1,0 +1,175 @@
+"""What travels from the reader to the answerer, and its size.
+
+A message is text (UTF-8 bytes) or states: rows of the source's residual stream before the map, rounded to a storage
+format as they would be on a wire. The map is the receiver's. Sizes count no headers and no compression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evaluate.injection.loading import Loaded
+from featstore.errors import SpecError
+from featstore.models import residual as sites
+from featstore.store.format.elements import FORMATS, Format
+from featstore.text import tokens
+from featstore.text.tokens import TokenizedWindow
+
+#: Formats a state can travel in. int8 needs column scales that sender and receiver would have to agree on first.
+WIRE_FORMATS = tuple(name for name, form in FORMATS.items() if not form.column_scaled)
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A context as the source read it.
+
+    Attributes:
+        window: Its tokens; those outside of the context count as special.
+        states: float32 ``{layer: (tokens, width)}``.
+        sink: bool ``(tokens,)``.
+        last: The last position of the prompt that is neither special nor a sink: whose state is sent alone.
+    """
+
+    window: TokenizedWindow
+    states: Mapping[int, NDArray[np.float32]]
+    sink: NDArray[np.bool_]
+    last: int
+
+    def rows(self, layers: Sequence[int], places: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """States at some positions, those of several layers end to end.
+
+        Args:
+            layers: Source layers of a map.
+            places: Positions.
+
+        Returns:
+            float32 ``(places, widths of the layers together)``.
+        """
+        return np.concatenate([self.states[layer][np.asarray(places, dtype=np.int64)] for layer in layers], axis=1)
+
+
+def wire_format(name: str) -> Format:
+    """Look up the format states travel in.
+
+    Args:
+        name: As typed.
+
+    Raises:
+        SpecError: None of :data:`WIRE_FORMATS`.
+    """
+    if name not in WIRE_FORMATS:
+        raise SpecError(f"format {name!r} for states on the wire: choose one of {', '.join(WIRE_FORMATS)}")
+    return FORMATS[name]
+
+
+def text_bytes(text: str) -> int:
+    """UTF-8 bytes of a text."""
+    return len(text.encode())
+
+
+def state_bytes(count: int, width: int, form: Format) -> int:
+    """Bytes of some states: elements, and a float32 scale for every row where the format has one.
+
+    Args:
+        count: States.
+        width: Of the source's stream, times the layers of a joint map.
+        form: From :func:`wire_format`.
+    """
+    return count * (width * form.storage.itemsize + 4 * form.row_scaled)
+
+
+def received(rows: NDArray[np.float32], form: Format) -> NDArray[np.float32]:
+    """States as they arrive: rounded to the format.
+
+    Args:
+        rows: float32 ``(n, width)``.
+        form: From :func:`wire_format`.
+
+    Returns:
+        float32 ``(n, width)``.
+    """
+    encoded = form.encode(rows)
+    return form.decode(encoded.stored, encoded.row_scale)
+
+
+def within(window: TokenizedWindow, start: int, size: int) -> TokenizedWindow:
+    """The same tokens with bytes counted from the start of a part of the text; those outside the part become special.
+
+    A token that straddles the end of the part is outside: it has read more than the part.
+
+    Args:
+        window: Tokens of the whole text.
+        start: First byte of the part.
+        size: Its bytes.
+    """
+    ends = window.byte_end - start
+    special = window.special | (ends <= 0) | (ends > size)
+    return TokenizedWindow(window.ids, np.where(special, 0, ends).astype(np.int32), special)
+
+
+def check_context(loaded: Loaded, longest: int, extra: int, what: str) -> None:
+    """Refuse prompts that do not fit into a model.
+
+    Args:
+        loaded: The model.
+        longest: Tokens of the longest prompt.
+        extra: Tokens that come after it.
+        what: Which prompt, for the message.
+
+    Raises:
+        SpecError: It does not fit.
+    """
+    if longest + extra > loaded.info.context:
+        raise SpecError(
+            f"{what} has {longest} tokens; with {extra} new ones it exceeds the context of {loaded.name!r} "
+            f"({loaded.info.context}); use shorter examples"
+        )
+
+
+def read(
+    loaded: Loaded, prompts: Sequence[str], starts: Sequence[int], sizes: Sequence[int], layers: Sequence[int]
+) -> list[Reading]:
+    """Let the source read prompts and keep its states.
+
+    Args:
+        loaded: The source.
+        prompts: What it reads.
+        starts: First byte of the context in each prompt.
+        sizes: Bytes of each context.
+        layers: Layers to keep.
+
+    Raises:
+        SpecError: A prompt does not fit into the model, or has no position whose state could be sent.
+    """
+    windows = tokens.tokenize(loaded.info.tokenizer, prompts)
+    check_context(loaded, max(len(w.ids) for w in windows), 0, "the longest context")
+    # Sinks show at any stored layer; all of them are captured to judge by the store's own rule.
+    wanted = sorted(set(layers) | set(loaded.median_norm))
+    readings = []
+    for first in range(0, len(windows), _BATCH):
+        batch = windows[first : first + _BATCH]
+        ids = np.zeros((len(batch), max(len(w.ids) for w in batch)), dtype=np.int64)
+        for row, window in enumerate(batch):
+            ids[row, : len(window.ids)] = window.ids
+        states = sites.capture(loaded.stream, torch.from_numpy(ids).to(loaded.device), wanted)
+        sinks = loaded.is_sink({k: states[k] for k in loaded.median_norm}).cpu().numpy()
+        kept = {layer: states[layer].float().cpu().numpy() for layer in layers}
+        for row, window in enumerate(batch):
+            count = len(window.ids)
+            sink = sinks[row, :count]
+            usable = np.flatnonzero(~window.special & ~sink)
+            if not usable.size:
+                raise SpecError(
+                    f"context {prompts[first + row][:40]!r}... gives {loaded.name!r} only special tokens and attention "
+                    "sinks, whose states say nothing; use longer contexts"
+                )
+            part = within(window, starts[first + row], sizes[first + row])
+            flat = {layer: hidden[row, :count] for layer, hidden in kept.items()}
+            readings.append(Reading(part, flat, sink, int(usable[-1])))
+    return readings

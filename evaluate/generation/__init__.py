@@ -1,0 +1,1 @@
+"""Texts that a target writes from mapped states."""

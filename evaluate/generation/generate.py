@@ -1,0 +1,352 @@
+"""Text in four conditions: source alone, target alone, source to target, target to source, with controls beside.
+
+The prompt's states at the mapped layer are replaced during the prefill; the tokens generated after it are the target's
+own. Blocks below the layer still read the target's own prompt.
+
+Texts differ or agree at a glance; how much a condition changes is told by the likelihood, in nats per token, of the
+receiving model's own continuation of the untouched prompt, teacher-forced under that condition. When text is sampled,
+every condition of a prompt gets the same random numbers: texts differ only where the predictions do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from align.maps.fitted import Adapter, Aligner
+from evaluate.injection.continuing import Sampling, continue_from, left_padded, prompt_states, score_continuation
+from evaluate.injection.controls import control_states
+from evaluate.injection.inject import Injection, aligned
+from evaluate.injection.loading import Loaded, Models, check_card, choose
+from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
+from featstore.errors import SpecError
+from featstore.models.loading import ModelInfo
+from featstore.runtime.console import progress
+from featstore.text import tokens
+
+PROMPTS = (
+    "The capital of France is",
+    "To solve this problem, we need to",
+    "The future of artificial intelligence",
+    "In the year 2050, humanity will",
+    "The main difference between cats and dogs",
+)
+CONTROLS = ("mean", "random_norm", "shuffled")
+CONDITIONS = ("mapped", "self", *CONTROLS)
+#: Prompts that go through a model together.
+_BATCH = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """Some prompts as one model read them, padded at the left to one length.
+
+    Attributes:
+        windows: Their tokens.
+        ids: int64 ``(prompts, tokens)``.
+        padding: bool ``(prompts, tokens)``, True where there is no token; None for none.
+        states: ``{layer: (prompts, tokens, width)}``.
+        sinks: Per prompt bool over its own tokens.
+    """
+
+    windows: list[tokens.TokenizedWindow]
+    ids: torch.Tensor
+    padding: torch.Tensor | None
+    states: dict[int, torch.Tensor]
+    sinks: list[NDArray[np.bool_]]
+
+    def first(self, row: int) -> int:
+        """Where a prompt's tokens begin in its padded row."""
+        return int(self.ids.shape[1]) - len(self.windows[row].ids)
+
+    def rows(self, row: int, layers: Sequence[int]) -> Rows:
+        """A prompt's states at some layers, end to end: float32 ``(its tokens, widths)``."""
+        parts = [self.states[layer][row, self.first(row) :].float() for layer in layers]
+        values: Rows = torch.cat(parts, dim=-1).cpu().numpy()
+        return values
+
+
+def read_prompts(path: Path | None) -> tuple[str, ...]:
+    """Prompts of a file, one a line; the five default ones without a file.
+
+    Args:
+        path: UTF-8 text file or None. Empty lines at its end are no prompts.
+
+    Raises:
+        SpecError: No such file, nothing in it, or an empty line before its last prompt: it may be a mistake or stand
+            for an empty prompt, which no model could go on with.
+    """
+    if path is None:
+        return PROMPTS
+    try:
+        # Not splitlines(): a form feed or a line separator within a prompt does not end it.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--prompts {path}: cannot be read ({error}); give a UTF-8 file, one prompt a line") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise SpecError(f"--prompts {path} holds no prompt; write one a line")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise SpecError(f"--prompts {path}: line {number} is empty; write one prompt a line and remove it")
+    return tuple(lines)
+
+
+def generate(
+    adapter: Adapter,
+    prompts: Sequence[str],
+    *,
+    layers: str | None = None,
+    max_new_tokens: int = 32,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    sample: Sampling | None = None,
+    conditions: Sequence[str] = CONDITIONS,
+    models: Mapping[str, Loaded] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Continue every prompt in every condition.
+
+    Args:
+        adapter: A run's adapter; the fourth condition needs one trained with ``--both``.
+        prompts: Texts.
+        layers: Source layers, None for all.
+        max_new_tokens: Length of each continuation.
+        overrides: ``NAME=REF`` for models that moved.
+        device: Where to run.
+        dtype: Compute dtype.
+        seed: Of the random controls.
+        sample: How to draw tokens; None for the likeliest each time.
+        conditions: Which of :data:`CONDITIONS` to write texts in, besides each model alone.
+        models: The run's models where they are loaded already.
+        quiet: No progress.
+
+    Returns:
+        The contents of ``generations.json``. ``likelihood`` of an entry has the keys of its texts: nats per token of
+        the receiving model's own continuation (``target_alone``, and for ``target_to_source`` ``source_alone``).
+
+    Raises:
+        AdapterError: The run is damaged or does not fit a model.
+        ModelLoadError: A model is not at hand.
+        SpecError: A prompt has no tokens or is longer than a model's context, there is none, or no such layer.
+    """
+    if not prompts:
+        raise SpecError("there is no prompt to continue; give one at least")
+    if set(conditions) - set(CONDITIONS):
+        raise SpecError(f"conditions {', '.join(conditions)}: choose any of {', '.join(CONDITIONS)}")
+    check_card(adapter)
+    chosen = choose(adapter, layers)
+    wires = [wire(adapter, aligner) for aligner in chosen]
+    source, target = chosen[0].pair.source, chosen[0].pair.target
+    both = Models(adapter, (source, target), overrides, device=device, dtype=dtype, quiet=quiet, given=models)
+    # Both models and all prompts are known to fit before the wait for the weights.
+    windows = {name: _tokenized(name, both.info(name), prompts, max_new_tokens) for name in both.names}
+    loaded = both.load_all()
+    batches = [range(start, min(start + _BATCH, len(prompts))) for start in range(0, len(prompts), _BATCH)]
+    reads = {
+        name: [_read(model, [windows[name][i] for i in batch], chosen) for batch in batches]
+        for name, model in loaded.items()
+    }
+    entries: list[dict[str, Any]] = [
+        {"prompt": prompt, "source": source, "target": target, "likelihood": {}} for prompt in prompts
+    ]
+    directions = {"source_to_target": (source, target), "target_to_source": (target, source)}
+    for entry in entries:
+        for block in (entry, entry["likelihood"]):
+            block |= dict.fromkeys(("source_alone", "target_alone")) | {role: {} for role in directions}
+    own: dict[str, list[list[int]]] = {name: [] for name in loaded}
+    work = len(prompts) * (len(loaded) + len(conditions) * len(chosen))
+    with progress("generate", work, "texts", quiet=quiet) as tick:
+        for name, model in loaded.items():
+            for batch, read in zip(batches, reads[name], strict=True):
+                voice = _Voice(model, read, batch, max_new_tokens, sample)
+                said = voice.say(None)
+                own[name] += said
+                for i, text, value in zip(batch, voice.text(said), voice.score(None, said), strict=True):
+                    for role in ("source_alone", "target_alone"):
+                        if entries[i][role.removesuffix("_alone")] == name:
+                            entries[i][role], entries[i]["likelihood"][role] = text, value
+                tick(len(batch))
+        for to in wires:
+            pair = to.aligner.pair
+            role = next(role for role, names in directions.items() if names == (pair.source, pair.target))
+            states = _states(to, reads[pair.source], reads[pair.target], batches, prompts, seed)
+            for batch, read in zip(batches, reads[pair.target], strict=True):
+                voice = _Voice(loaded[pair.target], read, batch, max_new_tokens, sample)
+                for condition in conditions:
+                    injection = voice.injection(pair.target_layer, condition, [states[i] for i in batch])
+                    texts = voice.text(voice.say(injection))
+                    nats = voice.score(injection, [own[pair.target][i] for i in batch])
+                    for i, text, value in zip(batch, texts, nats, strict=True):
+                        there = not isinstance(states[i][1][condition], str)
+                        for block, figure in ((entries[i], text), (entries[i]["likelihood"], value)):
+                            block[role].setdefault(pair.key, {})[condition] = figure if there else None
+                    tick(len(batch))
+    return {
+        "max_new_tokens": max_new_tokens,
+        "decoding": "greedy" if sample is None else _sampling(sample),
+        "seed": seed,
+        "likelihood": "nats per token of the receiving model's own continuation of the untouched prompt",
+        "entries": entries,
+    }
+
+
+def _tokenized(name: str, info: ModelInfo, prompts: Sequence[str], extra: int) -> list[tokens.TokenizedWindow]:
+    windows = tokens.tokenize(info.tokenizer, list(prompts))
+    for prompt, window in zip(prompts, windows, strict=True):
+        if not len(window.ids):
+            raise SpecError(f"prompt {prompt!r} has no tokens under the tokenizer of {name!r}; give it a word at least")
+        if len(window.ids) + extra > info.context:
+            raise SpecError(
+                f"prompt {prompt[:40]!r}... has {len(window.ids)} tokens; with {extra} new ones it exceeds the context "
+                f"of {name!r} ({info.context}); shorten it or use a smaller --max-new-tokens"
+            )
+    return windows
+
+
+def _read(loaded: Loaded, windows: list[tokens.TokenizedWindow], aligners: Sequence[Aligner]) -> Read:
+    layers = {layer for a in aligners if a.pair.source == loaded.name for layer in a.pair.source_layers}
+    layers |= {a.pair.target_layer for a in aligners if a.pair.target == loaded.name}
+    ids, padding = left_padded([window.ids.tolist() for window in windows])
+    # Sinks show at any stored layer; all of them are captured to judge by the store's own rule.
+    states = prompt_states(loaded.model, loaded.stream, ids, sorted(layers | set(loaded.median_norm)), padding=padding)
+    sinks = loaded.is_sink(states).cpu().numpy()
+    own = [sinks[row, ids.shape[1] - len(window.ids) :] for row, window in enumerate(windows)]
+    return Read(windows, ids, padding, {layer: states[layer] for layer in layers}, own)
+
+
+#: A prompt's tokens under both tokenizers, and what each condition puts at its places, or why it has nothing to put.
+_Put = tuple[Crossing, dict[str, Rows | str | None]]
+
+
+def _states(
+    to: Wire,
+    there: Sequence[Read],
+    here: Sequence[Read],
+    batches: Sequence[range],
+    prompts: Sequence[str],
+    seed: int,
+) -> list[_Put]:
+    """What every condition puts into every prompt; None stands for the target's own states."""
+    layers = to.aligner.pair.source_layers
+    at = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch))]
+    rows = [there[number].rows(row, layers) for number, row in at]
+    texts = [
+        crossing(there[n].windows[row], here[n].windows[row], there[n].sinks[row], here[n].sinks[row]) for n, row in at
+    ]
+    mapped = [to.states(x, text, to.pieces(prompt)) for x, text, prompt in zip(rows, texts, prompts, strict=True)]
+    # A map of windows cannot map single states of other prompts: what it made of them is drawn from.
+    pools = (
+        [x[~text.source_sink & ~text.source.special] for x, text in zip(rows, texts, strict=True)]
+        if to.aligner.takes_rows
+        else mapped
+    )
+    found: list[_Put] = []
+    for i, (x, text) in enumerate(zip(rows, texts, strict=True)):
+        rng = np.random.default_rng((seed, i))
+        rest = np.concatenate([pools[i][:0], *(pool for j, pool in enumerate(pools) if j != i)])
+        drawn = rest[rng.integers(len(rest), size=len(text.places))] if len(rest) else None
+        other, other_mapped = (drawn, None) if to.aligner.takes_rows else (None, drawn)
+        source = x[text.taken[text.places]]
+        states: dict[str, Rows | str | None] = {"mapped": mapped[i], "self": None}
+        for name in CONTROLS:
+            states[name] = control_states(
+                name, to.aligner, source, other, rng, seed, mapped=mapped[i], other_mapped=other_mapped
+            )
+        found.append((text, states))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Voice:
+    """A model about to go on with some prompts."""
+
+    loaded: Loaded
+    read: Read
+    numbers: range
+    length: int
+    sample: Sampling | None
+
+    def injection(self, layer: int, condition: str, states: Sequence[_Put]) -> Injection:
+        own, places, values = self.read.states[layer], [], []
+        for row, (text, put) in enumerate(states):
+            places.append(self.read.first(row) + text.places)
+            value = put[condition]
+            # Where a prompt lacks the condition, its row goes along with its own states and is not reported.
+            new = own[row, torch.as_tensor(places[-1], device=own.device)]
+            values.append(torch.as_tensor(value) if isinstance(value, np.ndarray) else new)
+        return aligned(own, values, places, layer=layer, padding=self.read.padding)
+
+    def say(self, injection: Injection | None) -> list[list[int]]:
+        said: list[list[int]] = continue_from(
+            self.loaded.model,
+            self.read.ids,
+            injection=injection,
+            stream=self.loaded.stream,
+            length=self.length,
+            stops=self._stops,
+            sample=self.sample,
+            padding=self.read.padding,
+            rows=self.numbers,
+        )
+        return said
+
+    def score(self, injection: Injection | None, said: Sequence[Sequence[int]]) -> list[float]:
+        model, stream, padding = self.loaded.model, self.loaded.stream, self.read.padding
+        nats: list[float] = score_continuation(
+            model, self.read.ids, said, injection=injection, stream=stream, padding=padding
+        )
+        return nats
+
+    def text(self, said: Sequence[Sequence[int]]) -> list[str]:
+        return [str(self.loaded.info.tokenizer.decode(row, skip_special_tokens=True)) for row in said]
+
+    @property
+    def _stops(self) -> list[int]:
+        stop = self.loaded.model.generation_config.eos_token_id
+        return [stop] if isinstance(stop, int) else list(stop or [])
+
+
+def _sampling(sample: Sampling) -> str:
+    return f"sampled (temperature {sample.temperature:g}, top-p {sample.top_p:g}, seed {sample.seed})"
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The texts for people, each with the likelihood of the receiving model's own text under its condition.
+
+    Args:
+        result: From :func:`generate`.
+    """
+    lines = []
+    for entry in result["entries"]:
+        nats = entry["likelihood"]
+        lines.append(f"{entry['prompt']!r}")
+        lines += [
+            f"  {entry[role]} alone: {entry[f'{role}_alone']!r}{_likelihood(nats[f'{role}_alone'])}"
+            for role in ("source", "target")
+        ]
+        for role in ("source_to_target", "target_to_source"):
+            for key, texts in entry[role].items():
+                own = nats[role][key]
+                lines.append(f"  {key}: {texts['mapped']!r}{_likelihood(own['mapped'])}")
+                lines += [
+                    f"    {name}: {texts[name]!r}{_likelihood(own[name])}"
+                    for name in CONTROLS
+                    if texts[name] is not None
+                ]
+    if lines:
+        lines.append("in brackets: nats per token of the receiving model's own text under that condition")
+    return "\n".join(lines)
+
+
+def _likelihood(nats: float | None) -> str:
+    return "" if nats is None else f"  [{nats:.2f}]"

@@ -1,0 +1,1 @@
+"""Mapped states in a target's forward pass: positions, hiding, continuing, controls."""

@@ -1,0 +1,380 @@
+"""A prompt, with or without injected states, and what the model makes of it: continuations and their likelihood.
+
+The prompt is one pass, which fills the key-value cache; what follows reads the cache. Prompts of several lengths are
+padded at the left and get the positions they would have alone, so a row's text does not depend on its neighbours
+(beyond rounding). States to be injected are captured the same way (:func:`prompt_states`): then a model's own states
+put back change no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from evaluate.injection.inject import Injection, check_padding, inject
+from featstore.errors import SpecError, UnsupportedArchitectureError
+from featstore.models import residual as sites
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: Divides the logits; above 0.
+        top_p: Draw from the fewest likeliest tokens that together have this probability, in (0, 1] (nucleus sampling,
+            arXiv 1904.09751).
+        seed: 0 or more. With the row's number and the step it fixes a draw, whatever else is in the batch.
+
+    Raises:
+        SpecError: A value outside its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise SpecError(f"temperature {self.temperature}: must be above 0; leave sampling out for greedy text")
+        if not 0 < self.top_p <= 1:
+            raise SpecError(f"top_p {self.top_p}: must be above 0 and at most 1")
+        if self.seed < 0:
+            raise SpecError(f"seed {self.seed}: must be 0 or more")
+
+
+def left_padded(rows: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Make one batch of prompts of several lengths.
+
+    Args:
+        rows: Token ids, none empty.
+        fill: Any id of the vocabulary; it is never read.
+
+    Returns:
+        int64 ids ``(batch, tokens)``, and bool padding of the same shape, None where all are of one length.
+
+    Raises:
+        SpecError: No rows, or an empty one.
+    """
+    if not rows or not all(len(row) for row in rows):
+        raise SpecError("a prompt without tokens cannot be continued; give each row at least one")
+    tokens = max(len(row) for row in rows)
+    ids = torch.tensor([[fill] * (tokens - len(row)) + [int(token) for token in row] for row in rows])
+    short = torch.tensor([tokens - len(row) for row in rows])
+    return ids, torch.arange(tokens)[None] < short[:, None] if bool(short.any()) else None
+
+
+class Passes:
+    """Passes over a batch, each of which reads what came before from the cache.
+
+    A batch with padding gets the mask and the positions that it needs. Without padding no mask is passed: the path the
+    models take alone.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Begin with nothing read.
+
+        Args:
+            model: The causal language model.
+        """
+        self._model = model
+        self._real: torch.Tensor | None = None
+        self._padded = False
+        self._past: Any = None
+
+    def read(self, new: torch.Tensor, padding: torch.Tensor | None = None, *, keep: int = 1) -> torch.Tensor:
+        """Pass further tokens.
+
+        Args:
+            new: int64 ``(batch, new tokens)``; the first ones on the model's device.
+            padding: bool of the same shape, True at the left of a row where there is no token; None for none.
+            keep: Of how many of them, the last ones, the logits are wanted, 1 or more.
+
+        Returns:
+            Logits ``(batch, keep, vocabulary)``.
+        """
+        new = new if self._real is None else new.to(self._real.device)
+        real = torch.ones_like(new, dtype=torch.bool) if padding is None else ~padding.to(new.device)
+        self._padded |= padding is not None
+        self._real = real if self._real is None else torch.cat([self._real, real], dim=1)
+        extra = {}
+        if self._padded:
+            places = (self._real.cumsum(dim=1) - 1).clamp(min=0)
+            extra = {"attention_mask": self._real.long(), "position_ids": places[:, -new.shape[1] :]}
+        output = self._model(input_ids=new, past_key_values=self._past, use_cache=True, logits_to_keep=keep, **extra)
+        self._past = output.past_key_values
+        self.logits: torch.Tensor = output.logits
+        return self.logits
+
+    def branch(self, rows: torch.Tensor | None = None) -> Passes:
+        """What may go on otherwise, while this one stays as it is.
+
+        Args:
+            rows: int64, the rows that the new batch has, each as often as is wished; None for all of them once.
+
+        Raises:
+            UnsupportedArchitectureError: The cache is written in place, so that two cannot go on from it.
+        """
+        other = Passes(self._model)
+        other._real, other._padded = self._real, self._padded
+        if self._past is not None:
+            if getattr(self._past, "is_compileable", False):
+                raise UnsupportedArchitectureError(
+                    f"two texts cannot go on from one {type(self._past).__name__}; use a cache that grows, such as "
+                    "DynamicCache"
+                )
+            # A cache that grows makes new tensors, so the two share what has been read until rows are chosen.
+            other._past = copy(self._past)
+            other._past.layers = [copy(layer) for layer in self._past.layers]
+        if rows is not None and self._real is not None:
+            rows = rows.to(self._real.device)
+            other._real = self._real[rows]
+            if other._past is not None:
+                other._past.batch_select_indices(rows)
+        return other
+
+
+def check_speaker(injection: Injection) -> None:
+    """Refuse a prompt whose last token, out of which the text goes on, gives away what is hidden.
+
+    Args:
+        injection: What is put into the prompt.
+
+    Raises:
+        SpecError: With ``keep="hide"``, a row's last token took no state.
+    """
+    ends = (injection.replaced | injection.start)[:, -1]
+    if injection.keep == "hide" and not bool(ends.all()):
+        raise SpecError(
+            f"row {int(ends.int().argmin())}: the prompt's last token took no state, and its own has read what "
+            "keep='hide' is to hide; use keep='own' or a prompt whose last token takes one"
+        )
+
+
+@torch.inference_mode()
+def prompt_states(
+    model: Any,
+    stream: sites.ResidualStream,
+    ids: torch.Tensor,
+    layers: Sequence[int],
+    *,
+    padding: torch.Tensor | None = None,
+) -> dict[int, torch.Tensor]:
+    """A model's own stream over prompts, from the very pass that a continuation begins with.
+
+    Args:
+        model: The causal language model.
+        stream: Its residual stream.
+        ids: int64 ``(batch, tokens)``.
+        layers: Distinct layers in 0..L.
+        padding: bool ``(batch, tokens)``, True at the left of a row where there is no token; None for none.
+
+    Returns:
+        ``{layer: (batch, tokens, width)}`` in the model's dtype; rows of padding are meaningless.
+
+    Raises:
+        LayerRangeError: No such layer.
+        SpecError: As :func:`continue_from`.
+    """
+    prompt = _prompt(model, stream, ids, None, padding, 0)
+    states: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> sites.SiteFunction:
+        def look(hidden: torch.Tensor) -> None:
+            states[layer] = hidden
+
+        return look
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(sites.at_site(stream, layer, keep(layer)))
+        Passes(model).read(prompt.ids, prompt.padding)
+    return states
+
+
+@torch.inference_mode()
+def continue_from(
+    model: Any,
+    ids: torch.Tensor | None,
+    *,
+    injection: Injection | None = None,
+    stream: sites.ResidualStream,
+    length: int,
+    stops: Collection[int],
+    sample: Sampling | None = None,
+    padding: torch.Tensor | None = None,
+    rows: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Continue prompts, greedily or by sampling.
+
+    Args:
+        model: The causal language model.
+        ids: int64 ``(batch, tokens)``; None where the injection replaces the whole prompt at layer 0.
+        injection: States to put in.
+        stream: The model's residual stream.
+        length: New tokens at most, 1 or more.
+        stops: Tokens that end a text.
+        sample: How to draw; None for the likeliest token each time.
+        padding: bool ``(batch, tokens)``, True at the left of a row where there is no token; None for the injection's.
+        rows: Numbers of the rows, which fix their draws; None for 0, 1, ... A batch cut in two gives the same texts if
+            the second half keeps its numbers.
+
+    Returns:
+        Per row its new tokens, the stop included.
+
+    Raises:
+        LayerRangeError: The injection's layer.
+        SpecError: The prompt with its continuation exceeds the context, ids, padding and injection do not fit each
+            other, or, with ``keep="hide"``, a prompt's last token took no state: it has read what is to be hidden.
+        UnsupportedArchitectureError: As :func:`evaluate.injection.inject.inject`.
+    """
+    if length < 1:
+        raise SpecError(f"length {length}: must be 1 or more")
+    prompt = _prompt(model, stream, ids, injection, padding, length)
+    numbers = list(range(len(prompt.ids))) if rows is None else list(rows)
+    if len(numbers) != len(prompt.ids) or min(numbers) < 0:
+        raise SpecError(f"row numbers {numbers[:8]} for {len(prompt.ids)} rows; give each one, 0 or more")
+    texts: list[list[int]] = [[] for _ in numbers]
+    open_rows = set(range(len(numbers)))
+    with _injected(stream, injection):
+        passes = Passes(model)
+        logits = passes.read(prompt.ids, prompt.padding)
+        for step in range(length):
+            new = _next(logits[:, -1], sample, numbers, step)
+            for row in sorted(open_rows):
+                texts[row].append(new[row])
+                if new[row] in stops:
+                    open_rows.discard(row)
+            if not open_rows or step == length - 1:
+                break
+            # A finished row goes on while others are not done; that is not part of its text.
+            logits = passes.read(torch.tensor(new)[:, None])
+    return texts
+
+
+@torch.inference_mode()
+def score_continuation(
+    model: Any,
+    ids: torch.Tensor | None,
+    continuation: Sequence[Sequence[int]],
+    *,
+    injection: Injection | None = None,
+    stream: sites.ResidualStream,
+    padding: torch.Tensor | None = None,
+) -> list[float]:
+    """How unlikely given continuations of prompts are, teacher-forced.
+
+    Args:
+        model: The causal language model.
+        ids: As of :func:`continue_from`.
+        continuation: Per row the tokens to be predicted, at least one.
+        injection: States to put in.
+        stream: The model's residual stream.
+        padding: As of :func:`continue_from`.
+
+    Returns:
+        Per row the mean of -log p in nats per token; float64 sums of float32 log-probabilities.
+
+    Raises:
+        LayerRangeError: As :func:`continue_from`.
+        SpecError: As :func:`continue_from`; or a continuation is empty or missing.
+        UnsupportedArchitectureError: As :func:`continue_from`.
+    """
+    counts = [len(row) for row in continuation]
+    if not counts or min(counts) == 0:
+        raise SpecError("a continuation without tokens has no likelihood; give each row at least one")
+    prompt = _prompt(model, stream, ids, injection, padding, max(counts))
+    if len(counts) != len(prompt.ids):
+        raise SpecError(f"{len(counts)} continuations for {len(prompt.ids)} rows")
+    # Padded at the right: attention is causal, so what is scored never sees it.
+    wanted = torch.tensor([[*map(int, row)] + [0] * (max(counts) - len(row)) for row in continuation])
+    with _injected(stream, injection):
+        passes = Passes(model)
+        logits = passes.read(prompt.ids, prompt.padding)
+        if max(counts) > 1:
+            logits = torch.cat([logits, passes.read(wanted[:, :-1], keep=max(counts) - 1)], dim=1)
+    nats = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), wanted.to(logits.device), reduction="none")
+    table = nats.double().cpu().numpy()
+    return [float(table[row, :count].mean()) for row, count in enumerate(counts)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """Checked prompts on the model's device."""
+
+    ids: torch.Tensor
+    padding: torch.Tensor | None
+
+
+def _prompt(
+    model: Any,
+    stream: sites.ResidualStream,
+    ids: torch.Tensor | None,
+    injection: Injection | None,
+    padding: torch.Tensor | None,
+    extra: int,
+) -> _Prompt:
+    if injection is not None:
+        none = torch.zeros_like(injection.replaced)
+        theirs = none if injection.padding is None else injection.padding
+        if padding is not None:
+            check_padding(padding, tuple(none.shape))
+            if not torch.equal(theirs.cpu(), padding.cpu()):
+                raise SpecError("the prompt is padded otherwise than its injection; make that with the same padding")
+        padding = theirs
+    if ids is None:
+        if injection is None or injection.layer or not bool((injection.replaced | theirs).all()):
+            raise SpecError("a prompt without ids needs states at layer 0 for every position; see embeds()")
+        ids = torch.zeros(injection.hidden.shape[:2], dtype=torch.long)
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise SpecError(f"ids of shape {tuple(ids.shape)}: give (batch, tokens), at least one of each")
+    if injection is not None and injection.hidden.shape[:2] != ids.shape:
+        raise SpecError(
+            f"ids of shape {tuple(ids.shape)} and an injection for {tuple(injection.hidden.shape[:2])}; inject "
+            "into the prompt it was made for"
+        )
+    if padding is not None:
+        check_padding(padding, tuple(ids.shape))
+        padding = padding if bool(padding.any()) else None
+    longest = ids.shape[1] if padding is None else int((~padding).sum(dim=1).max())
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    if longest + extra > context:
+        raise SpecError(
+            f"a prompt of {longest} tokens with {extra} new ones exceeds the context of {context}; shorten it or ask "
+            "for fewer"
+        )
+    if injection is not None:
+        check_speaker(injection)
+    device = next(stream.decoder.parameters()).device
+    return _Prompt(ids.to(device), None if padding is None else padding.to(device))
+
+
+@contextmanager
+def _injected(stream: sites.ResidualStream, injection: Injection | None) -> Iterator[None]:
+    with nullcontext() if injection is None else inject(stream, injection, whole=False):
+        yield
+
+
+def _next(logits: torch.Tensor, sample: Sampling | None, numbers: Sequence[int], step: int) -> list[int]:
+    if sample is None:
+        chosen: list[int] = logits.argmax(dim=-1).tolist()
+        return chosen
+    rows = logits.double().cpu()
+    return [_drawn(row, sample, number, step) for row, number in zip(rows, numbers, strict=True)]
+
+
+def _drawn(logits: torch.Tensor, sample: Sampling, number: int, step: int) -> int:
+    """One token, by the inverse of the cumulative distribution: one uniform number decides."""
+    share, order = torch.softmax(logits / sample.temperature, dim=-1).sort(descending=True, stable=True)
+    total = share.cumsum(dim=0)
+    # Kept are the tokens before which less than top_p has been reached; the likeliest always is.
+    kept = int((total - share < sample.top_p).sum())
+    drawn = np.random.default_rng((sample.seed, number, step)).random() * float(total[kept - 1])
+    place = int(torch.searchsorted(total[:kept], drawn, right=True))
+    return int(order[min(place, kept - 1)])

@@ -1,0 +1,324 @@
+"""Which target position takes which source state, and forward passes with states put in.
+
+A target position takes the mapped state of the last ordinary source token that ends at or before it: what the source
+had read by then. Special tokens, attention sinks of either side and positions before the first source token keep the
+target's own state.
+
+Where a character takes several tokens (byte fallback), all of them have its end, though only the last has read it: the
+state of the source's last one would tell the target's first one what comes next. As many tokens on either side
+correspond one by one; otherwise the earlier ones take what the source had read before the character.
+
+An :class:`Injection` is a prompt's stream at one layer with some positions replaced: every position that has a source
+state (:func:`aligned`), the last one alone (:func:`last`), or a whole sequence in place of the embeddings
+(:func:`embeds`). With ``keep="own"`` what comes after the prompt still reads the target's own view of it, below the
+layer and at the positions that were not replaced; with ``keep="hide"`` it reads the injected states and the start token
+only (:mod:`evaluate.injection.hiding`), and a good answer can have come from nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evaluate.injection.hiding import hiding
+from featstore.errors import NonFiniteStateError, SpecError
+from featstore.models import residual as sites
+from featstore.text.tokens import TokenizedWindow
+
+#: What later tokens may read of the prompt besides the injected states.
+KEEP = ("own", "hide")
+#: How the last position's own state and the injected one become one.
+COMBINE = ("replace", "sum", "mean")
+
+
+def source_positions(source: TokenizedWindow, target: TokenizedWindow) -> NDArray[np.int64]:
+    """For every target token the source token whose state it takes.
+
+    Args:
+        source: Tokens of a text under the source's tokenizer.
+        target: Tokens of the same text under the target's.
+
+    Returns:
+        int64 ``(target tokens,)`` positions in the source, -1 where the target keeps its own state.
+    """
+    readers, takers = np.flatnonzero(~source.special), np.flatnonzero(~target.special)
+    ends, own = source.byte_end[readers], target.byte_end[takers]
+    # The tokens that share an end are first..after-1; on the target's side this one is the rank-th of them.
+    first, after = np.searchsorted(ends, own, side="left"), np.searchsorted(ends, own, side="right")
+    own_first, own_after = np.searchsorted(own, own, side="left"), np.searchsorted(own, own, side="right")
+    rank = np.arange(len(own)) - own_first
+    last = rank == own_after - own_first - 1
+    one_by_one = after - first == own_after - own_first
+    at = np.where(one_by_one, first + rank, np.where(last, after, first) - 1)
+    positions = np.full(len(target.special), -1, dtype=np.int64)
+    positions[takers[at >= 0]] = readers[at[at >= 0]]
+    return positions
+
+
+@contextmanager
+def injecting(stream: sites.ResidualStream, layer: int, hidden: torch.Tensor, *, whole: bool) -> Iterator[None]:
+    """Replace the stream at a layer by given states during forward passes over exactly these tokens.
+
+    Passes over fewer tokens (the steps of cached generation) are left alone.
+
+    Args:
+        stream: The target's residual stream.
+        layer: 0..L.
+        hidden: ``(batch, tokens, width)``.
+        whole: The pass has no cache, so the blocks below need not run.
+    """
+
+    def put(current: torch.Tensor) -> torch.Tensor | None:
+        if current.shape[:2] != hidden.shape[:2]:
+            return None
+        return hidden.to(current.device, current.dtype)
+
+    with sites.at_site(stream, layer, put):
+        if whole:
+            with sites.skipping_below(stream, layer):
+                yield
+        else:
+            yield
+
+
+@dataclass(frozen=True, eq=False)
+class Injection:
+    """A prompt's residual stream at one layer, with states put in.
+
+    Attributes:
+        layer: 0..L of the target.
+        hidden: ``(batch, tokens, width)``, the stream at the layer, replaced where ``replaced`` says so.
+        replaced: bool ``(batch, tokens)``.
+        keep: One of :data:`KEEP`.
+        padding: bool ``(batch, tokens)``, True at the left of a row where there is no token; None for none.
+
+    Raises:
+        SpecError: The shapes do not fit each other, a row has no token, its padding is not at its left or takes a
+            state, or ``keep`` is unknown.
+        NonFiniteStateError: An injected state holds NaN or infinity.
+    """
+
+    layer: int
+    hidden: torch.Tensor
+    replaced: torch.Tensor
+    keep: str = "own"
+    padding: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep not in KEEP:
+            raise SpecError(f"keep {self.keep!r}: choose one of {', '.join(KEEP)}")
+        shape = tuple(self.hidden.shape)
+        if len(shape) != 3 or 0 in shape:
+            raise SpecError(f"injected stream of shape {shape}: give (batch, tokens, width), none of them 0")
+        check_flags("replaced", self.replaced, shape[:2])
+        if self.padding is not None:
+            check_padding(self.padding, shape[:2])
+            if bool((self.replaced & self.padding).any()):
+                raise SpecError("a state is injected where a row is padded; give places among its tokens")
+        if not bool(torch.isfinite(self.hidden[self.replaced]).all()):
+            raise NonFiniteStateError(
+                f"a state to be injected at layer {self.layer} holds NaN or infinity; check the map and what it was "
+                "given"
+            )
+
+    @property
+    def start(self) -> torch.Tensor:
+        """Bool ``(batch, tokens)``: every row's first token, special or not; models rest their attention on it."""
+        real = torch.ones_like(self.replaced) if self.padding is None else ~self.padding
+        return real & (real.cumsum(dim=1) == 1)
+
+
+def check_flags(name: str, flags: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Check that a tensor says yes or no for every position.
+
+    Args:
+        name: What it is called.
+        flags: bool, of ``shape``.
+        shape: ``(batch, tokens)``.
+
+    Raises:
+        SpecError: Another dtype or shape.
+    """
+    if flags.dtype != torch.bool or tuple(flags.shape) != tuple(shape):
+        raise SpecError(f"{name} is {flags.dtype} of shape {tuple(flags.shape)}; give bool of shape {tuple(shape)}")
+
+
+def check_padding(padding: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Check that padding lies at the left of every row and leaves it a token.
+
+    Args:
+        padding: bool ``(batch, tokens)``, True where there is no token.
+        shape: ``(batch, tokens)``.
+
+    Raises:
+        SpecError: It does not.
+    """
+    check_flags("padding", padding, shape)
+    if bool(padding[:, -1].any()) or bool((padding[:, 1:] & ~padding[:, :-1]).any()):
+        raise SpecError("padding must lie at the left of each row and leave it a token; see left_padded()")
+
+
+def aligned(
+    own: torch.Tensor,
+    states: Sequence[torch.Tensor | NDArray[Any]],
+    places: Sequence[Sequence[int] | NDArray[Any]],
+    *,
+    layer: int,
+    keep: str = "own",
+    padding: torch.Tensor | None = None,
+) -> Injection:
+    """Put states at chosen positions of a prompt.
+
+    Args:
+        own: ``(batch, tokens, width)``, the target's stream at the layer.
+        states: Per row ``(n_i, width)``.
+        places: Per row n_i distinct positions in 0..tokens-1, padding counted.
+        layer: 0..L.
+        keep: One of :data:`KEEP`.
+        padding: As of :class:`Injection`.
+
+    Raises:
+        SpecError: Rows, places and states do not fit, or as :class:`Injection`.
+        NonFiniteStateError: As :class:`Injection`.
+    """
+    hidden, replaced = own.clone(), torch.zeros(own.shape[:2], dtype=torch.bool, device=own.device)
+    if not len(states) == len(places) == len(hidden):
+        raise SpecError(
+            f"{len(hidden)} rows of a prompt, states for {len(states)} and places for {len(places)} of them"
+        )
+    for row, (new, at) in enumerate(zip(states, places, strict=True)):
+        values, index = torch.as_tensor(new), np.asarray(at, dtype=np.int64).reshape(-1)
+        if tuple(values.shape) != (len(index), own.shape[2]):
+            raise SpecError(
+                f"row {row}: states of shape {tuple(values.shape)} for {len(index)} places of width {own.shape[2]}"
+            )
+        if len(np.unique(index)) != len(index) or not ((index >= 0) & (index < own.shape[1])).all():
+            raise SpecError(f"row {row}: places must be distinct and lie in 0..{own.shape[1] - 1}")
+        where = torch.as_tensor(index, device=own.device)
+        hidden[row, where] = values.to(own.device, own.dtype)
+        replaced[row, where] = True
+    return Injection(layer, hidden, replaced, keep, None if padding is None else padding.to(own.device))
+
+
+def last(
+    own: torch.Tensor,
+    state: torch.Tensor | NDArray[Any],
+    *,
+    layer: int,
+    how: str = "replace",
+    keep: str = "own",
+    padding: torch.Tensor | None = None,
+) -> Injection:
+    """Put a state at the last position of a prompt alone ("Communicating Activations", arXiv 2501.14082, section 3).
+
+    Args:
+        own: ``(batch, tokens, width)``, the target's stream at the layer.
+        state: ``(batch, width)``.
+        layer: 0..L.
+        how: ``replace`` (the state), ``sum`` (own + state) or ``mean`` ((own + state) / 2); computed in float32.
+        keep: One of :data:`KEEP`.
+        padding: As of :class:`Injection`.
+
+    Raises:
+        SpecError: Unknown ``how``, or as :func:`aligned`.
+        NonFiniteStateError: As :class:`Injection`.
+    """
+    if how not in COMBINE:
+        raise SpecError(f"how {how!r}: choose one of {', '.join(COMBINE)}")
+    given = torch.as_tensor(state).to(own.device)
+    if tuple(given.shape) != (own.shape[0], own.shape[2]):
+        raise SpecError(f"state of shape {tuple(given.shape)}: give (batch, width) = {(own.shape[0], own.shape[2])}")
+    if how != "replace":
+        given = own[:, -1].float() + given.float()
+    if how == "mean":
+        given = given / 2
+    return aligned(own, list(given[:, None]), [[own.shape[1] - 1]] * len(own), layer=layer, keep=keep, padding=padding)
+
+
+def embeds(states: Sequence[torch.Tensor | NDArray[Any]], *, keep: str = "own") -> Injection:
+    """Put whole sequences of states at layer 0, in place of a prompt.
+
+    The way of the first experiments, kept for comparison: states of any layer enter where embeddings belong. The
+    sequences have lengths of their own; shorter ones are padded at the left.
+
+    Args:
+        states: Per row ``(n_i, width)``, n_i >= 1.
+        keep: One of :data:`KEEP`; as every position is replaced, there is nothing to hide.
+
+    Raises:
+        SpecError: No rows, an empty one, or rows of several widths.
+        NonFiniteStateError: As :class:`Injection`.
+    """
+    rows = [torch.as_tensor(new) for new in states]
+    if not rows or any(row.ndim != 2 or len(row) == 0 or row.shape[1] != rows[0].shape[1] for row in rows):
+        shapes = ", ".join(str(tuple(row.shape)) for row in rows[:4])
+        raise SpecError(f"sequences of shapes {shapes or 'none'}: give (tokens, width) each, of one width, none empty")
+    tokens = max(len(row) for row in rows)
+    hidden = rows[0].new_zeros((len(rows), tokens, rows[0].shape[1]))
+    padding = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    for i, row in enumerate(rows):
+        hidden[i, tokens - len(row) :] = row
+        padding[i, tokens - len(row) :] = False
+    return Injection(0, hidden, ~padding, keep, padding if bool(padding.any()) else None)
+
+
+@contextmanager
+def inject(stream: sites.ResidualStream, injection: Injection, *, whole: bool) -> Iterator[None]:
+    """Put an injection into the passes of a model.
+
+    The pass that begins the sequence, over exactly the injection's tokens, has its stream replaced at the layer. With
+    ``keep="hide"`` that pass and all later cached ones, of any number of tokens, read only what they may; leave the
+    context only when the text is done. Whoever calls the model passes the attention mask and positions that padding
+    needs (:mod:`evaluate.injection.continuing` does).
+
+    Args:
+        stream: The target's residual stream.
+        injection: What to put in.
+        whole: The one pass has no cache, so the blocks below need not run.
+
+    Raises:
+        LayerRangeError: No such layer.
+        SpecError: A pass is not the injection's: another shape, or a cache that holds less than the prompt.
+        UnsupportedArchitectureError: With ``hide``, the model's attention takes no mask of positions.
+    """
+    hidden = injection.hidden
+    begun = 0
+
+    def begin(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal begun
+        past = kwargs.get("past_key_values")
+        begun = 0 if past is None else int(past.get_seq_length())
+        if begun and (whole or begun < hidden.shape[1]):
+            raise SpecError(
+                f"the pass goes on from {begun} cached tokens, the injection is for a prompt of {hidden.shape[1]} "
+                f"{'without a cache' if whole else 'from its first token'}; begin with the prompt"
+            )
+
+    def put(current: torch.Tensor) -> torch.Tensor | None:
+        # A prompt of one token has the shape of a step of generation: only the cache tells them apart.
+        if begun:
+            return None
+        if current.shape != hidden.shape:
+            raise SpecError(
+                f"the pass has a stream of shape {tuple(current.shape)}, the injection {tuple(hidden.shape)}; inject "
+                "into the prompt it was made for"
+            )
+        return hidden.to(current.device, current.dtype)
+
+    with ExitStack() as stack:
+        if whole:
+            # First: it tries the model on one token, which is no pass of the injection's.
+            stack.enter_context(sites.skipping_below(stream, injection.layer))
+        stack.enter_context(sites.at_site(stream, injection.layer, put))
+        handle = stream.decoder.register_forward_pre_hook(begin, with_kwargs=True)
+        stack.callback(handle.remove)
+        if injection.keep == "hide":
+            readable = injection.replaced | injection.start
+            stack.enter_context(hiding(stream, injection.layer, readable, injection.start))
+        yield

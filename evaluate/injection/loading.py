@@ -1,0 +1,286 @@
+"""The models an adapter's card names, checked against the card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.maps.fitted import Adapter, Aligner
+from featstore.errors import AdapterError, SpecError
+from featstore.models import loading as models
+from featstore.models import residual as sites
+from featstore.models.references import ModelSpec, parse_layers, parse_models
+from featstore.runtime.console import err
+
+#: What injecting needs of a card, and of its entry for every model of a map.
+_CARD = (("type",), ("store", "fingerprint"), ("mask", "sink_threshold"))
+_MODEL = ("reference", "depth", "width", "config_sha256", "tokenizer_sha256", "median_norm")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be read from and injected into.
+
+    Attributes:
+        name: Its name in the card.
+        info: Configuration and tokenizer.
+        model: The language model with its head.
+        stream: Its residual stream.
+        median_norm: Median norm by layer, from the store's pilot.
+        sink_threshold: Multiple of the median beyond which a token is a sink.
+    """
+
+    name: str
+    info: models.ModelInfo
+    model: Any
+    stream: sites.ResidualStream
+    median_norm: dict[int, float]
+    sink_threshold: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return next(self.stream.decoder.parameters()).device
+
+    def is_sink(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Which positions are attention sinks, judged at the layers given.
+
+        Args:
+            states: ``{layer: (..., width)}``.
+
+        Returns:
+            bool ``(...)``.
+        """
+        flags = [
+            hidden.float().norm(dim=-1) > self.sink_threshold * self.median_norm[layer]
+            for layer, hidden in states.items()
+        ]
+        return torch.stack(flags).any(dim=0)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model that is at hand and is the one the card names, but for its weights, which are not loaded yet.
+
+    Attributes:
+        spec: Where it is.
+        info: Configuration and tokenizer.
+    """
+
+    spec: ModelSpec
+    info: models.ModelInfo
+
+
+def check(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str = "auto", dtype: str = "auto") -> Known:
+    """Find a model of a run and compare it with the card: all that can be wrong before the wait for its weights.
+
+    Args:
+        adapter: The run's adapter.
+        name: Model name in its card.
+        overrides: ``NAME=REF`` values for models that moved.
+        device: Where it is to run.
+        dtype: Compute dtype.
+
+    Raises:
+        AdapterError: The model at hand is not the one the adapter was fitted to.
+        ModelLoadError: There is none.
+        SpecError: An override names a model the run does not have, or the device or dtype is unknown.
+    """
+    card = adapter.card["models"]
+    moved = {spec.name: spec for spec in parse_models(overrides)}
+    unknown = sorted(set(moved) - set(card))
+    if unknown:
+        raise SpecError(f"--model {unknown[0]}=...: this run has {', '.join(card)}")
+    models.resolve_dtype(dtype, models.resolve_device(device))
+    entry = card[name]
+    spec = moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision")))
+    info = models.inspect_model(spec)
+    for what, at_hand, wanted in (
+        ("depth", info.depth, entry["depth"]),
+        ("width", info.width, entry["width"]),
+        ("configuration", info.config_hash, entry["config_sha256"]),
+        ("tokenizer", info.tokenizer_hash, entry["tokenizer_sha256"]),
+    ):
+        if at_hand != wanted:
+            raise AdapterError(
+                f"model {name!r} ({spec.ref}) has {what} {str(at_hand)[:12]}, the adapter was fitted to "
+                f"{str(wanted)[:12]}; point to the right model with --model {name}=REF"
+            )
+    return Known(spec, info)
+
+
+class Models:
+    """Models of a run: all of them checked at once, before the wait for the weights of the first.
+
+    Args:
+        adapter: The run's adapter.
+        names: Model names in its card.
+        overrides: ``NAME=REF`` for models that moved.
+        device: Where they are to run.
+        dtype: Compute dtype.
+        quiet: Do not say that weights are being loaded.
+        given: Those that are loaded already, by name.
+
+    Raises:
+        AdapterError: A model at hand is not the one the adapter was fitted to.
+        ModelLoadError: There is none.
+        SpecError: An override names a model the run does not have, or the device or dtype is unknown.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        names: Iterable[str],
+        overrides: Sequence[str],
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        quiet: bool = False,
+        given: Mapping[str, Loaded] | None = None,
+    ) -> None:
+        self._adapter, self._device, self._dtype, self._quiet = adapter, device, dtype, quiet
+        self._given = given or {}
+        self.names = tuple(dict.fromkeys(names))
+        """Without repetition, in their order."""
+        self._known = {
+            name: check(adapter, name, overrides, device=device, dtype=dtype)
+            for name in self.names
+            if name not in self._given
+        }
+
+    def info(self, name: str) -> models.ModelInfo:
+        """A model's configuration and tokenizer."""
+        return self._given[name].info if name in self._given else self._known[name].info
+
+    def load(self, name: str) -> Loaded:
+        """A model with its weights, which are read anew at every call: who asks decides how long they stay.
+
+        Raises:
+            AdapterError: Its weights are not those the adapter was fitted to.
+            ModelLoadError: They cannot be loaded.
+        """
+        return self._given.get(name) or _load(
+            self._adapter, self._known[name], device=self._device, dtype=self._dtype, quiet=self._quiet
+        )
+
+    def load_all(self) -> dict[str, Loaded]:
+        """All of them, by name."""
+        return {name: self.load(name) for name in self.names}
+
+
+def load(
+    adapter: Adapter,
+    name: str,
+    overrides: Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: bool = False,
+) -> Loaded:
+    """One model of a run, as :class:`Models` loads it.
+
+    Args:
+        adapter: The run's adapter.
+        name: Model name in its card.
+        overrides: ``NAME=REF`` for models that moved.
+        device: Where to run.
+        dtype: Compute dtype.
+        quiet: Do not say that the weights are being loaded.
+
+    Raises:
+        AdapterError: The model at hand is not the one the adapter was fitted to.
+        ModelLoadError: It cannot be loaded.
+        SpecError: An override names a model the run does not have, or the device or dtype is unknown.
+    """
+    return Models(adapter, [name], overrides, device=device, dtype=dtype, quiet=quiet).load(name)
+
+
+def _load(adapter: Adapter, known: Known, *, device: str, dtype: str, quiet: bool) -> Loaded:
+    name, entry = known.spec.name, adapter.card["models"][known.spec.name]
+    if not quiet:
+        err.print(f"loading {name}")
+    model = models.load_model(known.spec, device=device, dtype=dtype, attention=entry.get("attention", "sdpa"))
+    _check_weights(known.spec, model, entry)
+    medians = {int(k): float(v) for k, v in entry["median_norm"].items()}
+    threshold = float(adapter.card["mask"]["sink_threshold"])
+    return Loaded(name, known.info, model, sites.residual_stream(model), medians, threshold)
+
+
+def _check_weights(spec: ModelSpec, model: Any, entry: Mapping[str, Any]) -> None:
+    """Refuse a fine-tune: its configuration and tokenizer are those of the model it came from.
+
+    It takes milliseconds: :func:`featstore.models.loading.weights_fingerprint` hashes a few values of every tensor. A
+    card whose store recorded no fingerprint passes.
+    """
+    wanted = entry.get("weights_fingerprint")
+    dtypes = {entry.get("compute_dtype"), str(next(model.parameters()).dtype).removeprefix("torch.")}
+    # A fingerprint rounds to bfloat16, which undoes what bfloat16 and float32 do to the same weights. What float16 has
+    # rounded near zero, it cannot undo.
+    if wanted is None or ("float16" in dtypes and len(dtypes) > 1):
+        return
+    at_hand = models.weights_fingerprint(model)
+    if at_hand != wanted:
+        raise AdapterError(
+            f"model {spec.name!r} ({spec.ref}) has weights {at_hand[:12]}, the adapter was fitted to "
+            f"{str(wanted)[:12]} under the same configuration; point to the right model with --model {spec.name}=REF, "
+            "or extract and train again with this one"
+        )
+
+
+def choose(adapter: Adapter, layers: str | None) -> list[Aligner]:
+    """The maps of a run, or those of some source layers; of every kind.
+
+    Args:
+        adapter: The run's adapter.
+        layers: Source layers as typed, None for all.
+
+    Raises:
+        AdapterError: The run has no map, or one that holds NaN or infinity.
+        SpecError: The run has no such layer.
+    """
+    chosen = list(adapter.aligners.values())
+    _check_maps(adapter, chosen)
+    if layers is None:
+        return chosen
+    depths = {name: int(entry["depth"]) for name, entry in adapter.card["models"].items()}
+    wanted = parse_layers([layers], depths)
+    picked = [a for a in chosen if set(a.pair.source_layers) & set(wanted[a.pair.source])]
+    if not picked:
+        held = sorted({layer for a in chosen for layer in a.pair.source_layers})
+        raise SpecError(f"--layers {layers}: this run maps layers {', '.join(map(str, held))}")
+    return picked
+
+
+def _check_maps(adapter: Adapter, aligners: Sequence[Aligner]) -> None:
+    """Refuse a damaged run before a model is looked for: its weights may take minutes."""
+    if not aligners:
+        raise AdapterError(f"the run in {adapter.directory} holds no map; train it again")
+    for aligner in aligners:
+        broken = [name for name, tensor in aligner.tensors.items() if not np.isfinite(tensor).all()]
+        if broken:
+            raise AdapterError(
+                f"{aligner.pair.key}: {broken[0]} in {adapter.directory} holds NaN or infinity; train it again"
+            )
+
+
+def check_card(adapter: Adapter) -> None:
+    """Check that a run's card says what injecting its maps needs.
+
+    Args:
+        adapter: The run's adapter.
+
+    Raises:
+        AdapterError: It lacks something.
+    """
+    pairs = [aligner.pair for aligner in adapter.aligners.values()]
+    names = dict.fromkeys(name for pair in pairs for name in (pair.source, pair.target))
+    for path in (*_CARD, *(("models", name, key) for name in names for key in _MODEL)):
+        at: Any = adapter.card
+        for key in path:
+            if not isinstance(at, Mapping) or key not in at:
+                raise AdapterError(f"the card of {adapter.directory} lacks {'.'.join(path)}; train it again")
+            at = at[key]

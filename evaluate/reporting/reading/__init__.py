@@ -1,0 +1,1 @@
+"""What run directories hold, and the words and numbers that show it."""

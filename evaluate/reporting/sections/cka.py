@@ -1,0 +1,161 @@
+"""The similarity section: what a ``cka.json`` says, drawn and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from align.similarity.page.palette import Scale
+from evaluate.reporting.drawing.heatmap import legend
+from evaluate.reporting.drawing.matrices import Panel, cells_of, height, layer_name, panel, rows_of
+from evaluate.reporting.reading.inputs import Node, Origin, Run
+from evaluate.reporting.reading.numbers import count, say, show
+from evaluate.reporting.sections.measures import Measures, measures
+
+#: Similarity of shuffled pairs above this means that the estimate itself is biased upwards.
+_HIGH_NULL = 0.05
+#: A cell that moves further than this when masked rows return is made by those rows.
+_SINK_SHIFT = 0.05
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """The section of one directory."""
+
+    label: str
+    source: Origin
+    page: Origin | None
+    facts: Markup
+    findings: tuple[Markup, ...]
+    panels: tuple[Panel, ...]
+    legend: Markup
+    measures: Measures | None
+
+
+def similarity(run: Run) -> Similarity | None:
+    """Build the section of one directory, if it has a ``cka.json``.
+
+    Args:
+        run: The directory.
+    """
+    cka = run.file("cka.json")
+    if cka.value is None:
+        return None
+    a, b = _models(cka)
+    names = {model: [layer.text for layer in cka.get("layers", model)] for model in (a, b)}
+    null, beside = cka.get("null"), _beside(cka)
+    note = (
+        "The same with the masked rows put back in, n = {}."
+        if "unmasked" in beside.at
+        else "The same without sinks and other masked rows, n = {}."
+    )
+    chance = say("What chance gives: {}, n = {}.", null.get("method").text or "shuffled pairs", _count(null))
+    wanted = [
+        (f"{a} × {b}", cka, cka.get("cross"), (a, b), say("Every layer of one with every of the other.")),
+        (f"{a} × {a}", cka, cka.get("within", a), (a, a), say("Within {}.", a)),
+        (f"{b} × {b}", cka, cka.get("within", b), (b, b), say("Within {}.", b)),
+        (beside.at.rsplit("/", 1)[-1], beside, beside.get("cross"), (a, b), say(note, _count(beside))),
+        ("shuffled pairs", null, null.get("cross"), (a, b), chance),
+    ]
+    if a == b:
+        del wanted[1:3]  # the cross matrix of a model with itself is what "within" would repeat
+    wanted = [entry for entry in wanted if height(entry[2])]
+    scale = Scale.over(value for _, _, node, _, _ in wanted for row in rows_of(node) for value in row)
+    panels = tuple(panel(run.label, names, scale, *entry) for entry in wanted)
+    kernel, estimator = cka.get("kernel").text or "linear", cka.get("estimator").text
+    facts = say(
+        "{} CKA, {} kernel, n = {} pairs, {} rows masked{}.",
+        estimator.capitalize() or "Unnamed",
+        kernel,
+        _count(cka),
+        show(cka.get("masked_rows"), count),
+        ", sinks kept" if cka.get("keep_sinks").value is True else "",
+    )
+    return Similarity(
+        label=run.label,
+        source=run.origin("cka.json"),
+        page=run.cka_page,
+        facts=facts,
+        findings=tuple(findings(run)),
+        panels=panels,
+        legend=legend(scale),
+        measures=measures(run.label, cka, (a, b), names),
+    )
+
+
+def findings(run: Run) -> list[Markup]:
+    """What the matrices say, in sentences.
+
+    Args:
+        run: The directory.
+    """
+    cka = run.file("cka.json")
+    best = max(cells_of(cka.get("cross")), key=lambda cell: cell[2].number or 0.0, default=None)
+    if best is None:
+        return []
+    sentences = [say("Most alike are {}: CKA {}.", _name(cka, best[0], best[1]), show(best[2]))]
+    null = _largest(cka.get("null", "cross"))
+    if null is not None:
+        sentences.append(say("Shuffled pairs reach {} at most.", show(null)))
+    sentences.append(
+        say(
+            "CKA ignores rotation, scale and offset: it says which layers are alike, not whether a "
+            "map between them is right."
+        )
+    )
+    return sentences
+
+
+def warnings(run: Run) -> list[tuple[str, Markup]]:
+    """What makes the similarities less than they seem, as code and sentence.
+
+    Args:
+        run: The directory.
+    """
+    cka = run.file("cka.json")
+    notes = []
+    if cka.get("keep_sinks").value is True:
+        notes.append(("sinks kept", say("A few rows of huge norm decide these similarities.")))
+    null = _largest(cka.get("null", "cross"))
+    if null is not None and (null.number or 0.0) > _HIGH_NULL:
+        text = "CKA of shuffled pairs reaches {}: read the map against that, not 0."
+        notes.append(("high null", say(text, show(null))))
+    beside = _beside(cka)
+    shifts = [
+        (abs((other.number or 0.0) - (cell.number or 0.0)), i, j, cell, other)
+        for i, j, cell in cells_of(cka.get("cross"))
+        if (other := beside.get("cross", i, j)).number is not None
+    ]
+    size, i, j, cell, other = max(shifts, key=lambda s: s[0], default=(0.0, 0, 0, Node(), Node()))
+    if size > _SINK_SHIFT:
+        masked, unmasked = (cell, other) if "unmasked" in beside.at else (other, cell)
+        text = "With the masked rows included, {} reads {} instead of {}: only masked figures say how alike layers are."
+        notes.append(("sink-dominated", say(text, _name(cka, i, j), show(unmasked), show(masked))))
+    return notes
+
+
+def _beside(cka: Node) -> Node:
+    # With --keep-sinks the main figures are the unmasked ones, and the masked stand beside them.
+    return cka.get("masked" if cka.get("masked").value is not None else "unmasked")
+
+
+def _models(cka: Node) -> tuple[str, str]:
+    named = [model.text for model in cka.get("models")] or [name for name, _ in cka.get("layers").items()]
+    return (named[0] if named else "a", named[-1] if named else "b")
+
+
+def _largest(node: Node) -> Node | None:
+    cells: Sequence[Node] = [cell for _, _, cell in cells_of(node)]
+    return max(cells, key=lambda cell: cell.number or 0.0, default=None)
+
+
+def _name(cka: Node, i: int, j: int) -> str:
+    a, b = _models(cka)
+    names = [[layer.text for layer in cka.get("layers", model)] for model in (a, b)]
+    return f"{a} layer {layer_name(names[0], i)} and {b} layer {layer_name(names[1], j)}"
+
+
+def _count(node: Node) -> Markup:
+    return show(node.get("n"), count)

@@ -1,0 +1,166 @@
+"""How much more often mapped states give the right answer than each control: ``gains`` of ``communicate.json``.
+
+A gain is the difference of two accuracies on the same examples with its 95 % interval. One that includes zero shows
+nothing, however large its middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from markupsafe import Markup
+
+from evaluate.reporting.drawing.svg import Mark, coordinate, point
+from evaluate.reporting.reading.inputs import Node, Pair
+from evaluate.reporting.reading.names import control_name
+from evaluate.reporting.reading.numbers import dash, interval, percent, percent_number, say, show
+from evaluate.reporting.sections.stitched import mark_of
+from evaluate.reporting.sections.tables import Cell
+
+Standing = Literal["above", "level", "below", "unknown"]
+
+#: Controls in the order of their columns; others that a file names follow.
+_CONTROLS = ("silent", "random", "shuffled")
+#: Width of the drawing in a cell.
+_SPARK = 96
+_MARKS: dict[Standing, tuple[str, str]] = {
+    "above": ("▲", "above it by more than the interval"),
+    "level": ("○", "the interval includes zero: no difference shown"),
+    "below": ("▼", "below it by more than the interval"),
+    "unknown": ("?", "no interval is given"),
+}
+
+
+@dataclass(frozen=True)
+class Gains:
+    """The gains of one task.
+
+    Attributes:
+        header: Column titles, each with its class.
+        rows: A cell for each, with what it sorts by.
+        key: What the marks of the cells mean, mark and words.
+    """
+
+    header: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    key: tuple[tuple[str, str], ...]
+
+
+def standing(gain: Node) -> Standing:
+    """Where a gain's interval lies.
+
+    Args:
+        gain: With ``value`` and ``ci95``.
+    """
+    low, high = (gain.get("ci95", end).number for end in (0, 1))
+    if gain.get("value").number is None or low is None or high is None:
+        return "unknown"
+    return "above" if low > 0 else "below" if high < 0 else "level"
+
+
+def beats_all(against: Node) -> bool:
+    """Whether a way of sending states is above every control that a task needs for it.
+
+    Args:
+        against: The gains of one condition, by control; without a random and a shuffled one nothing is shown.
+    """
+    found = {control: standing(gain) for control, gain in against.items()}
+    return set(_CONTROLS) <= set(found) and all(place == "above" for place in found.values())
+
+
+def gains(task: Node, label: str) -> Gains | None:
+    """Build the table of a task's gains, if it has any.
+
+    Args:
+        task: One of the tasks of ``communicate.json``.
+        label: What the task is, for screen readers.
+    """
+    ways = [(name, against) for name, against in task.get("gains").items() if next(against.items(), None)]
+    if not ways:
+        return None
+    controls = list(dict.fromkeys((*_CONTROLS, *(control for _, against in ways for control, _ in against.items()))))
+    controls = [control for control in controls if any(against.get(control).value is not None for _, against in ways)]
+    bounds, several = _bounds(ways), len({name.partition(" ")[2] for name, _ in ways}) > 1
+    rows = tuple(_row(task, name, against, controls, bounds, label, several=several) for name, against in ways)
+    found = {standing(against.get(control)) for _, against in ways for control in controls}
+    key = tuple(words for place, words in _MARKS.items() if place in found)
+    layers = (("layers", ""),) if several else ()
+    columns = ("right", "above", *(f"over {control_name(control)}" for control in controls))
+    return Gains((("sent", ""), *layers, *((column, "num") for column in columns)), rows, key)
+
+
+def _row(
+    task: Node,
+    name: str,
+    against: Node,
+    controls: Sequence[str],
+    bounds: tuple[float, float],
+    label: str,
+    *,
+    several: bool,
+) -> tuple[Cell, ...]:
+    way, _, key = name.partition(" ")
+    accuracy = task.get("conditions", name, "accuracy")
+    cells = [Cell(say("{}", control_name(way)), way)]
+    if several:
+        cells.append(_layers(key))
+    cells.append(Cell(show(accuracy, percent), _sort(accuracy), "num"))
+    above = [standing(against.get(control)) == "above" for control in controls]
+    all_of = beats_all(against)
+    count = f"{sum(above)} of {len(controls)}"
+    cells.append(Cell(say("<b>{}</b>" if all_of else "{}", count), str(sum(above)), "num"))
+    cells += [_gain(task, name, control, against.get(control), bounds, label) for control in controls]
+    return tuple(cells)
+
+
+def _layers(key: str) -> Cell:
+    pair = Pair.parse(key)
+    return Cell(say("{}", pair), str(pair))
+
+
+def _gain(task: Node, name: str, control: str, gain: Node, bounds: tuple[float, float], label: str) -> Cell:
+    if gain.get("value").number is None:
+        why = task.get("reasons", f"{name.partition(' ')[0]}_{control} {name.partition(' ')[2]}").text
+        why = why or task.get("reasons", f"{control} {name.partition(' ')[2]}").text
+        return Cell(dash(why or f"not compared with {control_name(control)}"), "", "num")
+    mark, words = _MARKS[standing(gain)]
+    drawn = say('<span class="{}" title="{}">{}</span>', standing(gain), words, mark)
+    value, ends = show(gain.get("value"), _points), interval(gain.get("ci95"), percent_number)
+    words = f"{control_name(name)} over {control_name(control)}"
+    spark = _spark(mark_of(gain.get("value"), gain.get("ci95"), words, standing(gain)), bounds, f"{words}, {label}")
+    return Cell(say("{}{} {} {}", spark, drawn, value, ends), _sort(gain.get("value")), "num")
+
+
+def _points(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{percent_number(value)}"
+
+
+def _sort(node: Node) -> str:
+    return "" if node.number is None else repr(node.number)
+
+
+def _spark(mark: Mark, bounds: tuple[float, float], label: str) -> Markup:
+    """The gain as a point with its whisker about a line at zero, small enough for a cell."""
+    low, high = bounds
+
+    def place(value: float) -> float:
+        return 6 + (value - low) / (high - low) * (_SPARK - 12)
+
+    zero = Markup('<line class="anchor" x1="{0}" y1="1" x2="{0}" y2="15"/>').format(coordinate(place(0.0)))
+    return Markup(
+        '<svg class="spark" viewBox="0 0 {0} 16" width="{0}" role="img" aria-label="{1}">{2}{3}</svg>'
+    ).format(_SPARK, label, zero, point(mark, place, 8.0))
+
+
+def _bounds(ways: Sequence[tuple[str, Node]]) -> tuple[float, float]:
+    ends = [
+        end.number
+        for _, against in ways
+        for _, gain in against.items()
+        for end in (gain.get("value"), *gain.get("ci95"))
+        if end.number is not None
+    ]
+    low, high = min([0.0, *ends]), max([0.0, *ends])
+    return (low, high) if high > low else (-1.0, 1.0)

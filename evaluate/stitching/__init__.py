@@ -1,0 +1,1 @@
+"""The target's loss with mapped states injected."""

@@ -1,0 +1,75 @@
+"""What a map does to the target model, epoch by epoch, for `align train --eval-models`.
+
+`align` may not know this room. It asks for whatever is installed under the entry point group
+``align.epoch_evaluation``, and this is what is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.maps.fitted import Adapter, Aligner
+from evaluate.generation.generate import PROMPTS, generate
+from evaluate.injection.loading import Loaded, load
+from evaluate.stitching.stitch import stitch
+from featstore.store import Store
+from featstore.text.corpus import VALIDATION
+
+#: Enough for a trend; the figure to report is `evaluate stitch` on the test split.
+_TOKENS = 1000
+_NEW_TOKENS = 24
+#: Every control is a pass over the text; these two are what a map of states that means nothing amounts to.
+_CONTROLS = ("mean", "shuffled")
+
+
+class EpochEvaluation:
+    """Holds both models while a run trains.
+
+    Args:
+        store: The store that the run is fitted from.
+        card: The run's card: models, store, mask.
+        device: Where the models run.
+        seed: Of the random controls.
+        quiet: No progress.
+    """
+
+    def __init__(
+        self, store: Store, card: Mapping[str, Any], *, device: str = "auto", seed: int = 0, quiet: bool = False
+    ) -> None:
+        self._store, self._seed, self._quiet, self._device = store, seed, quiet, device
+        self._card = dict(card)
+        self._models: dict[str, Loaded] = {}
+
+    def __call__(self, aligner: Aligner) -> dict[str, Any]:
+        """Stitched loss on validation documents and a continuation of each of five prompts.
+
+        Args:
+            aligner: An epoch's map.
+
+        Returns:
+            ``{"stitched": the pair's part of a stitch.json, "generations": [{"prompt", "text", "target_alone"}]}``.
+
+        Raises:
+            AdapterError: A model at hand is not the one that the store was made with, or the map cannot be injected.
+            ModelLoadError: A model cannot be loaded.
+        """
+        key = aligner.pair.key
+        adapter = Adapter(Path(), self._card, {key: aligner})
+        for name in dict.fromkeys((aligner.pair.source, aligner.pair.target)):
+            if name not in self._models:
+                self._models[name] = load(adapter, name, (), device=self._device, quiet=self._quiet)
+        shared: dict[str, Any] = {"models": self._models, "seed": self._seed, "quiet": True}
+        stitched = stitch(self._store, adapter, split=VALIDATION, max_tokens=_TOKENS, controls=_CONTROLS, **shared)
+        texts = generate(adapter, PROMPTS, max_new_tokens=_NEW_TOKENS, conditions=("mapped",), **shared)
+        generations = [
+            {
+                "pair": key,
+                "prompt": entry["prompt"],
+                "text": entry["source_to_target"][key]["mapped"],
+                "target_alone": entry["target_alone"],
+            }
+            for entry in texts["entries"]
+        ]
+        return {"stitched": stitched["pairs"][key], "generations": generations}

@@ -1,0 +1,350 @@
+"""Teacher-forced stitched loss: how well the target predicts text when a layer's states come from the source.
+
+The source states are the store's; only the target is loaded (and, where it is to be scored by itself, afterwards the
+source). Every condition replaces the same positions of the same windows, and the loss is over the predictions of the
+third token on. Intervals resample documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from align.maps.fitted import Adapter, Aligner
+from evaluate.injection.controls import CONTROLS, control_states
+from evaluate.injection.inject import KEEP, aligned, inject
+from evaluate.injection.loading import Loaded, Models, check_card, choose
+from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
+from evaluate.stitching.scores import FIRST_SCORED, Tally, add_window, alone, describe, figures, recovered
+from featstore.errors import AdapterError, PairingError, SpecError
+from featstore.models import residual as sites
+from featstore.runtime.console import progress
+from featstore.store import Store
+from featstore.text.corpus import SPLITS, TEST
+from featstore.text.tokens import TokenizedWindow
+
+__all__ = ["CONDITIONS", "Window", "describe", "scored_windows", "stitch"]
+
+CONDITIONS = ("clean", "self", "mapped", *CONTROLS)
+
+
+@dataclass(frozen=True, eq=False)
+class Window(Crossing):
+    """One test window under both tokenizers.
+
+    Attributes:
+        number: Of the window in the store.
+        document: Document number.
+        source_row: First source row in the store.
+        size: Bytes of its text.
+    """
+
+    number: int
+    document: int
+    source_row: int
+    size: int
+
+
+def scored_windows(
+    store: Store, source: str, target: str, *, split: int = TEST, max_tokens: int | None = None
+) -> list[Window]:
+    """Windows of a split with their position maps, whole windows up to a budget, round-robin over documents.
+
+    Args:
+        store: Complete store.
+        source: Model name.
+        target: Model name.
+        split: 0 train, 1 validation, 2 test.
+        max_tokens: Target tokens at most; at least one window is returned.
+
+    Raises:
+        PairingError: The split has no window with a scored token.
+    """
+    table_a, table_b = store.tokens(source), store.tokens(target)
+    corpus = store.corpus
+    numbers = np.flatnonzero(corpus.window_split == split)
+    # One window of every document before the second of any: the interval comes from documents.
+    order_within = np.zeros(len(numbers), dtype=np.int64)
+    seen: dict[int, int] = {}
+    for i, w in enumerate(numbers):
+        document = int(corpus.window_document[w])
+        order_within[i] = seen[document] = seen.get(document, -1) + 1
+    chosen: list[Window] = []
+    total = 0
+    for w in numbers[np.argsort(order_within, kind="stable")]:
+        a, b = (slice(*np.searchsorted(t.window, [w, w + 1])) for t in (table_a, table_b))
+        if b.stop - b.start <= FIRST_SCORED:
+            continue
+        if chosen and max_tokens is not None and total + (b.stop - b.start) > max_tokens:
+            break
+        first = TokenizedWindow(table_a.id[a], table_a.byte_end[a], table_a.special[a])
+        second = TokenizedWindow(table_b.id[b], table_b.byte_end[b], table_b.special[b])
+        text = crossing(first, second, table_a.sink[a], table_b.sink[b])
+        size = int(corpus.window_end[w] - corpus.window_start[w])
+        chosen.append(
+            Window(
+                **vars(text), number=int(w), document=int(corpus.window_document[w]), source_row=int(a.start), size=size
+            )
+        )
+        total += b.stop - b.start
+    if not chosen:
+        raise PairingError(f"the {SPLITS[split]} split of {store.path} has no window to score; extract more documents")
+    return chosen
+
+
+def stitch(
+    store: Store,
+    adapter: Adapter,
+    *,
+    layers: str | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    split: int = TEST,
+    max_tokens: int | None = None,
+    keep: str = "own",
+    source_alone: bool = False,
+    controls: Sequence[str] = CONTROLS,
+    seed: int = 0,
+    models: Mapping[str, Loaded] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Stitched loss of every map of a run, with controls and intervals.
+
+    Args:
+        store: The store the run was fitted from.
+        adapter: The run's adapter.
+        layers: Source layers, None for all.
+        overrides: ``NAME=REF`` for models that moved.
+        device: Where to run.
+        dtype: Compute dtype.
+        split: Which documents.
+        max_tokens: Target tokens at most, None for all.
+        keep: What the blocks from the layer on read of positions that take no state: ``own``, the target's own states
+            there, or ``hide``, nothing (the start token excepted). Under ``hide`` the ``self`` condition is what the
+            hiding alone does, and no longer equal to ``clean``.
+        source_alone: Score the source model by itself on its own tokens of the same windows; it is loaded after the
+            target is released.
+        controls: Which of :data:`evaluate.injection.controls.CONTROLS`, ``mean`` among them: each is a pass over
+            the text.
+        seed: Of the random controls.
+        models: The run's models where they are loaded already.
+        quiet: No progress.
+
+    Returns:
+        The contents of ``stitch.json``.
+
+    Raises:
+        AdapterError: The adapter was fitted from another store, does not fit a model, or is damaged.
+        ModelLoadError: A model is not at hand.
+        PairingError: As :func:`scored_windows`.
+        SpecError: No such layer, or ``keep`` is unknown.
+    """
+    if keep not in KEEP:
+        raise SpecError(f"--keep {keep}: choose one of {', '.join(KEEP)}")
+    if "mean" not in controls or set(controls) - set(CONTROLS):
+        raise SpecError(f"controls {', '.join(controls)}: choose mean and any of {', '.join(CONTROLS)}")
+    check_card(adapter)
+    chosen = choose(adapter, layers)
+    if adapter.card["store"]["fingerprint"] != store.fingerprint:
+        raise AdapterError(
+            f"the adapter in {adapter.directory} was fitted from a store with fingerprint "
+            f"{adapter.card['store']['fingerprint'][:12]}, {store.path} has {store.fingerprint[:12]}; "
+            "use the store named in its card"
+        )
+    runs = []
+    for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
+        wires = [wire(adapter, a) for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
+        windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens)
+        runs.append(_Stitcher(store, windows, wires, keep=keep, controls=controls, seed=seed))
+    sources = [run.source for run in runs] if source_alone else []
+    # The second model is known to fit before the first one has worked for an hour.
+    names = [*(run.target for run in runs), *sources]
+    needed = Models(adapter, names, overrides, device=device, dtype=dtype, quiet=quiet, given=models)
+    # A model is loaded once, does all it is needed for, and is released before the next.
+    for name in needed.names:
+        loaded = needed.load(name)
+        for run in runs:
+            if run.target == name:
+                with progress(f"stitch {run.source}->{name}", run.work, "tok", quiet=quiet) as tick:
+                    for done in run.stitched(loaded):
+                        tick(done)
+            if run.source == name and source_alone:
+                work = sum(len(w.source.ids) for w in run.windows)
+                with progress(f"{name} alone", work, "tok", quiet=quiet) as tick:
+                    for done in run.alone(loaded):
+                        tick(done)
+        del loaded
+    return {
+        "adapter_type": adapter.card["type"],
+        "split": SPLITS[split],
+        "keep": keep,
+        "seed": seed,
+        "pairs": {w.aligner.pair.key: run.entry(w) for run in runs for w in run.wires},
+    }
+
+
+class _Stitcher:
+    """Runs windows of one direction through the target under every condition and adds up the losses."""
+
+    def __init__(
+        self,
+        store: Store,
+        windows: Sequence[Window],
+        wires: Sequence[Wire],
+        *,
+        keep: str,
+        controls: Sequence[str],
+        seed: int,
+    ) -> None:
+        self.windows, self.wires, self._controls = windows, wires, controls
+        self.source, self.target = wires[0].aligner.pair.source, wires[0].aligner.pair.target
+        self._store, self._keep, self._seed = store, keep, seed
+        self._tallies: dict[tuple[str, str], Tally] = {}
+        self._reasons: dict[str, dict[str, str]] = {}
+        self._identical: dict[str, bool] = {}
+        self._source_tally = Tally()
+
+    @property
+    def work(self) -> int:
+        """Target tokens of all passes."""
+        return sum(len(w.target.ids) for w in self.windows) * self._passes
+
+    @property
+    def _passes(self) -> int:
+        # Under `hide` one more, without it: only there must the target's own states give its own logits.
+        return 1 + len(self.wires) * (2 + len(self._controls) + (self._keep == "hide"))
+
+    def stitched(self, target: Loaded) -> Iterator[int]:
+        """Run all windows under all conditions, yielding target tokens done."""
+        for at, window in enumerate(self.windows):
+            self._window(target, at, window)
+            yield len(window.target.ids) * self._passes
+
+    @torch.inference_mode()
+    def alone(self, source: Loaded) -> Iterator[int]:
+        """Run all windows through the source by itself, yielding its tokens done."""
+        for window in self.windows:
+            if len(window.source.ids) > FIRST_SCORED:
+                logits = source.model(input_ids=_ids(window.source, source), use_cache=False).logits[0]
+                add_window(self._source_tally, window.document, window.source, logits)
+            yield len(window.source.ids)
+
+    @torch.inference_mode()
+    def _window(self, target: Loaded, at: int, window: Window) -> None:
+        ids = _ids(window.target, target)
+        own, clean = self._clean(target, ids, {w.aligner.pair.target_layer for w in self.wires})
+        places = window.places
+        for to in self.wires:
+            key, layer = to.aligner.pair.key, to.aligner.pair.target_layer
+            self._score(key, "clean", window, clean)
+
+            def logits(value: Rows | torch.Tensor, keep: str, layer: int = layer) -> torch.Tensor:
+                injection = aligned(own[layer], [value], [places], layer=layer, keep=keep)
+                with inject(target.stream, injection, whole=True):
+                    result: torch.Tensor = target.model(input_ids=ids, use_cache=False).logits[0]
+                return result
+
+            for name, value in self._states(at, window, to, own[layer][0, places]).items():
+                if isinstance(value, str):
+                    self._reasons.setdefault(key, {})[name] = value
+                    continue
+                found = logits(value, self._keep)
+                self._score(key, name, window, found, clean)
+                if name == "self":
+                    exact = found if self._keep == "own" else logits(value, "own")
+                    self._identical[key] = self._identical.get(key, True) and bool(torch.equal(exact, clean))
+
+    def _states(self, at: int, window: Window, to: Wire, own: torch.Tensor) -> dict[str, Rows | torch.Tensor | str]:
+        """The states of every condition at the window's places, or why a condition has none."""
+        rng = np.random.default_rng((self._seed, at))
+        aligner, places = to.aligner, window.places
+        rows = self._rows(window, aligner)
+        mapped, source = to.states(rows, window), rows[window.taken[places]]
+        other, other_mapped = self._elsewhere(window, to, len(places), rng)
+        states: dict[str, Rows | torch.Tensor | str] = {"self": own, "mapped": mapped}
+        for name in self._controls:
+            states[name] = control_states(
+                name, aligner, source, other, rng, self._seed, mapped=mapped, other_mapped=other_mapped
+            )
+        return states
+
+    def _clean(
+        self, target: Loaded, ids: torch.Tensor, layers: set[int]
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+        own: dict[int, torch.Tensor] = {}
+
+        def keep(layer: int) -> sites.SiteFunction:
+            def look(hidden: torch.Tensor) -> None:
+                own[layer] = hidden
+
+            return look
+
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(sites.at_site(target.stream, layer, keep(layer)))
+            logits = target.model(input_ids=ids, use_cache=False).logits[0]
+        return own, logits
+
+    def _rows(self, window: Window, aligner: Aligner, numbers: NDArray[np.int64] | None = None) -> Rows:
+        """The stored source states of a window, or those of some rows of the store."""
+        wanted = slice(window.source_row, window.source_row + len(window.source.ids)) if numbers is None else numbers
+        pair = aligner.pair
+        layers = [self._store.rows(pair.source, layer)[wanted] for layer in pair.source_layers]
+        return np.concatenate(layers, axis=1)
+
+    def _elsewhere(
+        self, window: Window, to: Wire, count: int, rng: np.random.Generator
+    ) -> tuple[Rows | None, Rows | None]:
+        """States of other documents: those of the source for a map of rows, mapped ones for a map of windows."""
+        others = [w for w in self.windows if w.document != window.document and len(w.places)]
+        if not others:
+            return None, None
+        if to.aligner.takes_rows:
+            pool = np.concatenate([w.source_row + w.taken[w.places] for w in others])
+            return self._rows(window, to.aligner, rng.choice(pool, count)), None
+        # One other window: what the map makes of it is known only once all of it is read.
+        other = others[int(rng.integers(len(others)))]
+        mapped = to.states(self._rows(other, to.aligner), other)
+        return None, mapped[rng.integers(len(mapped), size=count)]
+
+    def _score(
+        self, key: str, condition: str, window: Window, logits: torch.Tensor, clean: torch.Tensor | None = None
+    ) -> None:
+        add_window(self._tallies.setdefault((key, condition), Tally()), window.document, window.target, logits, clean)
+
+    def entry(self, to: Wire) -> dict[str, Any]:
+        """The pair's part of ``stitch.json``."""
+        key, pair = to.aligner.pair.key, to.aligner.pair
+        tables = {name: self._tallies[key, name].table() for name in CONDITIONS if (key, name) in self._tallies}
+        ordinary = sum(int((~w.target.special).sum()) for w in self.windows)
+        replaced = sum(len(w.places) for w in self.windows)
+        mean = tables["mean"]
+        entry: dict[str, Any] = {
+            "n_documents": len(tables["clean"]),
+            "n_tokens": int(tables["clean"][:, 1].sum()),
+            "replaced_share": replaced / max(ordinary, 1),
+            "self_bit_identical": self._identical[key],
+            "conditions": {name: figures(tables[name], mean) if name in tables else None for name in CONDITIONS},
+            "reasons": self._reasons.get(key, {})
+            | {name: "not asked for" for name in CONTROLS if name not in self._controls},
+        }
+        controls = [name for name in CONTROLS if name in tables and not (pair.source == pair.target and name == "raw")]
+        best = min(controls, key=lambda name: entry["conditions"][name]["nats_per_token"])
+        entry["recovered"] = recovered(tables, "mean")
+        entry["recovered_best_control"] = {"control": best, **recovered(tables, best)}
+        by_itself = self._source_tally.table() if self._source_tally.sums else None
+        entry["alone"] = {"source": None if by_itself is None else alone(by_itself), "target": alone(tables["clean"])}
+        if (rate := to.rate([w.size for w in self.windows])) is not None:
+            entry["rate"] = rate
+        return entry
+
+
+def _ids(tokens: TokenizedWindow, model: Loaded) -> torch.Tensor:
+    return torch.from_numpy(tokens.ids.astype(np.int64))[None].to(model.device)

@@ -1,0 +1,130 @@
+"""Look before anything is downloaded: versions, device, disk, the import clash, access to the models."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from featstore.errors import FeatstoreError
+from featstore.models.references import ModelSpec, parse_models
+from featstore.runtime.console import human_bytes
+from featstore.runtime.provenance import versions
+from featstore.store.write.writer import free_bytes
+
+
+def examine(models: Sequence[str], store: Path) -> dict[str, Any]:
+    """Run all checks.
+
+    Args:
+        models: ``NAME=REF`` values to check access to.
+        store: Where the store would go.
+
+    Returns:
+        ``{"ok": bool, "checks": [{"name", "ok", "finding", "remedy"}]}``.
+
+    Raises:
+        SpecError: A model value does not parse.
+    """
+    checks = [_python(), _torch(), _clash(), _disk("store", store), _disk("model cache", _cache())]
+    checks += [_access(spec) for spec in parse_models(models)]
+    return {"ok": all(check["ok"] for check in checks), "versions": versions(), "checks": checks}
+
+
+def _check(name: str, finding: str, *, ok: bool = True, remedy: str = "") -> dict[str, Any]:
+    return {"name": name, "ok": ok, "finding": finding, "remedy": remedy if not ok else ""}
+
+
+def _python() -> dict[str, Any]:
+    return _check("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        memory = f"{human_bytes(free)} of {human_bytes(total)} free"
+        finding = f"torch {torch.__version__}, {torch.cuda.get_device_name()}, {memory}"
+    else:
+        finding = f"torch {torch.__version__}, no CUDA device: models run on {os.cpu_count()} CPU cores in float32"
+    return _check("device", finding)
+
+
+def _clash() -> dict[str, Any]:
+    """The import name ``evaluate`` also belongs to a Hugging Face package; one overwrites the other's files."""
+    try:
+        version = metadata.version("evaluate")
+    except metadata.PackageNotFoundError:
+        version = None
+    found = importlib.util.find_spec("evaluate.stitching.stitch")
+    if version is None and found is not None:
+        return _check("import name 'evaluate'", "ours")
+    what = f"the Hugging Face package evaluate {version} is installed" if version else "our package is incomplete"
+    return _check(
+        "import name 'evaluate'",
+        f"{what}: it shares files with this project",
+        ok=False,
+        remedy="use an environment of its own: pip uninstall evaluate, then install featstore again",
+    )
+
+
+def _disk(name: str, path: Path) -> dict[str, Any]:
+    if (taken := next((p for p in (path, *path.absolute().parents) if p.exists()), path)).is_file():
+        return _check(
+            f"disk for {name}",
+            f"{path} cannot be a directory: {taken} is a file",
+            ok=False,
+            remedy="choose another path",
+        )
+    free = free_bytes(path)
+    return _check(
+        f"disk for {name}",
+        f"{human_bytes(free)} free at {path}",
+        ok=free > 2e9,
+        remedy="free some space or choose another disk",
+    )
+
+
+def _cache() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
+def _access(spec: ModelSpec) -> dict[str, Any]:
+    """Whether a model's configuration and tokenizer can be read; its weights are not touched."""
+    from featstore.models.loading import inspect_model, weight_bytes
+
+    name = f"model {spec.name}"
+    try:
+        info = inspect_model(spec)
+    except FeatstoreError as error:
+        return _check(name, " ".join(str(error).split()), ok=False, remedy="see the finding")
+    weights = weight_bytes(spec)
+    where = f"{human_bytes(weights)} of weights on this disk" if weights else "weights not on this disk yet"
+    return _check(
+        name,
+        f"{spec.ref}: {info.family}, {info.depth} blocks of width {info.width}, {info.vocabulary} token ids; {where}",
+    )
+
+
+def describe_checks(result: dict[str, Any]) -> str:
+    """The findings as lines for people.
+
+    Args:
+        result: From :func:`examine`.
+    """
+    lines = []
+    for check in result["checks"]:
+        mark = "[green]ok[/green]  " if check["ok"] else "[red]bad[/red] "
+        lines.append(f"{mark} {check['name']}: {escape(check['finding'])}")
+        if check["remedy"]:
+            lines.append(f"     -> {escape(check['remedy'])}")
+    return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""What a store says about itself: the attributes of its root and of its models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from featstore.extraction.job import Job
+from featstore.models import loading as models
+from featstore.runtime.provenance import versions
+from featstore.store.format.version import FORMAT_VERSION
+from featstore.text import corpus
+
+SITE_CONVENTION = "layer k = residual stream after k blocks; 0 = embedding output; L = before the final norm"
+
+
+def root_attributes(job: Job) -> dict[str, Any]:
+    """Attributes of the root of a store that is not complete yet.
+
+    Args:
+        job: What is being done.
+    """
+    plan = job.plan
+    held = job.recorded.root["models"] if job.recorded else []
+    counts = np.bincount(plan.corpus.document_split, minlength=3)
+    attributes = {
+        "format_version": FORMAT_VERSION,
+        "complete": False,
+        "models": [*held, *(name for name in job.infos if name not in held)],
+        "corpus": {
+            **plan.settings,
+            "sha256": plan.corpus.hash,
+            "documents": len(plan.corpus.document_id),
+            "windows": len(plan.corpus.window_document),
+            "bytes": len(plan.corpus.text),
+        },
+        "window_bytes": plan.window_bytes,
+        "segments": list(plan.segments),
+        "split": {
+            "rule": "u = first 8 bytes of the document's SHA-256 / 2^64; test u < 0.1, validation u < 0.2",
+            "documents": dict(zip(corpus.SPLITS, counts.tolist(), strict=True)),
+        },
+        "moments": job.settings.moments != "none",
+        "mask": {"sink_threshold": job.settings.sink_threshold},
+        "site_convention": SITE_CONVENTION,
+        "plan": plan.hash,
+    }
+    if job.recorded and "converted_from" in job.recorded.root:
+        # What a conversion did to the rows that were there is not undone by adding others.
+        attributes["converted_from"] = job.recorded.root["converted_from"]
+    return attributes
+
+
+def model_attributes(job: Job, name: str) -> dict[str, Any]:
+    """Attributes of a model's group.
+
+    What was recorded stays where a layer is added: versions and device are then told of the addition.
+
+    Args:
+        job: What is being done.
+        name: Model.
+    """
+    settings = job.settings
+    device = models.resolve_device(settings.device)
+    values = {
+        **job.infos[name].describe(),
+        "rows": job.plan.models[name].rows,
+        "tokens_sha256": job.plan.models[name].hash,
+        "layers": list(job.layers[name]),
+        "states": "moments" if settings.moments == "only" else "rows",
+        "layer_0": settings.layer_0,
+        "format": settings.form,
+        "layout": settings.layout,
+        "shard_rows": settings.shard_rows,
+        "batch_tokens": settings.batch_tokens,
+        "compute_dtype": str(models.resolve_dtype(settings.dtype, device)).removeprefix("torch."),
+        "device_type": device.type,
+        "attention": settings.attention,
+        "site_convention": SITE_CONVENTION,
+        "versions": versions(),
+    }
+    held = job.recorded.models.get(name, {}) if job.recorded else {}
+    added = [k for k in job.layers[name] if k not in held.get("layers", job.layers[name])]
+    if held and job.recorded and job.recorded.complete and added:
+        here = {"layers": added, "versions": values["versions"], "device_type": values["device_type"]}
+        values |= {key: held[key] for key in ("versions", "device_type")}
+        values["additions"] = [*held.get("additions", []), here]
+    elif "additions" in held:
+        values |= {key: held[key] for key in ("versions", "device_type", "additions")}
+    return values
+
+
+def is_done(job: Job) -> bool:
+    """Whether the store has all that the job asks for.
+
+    Args:
+        job: What is asked for, and what was recorded.
+    """
+    recorded = job.recorded
+    return bool(
+        recorded
+        and recorded.complete
+        and recorded.root["plan"] == job.plan.hash
+        and (recorded.root.get("moments") or job.settings.moments == "none")
+        and all(list(job.layers[n]) == recorded.models.get(n, {}).get("layers") for n in job.infos)
+    )

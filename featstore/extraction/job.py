@@ -1,0 +1,253 @@
+"""What an extraction was asked to do, resolved against the models and the text before any state is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import combinations, combinations_with_replacement
+from typing import Any
+
+import numpy as np
+
+from featstore.errors import SpecError, StoreStateError
+from featstore.extraction.recorded import TEXT_FIELDS, Recorded, inherit, read_recorded
+from featstore.extraction.settings import Settings
+from featstore.models import loading as models
+from featstore.models import references as spec
+from featstore.runtime.console import progress
+from featstore.runtime.provenance import read_json
+from featstore.store.format.elements import parse_format
+from featstore.store.format.shards import parse_layout
+from featstore.store.moments.stored import SPLITS
+from featstore.store.write.writer import free_bytes
+from featstore.text import corpus, tokens
+from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings resolved against the models, the text and the store: all that is decided before a state is computed.
+
+    Attributes:
+        settings: Completed from the store where there is one.
+        infos: Facts of the models to run, by name.
+        layers: Layers that each of them will have.
+        plan: Windows, rows, batches.
+        recorded: What the store says about itself, or None where there is none yet.
+    """
+
+    settings: Settings
+    infos: dict[str, models.ModelInfo]
+    layers: dict[str, tuple[int, ...]]
+    plan: Plan
+    recorded: Recorded | None = None
+
+    def row_layers(self, name: str) -> tuple[int, ...]:
+        """Layers stored row by row: all but a layer 0 that is a table; none where only moments are kept.
+
+        Args:
+            name: Model.
+        """
+        if self.settings.moments == "only":
+            return ()
+        return tuple(k for k in self.layers[name] if k or self.settings.layer_0 == "stored")
+
+    def layer_bytes(self, name: str) -> int:
+        """Bytes of one layer stored row by row, uncompressed.
+
+        Args:
+            name: Model.
+        """
+        size = parse_format(self.settings.form).bytes_per_row(self.infos[name].width)
+        return self.plan.models[name].rows * size
+
+    def table_bytes(self, name: str) -> int:
+        """Bytes of a layer 0 that is a table, or 0 where there is none.
+
+        Args:
+            name: Model.
+        """
+        if 0 not in self.layers[name] or self.settings.layer_0 == "stored" or self.settings.moments == "only":
+            return 0
+        size = parse_format(self.settings.form).bytes_per_row(self.infos[name].width)
+        return len(np.unique(self.plan.models[name].ids)) * size
+
+    def moment_bytes(self) -> int:
+        """Bytes of the moments of every two models, and of the norms where they are all that is left of the rows."""
+        if self.settings.moments == "none":
+            return 0
+        total = 0
+        for first, second in combinations(self.infos, 2):
+            widths = [self.infos[name].width for name in (first, second) for _ in self.layers[name]]
+            total += len(SPLITS) * 8 * sum(a * b for a, b in combinations_with_replacement(widths, 2))
+        if self.settings.moments == "only":
+            total += sum(4 * self.plan.models[name].rows * len(self.layers[name]) for name in self.infos)
+        return total
+
+    def state_bytes(self) -> int:
+        """Bytes of all states, uncompressed."""
+        return sum(len(self.row_layers(n)) * self.layer_bytes(n) + self.table_bytes(n) for n in self.infos)
+
+    def bytes_to_write(self) -> int:
+        """Bytes of the states that an earlier run has not committed yet, uncompressed."""
+        total = self.moment_bytes()
+        for name in self.infos:
+            rows = max(self.plan.models[name].rows, 1)
+            total += self.table_bytes(name)
+            for layer in self.row_layers(name):
+                document = self.settings.store / "models" / name / "resid" / str(layer) / "zarr.json"
+                shape = read_json(document).get("shape") if document.is_file() else None
+                done = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 0
+                total += self.layer_bytes(name) * max(rows - done, 0) // rows
+        return total
+
+    def space_remedy(self) -> str:
+        """The flags that would make it fit, for messages."""
+        if self.settings.moments == "only":
+            return "fewer --layers, or another disk with --store"
+        per_token = self.state_bytes() / max(1, *(m.rows for m in self.plan.models.values()))
+        fit = int(free_bytes(self.settings.store) / per_token * 0.95)
+        return f"--max-tokens {fit} would fit, or fewer --layers, or another disk with --store"
+
+
+def prepare(settings: Settings, *, quiet: bool = False) -> Job:
+    """Load configurations and tokenizers, check every flag, read the text and make the plan. Writes nothing.
+
+    Args:
+        settings: As given.
+        quiet: No progress.
+
+    Raises:
+        FeatstoreError: Anything wrong with models, layers, text, flags or the store that is there.
+    """
+    recorded = read_recorded(settings.store)
+    if recorded:
+        settings = inherit(settings, recorded)
+    if settings.moments not in ("none", "add", "only"):
+        raise SpecError(f"moments {settings.moments!r}: choose none, add or only")
+    if settings.moments == "only" and recorded:
+        # Moments are of two models at a time: one that joins is summed with each of the others.
+        typed = {text.partition("=")[0] for text in settings.model}
+        kept = [text for name, text in recorded.references().items() if name not in typed]
+        settings = replace(settings, model=(*kept, *settings.model))
+    parse_format(settings.form)
+    layout = parse_layout(settings.layout)
+    if settings.shard_rows < 1 or settings.shard_rows % layout.chunk_rows:
+        raise SpecError(
+            f"--shard-rows {settings.shard_rows}: layout {layout.name} needs a multiple of {layout.chunk_rows}"
+        )
+    if settings.layer_0 not in ("stored", "table"):
+        raise SpecError(f"--layer-0 {settings.layer_0!r}: choose stored or table")
+    source = corpus.parse_source(settings.dataset, settings.text_field)
+    infos = {s.name: models.inspect_model(s) for s in spec.parse_models(settings.model)}
+    depths = {name: info.depth for name, info in infos.items()}
+    held = {name: a["layers"] for name, a in recorded.models.items()} if recorded else {}
+    texts = settings.layers if settings.was_given("layers") else _held_layers(settings.layers, held, infos)
+    wanted = spec.parse_layers(texts, depths)
+    layers = {name: tuple(sorted({*wanted[name], *held.get(name, ())})) for name in infos}
+    if settings.moments == "only" and len(infos) < 2:
+        raise SpecError("--moments-only sums over pairs of two models; name a second one with --model")
+    for name, info in infos.items():
+        tokens.probe(info.tokenizer, name)
+    plan = _plan(settings, source, infos, recorded, quiet=quiet)
+    return Job(settings, infos, layers, plan, recorded)
+
+
+def _held_layers(
+    default: tuple[str, ...], held: dict[str, list[int]], infos: dict[str, models.ModelInfo]
+) -> tuple[str, ...]:
+    """Layers in the store for models that are in it, the default for others."""
+    return (*default, *(f"{name}={','.join(map(str, held[name]))}" for name in infos if name in held))
+
+
+def _plan(
+    settings: Settings,
+    source: corpus.Source,
+    infos: dict[str, models.ModelInfo],
+    recorded: Recorded | None,
+    *,
+    quiet: bool,
+) -> Plan:
+    """From the store's own text where no flag asks for other text, else from the source."""
+    held = recorded.text() if recorded else None
+    if recorded is None or held is None:
+        fresh = _read_source(settings, source, infos, quiet=quiet)
+        return replace(fresh, segments=recorded.segments) if recorded else fresh
+    planned, tables = held
+    if any(settings.given is None or name in settings.given for name in TEXT_FIELDS):
+        # The budget counts the tokens of the models that the store was planned with.
+        counted = {
+            name: infos.get(name) or models.inspect_model(spec.parse_model(reference))
+            for name, reference in recorded.references().items()
+            if name in tables
+        }
+        fresh = _read_source(settings, source, counted or infos, quiet=quiet)
+        if fresh.corpus.hash != planned.hash:
+            return _grown(settings, recorded, planned, fresh, infos)
+        planned, tables = fresh.corpus, dict(fresh.models)
+    for name, info in infos.items():
+        if name not in tables:
+            tables[name] = plan_model(planned, info.tokenizer, name, info.context)
+    return Plan(
+        planned,
+        {name: tables[name] for name in infos},
+        settings.window_bytes,
+        settings.batch_tokens,
+        settings.shard_rows,
+        _text_settings(settings, source),
+        recorded.segments,
+    )
+
+
+def _grown(
+    settings: Settings,
+    recorded: Recorded,
+    planned: PlannedCorpus,
+    fresh: Plan,
+    infos: dict[str, models.ModelInfo],
+) -> Plan:
+    """A plan that reads on where the store's ends."""
+    if not fresh.corpus.begins_with(planned):
+        used = recorded.settings()
+        changed = [name for name in TEXT_FIELDS if used[name] != getattr(settings, name)]
+        raise StoreStateError(
+            f"{recorded.path} was made with other settings ({', '.join(changed) or 'the text itself has changed'}); "
+            "use the same command, a larger --max-tokens or --max-documents to add documents, or choose another --store"
+        )
+    absent = [name for name in recorded.models if name not in infos]
+    added = [name for name in infos if name not in recorded.models]
+    if absent or added:
+        raise StoreStateError(
+            f"{recorded.path}: more documents concern every model in it ({', '.join(recorded.models)}) and no other; "
+            "leave --model out, and add models in a command of their own"
+        )
+    return replace(fresh, segments=(*recorded.segments, len(planned.window_document)))
+
+
+def _text_settings(settings: Settings, source: corpus.Source) -> dict[str, Any]:
+    return {
+        "source": source.to_dict(),
+        "max_tokens": settings.max_tokens,
+        "max_documents": settings.max_documents,
+        "max_document_bytes": settings.max_document_bytes,
+        "seed": settings.seed,
+    }
+
+
+def _read_source(settings: Settings, source: corpus.Source, infos: dict[str, models.ModelInfo], *, quiet: bool) -> Plan:
+    documents = corpus.documents(
+        corpus.shuffled(corpus.iter_texts(source), settings.seed),
+        max_documents=settings.max_documents,
+        max_bytes=settings.max_document_bytes,
+    )
+    with progress("tokenise", settings.max_tokens, "tok", quiet=quiet) as tick:
+        return make_plan(
+            documents,
+            {name: info.tokenizer for name, info in infos.items()},
+            max_tokens=settings.max_tokens,
+            window_bytes=settings.window_bytes,
+            batch_tokens=settings.batch_tokens,
+            shard_rows=settings.shard_rows,
+            contexts={name: info.context for name, info in infos.items()},
+            settings=_text_settings(settings, source),
+            tick=tick,
+        )

@@ -1,0 +1,208 @@
+"""What an existing store says about how it was made, and what a new command therefore means.
+
+Flags that were not typed are taken from the store: the same command, a shorter one, another layer, another model or a
+larger budget all go through here, and whatever contradicts the store is named before anything is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featstore.errors import CorruptDataError, StoreFormatError, StoreStateError
+from featstore.extraction.settings import Settings
+from featstore.runtime.provenance import read_json
+from featstore.store import open_store
+from featstore.store.format.version import FORMAT_VERSION
+from featstore.store.write.writer import StoreWriter
+from featstore.text.corpus import Source
+from featstore.text.plan import PlannedCorpus, PlannedModel
+
+#: Settings that decide which text is read.
+TEXT_FIELDS = ("dataset", "text_field", "max_tokens", "max_documents", "max_document_bytes", "window_bytes", "seed")
+#: Model attributes that may differ between an extraction and a later addition to it.
+_MAY_DIFFER = ("versions", "device_type")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A store's own account of how it was made.
+
+    Attributes:
+        path: The store.
+        root: The root's attributes.
+        models: Attributes by model, in store order; an unfinished store may lack some.
+    """
+
+    path: Path
+    root: dict[str, Any]
+    models: dict[str, dict[str, Any]]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the store's last extraction was finished."""
+        return bool(self.root.get("complete"))
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Window counts at which earlier plans ended."""
+        return tuple(self.root.get("segments", ()))
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that were used, by field name, as far as the store tells."""
+        corpus = self.root["corpus"]
+        source = Source(**corpus["source"])
+        found: dict[str, Any] = {
+            "dataset": source.text,
+            "text_field": source.field,
+            **{name: corpus[name] for name in ("max_tokens", "max_documents", "max_document_bytes", "seed")},
+            "window_bytes": self.root["window_bytes"],
+            "sink_threshold": self.root["mask"]["sink_threshold"],
+            "moments": "add" if self.root.get("moments") else "none",
+        }
+        for attributes in self.models.values():
+            names = ("batch_tokens", "shard_rows", "layout", "attention", "layer_0")
+            found |= {name: attributes[name] for name in names}
+            found |= {"form": attributes["format"], "dtype": attributes["compute_dtype"]}
+            if attributes["states"] == "moments":
+                found["moments"] = "only"
+        return found
+
+    def references(self) -> dict[str, str]:
+        """``--model`` values by model."""
+        return {
+            name: f"{name}={a['reference']}" + (f"@{a['revision']}" if a.get("revision") else "")
+            for name, a in self.models.items()
+        }
+
+    def text(self) -> tuple[PlannedCorpus, dict[str, PlannedModel]] | None:
+        """The committed text and token tables; None before they are, or while they are being replaced.
+
+        Raises:
+            CorruptDataError: They are damaged.
+        """
+        try:
+            return self._text()
+        except CorruptDataError:
+            if self.complete:
+                raise
+            return None  # stopped while the text was being written, or replaced by a longer one
+
+    def _text(self) -> tuple[PlannedCorpus, dict[str, PlannedModel]] | None:
+        writer = StoreWriter(self.path)
+        if not writer.has("corpus"):
+            return None
+        store = open_store(self.path, allow_incomplete=True)
+        held = store.corpus
+        planned = PlannedCorpus(**vars(held))
+        if planned.hash != self.root["corpus"]["sha256"]:
+            return None  # stopped on the way from a shorter text to a longer one
+        tables = {}
+        for name in self.models:
+            if writer.has(f"models/{name}/tokens"):
+                columns = store.columns(name, "id", "byte_end", "window", "special")
+                counts = np.bincount(columns["window"], minlength=len(held.window_document))
+                starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+                table = PlannedModel(starts, columns["id"], columns["byte_end"], columns["special"])
+                if table.hash == self.models[name]["tokens_sha256"]:
+                    tables[name] = table
+        return planned, tables
+
+
+def read_recorded(path: Path) -> Recorded | None:
+    """Read what a store says about itself, or None where there is no store yet.
+
+    Args:
+        path: Value of ``--store``.
+
+    Raises:
+        StoreFormatError: Something else is there.
+        CorruptDataError: The store's metadata is damaged.
+    """
+    taken = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    if taken.exists() and not taken.is_dir():
+        below = "" if taken == path else f" lies below {taken}, which"
+        raise StoreFormatError(f"--store {path}{below} is a file; choose another path")
+    document = path / "zarr.json"
+    if not document.exists():
+        strangers = [p.name for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else []
+        if strangers and strangers != ["manifest"]:
+            raise StoreFormatError(f"--store {path} exists and is not a feature store; choose another path")
+        return None
+    open_store(path, allow_incomplete=True)
+    root = read_json(document)["attributes"]["featstore"]
+    if root["format_version"] != FORMAT_VERSION:
+        raise StoreFormatError(f"{path} has format version {root['format_version']}; this featstore writes another")
+    models = {}
+    for name in root["models"]:
+        group = path / "models" / name / "zarr.json"
+        if group.is_file():
+            models[name] = read_json(group)["attributes"]["featstore"]
+    return Recorded(path, root, models)
+
+
+def inherit(settings: Settings, recorded: Recorded) -> Settings:
+    """Complete settings from a store: what was not given is what was used.
+
+    Args:
+        settings: As given.
+        recorded: The store's account.
+
+    Raises:
+        CorruptDataError: The account lacks something.
+    """
+    try:
+        used, references = recorded.settings(), recorded.references()
+    except (KeyError, TypeError) as error:
+        raise CorruptDataError(f"{recorded.path}/zarr.json lacks {error}; restore it or extract again") from error
+    changes = {
+        field.name: used[field.name]
+        for field in fields(settings)
+        if field.name in used and not settings.was_given(field.name)
+    }
+    if not settings.was_given("model") and references:
+        changes["model"] = tuple(references.values())
+    return replace(settings, **changes)
+
+
+def _without_budgets(value: Any) -> Any:
+    """An attribute without the budgets: where a larger one finds no more text, the text is the same."""
+    return {k: v for k, v in value.items() if not k.startswith("max_")} if isinstance(value, dict) else value
+
+
+def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
+    """Refuse a command that does not fit the store.
+
+    Args:
+        recorded: The store's account.
+        root: Root attributes that the command would write.
+        models: Model attributes that it would write.
+
+    Raises:
+        StoreStateError: The message names every setting that differs.
+    """
+    growing = root["plan"] != recorded.root["plan"]
+    free = {"complete", "models", "moments"} | ({"corpus", "split", "plan", "segments"} if growing else set())
+    changed = [
+        key
+        for key in root
+        if key not in free and _without_budgets(recorded.root.get(key)) != _without_budgets(root[key])
+    ]
+    if growing and not recorded.complete:
+        changed.append("corpus")
+    # An addition may come from another machine or a newer library; a half-done extraction may not go on there.
+    ignored = {"layers", "additions"}
+    ignored |= {"rows", "tokens_sha256"} if growing else set()
+    ignored |= set(_MAY_DIFFER) if recorded.complete else set()
+    for name, values in models.items():
+        held = recorded.models.get(name, values)
+        compared = values.keys() - ignored
+        changed += [f"{name}.{key}" for key in sorted(compared) if held.get(key) != values[key]]
+    if changed:
+        remedy = "use the same command" if recorded.complete else "complete it with the same command first"
+        raise StoreStateError(
+            f"{recorded.path} was made with other settings ({', '.join(changed)}); {remedy}, or choose another --store"
+        )

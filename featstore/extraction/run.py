@@ -1,0 +1,171 @@
+"""Carry out a job: open the store, let every model read the plan, derive what follows, seal.
+
+What is missing follows from the manifest alone: a second run of the same command, a layer or model added later, more
+documents, and several processes are all the same walk over the planned batches that touch a missing shard.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from featstore.errors import SpecError, StoreStateError
+from featstore.extraction.attributes import is_done, model_attributes, root_attributes
+from featstore.extraction.job import Job
+from featstore.extraction.moments_only import sum_moments
+from featstore.extraction.pilot import recorded_weights
+from featstore.extraction.recorded import read_recorded, refuse_contradictions
+from featstore.extraction.rows import extract_rows
+from featstore.runtime.console import err
+from featstore.runtime.processes import Ranks
+from featstore.runtime.provenance import read_json
+from featstore.store import open_store
+from featstore.store.format.elements import parse_format
+from featstore.store.inspect.summary import summary
+from featstore.store.moments.stored import write_moments
+from featstore.store.read.pairs import POLICIES
+from featstore.store.write.index import pairs_unit, write_pairs, write_sinks
+from featstore.store.write.row_writer import write_groups
+from featstore.store.write.writer import StoreWriter, check_space, exclusive
+from featstore.text.plan import Plan
+
+
+def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Carry out a job: create the store, go on with it, or add to it, until it is complete.
+
+    Args:
+        job: From :func:`prepare`.
+        quiet: No progress.
+        ranks: This process among several; None reads what a launcher set.
+
+    Returns:
+        A summary: rows, pairs, coverage, bytes, seconds.
+
+    Raises:
+        StoreBusyError: Another process writes to the store.
+        StoreStateError: The store was made by another plan.
+        NoSpaceError: The disk cannot hold it.
+        NonFiniteStateError: A model produced NaN or infinity.
+    """
+    start = time.perf_counter()
+    ranks = ranks or Ranks.from_environment()
+    path = job.settings.store
+    if job.settings.moments == "only" and ranks.world > 1:
+        raise SpecError("--moments-only runs in one process; start it without torchrun, or store rows with --moments")
+    if ranks.first:
+        read_recorded(path)  # what is not a store stays as it is
+        check_space(path, job.bytes_to_write(), job.space_remedy())
+    with exclusive(path) if ranks.first else nullcontext():
+        writer = StoreWriter(path)
+        if ranks.first:
+            job = replace(job, recorded=read_recorded(path))
+            _begin(writer, job)
+        ranks.wait()  # until the store is open
+        if not ranks.first:
+            job = replace(job, recorded=read_recorded(path))
+        if is_done(job):
+            if ranks.first and not quiet:
+                err.print(f"{path} is already complete")
+        else:
+            if job.settings.moments == "only":
+                sum_moments(writer, job, quiet=quiet)
+            else:
+                for name in job.infos:
+                    extract_rows(writer, job, name, ranks, quiet=quiet or not ranks.first)
+            if ranks.first:
+                _finish(writer, job, quiet=quiet)
+        ranks.wait()  # until it is complete
+    return summary(open_store(path)) | {"seconds": time.perf_counter() - start}
+
+
+def _begin(writer: StoreWriter, job: Job) -> None:
+    """Create the store or check that the job fits it.
+
+    What is only added to a complete store stays out of its metadata until :func:`_finish`, so that it can be read
+    meanwhile.
+    """
+    recorded = job.recorded
+    root = root_attributes(job)
+    attributes = {name: model_attributes(job, name) for name in job.infos}
+    if recorded:
+        refuse_contradictions(recorded, root, attributes)
+        if is_done(job):
+            return
+    adding = bool(recorded and recorded.complete and recorded.root["plan"] == root["plan"])
+    adding = adding and job.settings.moments != "only"
+    if not adding:
+        writer.group("", {"featstore": root})
+    for name, values in attributes.items():
+        write_groups(writer, name, parse_format(job.settings.form))
+        if not (adding and recorded and name in recorded.models):
+            writer.group(f"models/{name}", {"featstore": values})
+    if not adding:
+        for group in ("models", "corpus", "corpus/document", "corpus/window", "pairs"):
+            writer.group(group, {})
+    _write_plan(writer, job.plan)
+
+
+def _write_plan(writer: StoreWriter, plan: Plan) -> None:
+    text = plan.corpus
+    if (writer.entry("corpus") or {}).get("sha256") != plan.hash:
+        writer.vectors(
+            "corpus",
+            {
+                "corpus/text": text.text,
+                "corpus/document/start": text.document_start,
+                "corpus/document/id": text.document_id,
+                "corpus/document/split": text.document_split,
+                "corpus/window/document": text.window_document,
+                "corpus/window/start": text.window_start,
+                "corpus/window/end": text.window_end,
+            },
+            sha256=plan.hash,
+        )
+    for name, model in plan.models.items():
+        unit = f"models/{name}/tokens"
+        if (writer.entry(unit) or {}).get("sha256") != model.hash:
+            window = np.repeat(np.arange(len(model.row_start) - 1, dtype=np.int32), np.diff(model.row_start))
+            columns = {"id": model.ids, "byte_end": model.byte_end, "window": window, "special": model.special}
+            writer.vectors(unit, {f"{unit}/{key}": column for key, column in columns.items()}, sha256=model.hash)
+
+
+def _finish(writer: StoreWriter, job: Job, *, quiet: bool) -> None:
+    """Derive what follows from the rows, and seal."""
+    root = root_attributes(job)
+    # From here until it is sealed the store cannot be read: what is derived below belongs to the new attributes.
+    writer.group("", {"featstore": root})
+    for name in job.infos:
+        weights = recorded_weights(writer, name, job.layers[name])
+        writer.group(f"models/{name}", {"featstore": model_attributes(job, name) | {"weights_fingerprint": weights}})
+    store = open_store(writer.path, allow_incomplete=True)
+    for name in root["models"]:
+        _refuse_unfinished(writer, store.model(name).attributes, name)
+    for name in job.infos:
+        write_sinks(writer, store, name)
+    for first, second in combinations(root["models"], 2):
+        store = open_store(writer.path, allow_incomplete=True)
+        for policy in POLICIES:
+            # More documents lengthen every index that is there.
+            if policy == "end" or writer.has(pairs_unit(first, second, policy)):
+                write_pairs(writer, store, first, second, policy)
+        if root["moments"]:
+            store = open_store(writer.path, allow_incomplete=True)
+            write_moments(writer, store, first, second, memory=job.settings.moments_memory, quiet=quiet)
+    writer.seal({"featstore": root | {"complete": True}})
+
+
+def _refuse_unfinished(writer: StoreWriter, attributes: dict[str, Any], name: str) -> None:
+    for layer in attributes["layers"] if attributes["states"] == "rows" else ():
+        document = writer.path / "models" / name / "resid" / str(layer) / "zarr.json"
+        if layer == 0 and attributes["layer_0"] == "table":
+            continue
+        if not document.is_file() or read_json(document)["shape"][0] != attributes["rows"]:
+            raise StoreStateError(
+                f"{writer.path}: model {name!r} lacks rows of layer {layer}; run the command that adds it again, "
+                "or `featstore extract` without --model"
+            )

@@ -1,0 +1,71 @@
+"""Extraction settings: everything `featstore extract` accepts, by flag name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS
+from featstore.store.moments.stored import MEMORY
+from featstore.text.plan import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_ROWS, DEFAULT_WINDOW_BYTES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything `featstore extract` can be told. Field names are the flags.
+
+    Attributes:
+        model: ``NAME=REF`` values.
+        layers: ``--layers`` values.
+        dataset: Text source.
+        text_field: Field of JSON lines and hub rows.
+        store: Where to write.
+        max_tokens: Budget per model, None for all.
+        max_documents: Documents at most.
+        max_document_bytes: Bytes of each document at most.
+        window_bytes: Window length.
+        batch_tokens: Padded tokens of a forward pass.
+        shard_rows: Rows of a shard.
+        form: Element format.
+        layout: ``hot`` or ``archive``.
+        sink_threshold: Norm over median beyond which a token is a sink.
+        device: Where to run.
+        dtype: Compute dtype.
+        attention: transformers' attention implementation.
+        seed: Order in which documents are taken; 0 is corpus order.
+        layer_0: ``stored`` as rows like any other layer, or ``table``: one row for every token id that occurs.
+        moments: ``none``, ``add`` (beside the rows) or ``only`` (no rows).
+        moments_memory: Bytes that summing moments may take.
+        given: Fields that were typed; the others are taken from a store that exists. None means all.
+    """
+
+    model: tuple[str, ...] = DEFAULT_MODELS
+    layers: tuple[str, ...] = (DEFAULT_LAYERS,)
+    dataset: str = "wikitext-103-raw-v1"
+    text_field: str = "text"
+    store: Path = Path("wt103.zarr")
+    max_tokens: int | None = 1_000_000
+    max_documents: int | None = None
+    max_document_bytes: int | None = None
+    window_bytes: int = DEFAULT_WINDOW_BYTES
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+    shard_rows: int = DEFAULT_SHARD_ROWS
+    form: str = "bfloat16"
+    layout: str = "hot"
+    sink_threshold: float = 5.0
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "sdpa"
+    seed: int = 0
+    layer_0: str = "stored"
+    moments: str = "none"
+    moments_memory: int = MEMORY
+    given: frozenset[str] | None = None
+
+    def was_given(self, name: str) -> bool:
+        """Whether a field was typed rather than left to its default.
+
+        Args:
+            name: Field name.
+        """
+        return self.given is None or name in self.given

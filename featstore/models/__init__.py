@@ -1,0 +1,1 @@
+"""Models: what a reference names, how it is loaded, and where its residual stream is."""

@@ -1,0 +1,1 @@
+"""What commands run on: the terminal, provenance, processes, a writing thread. Knows neither models nor stores."""

@@ -1,0 +1,1 @@
+"""A store in another format or layout."""

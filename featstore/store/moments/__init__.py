@@ -1,0 +1,1 @@
+"""Sums over paired rows, and those that a store keeps."""

@@ -1,0 +1,1 @@
+"""Reading a store: rows, tables, pairs, text and minibatches, from mapped files or through zarr."""

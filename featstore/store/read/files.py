@@ -1,0 +1,135 @@
+"""Where the files of a store are: all that a reader asks of the place.
+
+A store is read through the few methods of :class:`StoreFiles`. :class:`LocalFiles` answers from a directory, with rows
+mapped; :class:`featstore.store.read.portable.PortableFiles` answers from anything that zarr-python can open.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import CorruptDataError
+from featstore.runtime.provenance import parse_json
+from featstore.store.format.version import MANIFEST
+from featstore.store.read.rows import RowReader
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,12}\Z")
+_CHECKSUM = re.compile(r"[0-9a-f]{8}\Z")
+
+#: Path of an array within the store, and its ``zarr.json``.
+Described = tuple[str, dict[str, Any]]
+
+
+class StoreFiles(Protocol):
+    """The files of one store."""
+
+    @property
+    def location(self) -> Path | str:
+        """The directory or URL, as errors and callers name it."""
+        ...
+
+    @property
+    def origin(self) -> Any:
+        """What :func:`featstore.store.open_store` takes to open the same store in another process."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """Content of a file, None where there is none.
+
+        Args:
+            name: Path within the store.
+        """
+        ...
+
+    def manifest(self) -> dict[str, bytes]:
+        """Every manifest document by the name of its unit, sorted."""
+        ...
+
+    def rows(self, array: Described, scales: Described | None, column_scale: NDArray[np.float32] | None) -> RowReader:
+        """A reader of one ``(n, width)`` array.
+
+        Args:
+            array: The array.
+            scales: Its scales by row, for formats that have them.
+            column_scale: float32 ``(width,)``, for formats that have one.
+        """
+        ...
+
+
+class LocalFiles:
+    """A store in a directory.
+
+    Args:
+        root: The directory.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.location = root
+        # Absolute, and now: this process may move, and another may work elsewhere.
+        self.origin = str(root.absolute())
+
+    def read(self, name: str) -> bytes | None:
+        """Content of a file, None where there is none.
+
+        Args:
+            name: Path within the store.
+        """
+        path = self.location / name
+        return path.read_bytes() if path.is_file() else None
+
+    def manifest(self) -> dict[str, bytes]:
+        """Every manifest document by the name of its unit, sorted."""
+        root = self.location / MANIFEST
+        return {
+            path.relative_to(root).with_suffix("").as_posix(): path.read_bytes()
+            for path in sorted(root.rglob("*.json"))
+        }
+
+    def rows(self, array: Described, scales: Described | None, column_scale: NDArray[np.float32] | None) -> RowReader:
+        """Rows read from mapped shards.
+
+        Args:
+            array: The array.
+            scales: Its scales by row, for formats that have them.
+            column_scale: float32 ``(width,)``, for formats that have one.
+        """
+        name, document = array
+        return RowReader(
+            self.location / name, document, None if scales is None else self.location / scales[0], column_scale
+        )
+
+
+def parse_entry(data: bytes, where: str, unit: str) -> dict[str, Any]:
+    """Check a manifest entry.
+
+    Args:
+        data: The document.
+        where: Named in errors.
+        unit: The unit it must name.
+
+    Returns:
+        ``{"unit": ..., "files": {path: {"bytes": ..., "crc32": ...}}, ...}``.
+
+    Raises:
+        CorruptDataError: It is damaged or names a file outside the store.
+    """
+    entry = parse_json(data, where)
+    files = entry.get("files")
+    if entry.get("unit") != unit or not isinstance(files, dict):
+        raise CorruptDataError(f"{where} is not the manifest entry of {unit!r}; restore it or extract again")
+    for name, record in files.items():
+        if not _FILE_NAME.match(name) or ".." in name.split("/"):
+            raise CorruptDataError(f"{where} names {name!r}, which is not a file of this store; do not trust it")
+        if not (
+            isinstance(record, dict)
+            and record.keys() == {"bytes", "crc32"}
+            and type(record["bytes"]) is int
+            and _CHECKSUM.match(str(record["crc32"]))
+        ):
+            raise CorruptDataError(f"{where} records {record!r} for {name!r}; restore it or extract again")
+    return entry

@@ -1,0 +1,562 @@
+"""Open a feature store and read it, on disk or elsewhere: rows, masks, pairs, text.
+
+Only numpy and zarr are needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import (
+    CorruptDataError,
+    LayerRangeError,
+    PairingError,
+    StoreFormatError,
+    StoreStateError,
+)
+from featstore.runtime.provenance import digest, parse_json
+from featstore.store.format.shards import file_checksum
+from featstore.store.format.version import FORMAT_VERSION, MANIFEST, METADATA_UNIT
+from featstore.store.read.files import LocalFiles, StoreFiles, parse_entry
+from featstore.store.read.pairs import Pairs, check_policy
+from featstore.store.read.portable import Location, store_files
+from featstore.store.read.rows import RowReader, TableReader, vector_of
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+
+
+def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool = False) -> Store:
+    """Open a store for reading.
+
+    A directory is mapped. Anything else is read through zarr-python: the same numbers, without views.
+
+    Args:
+        path: The store's directory, a URL such as ``s3://bucket/wt103.zarr``, or an open zarr-python store. A URL takes
+            its settings from the environment (``AWS_ENDPOINT_URL``, ``AWS_REGION`` and the like); for any others, build
+            the zarr-python store.
+        allow_incomplete: Accept a store whose extraction has not finished.
+        portable: Read a directory through zarr-python, too.
+
+    Raises:
+        StoreNotFoundError: Nothing there.
+        StoreAccessError: It cannot be reached.
+        StoreFormatError: Not a feature store, or of a newer format.
+        StoreStateError: Unfinished.
+        CorruptDataError: Its metadata is damaged.
+        MissingPackageError: The package that speaks the URL's protocol is not installed.
+    """
+    files = store_files(path, portable=portable)
+    where = repr(str(files.location))
+    document = files.read("zarr.json")
+    if document is None:
+        raise StoreFormatError(f"{where} is not a feature store: it has no zarr.json")
+    attributes = parse_json(document, f"{files.location}/zarr.json").get("attributes")
+    own = attributes.get("featstore") if isinstance(attributes, dict) else None
+    if not isinstance(own, dict):
+        raise StoreFormatError(f"{where} is a Zarr node but not a feature store; give the path of a store")
+    version = own.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise CorruptDataError(
+            f"{files.location}/zarr.json has format version {version!r}; restore it or extract again"
+        )
+    if version > FORMAT_VERSION:
+        raise StoreFormatError(
+            f"{where} has format version {version}, this featstore reads up to {FORMAT_VERSION}; upgrade it"
+        )
+    if not own.get("complete") and not allow_incomplete:
+        raise StoreStateError(f"{where} is unfinished; run the same `featstore extract` command again to complete it")
+    return Store(files, own, file_checksum(document))
+
+
+def _reopen(origin: Any, portable: bool, checksum: str) -> Store:
+    """Open in this process what was open in another."""
+    if isinstance(origin, str):
+        return _reopened(origin, portable, checksum)
+    return open_store(origin, allow_incomplete=True)
+
+
+@lru_cache(maxsize=16)
+def _reopened(origin: str, portable: bool, checksum: str) -> Store:
+    """A store for all the tasks of a worker; a store that has been sealed anew since is another."""
+    del checksum
+    return open_store(origin, allow_incomplete=True, portable=portable)
+
+
+def _sealed_documents(files: StoreFiles, attributes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Checksums of a complete store's metadata documents, once the root's own attributes have passed theirs."""
+    name = f"{MANIFEST}/{METADATA_UNIT}.json"
+    where, data = f"{files.location}/{name}", files.read(name)
+    if data is None:
+        raise CorruptDataError(f"{where} is missing; restore it or extract again")
+    entry = parse_entry(data, where, METADATA_UNIT)
+    try:
+        intact = entry.get("attributes") == digest({"featstore": attributes})
+    except (ValueError, RecursionError):  # what strict JSON cannot carry was never written
+        intact = False
+    if not intact:
+        raise CorruptDataError(f"{files.location}/zarr.json is not the document that the manifest records; restore it")
+    sealed: dict[str, dict[str, Any]] = entry["files"]
+    return sealed
+
+
+def _field(document: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    value = document.get(key)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        raise CorruptDataError(f"{where}: {key!r} is {value!r}, not usable; restore the document or extract again")
+    return value
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """One model's attributes in a store.
+
+    Attributes:
+        name: Short name.
+        depth: Number of blocks.
+        width: Hidden width.
+        rows: Token states.
+        layers: Layers stored.
+        attributes: All recorded attributes.
+    """
+
+    name: str
+    depth: int
+    width: int
+    rows: int
+    layers: tuple[int, ...]
+    attributes: dict[str, Any]
+
+    @classmethod
+    def parse(cls, name: str, attributes: Any, where: str) -> StoredModel:
+        """Validate a model group's attributes.
+
+        Args:
+            name: Short name.
+            attributes: The ``featstore`` attribute of the group.
+            where: Named in errors.
+
+        Raises:
+            CorruptDataError: Something is missing or of the wrong type.
+        """
+        if not isinstance(attributes, dict):
+            raise CorruptDataError(f"{where} lacks its featstore attributes; restore it or extract again")
+        layers = _field(attributes, "layers", list, where)
+        depth = _field(attributes, "depth", int, where)
+        if not layers or not all(isinstance(k, int) and 0 <= k <= depth for k in layers):
+            raise CorruptDataError(f"{where}: layers {layers!r} do not fit a depth of {depth}")
+        return cls(
+            name,
+            depth,
+            _field(attributes, "width", int, where),
+            _field(attributes, "rows", int, where),
+            tuple(layers),
+            attributes,
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One model's token table.
+
+    Attributes:
+        id: int32 ``(n,)``.
+        byte_end: int32 ``(n,)``, within the window.
+        window: int32 ``(n,)``.
+        special: bool ``(n,)``.
+        sink: bool ``(n,)``, norm beyond the threshold at any stored layer.
+    """
+
+    id: NDArray[np.int32]
+    byte_end: NDArray[np.int32]
+    window: NDArray[np.int32]
+    special: NDArray[np.bool_]
+    sink: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class StoredCorpus:
+    """The text the models read.
+
+    Attributes:
+        text: uint8 bytes of all documents.
+        document_start: int64 ``(documents + 1,)``.
+        document_id: uint8 ``(documents, 32)``.
+        document_split: uint8 ``(documents,)``.
+        window_document: int32 ``(windows,)``.
+        window_start: int64 ``(windows,)``, within the document.
+        window_end: int64 ``(windows,)``.
+    """
+
+    text: NDArray[np.uint8]
+    document_start: NDArray[np.int64]
+    document_id: NDArray[np.uint8]
+    document_split: NDArray[np.uint8]
+    window_document: NDArray[np.int32]
+    window_start: NDArray[np.int64]
+    window_end: NDArray[np.int64]
+
+    def window_text(self, window: int) -> str:
+        """The text of a window.
+
+        Args:
+            window: Window number.
+        """
+        base = self.document_start[self.window_document[window]]
+        return self.text[base + self.window_start[window] : base + self.window_end[window]].tobytes().decode()
+
+    @property
+    def window_offset(self) -> NDArray[np.int64]:
+        """Where each window begins in ``text``."""
+        return self.document_start[self.window_document] + self.window_start
+
+    @property
+    def window_split(self) -> NDArray[np.uint8]:
+        """Split of each window's document."""
+        return self.document_split[self.window_document]
+
+
+class Store:
+    """A complete feature store, read only. Made by :func:`open_store`.
+
+    Every metadata document is compared with its checksum in the manifest before it is believed: a changed shape or data
+    type would otherwise give wrong numbers without an error.
+
+    A store may be pickled: what travels is its place, not its content.
+
+    Attributes:
+        path: The directory as a Path; where there is none, the URL as text. For messages: what needs files takes
+            :attr:`directory`.
+        files: The store's files, wherever they are.
+        attributes: The root's attributes.
+        models: Short names, in store order.
+    """
+
+    def __init__(self, files: StoreFiles, attributes: dict[str, Any], checksum: str) -> None:
+        self.files = files
+        self.path: Any = files.location
+        self.attributes = attributes
+        self._checksum = checksum
+        self._sealed = _sealed_documents(files, attributes) if attributes.get("complete") else None
+        where = f"{self.path}/zarr.json"
+        names = _field(attributes, "models", list, where)
+        for name in names:
+            if not isinstance(name, str) or not _SAFE_NAME.match(name):
+                raise CorruptDataError(
+                    f"{where} names a model {name!r}, which is not a safe path; do not trust this store"
+                )
+        self.models: tuple[str, ...] = tuple(names)
+        self._readers: dict[tuple[str, int], RowReader | TableReader] = {}
+
+    @property
+    def directory(self) -> Path:
+        """The directory of a store on this machine.
+
+        Raises:
+            StoreStateError: It is somewhere else.
+        """
+        if not isinstance(self.path, Path):
+            raise StoreStateError(f"{self.path} is not a directory on this machine; copy the store here for that")
+        return self.path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.files.origin, not isinstance(self.files, LocalFiles), self._checksum)
+
+    def model(self, name: str) -> StoredModel:
+        """A model's attributes.
+
+        Args:
+            name: Short name.
+
+        Raises:
+            StoreStateError: No such model in this store.
+        """
+        if name not in self.models:
+            raise StoreStateError(f"no model {name!r} in {self.path}; it holds {', '.join(self.models)}")
+        return self._stored[name]
+
+    @cached_property
+    def _stored(self) -> dict[str, StoredModel]:
+        result = {}
+        for name in self.models:
+            attributes = self.document(f"models/{name}").get("attributes")
+            own = attributes.get("featstore") if isinstance(attributes, dict) else None
+            result[name] = StoredModel.parse(name, own, f"{self.path}/models/{name}/zarr.json")
+        return result
+
+    def document(self, name: str) -> dict[str, Any]:
+        """The metadata of a group or array, as it was when the store was sealed.
+
+        Args:
+            name: Path within the store.
+
+        Raises:
+            CorruptDataError: Missing, or not what the manifest records.
+        """
+        path = f"{self.path}/{name}/zarr.json"
+        data = self.files.read(f"{name}/zarr.json")
+        if data is None:
+            raise CorruptDataError(f"{path} is missing; run the same `featstore extract` command again")
+        if self._sealed is not None:
+            record = self._sealed.get(f"{name}/zarr.json")
+            if record is None or record["crc32"] != file_checksum(data):
+                raise CorruptDataError(f"{path} is not the document that the manifest records; restore it")
+        return parse_json(data, path)
+
+    def has(self, name: str) -> bool:
+        """Whether a group or array is there; in a sealed store what the manifest does not record is not.
+
+        Args:
+            name: Path within the store.
+        """
+        if self._sealed is not None:
+            return f"{name}/zarr.json" in self._sealed
+        return self.files.read(f"{name}/zarr.json") is not None
+
+    def has_rows(self, model: str, layer: int) -> bool:
+        """Whether the states of a layer are here, and not their moments alone.
+
+        Args:
+            model: Model name.
+            layer: A layer the store lists.
+        """
+        base = f"models/{model}"
+        return self.has(f"{base}/resid/{layer}") or (layer == 0 and self.has(f"{base}/embedding/state"))
+
+    def entry(self, unit: str) -> dict[str, Any] | None:
+        """The manifest entry of a unit, None where there is none.
+
+        Args:
+            unit: Name of the unit.
+
+        Raises:
+            CorruptDataError: It is damaged or points outside the store.
+        """
+        name = f"{MANIFEST}/{unit}.json"
+        data = self.files.read(name)
+        return None if data is None else parse_entry(data, f"{self.path}/{name}", unit)
+
+    def vector(self, name: str) -> NDArray[Any]:
+        """A small array, whole.
+
+        Args:
+            name: Path within the store.
+
+        Raises:
+            CorruptDataError: Missing or damaged.
+        """
+        return vector_of(lambda file: self.files.read(f"{name}/{file}"), self.document(name), f"{self.path}/{name}")
+
+    def layer(self, model: str, layer: int) -> int:
+        """Return a layer if the store holds it.
+
+        Args:
+            model: Model name.
+            layer: Layer number.
+
+        Raises:
+            LayerRangeError: It does not.
+        """
+        held = self.model(model).layers
+        if layer not in held:
+            raise LayerRangeError(
+                f"layer {layer} of {model!r} is not in {self.path}; it holds {', '.join(map(str, held))}"
+            )
+        return layer
+
+    def rows(self, model: str, layer: int) -> RowReader | TableReader:
+        """The states of one layer.
+
+        Args:
+            model: Model name.
+            layer: A stored layer.
+        """
+        key = (model, self.layer(model, layer))
+        if key not in self._readers:
+            self._readers[key] = self._open_rows(model, layer)
+        return self._readers[key]
+
+    def _open_rows(self, model: str, layer: int) -> RowReader | TableReader:
+        base = f"models/{model}"
+        columns = f"{base}/column_scale/{layer}"
+        scale = self.vector(columns) if self.has(columns) else None
+        table = f"{base}/embedding"
+        if layer == 0 and self.has(f"{table}/id"):
+            name, scales = f"{table}/state", f"{table}/row_scale"
+        else:
+            name, scales = f"{base}/resid/{layer}", f"{base}/row_scale/{layer}"
+        row_scales = (scales, self.document(scales)) if self.has(scales) else None
+        rows = self.files.rows((name, self.document(name)), row_scales, scale)
+        return TableReader(rows, self._table_index(model)) if name.startswith(table) else rows
+
+    def _table_index(self, model: str) -> NDArray[np.int64]:
+        """Where in the layer 0 table each token's row is."""
+        ids = self.vector(f"models/{model}/embedding/id")
+        tokens = self.columns(model, "id")["id"]
+        place = np.minimum(np.searchsorted(ids, tokens), len(ids) - 1)
+        if not np.array_equal(ids[place], tokens):
+            raise CorruptDataError(f"the layer 0 table of {model} in {self.path} lacks tokens; run `featstore verify`")
+        return place
+
+    def norms(self, model: str, layer: int) -> NDArray[np.float32]:
+        """Euclidean norm of every stored row.
+
+        Args:
+            model: Model name.
+            layer: A stored layer.
+
+        Returns:
+            float32 ``(n,)``.
+        """
+        if self.layer(model, layer) == 0 and self.has(f"models/{model}/embedding/id"):
+            norms: NDArray[np.float32] = self.vector(f"models/{model}/embedding/norm")[self._table_index(model)]
+            return norms
+        return self.vector(f"models/{model}/norm/{layer}")
+
+    def origin(self, model: str, layer: int) -> NDArray[np.float64]:
+        """The pilot's mean state, a fixed origin for accumulating moments without cancellation.
+
+        Args:
+            model: Model name.
+            layer: A stored layer.
+
+        Returns:
+            float64 ``(width,)``.
+        """
+        return self.vector(f"models/{model}/origin/{self.layer(model, layer)}").astype(np.float64)
+
+    def median_norms(self, model: str) -> dict[str, float]:
+        """The pilot's median norm at every stored layer, against which sinks are told.
+
+        Args:
+            model: Model name.
+
+        Returns:
+            Median by layer, the layer as text.
+        """
+        layers = self.model(model).layers
+        return {str(k): float(self.vector(f"models/{model}/median_norm/{k}")[0]) for k in layers}
+
+    def tokens(self, model: str) -> Tokens:
+        """A model's token table.
+
+        Args:
+            model: Model name.
+        """
+        self.model(model)
+        if model not in self._tokens:
+            self._tokens[model] = Tokens(**self.columns(model, "id", "byte_end", "window", "special", "sink"))
+        return self._tokens[model]
+
+    def columns(self, model: str, *names: str) -> dict[str, NDArray[Any]]:
+        """Some columns of a model's token table; an unfinished store lacks ``sink``.
+
+        Args:
+            model: Model name.
+            names: Columns.
+        """
+        return {name: self.vector(f"models/{model}/tokens/{name}") for name in names}
+
+    @cached_property
+    def _tokens(self) -> dict[str, Tokens]:
+        return {}
+
+    @cached_property
+    def corpus(self) -> StoredCorpus:
+        """Documents, windows and text."""
+        return StoredCorpus(
+            self.vector("corpus/text"),
+            self.vector("corpus/document/start"),
+            self.vector("corpus/document/id"),
+            self.vector("corpus/document/split"),
+            self.vector("corpus/window/document"),
+            self.vector("corpus/window/start"),
+            self.vector("corpus/window/end"),
+        )
+
+    def pairs(self, source: str, target: str, policy: str = "end") -> Pairs:
+        """The pairs of two models, or of a model with itself (every ordinary token with itself: the ceiling).
+
+        Args:
+            source: Model name.
+            target: Model name.
+            policy: ``end`` or ``word``.
+
+        Raises:
+            PairingError: The store has no index for these models and policy.
+        """
+        check_policy(policy)
+        tokens_a, tokens_b = self.tokens(source), self.tokens(target)
+        if source == target:
+            row_a = row_b = np.flatnonzero(~tokens_a.special).astype(np.int64)
+        else:
+            first, second = sorted((source, target), key=self.models.index)
+            base = f"pairs/{first}__{second}/{policy}"
+            if not self.has(f"{base}/row_a"):
+                raise PairingError(
+                    f"{self.path} has no {policy!r} pairs of {first} and {second}; "
+                    f"make them with `featstore pair {self.path} --policy {policy}`"
+                )
+            row_a, row_b = self.vector(f"{base}/row_a"), self.vector(f"{base}/row_b")
+            if source != first:
+                row_a, row_b = row_b, row_a
+        window = tokens_a.window[row_a]
+        document = self.corpus.window_document[window]
+        ordinary = [max(int((~t.special).sum()), 1) for t in (tokens_a, tokens_b)]
+        return Pairs(
+            source,
+            target,
+            row_a,
+            row_b,
+            self.corpus.document_split[document],
+            document,
+            tokens_a.sink[row_a] | tokens_b.sink[row_b],
+            (len(row_a) / ordinary[0], len(row_b) / ordinary[1]),
+        )
+
+    @cached_property
+    def manifest(self) -> dict[str, dict[str, Any]]:
+        """Every committed file with its size and checksum, by path.
+
+        Raises:
+            CorruptDataError: An entry is damaged or points outside the store.
+        """
+        files: dict[str, dict[str, Any]] = {}
+        for unit, data in self.files.manifest().items():
+            files.update(parse_entry(data, f"{self.path}/{MANIFEST}/{unit}.json", unit)["files"])
+        return files
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the manifest's text, tokens and states: stores with equal fingerprints hold equal data."""
+        return self.fingerprint_of({name: self.model(name).layers for name in self.models})
+
+    def fingerprint_of(self, layers: Mapping[str, Sequence[int]]) -> str:
+        """SHA-256 over the text, and the tokens and states of some layers.
+
+        Metadata documents are left out, since they also say where the text lay; so is what follows from the rest (sink
+        masks, pair indexes, moments), and so are other models and layers: adding one does not make an adapter foreign.
+
+        Args:
+            layers: Layers by model.
+        """
+        prefixes = ["corpus/"]
+        for name, chosen in layers.items():
+            base = f"models/{name}"
+            prefixes += [f"{base}/tokens/{column}/" for column in ("id", "byte_end", "window", "special")]
+            prefixes += [f"{base}/{kind}/{k}/" for k in chosen for kind in ("resid", "norm")] + [
+                f"{base}/embedding/"
+            ] * (0 in chosen)
+        arrays = {
+            name: record
+            for name, record in self.manifest.items()
+            if name.startswith(tuple(prefixes)) and not name.endswith("zarr.json")
+        }
+        return digest(arrays)

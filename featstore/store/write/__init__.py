@@ -1,0 +1,1 @@
+"""Writing a store: whole units aside, renamed into place, committed in the manifest."""

@@ -1,0 +1,135 @@
+"""What follows from stored rows and tokens: the sink mask and the pair indexes."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.store.read.pairs import check_policy, ends_a_word, last_at_each_end, match
+from featstore.store.read.store import Store, open_store
+from featstore.store.write.writer import StoreWriter, exclusive
+
+
+def sink_mask(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
+    """Which rows exceed ``threshold`` times the layer's pilot median norm at any stored layer.
+
+    Args:
+        store: With all rows of the model committed.
+        name: Model.
+        threshold: Multiple of the median.
+
+    Returns:
+        bool ``(n,)``.
+    """
+    mask = np.zeros(store.model(name).rows, dtype=bool)
+    for layer, median in store.median_norms(name).items():
+        mask |= store.norms(name, int(layer)) > threshold * median
+    return mask
+
+
+def write_sinks(writer: StoreWriter, store: Store, name: str) -> None:
+    """Derive and commit a model's sink mask, unless the one that is there follows from the same rows.
+
+    Args:
+        writer: The store's writer.
+        store: The same store, readable, with all norms of the model.
+        name: Model.
+    """
+    threshold = float(store.attributes["mask"]["sink_threshold"])
+    attributes = store.model(name).attributes
+    unit, basis = f"models/{name}/sinks", f"{attributes['tokens_sha256']} {attributes['layers']} {threshold}"
+    if (writer.entry(unit) or {}).get("basis") != basis:
+        writer.vectors(unit, {f"models/{name}/tokens/sink": sink_mask(store, name, threshold)}, basis=basis)
+
+
+def pairs_unit(first: str, second: str, policy: str) -> str:
+    """Name of the unit that holds a pair index.
+
+    Args:
+        first: Model earlier in store order.
+        second: The other.
+        policy: ``end`` or ``word``.
+    """
+    return f"pairs/{first}__{second}/{policy}"
+
+
+def pair_rows(store: Store, first: str, second: str, policy: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which rows of two models belong together, from their token tables and the text alone.
+
+    Args:
+        store: With both models' tokens.
+        first: Model earlier in store order.
+        second: The other.
+        policy: ``end`` or ``word``.
+
+    Returns:
+        int64 ``(m,)`` rows of the first model and of the second, in document order.
+    """
+    sides = []
+    for name in (first, second):
+        table = store.tokens(name)
+        sides.append(last_at_each_end(table.window, table.byte_end, table.special))
+    keys, row_a, row_b = match(*sides[0], *sides[1])
+    if policy == "word":
+        text = store.corpus
+        stop = text.window_offset + (text.window_end - text.window_start)
+        keep = ends_a_word(keys, text.window_offset, stop, text.text)
+        row_a, row_b = row_a[keep], row_b[keep]
+    return row_a, row_b
+
+
+def write_pairs(writer: StoreWriter, store: Store, first: str, second: str, policy: str) -> None:
+    """Build and commit the pair index of two models.
+
+    Args:
+        writer: The store's writer.
+        store: The same store, readable.
+        first: Model earlier in store order.
+        second: The other.
+        policy: ``end`` or ``word``.
+    """
+    base = f"pairs/{first}__{second}"
+    unit = pairs_unit(first, second, policy)
+    basis = " ".join(str(store.model(name).attributes.get("tokens_sha256")) for name in (first, second))
+    if (writer.entry(unit) or {}).get("basis") == basis:
+        return
+    row_a, row_b = pair_rows(store, first, second, policy)
+    ordinary = {name: max(int((~store.tokens(name).special).sum()), 1) for name in (first, second)}
+    coverage = {name: len(row_a) / count for name, count in ordinary.items()}
+    writer.group(base, {})
+    writer.group(unit, {"featstore": {"policy": policy, "pairs": len(row_a), "coverage": coverage}})
+    writer.vectors(unit, {f"{unit}/row_a": row_a, f"{unit}/row_b": row_b}, basis=basis)
+
+
+def add_pairs(path: Path, policy: str) -> dict[str, Any]:
+    """Add the pair indexes of a policy to a complete store; those that exist stay.
+
+    Args:
+        path: The store.
+        policy: ``end`` or ``word``.
+
+    Returns:
+        ``{"pairs": {"a__b": {"pairs": count}}}``.
+
+    Raises:
+        FeatstoreError: No such store or policy, or another process is writing.
+    """
+    check_policy(policy)
+    store = open_store(path)
+    with exclusive(store.directory):
+        writer = StoreWriter(path)
+        root = writer.attributes() or {}
+        for first, second in combinations(store.models, 2):
+            write_pairs(writer, store, first, second, policy)
+        writer.seal(root)
+    store = open_store(path)
+    return {
+        "pairs": {
+            f"{first}__{second}": {"pairs": len(store.pairs(first, second, policy))}
+            for first, second in combinations(store.models, 2)
+        }
+    }

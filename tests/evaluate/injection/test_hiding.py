@@ -1,0 +1,324 @@
+"""What is hidden reaches nothing: any prompt gives the same answer, and so does one with its hidden tokens deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evaluate.injection.hiding import _Hook, hiding
+from evaluate.injection.inject import Injection, aligned, embeds, inject, last
+from featstore.errors import SpecError, UnsupportedArchitectureError
+from featstore.models import residual as sites
+from featstore.models.loading import load_model
+from featstore.models.references import ModelSpec
+
+TOKENS = 40
+#: Ordinary places, some of them near the end and the last one, which gives the first answer.
+PLACES = [[2, 3, 11, 25, 30, 39], [5, 20, 21, 38, 39]]
+
+
+@pytest.fixture(scope="module", params=["llama-sdpa", "llama-eager", "mistral-sdpa", "mistral-eager"])
+def model(request: pytest.FixtureRequest, tiny_llama: Path, tiny_mistral: Path) -> Any:
+    name, attention = request.param.split("-")
+    path = {"llama": tiny_llama, "mistral": tiny_mistral}[name]
+    return load_model(ModelSpec(name, str(path)), device="cpu", dtype="float32", attention=attention)
+
+
+def tokens(model: Any, count: int, seed: int, rows: int = 2) -> torch.Tensor:
+    return torch.randint(5, model.config.vocab_size, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(model: Any, seed: int = 3) -> torch.Tensor:
+    ids = tokens(model, TOKENS, seed)
+    ids[:, 0] = 7
+    return ids
+
+
+def injection_into(model: Any, ids: torch.Tensor, layer: int, keep: str, places: Any = None) -> Injection:
+    own = sites.capture(sites.residual_stream(model), ids, [layer])[layer]
+    at = PLACES if places is None else places
+    generator = torch.Generator().manual_seed(layer)
+    states = [2 * torch.randn(len(row), own.shape[2], generator=generator) for row in at]
+    return aligned(own, states, at, layer=layer, keep=keep)
+
+
+@torch.inference_mode()
+def answers(model: Any, ids: torch.Tensor, injection: Injection | None, later: list[torch.Tensor]) -> torch.Tensor:
+    """Logits of the prompt's last token and of all that comes after, pass by pass through the cache."""
+    stream = sites.residual_stream(model)
+    context = hiding(stream, 0, *[torch.ones(2, TOKENS, dtype=torch.bool)] * 2)
+    if injection is not None:
+        context = inject(stream, injection, whole=False)
+    with context:
+        output = model(input_ids=ids, use_cache=True)
+        parts = [output.logits[:, -1:]]
+        for new in later:
+            output = model(input_ids=new, past_key_values=output.past_key_values, use_cache=True)
+            parts.append(output.logits)
+    return torch.cat(parts, dim=1)
+
+
+def layers(model: Any) -> range:
+    return range(sites.residual_stream(model).depth + 1)
+
+
+def later(model: Any, *counts: int) -> list[torch.Tensor]:
+    return [tokens(model, count, 50 + i) for i, count in enumerate(counts)]
+
+
+def test_two_prompts_with_the_same_states_give_the_same_answer(model: Any) -> None:
+    one, two = prompt(model, 3), prompt(model, 4)
+    new = later(model, 1, 3, 1)
+    for layer in layers(model):
+        hidden, kept = (
+            [answers(model, ids, injection_into(model, ids, layer, keep), new) for ids in (one, two)]
+            for keep in ("hide", "own")
+        )
+        torch.testing.assert_close(hidden[0], hidden[1], rtol=0, atol=1e-5)
+        # The answers right after the prompt: a short sliding window soon forgets it by itself.
+        change = (kept[0] - kept[1])[:, 0 if layer < layers(model)[-1] else 1].abs().amax(dim=-1)
+        assert (change > 1e-3).all(), layer
+
+
+def test_attention_sinks_that_took_no_state_are_hidden_too(model: Any) -> None:
+    # The tokens made to be sinks in the tiny models: Llama's newline and Mistral's start token.
+    sinks, new = torch.tensor([198, 1]), later(model, 1, 3)
+    one, two = prompt(model, 3), prompt(model, 3)
+    two[:, [1, 12]] = sinks[None]
+    assert not {1, 12} & {place for row in PLACES for place in row}
+    stream = sites.residual_stream(model)
+    for layer in layers(model):
+        size = sites.capture(stream, two, [layer])[layer].norm(dim=-1)
+        if layer == 0:
+            assert (size[:, [1, 12]].amax(dim=1) > 5 * size.median()).all()
+        found = [answers(model, ids, injection_into(model, ids, layer, "hide"), new) for ids in (one, two)]
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+
+
+def test_what_is_injected_is_not_hidden(model: Any) -> None:
+    ids, new = prompt(model), later(model, 1, 2)
+    for layer in layers(model):
+        injection = injection_into(model, ids, layer, "hide")
+        clean = answers(model, ids, injection, new)
+        for row, place in ((0, 30), (1, 38)):
+            changed = injection.hidden.clone()
+            changed[row, place] += 1.0
+            other = Injection(layer, changed, injection.replaced, "hide")
+            difference = (answers(model, ids, other, new) - clean).abs().amax(dim=(1, 2))
+            if layer < layers(model)[-1]:
+                assert difference[row] > 1e-4, layer
+            # Rows do not see each other.
+            assert difference[1 - row] == 0
+
+
+@torch.inference_mode()
+def deleted(
+    model: Any, start: torch.Tensor, states: torch.Tensor, places: list[int], layer: int, new: torch.Tensor
+) -> Any:
+    """The answers by another road: no cache, no prompt, nothing masked but the future; only positions are given."""
+    decoder, blocks = model.model, sites.residual_stream(model).blocks
+    window = getattr(model.config, "sliding_window", None)
+
+    def run(hidden: torch.Tensor, positions: torch.Tensor, some: Any) -> torch.Tensor:
+        apart = positions[:, None] - positions[None]
+        sees = (apart >= 0) & (apart < (window or 1 << 30))
+        mask = torch.where(sees, 0.0, torch.finfo(torch.float32).min)[None, None]
+        angles = decoder.rotary_emb(hidden, position_ids=positions[None])
+        for block in some:
+            hidden = block(hidden, attention_mask=mask, position_ids=positions[None], position_embeddings=angles)
+        return hidden
+
+    after = torch.arange(TOKENS, TOKENS + len(new))
+    first = torch.cat([torch.zeros(1, dtype=torch.long), after])
+    hidden = run(decoder.embed_tokens(torch.cat([start, new]))[None], first, blocks[:layer])
+    hidden = torch.cat([hidden[:, :1], states[None], hidden[:, 1:]], dim=1)
+    positions = torch.cat([first[:1], torch.tensor(places), after])
+    hidden = run(hidden, positions, blocks[layer:])
+    return model.lm_head(decoder.norm(hidden))[0, len(places) :]
+
+
+def test_hiding_is_the_same_as_deleting(model: Any) -> None:
+    ids, new = prompt(model), later(model, 1, 4, 1, 1)
+    for layer in layers(model):
+        injection = injection_into(model, ids, layer, "hide")
+        found = answers(model, ids, injection, new)
+        for row, places in enumerate(PLACES):
+            wanted = deleted(
+                model, ids[row, :1], injection.hidden[row, places], places, layer, torch.cat(new, dim=1)[row]
+            )
+            torch.testing.assert_close(found[row], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hidden_position_still_reads_itself(model: Any) -> None:
+    ids, row, places = prompt(model), 0, [2, 3, 11, 25, 27]
+    for layer in layers(model):
+        injection = injection_into(model, ids, layer, "hide")
+        assert injection.replaced[row, places].tolist() == [True] * 4 + [False]
+        with torch.inference_mode(), inject(sites.residual_stream(model), injection, whole=True):
+            found = model(input_ids=ids, use_cache=False).logits[row, 27]
+        states, nothing = injection.hidden[row, places], ids[row, :0]
+        wanted = deleted(model, ids[row, :1], states, places, layer, nothing)[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_one_pass_over_prompt_and_answer_is_the_same_as_many(model: Any) -> None:
+    ids, new = prompt(model), later(model, 1, 4, 1)
+    everything = torch.cat([ids, *new], dim=1)
+    stream = sites.residual_stream(model)
+    for layer in layers(model):
+        injection = injection_into(model, ids, layer, "hide")
+
+        def put(hidden: torch.Tensor, injection: Injection = injection) -> torch.Tensor:
+            return torch.cat([injection.hidden, hidden[:, TOKENS:]], dim=1)
+
+        readable = injection.replaced | injection.start
+        with (
+            torch.inference_mode(),
+            sites.at_site(stream, layer, put),
+            hiding(stream, layer, readable, injection.start),
+        ):
+            logits = model(input_ids=everything, use_cache=False).logits
+        torch.testing.assert_close(logits[:, TOKENS - 1 :], answers(model, ids, injection, new), rtol=1e-4, atol=1e-4)
+
+
+def test_a_replaced_start_token_is_read_as_replaced(model: Any) -> None:
+    ids, new = prompt(model), later(model, 1, 2)
+    places = [[0, 10, 39], [0, 39]]
+    injection = injection_into(model, ids, 1, "hide", places)
+    other = ids.clone()
+    other[:, 1:] = prompt(model, 4)[:, 1:]
+    torch.testing.assert_close(
+        answers(model, ids, injection, new), answers(model, other, injection, new), rtol=0, atol=1e-5
+    )
+
+
+def test_injected_positions_do_not_read_hidden_ones_in_the_prompts_own_pass(model: Any) -> None:
+    ids = prompt(model)
+    stream = sites.residual_stream(model)
+    injection = injection_into(model, ids, 1, "hide")
+    changed = injection.hidden.clone()
+    changed[:, 10] += 5.0
+    assert not injection.replaced[:, 10].any()
+    for whole in (True, False):
+        logits = []
+        for hidden in (injection.hidden, changed):
+            with (
+                torch.inference_mode(),
+                inject(stream, Injection(1, hidden, injection.replaced, "hide"), whole=whole),
+            ):
+                logits.append(model(input_ids=ids, use_cache=not whole).logits)
+        difference = (logits[0] - logits[1]).abs().amax(dim=-1)
+        assert (difference[injection.replaced] == 0).all()
+        assert (difference[:, 10] > 1e-3).all()
+
+
+def test_with_everything_injected_at_layer_0_there_is_nothing_to_hide(model: Any) -> None:
+    ids, new = prompt(model), later(model, 1, 3)
+    clean = answers(model, ids, None, new)
+    own = sites.capture(sites.residual_stream(model), ids, [0])[0]
+    for injection in (aligned(own, list(own), [range(TOKENS)] * 2, layer=0, keep="hide"), embeds(own, keep="hide")):
+        assert torch.equal(answers(model, ids, injection, new), clean)
+
+
+def test_a_layer_above_everything_injected_still_hides_the_blocks_below(model: Any) -> None:
+    ids, new = prompt(model), later(model, 1, 3)
+    clean = answers(model, ids, None, new)
+    own = sites.capture(sites.residual_stream(model), ids, [2])[2]
+    found = answers(model, ids, aligned(own, list(own), [range(TOKENS)] * 2, layer=2, keep="hide"), new)
+    # The prompt's own pass hides nothing, what comes after it does.
+    assert torch.equal(found[:, 0], clean[:, 0])
+    assert (found[:, 1] - clean[:, 1]).abs().max() > 1e-3
+
+
+def test_the_last_state_alone_gets_through(model: Any) -> None:
+    new = later(model, 1, 2)
+    state = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for layer in layers(model):
+        found = []
+        for ids in (prompt(model, 3), prompt(model, 4)):
+            own = sites.capture(sites.residual_stream(model), ids, [layer])[layer]
+            found.append(answers(model, ids, last(own, state, layer=layer, keep="hide"), new))
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+
+
+def test_padding_goes_along_and_is_no_start_token() -> None:
+    own, padding = torch.zeros(2, 4, 3), torch.tensor([[True, True, False, False], [False] * 4])
+    for made in (
+        aligned(own, [own[0, :1]] * 2, [[3], [0]], layer=1, keep="hide", padding=padding),
+        last(own, own[:, 0], layer=1, keep="hide", padding=padding),
+    ):
+        assert made.padding is not None
+        assert torch.equal(made.padding, padding)
+        assert made.start.tolist() == [[False, False, True, False], [True, False, False, False]]
+
+
+def test_hooks_leave_with_the_context(model: Any) -> None:
+    ids, new = prompt(model), later(model, 1)
+    clean = answers(model, ids, None, new)
+    answers(model, ids, injection_into(model, ids, 1, "hide"), new)
+    assert torch.equal(answers(model, ids, None, new), clean)
+    stream = sites.residual_stream(model)
+    assert not any(block._forward_pre_hooks or block._forward_hooks for block in stream.blocks)
+    assert not stream.decoder._forward_pre_hooks
+
+
+def test_a_mask_with_nothing_to_hide_is_left_as_it_is() -> None:
+    # Another mask would mean another kernel, whose rounding differs.
+    everything = torch.ones((2, 4), dtype=torch.bool)
+    block, given = torch.nn.Identity(), {"attention_mask": None}
+    assert _Hook(0, everything, below=False)(block, (torch.zeros(2, 4, 3),), given) is None
+    # Below the layer the whole prompt's pass is overwritten there.
+    assert _Hook(0, everything.tril(), below=True)(block, (torch.zeros(2, 4, 3),), given) is None
+    _, new = _Hook(0, everything.tril(), below=False)(block, (torch.zeros(2, 4, 3),), given)
+    assert new["attention_mask"].shape == (2, 1, 4, 4)
+
+
+def test_attention_without_a_mask_of_positions_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = prompt(model)
+    monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
+    with (
+        pytest.raises(SpecError, match=r"attention 'flash_attention_2' takes no mask .* sdpa or eager"),
+        inject(sites.residual_stream(model), injection_into_own(model, ids), whole=False),
+    ):
+        pass
+
+
+def injection_into_own(model: Any, ids: torch.Tensor) -> Injection:
+    own = torch.zeros(2, TOKENS, model.config.hidden_size)
+    return last(own, own[:, 0], layer=1, keep="hide")
+
+
+def test_another_batch_or_cache_is_refused(model: Any) -> None:
+    from transformers import StaticCache
+
+    ids, stream = prompt(model), sites.residual_stream(model)
+    injection = injection_into(model, ids, 1, "hide")
+    with torch.inference_mode(), inject(stream, injection, whole=False):
+        past = model(input_ids=ids, use_cache=True).past_key_values
+        past.batch_select_indices(torch.tensor([0]))
+        with pytest.raises(SpecError, match="a pass of 1 rows with an injection of 2"):
+            model(input_ids=ids[:1, :1], past_key_values=past)
+        fixed = StaticCache(config=model.config, max_cache_len=64)
+        with pytest.raises(UnsupportedArchitectureError, match="a cache that grows"):
+            model(input_ids=ids, past_key_values=fixed, use_cache=True)
+
+
+def test_blocks_that_get_no_mask_are_named() -> None:
+    class Block(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return hidden_states
+
+    class Decoder(torch.nn.Module):
+        config = type("Config", (), {"_attn_implementation": "sdpa"})()
+
+    block = Block()
+    stream = sites.ResidualStream(Decoder(), torch.nn.ModuleList([block]))
+    flags = torch.tensor([[True, False]])
+    with (
+        hiding(stream, 0, flags, flags),
+        pytest.raises(UnsupportedArchitectureError, match="Block gets no attention_mask"),
+    ):
+        block(torch.zeros(1, 2, 3))

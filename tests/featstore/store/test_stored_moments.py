@@ -1,0 +1,582 @@
+"""Moments kept in a store: equal to sums over its rows, and the same bytes however they came about."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from test_cka import related
+from test_moments import assert_same
+
+from align.closed_form.fit import Fit, baselines, fit_closed
+from align.layers import LayerPair
+from align.maps.fitted import Aligner, load_adapter
+from align.metrics import RETRIEVAL_KEYS, score
+from align.moments.scan import scan, stored_scan, usable_moments
+from align.moments.scatter import as_if_shuffled, centered
+from align.runs.train import describe
+from align.scoring.moments import NEEDS_ROWS, score_moments
+from align.similarity.compare import Comparison
+from featstore.errors import CorruptDataError, FitError, SpecError, StoreBusyError, StoreStateError
+from featstore.store import open_store
+from featstore.store.inspect.verify import verify_store
+from featstore.store.moments import stored as module
+from featstore.store.moments.stored import (
+    CUT_ROWS,
+    StoredMoments,
+    add_moments,
+    all_blocks,
+    block_sums,
+    commit_blocks,
+    groups,
+    memory_needed,
+    read_moments,
+    unit_of,
+)
+from featstore.store.moments.sums import BlockSums, moments_of, products, steady_products
+from featstore.store.write.index import add_pairs
+from featstore.store.write.writer import StoreWriter, exclusive
+from tests.support.commands import call, strict_json
+from tests.support.planted import Planted, only, plant, rotation, spectrum_rows, trained
+from tests.support.store_fixtures import tree_bytes
+
+MODELS = ("a", "b")
+#: Three layers of one model and two of the other.
+BLOCKS = 15
+
+
+def compare_layers(path: Path, **options: Any) -> dict[str, Any]:
+    """A comparison on the current Dask client; moments alone need none."""
+    from distributed import get_client
+
+    try:
+        client = get_client()
+    except ValueError:
+        client = None
+    return Comparison(path, **options).run(client)
+
+
+def rows_with_sinks(n: int = 700) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Layers of different widths, far from the origin; every 40th row of one model is a sink at one layer."""
+    x, y = related(n)
+    y[2][::40] *= 60
+    return x, y
+
+
+@pytest.fixture(autouse=True)
+def _no_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    # Several cuts a split, the last one short.
+    monkeypatch.setattr(module, "CUT_ROWS", 64)
+    return
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """A store without moments; never written to."""
+    return plant(tmp_path_factory.mktemp("moments") / "s.zarr", *rows_with_sinks())
+
+
+@pytest.fixture
+def path(plain: Planted, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(plain.path, tmp_path / "s.zarr"))
+
+
+@pytest.fixture
+def summed(path: Path) -> Path:
+    add_moments(path, quiet=True)
+    return path
+
+
+def reference(path: Path, x: tuple[str, int], y: tuple[str, int], split: int) -> Any:
+    """Float64 sums over the rows of the store, in one go."""
+    store = open_store(path)
+    pairs = store.pairs(*MODELS)
+    keep = (pairs.split == split) & ~pairs.sink
+    numbers = {"a": pairs.row_source[keep], "b": pairs.row_target[keep]}
+    rows = [store.rows(*site)[numbers[site[0]]].astype(np.float64) for site in (x, y)]
+    return moments_of(*rows, store.origin(*x), store.origin(*y))
+
+
+def moment_files(path: Path) -> dict[str, bytes]:
+    return {name: data for name, data in tree_bytes(path).items() if "moments/" in name}
+
+
+# What they are.
+
+
+@pytest.mark.parametrize("split", [0, 1, 2])
+def test_every_block_is_the_float64_sum_over_the_rows_that_are_not_sinks(summed: Path, split: int) -> None:
+    store = open_store(summed)
+    stored = StoredMoments(store, "a", "b")
+    assert stored.pairs.sink.sum() == 0
+    assert store.pairs("a", "b").sink.sum() > 10
+    sites = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 2)]
+    for x in sites:
+        for y in sites:
+            found = stored.read(x, y, split)
+            assert found is not None
+            assert_same(found, reference(summed, x, y, split), rtol=1e-6)
+
+
+def test_the_products_are_float32_and_the_sums_float64(summed: Path) -> None:
+    found = read_moments(open_store(summed), ("a", 1), ("b", 2), 0)
+    exact = reference(summed, ("a", 1), ("b", 2), 0)
+    assert found is not None
+    assert found.c.dtype == np.float64
+    assert not np.array_equal(found.c, exact.c)
+    assert not np.array_equal(found.c, found.c.astype(np.float32))
+
+
+def test_a_direction_is_the_other_one_turned_round(summed: Path) -> None:
+    store = open_store(summed)
+    there, back = (read_moments(store, *pair, 0) for pair in ((("a", 1), ("b", 2)), (("b", 2), ("a", 1))))
+    assert there is not None
+    assert back is not None
+    np.testing.assert_array_equal(back.c, there.c.T)
+    np.testing.assert_array_equal(back.ux, there.uy)
+    np.testing.assert_array_equal(back.vy, there.vx)
+    assert (back.a, back.b, back.aa, back.d) == (there.b, there.a, there.bb, there.d)
+
+
+def test_any_zarr_reader_finds_them(summed: Path) -> None:
+    root = zarr.open_group(summed, mode="r")
+    block = root["moments/a__b/train/a.1__b.2"]
+    assert block["product"].shape == (20, 28)
+    n = int(block["totals"][0])
+    assert n == reference(summed, ("a", 1), ("b", 2), 0).n
+    assert verify_store(summed, quiet=True)["damage"] == []
+
+
+def test_a_store_without_them_says_so(path: Path) -> None:
+    store = open_store(path)
+    assert read_moments(store, ("a", 1), ("b", 2), 0) is None
+    assert not StoredMoments(store, "a", "b").covers([(("a", 1), ("b", 2))])
+
+
+def test_a_model_with_itself_is_another_set_of_rows(summed: Path) -> None:
+    store = open_store(summed)
+    assert read_moments(store, ("a", 0), ("a", 1), 0) is None
+    assert read_moments(store, ("a", 0), ("a", 1), 0, ("a", "b")) is not None
+
+
+def test_a_damaged_block_is_refused(summed: Path) -> None:
+    file = summed / unit_of(MODELS, 0, (("a", 1), ("b", 2))) / "product" / "c" / "0" / "0"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CorruptDataError, match="product"):
+        read_moments(open_store(summed), ("a", 1), ("b", 2), 0)
+
+
+# However they came about.
+
+
+def test_a_second_run_has_nothing_to_do(summed: Path) -> None:
+    before = tree_bytes(summed)
+    times = {p: p.stat().st_mtime_ns for p in summed.rglob("product/c/0/0")}
+    assert add_moments(summed, quiet=True)["moments"]["a__b"] == {
+        "blocks": 3 * BLOCKS,
+        "written": 0,
+        "bytes": sum(p.stat().st_size - 4 for p in times),
+    }
+    assert tree_bytes(summed) == before
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+
+
+def test_the_memory_allowed_does_not_touch_the_bytes(summed: Path, plain: Planted, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(plain.path, tmp_path / "other.zarr"))
+    store = open_store(other)
+    blocks = all_blocks(store, MODELS)
+    memory = max(memory_needed(store, [block]) for block in blocks)
+    cut = list(groups(store, blocks, memory))
+    assert 5 < len(cut) <= BLOCKS
+    assert [block for group in cut for block in group] == blocks
+    add_moments(other, memory=memory, quiet=True)
+    assert tree_bytes(other) == tree_bytes(summed)
+
+
+def test_memory_for_less_than_a_block_is_refused(path: Path) -> None:
+    with pytest.raises(SpecError, match=r"--moments-memory 1 kB is too little: one block takes .* kB"):
+        add_moments(path, memory=1000, quiet=True)
+
+
+def test_a_killed_run_goes_on(summed: Path, plain: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Path(shutil.copytree(plain.path, tmp_path / "other.zarr"))
+    original, calls = StoreWriter.commit, []
+
+    def killed(self: Any, unit: str, *args: Any, **facts: Any) -> None:
+        calls.append(unit)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        original(self, unit, *args, **facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add_moments(other, quiet=True)
+    store = open_store(other)
+    assert read_moments(store, ("a", 0), ("b", 0), 0) is None, "what is not sealed is not there"
+    assert add_moments(other, quiet=True)["moments"]["a__b"]["written"] == 3 * BLOCKS - 19
+    assert tree_bytes(other) == tree_bytes(summed)
+
+
+def test_a_layer_added_later_brings_only_its_blocks(tmp_path: Path) -> None:
+    x, y = related()
+    whole = plant(tmp_path / "whole.zarr", x, y)
+    add_moments(whole.path, quiet=True)
+    few = plant(tmp_path / "few.zarr", {k: x[k] for k in (0, 2)}, y)
+    add_moments(few.path, quiet=True)
+    # The store of all layers with the moments that the store of two had.
+    for name in ("moments", "manifest/moments"):
+        shutil.rmtree(whole.path / name, ignore_errors=True)
+        shutil.copytree(few.path / name, whole.path / name)
+    add_pairs(whole.path, "end")  # seals
+    assert read_moments(whole.store, ("a", 0), ("b", 0), 0) is not None
+    assert read_moments(whole.store, ("a", 1), ("b", 0), 0) is None
+    assert add_moments(whole.path, quiet=True)["moments"]["a__b"]["written"] == 3 * 5
+    at_once = plant(tmp_path / "once.zarr", x, y)
+    add_moments(at_once.path, quiet=True)
+    assert tree_bytes(whole.path) == tree_bytes(at_once.path)
+
+
+def test_another_mask_makes_them_outdated(summed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adding a layer can add sinks; sums that still contain them must not be believed."""
+    store = open_store(summed)
+    pairs = store.pairs("a", "b").select(0)
+    mask = store.tokens("a").sink.copy()
+    mask[pairs.row_source[3]] = True
+    with exclusive(summed):
+        writer = StoreWriter(summed)
+        writer.vectors("models/a/sinks", {"models/a/tokens/sink": mask})
+        writer.seal(writer.attributes() or {})
+    store = open_store(summed)
+    assert read_moments(store, ("a", 1), ("b", 2), 0) is None
+    assert read_moments(store, ("a", 1), ("b", 2), 1) is not None, "no validation row changed"
+    with monkeypatch.context() as patch:
+        # Killed between the files of a block: no entry may be left that speaks for a mixture of old and new.
+        patch.setattr(StoreWriter, "commit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            add_moments(summed, quiet=True)
+    assert StoreWriter(summed).entry(unit_of(MODELS, 0, (("a", 0), ("a", 0)))) is None
+    assert add_moments(summed, quiet=True)["moments"]["a__b"]["written"] == BLOCKS
+    found = read_moments(open_store(summed), ("a", 1), ("b", 2), 0)
+    assert found is not None
+    assert found.n == len(pairs) - 1
+    assert_same(found, reference(summed, ("a", 1), ("b", 2), 0), rtol=1e-6)
+    assert not [words for words in verify_store(summed, quiet=True)["damage"] if "moments" in words]
+
+
+def test_a_store_of_moments_alone(summed: Path) -> None:
+    store = open_store(summed)
+    before = read_moments(store, ("a", 1), ("b", 2), 0)
+    rowless(summed)
+    after = read_moments(open_store(summed), ("a", 1), ("b", 2), 0)
+    assert before is not None
+    assert after is not None
+    assert_same(after, before, rtol=0)
+    assert add_moments(summed, quiet=True)["moments"]["a__b"]["written"] == 0
+    shutil.rmtree(summed / "manifest" / "moments" / "a__b" / "train")
+    with pytest.raises(StoreStateError, match=r"lacks moments of layer 0 of 'a' and holds no rows"):
+        add_moments(summed, quiet=True)
+
+
+def rowless(path: Path) -> Path:
+    """Take the rows out of a store, as an extraction with --moments-only leaves it."""
+    with exclusive(path):
+        writer = StoreWriter(path)
+        for unit in list(writer.unit_names()):
+            if "/rows-" in unit:
+                writer.drop(unit)
+        for resid in path.glob("models/*/resid/*"):
+            if resid.is_dir():
+                shutil.rmtree(resid)
+        writer.seal(writer.attributes() or {})
+    return path
+
+
+def test_one_writer_at_a_time(path: Path) -> None:
+    with exclusive(path), pytest.raises(StoreBusyError):
+        add_moments(path, quiet=True)
+
+
+# The sums themselves, as an extraction that never stores a row feeds them.
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 64, 100])
+def test_pieces_of_any_length_give_the_same_bits(pieces: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = {k: rng.standard_normal((300, w)).astype(np.float32) for k, w in (("x", 5), ("y", 7), ("z", 4))}
+    origins = {k: np.full(v.shape[1], 0.1) for k, v in rows.items()}
+    whole = BlockSums(origins, [("x", "y"), ("x", "x"), ("y", "z")], block_rows=64)
+    whole.add(rows)
+    cut = BlockSums(origins, [("x", "y")], block_rows=64)
+    for start in range(0, 300, pieces):
+        buffer = {k: v[start : start + pieces].copy() for k, v in rows.items()}
+        cut.add(buffer)
+        for value in buffer.values():
+            value[:] = np.nan  # the caller may use its buffers again
+    a, b = whole.blocks()["x", "y"], cut.blocks()["x", "y"]
+    assert a.n == b.n == 300
+    for name in ("product", "x", "y", "totals"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_sums_fed_from_outside_make_the_same_store(summed: Path, plain: Planted, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(plain.path, tmp_path / "other.zarr"))
+    with exclusive(other):
+        store, writer = open_store(other), StoreWriter(other)
+        stored, blocks = StoredMoments(store, "a", "b"), all_blocks(store, MODELS)
+        sums = {split: block_sums(store, blocks) for split in range(3)}
+        pairs = stored.pairs
+        for document in np.unique(pairs.document):
+            part = pairs.where(pairs.document == document)
+            numbers = {"a": part.row_source, "b": part.row_target}
+            sums[int(part.split[0])].add({site: store.rows(*site)[numbers[site[0]]] for site in sums[0].nodes})
+        for split, one in sums.items():
+            commit_blocks(writer, stored, split, one.blocks())
+        writer.seal(writer.attributes() or {})
+    assert tree_bytes(other) == tree_bytes(summed)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    from threadpoolctl import threadpool_limits
+
+    rng = np.random.default_rng(1)
+    rows = {k: rng.standard_normal((CUT_ROWS, 700)).astype(np.float32) for k in "xy"}
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            found.append(next(iter(steady_products(rows, [("x", "y")]))))
+    np.testing.assert_array_equal(*found)
+    np.testing.assert_allclose(next(products(rows, [("x", "y")])), found[0], rtol=0, atol=1e-3)
+
+
+def test_a_row_that_is_not_finite_is_named() -> None:
+    sums = BlockSums({"x": np.zeros(2)}, [("x", "x")], block_rows=4)
+    x = np.ones((10, 2), dtype=np.float32)
+    x[6, 1] = np.nan
+    with pytest.raises(FitError, match="row 6"):
+        sums.add({"x": x})
+
+
+# What align makes of them.
+
+N, D = 6000, 24
+PAIR = LayerPair("a", (1,), "b", 1)
+SITES = (("a", 1), ("b", 1))
+
+
+@pytest.fixture(scope="module")
+def related_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer each: a rotation, a change on top of it, and noise; moments beside the rows."""
+    x = spectrum_rows(N, D, 1, decay=0.7, mean=3.0)
+    rng = np.random.default_rng(3)
+    y = (x - 1.0) @ rotation(D, 2) + 0.3 * x @ rng.normal(size=(D, D)) / np.sqrt(D) + 5.0
+    y = y + 0.2 * rng.normal(size=y.shape)
+    path = plant(tmp_path_factory.mktemp("fit") / "s.zarr", x, y).path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(module, "CUT_ROWS", 64)
+        add_moments(path, quiet=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def moments_alone(related_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        return rowless(Path(shutil.copytree(related_pair, tmp_path_factory.mktemp("fit") / "m.zarr")))
+
+
+def test_stored_moments_fit_what_a_scan_fits(related_pair: Path) -> None:
+    store = open_store(related_pair)
+    stored = usable_moments(store, MODELS, [SITES])
+    assert stored is not None
+    for pair in (PAIR, PAIR.reversed):
+        pairs = store.pairs(pair.source, pair.target).select()
+        rows, kept = scan(store, pairs, [pair])[pair.key], stored_scan(stored, [pair])[pair.key]
+        assert_same(kept.train, rows.train, rtol=1e-6)
+        assert_same(kept.val, rows.val, rtol=1e-6)
+        for fit in (Fit("procrustes", scale=True), Fit("linear"), Fit("affine"), Fit("reduced-rank", rank=4)):
+            weights = [fit_closed(fit, pair, found).tensors["weight"] for found in (rows, kept)]
+            np.testing.assert_allclose(weights[1], weights[0], atol=2e-5, err_msg=fit.type)
+
+
+def test_a_drawn_shuffle_is_like_a_real_one() -> None:
+    """Mean and covariance of the cross term over permutations, and its size against real permutations."""
+    rng = np.random.default_rng(0)
+    n = 500
+    x = rng.standard_normal((n, 3)) @ np.array([[2.0, 0, 0], [1, 1, 0], [0, 0.5, 0.3]]) + 4.0
+    y = x[:, :2] @ np.array([[1.0, 0.5], [-0.5, 2]]) + 1.0
+    m = moments_of(x, y, np.full(3, 3.5), np.zeros(2))
+    drawn = np.array([centered(as_if_shuffled(m, rng)).c.ravel() for _ in range(4000)])
+    real = np.array([((x - x.mean(0)).T @ (y - y.mean(0))[rng.permutation(n)]).ravel() for _ in range(4000)])
+    c = centered(m)
+    covariance = np.kron(c.gx, c.gy) / (n - 1)
+    size = np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
+    for sample in (drawn, real):
+        assert np.abs(sample.mean(0) / np.sqrt(np.diag(covariance))).max() < 0.08
+        assert np.abs((np.cov(sample.T) - covariance) / size).max() < 0.1
+    few = moments_of(x[:3], y[:3], np.zeros(3), np.zeros(2))
+    assert np.isfinite(as_if_shuffled(few, rng).c).all(), "fewer rows than dimensions: the Gram is singular"
+
+
+def test_what_moments_say_of_a_map_is_what_its_rows_say(related_pair: Path) -> None:
+    store = open_store(related_pair)
+    stored = StoredMoments(store, "a", "b")
+    found = stored_scan(stored, [PAIR])[PAIR.key]
+    maps: dict[str, Aligner | str] = {"affine": fit_closed(Fit("affine"), PAIR, found), "none": "why"}
+    maps |= baselines(Fit("procrustes"), PAIR, found, 0)
+    maps["procrustes"] = fit_closed(Fit("procrustes", scale=True), PAIR, found)
+    test = stored.read(*SITES, 2)
+    assert test is not None
+    scores = score_moments(test, maps)
+    assert scores.pop("none") == (None, {"none": "why"})
+    pairs = store.pairs("a", "b").select(2)
+    x, y = store.rows("a", 1)[pairs.row_source], store.rows("b", 1)[pairs.row_target]
+    with_cka = set()
+    for name, (figures, reasons) in scores.items():
+        aligner = maps[name]
+        assert isinstance(aligner, Aligner)
+        assert figures is not None
+        expected, _ = score(y, aligner.apply(x), aligner.tensors["control_mean"])
+        for key in ("r2", "r2_median_dim", "r2_without_top_dims", "mse"):
+            assert figures[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-6), (name, key)
+        assert figures["n"] == expected["n"]
+        for key in ("cosine", "cosine_centered", *RETRIEVAL_KEYS):
+            assert figures[key] is None
+            assert reasons[key] == NEEDS_ROWS
+        if figures["cka_debiased"] is not None:
+            assert figures["cka_debiased"] == pytest.approx(expected["cka_debiased"], abs=1e-5), name
+            with_cka.add(name)
+        assert {key for key, value in figures.items() if value is None} == reasons.keys()
+    assert with_cka == {"procrustes", "identity", "random_rotation", "shuffled"}
+    assert scores["mean"][1]["cka_debiased"] == "the second set of states does not vary"
+    assert "rotations alone" in scores["affine"][1]["cka_debiased"]
+
+
+@pytest.mark.parametrize("options", [{"keep_sinks": True}, {"policy": "word"}, {"max_rows": 100}])
+def test_what_moments_do_not_answer_needs_rows(
+    related_pair: Path, moments_alone: Path, options: dict[str, Any]
+) -> None:
+    assert usable_moments(open_store(related_pair), MODELS, [SITES]) is not None
+    assert usable_moments(open_store(related_pair), MODELS, [SITES], **options) is None
+    [flag] = (name.replace("_", "-") for name in options)
+    with pytest.raises(
+        StoreStateError, match=rf"--{flag}.* needs rows, and .* holds none of layer 1 of 'a'.*--moments-only"
+    ):
+        usable_moments(open_store(moments_alone), MODELS, [SITES], **options)
+
+
+def test_similarity_of_layers_from_moments_is_that_from_rows(
+    plain: Planted, summed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distributed import Client
+
+    layers = {"a": (0, 1, 2), "b": (0, 2)}
+    for estimator in ("debiased", "biased"):
+        with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0"):
+            scanned = compare_layers(plain.path, models=MODELS, layers=layers, estimator=estimator, quiet=True)
+            kept = compare_layers(summed, models=MODELS, layers=layers, estimator=estimator, quiet=True)
+        np.testing.assert_allclose(kept["cross"], scanned["cross"], atol=2e-7)
+        for model in MODELS:
+            np.testing.assert_allclose(kept["within"][model], scanned["within"][model], atol=2e-7)
+        assert not np.array_equal(kept["cross"], scanned["cross"]), "the moments were not used"
+        for same in ("n", "unmasked", "masked_rows"):
+            np.testing.assert_equal(kept[same], scanned[same])
+        assert kept["null"] == scanned["null"]
+    store = rowless(summed)
+    bare = compare_layers(store, models=MODELS, layers=layers, estimator="biased", quiet=True)
+    np.testing.assert_array_equal(bare["cross"], kept["cross"])
+    assert bare["unmasked"]["n"] == scanned["unmasked"]["n"]
+    assert np.isnan(bare["unmasked"]["cross"]).all()
+    assert set(bare["unmasked"]["reasons"].values()) == {NEEDS_ROWS}
+    assert np.shape(bare["null"]["cross"]) == (3, 2)
+    assert bare["null"]["reason"] == NEEDS_ROWS
+    with pytest.raises(StoreStateError, match="--keep-sinks needs rows"):
+        compare_layers(store, models=MODELS, layers=layers, keep_sinks=True, quiet=True)
+    with pytest.raises(StoreStateError, match="aligning 'a' with itself needs rows"):
+        compare_layers(store, models=("a", "a"), layers=layers, quiet=True)
+
+
+def test_the_command_works_without_rows(summed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(capsys, "align", "cka", "--store", rowless(summed), "--out", tmp_path / "cka", "--json").json  # noqa: B018
+    result = strict_json((tmp_path / "cka" / "cka.json").read_text())
+    assert all(value is not None for row in result["cross"] for value in row)
+    assert result["null"]["cross"] == [[None, None]] * 3
+    text = call(capsys, "align", "cka", "--store", summed, "--out", tmp_path / "again")
+    assert text.code == 0, text.err
+
+
+@pytest.mark.parametrize("type_", ["procrustes", "linear", "affine", "reduced-rank"])
+def test_a_run_without_rows_is_the_run_with_them(
+    related_pair: Path, moments_alone: Path, tmp_path: Path, type_: str
+) -> None:
+    options = {"rank": 4} if type_ == "reduced-rank" else {}
+    planted = Planted(related_pair, {}, {}, np.zeros(0, np.uint8), np.zeros(0, np.int32))
+    full = trained(planted, tmp_path / "full", type_, both=True, **options)
+    bare = trained(replace(planted, path=moments_alone), tmp_path / "bare", type_, both=True, **options)
+    one, other = (load_adapter(tmp_path / name).aligners for name in ("full", "bare"))
+    assert len(one) == 2
+    for key, aligner in one.items():
+        for name, tensor in aligner.tensors.items():
+            np.testing.assert_array_equal(other[key].tensors[name], tensor, err_msg=name)
+        there, here = full["pairs"][key], bare["pairs"][key]
+        assert here["train"]["n"] == there["train"]["n"]
+        for block in ("train", "val", "test"):
+            for figure in ("r2", "r2_median_dim", "r2_without_top_dims", "mse"):
+                assert here[block][figure] == pytest.approx(there[block][figure], rel=1e-6, abs=1e-6)
+            assert here[block].keys() == there[block].keys()
+            missing = {f"{block}.{figure}" for figure, value in here[block].items() if value is None}
+            assert missing
+            assert missing <= here["reasons"].keys()
+        for name in ("mean", "identity", "random_rotation", "shuffled"):
+            assert here["baselines"][name]["r2"] == pytest.approx(there["baselines"][name]["r2"], rel=1e-6, abs=1e-6)
+        assert here["by_mask"]["masked"]["r2"] == here["test"]["r2"]
+        assert here["by_mask"]["kept"] is None
+        assert here["reasons"]["by_mask.kept"] == NEEDS_ROWS
+        assert [w["code"] for w in here["warnings"]] == [w["code"] for w in there["warnings"]]
+    assert " - " in describe(bare)
+    epoch = strict_json((tmp_path / "bare" / "eval_epoch_0.json").read_text())
+    assert epoch["pairs"][key]["val_loss"] == pytest.approx(1 - here["val"]["r2"])
+
+
+def test_a_run_uses_the_moments_where_they_are(
+    related_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = Planted(related_pair, {}, {}, np.zeros(0, np.uint8), np.zeros(0, np.int32))
+    scans = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        scans.append(args)
+        return scan(*args, **options)
+
+    monkeypatch.setattr("align.runs.train.scan", counted)
+    kept = only(trained(planted, tmp_path / "kept", "affine"))
+    assert not scans
+    assert kept["test"]["retrieval_top1"] is not None, "scored from rows, which are there"
+    scanned = only(trained(planted, tmp_path / "scanned", "affine", keep_sinks=True))
+    assert len(scans) == 1
+    assert scanned["test"]["r2"] == pytest.approx(kept["test"]["r2"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep_sinks": True}, {"policy": "word"}, {"source": "a", "target": "a"}, {"solver": "adamw"}]
+)
+def test_a_run_that_needs_rows_is_refused_before_it_writes(
+    moments_alone: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    planted = Planted(moments_alone, {}, {}, np.zeros(0, np.uint8), np.zeros(0, np.int32))
+    with pytest.raises(StoreStateError, match="needs rows, and"):
+        trained(planted, tmp_path / "run", "affine", **options)
+    with pytest.raises(StoreStateError, match="training lora by gradient needs rows"):
+        trained(planted, tmp_path / "run", "lora", rank=2)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,414 @@
+"""Text sources, documents, splits and windows."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featstore.errors import CorpusError, SpecError
+from featstore.text.corpus import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Source,
+    documents,
+    iter_texts,
+    join_wikitext,
+    parse_source,
+    shuffled,
+    split_of,
+    windows,
+)
+
+SPACES = b" \t\n\r\v\f"
+#: Text rich in the cases that matter: spaces, runs without any, characters of one to four bytes.
+TEXTS = st.text(st.sampled_from("ab c\n\té東🙂\u0301\u00a0"), max_size=120) | st.text(
+    st.characters(codec="utf-8"), max_size=60
+)
+
+
+class TestSource:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            (
+                "wikitext-103-raw-v1",
+                Source("wikitext", "Salesforce/wikitext", "wikitext-103-raw-v1"),
+            ),
+            (
+                "wikitext-2-raw-v1",
+                Source("wikitext", "Salesforce/wikitext", "wikitext-2-raw-v1"),
+            ),
+            ("text:a/*.txt", Source("text", "a/*.txt")),
+            ("text:C:odd", Source("text", "C:odd")),
+            ("jsonl:x.jsonl", Source("jsonl", "x.jsonl")),
+            ("hf:stas/openwebtext-10k", Source("hf", "stas/openwebtext-10k")),
+            ("hf:imdb:test", Source("hf", "imdb", split="test")),
+            ("hf:o/r/cfg:validation", Source("hf", "o/r", "cfg", "validation")),
+            ("hf:o/r:", Source("hf", "o/r")),
+        ],
+    )
+    def test_forms(self, text, expected):
+        assert parse_source(text) == expected
+
+    @pytest.mark.parametrize(
+        "text", ["", "text:", "jsonl:", "hf:", "hf:a/b/c/d", "hf:a//c", "csv:x", "wikipedia", ":x"]
+    )
+    def test_anything_else_is_quoted(self, text):
+        with pytest.raises(SpecError, match=f"dataset {text!r}: write wikitext"):
+            parse_source(text)
+
+    def test_what_is_recorded_leaves_out_what_is_not_given(self):
+        assert parse_source("jsonl:x", "body").to_dict() == {
+            "kind": "jsonl",
+            "location": "x",
+            "split": "train",
+            "field": "body",
+        }
+
+    @given(st.text())
+    def test_any_text_is_parsed_or_refused_with_our_error(self, text):
+        with contextlib.suppress(SpecError):
+            assert parse_source(text).location
+
+
+class TestTextFiles:
+    def test_a_glob_reads_a_document_a_file_in_sorted_order(self, tmp_path):
+        (tmp_path / "sub").mkdir()
+        for name, text in {"b.txt": "B", "a.txt": "Ä", "sub/c.txt": "C", "d.md": "D"}.items():
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / "z.txt").mkdir()
+        assert list(iter_texts(parse_source(f"text:{tmp_path}/*.txt"))) == ["Ä", "B"]
+        assert list(iter_texts(parse_source(f"text:{tmp_path}/**/*.txt"))) == ["Ä", "B", "C"]
+        assert list(iter_texts(parse_source(f"text:{tmp_path}/d.md"))) == ["D"]
+
+    def test_no_match_is_quoted(self, tmp_path):
+        with pytest.raises(CorpusError, match=r"no file matches '.*nothing\*'"):
+            list(iter_texts(parse_source(f"text:{tmp_path}/nothing*")))
+
+    def test_a_file_that_is_not_utf8_is_named_with_the_byte(self, tmp_path):
+        path = tmp_path / "latin.txt"
+        path.write_bytes("caf\xe9".encode("latin-1"))
+        with pytest.raises(CorpusError, match=r"latin\.txt is not UTF-8 .* at byte 3"):
+            list(iter_texts(parse_source(f"text:{path}")))
+
+
+class TestJsonLines:
+    LINES = ('{"text": "one", "body": "eins"}', "", "  ", '{"body": "zwei", "text": "two\\n東"}')
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+    def test_a_line_a_document_blank_lines_skipped(self, tmp_path, suffix):
+        path = tmp_path / f"x{suffix}"
+        data = "\n".join(self.LINES).encode()
+        path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+        assert list(iter_texts(parse_source(f"jsonl:{path}"))) == ["one", "two\n東"]
+        assert list(iter_texts(parse_source(f"jsonl:{path}", "body"))) == ["eins", "zwei"]
+
+    @pytest.mark.parametrize(
+        ("bad", "message"),
+        [
+            (b'{"text": "cut', "line 2: not a JSON object"),
+            (b'{"text": "\xff"}', "line 2: not a JSON object"),
+            (b"9" * 5000, "line 2: not a JSON object"),
+            (b"[" * 100_000, "line 2: not a JSON object"),
+            (b'{"txt": "x"}', "line 2: no field 'text'; name the right one with --text-field"),
+            (b'["x"]', "line 2: no field 'text'"),
+            (b'"x"', "line 2: no field 'text'"),
+            (b"null", "line 2: no field 'text'"),
+            (b'{"text": 3}', "line 2: field 'text' is int, not text"),
+            (b'{"text": null}', "line 2: field 'text' is NoneType, not text"),
+        ],
+    )
+    def test_a_bad_line_is_named_with_its_number(self, tmp_path, bad, message):
+        path = tmp_path / "x.jsonl"
+        path.write_bytes(b'{"text": "fine"}\n' + bad + b"\n")
+        texts = iter_texts(parse_source(f"jsonl:{path}"))
+        assert next(texts) == "fine"
+        with pytest.raises(CorpusError, match=message):
+            next(texts)
+
+    def test_a_missing_file_is_named(self, tmp_path):
+        with pytest.raises(CorpusError, match=r"no file '.*none\.jsonl'"):
+            list(iter_texts(parse_source(f"jsonl:{tmp_path}/none.jsonl")))
+
+    def test_a_damaged_gzip_file_is_named(self, tmp_path):
+        whole = gzip.compress("".join(json.dumps({"text": str(i) * 50}) + "\n" for i in range(500)).encode())
+        middle = len(whole) // 2
+        broken = {
+            "cut": whole[:middle],
+            "no-gzip": b"plain text",
+            "flipped": whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :],
+        }
+        for name, data in broken.items():
+            path = tmp_path / f"{name}.jsonl.gz"
+            path.write_bytes(data)
+            with pytest.raises(CorpusError, match=f"{name}.jsonl.gz"):
+                list(iter_texts(parse_source(f"jsonl:{path}")))
+
+
+WIKITEXT = [
+    "",
+    " = Robert Boulter = \n",
+    "",
+    " Robert Boulter is an English actor . \n",
+    "",
+    " = = Career = = \n",
+    "",
+    " = = = 2000 – 2005 = = = \n",
+    "",
+    " Here E = m c stands = alone = \n",
+    " = x = \n",
+    "",
+    " = 2 + 2 = 4 = \n",
+    "",
+    " The second article . \n",
+]
+
+
+class TestWikitext:
+    def test_lines_are_joined_at_level_1_headings_only(self):
+        first, second = join_wikitext(WIKITEXT)
+        assert first.startswith("\n = Robert Boulter = \n\n Robert Boulter is")
+        assert " = = Career = = \n" in first
+        assert " = = = 2000 – 2005 = = = \n" in first
+        assert second == " = 2 + 2 = 4 = \n\n The second article . \n"
+
+    def test_a_heading_inside_a_paragraph_does_not_split(self):
+        assert " alone = \n = x = \n" in next(join_wikitext(WIKITEXT))
+
+    def test_text_before_the_first_heading_is_an_article(self):
+        assert len(list(join_wikitext([" Loose text . \n", "", *WIKITEXT]))) == 3
+
+    def test_nothing_gives_nothing(self):
+        assert list(join_wikitext(["", "\n", " \n"])) == []
+
+    @given(st.lists(st.sampled_from([*WIKITEXT, " = = Sub = = \n", "text\n"]), max_size=40))
+    def test_no_line_is_lost(self, lines):
+        joined = "".join(join_wikitext(lines))
+        assert joined.split() == " ".join(lines).split()
+
+
+class TestHub:
+    """`datasets` itself is third-party and its data is remote: a local stand-in answers for it, except offline."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        import datasets
+
+        calls: list[tuple[object, ...]] = []
+        rows: list[dict[str, object]] = [{"text": line, "n": 1} for line in WIKITEXT]
+
+        def load_dataset(path, name=None, *, split, streaming):
+            calls.append((path, name, split, streaming))
+            return iter(rows)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return calls, rows
+
+    def test_wikitext_is_streamed_and_joined(self, asked):
+        texts = list(iter_texts(parse_source("wikitext-103-raw-v1")))
+        assert asked[0] == [("Salesforce/wikitext", "wikitext-103-raw-v1", "train", True)]
+        assert texts == list(join_wikitext(WIKITEXT))
+
+    def test_other_datasets_give_a_document_a_row(self, asked):
+        texts = list(iter_texts(parse_source("hf:o/r/c:test")))
+        assert asked[0] == [("o/r", "c", "test", True)]
+        assert texts == WIKITEXT
+
+    @pytest.mark.parametrize("row", [{"body": "x"}, {"text": None}, {"text": 5}])
+    def test_a_row_without_text_is_explained(self, asked, row):
+        asked[1][3] = row
+        with pytest.raises(CorpusError, match=r"'o/r' has no text in field 'text'.*its fields are .*--text-field"):
+            list(iter_texts(parse_source("hf:o/r")))
+
+    def test_reading_is_lazy(self, monkeypatch):
+        import datasets
+
+        def endless(*_, **__):
+            return ({"text": str(i)} for i in iter(int, 1))
+
+        monkeypatch.setattr(datasets, "load_dataset", endless)
+        assert len(list(documents(iter_texts(parse_source("hf:o/r")), max_documents=5))) == 5
+
+    def test_offline_the_error_says_what_to_do(self):
+        code = (
+            "from featstore.text.corpus import iter_texts, parse_source\n"
+            "from featstore.errors import CorpusError\n"
+            "try:\n    next(iter_texts(parse_source('hf:nobody/nothing:train')))\n"
+            "except CorpusError as error:\n    print(error)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.startswith("dataset 'nobody/nothing' (config None, split 'train') cannot be read: ")
+        assert "--dataset text:PATH" in done.stdout
+
+
+class TestDocuments:
+    def test_empty_texts_are_skipped_and_ids_are_hashes(self):
+        made = list(documents(["", " \n\t", "a", "b"]))
+        assert [d.text for d in made] == ["a", "b"]
+        assert made[0].id == hashlib.sha256(b"a").digest()
+
+    def test_the_limit_counts_documents_not_texts(self):
+        assert [d.text for d in documents(["", "a", " ", "b", "c"], max_documents=2)] == ["a", "b"]
+
+    @given(TEXTS, st.integers(4, 40))
+    def test_a_byte_budget_cuts_back_to_a_boundary_and_keeps_the_id(self, text, limit):
+        made = list(documents([text], max_bytes=limit))
+        if not made:
+            assert not text.encode()[: limit + 1].decode(errors="ignore").strip() or not text[:1].strip()
+            return
+        raw, kept = text.encode(), made[0].text.encode()
+        assert raw.startswith(kept)
+        assert len(kept) <= limit
+        assert made[0].id == hashlib.sha256(raw).digest()
+        assert len(kept) == len(raw) or raw[len(kept)] in SPACES or limit - len(kept) < 4
+        assert made[0].text.strip()
+
+    def test_a_budget_under_one_character_is_refused(self):
+        with pytest.raises(SpecError, match="3 bytes of a document"):
+            list(documents(["東京"], max_bytes=3))
+
+    def test_a_lone_surrogate_is_named(self):
+        with pytest.raises(CorpusError, match="document 1 holds a lone surrogate at character 2"):
+            list(documents(["fine", "ab\ud800"]))
+
+
+class TestWindows:
+    @given(TEXTS, st.integers(4, 40))
+    def test_they_tile_the_document_in_whole_characters(self, text, size):
+        raw = text.encode()
+        cut = windows(raw, size)
+        assert [start for start, _ in cut] == [0, *(end for _, end in cut)][: len(cut)]
+        assert b"".join(raw[start:end] for start, end in cut) == raw
+        for start, end in cut:
+            assert 0 < end - start <= size
+            raw[start:end].decode()
+
+    @given(TEXTS, st.integers(4, 40))
+    def test_a_cut_falls_before_the_last_whitespace_that_fits(self, text, size):
+        raw = text.encode()
+        for start, end in windows(raw, size)[:-1]:
+            places = [at for at in range(start + 1, start + size + 1) if raw[at] in SPACES]
+            if places:
+                assert end == places[-1]
+            else:  # the longest run of whole characters
+                assert start + size - end < 4
+                assert len(raw[end : start + size].decode(errors="ignore")) == 0
+
+    def test_the_whitespace_opens_the_next_window(self):
+        raw = b"one two three"
+        assert [raw[a:b] for a, b in windows(raw, 8)] == [b"one two", b" three"]
+        assert [raw[a:b] for a, b in windows(raw, 7)] == [b"one two", b" three"]
+        assert [raw[a:b] for a, b in windows(raw, 6)] == [b"one", b" two", b" three"]
+
+    def test_no_document_no_window(self):
+        assert windows(b"", 8) == []
+
+    def test_too_small_a_window_is_refused(self):
+        with pytest.raises(SpecError, match="window of 3 bytes: at least 4"):
+            windows(b"text", 3)
+
+
+def digest_at(u: float, salt: int = 0) -> bytes:
+    """A document id whose u is the given number."""
+    return int(u * 2**64).to_bytes(8, "big") + hashlib.sha256(bytes([salt])).digest()[8:]
+
+
+class TestSplits:
+    def test_the_hash_alone_decides(self):
+        ids = [hashlib.sha256(str(i).encode()).digest() for i in range(2000)]
+        split = split_of(ids)
+        u = np.array([int.from_bytes(i[:8], "big") / 2**64 for i in ids])
+        np.testing.assert_array_equal(split, np.where(u < 0.1, TEST, np.where(u < 0.2, VALIDATION, TRAIN)))
+        np.testing.assert_array_equal(split_of(ids[:1000]), split[:1000])
+        np.testing.assert_array_equal(split_of(ids[::-1]), split[::-1])
+
+    def test_a_known_hash_keeps_its_split(self):
+        """Frozen: another rule would move documents of existing stores between training and test."""
+        texts = [f"document {i}" for i in range(20)]
+        split = split_of([hashlib.sha256(t.encode()).digest() for t in texts])
+        # None lies below 0.1, so number 0 (at 0.1012) serves as test; 7 is at 0.203, 9 at 0.198.
+        assert "".join(map(str, split)) == "20000100110010000000"
+
+    @pytest.mark.parametrize(
+        ("u", "expected"),
+        [
+            ([0.5, 0.3, 0.9], [VALIDATION, TEST, TRAIN]),  # all train: the lowest goes to test, the next to validation
+            ([0.01, 0.02, 0.03], [TEST, TRAIN, VALIDATION]),
+            ([0.01, 0.05, 0.09], [TEST, TRAIN, VALIDATION]),  # nearest to 0.1..0.2 first, then nearest to 0.2..1
+            ([0.11, 0.15, 0.19], [TEST, VALIDATION, TRAIN]),
+            ([0.05, 0.15, 0.5], [TEST, VALIDATION, TRAIN]),
+            ([0.05, 0.3, 0.5, 0.25], [TEST, TRAIN, TRAIN, VALIDATION]),
+            ([0.15, 0.3, 0.5, 0.25], [VALIDATION, TRAIN, TRAIN, TEST]),
+        ],
+    )
+    def test_an_empty_split_takes_the_nearest_document(self, u, expected):
+        assert split_of([digest_at(x) for x in u]).tolist() == expected
+
+    @given(st.lists(st.floats(0, 0.999), min_size=3, max_size=12, unique=True))
+    def test_no_split_is_ever_empty(self, u):
+        ids = [digest_at(x, salt) for salt, x in enumerate(u)]
+        assert set(split_of(ids).tolist()) == {TRAIN, VALIDATION, TEST}
+
+    def test_equal_texts_share_a_split(self):
+        ids = [digest_at(u) for u in (0.3, 0.3, 0.3, 0.4, 0.5, 0.4)]
+        split = split_of(ids)
+        assert len(set(split[[0, 1, 2]])) == 1
+        assert split[3] == split[5]
+        assert set(split.tolist()) == {TRAIN, VALIDATION, TEST}
+
+    @pytest.mark.parametrize("ids", [[], [b"a" * 32], [b"a" * 32, b"b" * 32], [b"a" * 32] * 5 + [b"b" * 32]])
+    def test_under_three_different_documents_is_an_error(self, ids):
+        with pytest.raises(CorpusError, match=f"{len(set(ids))} different document"):
+            split_of(ids)
+
+
+class TestShuffled:
+    def test_seed_0_keeps_the_order(self):
+        assert list(shuffled("abc", 0)) == ["a", "b", "c"]
+
+    @given(st.lists(st.text(max_size=3), max_size=50), st.integers(1, 5), st.integers(1, 60))
+    def test_it_is_a_permutation_fixed_by_the_seed(self, texts, seed, buffer):
+        once = list(shuffled(texts, seed, buffer))
+        assert sorted(once) == sorted(texts)
+        assert once == list(shuffled(iter(texts), seed, buffer))
+
+    def test_seeds_differ_and_mix(self):
+        texts = [str(i) for i in range(200)]
+        orders = [list(shuffled(texts, seed)) for seed in (0, 1, 2)]
+        assert orders[0] != orders[1] != orders[2]
+        assert len(set(orders[1][:20]) & set(texts[:20])) < 12
+
+    def test_memory_is_bounded_by_the_buffer(self):
+        taken = 0
+
+        def texts():
+            nonlocal taken
+            for i in range(1000):
+                taken += 1
+                yield str(i)
+
+        next(shuffled(texts(), 1, buffer=10))
+        assert taken <= 12
+
+
+def test_the_sample_has_documents_in_every_split(sample_texts):
+    made = list(documents(sample_texts, max_bytes=900))
+    assert len(made) == len(sample_texts) >= 60
+    assert np.bincount(split_of([d.id for d in made])).min() >= 3

@@ -1,0 +1,220 @@
+"""Byte ends of both real tokenizers against the bytes their pieces stand for, and offsets that lie."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featstore.errors import OffsetError
+from featstore.store.read.pairs import last_at_each_end
+from featstore.text.corpus import windows
+from featstore.text.tokens import PROBE, TokenizedWindow, byte_offsets, check_offsets, probe, tokenize
+
+HARD = [
+    PROBE,
+    "plain words, and a number: 1,234.5",
+    "e\u0301 ne\u0303 a\u0308",  # combining marks
+    "👨\u200d👩\u200d👧 and 🇫🇷",  # joined emoji
+    "नमस्ते दुनिया",
+    "日本語の文章。空白なし",
+    "a\r\n\tb\n\n\n  c",
+    " leading", "  two leading", "trailing ", "   ", "\n", "\t",
+    "\ufeffmark", "nul\x00byte", "\x7f\x80\x85", "\u2028\u2029\u3000",
+    "\U0010ffff\ue000", "ﬁ ½ Ⅷ İ ß",
+    "def f(x):\n\treturn x**2  # ok",
+    "مرحبا بالعالم", "שלום",
+    "<s>not a start</s>",
+]  # fmt: skip
+
+#: Characters of every length. "▁" is SentencePiece's space, so it has no byte of its own to compare with; six control
+#: characters and the lead bytes of eight unassigned planes have no token in SmolLM2's vocabulary.
+ALPHABET = st.characters(codec="utf-8", exclude_characters="▁\x04\x06\x13\x14\x16\x1d", exclude_categories=["Cs", "Cn"])
+TEXTS = st.text(ALPHABET, min_size=1, max_size=40) | st.text(
+    st.sampled_from("aé東🙂 \n\t\u0301\u200d.'1x"), min_size=1, max_size=60
+)
+
+
+def byte_symbols() -> dict[str, int]:
+    """GPT-2's table: printable characters stand for themselves, other bytes for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(other)}
+
+
+class ByteLevel:
+    """What SmolLM2's pieces stand for."""
+
+    symbols = byte_symbols()
+
+    def bytes_of(self, piece: str) -> bytes:
+        return bytes(self.symbols[c] for c in piece)
+
+    def prefix(self, text: str) -> bytes:
+        return b""
+
+
+class SentencePiece:
+    """What Mistral's pieces stand for."""
+
+    def bytes_of(self, piece: str) -> bytes:
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("▁", " ").encode()
+
+    def prefix(self, text: str) -> bytes:
+        """The space put before a text that does not begin with one, or with a special token."""
+        return b"" if text.startswith((" ", "<s>")) else b" "
+
+
+class Tokenizers(dict):
+    """By name, a tokenizer and what its pieces stand for."""
+
+    def __repr__(self) -> str:  # hypothesis prints its arguments; a tokenizer prints its vocabulary
+        return "the real tokenizers"
+
+
+@pytest.fixture(scope="session")
+def tokenizers(demo_models):
+    from transformers import AutoTokenizer
+
+    return Tokenizers(
+        smollm2=(AutoTokenizer.from_pretrained(demo_models.smollm2), ByteLevel()),
+        mistral=(AutoTokenizer.from_pretrained(demo_models.twin), SentencePiece()),
+    )
+
+
+def check_window(tokenizer, pieces, text: str) -> TokenizedWindow:
+    """A window's tokens, checked piece by piece against the text's bytes."""
+    (window,) = tokenize(tokenizer, [text])
+    raw, names = text.encode(), tokenizer.convert_ids_to_tokens(window.ids.tolist())
+    assert window.ids.dtype == window.byte_end.dtype == np.int32
+    assert window.special.dtype == bool
+    assert len(window.ids) == len(window.byte_end) == len(window.special)
+    assert (window.byte_end[window.special] == 0).all()
+    ordinary = np.flatnonzero(~window.special)
+    ends = window.byte_end[ordinary]
+    assert (np.diff(ends) >= 0).all()
+    assert ends[-1] == len(raw)
+    _, last = last_at_each_end(np.zeros(len(names), np.int32), window.byte_end, window.special)
+    read, prefix = b"", pieces.prefix(text)
+    for row in ordinary:
+        read += pieces.bytes_of(names[row])
+        end = window.byte_end[row]
+        raw[:end].decode()  # a byte end is a character's end
+        if row in last:
+            assert read == prefix + raw[:end], (names, row)
+        else:  # has read a part of the character that ends there
+            assert (prefix + raw[:end]).startswith(read)
+    return window
+
+
+@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+class TestByteEnds:
+    @pytest.mark.parametrize("text", HARD)
+    def test_hard_texts(self, tokenizers, name, text):
+        check_window(*tokenizers[name], text)
+
+    @given(text=TEXTS)
+    def test_any_text(self, tokenizers, name, text):
+        check_window(*tokenizers[name], text)
+
+    def test_windows_of_real_text(self, tokenizers, name, sample_texts):
+        for text in sample_texts[:4]:
+            raw = text.encode()
+            for start, end in windows(raw, 700):
+                check_window(*tokenizers[name], raw[start:end].decode())
+
+    def test_a_batch_gives_what_single_texts_give(self, tokenizers, name):
+        tokenizer, _ = tokenizers[name]
+        for window, text in zip(tokenize(tokenizer, HARD), HARD, strict=True):
+            (alone,) = tokenize(tokenizer, [text])
+            for key, value in vars(alone).items():
+                np.testing.assert_array_equal(vars(window)[key], value)
+
+    def test_the_probe_passes(self, tokenizers, name):
+        probe(tokenizers[name][0], name)
+
+
+def test_a_character_the_tokenizer_drops_is_named(tokenizers):
+    """SmolLM2 has no token for U+0013; the spans of what follows it in the same word are then wrong."""
+    for text in ("1914\x131918", "!\x13?ok"):
+        with pytest.raises(OffsetError, match=r"no token covers character .*clean the text"):
+            tokenize(tokenizers["smollm2"][0], [text])
+        check_window(*tokenizers["mistral"], text)
+
+
+class TestSpecialTokens:
+    def test_the_start_token_is_marked_and_has_no_end(self, tokenizers):
+        (window,) = tokenize(tokenizers["mistral"][0], ["Hello"])
+        assert window.special.tolist() == [True, False]
+        assert window.byte_end.tolist() == [0, 5]
+        assert window.ids[0] == 1
+
+    def test_a_tokenizer_without_start_token_gets_none(self, tokenizers):
+        assert not tokenize(tokenizers["smollm2"][0], ["Hello"])[0].special.any()
+
+    def test_byte_fallback_tokens_share_their_characters_end(self, tokenizers):
+        (window,) = tokenize(tokenizers["mistral"][0], ["x🇫"])
+        assert window.byte_end.tolist() == [0, 1, 5, 5, 5, 5]
+
+
+class Lying:
+    """A real tokenizer whose spans are bent before they are returned."""
+
+    def __init__(self, tokenizer, bend) -> None:
+        self.tokenizer, self.bend = tokenizer, bend
+
+    def __call__(self, texts, **options):
+        batch = self.tokenizer(texts, **options)
+        batch["offset_mapping"] = [
+            [self.bend(i, start, end) for i, (start, end) in enumerate(spans)] for spans in batch["offset_mapping"]
+        ]
+        return batch
+
+
+class TestLyingOffsets:
+    @pytest.mark.parametrize(
+        ("bend", "message"),
+        [
+            (lambda i, start, end: (end, end), "no token covers character 0 \\('T'"),  # (6, 6), as Llama 3's once did
+            (lambda i, start, end: (start, start), "no token covers"),
+            (lambda i, start, end: (start, start + 1), "no token covers"),
+            (lambda i, start, end: (0, 0) if i == 3 else (start, end), "token 3 spans characters 0..0"),
+            (lambda i, start, end: (start + 1, end + 1), "no token covers|token [0-9]+ spans"),
+            (lambda i, start, end: (start - 1, end - 1), "token 0 spans characters -1"),
+            (lambda i, start, end: (start, end + 500), "of a text of"),
+            (lambda i, start, end: (end, start), "token 0 spans"),
+        ],
+    )
+    def test_they_are_caught_and_shown(self, tokenizers, bend, message):
+        lying = Lying(tokenizers["smollm2"][0], bend)
+        with pytest.raises(OffsetError, match=message):
+            tokenize(lying, [PROBE])
+        with pytest.raises(OffsetError, match=r"model 'llama': .*cannot be used for pairing"):
+            probe(lying, "llama")
+
+    def test_a_lie_in_one_window_of_many_is_caught(self, tokenizers):
+        seen = []
+
+        def bend(i, start, end):
+            seen.append(i)
+            return (end, end) if len(seen) == 40 else (start, end)
+
+        with pytest.raises(OffsetError, match="no token covers"):
+            tokenize(Lying(tokenizers["smollm2"][0], bend), ["one two three four five six seven eight nine"] * 20)
+
+    def test_the_truth_passes(self):
+        check_offsets("ab  c", np.array([[0, 1], [1, 2], [4, 5]]))
+        check_offsets("東", np.array([[0, 1], [0, 1], [0, 1]]))
+        check_offsets("", np.zeros((0, 2), dtype=np.int64))
+        with pytest.raises(OffsetError, match="no token covers character 1"):
+            check_offsets("abc", np.array([[0, 1], [2, 3]]))
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_byte_offsets_count_utf8(text):
+    assert byte_offsets(text).tolist() == [len(text[:i].encode()) for i in range(len(text) + 1)]

@@ -1,0 +1,99 @@
+"""Documentation runs: Python blocks are executed, commands parsed by the real command line, links followed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+import align.cli
+import evaluate.cli
+import featstore.cli
+from tests.support import ROOT
+
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").rglob("*.md")
+)
+TOOLS = {"featstore": featstore.cli.app, "align": align.cli.app, "evaluate": evaluate.cli.app}
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    return [
+        (str(page.relative_to(ROOT)), body)
+        for page in PAGES
+        for found, body in BLOCK.findall(page.read_text())
+        if found == language
+    ]
+
+
+def commands() -> list[list[str]]:
+    lines = [line for _, body in blocks("sh") for line in body.splitlines()]
+    lines = [line.replace("./scripts/reproduce", "evaluate reproduce") for line in lines]
+    split = [shlex.split(line, comments=True) for line in lines if line.strip()]
+    return [words for words in split if words and words[0] in TOOLS]
+
+
+@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60])
+def test_documented_commands_parse(words: list[str]) -> None:
+    group = typer.main.get_command(TOOLS[words[0]])
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    command = group.commands[words[1]]
+    context = command.make_context(words[1], list(words[2:]))
+    assert context.params
+
+
+def test_there_are_commands_to_parse() -> None:
+    assert {words[0] for words in commands()} == set(TOOLS)
+
+
+@pytest.mark.parametrize(
+    "words", [[tool, name] for tool, app in TOOLS.items() for name in typer.main.get_command(app).commands]
+)
+def test_every_command_is_in_the_readme(words: list[str]) -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| command | does |") :]
+    assert words[1] in table, f"{words} is not in the README's table of commands"
+
+
+@pytest.mark.parametrize(("page", "body"), blocks("python"))
+def test_python_blocks_run(
+    page: str, body: str, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wt103.zarr").symlink_to(tiny_store)
+    monkeypatch.chdir(tmp_path)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(body, page, "exec"), {})
+    assert output.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_module_is_in_the_architecture_document() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for room in TOOLS:
+        for module in (ROOT / room).rglob("*.py"):
+            if module.parent.name in ("compress", "page", "report"):
+                assert f"{module.parent.relative_to(ROOT)}/" in text or f"`{module.parent.name}/`" in text
+            elif not module.name.startswith("__"):
+                assert re.search(rf"\b{module.stem}\b", text), f"{room}/{module.name} is not in docs/architecture.md"
+
+
+def test_every_warning_code_is_explained() -> None:
+    linter = (ROOT / "align" / "runs" / "findings.py").read_text()
+    codes = re.findall(r'warn\(\s*"([a-z-]+)"', linter)
+    page = (ROOT / "docs" / "reading-results.md").read_text()
+    assert codes
+    assert [code for code in codes if f"`{code}`" not in page] == []
