@@ -201,7 +201,9 @@ def _grams(z: Rows, columns: Sequence[slice]) -> tuple[Array, Array]:
     """Gram matrices without their diagonals, flat, ``(layers, b b)``, and their row sums ``(layers, b)``."""
     flat = np.empty((len(columns), len(z), len(z)))
     for i, part in enumerate(columns):
-        flat[i] = z[:, part] @ z[:, part].T
+        # A batch is few rows: of float32 products an outlier among them takes more digits than the others have.
+        wide = z[:, part].astype(np.float64)
+        np.matmul(wide, wide.T, out=flat[i])
         np.fill_diagonal(flat[i], 0.0)
     return flat.reshape(len(columns), -1), flat.sum(axis=2)
 

@@ -166,6 +166,7 @@ def _bytes(groups: Sequence[Sequence[int]], widths: Sequence[int], rows: int, ba
     task = 12 * p * q + 4 * rows * beside + 12 * rows * max(widths)
     if batch is not None:
         layers = 2 * max(map(len, groups))
-        task += batch * batch * (8 * layers + 12) + 4 * batch * beside
+        # The rows of a batch, and those of one layer in float64.
+        task += batch * batch * (8 * layers + 12) + 4 * batch * beside + 8 * batch * max(widths)
     # The total, a result on its way to it, what a checkpoint writes; the centred copies of one pair of layers.
     return task, 3 * 8 * p * q + 4 * 8 * max(widths) ** 2

@@ -188,22 +188,25 @@ def test_whole_numbers_give_the_same_figures_in_any_cut(
 
 def test_terms_far_from_the_origin_are_those_of_moments_moved_to_the_mean() -> None:
     rng = np.random.default_rng(3)
-    x, y = (rng.normal(size=(60, w)).astype(np.float32) for w in (5, 7))
-    far = (1 + rng.normal(size=5)).astype(np.float32), (2 - rng.normal(size=7)).astype(np.float32)
+    # Eighths: their float32 products and sums are exact, so that what is left to see is the formulas.
+    x, y = (rng.integers(-16, 17, size=(60, w)).astype(np.float32) / 8 for w in (5, 7))
+    far = tuple(rng.integers(4, 17, size=w).astype(np.float32) / sign for w, sign in ((5, 8), (7, -8)))
     blocks = {}
     for name, rows, widths in (("xx", [x], [[5]]), ("yy", [y], [[7]]), ("xy", [x, y], [[5], [7]])):
         adder = Adder(widths[0], widths[1] if len(widths) > 1 else None, 60)
         # About an origin that is not the mean: what moving it takes must show.
         adder.add([r + o for r, o in zip(rows, far if name != "yy" else far[1:], strict=False)])
         blocks[name] = terms_of(adder.total, widths, [np.full(w[0], 3.0) for w in widths[:1]], ranks=True)
-    m = moments_of(x.astype(float) + far[0], y.astype(float) + far[1], np.zeros(5), np.zeros(7))
+    m = moments_of((x + far[0]).astype(float), (y + far[1]).astype(float), np.zeros(5), np.zeros(7))
     m = moved(m, *means(m))
     for name, c, d in (("xx", m.gx, m.aa), ("yy", m.gy, m.bb), ("xy", m.c, m.d)):
-        assert blocks[name]["fro"][0, 0] == pytest.approx(float((c**2).sum()), rel=1e-5)
-        assert blocks[name]["d"][0, 0] == pytest.approx(d, rel=1e-5)
-    assert blocks["xx"]["a"][0] == pytest.approx(m.a, rel=1e-5)
-    assert blocks["yy"]["a"][0] == pytest.approx(m.b, rel=1e-5)
-    assert blocks["xx"]["mean"][0] == pytest.approx(np.linalg.norm(3 + (x + far[0]).mean(0)), rel=1e-5)
+        assert blocks[name]["fro"][0, 0] == pytest.approx(float((c**2).sum()), rel=1e-12)
+        assert blocks[name]["d"][0, 0] == pytest.approx(d, rel=1e-12)
+    assert blocks["xx"]["a"][0] == pytest.approx(m.a, rel=1e-12)
+    assert blocks["yy"]["a"][0] == pytest.approx(m.b, rel=1e-12)
+    assert blocks["xx"]["mean"][0] == pytest.approx(
+        np.linalg.norm(3 + (x + far[0]).mean(0, dtype=np.float64)), rel=1e-12
+    )
     assert "a" not in blocks["xy"]
 
 
@@ -262,7 +265,23 @@ def test_minibatch_cka_equals_its_formula_over_dealt_rows(planted: Planted, clie
 
 def test_one_batch_of_all_rows_is_the_exact_figure(planted: Planted, client: Any) -> None:
     terms = scanned(planted, client, estimator="minibatch", batch=N)
-    np.testing.assert_allclose(similarity(terms, "minibatch")[0], similarity(terms)[0], atol=1e-7)
+    found = similarity(terms, "minibatch")[0]
+    # Batches are multiplied in float64; only taking the origin off rounds their rows once more.
+    np.testing.assert_allclose(found, naive(layers_of(planted), hsic1), rtol=0, atol=2e-9)
+    # The exact figure is made of float32 products, and as near to the formula as everywhere here.
+    np.testing.assert_allclose(found, similarity(terms)[0], rtol=0, atol=1e-6)
+
+
+def test_a_batch_with_an_outlier_keeps_its_digits() -> None:
+    rng = np.random.default_rng(4)
+    x, y = (rng.normal(size=(40, width)) for width in (5, 7))
+    y[:, :5] += x
+    x[0], y[0] = 1000 * x[0], 1000 * y[0]
+    x32, y32 = x.astype(np.float32), y.astype(np.float32)
+    adder = Adder([5], [7], 40)
+    adder.add_batches([x32, y32], 40, rng.permutation(40))
+    # float32 products would leave 1e-7 of it.
+    assert adder.total.batched[0, 0] == pytest.approx(hsic1(stored(x32), stored(y32)), rel=1e-10)
 
 
 def test_batches_are_dealt_within_cuts_whatever_the_groups(

@@ -163,14 +163,17 @@ def test_a_planted_rotation_leaves_nothing(dims: tuple[int, int]) -> None:
         y = spectrum_rows(600, dims[1], 9, decay=0.5, mean=3)
         x = y @ rotation(dims[1], 10, dims[0])
     y = y + 7.0
+    # What float32 moves the rows of both sides by: the planted rotation leaves no more, and so does the best one.
+    rounding = sum(np.sqrt(np.mean(np.sum((rows.astype(np.float32) - rows) ** 2, axis=1))) for rows in (x, y))
     draws = resampling(np.arange(600) // 20, draws=50)
     for measure in ALL:
         result = compare(measure, x, y, draws)
         assert result.draws is not None
         zero = result.value if measure.closer == "lower" else 1 - result.value
         spread = result.draws if measure.closer == "lower" else 1 - result.draws
-        # float32 rows turned and rounded again, and the smallest ridge.
-        assert abs(zero) < (2e-5 if measure.name == "ridge-r2" else 2e-6)
+        # float32 rows turned and rounded again, and the smallest ridge. The distance is in the units of the rows.
+        most = {"procrustes-distance": rounding, "ridge-r2": 2e-5}.get(measure.name, 2e-6)
+        assert abs(zero) < most
         assert np.abs(spread).max() < 1e-4
         assert np.isfinite(result.draws).all()
         low, high = measure.bounds
