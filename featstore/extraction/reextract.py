@@ -30,7 +30,7 @@ from featstore.runtime.provenance import versions
 from featstore.store import Store, open_store
 from featstore.store.format.elements import Format
 from featstore.store.moments.stored import has_rows
-from featstore.store.read.rows import TableReader
+from featstore.store.read.tables import TableReader
 from featstore.store.write.writer import StoreWriter
 from featstore.text import tokens
 from featstore.text.plan import Plan

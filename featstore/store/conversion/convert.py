@@ -27,8 +27,9 @@ from featstore.store.format.elements import Encoded, Format, column_scale_of, pa
 from featstore.store.format.shards import Layout, file_checksum, parse_layout
 from featstore.store.format.version import MANIFEST, METADATA_UNIT
 from featstore.store.moments.stored import has_rows
-from featstore.store.read.rows import RowReader, TableReader
+from featstore.store.read.rows import RowReader
 from featstore.store.read.store import Store, open_store
+from featstore.store.read.tables import TableReader
 from featstore.store.write.row_writer import RowArrays, RowWriter, rows_unit, write_groups
 from featstore.store.write.table import table_unit, write_table
 from featstore.store.write.writer import StoreWriter, check_space, exclusive, read_entry

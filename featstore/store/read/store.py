@@ -28,7 +28,9 @@ from featstore.store.format.version import FORMAT_VERSION, MANIFEST, METADATA_UN
 from featstore.store.read.files import LocalFiles, StoreFiles, parse_entry
 from featstore.store.read.pairs import Pairs, check_policy
 from featstore.store.read.portable import Location, store_files
-from featstore.store.read.rows import RowReader, TableReader, vector_of
+from featstore.store.read.rows import RowReader
+from featstore.store.read.tables import TableReader
+from featstore.store.read.vectors import vector_of
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 

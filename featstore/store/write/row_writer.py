@@ -18,7 +18,8 @@ from featstore.errors import StoreStateError
 from featstore.runtime.provenance import read_json, write_json
 from featstore.store.format import documents, shards
 from featstore.store.format.elements import Encoded, Format
-from featstore.store.read.rows import RowReader, read_chunk
+from featstore.store.read.rows import RowReader
+from featstore.store.read.vectors import read_chunk
 from featstore.store.write.writer import Content, StoreWriter, padded_chunk
 
 
