@@ -60,7 +60,19 @@ def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool
         CorruptDataError: Its metadata is damaged.
         MissingPackageError: The package that speaks the URL's protocol is not installed.
     """
-    files = store_files(path, portable=portable)
+    return open_files(store_files(path, portable=portable), allow_incomplete=allow_incomplete)
+
+
+def open_files(files: StoreFiles, *, allow_incomplete: bool = False) -> Store:
+    """Open a store whose files have been found.
+
+    Args:
+        files: The store's files.
+        allow_incomplete: Accept a store whose extraction has not finished.
+
+    Raises:
+        FeatstoreError: As :func:`open_store`.
+    """
     where = repr(str(files.location))
     document = files.read("zarr.json")
     if document is None:
