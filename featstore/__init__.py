@@ -1,13 +1,31 @@
 """Two language models read a corpus; their residual streams land in a Zarr v3 store, paired across tokenizers.
 
 Importing this package teaches zarr-python the ``bfloat16`` and ``float8_e4m3fn`` data types, so that
-``zarr.open_group(store)`` works too. Reading needs numpy and zarr only.
+``zarr.open_group(store)`` works too. Reading needs numpy and zarr only; what needs more is imported when it is called.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from featstore import errors
 from featstore.errors import FeatstoreError
 from featstore.store import Store, open_store
 from featstore.store.format.dtypes import register
 
-__all__ = ["FeatstoreError", "Store", "open_store"]
+if TYPE_CHECKING:
+    from featstore.api import extract
+
+__all__ = ["FeatstoreError", "Store", "errors", "extract", "open_store"]
 
 register()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "extract":
+        from featstore.api import extract
+
+        return extract
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from featstore.models.references import DEFAULT_MODELS
-from featstore.runtime.console import check_directory, emit, err, human, human_bytes, run_app
-from featstore.runtime.quantities import parse_budget, parse_bytes
+from featstore.runtime.console import add_version, check_directory, emit, err, human, human_bytes, run_app
+from featstore.runtime.quantities import parse_bytes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
+add_version(app, "featstore")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 StorePath = Annotated[Path, typer.Argument(help="Path of the store.")]
@@ -80,16 +81,18 @@ def extract(
     """
     from featstore.extraction import estimate
     from featstore.extraction import run as extraction
+    from featstore.extraction.flags import parse_settings
     from featstore.extraction.job import prepare
-    from featstore.extraction.settings import Settings
     from featstore.runtime.processes import Ranks
     from featstore.store.inspect.summary import describe
 
-    typed = {
-        "model": tuple(model) if model else None,
-        "layers": tuple(layers) if layers else None,
+    given = {
+        "model": model or None,
+        "layers": layers or None,
         "dataset": dataset,
         "text_field": text_field,
+        "store": store,
+        "max_tokens": max_tokens,
         "max_documents": max_documents,
         "max_document_bytes": max_document_bytes,
         "window_bytes": window_bytes,
@@ -99,18 +102,14 @@ def extract(
         "layout": layout,
         "layer_0": layer_0,
         "sink_threshold": sink_threshold,
+        "device": device,
         "dtype": dtype,
         "attention": attn,
         "seed": seed,
+        "moments_memory": moments_memory,
     }
-    given: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
-    if max_tokens is not None:
-        given["max_tokens"] = parse_budget(max_tokens)
-    if moments or moments_only:
-        given["moments"] = "only" if moments_only else "add"
-    given["moments_memory"] = parse_bytes(moments_memory)
     first = Ranks.from_environment().first
-    job = prepare(Settings(store=store, device=device, given=frozenset(given), **given), quiet=not first)
+    job = prepare(parse_settings(given, moments=moments, moments_only=moments_only), quiet=not first)
     if dry_run:
         result = estimate.dry_run(job)
         emit(result, estimate.describe(result), as_json=as_json)

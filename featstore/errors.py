@@ -80,10 +80,6 @@ class AdapterError(FeatstoreError, ValueError):
     """A run directory does not hold a usable adapter, or it does not fit the models or the store."""
 
 
-class EnvironmentClashError(FeatstoreError, ImportError):
-    """An installed package makes this one unusable."""
-
-
 class MissingPackageError(FeatstoreError, ImportError):
     """An optional package is needed and not installed; the message says which."""
 

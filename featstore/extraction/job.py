@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import combinations, combinations_with_replacement
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from featstore.models import references as spec
 from featstore.runtime.console import progress
 from featstore.runtime.provenance import read_json
 from featstore.store.format.elements import parse_format
+from featstore.store.format.encoding import Encoding
 from featstore.store.format.shards import parse_layout
 from featstore.store.moments.stored import SPLITS
 from featstore.store.write.writer import free_bytes
@@ -24,21 +26,48 @@ from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
 
 
 @dataclass(frozen=True)
+class Compute:
+    """How models are run.
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        dtype: ``auto`` or a number type.
+        attention: transformers' attention implementation.
+    """
+
+    device: str
+    dtype: str
+    attention: str
+
+
+@dataclass(frozen=True)
 class Job:
     """Settings resolved against the models, the text and the store: all that is decided before a state is computed.
 
     Attributes:
-        settings: Completed from the store where there is one.
+        store: Where to write.
         infos: Facts of the models to run, by name.
         layers: Layers that each of them will have.
         plan: Windows, rows, batches.
+        encoding: Element format, layout and shard length of rows.
+        compute: How models are run.
+        table: Whether layer 0 is a table.
+        sink_threshold: Norm over median beyond which a token is a sink.
+        moments: ``none``, ``add`` (beside the rows) or ``only`` (no rows).
+        moments_memory: Bytes that summing moments may take.
         recorded: What the store says about itself, or None where there is none yet.
     """
 
-    settings: Settings
+    store: Path
     infos: dict[str, models.ModelInfo]
     layers: dict[str, tuple[int, ...]]
     plan: Plan
+    encoding: Encoding
+    compute: Compute
+    table: bool
+    sink_threshold: float
+    moments: str
+    moments_memory: int
     recorded: Recorded | None = None
 
     def row_layers(self, name: str) -> tuple[int, ...]:
@@ -47,9 +76,9 @@ class Job:
         Args:
             name: Model.
         """
-        if self.settings.moments == "only":
+        if self.moments == "only":
             return ()
-        return tuple(k for k in self.layers[name] if k or self.settings.layer_0 == "stored")
+        return tuple(k for k in self.layers[name] if k or not self.table)
 
     def layer_bytes(self, name: str) -> int:
         """Bytes of one layer stored row by row, uncompressed.
@@ -57,8 +86,7 @@ class Job:
         Args:
             name: Model.
         """
-        size = parse_format(self.settings.form).bytes_per_row(self.infos[name].width)
-        return self.plan.models[name].rows * size
+        return self.plan.models[name].rows * self.encoding.form.bytes_per_row(self.infos[name].width)
 
     def table_bytes(self, name: str) -> int:
         """Bytes of a layer 0 that is a table, or 0 where there is none.
@@ -66,20 +94,19 @@ class Job:
         Args:
             name: Model.
         """
-        if 0 not in self.layers[name] or self.settings.layer_0 == "stored" or self.settings.moments == "only":
+        if 0 not in self.layers[name] or not self.table or self.moments == "only":
             return 0
-        size = parse_format(self.settings.form).bytes_per_row(self.infos[name].width)
-        return len(np.unique(self.plan.models[name].ids)) * size
+        return len(np.unique(self.plan.models[name].ids)) * self.encoding.form.bytes_per_row(self.infos[name].width)
 
     def moment_bytes(self) -> int:
         """Bytes of the moments of every two models, and of the norms where they are all that is left of the rows."""
-        if self.settings.moments == "none":
+        if self.moments == "none":
             return 0
         total = 0
         for first, second in combinations(self.infos, 2):
             widths = [self.infos[name].width for name in (first, second) for _ in self.layers[name]]
             total += len(SPLITS) * 8 * sum(a * b for a, b in combinations_with_replacement(widths, 2))
-        if self.settings.moments == "only":
+        if self.moments == "only":
             total += sum(4 * self.plan.models[name].rows * len(self.layers[name]) for name in self.infos)
         return total
 
@@ -94,7 +121,7 @@ class Job:
             rows = max(self.plan.models[name].rows, 1)
             total += self.table_bytes(name)
             for layer in self.row_layers(name):
-                document = self.settings.store / "models" / name / "resid" / str(layer) / "zarr.json"
+                document = self.store / "models" / name / "resid" / str(layer) / "zarr.json"
                 shape = read_json(document).get("shape") if document.is_file() else None
                 done = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 0
                 total += self.layer_bytes(name) * max(rows - done, 0) // rows
@@ -102,10 +129,10 @@ class Job:
 
     def space_remedy(self) -> str:
         """The flags that would make it fit, for messages."""
-        if self.settings.moments == "only":
+        if self.moments == "only":
             return "fewer --layers, or another disk with --store"
         per_token = self.state_bytes() / max(1, *(m.rows for m in self.plan.models.values()))
-        fit = int(free_bytes(self.settings.store) / per_token * 0.95)
+        fit = int(free_bytes(self.store) / per_token * 0.95)
         return f"--max-tokens {fit} would fit, or fewer --layers, or another disk with --store"
 
 
@@ -129,11 +156,11 @@ def prepare(settings: Settings, *, quiet: bool = False) -> Job:
         typed = {text.partition("=")[0] for text in settings.model}
         kept = [text for name, text in recorded.references().items() if name not in typed]
         settings = replace(settings, model=(*kept, *settings.model))
-    parse_format(settings.form)
-    layout = parse_layout(settings.layout)
-    if settings.shard_rows < 1 or settings.shard_rows % layout.chunk_rows:
+    encoding = Encoding(parse_format(settings.form), parse_layout(settings.layout), settings.shard_rows)
+    chunk = encoding.layout.chunk_rows
+    if encoding.shard_rows < 1 or encoding.shard_rows % chunk:
         raise SpecError(
-            f"--shard-rows {settings.shard_rows}: layout {layout.name} needs a multiple of {layout.chunk_rows}"
+            f"--shard-rows {encoding.shard_rows}: layout {encoding.layout.name} needs a multiple of {chunk}"
         )
     if settings.layer_0 not in ("stored", "table"):
         raise SpecError(f"--layer-0 {settings.layer_0!r}: choose stored or table")
@@ -149,7 +176,19 @@ def prepare(settings: Settings, *, quiet: bool = False) -> Job:
     for name, info in infos.items():
         tokens.probe(info.tokenizer, name)
     plan = _plan(settings, source, infos, recorded, quiet=quiet)
-    return Job(settings, infos, layers, plan, recorded)
+    return Job(
+        store=settings.store,
+        infos=infos,
+        layers=layers,
+        plan=plan,
+        encoding=encoding,
+        compute=Compute(settings.device, settings.dtype, settings.attention),
+        table=settings.layer_0 == "table",
+        sink_threshold=settings.sink_threshold,
+        moments=settings.moments,
+        moments_memory=settings.moments_memory,
+        recorded=recorded,
+    )
 
 
 def _held_layers(

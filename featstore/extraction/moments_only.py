@@ -20,8 +20,8 @@ from featstore.extraction.pilot import Pilot, read_pilot, write_pilot
 from featstore.extraction.rows import open_reader
 from featstore.runtime.console import Tick, err, human_bytes, progress
 from featstore.runtime.processes import Ranks
-from featstore.store import Store, open_store
-from featstore.store.format.elements import Format, parse_format
+from featstore.store import Store
+from featstore.store.format.elements import Format
 from featstore.store.moments.stored import (
     CUT_ROWS,
     SPLITS,
@@ -69,7 +69,7 @@ def _norms_basis(job: Job, name: str) -> str:
 def _sum_pair(writer: StoreWriter, job: Job, first: str, second: str, *, quiet: bool) -> None:
     names = (first, second)
     new = [n for n in names if (writer.entry(_norms_unit(n)) or {}).get("basis") != _norms_basis(job, n)]
-    store = open_store(writer.path, allow_incomplete=True)
+    store = writer.view
     wanted = [set(all_blocks(store, names)) for _ in SPLITS]
     if not new:
         stored = _masked(writer, names)
@@ -79,12 +79,12 @@ def _sum_pair(writer: StoreWriter, job: Job, first: str, second: str, *, quiet: 
     readers = {name: open_reader(writer, job, name, Ranks(), quiet=quiet) for name in names}
     for name in names:
         if read_pilot(writer, name, job.layers[name]) is None:
-            write_pilot(writer, readers[name], job.layers[name], parse_format(job.settings.form))
+            write_pilot(writer, readers[name], job.layers[name], job.encoding.form)
     # Every split has sums of its own.
     needed = [block for block in all_blocks(store, names) if any(block in split for split in wanted)]
-    passes = list(groups(store, needed, job.settings.moments_memory // len(SPLITS)))
+    passes = list(groups(store, needed, job.moments_memory // len(SPLITS)))
     if not quiet and len(passes) > 1:
-        memory = human_bytes(job.settings.moments_memory)
+        memory = human_bytes(job.moments_memory)
         err.print(
             f"{len(needed)} blocks in {len(passes)} passes over the text; more --moments-memory than {memory} "
             "needs fewer"
@@ -100,9 +100,9 @@ def _sum_pair(writer: StoreWriter, job: Job, first: str, second: str, *, quiet: 
 def _masked(writer: StoreWriter, names: tuple[str, str]) -> StoredMoments:
     """Derive masks and pairs from the norms and tokens that are there."""
     for name in names:
-        write_sinks(writer, open_store(writer.path, allow_incomplete=True), name)
-    write_pairs(writer, open_store(writer.path, allow_incomplete=True), *names, "end")
-    return StoredMoments(open_store(writer.path, allow_incomplete=True), *names)
+        write_sinks(writer, name)
+    write_pairs(writer, *names, "end")
+    return StoredMoments(writer.view, *names)
 
 
 def _pass(
@@ -115,7 +115,7 @@ def _pass(
 ) -> None:
     """Sum each split's blocks over the whole text; the norms of new models are gathered on the way."""
     first, second = readers
-    store = open_store(writer.path, allow_incomplete=True)
+    store = writer.view
     sites = {site for split in blocks for block in split for site in block}
     origins = {site: store.origin(*site) for site in sites}
     sums = [BlockSums(origins, split, block_rows=CUT_ROWS) for split in blocks]
@@ -188,7 +188,7 @@ class _Mask:
         rows = job.plan.models[name].rows
         self.norms = {layer: np.zeros(rows, np.float32) for layer in job.layers[name]}
         self.sink = np.zeros(rows, dtype=bool)
-        self._limit = {int(k): job.settings.sink_threshold * v for k, v in store.median_norms(name).items()}
+        self._limit = {int(k): job.sink_threshold * v for k, v in store.median_norms(name).items()}
         self._name, self._basis = name, _norms_basis(job, name)
 
     def put(self, layer: int, first: int, norms: NDArray[np.float32]) -> None:
@@ -206,7 +206,7 @@ def _groups_of(
 ) -> Iterator[tuple[int, int, Rows]]:
     """Group by group: the window after it, its first row, and its states in document order, rounded as if stored."""
     name, layers = reader.name, job.layers[reader.name]
-    form, pilot = parse_format(job.settings.form), read_pilot(writer, name, layers) or Pilot({})
+    form, pilot = job.encoding.form, read_pilot(writer, name, layers) or Pilot({})
     starts = reader.planned.row_start
     for first, end in job.plan.groups(name):
         base = int(starts[first])

@@ -16,7 +16,7 @@ from featstore.extraction.forward import BatchReader
 from featstore.runtime.provenance import read_json
 from featstore.store.conversion.pilot_rows import pilot_windows, without_sinks
 from featstore.store.format.elements import Format, column_scale_of
-from featstore.store.read.rows import read_vector
+from featstore.store.read.vectors import read_vector
 from featstore.store.write.writer import StoreWriter
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from featstore.errors import CorruptDataError, StoreFormatError, StoreStateError
 from featstore.extraction.settings import Settings
 from featstore.runtime.provenance import read_json
-from featstore.store import open_store
+from featstore.store import Store, open_store
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.store.write.writer import StoreWriter
 from featstore.text.corpus import Source
@@ -33,13 +33,18 @@ class Recorded:
 
     Attributes:
         path: The store.
-        root: The root's attributes.
+        store: It, open for reading.
         models: Attributes by model, in store order; an unfinished store may lack some.
     """
 
     path: Path
-    root: dict[str, Any]
+    store: Store
     models: dict[str, dict[str, Any]]
+
+    @property
+    def root(self) -> dict[str, Any]:
+        """The root's attributes."""
+        return self.store.attributes
 
     @property
     def complete(self) -> bool:
@@ -95,15 +100,14 @@ class Recorded:
         writer = StoreWriter(self.path)
         if not writer.has("corpus"):
             return None
-        store = open_store(self.path, allow_incomplete=True)
-        held = store.corpus
+        held = self.store.corpus
         planned = PlannedCorpus(**vars(held))
         if planned.hash != self.root["corpus"]["sha256"]:
             return None  # stopped on the way from a shorter text to a longer one
         tables = {}
         for name in self.models:
             if writer.has(f"models/{name}/tokens"):
-                columns = store.columns(name, "id", "byte_end", "window", "special")
+                columns = self.store.columns(name, "id", "byte_end", "window", "special")
                 counts = np.bincount(columns["window"], minlength=len(held.window_document))
                 starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
                 table = PlannedModel(starts, columns["id"], columns["byte_end"], columns["special"])
@@ -132,8 +136,8 @@ def read_recorded(path: Path) -> Recorded | None:
         if strangers and strangers != ["manifest"]:
             raise StoreFormatError(f"--store {path} exists and is not a feature store; choose another path")
         return None
-    open_store(path, allow_incomplete=True)
-    root = read_json(document)["attributes"]["featstore"]
+    store = open_store(path, allow_incomplete=True)
+    root = store.attributes
     if root["format_version"] != FORMAT_VERSION:
         raise StoreFormatError(f"{path} has format version {root['format_version']}; this featstore writes another")
     models = {}
@@ -141,7 +145,7 @@ def read_recorded(path: Path) -> Recorded | None:
         group = path / "models" / name / "zarr.json"
         if group.is_file():
             models[name] = read_json(group)["attributes"]["featstore"]
-    return Recorded(path, root, models)
+    return Recorded(path, store, models)
 
 
 def inherit(settings: Settings, recorded: Recorded) -> Settings:

@@ -30,7 +30,7 @@ from featstore.runtime.provenance import versions
 from featstore.store import Store, open_store
 from featstore.store.format.elements import Format
 from featstore.store.moments.stored import has_rows
-from featstore.store.read.rows import TableReader
+from featstore.store.read.tables import TableReader
 from featstore.store.write.writer import StoreWriter
 from featstore.text import tokens
 from featstore.text.plan import Plan
@@ -265,7 +265,7 @@ def _reextract_model(
     store: Store, job: Job, name: str, count: int, seed: int, *, quiet: bool
 ) -> tuple[dict[str, Any], list[str]]:
     attributes, layers = store.model(name).attributes, store.model(name).layers
-    device, dtype = models.resolve_device(job.settings.device), str(attributes["compute_dtype"])
+    device, dtype = models.resolve_device(job.compute.device), str(attributes["compute_dtype"])
     info = job.infos[name]
     if info.config_hash != attributes["config_sha256"]:
         return {}, [f"{name}: {info.spec.ref} is not the model of this store (its configuration differs)"]

@@ -22,8 +22,6 @@ from featstore.models import residual as sites
 from featstore.runtime.background import Background
 from featstore.runtime.console import Tick, err, progress
 from featstore.runtime.processes import Ranks
-from featstore.store.format.elements import parse_format
-from featstore.store.format.shards import parse_layout
 from featstore.store.write.row_writer import RowArrays, RowWriter
 from featstore.store.write.table import table_unit, write_table
 from featstore.store.write.writer import StoreWriter
@@ -45,11 +43,11 @@ def open_reader(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quiet
     Raises:
         StoreStateError: The store has states of other weights under this name.
     """
-    settings, spec = job.settings, job.infos[name].spec
+    spec, compute = job.infos[name].spec, job.compute
     if not quiet:
         err.print(f"loading {name} ({spec.ref})")
-    device = ranks.device(settings.device)
-    model = models.load_model(spec, device=device, dtype=settings.dtype, attention=settings.attention)
+    device = ranks.device(compute.device)
+    model = models.load_model(spec, device=device, dtype=compute.dtype, attention=compute.attention)
     weights = models.weights_fingerprint(model)
     if recorded_weights(writer, name, job.layers[name]) not in (None, weights):
         raise StoreStateError(
@@ -73,14 +71,14 @@ def extract_rows(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quie
         NoSpaceError: The disk is full.
         NonFiniteStateError: The model produced NaN or infinity.
     """
-    settings, planned = job.settings, job.plan.models[name]
+    planned = job.plan.models[name]
     arrays = RowArrays(
         rows=planned.rows,
         width=job.infos[name].width,
         layers=job.row_layers(name),
-        shard_rows=settings.shard_rows,
-        form=parse_format(settings.form),
-        layout=parse_layout(settings.layout),
+        shard_rows=job.encoding.shard_rows,
+        form=job.encoding.form,
+        layout=job.encoding.layout,
     )
     share = ranks.share(arrays.shards)
     rows = RowWriter(writer, name, arrays, share)

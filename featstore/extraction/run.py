@@ -24,8 +24,6 @@ from featstore.extraction.rows import extract_rows
 from featstore.runtime.console import err
 from featstore.runtime.processes import Ranks
 from featstore.runtime.provenance import read_json
-from featstore.store import open_store
-from featstore.store.format.elements import parse_format
 from featstore.store.inspect.summary import summary
 from featstore.store.moments.stored import write_moments
 from featstore.store.read.pairs import POLICIES
@@ -54,8 +52,8 @@ def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dic
     """
     start = time.perf_counter()
     ranks = ranks or Ranks.from_environment()
-    path = job.settings.store
-    if job.settings.moments == "only" and ranks.world > 1:
+    path = job.store
+    if job.moments == "only" and ranks.world > 1:
         raise SpecError("--moments-only runs in one process; start it without torchrun, or store rows with --moments")
     if ranks.first:
         read_recorded(path)  # what is not a store stays as it is
@@ -72,7 +70,7 @@ def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dic
             if ranks.first and not quiet:
                 err.print(f"{path} is already complete")
         else:
-            if job.settings.moments == "only":
+            if job.moments == "only":
                 sum_moments(writer, job, quiet=quiet)
             else:
                 for name in job.infos:
@@ -80,7 +78,7 @@ def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dic
             if ranks.first:
                 _finish(writer, job, quiet=quiet)
         ranks.wait()  # until it is complete
-    return summary(open_store(path)) | {"seconds": time.perf_counter() - start}
+    return summary(writer.view) | {"seconds": time.perf_counter() - start}
 
 
 def _begin(writer: StoreWriter, job: Job) -> None:
@@ -97,11 +95,11 @@ def _begin(writer: StoreWriter, job: Job) -> None:
         if is_done(job):
             return
     adding = bool(recorded and recorded.complete and recorded.root["plan"] == root["plan"])
-    adding = adding and job.settings.moments != "only"
+    adding = adding and job.moments != "only"
     if not adding:
         writer.group("", {"featstore": root})
     for name, values in attributes.items():
-        write_groups(writer, name, parse_format(job.settings.form))
+        write_groups(writer, name, job.encoding.form)
         if not (adding and recorded and name in recorded.models):
             writer.group(f"models/{name}", {"featstore": values})
     if not adding:
@@ -142,20 +140,17 @@ def _finish(writer: StoreWriter, job: Job, *, quiet: bool) -> None:
     for name in job.infos:
         weights = recorded_weights(writer, name, job.layers[name])
         writer.group(f"models/{name}", {"featstore": model_attributes(job, name) | {"weights_fingerprint": weights}})
-    store = open_store(writer.path, allow_incomplete=True)
     for name in root["models"]:
-        _refuse_unfinished(writer, store.model(name).attributes, name)
+        _refuse_unfinished(writer, writer.view.model(name).attributes, name)
     for name in job.infos:
-        write_sinks(writer, store, name)
+        write_sinks(writer, name)
     for first, second in combinations(root["models"], 2):
-        store = open_store(writer.path, allow_incomplete=True)
         for policy in POLICIES:
             # More documents lengthen every index that is there.
             if policy == "end" or writer.has(pairs_unit(first, second, policy)):
-                write_pairs(writer, store, first, second, policy)
+                write_pairs(writer, first, second, policy)
         if root["moments"]:
-            store = open_store(writer.path, allow_incomplete=True)
-            write_moments(writer, store, first, second, memory=job.settings.moments_memory, quiet=quiet)
+            write_moments(writer, first, second, memory=job.moments_memory, quiet=quiet)
     writer.seal({"featstore": root | {"complete": True}})
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,21 +33,6 @@ def digest(value: Any) -> str:
         value: A JSON value.
     """
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def file_digest(paths: Iterable[Path]) -> str:
-    """SHA-256 over the contents of files, in the order given, each preceded by its name and length.
-
-    Args:
-        paths: Existing files.
-    """
-    total = hashlib.sha256()
-    for path in paths:
-        total.update(f"{path.name}:{path.stat().st_size}:".encode())
-        with path.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                total.update(block)
-    return total.hexdigest()
 
 
 def versions() -> dict[str, str]:

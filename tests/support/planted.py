@@ -143,13 +143,13 @@ def _plant(
         )
         for name, layers, depth, starts in (("a", sides[0], depths[0], False), ("b", sides[1], depths[1], True)):
             _write_model(writer, name, layers, lengths, depth, starts, form, rng)
-        store = open_store(path, allow_incomplete=True)
+        store = writer.view
         for name in ("a", "b"):
             writer.vectors(
                 f"models/{name}/sinks", {f"models/{name}/tokens/sink": sink_mask(store, name, sink_threshold)}
             )
         for policy in ("end", "word"):
-            write_pairs(writer, open_store(path, allow_incomplete=True), "a", "b", policy)
+            write_pairs(writer, "a", "b", policy)
         writer.seal({"featstore": {**attributes, "complete": True}})
     return Planted(path, dict(sides[0]), dict(sides[1]), document_split[document], document)
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featstore.store import open_store
 from featstore.store.format.elements import Encoded, column_scale_of, parse_format
 from featstore.store.format.shards import parse_layout
 from featstore.store.format.version import FORMAT_VERSION
@@ -139,9 +138,8 @@ def _write(writer: StoreWriter, recipe: Recipe) -> None:
     for model in MODELS:
         unit = f"models/{model}/sinks"
         if not writer.has(unit):
-            store = open_store(writer.path, allow_incomplete=True)
-            writer.vectors(unit, {f"models/{model}/tokens/sink": sink_mask(store, model, SINK_THRESHOLD)})
-    write_pairs(writer, open_store(writer.path, allow_incomplete=True), *MODELS, "end")
+            writer.vectors(unit, {f"models/{model}/tokens/sink": sink_mask(writer.view, model, SINK_THRESHOLD)})
+    write_pairs(writer, *MODELS, "end")
     writer.seal({"featstore": {**attributes, "complete": True}})
 
 

@@ -12,7 +12,7 @@ copied in any case: both say something about the model, and the same rows masked
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,14 +21,15 @@ from numpy.typing import NDArray
 
 from featstore.errors import CorruptDataError, NonFiniteStateError, SpecError, StoreFormatError, StoreStateError
 from featstore.runtime.console import Tick, human_bytes, progress
-from featstore.runtime.provenance import read_json, write_json
 from featstore.store.conversion.pilot_rows import pilot_windows, without_sinks
 from featstore.store.format.elements import Encoded, Format, column_scale_of, parse_format
+from featstore.store.format.encoding import Encoding
 from featstore.store.format.shards import Layout, file_checksum, parse_layout
 from featstore.store.format.version import MANIFEST, METADATA_UNIT
 from featstore.store.moments.stored import has_rows
-from featstore.store.read.rows import RowReader, TableReader
+from featstore.store.read.rows import RowReader
 from featstore.store.read.store import Store, open_store
+from featstore.store.read.tables import TableReader
 from featstore.store.write.row_writer import RowArrays, RowWriter, rows_unit, write_groups
 from featstore.store.write.table import table_unit, write_table
 from featstore.store.write.writer import StoreWriter, check_space, exclusive, read_entry
@@ -39,33 +40,6 @@ _STEP = 1024
 _SAMPLE = 1024
 #: What follows from text and tokens, or was frozen before any value was rounded; everything else is of the values.
 _OF_NO_VALUE = ("tokens", "sinks")
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How the rows of a model are stored.
-
-    Attributes:
-        form: Element format.
-        layout: Inner chunking and codec.
-        shard_rows: Rows of a shard.
-    """
-
-    form: Format
-    layout: Layout
-    shard_rows: int
-
-    def keeps_values_of(self, other: Encoding) -> bool:
-        """Whether rows converted from another encoding read exactly as before, whatever they hold.
-
-        Args:
-            other: What they were stored as.
-        """
-        return self.form.name in (other.form.name, "float32")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As recorded in a model's attributes."""
-        return {"format": self.form.name, "layout": self.layout.name, "shard_rows": self.shard_rows}
 
 
 def convert(
@@ -104,7 +78,12 @@ def convert(
     """
     source = open_store(path)
     before = {name: _encoding_of(source, name) for name in source.models}
-    after = {name: _wanted(encoding, form, layout, shard_rows) for name, encoding in before.items()}
+    wanted = (
+        None if form is None else parse_format(form),
+        None if layout is None else parse_layout(layout),
+        shard_rows,
+    )
+    after = {name: _wanted(encoding, *wanted) for name, encoding in before.items()}
     if after == before:
         held = ", ".join(f"{e.form.name} {e.layout.name}" for e in sorted(set(before.values()), key=str))
         raise SpecError(f"{path} is {held} already; name another --format, --layout or --shard-rows")
@@ -119,7 +98,7 @@ def convert(
         conversion.refuse_another(writer)
         if not (writer.attributes() or {}).get("featstore", {}).get("complete"):
             conversion.write(writer, quiet=quiet)
-    result = open_store(target)
+        result = writer.view
     return {
         "store": str(target),
         "converted_from": result.attributes["converted_from"],
@@ -191,12 +170,8 @@ def _plain(reader: RowReader | TableReader) -> RowReader:
     return reader.table if isinstance(reader, TableReader) else reader
 
 
-def _wanted(held: Encoding, form: str | None, layout: str | None, shard_rows: int | None) -> Encoding:
-    wanted = Encoding(
-        held.form if form is None else parse_format(form),
-        held.layout if layout is None else parse_layout(layout),
-        held.shard_rows if shard_rows is None else shard_rows,
-    )
+def _wanted(held: Encoding, form: Format | None, layout: Layout | None, shard_rows: int | None) -> Encoding:
+    wanted = Encoding(form or held.form, layout or held.layout, held.shard_rows if shard_rows is None else shard_rows)
     chunk = wanted.layout.chunk_rows
     if wanted.shard_rows < 1 or wanted.shard_rows % chunk:
         raise SpecError(
@@ -327,7 +302,7 @@ class _Conversion:
             write_groups(writer, name, encoding.form)
             writer.group(f"models/{name}", self._attributes(self.model_attributes(name)))
         for name in self._copied_documents():
-            _write_document(writer, name, self._document(name))
+            writer.describe({name: self._document(name)})
         for unit in self._copied():
             self._copy(writer, unit)
         sizes = {name: self.source.model(name).rows * len(self._row_layers(name)) for name in self.after}
@@ -497,12 +472,6 @@ class _Conversion:
 def _ancestors(names: Iterable[str]) -> set[str]:
     """The groups above some units or arrays."""
     return {str(parent) for name in names for parent in PurePosixPath(name).parents}
-
-
-def _write_document(writer: StoreWriter, name: str, document: dict[str, Any]) -> None:
-    path = writer.path / name / "zarr.json"
-    if not path.is_file() or read_json(path) != document:
-        write_json(path, document)
 
 
 def _relative_errors(source: Store, result: Store, *, quiet: bool) -> dict[str, dict[str, dict[str, float]]]:

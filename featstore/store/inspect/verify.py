@@ -21,8 +21,8 @@ from featstore.store.format.shards import file_checksum
 from featstore.store.format.version import MANIFEST, METADATA_UNIT
 from featstore.store.moments.stored import has_rows
 from featstore.store.read.pairs import POLICIES
-from featstore.store.read.rows import TableReader
 from featstore.store.read.store import Store, open_store
+from featstore.store.read.tables import TableReader
 from featstore.store.write.index import pair_rows, pairs_unit, sink_mask
 from featstore.store.write.table import table_unit
 from featstore.store.write.writer import read_entry

@@ -29,8 +29,8 @@ from featstore.runtime.console import Tick, human_bytes, progress
 from featstore.runtime.provenance import digest
 from featstore.store.moments.sums import Block, BlockSums, Moments, Multiply, assemble, product_threads, steady_products
 from featstore.store.read.pairs import Pairs
-from featstore.store.read.store import Store, open_store
-from featstore.store.write.writer import StoreWriter, check_space, exclusive
+from featstore.store.read.store import Store
+from featstore.store.write.writer import StoreWriter, adding_to, check_space
 
 #: Splits by their number in a store.
 SPLITS = ("train", "val", "test")
@@ -178,19 +178,6 @@ class StoredMoments:
         return x, y
 
 
-def read_moments(store: Store, x: Site, y: Site, split: int, models: tuple[str, str] | None = None) -> Moments | None:
-    """The stored moments of two layers, or None where there are none; for many, keep a :class:`StoredMoments`.
-
-    Args:
-        store: Any complete store.
-        x: Source site ``(model, layer)``.
-        y: Target site.
-        split: 0 train, 1 validation, 2 test.
-        models: Whose pairs are summed; needed where x and y are of one model.
-    """
-    return StoredMoments(store, *(models or (x[0], y[0]))).read(x, y, split)
-
-
 def _sha256(array: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
@@ -281,14 +268,11 @@ def commit_blocks(writer: StoreWriter, stored: StoredMoments, split: int, blocks
         writer.vectors(unit, arrays, basis=stored.basis(split, block))
 
 
-def write_moments(
-    writer: StoreWriter, store: Store, first: str, second: str, *, memory: int = MEMORY, quiet: bool = False
-) -> int:
+def write_moments(writer: StoreWriter, first: str, second: str, *, memory: int = MEMORY, quiet: bool = False) -> int:
     """Sum the blocks of two models that a store lacks, from its rows.
 
     Args:
-        writer: The store's writer.
-        store: The same store, readable, with pair index and sink masks.
+        writer: The store's writer; pair index and sink masks of both models are committed.
         first: Model earlier in store order.
         second: The other.
         memory: Bytes to use at most; blocks are worked through in groups, each a pass over the rows of its layers.
@@ -302,6 +286,7 @@ def write_moments(
         SpecError: Too little memory for a single block.
         NoSpaceError: The disk cannot hold them.
     """
+    store = writer.view
     stored = StoredMoments(store, first, second)
     passes = [
         (split, group)
@@ -362,17 +347,15 @@ def add_moments(path: Path, *, memory: int = MEMORY, quiet: bool = False) -> dic
     Raises:
         FeatstoreError: No such store, rows or disk space, or another process is writing.
     """
-    open_store(path).directory  # noqa: B018 - a store elsewhere is refused
     found = {}
-    with exclusive(path):
-        # Only now: what another process added while we waited to begin belongs to it.
-        store, writer = open_store(path), StoreWriter(path)
+    with adding_to(path) as writer:
+        store = writer.view
         if len(store.models) < 2:
             raise StoreStateError(
                 f"{path} holds one model, {store.models[0]!r}; moments are of pairs: add another model"
             )
         for first, second in combinations(store.models, 2):
-            written = write_moments(writer, store, first, second, memory=memory, quiet=quiet)
+            written = write_moments(writer, first, second, memory=memory, quiet=quiet)
             blocks = all_blocks(store, (first, second))
             size = sum(8 * store.model(x).width * store.model(y).width for (x, _), (y, _) in blocks) * len(SPLITS)
             found[f"{first}__{second}"] = {"blocks": len(blocks) * len(SPLITS), "written": written, "bytes": size}

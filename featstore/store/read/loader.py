@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from featstore.errors import SpecError
 from featstore.store.read.pairs import Pairs
-from featstore.store.read.rows import RowReader, TableReader, row_numbers
+from featstore.store.read.rows import RowReader
+from featstore.store.read.selection import row_numbers
+from featstore.store.read.tables import TableReader
 
 #: Rows of a block and of a shard as far as the order is concerned: the hot layout's inner chunk (four of the archive's)
 #: and the default shard. Not the store's own, or the order would change with the layout and from layer to layer.

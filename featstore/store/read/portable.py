@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import uuid
 from collections.abc import Coroutine
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,7 +77,7 @@ def store_files(location: Location, *, portable: bool = False) -> StoreFiles:
     if not path.exists():
         raise StoreNotFoundError(f"no store at {str(path)!r}; create one with `featstore extract --store {path}`")
     if portable and path.is_dir():
-        return PortableFiles(LocalStore(path, read_only=True), path, str(path.absolute()))
+        return PortableFiles(LocalStore(path.absolute(), read_only=True), path, str(path.absolute()))
     return LocalFiles(path)
 
 
@@ -167,7 +168,7 @@ class PortableFiles:
             scales: Its scales by row, for formats that have them.
             column_scale: float32 ``(width,)``, for formats that have one.
         """
-        return PortableRows(self._store, array, scales, column_scale, location=self.location)
+        return PortableRows(self._store, array, scales, column_scale, self.location)
 
 
 class PortableRows(RowReader):
@@ -190,22 +191,24 @@ class PortableRows(RowReader):
         array: Described,
         scales: Described | None = None,
         column_scale: NDArray[np.float32] | None = None,
-        *,
         location: Path | str = "",
     ) -> None:
         prefix = f"{location}/" if str(location) else ""
         super().__init__(f"{prefix}{array[0]}", array[1], None, column_scale)
-        self._store, self._name = store, array[0]
+        self._store, self._name, self._location, self._scale_described = store, array[0], location, scales
         self.array = _array(store, array)
         self._scale_array = None if scales is None else _array(store, scales)
         self._scale_name = "" if scales is None else scales[0]
         self._scale_path = f"{prefix}{self._scale_name}"
         self._present: dict[int, NDArray[np.bool_]] = {}
 
-    @property
-    def private(self) -> RowReader:
-        """Itself: what is read here belongs to the caller."""
-        return self
+    def __reduce__(self) -> tuple[Any, ...]:
+        described = (self._store, (self._name, self._document), self._scale_described, self._column_scale)
+        return PortableRows, (*described, self._location)
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        """A name of its own every time: when the place was written anew cannot be told from here."""
+        return (uuid.uuid4().hex,)
 
     def chunk(self, number: int) -> NDArray[Any]:
         """One inner chunk in the storage type, without padding.

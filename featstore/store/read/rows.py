@@ -6,75 +6,25 @@ page cache. In the archive layout every read verifies and decompresses, straight
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import CorruptDataError, SpecError
-from featstore.store.format import documents, shards
-from featstore.store.format.elements import BY_DATA_TYPE, Format
-
-#: How rows are chosen: a slice, or row numbers in any order.
-Rows = slice | Sequence[int] | NDArray[np.integer[Any]]
+from featstore.store.format import shards
+from featstore.store.read.arrays import RowArray
+from featstore.store.read.geometry import Geometry
+from featstore.store.read.selection import Rows, row_numbers
+from featstore.store.read.threads import in_threads
+from featstore.store.read.vectors import parse_chunk
 
 #: Bytes gathered at a time where rows are wanted out of order: the second copy then comes from the processor's cache.
 _PIECE_BYTES = 1 << 17
 #: Bytes of rows wanted in any order from which several threads gather them.
 _THREADED_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the ``zarr.json`` of a rows array says, checked.
-
-    Attributes:
-        rows: Rows that exist.
-        width: Hidden width.
-        shard_rows: Rows of a shard.
-        form: Element format.
-        layout: Inner chunking and codec.
-    """
-
-    rows: int
-    width: int
-    shard_rows: int
-    form: Format
-    layout: shards.Layout
-
-    @classmethod
-    def parse(cls, document: dict[str, Any], where: str) -> Geometry:
-        """Read the geometry from a document.
-
-        Args:
-            document: The array's ``zarr.json``.
-            where: Named in errors.
-
-        Raises:
-            CorruptDataError: It is not such a document.
-        """
-        try:
-            form = BY_DATA_TYPE[document["data_type"]]
-            rows, width = (int(v) for v in document["shape"])
-            shard_rows = int(document["chunk_grid"]["configuration"]["chunk_shape"][0])
-            inner = document["codecs"][0]["configuration"]
-            compressed = any(codec["name"] == "blosc" for codec in inner["codecs"])
-            layout = shards.Layout(
-                "archive" if compressed else "hot", int(inner["chunk_shape"][0]), compressed=compressed
-            )
-            expected = documents.rows_document(rows, width, shard_rows, form, layout)
-        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptDataError(f"{where} is damaged ({error!r}); extract again") from error
-        positive = min(rows + 1, width, shard_rows, layout.chunk_rows) > 0
-        if not positive or shard_rows % layout.chunk_rows or document["codecs"] != expected["codecs"]:
-            raise CorruptDataError(f"{where} describes an array this format does not have; extract again")
-        return cls(rows, width, shard_rows, form, layout)
 
 
 @dataclass(frozen=True)
@@ -85,7 +35,7 @@ class _Shard:
     index: list[tuple[int, int] | None]
 
 
-class RowReader:
+class RowReader(RowArray):
     """Rows of one ``(n, width)`` array, read from mapped shards.
 
     Args:
@@ -93,8 +43,6 @@ class RowReader:
         document: Its ``zarr.json``.
         scales: The directory of its ``row_scale`` array, for formats that have one.
         column_scale: float32 ``(width,)``, for formats that have one.
-        private: Map copy-on-write: rows are writable, and what is written is seen through this reader alone and never
-            reaches the file.
 
     Raises:
         CorruptDataError: Its metadata is not what the format document describes.
@@ -106,12 +54,9 @@ class RowReader:
         document: dict[str, Any],
         scales: Path | None = None,
         column_scale: NDArray[np.float32] | None = None,
-        *,
-        private: bool = False,
     ) -> None:
         self.path = path
         self._document = document
-        self._mode: Literal["c", "r"] = "c" if private else "r"
         self.geometry = Geometry.parse(document, f"{path}/zarr.json")
         self.rows, self.width = self.geometry.rows, self.geometry.width
         self.shard_rows, self.form, self.layout = (
@@ -119,23 +64,23 @@ class RowReader:
             self.geometry.form,
             self.geometry.layout,
         )
+        # This process may change its directory before a shard is opened; errors name the path as it was given.
+        self._place = Path(path).absolute()
         self._scales, self._column_scale = scales, column_scale
+        self._scales_place = None if scales is None else scales.absolute()
         self._shards: dict[int, _Shard] = {}
         self._checked: dict[int, NDArray[Any]] = {}
         self._scale_of: dict[int, NDArray[np.float32]] = {}
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(n, width)``."""
-        return self.rows, self.width
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the place and not the map: another process, which may work in another directory, opens it anew."""
+        return RowReader, (self._place, self._document, self._scales_place, self._column_scale)
 
-    @cached_property
-    def private(self) -> RowReader:
-        """The same rows mapped a second time, copy-on-write: memory that may be lent to those who insist on writing.
-
-        A second map, and not one for both, so that nothing written there can come back as a row of this reader.
-        """
-        return RowReader(self.path, self._document, self._scales, self._column_scale, private=True)
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        """Dask takes arrays of one name for the same one: a store written anew at the same place is another."""
+        files = sorted(self._place.glob("c/*/0"))
+        written = [(file.parent.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return str(self._place), self._document, written, self._column_scale
 
     def chunk(self, number: int) -> NDArray[Any]:
         """One inner chunk in the storage type; in the hot layout a read-only view of the file.
@@ -187,21 +132,24 @@ class RowReader:
 
     def _shard(self, shard: int) -> _Shard:
         if shard not in self._shards:
-            path = Path(self.path) / "c" / str(shard) / "0"
-            if not path.is_file() or path.stat().st_size == 0:
-                raise CorruptDataError(f"{path} is missing or empty; run the same `featstore extract` command again")
-            data = memoryview(np.memmap(path, dtype=np.uint8, mode=self._mode).data)
-            index = shards.decode_index(data, self.shard_rows // self.layout.chunk_rows, str(path))
+            name = f"c/{shard}/0"
+            file, what = self._place / name, f"{self.path}/{name}"
+            if not file.is_file() or file.stat().st_size == 0:
+                raise CorruptDataError(f"{what} is missing or empty; run the same `featstore extract` command again")
+            data = memoryview(np.memmap(file, dtype=np.uint8, mode="r").data)
+            index = shards.decode_index(data, self.shard_rows // self.layout.chunk_rows, what)
             self._shards[shard] = _Shard(data, index)
         return self._shards[shard]
 
     def _scale(self, shard: int) -> NDArray[np.float32]:
         """The scales of a shard's rows."""
         if shard not in self._scale_of:
-            if self._scales is None:
+            if self._scales_place is None:
                 raise CorruptDataError(f"{self.path} has no row scales; open it through its store")
-            file = self._scales / "c" / str(shard)
-            self._scale_of[shard] = read_chunk(file, np.dtype("<f4"), self.shard_rows)
+            name = f"c/{shard}"
+            file = self._scales_place / name
+            data = file.read_bytes() if file.is_file() else None
+            self._scale_of[shard] = parse_chunk(data, np.dtype("<f4"), self.shard_rows, f"{self._scales}/{name}")
         return self._scale_of[shard]
 
     def row_scale(self, numbers: NDArray[np.int64]) -> NDArray[np.float32] | None:
@@ -315,8 +263,8 @@ class RowReader:
             for places in groups:
                 gather(places)
 
-    def __getitem__(self, rows: Rows) -> NDArray[np.float32]:
-        """Rows as float32 ``(m, width)``.
+    def decoded(self, rows: Rows) -> NDArray[np.float32]:
+        """Rows as a new float32 array ``(m, width)``, scales applied.
 
         Args:
             rows: As :meth:`stored`.
@@ -325,112 +273,6 @@ class RowReader:
             return self.form.decode(self.stored(rows))
         scale = self.row_scale(row_numbers(rows, self.rows, self.path))
         return self.form.decode(self.stored(rows), scale, self._column_scale)
-
-
-_Item = TypeVar("_Item")
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 8), thread_name_prefix="rows")
-
-
-# A forked process has none of its parent's threads.
-os.register_at_fork(after_in_child=_threads.cache_clear)
-
-
-def in_threads(work: Callable[[_Item], None], items: Sequence[_Item]) -> None:
-    """Do something for every item, on all cores this process may use.
-
-    Args:
-        work: Spends its time outside the interpreter's lock: decoding, copying, waiting for the disk.
-        items: What for.
-
-    Raises:
-        Exception: What the first item in order raised.
-    """
-    if len(items) < 2:
-        for item in items:
-            work(item)
-        return
-    for _ in _threads().map(work, items):
-        pass
-
-
-class TableReader:
-    """Rows of a layer that is a table, read as if they had been stored one by one.
-
-    Args:
-        table: One row for every id.
-        index: int64 ``(n,)``, the place in the table of every token.
-    """
-
-    def __init__(self, table: RowReader, index: NDArray[np.int64]) -> None:
-        self.table, self.index = table, index
-        self.path, self.rows, self.width = table.path, len(index), table.width
-
-    @property
-    def form(self) -> Format:
-        """Element format."""
-        return self.table.form
-
-    @property
-    def layout(self) -> shards.Layout:
-        """Inner chunking of the table."""
-        return self.table.layout
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(n, width)``."""
-        return self.rows, self.width
-
-    @property
-    def shard_rows(self) -> int:
-        """Rows of a shard of the table."""
-        return self.table.shard_rows
-
-    def stored(self, rows: Rows, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Rows in the storage type, as :meth:`RowReader.stored`; always a copy.
-
-        Args:
-            rows: A slice, or row numbers in any order.
-            out: Where to put them: ``(m, width)`` of the storage type.
-        """
-        return self.table.stored(self.index[row_numbers(rows, self.rows, self.path)], out)
-
-    def __getitem__(self, rows: Rows) -> NDArray[np.float32]:
-        """Rows as float32 ``(m, width)``.
-
-        Args:
-            rows: A slice, or row numbers in any order.
-        """
-        return self.table[self.index[row_numbers(rows, self.rows, self.path)]]
-
-
-def row_numbers(rows: Rows, count: int, where: object) -> NDArray[np.int64]:
-    """Row numbers that a slice or a list of numbers means.
-
-    Args:
-        rows: A slice, or row numbers in any order.
-        count: Rows that exist.
-        where: Named in errors.
-
-    Returns:
-        int64 ``(m,)``.
-
-    Raises:
-        IndexError: A row outside 0..count-1, or something other than row numbers (a boolean mask).
-    """
-    if isinstance(rows, slice):
-        return np.arange(*rows.indices(count), dtype=np.int64)
-    given = np.asarray(rows).reshape(-1)
-    if given.size and given.dtype.kind not in "iu":
-        raise IndexError(f"rows are chosen by number, not by {given.dtype}; for a mask use np.flatnonzero")
-    numbers = given.astype(np.int64)
-    outside = numbers[(numbers < 0) | (numbers >= count)]
-    if len(outside):
-        raise IndexError(f"row {outside[0]} is outside 0..{count - 1} of {where}")
-    return numbers
 
 
 def decompress(body: memoryview, out: NDArray[Any], what: str) -> None:
@@ -457,89 +299,3 @@ def decompress(body: memoryview, out: NDArray[Any], what: str) -> None:
         Blosc().decode(body, out)
     except (RuntimeError, ValueError) as error:
         raise CorruptDataError(f"{what} does not decompress ({error})") from error
-
-
-def read_vector(path: Path, document: dict[str, Any]) -> NDArray[Any]:
-    """Read a small array of plain checksummed chunks whole.
-
-    Args:
-        path: The array's directory.
-        document: Its ``zarr.json``.
-
-    Raises:
-        CorruptDataError: Missing, damaged, or not such an array.
-    """
-    return vector_of(lambda name: (path / name).read_bytes() if (path / name).is_file() else None, document, str(path))
-
-
-def vector_of(read: Callable[[str], bytes | None], document: dict[str, Any], where: str) -> NDArray[Any]:
-    """A small array of plain checksummed chunks, wherever its files are.
-
-    Args:
-        read: Content of one of the array's files, None where there is none.
-        document: Its ``zarr.json``.
-        where: The array, named in errors.
-
-    Raises:
-        CorruptDataError: Missing, damaged, or not such an array.
-    """
-    try:
-        shape = tuple(int(v) for v in document["shape"])
-        dtype = np.dtype(document["data_type"]).newbyteorder("<")
-        chunk = int(document["chunk_grid"]["configuration"]["chunk_shape"][0])
-        usable = chunk >= 1 and min(shape) >= 0 and 1 <= len(shape) <= 2 and not dtype.hasobject
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-        raise CorruptDataError(f"{where}/zarr.json is damaged ({error!r}); extract again") from error
-    if not usable:
-        raise CorruptDataError(
-            f"{where}/zarr.json has shape {shape}, chunk {chunk}, {dtype}: not usable; extract again"
-        )
-    rest = shape[1:]
-    size = chunk * int(np.prod(rest, dtype=np.int64))
-    parts = []
-    for i in range(-(-shape[0] // chunk)):
-        name = "/".join(map(str, ("c", i, *(0 for _ in rest))))
-        parts.append(parse_chunk(read(name), dtype, size, f"{where}/{name}").reshape(chunk, *rest))
-    if not parts:
-        return np.zeros(shape, dtype)
-    return np.concatenate(parts)[: shape[0]]
-
-
-def read_chunk(file: Path, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
-    """Read one plain checksummed chunk file.
-
-    Args:
-        file: The file.
-        dtype: Its element type.
-        size: Values it must hold.
-
-    Returns:
-        Flat, read-only.
-
-    Raises:
-        CorruptDataError: Missing, damaged, or of another size.
-    """
-    return parse_chunk(file.read_bytes() if file.is_file() else None, dtype, size, str(file))
-
-
-def parse_chunk(data: bytes | None, dtype: np.dtype[Any], size: int, where: str) -> NDArray[Any]:
-    """The values of one plain checksummed chunk.
-
-    Args:
-        data: Content of the chunk's file, None where there is none.
-        dtype: Its element type.
-        size: Values it must hold.
-        where: The file, named in errors.
-
-    Returns:
-        Flat, read-only.
-
-    Raises:
-        CorruptDataError: Missing, damaged, or of another size.
-    """
-    if data is None:
-        raise CorruptDataError(f"{where} is missing; run the same `featstore extract` command again")
-    body = shards.unseal(memoryview(data), where)
-    if len(body) != size * dtype.itemsize:
-        raise CorruptDataError(f"{where} holds {len(body)} bytes, not {size} values of {dtype}")
-    return np.frombuffer(body, dtype)

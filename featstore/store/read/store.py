@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import (
     CorruptDataError,
+    FeatstoreError,
     LayerRangeError,
     PairingError,
     StoreFormatError,
@@ -28,7 +29,13 @@ from featstore.store.format.version import FORMAT_VERSION, MANIFEST, METADATA_UN
 from featstore.store.read.files import LocalFiles, StoreFiles, parse_entry
 from featstore.store.read.pairs import Pairs, check_policy
 from featstore.store.read.portable import Location, store_files
-from featstore.store.read.rows import RowReader, TableReader, vector_of
+from featstore.store.read.rows import RowReader
+from featstore.store.read.shown import html_table, one_line
+from featstore.store.read.tables import TableReader
+from featstore.store.read.vectors import vector_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
@@ -53,7 +60,19 @@ def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool
         CorruptDataError: Its metadata is damaged.
         MissingPackageError: The package that speaks the URL's protocol is not installed.
     """
-    files = store_files(path, portable=portable)
+    return open_files(store_files(path, portable=portable), allow_incomplete=allow_incomplete)
+
+
+def open_files(files: StoreFiles, *, allow_incomplete: bool = False) -> Store:
+    """Open a store whose files have been found.
+
+    Args:
+        files: The store's files.
+        allow_incomplete: Accept a store whose extraction has not finished.
+
+    Raises:
+        FeatstoreError: As :func:`open_store`.
+    """
     where = repr(str(files.location))
     document = files.read("zarr.json")
     if document is None:
@@ -231,6 +250,19 @@ class Store:
 
     A store may be pickled: what travels is its place, not its content.
 
+    >>> import featstore
+    >>> store = featstore.open_store("tiny.zarr")
+    >>> store
+    <Store tiny.zarr: llama 3 layers of 6123 x 48, mistral 3 layers of 6765 x 32>
+    >>> store.rows("llama", 2)[:1000].mean(axis=0).shape
+    (48,)
+    >>> pairs = store.pairs("llama", "mistral").select(split=0)
+    >>> x, y = store.rows("llama", 2)[pairs.row_source], store.rows("mistral", 2)[pairs.row_target]
+    >>> len(x) == len(y) == len(pairs)
+    True
+    >>> store.to_pandas().groupby("model").layer.max().to_dict()
+    {'llama': 3, 'mistral': 4}
+
     Attributes:
         path: The directory as a Path; where there is none, the URL as text. For messages: what needs files takes
             :attr:`directory`.
@@ -265,6 +297,50 @@ class Store:
         if not isinstance(self.path, Path):
             raise StoreStateError(f"{self.path} is not a directory on this machine; copy the store here for that")
         return self.path
+
+    def __repr__(self) -> str:
+        try:
+            models = [vars(self.model(name)) for name in self.models]
+        except FeatstoreError as error:
+            # Whoever looks at a damaged store in a debugger wants to see that, and no second error.
+            return f"<Store {self.path}: {', '.join(self.models)}; {error}>"
+        return one_line(self.path, models, complete=bool(self.attributes.get("complete")))
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self.path), self.layer_records())
+
+    def layer_records(self) -> list[dict[str, Any]]:
+        """What the store holds of every layer: model, layer, rows, width, and how its states are kept.
+
+        Returns:
+            One record for every model and layer, in store order. ``states`` is ``rows``, ``table`` (layer 0, one row
+            for every token id) or ``moments`` (sums alone).
+        """
+        return [
+            {
+                "model": name,
+                "layer": layer,
+                "depth": model.depth,
+                "rows": model.rows,
+                "width": model.width,
+                "states": self._states(name, layer),
+                "format": model.attributes.get("format"),
+                "layout": model.attributes.get("layout"),
+            }
+            for name, model in ((name, self.model(name)) for name in self.models)
+            for layer in model.layers
+        ]
+
+    def _states(self, model: str, layer: int) -> str:
+        if layer == 0 and self.has(f"models/{model}/embedding/state"):
+            return "table"
+        return "rows" if self.has_rows(model, layer) else "moments"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """:meth:`layer_records` as a table: a row for every model and layer."""
+        import pandas as pd
+
+        return pd.DataFrame(self.layer_records())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.files.origin, not isinstance(self.files, LocalFiles), self._checksum)

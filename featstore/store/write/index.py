@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.store.read.pairs import check_policy, ends_a_word, last_at_each_end, match
-from featstore.store.read.store import Store, open_store
-from featstore.store.write.writer import StoreWriter, exclusive
+from featstore.store.read.store import Store
+from featstore.store.write.writer import StoreWriter, adding_to
 
 
 def sink_mask(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
@@ -31,14 +31,14 @@ def sink_mask(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
     return mask
 
 
-def write_sinks(writer: StoreWriter, store: Store, name: str) -> None:
+def write_sinks(writer: StoreWriter, name: str) -> None:
     """Derive and commit a model's sink mask, unless the one that is there follows from the same rows.
 
     Args:
-        writer: The store's writer.
-        store: The same store, readable, with all norms of the model.
+        writer: The store's writer; all norms of the model are committed.
         name: Model.
     """
+    store = writer.view
     threshold = float(store.attributes["mask"]["sink_threshold"])
     attributes = store.model(name).attributes
     unit, basis = f"models/{name}/sinks", f"{attributes['tokens_sha256']} {attributes['layers']} {threshold}"
@@ -82,17 +82,16 @@ def pair_rows(store: Store, first: str, second: str, policy: str) -> tuple[NDArr
     return row_a, row_b
 
 
-def write_pairs(writer: StoreWriter, store: Store, first: str, second: str, policy: str) -> None:
+def write_pairs(writer: StoreWriter, first: str, second: str, policy: str) -> None:
     """Build and commit the pair index of two models.
 
     Args:
-        writer: The store's writer.
-        store: The same store, readable.
+        writer: The store's writer; text and tokens of both are committed.
         first: Model earlier in store order.
         second: The other.
         policy: ``end`` or ``word``.
     """
-    base = f"pairs/{first}__{second}"
+    store, base = writer.view, f"pairs/{first}__{second}"
     unit = pairs_unit(first, second, policy)
     basis = " ".join(str(store.model(name).attributes.get("tokens_sha256")) for name in (first, second))
     if (writer.entry(unit) or {}).get("basis") == basis:
@@ -119,14 +118,11 @@ def add_pairs(path: Path, policy: str) -> dict[str, Any]:
         FeatstoreError: No such store or policy, or another process is writing.
     """
     check_policy(policy)
-    store = open_store(path)
-    with exclusive(store.directory):
-        writer = StoreWriter(path)
-        root = writer.attributes() or {}
-        for first, second in combinations(store.models, 2):
-            write_pairs(writer, store, first, second, policy)
-        writer.seal(root)
-    store = open_store(path)
+    with adding_to(path) as writer:
+        for first, second in combinations(writer.view.models, 2):
+            write_pairs(writer, first, second, policy)
+        writer.seal(writer.attributes() or {})
+        store = writer.view
     return {
         "pairs": {
             f"{first}__{second}": {"pairs": len(store.pairs(first, second, policy))}

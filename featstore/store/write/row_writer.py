@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import StoreStateError
-from featstore.runtime.provenance import read_json, write_json
 from featstore.store.format import documents, shards
 from featstore.store.format.elements import Encoded, Format
-from featstore.store.read.rows import RowReader, read_chunk
+from featstore.store.read.rows import RowReader
+from featstore.store.read.vectors import read_chunk
 from featstore.store.write.writer import Content, StoreWriter, padded_chunk
 
 
@@ -265,7 +265,4 @@ class RowWriter:
                 rows += have
                 if have < self.arrays.size(shard):
                     break
-            for name, document in self.arrays.documents(self._model, layer, rows).items():
-                path = self._writer.path / name / "zarr.json"
-                if not path.exists() or read_json(path) != document:
-                    write_json(path, document)
+            self._writer.describe(self.arrays.documents(self._model, layer, rows))

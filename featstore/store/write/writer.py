@@ -29,9 +29,12 @@ from featstore.runtime.provenance import digest, fsync_directory, json_text, rea
 from featstore.store.format import documents
 from featstore.store.format.shards import Buffer, file_checksum, seal
 from featstore.store.format.version import MANIFEST, METADATA_UNIT
-from featstore.store.read.files import parse_entry
+from featstore.store.read.files import LocalFiles, parse_entry
+from featstore.store.read.store import Store, open_files, open_store
 
 _LOCK = ".writer.lock"
+#: Of these a reader keeps nothing: every look goes to the files.
+_NOT_KEPT = ("pairs", "moments")
 
 #: What a file will hold.
 Content = bytes | Iterator[Buffer]
@@ -63,6 +66,26 @@ def exclusive(path: Path) -> Iterator[None]:
         for left in path.rglob(".*.part"):
             left.unlink()
         yield
+
+
+@contextmanager
+def adding_to(path: Path) -> Iterator[StoreWriter]:
+    """Hold the lock of a complete store on this machine, to add to it what follows from its rows.
+
+    Args:
+        path: The store.
+
+    Yields:
+        Its writer, whose view is the store as it is now that nobody else writes.
+
+    Raises:
+        StoreNotFoundError: No such store.
+        StoreStateError: It is unfinished, or not on this machine.
+        StoreBusyError: Another process writes to it.
+    """
+    with exclusive(open_store(path).directory):
+        # Only now: what another process added while we waited to begin belongs to it.
+        yield StoreWriter(path, open_store(path))
 
 
 def read_entry(path: Path, unit: str) -> dict[str, Any]:
@@ -110,10 +133,35 @@ def free_bytes(path: Path) -> int:
 
 
 class StoreWriter:
-    """Writes units into a store directory. Use inside :func:`exclusive`."""
+    """Writes units into a store directory. Use inside :func:`exclusive`.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The directory.
+        view: The store as it was opened a moment ago, where it was.
+    """
+
+    def __init__(self, path: Path, view: Store | None = None) -> None:
         self.path = path
+        self._view = view
+
+    @property
+    def view(self) -> Store:
+        """What has been committed, as a reader of the store sees it; valid until something else is written.
+
+        The steps after the rows (sink masks, pair indexes, moments, the summary) read through it. It keeps what it has
+        read until this writer changes that.
+
+        Raises:
+            FeatstoreError: No root has been written, or what is there is damaged.
+        """
+        if self._view is None:
+            self._view = open_files(LocalFiles(self.path), allow_incomplete=True)
+        return self._view
+
+    def _changed(self, name: str) -> None:
+        """Something was written: forget what the view may have kept of it."""
+        if self._view is not None and (name.partition("/")[0] not in _NOT_KEPT or "manifest" in vars(self._view)):
+            self._view = None
 
     def has(self, unit: str) -> bool:
         """Whether the manifest names a unit and its files have the recorded sizes.
@@ -157,6 +205,7 @@ class StoreWriter:
             NoSpaceError: The disk filled up; nothing of the unit counts as written.
         """
         record = {}
+        self._changed(unit)
         try:
             for name, data in files.items():
                 record[name] = self._place(name, data)
@@ -176,6 +225,7 @@ class StoreWriter:
             name: Path within the store; empty for the root.
             attributes: JSON attributes.
         """
+        self._changed(name)
         write_json(self.path / name / "zarr.json", documents.group_document(attributes))
 
     def attributes(self, name: str = "") -> dict[str, Any] | None:
@@ -191,10 +241,13 @@ class StoreWriter:
         """Write the ``zarr.json`` of arrays, before the commit of the unit they belong to.
 
         Args:
-            described: Documents by path within the store.
+            described: Documents by path within the store; those that are there already are left alone.
         """
         for name, document in described.items():
-            write_json(self.path / name / "zarr.json", document)
+            path, text = self.path / name / "zarr.json", json_text(document)
+            if not path.is_file() or path.read_bytes() != text.encode():
+                self._changed(name)
+                write_atomic(path, text)
 
     def vectors(
         self,
@@ -229,6 +282,7 @@ class StoreWriter:
         Args:
             attributes: The root's attributes.
         """
+        self._view = None
         held = {}
         for path in sorted(self.path.rglob("zarr.json")):
             name = path.parent.relative_to(self.path).as_posix()
@@ -263,6 +317,7 @@ class StoreWriter:
             unit: Name of the unit; nothing happens where there is none.
         """
         path = self._manifest_path(unit)
+        self._changed(unit)
         if path.exists():
             path.unlink()
             fsync_directory(path.parent)

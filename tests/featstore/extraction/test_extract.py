@@ -379,17 +379,17 @@ class TestRefusals:
         (tmp_path / "directory").mkdir()
         (tmp_path / "directory" / "thesis.tex").write_text("mine")
         for name, message in {"file": "is a file", "directory": "exists and is not a feature store"}.items():
-            elsewhere = dataclasses.replace(job, settings=at(job.settings, tmp_path / name))
+            elsewhere = dataclasses.replace(job, store=tmp_path / name)
             with pytest.raises(StoreFormatError, match=message):
                 extract(elsewhere, quiet=True)
         assert sorted(p.name for p in tmp_path.rglob("*")) == ["directory", "file", "thesis.tex"]
 
 
 class TestSpace:
-    def test_a_disk_too_small_is_refused_with_a_budget_that_would_fit(self, job, tmp_path, monkeypatch):
+    def test_a_disk_too_small_is_refused_with_a_budget_that_would_fit(self, settings, job, tmp_path, monkeypatch):
         free = 1_000_000
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
-        mine = dataclasses.replace(job, settings=at(job.settings, tmp_path / "store.zarr"))
+        mine = dataclasses.replace(job, store=tmp_path / "store.zarr")
         assert mine.state_bytes() > free
         with pytest.raises(
             NoSpaceError, match=r"store\.zarr needs .* MB and 1 MB are free; --max-tokens \d+ would"
@@ -397,7 +397,7 @@ class TestSpace:
             extract(mine, quiet=True)
         assert not (tmp_path / "store.zarr").exists()
         budget = int(str(e.value).partition("--max-tokens ")[2].split()[0])
-        fitting = prepare(at(job.settings, tmp_path / "store.zarr", max_tokens=budget), quiet=True)
+        fitting = prepare(at(settings, tmp_path / "store.zarr", max_tokens=budget), quiet=True)
         assert 0.5 * free < fitting.state_bytes() <= free
         extract(fitting, quiet=True)
 
@@ -406,7 +406,7 @@ class TestSpace:
         llama = job.plan.models["llama"].rows * 3 * (48 * 4 + 4)
         free = job.state_bytes() - llama
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
-        mine = dataclasses.replace(job, settings=at(job.settings, tmp_path / "store.zarr"))
+        mine = dataclasses.replace(job, store=tmp_path / "store.zarr")
         with pytest.raises(NoSpaceError):
             extract(mine, quiet=True)
         monkeypatch.undo()
@@ -416,20 +416,20 @@ class TestSpace:
         with pytest.raises(KeyboardInterrupt):
             extract(mine, quiet=True)
         monkeypatch.undo()
-        for unit in mine.settings.store.glob("manifest/models/mistral/resid/*/rows-*.json"):
+        for unit in mine.store.glob("manifest/models/mistral/resid/*/rows-*.json"):
             unit.unlink()
         for layer in LAYERS["mistral"]:
-            shutil.rmtree(mine.settings.store / "models" / "mistral" / "resid" / str(layer))
+            shutil.rmtree(mine.store / "models" / "mistral" / "resid" / str(layer))
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
         extract(mine, quiet=True)
-        assert tree_bytes(mine.settings.store) == tree_bytes(undisturbed)
+        assert tree_bytes(mine.store) == tree_bytes(undisturbed)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
         extract(mine, quiet=True)
 
 
 class TestDryRun:
     def test_it_tells_sizes_and_time_and_writes_nothing(self, job, undisturbed, tmp_path):
-        mine = dataclasses.replace(job, settings=at(job.settings, tmp_path / "store.zarr"))
+        mine = dataclasses.replace(job, store=tmp_path / "store.zarr")
         result = dry_run(mine)
         assert not list(tmp_path.iterdir())
         for name, layers in LAYERS.items():

@@ -23,7 +23,8 @@ from featstore.store.format.elements import FORMATS, Format, column_scale_of
 from featstore.store.format.shards import LAYOUTS, Layout, encode_shard, seal
 from featstore.store.read.loader import BLOCK_ROWS, SHARD_ROWS, SHARDS_TOGETHER, EpochOrder, PairBatch, PairBatches
 from featstore.store.read.pairs import Pairs
-from featstore.store.read.rows import RowReader, TableReader
+from featstore.store.read.rows import RowReader
+from featstore.store.read.tables import TableReader
 from tests.support.store_fixtures import Recipe, decoded_states, write_quickly
 
 #: Every row a chunk of its own: the chunks that are fetched are then the rows that are read.

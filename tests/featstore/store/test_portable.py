@@ -42,7 +42,8 @@ from featstore.store.format.shards import LAYOUTS, Layout
 from featstore.store.read import portable
 from featstore.store.read import rows as rows_module
 from featstore.store.read.portable import PortableFiles, PortableRows
-from featstore.store.read.rows import RowReader, TableReader
+from featstore.store.read.rows import RowReader
+from featstore.store.read.tables import TableReader
 from featstore.store.write.row_writer import RowArrays
 from featstore.store.write.table import write_table
 from featstore.store.write.writer import StoreWriter, padded_chunk
@@ -204,7 +205,7 @@ class TestRows:
         with pytest.raises(IndexError, match=rf"row {reader.rows} is outside"):
             reader.stored([reader.rows])
         with pytest.raises(IndexError, match=r"by number, not by bool; for a mask use np\.flatnonzero"):
-            reader[np.ones(reader.rows, bool)]
+            reader.stored(np.ones(reader.rows, bool))
 
     def test_no_rows(self, stores, way):
         reader = open_store(stores["fp8", "archive"], portable=way == "portable").rows("a", 2)

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from test_cka import related
-from test_moments import assert_same
 
 from align.closed_form.fit import Fit, baselines, fit_closed
 from align.layers import LayerPair
@@ -25,11 +23,12 @@ from align.runs.train import describe
 from align.scoring.moments import NEEDS_ROWS, score_moments
 from align.similarity.compare import Comparison
 from featstore.errors import CorruptDataError, FitError, SpecError, StoreBusyError, StoreStateError
-from featstore.store import open_store
+from featstore.store import Store, open_store
 from featstore.store.inspect.verify import verify_store
 from featstore.store.moments import stored as module
 from featstore.store.moments.stored import (
     CUT_ROWS,
+    Site,
     StoredMoments,
     add_moments,
     all_blocks,
@@ -37,12 +36,13 @@ from featstore.store.moments.stored import (
     commit_blocks,
     groups,
     memory_needed,
-    read_moments,
     unit_of,
 )
-from featstore.store.moments.sums import BlockSums, moments_of, products, steady_products
+from featstore.store.moments.sums import BlockSums, Moments, moments_of, products, steady_products
 from featstore.store.write.index import add_pairs
 from featstore.store.write.writer import StoreWriter, exclusive
+from tests.align.moments.test_moments import assert_same
+from tests.align.similarity.test_cka import related
 from tests.support.commands import call, strict_json
 from tests.support.planted import Planted, only, plant, rotation, spectrum_rows, trained
 from tests.support.store_fixtures import tree_bytes
@@ -68,6 +68,10 @@ def rows_with_sinks(n: int = 700) -> tuple[dict[int, Any], dict[int, Any]]:
     x, y = related(n)
     y[2][::40] *= 60
     return x, y
+
+
+def read_moments(store: Store, x: Site, y: Site, split: int, models: tuple[str, str] | None = None) -> Moments | None:
+    return StoredMoments(store, *(models or (x[0], y[0]))).read(x, y, split)
 
 
 @pytest.fixture(autouse=True)

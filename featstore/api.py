@@ -1,0 +1,192 @@
+"""What a notebook calls: :func:`extract` and :func:`open_store`, with the flags of the command as arguments."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from featstore.errors import SpecError
+from featstore.store import Store, open_store
+
+__all__ = ["Layers", "Models", "extract", "open_store"]
+
+#: Models by their short name, or ``NAME=REF`` as on the command line.
+Models: TypeAlias = Mapping[str, str | Path] | Sequence[str]
+#: Layers of every model (numbers, or text such as ``0%,50%,100%``), or of each model by its short name.
+Layers: TypeAlias = int | str | Iterable[int | str] | Mapping[str, int | str | Iterable[int | str]]
+
+
+def extract(
+    models: Models | None = None,
+    layers: Layers | None = None,
+    dataset: str | None = None,
+    store: str | Path = "wt103.zarr",
+    *,
+    text_field: str | None = None,
+    max_tokens: int | str | None = None,
+    max_documents: int | None = None,
+    max_document_bytes: int | None = None,
+    window_bytes: int | None = None,
+    batch_tokens: int | None = None,
+    shard_rows: int | None = None,
+    format: str | None = None,  # noqa: A002 - the flag's name, and the word for it
+    layout: str | None = None,
+    layer_0: str | None = None,
+    sink_threshold: float | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    attn: str | None = None,
+    seed: int | None = None,
+    moments: bool = False,
+    moments_only: bool = False,
+    moments_memory: int | str = "12G",
+    quiet: bool = False,
+) -> Store:
+    """Read a corpus with every model and store their residual streams: `featstore extract` as a function.
+
+    On a store that exists, what is not given is taken from it: the call goes on where an earlier one stopped, or adds
+    another layer, another model or more documents. Called again with the same arguments, it opens what is there.
+
+    >>> import featstore
+    >>> store = featstore.extract(
+    ...     models={"tiny": "./model"}, layers=[0, 2], dataset="text:articles/*.txt", store="tiny.zarr", quiet=True
+    ... )
+    >>> store.models
+    ('tiny',)
+    >>> rows = store.rows("tiny", 2)
+    >>> rows[-1].shape == (rows.shape[1],)
+    True
+    >>> featstore.extract(store="tiny.zarr", layers=[1], quiet=True).model("tiny").layers
+    (0, 1, 2)
+
+    Args:
+        models: Models by short name, ``{"llama": "meta-llama/Llama-3.1-8B"}``, or ``["NAME=REF", ...]``. A reference is
+            a hub id with an optional ``@revision``, a directory, or a GGUF file.
+        layers: ``[0, 8, 16]``, ``"0%,50%,100%"``, or such a choice for each model, ``{"llama": [0, 16]}``.
+        dataset: ``wikitext-103-raw-v1``, ``hf:REPO[/CONFIG][:SPLIT]``, ``text:PATH-OR-GLOB``, ``jsonl:PATH``.
+        store: Where to write, or what to add to.
+        text_field: Field that holds the text.
+        max_tokens: Token budget per model: a number, ``"1M"``, or ``"all"``.
+        max_documents: Documents to read at most.
+        max_document_bytes: Bytes to read of each document at most.
+        window_bytes: Longest stretch of text that a model reads at once.
+        batch_tokens: Padded tokens of a forward pass.
+        shard_rows: Rows of a shard file.
+        format: ``bfloat16``, ``float16``, ``float32``, ``int8`` or ``fp8``.
+        layout: ``hot`` (mapped, uncompressed) or ``archive`` (compressed).
+        layer_0: ``stored`` like any layer, or ``table``: one row for every token id.
+        sink_threshold: A token is an attention sink beyond this multiple of the median norm.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
+        attn: transformers' attention implementation.
+        seed: Order of documents: 0 as in the corpus, else shuffled.
+        moments: Also store the moments of every two layers: fits then need no rows.
+        moments_only: Store moments and no rows; both models are loaded at once.
+        moments_memory: Bytes for summing moments, or such as ``"12G"``.
+        quiet: Show no progress.
+
+    Returns:
+        The complete store, open.
+
+    Raises:
+        FeatstoreError: What the command would print, as one of the classes in :mod:`featstore.errors`.
+    """
+    from featstore.extraction import run
+    from featstore.extraction.flags import parse_settings
+    from featstore.extraction.job import prepare
+    from featstore.runtime.processes import Ranks
+
+    given = {
+        "model": None if models is None else model_texts(models),
+        "layers": None if layers is None else layer_texts(layers),
+        "dataset": dataset,
+        "text_field": text_field,
+        "store": store,
+        "max_tokens": max_tokens,
+        "max_documents": max_documents,
+        "max_document_bytes": max_document_bytes,
+        "window_bytes": window_bytes,
+        "batch_tokens": batch_tokens,
+        "shard_rows": shard_rows,
+        "form": format,
+        "layout": layout,
+        "layer_0": layer_0,
+        "sink_threshold": sink_threshold,
+        "device": device,
+        "dtype": dtype,
+        "attention": attn,
+        "seed": seed,
+        "moments_memory": moments_memory,
+    }
+    settings = parse_settings(given, moments=moments, moments_only=moments_only)
+    job = prepare(settings, quiet=quiet or not Ranks.from_environment().first)
+    run.extract(job, quiet=quiet)
+    return open_store(settings.store)
+
+
+def model_texts(models: Models) -> tuple[str, ...]:
+    """Models as they are typed after ``--model``.
+
+    Args:
+        models: Of :func:`extract`.
+
+    Raises:
+        SpecError: No model, or something else than names and references.
+    """
+    if isinstance(models, Mapping):
+        texts = tuple(_reference(name, ref) for name, ref in models.items())
+    elif isinstance(models, str):
+        texts = (models,)
+    elif isinstance(models, Iterable):
+        texts = tuple(models)
+    else:
+        raise SpecError(f"models {models!r}: give {{'NAME': 'REF'}} or ['NAME=REF', ...]")
+    if not texts:
+        raise SpecError("models is empty: give {'NAME': 'REF'}, or leave it out")
+    return texts
+
+
+def _reference(name: Any, ref: Any) -> str:
+    if not isinstance(name, str) or "=" in name or not isinstance(ref, (str, Path)):
+        raise SpecError(f"model {name!r}: {ref!r}: give a short name and a hub id, directory or GGUF file")
+    # A path may contain '@', after which a hub id has its revision.
+    relative = isinstance(ref, Path) and "@" in str(ref) and not str(ref).startswith((".", "/", "~"))
+    return f"{name}=./{ref}" if relative else f"{name}={ref}"
+
+
+def layer_texts(layers: Layers) -> tuple[str, ...]:
+    """Layers as they are typed after ``--layers``.
+
+    Args:
+        layers: Of :func:`extract`.
+
+    Raises:
+        SpecError: Something else than numbers and depths.
+    """
+    if isinstance(layers, Mapping):
+        return tuple(f"{name}={_joined(chosen)}" for name, chosen in layers.items())
+    if isinstance(layers, Iterable) and not isinstance(layers, str):
+        listed = tuple(layers)
+        if any(isinstance(item, str) and "=" in item for item in listed):
+            return tuple(_item(item) for item in listed)
+        return (_joined(listed),)
+    return (_joined(layers),)
+
+
+def _joined(chosen: Any) -> str:
+    if isinstance(chosen, Iterable) and not isinstance(chosen, (str, bytes, Mapping)):
+        items = [_item(item) for item in chosen]
+        if not items:
+            raise SpecError("layers is empty: give numbers such as [0, 8, 16] or depths such as '0%,50%,100%'")
+        return ",".join(items)
+    return _item(chosen)
+
+
+def _item(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, bool) or not hasattr(item, "__index__"):
+        raise SpecError(f"layer {item!r}: give numbers such as 0,8,16 or depths such as '0%,50%,100%'")
+    return str(operator.index(item))

@@ -1,0 +1,118 @@
+"""The flags of an extraction, typed on a command line or passed as arguments, parsed into settings."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from featstore.errors import SpecError
+from featstore.extraction.settings import Settings
+from featstore.runtime.quantities import parse_budget, parse_bytes
+
+#: Smallest value of every flag that is a number.
+MINIMUM: dict[str, float] = {
+    "max_documents": 1,
+    "max_document_bytes": 4,
+    "window_bytes": 4,
+    "batch_tokens": 1,
+    "shard_rows": 256,
+    "sink_threshold": 1.0,
+    "seed": 0,
+}
+#: Flags whose name is not that of the settings' field.
+_FLAG = {"form": "format", "attention": "attn"}
+
+
+def parse_settings(given: Mapping[str, Any], *, moments: bool = False, moments_only: bool = False) -> Settings:
+    """Settings from the flags that were given; the others keep their defaults, or are taken from the store.
+
+    Args:
+        given: Values by field of :class:`Settings`; None stands for a flag that was not given. ``model`` and ``layers``
+            hold texts as on the command line, ``max_tokens`` and ``moments_memory`` numbers or such as 1M.
+        moments: Also store the moments.
+        moments_only: Store moments and no rows.
+
+    Raises:
+        SpecError: A value of another kind, or one that is too small; the message names the flag.
+    """
+    chosen = {name: _PARSERS[name](name, value) for name, value in given.items() if value is not None}
+    always = {name: chosen.pop(name) for name in ("store", "device", "moments_memory") if name in chosen}
+    if moments or moments_only:
+        chosen["moments"] = "only" if moments_only else "add"
+    # Where to write, where to compute and with how much memory is never taken from a store.
+    return Settings(**always, **chosen, given=frozenset(chosen))
+
+
+def flag(field: str) -> str:
+    """A field of the settings as it is typed.
+
+    Args:
+        field: Name of the field.
+    """
+    return f"--{_FLAG.get(field, field).replace('_', '-')}"
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise SpecError(f"{flag(name)} {value!r}: give it as text, not as {type(value).__name__}")
+    return value
+
+
+def _texts(name: str, values: Any) -> tuple[str, ...]:
+    return tuple(_text(name, value) for value in values)
+
+
+def _path(name: str, value: Any) -> Path:
+    if not isinstance(value, (str, os.PathLike)):
+        raise SpecError(f"{flag(name)} {value!r}: give a path, not {type(value).__name__}")
+    return Path(value)
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise SpecError(f"{flag(name)} {value!r}: give a whole number, not {type(value).__name__}")
+    return int(_least(name, operator.index(value)))
+
+
+def _real(name: str, value: Any) -> float:
+    try:
+        number = float("nan") if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    return float(_least(name, number, shown=value))
+
+
+def _least(name: str, number: float, shown: Any = None) -> float:
+    # Written so that NaN is refused.
+    if not number >= MINIMUM[name]:
+        raise SpecError(
+            f"{flag(name)} {number if shown is None else shown!r}: give a number of at least {MINIMUM[name]:g}"
+        )
+    return number
+
+
+def _budget(name: str, value: Any) -> int | None:
+    del name
+    return parse_budget(str(value))
+
+
+def _memory(name: str, value: Any) -> int:
+    del name
+    return parse_bytes(str(value))
+
+
+_PARSERS: dict[str, Callable[[str, Any], Any]] = {
+    "model": _texts,
+    "layers": _texts,
+    "store": _path,
+    "max_tokens": _budget,
+    "moments_memory": _memory,
+    **dict.fromkeys(("dataset", "text_field", "form", "layout", "layer_0", "device", "dtype", "attention"), _text),
+    **dict.fromkeys(
+        ("max_documents", "max_document_bytes", "window_bytes", "batch_tokens", "shard_rows", "seed"), _whole
+    ),
+    "sink_threshold": _real,
+}

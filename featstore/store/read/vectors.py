@@ -1,0 +1,99 @@
+"""Small arrays of plain checksummed chunks, read whole: token tables, norms, scales, pair indexes, sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import CorruptDataError
+from featstore.store.format import shards
+
+
+def read_vector(path: Path, document: dict[str, Any]) -> NDArray[Any]:
+    """Read a small array of plain checksummed chunks whole.
+
+    Args:
+        path: The array's directory.
+        document: Its ``zarr.json``.
+
+    Raises:
+        CorruptDataError: Missing, damaged, or not such an array.
+    """
+    return vector_of(lambda name: (path / name).read_bytes() if (path / name).is_file() else None, document, str(path))
+
+
+def vector_of(read: Callable[[str], bytes | None], document: dict[str, Any], where: str) -> NDArray[Any]:
+    """A small array of plain checksummed chunks, wherever its files are.
+
+    Args:
+        read: Content of one of the array's files, None where there is none.
+        document: Its ``zarr.json``.
+        where: The array, named in errors.
+
+    Raises:
+        CorruptDataError: Missing, damaged, or not such an array.
+    """
+    try:
+        shape = tuple(int(v) for v in document["shape"])
+        dtype = np.dtype(document["data_type"]).newbyteorder("<")
+        chunk = int(document["chunk_grid"]["configuration"]["chunk_shape"][0])
+        usable = chunk >= 1 and min(shape) >= 0 and 1 <= len(shape) <= 2 and not dtype.hasobject
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        raise CorruptDataError(f"{where}/zarr.json is damaged ({error!r}); extract again") from error
+    if not usable:
+        raise CorruptDataError(
+            f"{where}/zarr.json has shape {shape}, chunk {chunk}, {dtype}: not usable; extract again"
+        )
+    rest = shape[1:]
+    size = chunk * int(np.prod(rest, dtype=np.int64))
+    parts = []
+    for i in range(-(-shape[0] // chunk)):
+        name = "/".join(map(str, ("c", i, *(0 for _ in rest))))
+        parts.append(parse_chunk(read(name), dtype, size, f"{where}/{name}").reshape(chunk, *rest))
+    if not parts:
+        return np.zeros(shape, dtype)
+    return np.concatenate(parts)[: shape[0]]
+
+
+def read_chunk(file: Path, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
+    """Read one plain checksummed chunk file.
+
+    Args:
+        file: The file.
+        dtype: Its element type.
+        size: Values it must hold.
+
+    Returns:
+        Flat, read-only.
+
+    Raises:
+        CorruptDataError: Missing, damaged, or of another size.
+    """
+    return parse_chunk(file.read_bytes() if file.is_file() else None, dtype, size, str(file))
+
+
+def parse_chunk(data: bytes | None, dtype: np.dtype[Any], size: int, where: str) -> NDArray[Any]:
+    """The values of one plain checksummed chunk.
+
+    Args:
+        data: Content of the chunk's file, None where there is none.
+        dtype: Its element type.
+        size: Values it must hold.
+        where: The file, named in errors.
+
+    Returns:
+        Flat, read-only.
+
+    Raises:
+        CorruptDataError: Missing, damaged, or of another size.
+    """
+    if data is None:
+        raise CorruptDataError(f"{where} is missing; run the same `featstore extract` command again")
+    body = shards.unseal(memoryview(data), where)
+    if len(body) != size * dtype.itemsize:
+        raise CorruptDataError(f"{where} holds {len(body)} bytes, not {size} values of {dtype}")
+    return np.frombuffer(body, dtype)
