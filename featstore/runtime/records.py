@@ -162,7 +162,7 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
             break
         except ValidationError as error:
             content = copy.deepcopy(content) if not lost else content
-            for place, words in _damage(error, content):
+            for place, words in list(_damage(error, content)):
                 lost.setdefault(_pointer(place), words)
                 _drop(content, place)
     return record, _line(path.name, list(lost.values())) if lost else None
@@ -254,6 +254,9 @@ def _leads(value: Any, key: str | int) -> bool:
 
 def _drop(content: Any, place: tuple[str | int, ...]) -> None:
     """Take a value out of an object; make it null in a list, and take out the list where it is null already."""
+    if not place:
+        content.clear()
+        return
     *above, last = place
     inside = content
     for key in above:
