@@ -112,6 +112,34 @@ class Record(BaseModel):
         """
         return self.model_fields_set.issuperset(names)
 
+    def members(self) -> tuple[str, ...]:
+        """Names of the members that were given, unknown ones included, in order."""
+        return tuple(sorted(self.model_fields_set | set(self.model_extra or ())))
+
+    @classmethod
+    def declares(cls, name: str) -> bool:
+        """Whether the record has a member of this name.
+
+        Args:
+            name: Of the member.
+        """
+        return name in cls.model_fields
+
+    def member(self, name: str) -> Any:
+        """A member by name, None where it was not given.
+
+        Args:
+            name: A declared member, or an unknown one that was given.
+
+        Raises:
+            AttributeError: No version of the file has such a member.
+        """
+        if name in self.members():
+            return getattr(self, name) if name in type(self).model_fields else (self.model_extra or {})[name]
+        if name not in type(self).model_fields:
+            raise AttributeError(f"{type(self).__name__} declares no member {name!r}")
+        return None
+
     @model_validator(mode="after")
     def _complete(self, info: ValidationInfo) -> Self:
         missing = [name for name in self.always if name not in self.model_fields_set] if info.context else []
