@@ -10,7 +10,6 @@ import typer
 from rich.markup import escape
 
 from align.resources import choose_device, dask_client
-from align.runs.rundir import check_free
 from align.settings import TYPES
 from align.similarity.measures.names import MEASURES
 from featstore.errors import SpecError
@@ -125,6 +124,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fit a map between two models' hidden states from the store alone, and score it beside its controls."""
+    from align.runs.rundir import check_free
     from align.runs.train import describe
     from align.runs.train import train as run_training
     from align.settings import LoopSettings, Settings, load_settings
@@ -234,12 +234,12 @@ def cka(
 ) -> None:
     """Compare all layers of two models with each other, debiased and over the whole store."""
     from align.layers import choose_models
+    from align.results import Similarity, write_similarity
     from align.similarity import heatmaps, page
     from align.similarity.compare import Comparison
     from align.similarity.measures.by_name import parse_measures
     from align.similarity.words import describe as describe_cka
     from featstore.models.references import parse_layers
-    from featstore.runtime.provenance import write_json
     from featstore.store import open_store
 
     check_directory(out)
@@ -271,7 +271,7 @@ def cka(
     )
     with dask_client(scheduler, workers=workers) as client:
         result = jsonable(comparison.run(client))
-    write_json(out / "cka.json", result)
+    write_similarity(out, Similarity.parse(result))
     files = ["cka.json", page.write(result, out), *heatmaps.plot(result, out)]
     comparison.discard()
     emit(
