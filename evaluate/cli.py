@@ -45,8 +45,8 @@ def stitch(
 ) -> None:
     """Measure the target's loss when a layer's states come from the source through the map, with controls."""
     from align.maps.fitted import load_adapter
+    from evaluate.results import Stitched, write_stitch
     from evaluate.stitching import stitch as stitching
-    from featstore.runtime.provenance import write_json
     from featstore.store import open_store
 
     if split not in SPLITS:
@@ -68,7 +68,7 @@ def stitch(
             seed=seed,
         )
     )
-    write_json((out or adapter) / "stitch.json", result)
+    write_stitch(out or adapter, Stitched.parse(result))
     emit(result, escape(stitching.describe(result)), as_json=as_json)
 
 
@@ -92,7 +92,7 @@ def generate(
     from align.maps.fitted import load_adapter
     from evaluate.generation import generate as generating
     from evaluate.injection.continuing import Sampling
-    from featstore.runtime.provenance import write_json
+    from evaluate.results import Generations, write_generations
 
     if not sample and (temperature, top_p) != (1.0, 1.0):
         raise SpecError("--temperature and --top-p need --sample")
@@ -109,7 +109,7 @@ def generate(
         dtype=dtype,
         seed=seed,
     )
-    write_json((out or adapter) / "generations.json", jsonable(result))
+    write_generations(out or adapter, Generations.parse(jsonable(result)))
     emit(result, escape(generating.describe(result)), as_json=as_json)
 
 
@@ -140,7 +140,7 @@ def communicate(
     from align.maps.fitted import load_adapter
     from evaluate.communication import communicate as communicating
     from evaluate.communication.tasks.named import make
-    from featstore.runtime.provenance import write_json
+    from evaluate.results import Communication, write_communication
 
     if out is not None:
         check_directory(out)
@@ -166,7 +166,7 @@ def communicate(
         )
         result = {**found, "tasks": {**result.get("tasks", {}), **found["tasks"]}}
         # After each, so that an interruption costs one task.
-        write_json((out or adapter) / "communicate.json", result)
+        write_communication(out or adapter, Communication.parse(result))
     emit(result, escape(communicating.describe(result)), as_json=as_json)
 
 

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from align import results as fitted
+from align.results import epoch_files
+from evaluate import results as evaluated
 from featstore.errors import AdapterError, CorruptDataError
 from featstore.runtime.provenance import read_json
+from featstore.runtime.records import salvage
 
 #: A directory with none of these has nothing to report.
 KNOWN = ("metrics.json", "cka.json", "stitch.json", "generations.json", "communicate.json", "adapter.json")
@@ -26,7 +30,6 @@ CKA_PAGE = "cka.html"
 
 #: No figure of a run comes near this; below it, sums and differences of figures stay finite.
 _LARGEST = 1e100
-_EPOCH_FILE = re.compile(r"eval_epoch_(\d+)\.json")
 _PAIR_KEY = re.compile(r"(?P<source>.+):(?P<ks>\d{1,6})->(?P<target>.+):(?P<kt>\d{1,6})", re.DOTALL)
 _CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _CONTROL |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
@@ -308,12 +311,12 @@ def _read_run(path: Path, label: str, href: str, notes: tuple[tuple[str, str], .
         raise AdapterError(
             f"{path} holds none of {', '.join(KNOWN)}; name a directory written by `align train` or `align cka`"
         )
-    epochs = sorted(
-        (int(found[1]), entry.name) for entry in path.iterdir() if (found := _EPOCH_FILE.fullmatch(entry.name))
-    )
+    epochs = epoch_files(path)
     contents, sources = {}, []
     for name in [*names, *(name for _, name in epochs)]:
-        contents[name] = Node(_load(path / name), f"{label}/{name}#", href and href + quote(name))
+        content, lost = _content(path / name)
+        contents[name] = Node(content, f"{label}/{name}#", href and href + quote(name))
+        notes = notes if lost is None else (*notes, ("damaged file", f"left out of {clean_text(lost)}"))
         sources.append(_source(path / name, label, href))
     log, torn = Node(), False
     if (path / "log.jsonl").exists():
@@ -331,6 +334,15 @@ def _read_run(path: Path, label: str, href: str, notes: tuple[tuple[str, str], .
         cka_page=Origin(f"{label}/{CKA_PAGE}", href and href + CKA_PAGE) if (path / CKA_PAGE).is_file() else None,
         notes=notes,
     )
+
+
+def _content(path: Path) -> tuple[dict[str, Any], str | None]:
+    """What a file says, values that are not of their types left out, and one line on those."""
+    kind = fitted.kind_of(path.name) or evaluated.kind_of(path.name)
+    if kind is None:
+        return _load(path), None
+    record, lost = salvage(kind, path)
+    return record.content(), lost
 
 
 def _load(path: Path) -> dict[str, Any]:
