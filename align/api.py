@@ -10,7 +10,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -34,6 +34,15 @@ __all__ = ["Leaderboard", "Map", "Maps", "Run", "Similarity", "cka", "compare", 
 StoreGiven = str | os.PathLike[str] | Store
 #: A run directory, or a :class:`Run`, which is a path as well.
 RunGiven = str | os.PathLike[str]
+
+#: Options whose default depends on others or on the machine, or which are given otherwise than they are kept.
+_SHOWN = {
+    "memory": ("1GiB", "int | str"),
+    "device": ("auto", "str"),
+    "skip": (None, "str | None"),
+    "layer_map": (None, "str | Mapping[int, int] | None"),
+    "components": (None, "int | str | None"),
+}
 
 
 def train(
@@ -314,8 +323,6 @@ def _changed(given: dict[str, Any]) -> dict[str, Any]:
 
 def _interrupted(store: StoreGiven, out: Path | None, options: dict[str, Any]) -> Settings:
     """The settings of an interrupted run."""
-    from dataclasses import replace
-
     from align.resources import choose_device
     from align.runs.rundir import check_free
     from align.settings import load_settings
@@ -339,12 +346,9 @@ def _complete_signature() -> inspect.Signature:
     shown = {name: each for name, each in own.parameters.items() if name != "options"}
     for entry in (*fields(Settings), *fields(LoopSettings)):
         if entry.name not in (*shown, "loop"):
-            default = {"memory": "1GiB", "device": "auto", "skip": None}.get(entry.name, entry.default)
+            default, kind = _SHOWN.get(entry.name, (entry.default, entry.type))
             shown[entry.name] = inspect.Parameter(
-                entry.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None if default is MISSING else default,
-                annotation=entry.type,
+                entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
             )
     return own.replace(parameters=list(shown.values()))
 

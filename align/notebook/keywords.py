@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
+import numpy as np
+
 from align.resources import choose_device
 from align.settings import LoopSettings, Settings
 from featstore.errors import SpecError
@@ -106,7 +108,7 @@ def _typed(entry: Field[Any], value: Any) -> Any:
     kinds = [kind.strip() for kind in str(entry.type).split("|")]
     if value is None and "None" in kinds:
         return None
-    if isinstance(value, bool) or type(value).__name__ == "bool_":
+    if isinstance(value, bool | np.bool_):
         if "bool" in kinds:
             return bool(value)
     elif isinstance(value, numbers.Integral) and "int" in kinds:

@@ -128,7 +128,7 @@ class Map:
             raise AdapterError(f"{self.key} maps real numbers, not {states.dtype}; give float32 states")
         self._check_width(states.shape)
         rows = states.reshape(-1, states.shape[-1]).astype(np.float32, copy=False)
-        return self.aligner.apply(rows).reshape(*states.shape[:-1], -1)
+        return self.aligner.apply(rows).reshape(*states.shape[:-1], self.widths[1])
 
     def __repr__(self) -> str:
         """One line."""
@@ -163,7 +163,7 @@ class Map:
         if apply is None:
             # A kind that is only written for arrays.
             rows = x.detach().reshape(-1, x.shape[-1]).to(device="cpu", dtype=torch.float32).numpy()
-            return torch.from_numpy(self.aligner.apply(rows)).to(x.device).reshape(*x.shape[:-1], -1)
+            return torch.from_numpy(self.aligner.apply(rows)).to(x.device).reshape(*x.shape[:-1], self.widths[1])
         tensors = self._on(x.device)
         # Inside of somebody's autocast products would be bfloat16.
         with torch.autocast(x.device.type, enabled=False):
