@@ -1,0 +1,761 @@
+"""What `align` writes: metrics.json, documents.json, eval_epoch_<n>.json and cka.json as frozen records.
+
+Each file has one reader and one writer, here. `docs/results.md` is made from these classes by ``scripts/schema``; their
+``Attributes:`` are its texts.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator
+
+from featstore.runtime.records import (
+    EMPTY,
+    Flag,
+    Interval,
+    Matrix,
+    Number,
+    Record,
+    Table,
+    Whole,
+    flat,
+    frame,
+    read,
+    write,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_EPOCH_FILE = re.compile(r"eval_epoch_(\d+)\.json")
+
+
+class Finding(Record):
+    """What a careful reader would object to. The codes are explained in docs/reading-results.md.
+
+    Attributes:
+        code: Its kind, such as ``few-rows``.
+        message: What was found, and the remedy.
+        level: ``note`` for what is no more than worth knowing; absent for a warning.
+    """
+
+    code: str = ""
+    message: str = ""
+    level: str = "warning"
+
+
+def _finding(value: Any) -> Any:
+    """Early versions wrote the text alone."""
+    return {"message": value} if isinstance(value, str) else value
+
+
+#: Findings in the order in which they were made.
+Findings = tuple[Annotated[Finding, BeforeValidator(_finding)], ...]
+
+
+# metrics.json ------------------------------------------------------------------------------------------------------
+
+
+class Scores(Record):
+    """Figures of one map on one set of rows; null where one cannot be computed, and ``reasons`` of the pair says why.
+
+    Attributes:
+        r2: 1 - SSE / SST over all dimensions; SST is about the target's mean over the train rows.
+        r2_ci95: 95 % interval of ``r2`` over resampled documents; of the test split alone.
+        r2_median_dim: Median over the target's dimensions of the R2 of each.
+        r2_without_top_dims: R2 without the 1 % of dimensions (at least one) with the largest SST.
+        mse: Squared error, mean over rows and dimensions, in squared units of the target's states.
+        cosine: Mean cosine of a mapped state and the true one.
+        cosine_centered: The same about the target's train mean.
+        cka_debiased: Debiased linear CKA of mapped and true states, of 16,384 rows at most.
+        retrieval_top1: Share of mapped states whose nearest state in the gallery (centred cosine) is their own partner.
+        retrieval_top5: Share whose partner is among the five nearest.
+        retrieval_mrr: Mean reciprocal rank of the partner.
+        retrieval_median_rank: Median rank of the partner; 1 is the nearest.
+        retrieval_chance: ``retrieval_top1`` of a map that knows nothing, 1 / gallery.
+        retrieval_gallery: States in the gallery.
+        n: Rows scored.
+        all_positions: R2 over all positions of the windows, paired or not; of a compressed run.
+    """
+
+    r2: Number | None = None
+    r2_ci95: Interval | None = None
+    r2_median_dim: Number | None = None
+    r2_without_top_dims: Number | None = None
+    mse: Number | None = None
+    cosine: Number | None = None
+    cosine_centered: Number | None = None
+    cka_debiased: Number | None = None
+    retrieval_top1: Number | None = None
+    retrieval_top5: Number | None = None
+    retrieval_mrr: Number | None = None
+    retrieval_median_rank: Number | None = None
+    retrieval_chance: Number | None = None
+    retrieval_gallery: Whole | None = None
+    n: Whole | None = None
+    all_positions: Number | None = None
+
+
+class Baseline(Scores):
+    """Figures of a map that is not the run's own, on the same test rows.
+
+    Attributes:
+        name: Which closed form the optimum is; of ``closed_form`` alone.
+    """
+
+    name: str | None = None
+
+
+class MaskScores(Record):
+    """The test figures with attention sinks masked and with them left in, whichever the run used.
+
+    Attributes:
+        masked: Without rows whose norm exceeds the store's sink threshold times the median norm.
+        kept: With all rows.
+    """
+
+    masked: Scores | None = None
+    kept: Scores | None = None
+
+
+class CkaChange(Record):
+    """Debiased CKA of the test rows before the map and after it.
+
+    Attributes:
+        before: Of the source's states and the target's; null where the states cannot be compared as they are.
+        after: Of the mapped states and the target's.
+        invariant: Whether no map of this type can change it (a rotation cannot).
+    """
+
+    before: Number | None = None
+    after: Number | None = None
+    invariant: Flag | None = None
+
+
+class Rate(Record):
+    """What a map of windows sends.
+
+    Attributes:
+        windows: Windows that were sent.
+        latents: Latent vectors a window.
+        latent_dim: Numbers in each.
+        latent_bytes: Bytes a window, of the latents.
+        text_bytes: Mean UTF-8 bytes of a window's text.
+        latent_bytes_per_text_byte: The first over the second.
+        raw_bytes: Mean bytes of a window's states, uncompressed.
+        token_id_bytes: Mean bytes of a window's token ids.
+        side_bytes: Mean bytes of token positions that the receiver needs beside the latents.
+    """
+
+    windows: Whole | None = None
+    latents: Whole | None = None
+    latent_dim: Whole | None = None
+    latent_bytes: Number | None = None
+    text_bytes: Number | None = None
+    latent_bytes_per_text_byte: Number | None = None
+    raw_bytes: Number | None = None
+    token_id_bytes: Number | None = None
+    side_bytes: Number | None = None
+
+
+class RatePoint(Record):
+    """One point of the rate-distortion table: a mean over test windows.
+
+    Attributes:
+        latents: Latent vectors a window.
+        latent_dim: Numbers in each.
+        bytes_per_window: Bytes of the latents.
+        bytes_per_text_byte: The same over the bytes of the text.
+        text_bytes: UTF-8 bytes of a window's text.
+        token_id_bytes: Bytes of its token ids.
+        raw_bytes: Bytes of its states.
+        side_bytes: Bytes of positions beside the latents.
+        r2: Test R2 by codec: ``compress``, ``pca``, ``strided``.
+    """
+
+    latents: Whole | None = None
+    latent_dim: Whole | None = None
+    bytes_per_window: Number | None = None
+    bytes_per_text_byte: Number | None = None
+    text_bytes: Number | None = None
+    token_id_bytes: Number | None = None
+    raw_bytes: Number | None = None
+    side_bytes: Number | None = None
+    r2: Table[Number | None] = EMPTY
+
+
+class PairMetrics(Record):
+    """What was measured of the map of one layer pair.
+
+    Attributes:
+        fit: How the map came about, in words.
+        train: Figures on train rows (65,536 at most).
+        val: Figures on validation rows.
+        test: Figures on all test rows.
+        baselines: Test figures of ``mean``, ``identity``, ``random_rotation``, ``shuffled`` and ``closed_form`` (the
+            optimum that a trained map is judged by), and of a compressed run ``pca`` and ``strided``; null where there
+            is no such map.
+        by_mask: Test figures without and with attention sinks.
+        cka: Debiased CKA before the map and after it.
+        reasons: Why a figure is null, by its place, such as ``test.cka_debiased``.
+        warnings: What a careful reader would object to.
+        rate: What a compressed run sends.
+        rate_distortion: Its point of the rate-distortion table.
+    """
+
+    always: ClassVar[tuple[str, ...]] = ("test", "baselines", "warnings")
+
+    fit: str | None = None
+    train: Scores | None = None
+    val: Scores | None = None
+    test: Scores = Scores()
+    baselines: Table[Baseline | None] = EMPTY
+    by_mask: MaskScores = MaskScores()
+    cka: CkaChange = CkaChange()
+    reasons: Table[str] = EMPTY
+    warnings: Findings = ()
+    rate: Rate | None = None
+    rate_distortion: RatePoint | None = None
+
+
+class LayerMap(Record):
+    """How ``--layer-map auto`` chose the target layer of every source layer.
+
+    Attributes:
+        source: Model name.
+        target: Model name.
+        fit: Type of the closed form whose validation R2 decided.
+        source_layers: The rows of ``val_r2``.
+        target_layers: Its columns.
+        val_r2: ``(source layers, target layers)``, validation R2 of every two layers.
+        chosen: The target layer of every source layer.
+    """
+
+    source: str = ""
+    target: str = ""
+    fit: str = ""
+    source_layers: tuple[Whole, ...] = ()
+    target_layers: tuple[Whole, ...] = ()
+    val_r2: Matrix = ()
+    chosen: tuple[Whole, ...] = ()
+
+
+class Metrics(Record):
+    """Contents of ``metrics.json``: what a run measured, by layer pair.
+
+    Attributes:
+        type: The run's type of map, such as ``procrustes``.
+        pairs: By layer pair, ``<source>:<layer>-><target>:<layer>``; a joint map names all its source layers,
+            ``<source>:<k>+<k>-><target>:<layer>``.
+        layer_map: One for every direction, of a run with ``--layer-map auto``.
+    """
+
+    file: ClassVar[str] = "metrics.json"
+    command: ClassVar[str] = "align train"
+    always: ClassVar[tuple[str, ...]] = ("type", "pairs")
+
+    type: str = ""
+    pairs: Table[PairMetrics] = EMPTY
+    layer_map: tuple[LayerMap, ...] = ()
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for every layer pair and set of figures: ``pair``, ``split``, ``map``, and the figures.
+
+        ``split`` is ``train``, ``val``, ``test``, ``masked`` or ``kept``; ``map`` is the run's type or a baseline's
+        name. Intervals become columns ``<figure>_low`` and ``<figure>_high``.
+        """
+        rows = []
+        for key, pair in self.pairs.items():
+            blocks: list[tuple[str, str, Scores | None]] = [
+                (split, self.type, block) for split, block in (("train", pair.train), ("val", pair.val))
+            ]
+            blocks.append(("test", self.type, pair.test))
+            blocks += [("test", name, block) for name, block in pair.baselines.items()]
+            blocks += [("masked", self.type, pair.by_mask.masked), ("kept", self.type, pair.by_mask.kept)]
+            rows += [
+                {"pair": key, "split": split, "map": name, **flat(block)} for split, name, block in blocks if block
+            ]
+        return frame(rows)
+
+
+# documents.json ----------------------------------------------------------------------------------------------------
+
+
+class PairDocuments(Record):
+    """Sums over each test document of one layer pair, from which two runs are resampled together.
+
+    Empty where the store holds no rows of these layers. The lists have one element a document.
+
+    Attributes:
+        documents: Document numbers in the store, ascending.
+        n: Rows of each.
+        sst: Squared distance of the true states from the target's train mean, summed over rows and dimensions.
+        sse: Squared errors, summed likewise, by map: ``map`` (the run's own) and each baseline; null where a
+            prediction is not finite.
+    """
+
+    documents: tuple[Whole, ...] = ()
+    n: tuple[Whole, ...] = ()
+    sst: tuple[Number | None, ...] = ()
+    sse: Table[tuple[Number | None, ...]] = EMPTY
+
+
+class Documents(Record):
+    """Contents of ``documents.json``: R2 = 1 - sum SSE / sum SST, before the sums over documents.
+
+    Attributes:
+        pairs: By layer pair.
+    """
+
+    file: ClassVar[str] = "documents.json"
+    command: ClassVar[str] = "align train"
+    always: ClassVar[tuple[str, ...]] = ("pairs",)
+
+    pairs: Table[PairDocuments] = EMPTY
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for every layer pair and document: ``pair``, ``document``, ``n``, ``sst`` and ``sse_<map>``."""
+        rows = []
+        for key, pair in self.pairs.items():
+            sse = {f"sse_{name}": values for name, values in pair.sse.items()}
+            for at, (document, n, sst) in enumerate(zip(pair.documents, pair.n, pair.sst, strict=True)):
+                rows.append(
+                    {"pair": key, "document": document, "n": n, "sst": sst, **{k: v[at] for k, v in sse.items()}}
+                )
+        return frame(rows)
+
+
+# eval_epoch_<n>.json -----------------------------------------------------------------------------------------------
+
+
+class EpochText(Record):
+    """How the target goes on with a prompt whose states went through the epoch's map.
+
+    Attributes:
+        pair: Layer pair.
+        prompt: Text.
+        text: The continuation with mapped states.
+        target_alone: The target's own.
+    """
+
+    pair: str = ""
+    prompt: str = ""
+    text: str | None = None
+    target_alone: str | None = None
+
+
+class PairEpoch(Record):
+    """What one epoch measured of one layer pair.
+
+    Attributes:
+        val_loss: Validation MSE over that of predicting the train mean, 1 - R2; the same for every choice of losses.
+        train_loss: Weighted loss, mean over the epoch's steps; null for epoch 0, the map before training.
+        train_parts: Mean of each loss component over the steps, unweighted; ``infonce_chance`` is what InfoNCE is for a
+            map that has learned nothing.
+        val_parts: Mean of every loss component over the validation rows, trained on or not; ``infonce_top1``,
+            ``infonce_chance`` and ``infonce_gain`` (nats below chance) beside. Empty for a closed form.
+        recent_loss: Train loss over the epoch's last 100 steps at most.
+        grad_norm: Mean norm of the gradient before clipping.
+        cka: ``cka_debiased`` of ``val``.
+        cosine_sim: ``cosine`` of ``val``.
+        val: Figures on the validation rows.
+        stitched: With ``--eval-models`` the pair's part of a `stitch.json` over validation text, see StitchedPair.
+    """
+
+    val_loss: Number | None = None
+    train_loss: Number | None = None
+    train_parts: Table[Number | None] = EMPTY
+    val_parts: Table[Number | None] = EMPTY
+    recent_loss: Number | None = None
+    grad_norm: Number | None = None
+    cka: Number | None = None
+    cosine_sim: Number | None = None
+    val: Scores = Scores()
+    stitched: Table[Any] | None = None
+
+
+class EpochRecord(Record):
+    """Contents of ``eval_epoch_<n>.json``. The figures at the top are means over the pairs still training.
+
+    Attributes:
+        epoch: Number; 0 is the map before training.
+        val_loss: Mean of the pairs'.
+        train_loss: Mean of the pairs'.
+        cka: Mean of the pairs'.
+        cosine_sim: Mean of the pairs'.
+        generations: With ``--eval-models`` a continuation of each of five prompts, by pair.
+        pairs: By layer pair.
+    """
+
+    file: ClassVar[str] = "eval_epoch_0.json"
+    command: ClassVar[str] = "align train"
+    always: ClassVar[tuple[str, ...]] = ("epoch", "pairs")
+
+    epoch: Whole = 0
+    val_loss: Number | None = None
+    train_loss: Number | None = None
+    cka: Number | None = None
+    cosine_sim: Number | None = None
+    generations: tuple[EpochText, ...] = ()
+    pairs: Table[PairEpoch] = EMPTY
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for every layer pair: ``epoch``, ``pair``, the losses, their parts and the validation figures."""
+        return frame(
+            {
+                "epoch": self.epoch,
+                "pair": key,
+                **flat(pair),
+                **{f"train_{name}": value for name, value in pair.train_parts.items()},
+                **{f"val_{name}": value for name, value in pair.val_parts.items()},
+                **{f"val_{name}": value for name, value in flat(pair.val).items()},
+            }
+            for key, pair in self.pairs.items()
+        )
+
+
+# cka.json ----------------------------------------------------------------------------------------------------------
+
+
+class SimilarityTables(Record):
+    """CKA between all layers over one set of rows.
+
+    Attributes:
+        cross: ``(layers of the first model, layers of the second)``.
+        within: By model ``(layers, layers)``.
+        n: Rows.
+        reasons: Why a cell is null, by ``<model>:<layer> <model>:<layer>``.
+        sigmas: Bandwidth of the RBF kernel by ``<model>:<layer>``, in units of the states.
+        batches: Minibatches, with ``--estimator minibatch``.
+        batch_rows: Rows in each.
+    """
+
+    cross: Matrix = ()
+    within: Table[Matrix] = EMPTY
+    n: Whole | None = None
+    reasons: Table[str] = EMPTY
+    sigmas: Table[Number | None] | None = None
+    batches: Whole | None = None
+    batch_rows: Whole | None = None
+
+
+class Floor(Record):
+    """CKA of the same states with their pairing destroyed.
+
+    Attributes:
+        cross: As the main ``cross``.
+        n: Rows.
+        method: How the pairing was destroyed.
+        estimator: Of this figure.
+        kernel: Of this figure.
+        reason: Why there is none.
+    """
+
+    cross: Matrix = ()
+    n: Whole | None = None
+    method: str | None = None
+    estimator: str | None = None
+    kernel: str | None = None
+    reason: str | None = None
+
+
+class EffectiveRank(Record):
+    """How many directions a layer's states vary in.
+
+    Attributes:
+        entropy: exp of the entropy of the normalised eigenvalues of the covariance.
+        participation: (sum of eigenvalues)^2 / sum of their squares.
+    """
+
+    entropy: Number | None = None
+    participation: Number | None = None
+
+
+class SampleRows(Record):
+    """The rows that ``--measures`` see.
+
+    Attributes:
+        rows: How many.
+        of: Of how many.
+        documents: Documents that they come from.
+        draws: Resamples of documents behind each interval; 0 for none.
+        seed: Of the choice.
+    """
+
+    rows: Whole | None = None
+    of: Whole | None = None
+    documents: Whole | None = None
+    draws: Whole | None = None
+    seed: Whole | None = None
+
+
+class MeasureIntervals(Record):
+    """95 % intervals of a measure, of the shapes of its values; null where there is none.
+
+    Attributes:
+        cross: Of ``cross``.
+        reverse: Of ``reverse``.
+        within: Of ``within``.
+    """
+
+    cross: tuple[tuple[Interval | None, ...], ...] = ()
+    reverse: tuple[tuple[Interval | None, ...], ...] = ()
+    within: Table[tuple[tuple[Interval | None, ...], ...]] = EMPTY
+
+
+class MeasureFloor(Record):
+    """A measure on states that have nothing in common.
+
+    Attributes:
+        cross: As the measure's.
+        reverse: As the measure's.
+        reasons: Why a cell is null.
+        n: Rows.
+    """
+
+    cross: Matrix = ()
+    reverse: Matrix = ()
+    reasons: Table[str] = EMPTY
+    n: Whole | None = None
+
+
+class Halves(Record):
+    """A measure on two disjoint halves of the documents.
+
+    Attributes:
+        cross: Absolute difference of the two values in every cell.
+        largest: The largest.
+        rows: Rows of each half, ``rows_first`` and ``rows_second``.
+    """
+
+    cross: Matrix = ()
+    largest: Number | None = None
+    rows: Table[Number | None] = EMPTY
+
+
+class Ceilings(Record):
+    """What a measure says of states that are the same but for how they were stored or read.
+
+    Attributes:
+        rounding: Of every layer and itself rounded to the store's format once more, by model.
+        twice: Of every layer and a second reading of the same text by the same weights, by model; null for none.
+        halves: What changes between two halves of the documents.
+        reasons: Why a value is null.
+    """
+
+    rounding: Table[tuple[Number | None, ...]] = EMPTY
+    twice: Table[tuple[Number | None, ...]] | None = None
+    halves: Halves | None = None
+    reasons: Table[str] = EMPTY
+
+
+class Measure(Record):
+    """A measure over a sample of rows, with what it says of nothing and of the same.
+
+    Attributes:
+        title: For people.
+        closer: ``higher`` or ``lower`` values mean more alike.
+        symmetric: Whether both directions agree.
+        bounds: Lowest and highest possible value; null for none.
+        cross: ``cross[i][j]`` from layer i of the first model to layer j of the second.
+        reverse: ``reverse[i][j]`` from layer j of the second model to layer i of the first, of a measure with a
+            direction.
+        within: By model ``(layers, layers)``.
+        ci95: Intervals over resampled documents.
+        facts: Numbers that a value depends on, by ``<model>:<layer> <model>:<layer>``.
+        reasons: Why a cell is null.
+        floors: ``shuffled`` (pairs destroyed) and ``noise`` (Gaussian rows of the same covariance).
+        ceilings: What the same states say.
+    """
+
+    title: str = ""
+    closer: str = "higher"
+    symmetric: Flag = True
+    bounds: Interval = (None, None)
+    cross: Matrix = ()
+    reverse: Matrix = ()
+    within: Table[Matrix] = EMPTY
+    ci95: MeasureIntervals = MeasureIntervals()
+    facts: Table[Table[Number | None]] = EMPTY
+    reasons: Table[str] = EMPTY
+    floors: Table[MeasureFloor] = EMPTY
+    ceilings: Ceilings = Ceilings()
+
+
+class Similarity(SimilarityTables):
+    """Contents of ``cka.json``: all layers of two models against each other and within each.
+
+    Attributes:
+        models: The two names; equal for a model with itself.
+        layers: Layer numbers by model; the rows and columns of the matrices.
+        widths: Width of the residual stream by model.
+        estimator: ``debiased``, ``biased`` or ``minibatch``.
+        kernel: ``linear`` or ``rbf``.
+        null: The floor of the main figure.
+        masked_rows: Rows that are attention sinks.
+        keep_sinks: Whether the main figures include them.
+        unmasked: The same with sinks, where the main figures leave them out.
+        masked: The same without sinks, where the main figures include them.
+        effective_rank: By model and layer number.
+        store: ``path`` and ``fingerprint`` of the store.
+        sample: The rows that the measures see.
+        measures: By name.
+    """
+
+    file: ClassVar[str] = "cka.json"
+    command: ClassVar[str] = "align cka"
+    always: ClassVar[tuple[str, ...]] = ("models", "layers", "cross")
+
+    models: tuple[str, ...] = ()
+    layers: Table[tuple[Whole, ...]] = EMPTY
+    widths: Table[Whole] = EMPTY
+    estimator: str | None = None
+    kernel: str | None = None
+    null: Floor | None = None
+    masked_rows: Whole | None = None
+    keep_sinks: Flag | None = None
+    unmasked: SimilarityTables | None = None
+    masked: SimilarityTables | None = None
+    effective_rank: Table[Table[EffectiveRank]] = EMPTY
+    store: Table[str | None] = EMPTY
+    sample: SampleRows | None = None
+    measures: Table[Measure] = EMPTY
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for every layer of the first model and every layer of the second.
+
+        Columns are ``first_layer``, ``second_layer``, ``cka``, ``floor``, ``unmasked`` or ``masked``, and one of every
+        measure.
+        """
+        first, second = self.models[0], self.models[-1]
+        columns: dict[str, Matrix] = {"cka": self.cross}
+        columns |= {} if self.null is None else {"floor": self.null.cross}
+        columns |= {} if self.unmasked is None else {"unmasked": self.unmasked.cross}
+        columns |= {} if self.masked is None else {"masked": self.masked.cross}
+        columns |= {name: measure.cross for name, measure in self.measures.items()}
+        return frame(
+            {"first_layer": a, "second_layer": b, **{name: matrix[i][j] for name, matrix in columns.items() if matrix}}
+            for i, a in enumerate(self.layers[first])
+            for j, b in enumerate(self.layers[second])
+        )
+
+
+# Readers and writers -----------------------------------------------------------------------------------------------
+
+
+def read_metrics(where: Path) -> Metrics:
+    """Read ``metrics.json``.
+
+    Args:
+        where: Run directory, or the file.
+
+    Raises:
+        AdapterError: There is none.
+        CorruptDataError: It is damaged.
+    """
+    return read(Metrics, where)
+
+
+def read_documents(where: Path) -> Documents:
+    """Read ``documents.json``.
+
+    Args:
+        where: Run directory, or the file.
+
+    Raises:
+        AdapterError: There is none.
+        CorruptDataError: It is damaged.
+    """
+    return read(Documents, where)
+
+
+def read_epoch(where: Path, number: int = 0) -> EpochRecord:
+    """Read ``eval_epoch_<n>.json``.
+
+    Args:
+        where: Run directory, or the file.
+        number: Which epoch, in a directory.
+
+    Raises:
+        AdapterError: There is none.
+        CorruptDataError: It is damaged.
+    """
+    return read(EpochRecord, where, name=epoch_file(number))
+
+
+def read_epochs(run: Path) -> tuple[EpochRecord, ...]:
+    """Read all epochs of a run, in order; none where it has none.
+
+    Args:
+        run: Run directory.
+
+    Raises:
+        CorruptDataError: One is damaged.
+    """
+    return tuple(read_epoch(run / name) for _, name in epoch_files(run))
+
+
+def read_similarity(where: Path) -> Similarity:
+    """Read ``cka.json``.
+
+    Args:
+        where: Its directory, or the file.
+
+    Raises:
+        AdapterError: There is none.
+        CorruptDataError: It is damaged.
+    """
+    return read(Similarity, where)
+
+
+def write_metrics(run: Path, metrics: Metrics) -> Path:
+    """Write ``metrics.json`` into a run directory and return its path."""
+    return write(metrics, run)
+
+
+def write_documents(run: Path, documents: Documents) -> Path:
+    """Write ``documents.json`` into a run directory and return its path."""
+    return write(documents, run)
+
+
+def write_epoch(run: Path, epoch: EpochRecord) -> Path:
+    """Write ``eval_epoch_<n>.json`` into a run directory and return its path."""
+    return write(epoch, run, name=epoch_file(epoch.epoch))
+
+
+def write_similarity(directory: Path, similarity: Similarity) -> Path:
+    """Write ``cka.json`` into a directory and return its path."""
+    return write(similarity, directory)
+
+
+def epoch_file(number: int) -> str:
+    """Name of an epoch's file.
+
+    Args:
+        number: Which epoch.
+    """
+    return f"eval_epoch_{number}.json"
+
+
+def epoch_files(run: Path) -> list[tuple[int, str]]:
+    """Number and name of the epoch files in a run directory, in order.
+
+    Args:
+        run: Run directory.
+    """
+    names = (entry.name for entry in run.iterdir())
+    return sorted((int(found[1]), name) for name in names if (found := _EPOCH_FILE.fullmatch(name)))
+
+
+def kind_of(name: str) -> type[Record] | None:
+    """The record that a file of this name holds; None for a file that is no result of `align`.
+
+    Args:
+        name: File name.
+    """
+    if _EPOCH_FILE.fullmatch(name):
+        return EpochRecord
+    return {kind.file: kind for kind in (Metrics, Documents, Similarity)}.get(name)

@@ -1,0 +1,455 @@
+"""What `evaluate` writes: stitch.json, generations.json and communicate.json as frozen records.
+
+Each file has one reader and one writer, here. `docs/results.md` is made from these classes by ``scripts/schema``; their
+``Attributes:`` are its texts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from align.results import Findings, Rate
+from featstore.runtime.records import EMPTY, Flag, Interval, Number, Record, Table, Whole, flat, frame, read, write
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+# stitch.json -------------------------------------------------------------------------------------------------------
+
+
+class Losses(Record):
+    """How well the target predicts the scored tokens under one condition; intervals resample whole documents.
+
+    Attributes:
+        nats_per_token: Cross-entropy of the next token, mean over scored tokens.
+        ci95: Its 95 % interval.
+        perplexity: exp of it; null where that is no finite number.
+        perplexity_ci95: Its interval.
+        bits_per_byte: Loss in bits over the bytes that the scored tokens span; comparable across tokenizers.
+        bits_per_byte_ci95: Its interval.
+        kl: Divergence of this condition's predictions from the clean ones, nats per token.
+        kl_ci95: Its interval.
+        top1: Share of tokens with the clean first choice.
+        top1_ci95: Its interval.
+        below_mean: Nats per token less than under the ``mean`` control, over the same documents.
+        below_mean_ci95: Its interval.
+    """
+
+    nats_per_token: Number | None = None
+    ci95: Interval | None = None
+    perplexity: Number | None = None
+    perplexity_ci95: Interval | None = None
+    bits_per_byte: Number | None = None
+    bits_per_byte_ci95: Interval | None = None
+    kl: Number | None = None
+    kl_ci95: Interval | None = None
+    top1: Number | None = None
+    top1_ci95: Interval | None = None
+    below_mean: Number | None = None
+    below_mean_ci95: Interval | None = None
+
+
+class AloneLosses(Losses):
+    """A model by itself on its own tokens of the same text.
+
+    Attributes:
+        n_documents: Documents.
+        n_tokens: Scored tokens.
+        n_bytes: Bytes that they span.
+    """
+
+    n_documents: Whole | None = None
+    n_tokens: Whole | None = None
+    n_bytes: Whole | None = None
+
+
+class Alone(Record):
+    """Both models by themselves.
+
+    Attributes:
+        source: With ``--source-alone``; null without.
+        target: As under ``clean``.
+    """
+
+    source: AloneLosses | None = None
+    target: AloneLosses | None = None
+
+
+class Share(Record):
+    """A difference or a share, and its 95 % interval.
+
+    Attributes:
+        value: Null where it is undefined.
+        ci95: Over resampled documents, or examples.
+    """
+
+    value: Number | None = None
+    ci95: Interval | None = None
+
+
+class ControlShare(Share):
+    """A share counted from the control that does best.
+
+    Attributes:
+        control: Its name.
+    """
+
+    control: str | None = None
+
+
+class StitchedPair(Record):
+    """The target's loss with states of one layer pair put in.
+
+    Attributes:
+        n_documents: Documents scored.
+        n_tokens: Target tokens scored.
+        replaced_share: Share of the target's positions that take a state.
+        self_bit_identical: Whether putting the target's own states back gave its own logits, bit by bit.
+        conditions: By name: ``clean`` (nothing put in), ``self`` (the target's own states), ``mapped``, and the
+            controls ``mean``, ``zero``, ``random_norm``, ``random_rotation``, ``shuffled``, ``raw``; null where one was
+            not run.
+        reasons: Why a condition was not run.
+        recovered: (mean - mapped) / (mean - clean), of the losses; null where the control does no harm.
+        recovered_best_control: The same from the control with the lowest loss.
+        alone: Both models by themselves.
+        rate: What a compressed run sends.
+    """
+
+    n_documents: Whole | None = None
+    n_tokens: Whole | None = None
+    replaced_share: Number | None = None
+    self_bit_identical: Flag | None = None
+    conditions: Table[Losses | None] = EMPTY
+    reasons: Table[str] = EMPTY
+    recovered: Share = Share()
+    recovered_best_control: ControlShare = ControlShare()
+    alone: Alone = Alone()
+    rate: Rate | None = None
+
+
+class Stitched(Record):
+    """Contents of ``stitch.json``: the target's loss with states of the source put in.
+
+    Attributes:
+        adapter_type: The run's type of map.
+        split: ``train``, ``val`` or ``test``.
+        keep: What later blocks read of positions that take no state: ``own`` or ``hide``.
+        seed: Of the random controls.
+        pairs: By layer pair.
+    """
+
+    file: ClassVar[str] = "stitch.json"
+    command: ClassVar[str] = "evaluate stitch"
+    always: ClassVar[tuple[str, ...]] = ("pairs",)
+
+    adapter_type: str | None = None
+    split: str | None = None
+    keep: str | None = None
+    seed: Whole | None = None
+    pairs: Table[StitchedPair] = EMPTY
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for every layer pair and condition that was run: ``pair``, ``condition`` and the figures."""
+        return frame(
+            {"pair": key, "condition": name, **flat(losses)}
+            for key, pair in self.pairs.items()
+            for name, losses in pair.conditions.items()
+            if losses is not None
+        )
+
+
+# generations.json --------------------------------------------------------------------------------------------------
+
+
+class Likelihoods(Record):
+    """Nats per token of the receiving model's own continuation, under each condition of the texts.
+
+    Attributes:
+        source_alone: Of the source's own text, by the source.
+        target_alone: Of the target's own text, by the target.
+        source_to_target: By layer pair and condition, of ``target_alone``.
+        target_to_source: By layer pair and condition, of ``source_alone``.
+    """
+
+    source_alone: Number | None = None
+    target_alone: Number | None = None
+    source_to_target: Table[Table[Number | None]] = EMPTY
+    target_to_source: Table[Table[Number | None]] = EMPTY
+
+
+class PromptTexts(Record):
+    """One prompt and how it goes on.
+
+    Attributes:
+        prompt: Text.
+        source: Model name.
+        target: Model name.
+        source_alone: The source's own continuation; null where the run does not need that model.
+        target_alone: The target's own.
+        source_to_target: By layer pair and condition (``mapped``, ``self``, ``mean``, ``random_norm``, ``shuffled``)
+            what the target says with these states in the prompt; null where there are none.
+        target_to_source: The same the other way, of a run with ``--both``.
+        likelihood: Of the same shape.
+    """
+
+    prompt: str = ""
+    source: str = ""
+    target: str = ""
+    source_alone: str | None = None
+    target_alone: str | None = None
+    source_to_target: Table[Table[str | None]] = EMPTY
+    target_to_source: Table[Table[str | None]] = EMPTY
+    likelihood: Likelihoods = Likelihoods()
+
+
+class Generations(Record):
+    """Contents of ``generations.json``: prompts continued in every condition.
+
+    Attributes:
+        max_new_tokens: Length of a continuation at most.
+        decoding: ``greedy``, or how tokens were drawn.
+        seed: Of the random controls.
+        likelihood: What the figures of that name are, in words.
+        entries: One a prompt.
+    """
+
+    file: ClassVar[str] = "generations.json"
+    command: ClassVar[str] = "evaluate generate"
+    always: ClassVar[tuple[str, ...]] = ("entries",)
+
+    max_new_tokens: Whole | None = None
+    decoding: str | None = None
+    seed: Whole | None = None
+    likelihood: str | None = None
+    entries: tuple[PromptTexts, ...] = ()
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for every text: ``prompt``, ``model``, ``pair``, ``condition``, ``text`` and ``nats_per_token``.
+
+        ``condition`` of a model's own continuation is ``alone``, and it has no pair.
+        """
+        rows = []
+        for entry in self.entries:
+            nats = entry.likelihood
+            sides = (
+                (entry.source, entry.source_alone, nats.source_alone, entry.target_to_source, nats.target_to_source),
+                (entry.target, entry.target_alone, nats.target_alone, entry.source_to_target, nats.source_to_target),
+            )
+            for model, own, own_nats, texts, figures in sides:
+                said: list[tuple[str | None, str, str, float | None]] = []
+                if own is not None:
+                    said.append((None, "alone", own, own_nats))
+                said += [
+                    (key, name, text, figures.get(key, {}).get(name))
+                    for key, conditions in texts.items()
+                    for name, text in conditions.items()
+                    if text is not None
+                ]
+                rows += [
+                    {
+                        "prompt": entry.prompt,
+                        "model": model,
+                        "pair": key,
+                        "condition": name,
+                        "text": text,
+                        "nats_per_token": value,
+                    }
+                    for key, name, text, value in said
+                ]
+        return frame(rows)
+
+
+# communicate.json --------------------------------------------------------------------------------------------------
+
+
+class Answers(Record):
+    """Answers under one condition.
+
+    Attributes:
+        condition: Its name without the pair.
+        pair: Layer pair; null for ``silent``, ``text`` and ``summary``.
+        accuracy: Share of right answers.
+        ci95: Wilson's 95 % interval.
+        right: Right answers.
+        n: Answers.
+        bytes: What travels for an example, in the mean: UTF-8 bytes of a text, bytes of states, or of latents.
+    """
+
+    condition: str | None = None
+    pair: str | None = None
+    accuracy: Number | None = None
+    ci95: Interval | None = None
+    right: Whole | None = None
+    n: Whole | None = None
+    bytes: Number | None = None
+
+
+class MapSize(Record):
+    """What the receiver holds of a map.
+
+    Attributes:
+        map_numbers: Numbers in the map; 0 for the identity.
+        rate: What a compressed run sends for all contexts together.
+    """
+
+    map_numbers: Whole | None = None
+    rate: Rate | None = None
+
+
+class Question(Record):
+    """One example of a task.
+
+    Attributes:
+        context: What the source reads.
+        question: What the target is asked.
+        answer: The first right answer.
+        summary: The source's summary of the context.
+        given: The answer under every condition.
+    """
+
+    context: str = ""
+    question: str = ""
+    answer: str = ""
+    summary: str = ""
+    given: Table[str] = EMPTY
+
+
+class TaskAnswers(Record):
+    """One task in one direction.
+
+    Attributes:
+        task: Its name.
+        source: The model that reads the context.
+        target: The model that answers.
+        n: Examples.
+        chance: Accuracy of an answer that looks at nothing.
+        chance_is: What that is, in words.
+        scoring: How an answer is found right.
+        conditions: By ``silent``, ``text``, ``summary`` and ``<condition> <pair>``: ``replace``, ``sum``, ``mean``
+            (the source's last state into the question's last position), ``aligned`` (every position of the context),
+            and each with ``_random`` and ``_shuffled``; those of ``replace`` are ``random`` and ``shuffled``.
+        gains: By ``<condition> <pair>`` how much more often it is right than ``silent``, ``random`` and ``shuffled``,
+            paired over examples.
+        pairs: By layer pair.
+        reasons: Why a condition was not run.
+        warnings: What stands against reading the accuracies as communication.
+        examples: The questions with all answers.
+    """
+
+    task: str | None = None
+    source: str = ""
+    target: str = ""
+    n: Whole | None = None
+    chance: Number | None = None
+    chance_is: str | None = None
+    scoring: str | None = None
+    conditions: Table[Answers] = EMPTY
+    gains: Table[Table[Share]] = EMPTY
+    pairs: Table[MapSize] = EMPTY
+    reasons: Table[str] = EMPTY
+    warnings: Findings = ()
+    examples: tuple[Question, ...] = ()
+
+
+class Communication(Record):
+    """Contents of ``communicate.json``: whether the target can answer what only the source has read.
+
+    Attributes:
+        adapter_type: The run's type of map.
+        format: What states travel in.
+        seed: Of the examples and controls.
+        summary_tokens: Length of a summary.
+        max_new_tokens: Length of a free answer.
+        decoding: How answers are chosen.
+        interval: Which intervals these are, in words.
+        tasks: By name; with both directions a name ends in ``(<source>-><target>)``.
+    """
+
+    file: ClassVar[str] = "communicate.json"
+    command: ClassVar[str] = "evaluate communicate"
+    always: ClassVar[tuple[str, ...]] = ("tasks",)
+
+    adapter_type: str | None = None
+    format: str | None = None
+    seed: Whole | None = None
+    summary_tokens: Whole | None = None
+    max_new_tokens: Whole | None = None
+    decoding: str | None = None
+    interval: str | None = None
+    tasks: Table[TaskAnswers] = EMPTY
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for every task and condition: ``task``, ``chance``, ``condition``, ``pair`` and the figures."""
+        return frame(
+            {"task": name, "chance": task.chance, **flat(answers)}
+            for name, task in self.tasks.items()
+            for answers in task.conditions.values()
+        )
+
+
+# Readers and writers -----------------------------------------------------------------------------------------------
+
+
+def read_stitch(where: Path) -> Stitched:
+    """Read ``stitch.json``.
+
+    Args:
+        where: Its directory, or the file.
+
+    Raises:
+        AdapterError: There is none.
+        CorruptDataError: It is damaged.
+    """
+    return read(Stitched, where)
+
+
+def read_generations(where: Path) -> Generations:
+    """Read ``generations.json``.
+
+    Args:
+        where: Its directory, or the file.
+
+    Raises:
+        AdapterError: There is none.
+        CorruptDataError: It is damaged.
+    """
+    return read(Generations, where)
+
+
+def read_communication(where: Path) -> Communication:
+    """Read ``communicate.json``.
+
+    Args:
+        where: Its directory, or the file.
+
+    Raises:
+        AdapterError: There is none.
+        CorruptDataError: It is damaged.
+    """
+    return read(Communication, where)
+
+
+def write_stitch(directory: Path, stitched: Stitched) -> Path:
+    """Write ``stitch.json`` into a directory and return its path."""
+    return write(stitched, directory)
+
+
+def write_generations(directory: Path, generations: Generations) -> Path:
+    """Write ``generations.json`` into a directory and return its path."""
+    return write(generations, directory)
+
+
+def write_communication(directory: Path, communication: Communication) -> Path:
+    """Write ``communicate.json`` into a directory and return its path."""
+    return write(communication, directory)
+
+
+def kind_of(name: str) -> type[Record] | None:
+    """The record that a file of this name holds; None for a file that is no result of `evaluate`.
+
+    Args:
+        name: File name.
+    """
+    return {kind.file: kind for kind in (Stitched, Generations, Communication)}.get(name)

@@ -1,0 +1,296 @@
+"""Contents of a JSON file as frozen records: one reader, one writer, unknown members kept, damage told in one line.
+
+A record declares the members it knows, with their types; what a newer version wrote beside them is kept and written
+again. A member that a file lacks has its default, and is not written: reading a file that this project wrote and
+writing it again gives the same bytes. Numbers are finite, and stay integers where they are written as integers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Strict, ValidationError, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
+
+from featstore.errors import AdapterError, CorruptDataError
+from featstore.runtime.provenance import read_json, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+V = TypeVar("V")
+R = TypeVar("R", bound="Record")
+
+
+class Frozen(dict[str, V]):
+    """A dict that cannot be changed; as JSON and to `isinstance` it is a dict."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a record cannot be changed; change its content() and parse that")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+Whole = Annotated[int, Strict()]
+Flag = Annotated[bool, Strict()]
+#: A finite number. An integer in a file stays one, so that it is written as it was read.
+Number = Annotated[int, Strict()] | Annotated[float, Strict()]
+#: Ends of a 95 % interval; null where one is undefined.
+Interval = tuple[Number | None, Number | None]
+#: Rows of numbers; null where a cell is undefined.
+Matrix = tuple[tuple[Number | None, ...], ...]
+#: A read-only mapping from names to values of one type.
+Table = Annotated[Mapping[str, V], AfterValidator(Frozen)]
+#: No members: the default of a table.
+EMPTY: Mapping[str, Any] = Frozen()
+
+#: What was expected, by the kind of pydantic's complaint.
+_EXPECTED = {
+    "int_type": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "mapping_type": "an object",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "too_long": "a list of another length",
+    "missing": "a list of another length",
+}
+#: Characters of a damaged value that a message shows.
+_SHOWN = 40
+#: Damaged places that a message names.
+_NAMED = 3
+
+
+class Record(BaseModel):
+    """Members of one JSON object.
+
+    Attributes of the class, not of its instances: ``file`` and ``command``, for a record that is a whole file; and
+    ``always``, the members without which a file is damaged rather than old.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, defer_build=True)
+
+    file: ClassVar[str] = ""
+    command: ClassVar[str] = ""
+    always: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any], where: str = "") -> Self:
+        """Make a record from JSON values.
+
+        Args:
+            content: Members; the record keeps no reference to containers of members that it declares.
+            where: Named in errors; the class's file by default.
+
+        Raises:
+            CorruptDataError: A member is not of its type; the message names the first and counts the others.
+        """
+        return _parsed(cls, content, where or cls.file or cls.__name__, complete=False)
+
+    def content(self) -> dict[str, Any]:
+        """The members as JSON values: those that were given, unknown ones included, in plain dicts and lists."""
+        given = {name: _plain(getattr(self, name)) for name in type(self).model_fields if name in self.model_fields_set}
+        return given | copy.deepcopy(self.model_extra or {})
+
+    def has(self, *names: str) -> bool:
+        """Whether all of some members were given rather than left to their defaults.
+
+        Args:
+            names: Members.
+        """
+        return self.model_fields_set.issuperset(names)
+
+    @model_validator(mode="after")
+    def _complete(self, info: ValidationInfo) -> Self:
+        missing = [name for name in self.always if name not in self.model_fields_set] if info.context else []
+        if missing:
+            raise PydanticCustomError("incomplete", "an object with {name}", {"name": repr(missing[0])})
+        return self
+
+
+def read(kind: type[R], where: Path, *, name: str | None = None) -> R:
+    """Read a result.
+
+    Args:
+        kind: What the file holds.
+        where: The file, or the directory that it lies in.
+        name: The file's name in a directory, where it is not the record's own.
+
+    Raises:
+        AdapterError: There is no such file; the message says which command writes it.
+        CorruptDataError: The file is not JSON, or a member is not of its type.
+    """
+    path = where / (name or kind.file) if where.is_dir() else where
+    if not path.is_file():
+        raise AdapterError(f"no {path.name} in {str(path.parent)!r}; make one with `{kind.command}`")
+    return _parsed(kind, _loaded(path), str(path), complete=True)
+
+
+def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
+    """Read what can be read of a result: members that are not of their types are left out.
+
+    In a list, such an element becomes null where that is allowed, so that the others keep their places.
+
+    Args:
+        kind: What the file holds.
+        path: The file.
+
+    Returns:
+        The record, and one line on what was left out; None where nothing was.
+
+    Raises:
+        CorruptDataError: The file cannot be read or holds no JSON object.
+    """
+    content = _loaded(path)
+    lost: dict[str, str] = {}
+    while True:
+        try:
+            record = kind.model_validate(content)
+            break
+        except ValidationError as error:
+            content = copy.deepcopy(content) if not lost else content
+            for place, value, expected in _damage(error, content):
+                lost.setdefault(_pointer(place), f"{_pointer(place)} is {_shown(value)}, expected {expected}")
+                _drop(content, place)
+    return record, _line(path.name, list(lost.values())) if lost else None
+
+
+def write(record: Record, where: Path, *, name: str | None = None) -> Path:
+    """Write a result.
+
+    Args:
+        record: What the file is to hold.
+        where: Its directory.
+        name: The file's name, where it is not the record's own.
+
+    Returns:
+        The file.
+    """
+    path = where / (name or record.file)
+    write_json(path, record.content())
+    return path
+
+
+def flat(record: Record) -> dict[str, Any]:
+    """A record's declared scalars as columns; an interval becomes ``<name>_low`` and ``<name>_high``.
+
+    Args:
+        record: Whose members that are tables, lists or records are left out.
+    """
+    found: dict[str, Any] = {}
+    for name in type(record).model_fields:
+        value = getattr(record, name)
+        if isinstance(value, tuple) and len(value) == 2 and name.endswith("ci95"):
+            stem = name.removesuffix("ci95").rstrip("_")
+            found |= {f"{stem}_{end}".lstrip("_"): bound for end, bound in zip(("low", "high"), value, strict=True)}
+        elif not isinstance(value, Record | Mapping | tuple):
+            found[name] = value
+    return found
+
+
+def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """A pandas table of rows; columns without any value are left out.
+
+    Args:
+        rows: Columns by name.
+    """
+    # Only here: pandas takes most of a second to import.
+    import pandas as pd
+
+    return pd.DataFrame(list(rows)).dropna(axis="columns", how="all")
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except OSError as error:
+        raise CorruptDataError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _parsed(kind: type[R], content: Mapping[str, Any], where: str, *, complete: bool) -> R:
+    try:
+        return kind.model_validate(content, context={"complete": True} if complete else None)
+    except ValidationError as error:
+        found = [f"{_pointer(p)} is {_shown(v)}, expected {expected}" for p, v, expected in _damage(error, content)]
+        raise CorruptDataError(f"{_line(where, found)}; restore it or re-create it") from error
+
+
+def _damage(error: ValidationError, content: Any) -> Iterator[tuple[tuple[str | int, ...], Any, str]]:
+    """Each damaged place once: the keys that lead to it, its value, what was expected there."""
+    seen = set()
+    for each in error.errors(include_url=False, include_context=False):
+        value, place = content, []
+        # A place ends with names of the types that were tried; only what leads through the content counts.
+        for key in each["loc"]:
+            if not _leads(value, key):
+                break
+            value = value[key]
+            place.append(key)
+        if tuple(place) not in seen:
+            seen.add(tuple(place))
+            yield tuple(place), value, _EXPECTED.get(each["type"], each["msg"])
+
+
+def _leads(value: Any, key: str | int) -> bool:
+    """Whether an object or a list has something under a key."""
+    if isinstance(value, Mapping):
+        return key in value
+    return isinstance(value, list | tuple) and isinstance(key, int) and 0 <= key < len(value)
+
+
+def _drop(content: Any, place: tuple[str | int, ...]) -> None:
+    """Take a value out of an object; make it null in a list, and take out the list where it is null already."""
+    *above, last = place
+    inside = content
+    for key in above:
+        if not _leads(inside, key):
+            return  # it went with something around it
+        inside = inside[key]
+    if isinstance(inside, dict):
+        inside.pop(last, None)
+    elif inside[last] is None:
+        _drop(content, tuple(above))
+    else:
+        inside[last] = None
+
+
+def _pointer(place: tuple[str | int, ...]) -> str:
+    return "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in place) or "/"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "an integer of many digits"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def _line(where: str, found: list[str]) -> str:
+    more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"{where}: {'; '.join(found[:_NAMED])}{more}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.content()
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return value
