@@ -215,7 +215,7 @@ def stitch(
         models=given,
         quiet=quiet,
     )
-    record = StitchResult.of(jsonable(result))
+    record = StitchResult.parse(jsonable(result))
     return record.write(_place(adapter, out)) if write else record
 
 
@@ -284,7 +284,7 @@ def generate(
         models=given,
         quiet=quiet,
     )
-    record = GenerateResult.of(jsonable(result))
+    record = GenerateResult.parse(jsonable(result))
     return record.write(_place(adapter, out)) if write else record
 
 
@@ -364,7 +364,7 @@ def communicate(
     for each in asked:
         found = jsonable(exchange.result(each))
         tasks |= found["tasks"]
-        record = CommunicateResult.of({**found, "tasks": tasks})
+        record = CommunicateResult.parse({**found, "tasks": tasks})
         if write:
             # After each task, so that an interruption costs one task.
             record.write(_place(adapter, out))

@@ -69,7 +69,7 @@ class Sheet:
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
 
 
-class ShownResult(records.Record, frozen=True):
+class ShownResult(records.Record):
     """A record that prints as tables."""
 
     _path: Path | None = PrivateAttr(default=None)
@@ -127,7 +127,7 @@ class ShownResult(records.Record, frozen=True):
         raise NotImplementedError
 
 
-class StitchResult(ShownResult, Stitched, frozen=True):
+class StitchResult(ShownResult, Stitched):
     """What :func:`evaluate.stitch` measured: ``result.pairs[key].conditions["mapped"].nats_per_token`` and so on."""
 
     def sheets(self) -> list[Sheet]:
@@ -172,7 +172,7 @@ class StitchResult(ShownResult, Stitched, frozen=True):
         return f"{_counted(len(self.pairs), 'layer pair')}, {self.split} split, keep={self.keep!r}"
 
 
-class GenerateResult(ShownResult, Generations, frozen=True):
+class GenerateResult(ShownResult, Generations):
     """What :func:`evaluate.generate` wrote: ``result.entries[0].source_to_target[key]["mapped"]`` and so on."""
 
     def sheets(self) -> list[Sheet]:
@@ -228,7 +228,7 @@ class GenerateResult(ShownResult, Generations, frozen=True):
         return f"{_counted(len(self.entries), 'prompt')}, {self.max_new_tokens} new tokens, {self.decoding}"
 
 
-class CommunicateResult(ShownResult, Communication, frozen=True):
+class CommunicateResult(ShownResult, Communication):
     """What :func:`evaluate.communicate` found: ``result.tasks[name].conditions["text"].accuracy`` and so on."""
 
     def sheets(self) -> list[Sheet]:

@@ -149,6 +149,7 @@ class LiveInjection:
         self._stream, self._placed = stream, placed
         self._hooks: ExitStack | None = None
         self._pass = _Pass()
+        self._called = False
 
     def __repr__(self) -> str:
         """One line: where the states go and how many passes took them."""
@@ -166,7 +167,7 @@ class LiveInjection:
         """
         if self._hooks is not None:
             raise SpecError("this injection is entered already; make another one for a nested context")
-        self.passes, self._pass = 0, _Pass()
+        self.passes, self._pass, self._called = 0, _Pass(), False
         with ExitStack() as stack:
             stack.enter_context(sites.at_site(self._stream, self.layer, self._put))
             handle = self._stream.decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -178,11 +179,11 @@ class LiveInjection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the hooks, whatever happened; warn if no pass has taken the states."""
+        """Remove the hooks, whatever happened; warn if the model was not called."""
         hooks, self._hooks = self._hooks, None
         if hooks is not None:
             hooks.close()
-        if kind is None and not self.passes:
+        if kind is None and not self._called:
             warnings.warn(
                 "no pass took the states: inside the context, call the very model that was given to inject()",
                 stacklevel=2,
@@ -190,6 +191,7 @@ class LiveInjection:
 
     def _begin(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at a pass before its blocks run: whether it begins a sequence, its shape and its padding."""
+        self._called = True
         past = kwargs.get("past_key_values")
         begun = 0 if past is None else int(past.get_seq_length())
         now = self._pass
