@@ -234,12 +234,12 @@ def cka(
 ) -> None:
     """Compare all layers of two models with each other, debiased and over the whole store."""
     from align.layers import choose_models
+    from align.results import Similarity, write_similarity
     from align.similarity import heatmaps, page
     from align.similarity.compare import Comparison
     from align.similarity.measures.by_name import parse_measures
     from align.similarity.words import describe as describe_cka
     from featstore.models.references import parse_layers
-    from featstore.runtime.provenance import write_json
     from featstore.store import open_store
 
     check_directory(out)
@@ -271,7 +271,7 @@ def cka(
     )
     with dask_client(scheduler, workers=workers) as client:
         result = jsonable(comparison.run(client))
-    write_json(out / "cka.json", result)
+    write_similarity(out, Similarity.parse(result))
     files = ["cka.json", page.write(result, out), *heatmaps.plot(result, out)]
     comparison.discard()
     emit(

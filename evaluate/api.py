@@ -189,6 +189,7 @@ def stitch(
         PairingError: The split has no window to score.
         SpecError: An argument is outside its range.
     """
+    from evaluate.results import write_stitch
     from evaluate.shown import StitchResult
     from evaluate.stitching import stitch as stitching
     from featstore.store import Store, open_store
@@ -216,7 +217,7 @@ def stitch(
         quiet=quiet,
     )
     record = StitchResult.parse(jsonable(result))
-    return record.write(_place(adapter, out)) if write else record
+    return record.at(write_stitch(_place(adapter, out), record)) if write else record
 
 
 def generate(
@@ -261,6 +262,7 @@ def generate(
     """
     from evaluate.generation import generate as generating
     from evaluate.injection.continuing import Sampling
+    from evaluate.results import write_generations
     from evaluate.shown import GenerateResult
 
     if not sample and (temperature, top_p) != (1.0, 1.0):
@@ -285,7 +287,7 @@ def generate(
         quiet=quiet,
     )
     record = GenerateResult.parse(jsonable(result))
-    return record.write(_place(adapter, out)) if write else record
+    return record.at(write_generations(_place(adapter, out), record)) if write else record
 
 
 def communicate(
@@ -335,6 +337,7 @@ def communicate(
     """
     from evaluate.communication.communicate import prepare
     from evaluate.communication.tasks.named import make
+    from evaluate.results import write_communication
     from evaluate.shown import CommunicateResult
 
     _check_at_least("seed", seed, 0)
@@ -367,7 +370,7 @@ def communicate(
         record = CommunicateResult.parse({**found, "tasks": tasks})
         if write:
             # After each task, so that an interruption costs one task.
-            record.write(_place(adapter, out))
+            record.at(write_communication(_place(adapter, out), record))
     return record
 
 

@@ -9,9 +9,10 @@ import typer
 from rich.markup import escape
 
 from featstore.errors import SpecError
-from featstore.runtime.console import check_directory, emit, run_app
+from featstore.runtime.console import add_version, check_directory, emit, run_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
+add_version(app, "evaluate")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Run = Annotated[Path, typer.Option("--adapter", help="Run directory of `align train`.")]

@@ -85,17 +85,16 @@ class ShownResult(records.Record):
             AdapterError: There is none; the message names the command that writes it.
             CorruptDataError: It is damaged.
         """
-        result = records.read(cls, Path(where))
-        result._path = Path(where) / cls.file if Path(where).is_dir() else Path(where)  # noqa: SLF001 (its own)
-        return result
+        place = Path(where)
+        return records.read(cls, place).at(place / cls.file if place.is_dir() else place)
 
-    def write(self, directory: Path) -> Self:
-        """Write the result into a directory and remember where.
+    def at(self, path: Path) -> Self:
+        """Remember the file that holds this result.
 
         Args:
-            directory: Created where it is missing.
+            path: The file.
         """
-        self._path = records.write(self, directory)
+        self._path = path
         return self
 
     @property

@@ -60,6 +60,10 @@ class CorruptDataError(FeatstoreError, ValueError):
     """Bytes on disk do not match their checksum, or a metadata document is damaged."""
 
 
+class MemberError(CorruptDataError):
+    """A JSON document is whole, but one of its members is missing or not of its type."""
+
+
 class NonFiniteStateError(FeatstoreError, ArithmeticError):
     """A model produced NaN or infinity where a hidden state was expected."""
 

@@ -16,11 +16,12 @@ import yaml
 
 from align.layers import LayerPair
 from align.maps.fitted import Aligner, save_adapter
+from align.results import Documents, EpochRecord, Metrics, read_epochs, write_documents, write_epoch, write_metrics
 from align.scoring.rows import Epoch
 from align.settings import Settings
 from featstore.errors import SpecError
 from featstore.runtime.console import jsonable
-from featstore.runtime.provenance import read_json, write_atomic, write_json
+from featstore.runtime.provenance import write_atomic
 
 #: Figures of an epoch that are also averaged over its layer pairs.
 _AVERAGED = ("val_loss", "train_loss", "cka", "cosine_sim")
@@ -75,13 +76,12 @@ class RunDirectory:
     def __init__(self, out: Path, settings: Settings, *, resume: bool = False, writes: bool = True) -> None:
         self.path, self.writes = out, writes
         self.epochs: dict[int, dict[str, Any]] = {}
-        self._old_epochs: dict[int, dict[str, Any]] = {}
+        self._old_epochs: dict[int, EpochRecord] = {}
         if not writes:
             return
         out.mkdir(parents=True, exist_ok=True)
         if resume:
-            records = [read_json(path) for path in out.glob("eval_epoch_*.json")]
-            self._old_epochs = {record["epoch"]: record for record in records}
+            self._old_epochs = {record.epoch: record for record in read_epochs(out)}
         else:
             shutil.rmtree(self._checkpoints, ignore_errors=True)
         for left in (out / "log.jsonl", out / "metrics.json", *out.glob("eval_epoch_*.json")):
@@ -142,7 +142,7 @@ class RunDirectory:
             values = [entry[key] for entry in record["pairs"].values() if entry[key] is not None]
             record[key] = sum(values) / len(values) if values else None
         if self.writes:
-            write_json(self.path / f"eval_epoch_{epoch.epoch}.json", jsonable(record))
+            write_epoch(self.path, EpochRecord.parse(jsonable(record)))
 
     def stop(self, pair: LayerPair, *, epoch: int, best_epoch: int, reason: str) -> None:
         """Log why a pair's training ended.
@@ -184,19 +184,19 @@ class RunDirectory:
         # Only here: of several processes one draws.
         from align.runs.plots import plot_curves
 
-        write_json(self.path / "documents.json", jsonable(documents))
-        write_json(self.path / "metrics.json", jsonable(metrics))
+        write_documents(self.path, Documents.parse(jsonable(documents)))
+        write_metrics(self.path, Metrics.parse(jsonable(metrics)))
         plot_curves(self.epochs, dict(metrics["pairs"]), self.path)
         save_adapter(self.path, aligners, card)
         shutil.rmtree(self._checkpoints, ignore_errors=True)
 
     def _said_before(self, pair: LayerPair, epoch: int) -> dict[str, Any] | None:
         """What both models said of an epoch before the run was interrupted."""
-        old = self._old_epochs.get(epoch, {"pairs": {}, "generations": []})
-        if "stitched" not in old["pairs"].get(pair.key, {}):
+        old = self._old_epochs.get(epoch, EpochRecord())
+        if pair.key not in old.pairs or not old.pairs[pair.key].has("stitched"):
             return None
-        own = [entry for entry in old["generations"] if entry["pair"] == pair.key]
-        return {"stitched": old["pairs"][pair.key]["stitched"], "generations": own}
+        own = [entry.content() for entry in old.generations if entry.pair == pair.key]
+        return {"stitched": old.pairs[pair.key].stitched, "generations": own}
 
     def _log(self, event: Mapping[str, Any]) -> None:
         if self.writes:

@@ -18,11 +18,12 @@ import numpy as np
 
 from align.metrics import paired_difference, r2_interval
 from align.moments.scatter import Array
-from featstore.errors import AdapterError
+from align.results import Documents, Metrics, PairDocuments, read_documents, read_metrics
+from featstore.errors import AdapterError, MemberError
 from featstore.runtime.console import human
 from featstore.runtime.provenance import read_json
 
-DOCUMENTS = "documents.json"
+DOCUMENTS = Documents.file
 
 _FIGURES = ("r2", "r2_median_dim", "cosine_centered", "retrieval_top1", "retrieval_chance", "cka_debiased", "n")
 _CLOSED = "closed_form"
@@ -30,7 +31,7 @@ _CLOSED = "closed_form"
 
 @dataclass(frozen=True)
 class _Sums:
-    """A layer pair's entry of ``documents.json``."""
+    """A layer pair's entry of ``documents.json`` as arrays."""
 
     documents: tuple[int, ...]
     n: tuple[int, ...]
@@ -38,9 +39,11 @@ class _Sums:
     sse: Mapping[str, Array]
 
     @classmethod
-    def of(cls, block: Mapping[str, Any]) -> _Sums:
-        sse = {name: np.array(values, dtype=np.float64) for name, values in block["sse"].items()}
-        sums = cls(tuple(block["documents"]), tuple(block["n"]), np.array(block["sst"], dtype=np.float64), sse)
+    def of(cls, block: PairDocuments) -> _Sums:
+        if not block.has("documents", "n", "sst", "sse"):
+            raise ValueError("a layer pair lacks sums over documents")
+        sse = {name: np.array(values, dtype=np.float64) for name, values in block.sse.items()}
+        sums = cls(block.documents, block.n, np.array(block.sst, dtype=np.float64), sse)
         if {len(sums.n), *(len(v) for v in (sums.sst, *sse.values()))} != {len(sums.documents)}:
             raise ValueError("its lists of documents differ in length")
         return sums
@@ -117,14 +120,17 @@ def compare_runs(directories: Sequence[Path]) -> dict[str, Any]:
     """
     entries: list[_Entry] = []
     for directory in directories:
-        path = directory / "metrics.json"
-        if not path.is_file() or not (directory / "adapter.json").is_file():
+        if not (directory / Metrics.file).is_file() or not (directory / "adapter.json").is_file():
             raise AdapterError(f"no finished run in {str(directory)!r}; make one with `align train`")
-        metrics, card = read_json(path), read_json(directory / "adapter.json")
+        try:
+            metrics = read_metrics(directory)
+        except MemberError as error:
+            raise _damaged(directory, error) from error
+        card = read_json(directory / "adapter.json")
         try:
             entries += _entries(directory, metrics, card)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise AdapterError(f"the run in {str(directory)!r} is damaged ({error!r}); train it again") from error
+            raise _damaged(directory, error) from error
     places: list[dict[str, Any]] = []
     for entry in entries:
         if entry.place not in places:
@@ -141,6 +147,10 @@ def compare_runs(directories: Sequence[Path]) -> dict[str, Any]:
         "sets": [{"set": number, **place} for number, place in enumerate(places, 1)],
         "rate_distortion": sorted(rates, key=lambda rate: rate.get("bytes_per_window") or math.inf),
     }
+
+
+def _damaged(directory: Path, error: Exception) -> AdapterError:
+    return AdapterError(f"the run in {str(directory)!r} is damaged ({error!r}); train it again")
 
 
 def _order(entry: _Entry) -> tuple[Any, ...]:
@@ -162,7 +172,7 @@ def _compare(entry: _Entry, best: _Entry) -> None:
             row["reasons"]["versus_closed_form.ci95"] = reason
 
 
-def _entries(directory: Path, metrics: dict[str, Any], card: dict[str, Any]) -> list[_Entry]:
+def _entries(directory: Path, metrics: Metrics, card: dict[str, Any]) -> list[_Entry]:
     parameters = {entry["key"]: entry["parameters"] for entry in card["pairs"]}
     mask, store = card.get("mask") or {}, card.get("store") or {}
     # What decides which rows are scored. Splits are frozen in the store; where it lies does not matter.
@@ -172,45 +182,42 @@ def _entries(directory: Path, metrics: dict[str, Any], card: dict[str, Any]) -> 
         "keep_sinks": mask.get("keep_sinks"),
         "sink_threshold": mask.get("sink_threshold"),
     }
-    path = directory / DOCUMENTS
-    sums = read_json(path)["pairs"] if path.is_file() else None
+    sums = read_documents(directory).pairs if (directory / DOCUMENTS).is_file() else None
     found = []
-    for key, entry in metrics["pairs"].items():
-        reasons, test, closed = entry.get("reasons") or {}, entry["test"], entry["baselines"].get(_CLOSED)
+    for key, entry in metrics.pairs.items():
+        test, closed = entry.test, entry.baselines.get(_CLOSED)
         own = parameters.get(key, {})
         row = {
             "run": str(directory),
-            "type": metrics["type"],
+            "type": metrics.type,
             "pair": key,
             "store": store.get("path"),
             "trainable": own.get("trainable"),
             "shipped": own.get("shipped"),
-            **{name: test.get(name) for name in _FIGURES},
-            "r2_ci95": test.get("r2_ci95"),
-            _CLOSED: None if closed is None else {"name": closed.get("name"), "r2": closed.get("r2")},
-            "baselines": {
-                name: None if figures is None else figures.get("r2") for name, figures in entry["baselines"].items()
-            },
-            "warnings": [warning["code"] for warning in entry["warnings"]],
+            **{name: getattr(test, name) for name in _FIGURES},
+            "r2_ci95": None if test.r2_ci95 is None else list(test.r2_ci95),
+            _CLOSED: None if closed is None else {"name": closed.name, "r2": closed.r2},
+            "baselines": {name: None if scores is None else scores.r2 for name, scores in entry.baselines.items()},
+            "warnings": [warning.code for warning in entry.warnings],
             "reasons": {
                 name.removeprefix("test."): reason
-                for name, reason in reasons.items()
+                for name, reason in entry.reasons.items()
                 if name.removeprefix("test.") in (*_FIGURES, "r2_ci95")
             },
         }
-        rate = entry.get("rate_distortion")
+        rate = entry.rate_distortion
         found.append(
             _Entry(
                 row,
                 place,
-                _sums_of(key, sums, reasons),
-                None if rate is None else {"run": str(directory), "pair": key, **rate},
+                _sums_of(key, sums, entry.reasons),
+                None if rate is None else {"run": str(directory), "pair": key, **rate.content()},
             )
         )
     return found
 
 
-def _sums_of(key: str, pairs: Mapping[str, Any] | None, reasons: Mapping[str, str]) -> _Sums | str:
+def _sums_of(key: str, pairs: Mapping[str, PairDocuments] | None, reasons: Mapping[str, str]) -> _Sums | str:
     if pairs is None:
         return f"the run has no {DOCUMENTS}: it was made by an earlier version; train again for intervals"
     if key not in pairs:

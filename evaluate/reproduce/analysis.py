@@ -116,9 +116,9 @@ def _warnings(evidence: Evidence) -> str:
     texts: dict[str, str] = {}
     for run in evidence.runs:
         for entry in evidence.pairs(run).values():
-            for warning in entry["warnings"]:
-                runs.setdefault(warning["code"], Counter())[run] += 1
-                texts.setdefault(warning["code"], warning["message"])
+            for warning in entry.warnings:
+                runs.setdefault(warning.code, Counter())[run] += 1
+                texts.setdefault(warning.code, warning.message)
     if not runs:
         return "## Warnings\n\nNone."
     rows = [

@@ -5,20 +5,22 @@ What is not there is None: a step that failed leaves its questions open and noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from align.metrics import document_bootstrap, paired_difference
+from align.results import Documents, EpochRecord, Metrics, PairEpoch, PairMetrics, epoch_file
 from evaluate.reproduce.places import Places
-from featstore.runtime.provenance import read_json
+from evaluate.results import Communication, Share, Stitched, StitchedPair, TaskAnswers
+from featstore.runtime.records import EMPTY, Interval, Record, read
 
-_Block = dict[str, Any]
+_R = TypeVar("_R", bound=Record)
 _COLUMNS = NDArray[np.float64]
 
 
@@ -46,15 +48,13 @@ class Value:
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
     @classmethod
-    def of(cls, block: Mapping[str, Any] | None) -> Value | None:
-        """From ``{"value", "ci95"}``, None where there is no value."""
-        if block is None or block.get("value") is None:
-            return None
-        return cls.between(block["value"], block.get("ci95"))
+    def of(cls, share: Share) -> Value | None:
+        """From a value and its interval, None where there is no value."""
+        return cls.between(share.value, share.ci95)
 
     @classmethod
-    def between(cls, value: float | None, ci: Any) -> Value | None:
-        """From a value and a list of two, either of which may be missing."""
+    def between(cls, value: float | None, ci: Interval | None) -> Value | None:
+        """From a value and the ends of its interval, either of which may be missing."""
         if value is None:
             return None
         low, high = ci if ci is not None else (None, None)
@@ -71,65 +71,63 @@ class Evidence:
 
     def __init__(self, out: Path, places: Places) -> None:
         self.out, self.places = out, places
-        self._files: dict[str, _Block | None] = {}
+        self._files: dict[Path, Record | None] = {}
 
-    def file(self, name: str) -> _Block | None:
-        """A JSON file below the directory, None if there is none.
-
-        Args:
-            name: Such as ``runs/affine/metrics.json``.
-        """
-        if name not in self._files:
-            path = self.out / name
-            self._files[name] = read_json(path) if path.is_file() else None
-        return self._files[name]
+    def _read(self, kind: type[_R], where: str, name: str | None = None) -> _R | None:
+        """A result below the directory, None if there is none; read once."""
+        path = self.out / where / (name or kind.file)
+        if path not in self._files:
+            self._files[path] = read(kind, path) if path.is_file() else None
+        found = self._files[path]
+        return found if isinstance(found, kind) else None
 
     @cached_property
     def runs(self) -> list[str]:
         """Names of the finished runs."""
         return sorted(path.parent.name for path in self.out.glob("runs/*/adapter.json"))
 
-    def pairs(self, run: str) -> Mapping[str, _Block]:
+    def pairs(self, run: str) -> Mapping[str, PairMetrics]:
         """A run's part of ``metrics.json`` by layer pair; empty where it is not done."""
-        block = self.file(f"runs/{run}/metrics.json")
-        return {} if block is None else block["pairs"]
+        metrics = self._read(Metrics, f"runs/{run}")
+        return EMPTY if metrics is None else metrics.pairs
 
-    def stitched(self, run: str, key: str, into: str = "") -> _Block | None:
+    def stitched(self, run: str, key: str, into: str = "") -> StitchedPair | None:
         """A layer pair's part of ``stitch.json``."""
-        where = f"runs/{run}/{into}/stitch.json" if into else f"runs/{run}/stitch.json"
-        block = self.file(where)
-        return None if block is None else block["pairs"].get(key)
+        stitched = self._read(Stitched, f"runs/{run}/{into}")
+        return None if stitched is None else stitched.pairs.get(key)
 
     def recovered(self, run: str, key: str, *, best: bool = False, into: str = "") -> Value | None:
         """Share of the stitched loss recovered, against the mean state or the best control."""
         entry = self.stitched(run, key, into)
-        return None if entry is None else Value.of(entry["recovered_best_control" if best else "recovered"])
+        return None if entry is None else Value.of(entry.recovered_best_control if best else entry.recovered)
 
-    def tasks(self, run: str) -> Mapping[str, _Block]:
+    def tasks(self, run: str) -> Mapping[str, TaskAnswers]:
         """A run's part of ``communicate.json`` by task; empty where it is not done."""
-        block = self.file(f"runs/{run}/communicate.json")
-        return {} if block is None else block["tasks"]
+        answers = self._read(Communication, f"runs/{run}")
+        return EMPTY if answers is None else answers.tasks
+
+    def epoch(self, run: str, number: int) -> EpochRecord | None:
+        """One epoch of a trained run."""
+        return self._read(EpochRecord, f"runs/{run}", epoch_file(number))
 
     def test(self, run: str, key: str, name: str = "r2") -> Value | None:
         """A test figure of a layer pair, None where there is none."""
         entry = self.pairs(run).get(key)
         if entry is None:
             return None
-        return Value.between(entry["test"].get(name), entry["test"].get(f"{name}_ci95"))
+        return Value.between(getattr(entry.test, name), getattr(entry.test, f"{name}_ci95", None))
 
-    def curve(self, run: str, key: str, *path: str) -> list[float]:
+    def curve(self, run: str, key: str, figure: Callable[[PairEpoch], float | None]) -> list[float]:
         """A validation figure of a layer pair by epoch, that before training first.
 
         Args:
             run: A trained run.
             key: Layer pair.
-            path: Keys below the pair's entry of ``eval_epoch_<n>.json``, such as ``val_loss``.
+            figure: Of an epoch.
         """
         found: list[float] = []
-        while (block := self.file(f"runs/{run}/eval_epoch_{len(found)}.json")) is not None:
-            value: Any = block["pairs"].get(key)
-            for step in path:
-                value = None if value is None else value.get(step)
+        while (epoch := self.epoch(run, len(found))) is not None:
+            value = figure(epoch.pairs[key]) if key in epoch.pairs else None
             if value is None:
                 break
             found.append(float(value))
@@ -168,11 +166,11 @@ class Evidence:
         return Value.between(values[0].value / values[1].value, ci)
 
     def _sums(self, run: str, key: str) -> tuple[_COLUMNS, _COLUMNS] | None:
-        block = self.file(f"runs/{run}/documents.json")
-        entry = None if block is None else block["pairs"].get(key)
-        if not entry:
+        documents = self._read(Documents, f"runs/{run}")
+        entry = None if documents is None else documents.pairs.get(key)
+        if entry is None or "map" not in entry.sse:
             return None
-        return np.array(entry["sse"]["map"], dtype=np.float64), np.array(entry["sst"], dtype=np.float64)
+        return np.array(entry.sse["map"], dtype=np.float64), np.array(entry.sst, dtype=np.float64)
 
 
 def _ratio_of_r2(totals: _COLUMNS) -> _COLUMNS:

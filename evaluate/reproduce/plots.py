@@ -104,9 +104,10 @@ def _ranks(evidence: Evidence) -> Figure | None:
 def _rates(evidence: Evidence) -> Figure | None:
     runs = compressed_runs(evidence)
     found = [
-        (entry["rate_distortion"]["bytes_per_text_byte"], run, key)
+        (point.bytes_per_text_byte, run, key)
         for run in runs
         for key, entry in evidence.pairs(run).items()
+        if (point := entry.rate_distortion) is not None and point.bytes_per_text_byte is not None
     ]
     if len(found) < 2:
         return None

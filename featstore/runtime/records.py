@@ -8,14 +8,14 @@ writing it again gives the same bytes. Numbers are finite, and stay integers whe
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Strict, ValidationError, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from featstore.errors import AdapterError, CorruptDataError
+from featstore.errors import AdapterError, CorruptDataError, MemberError
 from featstore.runtime.provenance import read_json, write_json
 
 if TYPE_CHECKING:
@@ -95,14 +95,14 @@ class Record(BaseModel):
             where: Named in errors; the class's file by default.
 
         Raises:
-            CorruptDataError: A member is not of its type; the message names the first and counts the others.
+            MemberError: A member is not of its type; the message names the first few and counts the others.
         """
         return _parsed(cls, content, where or cls.file or cls.__name__, complete=False)
 
     def content(self) -> dict[str, Any]:
-        """The members as JSON values: those that were given, unknown ones included, in plain dicts and lists."""
+        """The members that were given, unknown ones included, as plain JSON values in the order of their names."""
         given = {name: _plain(getattr(self, name)) for name in type(self).model_fields if name in self.model_fields_set}
-        return given | copy.deepcopy(self.model_extra or {})
+        return dict(sorted((given | copy.deepcopy(self.model_extra or {})).items()))
 
     def has(self, *names: str) -> bool:
         """Whether all of some members were given rather than left to their defaults.
@@ -112,11 +112,39 @@ class Record(BaseModel):
         """
         return self.model_fields_set.issuperset(names)
 
+    def members(self) -> tuple[str, ...]:
+        """Names of the members that were given, unknown ones included, in order."""
+        return tuple(sorted(self.model_fields_set | set(self.model_extra or ())))
+
+    @classmethod
+    def declares(cls, name: str) -> bool:
+        """Whether the record has a member of this name.
+
+        Args:
+            name: Of the member.
+        """
+        return name in cls.model_fields
+
+    def member(self, name: str) -> Any:
+        """A member by name, None where it was not given.
+
+        Args:
+            name: A declared member, or an unknown one that was given.
+
+        Raises:
+            AttributeError: No version of the file has such a member.
+        """
+        if name in self.members():
+            return getattr(self, name) if name in type(self).model_fields else (self.model_extra or {})[name]
+        if name not in type(self).model_fields:
+            raise AttributeError(f"{type(self).__name__} declares no member {name!r}")
+        return None
+
     @model_validator(mode="after")
     def _complete(self, info: ValidationInfo) -> Self:
         missing = [name for name in self.always if name not in self.model_fields_set] if info.context else []
         if missing:
-            raise PydanticCustomError("incomplete", "an object with {name}", {"name": repr(missing[0])})
+            raise PydanticCustomError("incomplete", "has no {name}", {"name": repr(missing[0])})
         return self
 
 
@@ -130,7 +158,8 @@ def read(kind: type[R], where: Path, *, name: str | None = None) -> R:
 
     Raises:
         AdapterError: There is no such file; the message says which command writes it.
-        CorruptDataError: The file is not JSON, or a member is not of its type.
+        CorruptDataError: The file is not JSON.
+        MemberError: A member is missing or not of its type.
     """
     path = where / (name or kind.file) if where.is_dir() else where
     if not path.is_file():
@@ -161,8 +190,8 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
             break
         except ValidationError as error:
             content = copy.deepcopy(content) if not lost else content
-            for place, value, expected in _damage(error, content):
-                lost.setdefault(_pointer(place), f"{_pointer(place)} is {_shown(value)}, expected {expected}")
+            for place, words in list(_damage(error, content)):
+                lost.setdefault(_pointer(place), words)
                 _drop(content, place)
     return record, _line(path.name, list(lost.values())) if lost else None
 
@@ -223,12 +252,12 @@ def _parsed(kind: type[R], content: Mapping[str, Any], where: str, *, complete: 
     try:
         return kind.model_validate(content, context={"complete": True} if complete else None)
     except ValidationError as error:
-        found = [f"{_pointer(p)} is {_shown(v)}, expected {expected}" for p, v, expected in _damage(error, content)]
-        raise CorruptDataError(f"{_line(where, found)}; restore it or re-create it") from error
+        found = [words for _, words in _damage(error, content)]
+        raise MemberError(f"{_line(where, found)}; restore it or re-create it") from error
 
 
-def _damage(error: ValidationError, content: Any) -> Iterator[tuple[tuple[str | int, ...], Any, str]]:
-    """Each damaged place once: the keys that lead to it, its value, what was expected there."""
+def _damage(error: ValidationError, content: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Each damaged place once: the keys that lead to it, and what is wrong there."""
     seen = set()
     for each in error.errors(include_url=False, include_context=False):
         value, place = content, []
@@ -240,7 +269,8 @@ def _damage(error: ValidationError, content: Any) -> Iterator[tuple[tuple[str | 
             place.append(key)
         if tuple(place) not in seen:
             seen.add(tuple(place))
-            yield tuple(place), value, _EXPECTED.get(each["type"], each["msg"])
+            expected = f"is {_shown(value)}, expected {_EXPECTED.get(each['type'], each['msg'])}"
+            yield tuple(place), f"{_pointer(place)} {each['msg'] if each['type'] == 'incomplete' else expected}"
 
 
 def _leads(value: Any, key: str | int) -> bool:
@@ -252,6 +282,9 @@ def _leads(value: Any, key: str | int) -> bool:
 
 def _drop(content: Any, place: tuple[str | int, ...]) -> None:
     """Take a value out of an object; make it null in a list, and take out the list where it is null already."""
+    if not place:
+        content.clear()
+        return
     *above, last = place
     inside = content
     for key in above:
@@ -266,7 +299,7 @@ def _drop(content: Any, place: tuple[str | int, ...]) -> None:
         inside[last] = None
 
 
-def _pointer(place: tuple[str | int, ...]) -> str:
+def _pointer(place: Sequence[str | int]) -> str:
     return "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in place) or "/"
 
 

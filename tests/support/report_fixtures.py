@@ -277,7 +277,7 @@ def log() -> list[dict[str, Any]]:
 
 def epoch(n: int) -> dict[str, Any]:
     losses = {"train_loss": 0.5 / n, "val_loss": 0.6 / n, "cka": 0.9, "cosine_sim": 0.91}
-    return {"epoch": n, **losses, "generations": None, "pairs": {PAIR: losses}}
+    return {"epoch": n, **losses, "generations": [], "pairs": {PAIR: losses}}
 
 
 def documents() -> dict[str, Any]:

@@ -56,7 +56,7 @@ def which_layers(evidence: Evidence) -> Answer:
                 figure(evidence.test("affine", pair.key, "cka_debiased")),
                 share(evidence.recovered("affine", pair.key)),
                 share(against),
-                "-" if stitched is None else stitched["recovered_best_control"]["control"],
+                (None if stitched is None else stitched.recovered_best_control.control) or "-",
             )
         )
     if not rows:

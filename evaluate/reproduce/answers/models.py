@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
 
+from align.results import Finding, Metrics
 from evaluate.reproduce.answers.base import (
     ANSWERED,
     HELD,
@@ -16,7 +17,9 @@ from evaluate.reproduce.answers.base import (
     share,
 )
 from evaluate.reproduce.evidence import Evidence, Value
+from evaluate.results import Answers, Communication, Stitched, StitchedPair
 from featstore.runtime.console import human_bytes
+from featstore.runtime.records import EMPTY
 
 
 def ceiling(evidence: Evidence) -> Answer:
@@ -33,9 +36,9 @@ def ceiling(evidence: Evidence) -> Answer:
         for key in evidence.pairs(run):
             entry, r2 = evidence.stitched(run, key), evidence.test(run, key)
             recovered = evidence.recovered(run, key)
-            identical = "-" if entry is None else "yes" if entry["self_bit_identical"] else "no"
+            identical = "-" if entry is None else "yes" if entry.self_bit_identical else "no"
             rows.append((arrow(key), figure(r2, ".5f"), share(recovered), identical))
-            right.append(r2 is not None and r2.value > 0.999 and (entry is None or entry["self_bit_identical"]))
+            right.append(r2 is not None and r2.value > 0.999 and (entry is None or bool(entry.self_bit_identical)))
             right.append(recovered is None or recovered.value > 0.98)
             answer.sources += [f"runs/{run}/metrics.json", f"runs/{run}/stitch.json"]
     if rows:
@@ -69,7 +72,7 @@ def controls(evidence: Evidence) -> Answer:
             if entry is None or (run == "affine" and key not in middle):
                 continue
             rows.append(_against_controls(run, key, entry))
-            best = Value.of(entry["recovered_best_control"])
+            best = Value.of(entry.recovered_best_control)
             beaten.append(best is not None and best.above_zero)
             answer.sources.append(f"runs/{run}/stitch.json")
     hidden = [(key, evidence.stitched("affine", key, "hidden")) for key in sorted(middle)]
@@ -95,8 +98,8 @@ def controls(evidence: Evidence) -> Answer:
     told = [
         (f"{task}: {name}", gains)
         for task, entry in evidence.tasks("affine").items()
-        for name, gains in entry["gains"].items()
-        if entry["source"] != entry["target"]
+        for name, gains in entry.gains.items()
+        if entry.source != entry.target
     ]
     if told:
         won = [name for name, gains in told if all((Value.of(g) or Value(0)).above_zero for g in gains.values())]
@@ -110,13 +113,13 @@ def controls(evidence: Evidence) -> Answer:
     return answer
 
 
-def _against_controls(run: str, key: str, entry: dict[str, Any]) -> tuple[str, ...]:
+def _against_controls(run: str, key: str, entry: StitchedPair) -> tuple[str, ...]:
     names = ("clean", "mapped", "mean", "random_norm", "shuffled")
-    conditions = [entry["conditions"].get(name) for name in names]
-    losses = ("-" if block is None else f"{block['nats_per_token']:.2f}" for block in conditions)
-    best = entry["recovered_best_control"]
-    recovered = share(Value.of(entry["recovered"]))
-    return (run, arrow(key), *losses, recovered, share(Value.of(best)), best["control"])
+    conditions = [entry.conditions.get(name) for name in names]
+    nats = [None if losses is None else losses.nats_per_token for losses in conditions]
+    shown = ("-" if value is None else f"{value:.2f}" for value in nats)
+    best = entry.recovered_best_control
+    return (run, arrow(key), *shown, share(Value.of(entry.recovered)), share(Value.of(best)), best.control or "-")
 
 
 #: Conditions of a task in the order of the question: nothing, states, text.
@@ -133,31 +136,32 @@ def communication(evidence: Evidence) -> Answer:
     best: tuple[float, str, str] | None = None
     for task, entry in evidence.tasks("affine").items():
         rows = []
-        for name, block in _ordered(entry["conditions"]):
-            accuracy = Value.between(block["accuracy"], block["ci95"])
-            pair = "" if block["pair"] is None else arrow(block["pair"])
-            gains = entry["gains"].get(name, {})
-            told = {c: Value.of(g) for c, g in gains.items()}
-            sent = human_bytes(block["bytes"])
-            rows.append((block["condition"], pair, share(accuracy), sent, *(_gain(told.get(c)) for c in _AGAINST)))
-            if name in entry["gains"] and entry["source"] != entry["target"]:
+        for name, answers in _ordered(entry.conditions):
+            accuracy = Value.between(answers.accuracy, answers.ci95)
+            pair = "" if answers.pair is None else arrow(answers.pair)
+            told = {c: Value.of(gain) for c, gain in entry.gains.get(name, EMPTY).items()}
+            sent = "-" if answers.bytes is None else human_bytes(answers.bytes)
+            gains = (_gain(told.get(c)) for c in _AGAINST)
+            rows.append((answers.condition or name, pair, share(accuracy), sent, *gains))
+            if name in entry.gains and entry.source != entry.target:
                 counted.append(all(value is not None and value.above_zero for value in told.values()))
-                if best is None or block["accuracy"] > best[0]:
-                    best = (block["accuracy"], name, task)
-        who = f"{entry['source']} reads, {entry['target']} answers"
-        title = f"{task}: {entry['n']} questions, chance {entry['chance']:.1%}; {who}"
+                if best is None or _accuracy(answers) > best[0]:
+                    best = (_accuracy(answers), name, task)
+        who = f"{entry.source} reads, {entry.target} answers"
+        chance = "unknown" if entry.chance is None else f"{entry.chance:.1%}"
+        title = f"{task}: {entry.n} questions, chance {chance}; {who}"
         answer.tables.append(
             Table(title, ("condition", "layers", "right", "sent", *(f"more than {c}" for c in _AGAINST)), rows)
         )
-        if entry["source"] == entry["target"]:
-            own = max(entry["gains"], key=lambda name: entry["conditions"][name]["accuracy"])
-            accuracy = entry["conditions"][own]["accuracy"]
-            answer.words.append(f"The ceiling, {entry['source']} with itself: {arrow(own)}, {accuracy:.0%} right.")
-        answer.words += [f"{task}: {warning['message']}." for warning in _general(entry["warnings"])]
+        if entry.source == entry.target:
+            right = {name: _accuracy(entry.conditions[name]) for name in entry.gains}
+            own = max(right, key=right.__getitem__)
+            answer.words.append(f"The ceiling, {entry.source} with itself: {arrow(own)}, {right[own]:.0%} right.")
+        answer.words += [f"{task}: {warning.message}." for warning in _general(entry.warnings)]
     if counted and best is not None:
         answer.verdict = HELD if all(counted) else PARTLY if any(counted) else NOT
         entry = evidence.tasks("affine")[best[2]]
-        silent, text = (entry["conditions"][name]["accuracy"] for name in ("silent", "text"))
+        silent, text = (_accuracy(entry.conditions[name]) for name in ("silent", "text"))
         others = f"told nothing {silent:.0%} are, with the text {text:.0%}"
         answer.found = f"Best is {arrow(best[1])} with {best[0]:.0%} right; {others}."
         answer.sources.append("runs/affine/communicate.json")
@@ -167,18 +171,22 @@ def communication(evidence: Evidence) -> Answer:
 _AGAINST = ("silent", "random", "shuffled")
 
 
-def _ordered(conditions: dict[str, Any]) -> list[tuple[str, Any]]:
+def _ordered(conditions: Mapping[str, Answers]) -> list[tuple[str, Answers]]:
     place = {name: i for i, name in enumerate((*_ORDER, "summary", "text"))}
-    return sorted(conditions.items(), key=lambda item: (item[1]["pair"] or "", place.get(item[1]["condition"], 99)))
+    return sorted(conditions.items(), key=lambda item: (item[1].pair or "", place.get(item[1].condition or "", 99)))
+
+
+def _accuracy(answers: Answers) -> float:
+    return 0.0 if answers.accuracy is None else answers.accuracy
 
 
 def _gain(value: Value | None) -> str:
     return "" if value is None else value.show("+.0%")
 
 
-def _general(warnings: list[dict[str, str]]) -> list[dict[str, str]]:
+def _general(warnings: Iterable[Finding]) -> list[Finding]:
     """Those of the task as a whole: what holds of single conditions stands in their row."""
-    return [warning for warning in warnings if warning["code"] != "no-better-than-control"]
+    return [warning for warning in warnings if warning.code != "no-better-than-control"]
 
 
 def rates(evidence: Evidence) -> Answer:
@@ -192,24 +200,23 @@ def rates(evidence: Evidence) -> Answer:
     beats_text = False
     for run in compressed_runs(evidence):
         for key, entry in evidence.pairs(run).items():
-            rate = entry["rate_distortion"]
+            rate = entry.rate_distortion
+            if rate is None or rate.bytes_per_text_byte is None:
+                continue
             r2, recovered = evidence.test(run, key), evidence.recovered(run, key)
-            per_byte = rate["bytes_per_text_byte"]
+            per_byte = rate.bytes_per_text_byte
             beats_text = beats_text or (per_byte < 1 and recovered is not None and recovered.value > 0.5)
-            codecs = (
-                f"{rate['r2'][name]:.3f}" if rate["r2"].get(name) is not None else "-" for name in ("pca", "strided")
-            )
-            shape = f"{rate['latents']} × {rate['latent_dim']}"
+            codecs = (figure(Value.between(rate.r2.get(name), None)) for name in ("pca", "strided"))
+            shape = f"{rate.latents} × {rate.latent_dim}"
             accuracies = (share(accuracy_of(evidence, run, key, name)) for name in ("aligned", "silent", "text"))
             told = task_rate(evidence, run, key)
             there = "-" if told is None else f"{told:.1f}"
             cells = (shape, f"{per_byte:.2f}", figure(r2), *codecs, share(recovered), there, *accuracies)
             rows.append((per_byte, cells))
-            files = [
-                "metrics.json",
-                *(name for name in ("stitch.json", "communicate.json") if evidence.file(f"runs/{run}/{name}")),
-            ]
-            answer.sources += [f"runs/{run}/{name}" for name in files]
+            others = (
+                name for name in (Stitched.file, Communication.file) if (evidence.out / "runs" / run / name).exists()
+            )
+            answer.sources += [f"runs/{run}/{name}" for name in (Metrics.file, *others)]
     if rows:
         rows.sort()
         answer.verdict = ANSWERED
@@ -245,8 +252,8 @@ def task_rate(evidence: Evidence, run: str, key: str) -> float | None:
         key: Layer pair.
     """
     for entry in evidence.tasks(run).values():
-        rate: float = entry["pairs"][key]["rate"]["latent_bytes_per_text_byte"]
-        return rate
+        rate = entry.pairs[key].rate
+        return None if rate is None else rate.latent_bytes_per_text_byte
     return None
 
 
@@ -260,7 +267,7 @@ def accuracy_of(evidence: Evidence, run: str, key: str, condition: str) -> Value
         condition: With or without a pair.
     """
     for entry in evidence.tasks(run).values():
-        block = entry["conditions"].get(f"{condition} {key}") or entry["conditions"].get(condition)
-        if block is not None:
-            return Value.between(block["accuracy"], block["ci95"])
+        answers = entry.conditions.get(f"{condition} {key}") or entry.conditions.get(condition)
+        if answers is not None:
+            return Value.between(answers.accuracy, answers.ci95)
     return None

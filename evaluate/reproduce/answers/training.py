@@ -8,6 +8,7 @@ from align.settings import LoopSettings
 from align.training.stopping import stopping_epoch
 from evaluate.reproduce.answers.base import HELD, NOT, PARTLY, Answer, Table, arrow
 from evaluate.reproduce.evidence import Evidence, Value
+from evaluate.results import StitchedPair
 
 #: Of trained maps: those whose curves are whole.
 CURVES = ("lora", "affine-adamw")
@@ -25,7 +26,7 @@ def epochs(evidence: Evidence) -> Answer:
     early, brought = 0, []
     for run in CURVES:
         for key in evidence.pairs(run):
-            losses = evidence.curve(run, key, "val_loss")
+            losses = evidence.curve(run, key, lambda epoch: epoch.val_loss)
             if len(losses) < 2:
                 continue
             stop = stopping_epoch(losses, patience=own.patience, min_delta=own.min_delta)
@@ -73,23 +74,27 @@ def in_the_model(evidence: Evidence) -> Answer:
     if not keys:
         return answer
     key = keys[0]
-    losses = evidence.curve(run, key, "val_loss")
+    losses = evidence.curve(run, key, lambda epoch: epoch.val_loss)
     rows: list[tuple[str, ...]] = []
     injected: list[float] = []
     for epoch in range(len(losses)):
-        block = evidence.file(f"runs/{run}/eval_epoch_{epoch}.json")
-        stitched = block["pairs"][key].get("stitched") if block else None
-        if block is None or stitched is None:
+        record = evidence.epoch(run, epoch)
+        said = record.pairs[key].stitched if record else None
+        if record is None or said is None:
             continue
-        injected.append(stitched["conditions"]["mapped"]["nats_per_token"])
-        recovered = Value.of(stitched["recovered"])
-        text = next((entry["text"] for entry in block["generations"]), "")
+        block, stitched = record.pairs[key], StitchedPair.parse(said)
+        mapped = stitched.conditions.get("mapped")
+        if mapped is None or mapped.nats_per_token is None:
+            continue
+        injected.append(mapped.nats_per_token)
+        recovered = Value.of(stitched.recovered)
+        text = next((entry.text for entry in record.generations), None) or ""
         rows.append(
             (
                 str(epoch),
                 f"{losses[epoch]:.4f}",
-                f"{block['pairs'][key]['cka']:.4f}",
-                f"{block['pairs'][key]['cosine_sim']:.4f}",
+                _number(block.cka),
+                _number(block.cosine_sim),
                 f"{injected[-1]:.3f}",
                 "-" if recovered is None else recovered.show(".1%"),
                 _short(text),
@@ -133,6 +138,10 @@ def gradient(evidence: Evidence) -> Answer:
         answer.tables.append(Table("Test R2", ("layers", "AdamW", "closed form", "difference"), rows))
         answer.sources += ["runs/affine-adamw/metrics.json", "runs/affine/metrics.json"]
     return answer
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _short(text: str) -> str:

@@ -49,8 +49,8 @@ class Planted:
         noise = rng.uniform(-spread, spread, DOCUMENTS)
         sse = sst * (1 - r2 + noise - (sst * noise).sum() / sst.sum())
         figures = {"r2": r2, "r2_ci95": [r2 - spread, r2 + spread], "cka_debiased": 0.9, **test}
-        entry = {"test": figures, "warnings": []}
-        self.write(f"runs/{name}/metrics.json", {"pairs": dict.fromkeys(keys, entry)})
+        entry = {"test": figures, "baselines": {}, "warnings": []}
+        self.write(f"runs/{name}/metrics.json", {"type": name, "pairs": dict.fromkeys(keys, entry)})
         block = {
             "documents": list(range(DOCUMENTS)),
             "n": [9] * DOCUMENTS,
@@ -84,7 +84,8 @@ class Planted:
                 pair["stitched"] = {"conditions": conditions, "recovered": recovered}
                 texts = [{"text": f"text {epoch} | of a model\nthat goes on and on and on and on and on and on"}]
             self.write(
-                f"runs/{run}/eval_epoch_{epoch}.json", {"pairs": dict.fromkeys(keys, pair), "generations": texts}
+                f"runs/{run}/eval_epoch_{epoch}.json",
+                {"epoch": epoch, "pairs": dict.fromkeys(keys, pair), "generations": texts},
             )
 
     @property
