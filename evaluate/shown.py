@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import PrivateAttr
 
-from evaluate.results import Communication, Generations, Losses, Stitched
+from evaluate.communication.verdicts import CONTROLS as ANSWER_CONTROLS
+from evaluate.communication.verdicts import METHODS, condition_name
+from evaluate.injection.controls import CONTROLS
+from evaluate.results import Answers, Communication, Generations, Losses, Stitched, TaskAnswers
 from featstore.runtime import records
 from featstore.runtime.console import human_bytes
 
@@ -22,9 +25,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
-#: Conditions of stitched losses and of texts that are controls, and how the names of those of answers end.
-STITCH_CONTROLS = ("mean", "zero", "random_norm", "random_rotation", "shuffled", "raw")
-ANSWER_CONTROLS = ("random", "shuffled")
+#: The order in which people read conditions; a file has them in the order of their names.
+_CONDITIONS = ("alone", "clean", "self", "mapped", *CONTROLS)
+_ANSWERS = (
+    "silent",
+    "text",
+    "summary",
+    *(condition_name(method, control) for method in METHODS for control in (None, *ANSWER_CONTROLS)),
+)
 #: What a table shows in place of a figure that is undefined or was not measured.
 _NONE = "–"
 
@@ -53,7 +61,8 @@ class Sheet:
 
         table = Table(title=Text(self.title), title_justify="left", title_style="bold")
         for name in self.columns:
-            table.add_column(name)
+            # A figure or a name that is cut in two is hard to read; a text may be.
+            table.add_column(name, no_wrap=name not in ("text", "value"))
         for row in self.rows:
             table.add_row(*map(Text, row))
         return Group(table, *map(Text, self.notes))
@@ -136,7 +145,8 @@ class StitchResult(ShownResult, Stitched):
             rows = [
                 (
                     name,
-                    _with_interval(losses.nats_per_token, losses.ci95, ".3f"),
+                    _number(losses.nats_per_token, ".3f"),
+                    _interval(losses.ci95, ".3f"),
                     _number(losses.bits_per_byte, ".3f"),
                     _number(losses.kl, ".3f"),
                     _number(losses.top1, ".0%"),
@@ -145,22 +155,26 @@ class StitchResult(ShownResult, Stitched):
             ]
             best = pair.recovered_best_control
             shares = ((pair.recovered, "mean"), (best, best.control or "the best control"))
-            recovered = [f"{_with_interval(x.value, x.ci95, '.1%')} against {control}" for x, control in shares]
+            recovered = [
+                f"{_number(x.value, '.1%')} {_interval(x.ci95, '.1%')} against {control}" for x, control in shares
+            ]
             notes = [f"recovered {', '.join(recovered)}"]
             notes += [f"{name}: not run, {reason}" for name, reason in pair.reasons.items()]
             if pair.self_bit_identical is False:
                 notes.append("warning: self-injection changed the logits; do not trust these figures")
             title = f"{key}: {pair.n_tokens} tokens of {pair.n_documents} documents"
-            columns = ("condition", "nats/token [95 %]", "bits/byte", "KL from clean", "top-1 as clean")
+            columns = ("condition", "nats/token", "95 %", "bits/byte", "KL", "top-1")
             result.append(Sheet(title, columns, tuple(rows), tuple(notes)))
         return result
 
     def plot(self) -> Figure:
         """Draw the stitched loss under every condition with its 95 % interval, one panel for each layer pair."""
-        figure, panels = _panels(list(self.pairs))
+        figure, panels = _panels(
+            list(self.pairs), max((len(pair.conditions) for pair in self.pairs.values()), default=0)
+        )
         for axes, pair in zip(panels, self.pairs.values(), strict=True):
             points = [(name, losses.nats_per_token, losses.ci95) for name, losses in _measured(pair.conditions)]
-            _points(axes, points, controls=STITCH_CONTROLS)
+            _points(axes, points, controls=CONTROLS)
             clean = pair.conditions.get("clean")
             if clean is not None and clean.nats_per_token is not None:
                 axes.axvline(clean.nats_per_token, color="grey", linewidth=1, linestyle=":")
@@ -180,7 +194,7 @@ class GenerateResult(ShownResult, Generations):
         for entry in self.entries:
             nats = entry.likelihood
             rows = [
-                (name, _NONE, text, _number(value, ".2f"))
+                (name, _NONE, repr(text), _number(value, ".2f"))
                 for name, text, value in (
                     (f"{entry.source} alone", entry.source_alone, nats.source_alone),
                     (f"{entry.target} alone", entry.target_alone, nats.target_alone),
@@ -192,8 +206,9 @@ class GenerateResult(ShownResult, Generations):
                 (entry.target_to_source, nats.target_to_source),
             ):
                 rows += [
-                    ("mapped", key, conditions.get("mapped") or _NONE, _number(values[key].get("mapped"), ".2f"))
+                    ("mapped", key, repr(conditions["mapped"]), _number(values.get(key, {}).get("mapped"), ".2f"))
                     for key, conditions in texts.items()
+                    if conditions.get("mapped") is not None
                 ]
             result.append(Sheet(repr(entry.prompt), ("condition", "layer pair", "text", "nats/token"), tuple(rows)))
         if result:
@@ -214,12 +229,13 @@ class GenerateResult(ShownResult, Generations):
                     for name, value in {"alone": alone, **conditions}.items():
                         if value is not None:
                             found.setdefault(key, {}).setdefault(name, []).append(value)
-        figure, panels = _panels(list(found))
-        for axes, values in zip(panels, found.values(), strict=True):
+        figure, panels = _panels(list(found), max(map(len, found.values()), default=0))
+        for axes, unordered in zip(panels, found.values(), strict=True):
+            values = {name: unordered[name] for name in _ordered(unordered, _CONDITIONS)}
             for place, dots in enumerate(values.values()):
                 axes.plot(dots, [place] * len(dots), "o", color="grey", markersize=3, alpha=0.6)
             means = [(name, sum(dots) / len(dots), None) for name, dots in values.items()]
-            _points(axes, means, controls=STITCH_CONTROLS)
+            _points(axes, means, controls=CONTROLS)
             axes.set_xlabel("receiving model's own text (nats/token)")
         return figure
 
@@ -238,25 +254,28 @@ class CommunicateResult(ShownResult, Communication):
                 (
                     answers.condition or _NONE,
                     answers.pair or _NONE,
-                    _with_interval(answers.accuracy, answers.ci95, ".1%"),
+                    _number(answers.accuracy, ".1%"),
+                    _interval(answers.ci95, ".1%"),
                     _NONE if answers.bytes is None else human_bytes(answers.bytes),
                 )
-                for answers in task.conditions.values()
+                for _, answers in _answers(task)
             ]
             notes = [f"chance {_number(task.chance, '.1%')}: {task.chance_is}"]
             notes += [f"{condition}: not run, {reason}" for condition, reason in task.reasons.items()]
             notes += [f"warning: {warning.message}" for warning in task.warnings]
             title = f"{name}: {task.source} reads, {task.target} answers; {task.n} examples"
-            columns = ("condition", "layer pair", "accuracy [95 %]", "bytes")
+            columns = ("condition", "layer pair", "accuracy", "95 %", "bytes")
             result.append(Sheet(title, columns, tuple(rows), tuple(notes)))
         return result
 
     def plot(self) -> Figure:
         """Draw the accuracy under every condition with its 95 % interval, one panel for each task."""
-        figure, panels = _panels(list(self.tasks))
+        figure, panels = _panels(
+            list(self.tasks), max((len(task.conditions) for task in self.tasks.values()), default=0)
+        )
         for axes, task in zip(panels, self.tasks.values(), strict=True):
             points, controls = [], []
-            for key, answers in task.conditions.items():
+            for key, answers in _answers(task):
                 name = key if len(task.pairs) > 1 else answers.condition or key
                 points.append((name, answers.accuracy, answers.ci95))
                 if (answers.condition or "").endswith(ANSWER_CONTROLS):
@@ -329,29 +348,48 @@ class ReportResult:
 
 
 def _measured(conditions: Mapping[str, Losses | None]) -> Iterator[tuple[str, Losses]]:
-    yield from ((name, losses) for name, losses in conditions.items() if losses is not None)
+    for name in _ordered(conditions, _CONDITIONS):
+        losses = conditions[name]
+        if losses is not None:
+            yield name, losses
+
+
+def _answers(task: TaskAnswers) -> list[tuple[str, Answers]]:
+    """Conditions of a task, those without states first, then pair by pair."""
+    pairs = list(task.pairs)
+    places = {name: place for place, name in enumerate(_ANSWERS)}
+
+    def place(item: tuple[str, Answers]) -> tuple[int, int]:
+        answers = item[1]
+        pair = pairs.index(answers.pair) if answers.pair in pairs else -1
+        return pair, places.get(answers.condition or "", len(places))
+
+    return sorted(task.conditions.items(), key=place)
+
+
+def _ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def _number(value: float | None, form: str) -> str:
     return _NONE if value is None else format(value, form)
 
 
-def _with_interval(value: float | None, ci95: Iterable[float | None] | None, form: str) -> str:
-    ends = "" if ci95 is None else f" [{', '.join(_number(end, form) for end in ci95)}]"
-    return _number(value, form) + ends
+def _interval(ci95: Iterable[float | None] | None, form: str) -> str:
+    return _NONE if ci95 is None else f"[{', '.join(_number(end, form) for end in ci95)}]"
 
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _panels(titles: Sequence[str]) -> tuple[Figure, list[Any]]:
-    """A figure with a panel for each title, three in a row."""
+def _panels(titles: Sequence[str], lines: int) -> tuple[Figure, list[Any]]:
+    """A figure with a panel for each title, three in a row, each high enough for some lines."""
     from evaluate.drawing import Drawing
 
     columns = max(1, min(3, len(titles)))
     rows = max(1, -(-len(titles) // columns))
-    figure = Drawing(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+    figure = Drawing(figsize=(5 * columns, rows * (1 + 0.24 * max(lines, 5))), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[len(titles) :]:
         axes.remove()
