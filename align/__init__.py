@@ -1,1 +1,45 @@
-"""Maps between two models' hidden states, fitted from a feature store alone, and similarity between all layers."""
+"""Maps between two models' hidden states, fitted from a feature store alone, and similarity between all layers.
+
+``align.train`` fits a run, ``align.load`` gives its maps as functions of arrays, ``align.compare`` ranks runs, and
+``align.cka`` compares layers. The closed-form maps are scikit-learn estimators as well. Names are imported when they
+are first used, so that ``import align`` is quick.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from align.api import Leaderboard, Map, Maps, Run, Similarity, cka, compare, load, train
+    from align.closed_form.estimators import AffineAligner, LinearAligner, ProcrustesAligner, ReducedRankAligner
+
+__all__ = [
+    "AffineAligner",
+    "Leaderboard",
+    "LinearAligner",
+    "Map",
+    "Maps",
+    "ProcrustesAligner",
+    "ReducedRankAligner",
+    "Run",
+    "Similarity",
+    "cka",
+    "compare",
+    "load",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = import_module("align.closed_form.estimators" if name.endswith("Aligner") else "align.api")
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from align.resources import choose_device, dask_client
+from align.resources import choose_device
 from align.runs.rundir import check_free
 from align.settings import TYPES
 from align.similarity.measures.names import MEASURES
 from featstore.errors import SpecError
-from featstore.runtime.console import check_directory, emit, err, jsonable, run_app
+from featstore.runtime.console import emit, err, run_app
 from featstore.runtime.processes import Ranks
 from featstore.runtime.quantities import parse_bytes
 
@@ -233,50 +233,31 @@ def cka(
     as_json: Json = False,
 ) -> None:
     """Compare all layers of two models with each other, debiased and over the whole store."""
-    from align.layers import choose_models
-    from align.results import Similarity, write_similarity
-    from align.similarity import heatmaps, page
-    from align.similarity.compare import Comparison
-    from align.similarity.measures.by_name import parse_measures
+    from align import api
     from align.similarity.words import describe as describe_cka
-    from featstore.models.references import parse_layers
-    from featstore.store import open_store
 
-    check_directory(out)
-    chosen_measures = parse_measures(measures)
-    opened = open_store(store)
-    names = [name.strip() for name in models.split(",")] if models else []
-    if models and len(names) != 2:
-        raise SpecError(f"--models {models!r}: write two names, such as llama,mistral")
-    chosen = choose_models(opened, *names) if names else choose_models(opened, None, None)
-    held = {name: opened.model(name).layers for name in dict.fromkeys(chosen)}
-    if layers is not None:
-        wanted = parse_layers([layers], {name: opened.model(name).depth for name in held})
-        held = {name: tuple(opened.layer(name, k) for k in ks) for name, ks in wanted.items()}
-    comparison = Comparison(
+    found = api.cka(
         store,
-        models=chosen,
-        layers=held,
         estimator=estimator,
         kernel=kernel,
+        models=models,
+        layers=layers,
         policy=policy,
         keep_sinks=keep_sinks,
-        measures=chosen_measures,
+        measures=measures,
         max_rows=max_rows,
         draws=draws,
-        memory=parse_bytes(memory),
-        checkpoint=out / "checkpoints",
-        device=choose_device(device, by_gradient=kernel == "rbf"),
+        memory=memory,
+        scheduler=scheduler,
+        workers=workers,
+        device=device,
         seed=seed,
+        out=out,
     )
-    with dask_client(scheduler, workers=workers) as client:
-        result = jsonable(comparison.run(client))
-    write_similarity(out, Similarity.parse(result))
-    files = ["cka.json", page.write(result, out), *heatmaps.plot(result, out)]
-    comparison.discard()
+    result = found.content()
     emit(
-        {**result, "files": files, "out": str(out)},
-        escape(f"{describe_cka(result)}\nwritten to {out}: {', '.join(files)}"),
+        {**result, "files": found.files, "out": str(out)},
+        escape(f"{describe_cka(result)}\nwritten to {out}: {', '.join(found.files)}"),
         as_json=as_json,
     )
 
@@ -287,10 +268,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Print one table of several runs, with closed-form optima and controls."""
-    from align.sweeps.compare import compare_runs, describe
+    from align import api
 
-    result = compare_runs(runs)
-    emit(result, escape(describe(result)), as_json=as_json)
+    board = api.compare(runs)
+    emit(board.content(), escape(str(board)), as_json=as_json)
 
 
 @app.command()

@@ -84,6 +84,13 @@ class AdapterError(FeatstoreError, ValueError):
     """A run directory does not hold a usable adapter, or it does not fit the models or the store."""
 
 
+class UnknownMapError(FeatstoreError, KeyError):
+    """A run has no map of this name."""
+
+    #: KeyError would show the message as a quoted key.
+    __str__ = Exception.__str__
+
+
 class EnvironmentClashError(FeatstoreError, ImportError):
     """An installed package makes this one unusable."""
 

@@ -1,7 +1,17 @@
-"""The closed-form maps as scikit-learn estimators: rows in, mapped rows out; pipelines, clones and grid searches work.
+"""The closed-form maps as scikit-learn estimators: rows in, mapped rows out.
 
-The mathematics is that of :mod:`align.solvers` on the sums of :mod:`align.moments.scatter`; here are only rows,
-parameters and the choice of what is held out.
+Pipelines, clones, grid searches and ``set_output`` work. The mathematics is that of :mod:`align.solvers` on the sums of
+:mod:`align.moments.scatter`; here are only rows, parameters and the choice of what is held out.
+
+>>> import numpy as np
+>>> from align import ProcrustesAligner
+>>> x = np.random.default_rng(0).normal(size=(200, 3))
+>>> y = x @ np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]) + 2.0
+>>> aligner = ProcrustesAligner().fit(x[:150], y[:150])
+>>> round(aligner.score(x[150:], y[150:]), 6)
+1.0
+>>> aligner.set_output(transform="pandas").transform(x[:2]).columns.tolist()
+['procrustesaligner0', 'procrustesaligner1', 'procrustesaligner2']
 """
 
 from __future__ import annotations
@@ -10,7 +20,13 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin, TransformerMixin
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    MultiOutputMixin,
+    RegressorMixin,
+    TransformerMixin,
+)
 from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted, validate_data
 
 from align.moments.scatter import Array, Moments, Scatter, about, centered, means, merge, moments_of, raw
@@ -28,10 +44,16 @@ from featstore.errors import FitError
 
 #: Part of the rows on which a strength is chosen.
 HELD_OUT = 0.1
+#: Rank of a low-rank map where none is given and the widths allow it.
+RANK = 32
 
 
-class _Aligner(MultiOutputMixin, TransformerMixin, RegressorMixin, BaseEstimator):
-    """What all aligners share: checked rows to moments, and the fitted map applied."""
+class _Aligner(ClassNamePrefixFeaturesOutMixin, MultiOutputMixin, TransformerMixin, RegressorMixin, BaseEstimator):
+    """What all aligners share: checked rows to moments, and the fitted map applied.
+
+    ``get_feature_names_out`` names the mapped dimensions after the class (``affinealigner0``, ...), and ``set_output``
+    lets :meth:`transform` return a pandas or polars frame with these names.
+    """
 
     def fit(self, X: ArrayLike, Y: ArrayLike, groups: ArrayLike | None = None) -> Self:
         """Fit the map.
@@ -84,19 +106,23 @@ class _Aligner(MultiOutputMixin, TransformerMixin, RegressorMixin, BaseEstimator
             X: (n, dx) source rows.
 
         Returns:
-            (n, dy), of the dtype numpy gives float64 times X.
+            (n, dy), of the dtype numpy gives float64 times X; a frame if ``set_output`` asked for one.
 
         Raises:
             ValueError: Other widths, or not finite.
             sklearn.exceptions.NotFittedError: Not fitted yet.
         """
+        return self._map(X)
+
+    def _map(self, X: ArrayLike) -> NDArray[np.float64]:
+        """The rows that :meth:`transform` gives, whatever container ``set_output`` asked for."""
         check_is_fitted(self)
         x = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
         mapped: NDArray[np.float64] = (x - self.mean_source_) @ self.weight_ + self.mean_target_
         return mapped
 
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:
-        """As :meth:`transform`; (n,) if the targets were.
+        """As :meth:`transform`, but always an array; (n,) if the targets were.
 
         Args:
             X: (n, dx) source rows.
@@ -104,7 +130,7 @@ class _Aligner(MultiOutputMixin, TransformerMixin, RegressorMixin, BaseEstimator
         Raises:
             ValueError: Other widths, or not finite.
         """
-        mapped = np.asarray(_Aligner.transform(self, X))
+        mapped = self._map(X)
         return mapped[:, 0] if self._flat else mapped
 
     def score(self, X: ArrayLike, y: ArrayLike, sample_weight: None = None) -> float:
@@ -127,7 +153,7 @@ class _Aligner(MultiOutputMixin, TransformerMixin, RegressorMixin, BaseEstimator
         """
         if sample_weight is not None:
             raise FitError("sample_weight is not supported: leave it out, every row counts the same")
-        mapped = np.asarray(_Aligner.transform(self, X))
+        mapped = self._map(X)
         true = check_array(y, ensure_2d=False, dtype=np.float64)
         check_consistent_length(mapped, true)
         true = true.reshape(len(mapped), -1)
@@ -138,7 +164,7 @@ class _Aligner(MultiOutputMixin, TransformerMixin, RegressorMixin, BaseEstimator
 
     @property
     def _n_features_out(self) -> int:
-        # What get_feature_names_out counts.
+        # ClassNamePrefixFeaturesOutMixin names so many dimensions.
         return int(self.weight_.shape[1])
 
     def __sklearn_tags__(self) -> Any:
@@ -199,6 +225,12 @@ class ProcrustesAligner(_Aligner):
         if isinstance(self.components, str) and self.components != "auto":
             raise FitError(f"components {self.components!r}: use a number, 'auto' or None")
         return self.components == "auto"
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        # Few axes, if so many were asked for, leave most of the target out.
+        tags.regressor_tags.poor_score = self.components is not None and self.components != "auto"
+        return tags
 
     def _fit(self, total: Moments, parts: tuple[Moments, Moments] | None) -> None:
         rows = centered(total)
@@ -269,13 +301,14 @@ class ReducedRankAligner(_Aligner):
     """A map of low rank on top of a fixed one: :class:`align.solvers.ReducedRank`.
 
     Args:
-        rank: 1 to min(dx, dy).
+        rank: 1 to min(dx, dy); None for 32, or for min(dx, dy) where that is less.
         lam: Relative ridge strength; None chooses it on held-out rows and refits on all.
         skip: The fixed map: ``none``, ``procrustes``, ``ridge`` (its own strength is chosen on held-out rows) or
             ``identity``.
 
     Attributes:
         weight_: (dx, dy) the whole map, skip included.
+        rank_: The rank.
         factors_: (dx, rank) and (rank, dy), whose product is the low-rank part.
         lam_: The strength.
         mean_source_: (dx,) subtracted from source rows.
@@ -284,7 +317,7 @@ class ReducedRankAligner(_Aligner):
         n_features_in_: dx.
     """
 
-    def __init__(self, rank: int = 32, lam: float | None = None, skip: str = "none") -> None:
+    def __init__(self, rank: int | None = None, lam: float | None = None, skip: str = "none") -> None:
         self.rank = rank
         self.lam = lam
         self.skip = skip
@@ -294,6 +327,7 @@ class ReducedRankAligner(_Aligner):
 
     def _fit(self, total: Moments, parts: tuple[Moments, Moments] | None) -> None:
         rows = centered(total)
+        self.rank_: int = min(RANK, *rows.c.shape) if self.rank is None else self.rank
         skip_lam = 0.0
         if parts is not None:
             train, val = _centred(parts)
@@ -302,11 +336,11 @@ class ReducedRankAligner(_Aligner):
                 skip_lam = select_ridge(train, val, spectrum=spectrum).lam
             if self.lam is None:
                 skip = self._skip(train, skip_lam)
-                self.lam_ = select_reduced_rank(train, val, self.rank, skip=skip, spectrum=spectrum).lam
+                self.lam_ = select_reduced_rank(train, val, self.rank_, skip=skip, spectrum=spectrum).lam
         if self.lam is not None:
             self.lam_ = float(self.lam)
         skip = self._skip(rows, skip_lam)
-        self.factors_ = reduced_rank(rows.gx, rows.c, self.rank, self.lam_, skip)
+        self.factors_ = reduced_rank(rows.gx, rows.c, self.rank_, self.lam_, skip)
         low: Array = self.factors_[0] @ self.factors_[1]
         self._set(low if skip is None else skip + low, rows)
 

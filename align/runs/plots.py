@@ -8,18 +8,29 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from featstore.runtime.drawing import Drawing
+
 
 def plot_curves(epochs: dict[int, dict[str, Any]], entries: dict[str, Any], out: Path) -> None:
-    """Draw validation loss over epochs, with the closed-form optimum where there is one.
+    """Write ``loss.png``: :func:`draw_curves`.
 
     Args:
         epochs: Contents of ``eval_epoch_<n>.json`` by epoch.
         entries: ``pairs`` of ``metrics.json``.
         out: Directory; ``loss.png`` is written where there are at least two epochs.
     """
-    if len(epochs) < 2:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    if len(epochs) >= 2:
+        draw_curves(epochs, entries).savefig(out / "loss.png", dpi=120)
+
+
+def draw_curves(epochs: dict[int, dict[str, Any]], entries: dict[str, Any]) -> Figure:
+    """Draw validation loss over epochs, with the closed-form optimum where there is one.
+
+    Args:
+        epochs: Contents of ``eval_epoch_<n>.json`` by epoch.
+        entries: ``pairs`` of ``metrics.json``.
+    """
+    figure = Drawing(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for key, entry in entries.items():
         at = [n for n in sorted(epochs) if key in epochs[n]["pairs"]]
@@ -31,11 +42,11 @@ def plot_curves(epochs: dict[int, dict[str, Any]], entries: dict[str, Any], out:
     axes.set_ylabel("validation MSE / MSE of the mean")
     axes.set_title("dotted: closed-form optimum on test", fontsize="small")
     axes.legend(fontsize="small")
-    figure.savefig(out / "loss.png", dpi=120)
+    return figure
 
 
 def plot_rate_distortion(points: Sequence[Mapping[str, Any]], out: Path) -> list[str]:
-    """Draw R2 against rate of compressed runs, beside the codecs of the same rate.
+    """Write ``rate_distortion.png``: :func:`draw_rate_distortion`.
 
     Args:
         points: ``rate_distortion`` of :func:`align.sweeps.compare.compare_runs`, each with its ``pair``.
@@ -46,7 +57,17 @@ def plot_rate_distortion(points: Sequence[Mapping[str, Any]], out: Path) -> list
     """
     if len({point["bytes_per_text_byte"] for point in points}) < 2:
         return []
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    draw_rate_distortion(points).savefig(out / "rate_distortion.png", dpi=120)
+    return ["rate_distortion.png"]
+
+
+def draw_rate_distortion(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw R2 against rate of compressed runs, beside the codecs of the same rate.
+
+    Args:
+        points: ``rate_distortion`` of :func:`align.sweeps.compare.compare_runs`, each with its ``pair``.
+    """
+    figure = Drawing(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for colour, pair in enumerate(dict.fromkeys(point["pair"] for point in points)):
         of_pair = sorted((p for p in points if p["pair"] == pair), key=lambda p: p["bytes_per_text_byte"])
@@ -70,5 +91,4 @@ def plot_rate_distortion(points: Sequence[Mapping[str, Any]], out: Path) -> list
     axes.set_xlabel("bytes of latents per byte of text")
     axes.set_ylabel("R2 on test, all paired positions")
     axes.legend(fontsize="x-small")
-    figure.savefig(out / "rate_distortion.png", dpi=120)
-    return ["rate_distortion.png"]
+    return figure

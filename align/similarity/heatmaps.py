@@ -23,6 +23,7 @@ from align.similarity.page.palette import Scale, is_dark
 from align.similarity.page.views import Matrix, View, best, values_of, views
 from align.similarity.page.words import number
 from featstore.runtime.console import jsonable
+from featstore.runtime.drawing import Drawing
 
 #: Numbers are printed in the cells of maps with at most so many layers a side.
 IN_CELL = 12
@@ -47,13 +48,24 @@ def plot(result: Mapping[str, Any], out: Path) -> list[str]:
     return names
 
 
+def draw(result: Mapping[str, Any], *, measures: bool = False) -> Figure:
+    """Draw what :func:`plot` writes into files.
+
+    Args:
+        result: Contents of ``cka.json``; NaN is read as null.
+        measures: The other measures, of which there is at least one, instead of CKA.
+    """
+    main, *others = views(jsonable(dict(result)))
+    return _settled(_measures(others) if measures else _cka(main))
+
+
 def _cka(view: View) -> Figure:
     """Cross and within, one scale for all; a second row of maps for the sinks treated the other way."""
     blocks = view["blocks"]
     panels = [blocks]
     if any(block["beside"] for block in blocks):
         panels.append([block["beside"] for block in blocks])
-    figure = Figure(figsize=(4.4 * len(blocks) + 0.8, 4.3 * len(panels) + 0.5), dpi=_DPI, layout="constrained")
+    figure = Drawing(figsize=(4.4 * len(blocks) + 0.8, 4.3 * len(panels) + 0.5), dpi=_DPI, layout="constrained")
     scale = Scale(**view["scale"])
     marks = "frame: best partner of the row's layer, dot: of the column's"
     heading = f"{view['title']}\none scale for all maps: {scale.words()}\n{marks}"
@@ -79,7 +91,7 @@ def _measures(shown: list[View]) -> Figure:
     maps = [(view, block) for view in shown for block in view["blocks"] if block["key"] in ("cross", "reverse")]
     columns = min(_COLUMNS, len(maps))
     lines = math.ceil(len(maps) / columns)
-    figure = Figure(figsize=(4.6 * columns, 4.5 * lines), dpi=_DPI, layout="constrained")
+    figure = Drawing(figsize=(4.6 * columns, 4.5 * lines), dpi=_DPI, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for one, (view, block) in zip(axes, maps, strict=False):
         scale = Scale(**view["scale"])
@@ -153,7 +165,8 @@ def _colours(scale: Scale, steps: int = 512) -> mpl.colors.ListedColormap:
     return mpl.colors.ListedColormap(np.array(found) / 255)
 
 
-def _save(figure: Figure, out: Path, name: str) -> list[str]:
+def _settled(figure: Figure) -> Figure:
+    """The figure in its final arrangement."""
     for axes in figure.axes:
         if axes.get_label() == "<colorbar>":
             axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -163,6 +176,11 @@ def _save(figure: Figure, out: Path, name: str) -> list[str]:
         for _ in range(2):
             engine.execute(figure)
     figure.set_layout_engine("none")
+    return figure
+
+
+def _save(figure: Figure, out: Path, name: str) -> list[str]:
+    figure = _settled(figure)
     # A fixed salt keeps identifiers in the SVG the same from run to run.
     with mpl.rc_context({"svg.hashsalt": "featstore"}):
         figure.savefig(out / f"{name}.svg", metadata={"Date": None})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
+import importlib
 import io
 import re
 import shlex
@@ -72,6 +74,30 @@ def test_python_blocks_run(
     with contextlib.redirect_stdout(output):
         exec(compile(body, page, "exec"), {})
     assert output.getvalue()
+
+
+#: Modules with examples in their docstrings.
+EXAMPLES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for room in TOOLS
+    for path in (ROOT / room).rglob("*.py")
+    if re.search(r"^ *>>> ", path.read_text(), re.MULTILINE)
+)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_in_docstrings_say_what_is_true(
+    name: str, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wt103.zarr").symlink_to(tiny_store)
+    monkeypatch.chdir(tmp_path)
+    found = doctest.testmod(importlib.import_module(name.removesuffix(".__init__")))
+    assert found.attempted
+    assert not found.failed
+
+
+def test_there_are_examples() -> None:
+    assert {"align.api", "align.closed_form.estimators"} <= set(EXAMPLES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

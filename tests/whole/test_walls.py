@@ -183,6 +183,10 @@ def test_no_module_shadows_a_name_that_its_package_gives():
             if f"{node.module}.{alias.name}" not in SOURCES
         }
         given |= {node.name for node in tree(package).body if isinstance(node, ast.FunctionDef)}
+        # What a package gives lazily.
+        for node in tree(package).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                given |= set(ast.literal_eval(node.value))
         assert not own & given, package
 
 

@@ -1,0 +1,356 @@
+"""What `import align` offers: the commands as functions, whose results print and draw themselves in a notebook.
+
+Keywords are the options of the commands, with the same defaults, checks and errors; the commands `align cka` and
+`align compare` call these functions.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from align.notebook.keywords import Layers, bytes_of, layers_text, make_settings
+from align.notebook.leaderboard import Leaderboard
+from align.notebook.maps import Map, Maps
+from align.notebook.run import Run
+from align.notebook.similarity import Similarity
+from align.settings import LoopSettings, Settings
+from featstore.errors import SpecError
+from featstore.runtime.console import check_directory, jsonable
+from featstore.store import Store, open_store
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import ArrayLike
+
+__all__ = ["Leaderboard", "Map", "Maps", "Run", "Similarity", "cka", "compare", "load", "train"]
+
+#: A store: its path or URL, or an open one.
+StoreGiven = str | os.PathLike[str] | Store
+#: A run directory, or a :class:`Run`, which is a path as well.
+RunGiven = str | os.PathLike[str]
+
+#: Options whose default depends on others or on the machine, or which are given otherwise than they are kept.
+_SHOWN = {
+    "memory": ("1GiB", "int | str"),
+    "device": ("auto", "str"),
+    "skip": (None, "str | None"),
+    "layer_map": (None, "str | Mapping[int, int] | None"),
+    "components": (None, "int | str | None"),
+}
+
+
+def train(
+    store: StoreGiven,
+    type: str = "procrustes",  # noqa: A002
+    *,
+    layers: Layers | None = None,
+    source: str | None = None,
+    target: str | None = None,
+    both: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    **options: Any,
+) -> Run:
+    """Fit a map between two models' hidden states from a store alone, and score it beside its controls.
+
+    >>> import align
+    >>> run = align.train("wt103.zarr", type="reduced-rank", layers="50%", rank=2, quiet=True)
+    >>> sorted(run.metrics.pairs) == sorted(run.maps)
+    True
+
+    Args:
+        store: The store: its path, or an open one.
+        type: ``procrustes``, ``linear``, ``affine``, ``reduced-rank``, ``lora``, ``mlp`` or ``compress``.
+        layers: Source layers: ``[8, 16]``, ``8``, ``"8,16"`` or ``"25%,50%"``; None for all.
+        source: Source model; None for the store's first.
+        target: Target model, which may be the source; None for the store's second.
+        both: Also the other direction.
+        out: Run directory; None for ``runs/<type>-<source>-<target>[-n]``.
+        resume: Resume the interrupted run in ``out`` to the same bits; it goes by that run's own ``run.yaml``, so no
+            other option than ``device`` may be given.
+        quiet: Show no progress.
+        **options: Every other field of :class:`align.settings.Settings` and :class:`align.settings.LoopSettings`, such
+            as ``rank=16``, ``epochs=5``, ``lr=1e-3``, ``seed=1``, ``device="cuda"``, ``layer_map={16: 20}``,
+            ``memory="4GiB"``.
+
+    Returns:
+        The run. Of several processes only the first writes it.
+
+    Raises:
+        TypeError: An option that does not exist; the message names the nearest.
+        SpecError: A value of the wrong type or out of range, options that do not go together, or ``out`` is taken.
+        FeatstoreError: Anything wrong with the store, the models, the layers or the fit.
+    """
+    from align.runs.train import train as run_training
+
+    given = {"type": type, "layers": layers, "source": source, "target": target, "both": both}
+    directory = None if out is None else Path(out)
+    if resume:
+        settings = _interrupted(store, directory, {**_changed(given), **options})
+    else:
+        settings = make_settings(_location(store), {**given, **options})
+    return Run(run_training(settings, directory, resume=resume, quiet=quiet)["run"])
+
+
+def load(run: RunGiven) -> Maps:
+    """Load the maps of a run.
+
+    >>> import align, numpy as np
+    >>> run = align.train("wt103.zarr", layers="50%", quiet=True)
+    >>> [fitted] = align.load(run).values()
+    >>> states = np.ones((3, fitted.widths[0]), dtype=np.float32)
+    >>> fitted.transform(states).shape == (3, fitted.widths[1])
+    True
+
+    Args:
+        run: Run directory, or a :class:`Run`.
+
+    Returns:
+        By key, such as ``maps["llama:16->mistral:16"]``.
+
+    Raises:
+        AdapterError: There is no finished run, or it is damaged.
+    """
+    from align.maps.fitted import load_adapter
+
+    return Maps(load_adapter(Path(run)))
+
+
+def compare(runs: RunGiven | Iterable[RunGiven]) -> Leaderboard:
+    """Compare the test figures of runs, with intervals of their differences, closed-form optima and controls.
+
+    >>> import align
+    >>> runs = [align.train("wt103.zarr", type, layers="50%", quiet=True) for type in ("procrustes", "affine")]
+    >>> board = align.compare(runs)
+    >>> sorted(row.type for row in board.rows)
+    ['affine', 'procrustes']
+
+    Args:
+        runs: Run directories, or :class:`Run` objects.
+
+    Raises:
+        AdapterError: A directory holds no finished run, or a damaged one.
+        SpecError: There are none.
+    """
+    from align.sweeps.compare import compare_runs
+
+    several = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
+    if not several:
+        raise SpecError("there are no runs to compare; give their directories")
+    return Leaderboard.parse(jsonable(compare_runs([Path(run) for run in several])), "the comparison")
+
+
+@overload
+def cka(
+    store: StoreGiven,
+    *,
+    models: tuple[str, str] | list[str] | str | None = None,
+    layers: Layers | None = None,
+    estimator: str = "debiased",
+    kernel: str = "linear",
+    policy: str = "end",
+    keep_sinks: bool = False,
+    measures: str | Iterable[str] = "none",
+    max_rows: int = 16_384,
+    draws: int = 1000,
+    memory: int | str = "4GiB",
+    scheduler: str | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+) -> Similarity: ...
+
+
+@overload
+def cka(
+    store: ArrayLike | torch.Tensor,
+    other: ArrayLike | torch.Tensor,
+    /,
+    *,
+    estimator: str = "debiased",
+    kernel: str = "linear",
+) -> float: ...
+
+
+def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
+    """Compare layers by CKA: all layers of two models in a store, or two arrays of paired rows.
+
+    ``cka(store)`` compares all layers with all layers over the whole store, exactly, and returns a :class:`Similarity`.
+    ``cka(x, y)`` compares two arrays ``(n, d1)`` and ``(n, d2)``, numpy or torch, whose i-th rows belong together, and
+    returns a float: 1 for the same up to rotation, shift and scale, about 0 for unrelated rows, never clamped. Of
+    arrays there are the keywords ``estimator`` (``debiased`` or ``biased``) and ``kernel`` alone.
+
+    >>> import align, numpy as np
+    >>> align.cka("wt103.zarr", layers="0%,50%", quiet=True).estimator
+    'debiased'
+    >>> x = np.random.default_rng(0).normal(size=(500, 8))
+    >>> round(align.cka(x, 3 * x[:, ::-1] + 1), 6)
+    1.0
+
+    Args:
+        store: The store: its path, or an open one. Or the first array.
+        other: The second array.
+        **options: Of a store:
+
+            - ``models``: two names, ``("llama", "mistral")`` or ``"llama,mistral"``; None for the store's first two.
+            - ``layers``: layers of both models: ``[8, 16]``, ``"8,16"`` or ``"25%,50%"``; None for all.
+            - ``estimator``: ``debiased``, ``biased`` or ``minibatch``; ``kernel``: ``linear`` over all rows, or ``rbf``
+              over a sample of ``max_rows`` (16384).
+            - ``policy``: pair policy, ``end`` or ``word``; ``keep_sinks``: attention sinks in the main figures.
+            - ``measures``: others, over the sample: names such as ``["rsa"]``, or ``"all"``; ``draws``: resamples of
+              documents behind each interval (1000).
+            - ``memory``: bytes, or such as ``"4GiB"``; ``scheduler``: address of a Dask scheduler; ``workers``: local
+              processes instead of threads; ``device``: of RBF kernels; ``seed``: of sample, floors and draws.
+            - ``out``: a directory for ``cka.json``, ``cka.html`` and the pictures, in which an interrupted scan is
+              resumed; without it nothing is written. ``quiet``: show no progress.
+
+    Returns:
+        :class:`Similarity` of a store; a float of arrays, NaN with a warning where CKA is undefined.
+
+    Raises:
+        TypeError: A keyword that does not exist or is of a store only, or arguments that are neither.
+        SpecError: An option that does not parse.
+        FitError: Arrays of unequal lengths, fewer than four rows, or not finite.
+        FeatstoreError: Anything wrong with the store, the models or the layers.
+    """
+    if isinstance(store, str | os.PathLike | Store):
+        if other is not None:
+            raise TypeError("align.cka() takes one store, or two arrays; name models and layers of a store by keyword")
+        return _cka_of_store(store, **options)
+    if other is None:
+        raise TypeError("align.cka() takes the path of a store, an open one, or two arrays of paired rows")
+    return _cka_of_arrays(store, other, **options)
+
+
+def _cka_of_store(
+    store: StoreGiven,
+    *,
+    models: tuple[str, str] | list[str] | str | None = None,
+    layers: Layers | None = None,
+    estimator: str = "debiased",
+    kernel: str = "linear",
+    policy: str = "end",
+    keep_sinks: bool = False,
+    measures: str | Iterable[str] = "none",
+    max_rows: int = 16_384,
+    draws: int = 1000,
+    memory: int | str = "4GiB",
+    scheduler: str | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+) -> Similarity:
+    from align.layers import choose_models
+    from align.resources import choose_device, dask_client
+    from align.similarity.compare import Comparison
+    from align.similarity.measures.by_name import parse_measures
+    from featstore.models.references import parse_layers
+
+    directory = None if out is None else Path(out)
+    if directory is not None:
+        check_directory(directory)
+    chosen_measures = parse_measures(measures if isinstance(measures, str) else ",".join(measures))
+    opened = store if isinstance(store, Store) else open_store(_location(store))
+    names = [name.strip() for name in models.split(",")] if isinstance(models, str) else list(models or ())
+    if models and len(names) != 2:
+        raise SpecError(f"--models {models!r}: write two names, such as llama,mistral")
+    chosen = choose_models(opened, *names) if names else choose_models(opened, None, None)
+    held = {name: opened.model(name).layers for name in dict.fromkeys(chosen)}
+    text = layers_text(layers)
+    if text is not None:
+        wanted = parse_layers([text], {name: opened.model(name).depth for name in held})
+        held = {name: tuple(opened.layer(name, k) for k in ks) for name, ks in wanted.items()}
+    comparison = Comparison(
+        Path(_location(store)),
+        models=chosen,
+        layers=held,
+        estimator=estimator,
+        kernel=kernel,
+        policy=policy,
+        keep_sinks=keep_sinks,
+        measures=chosen_measures,
+        max_rows=max_rows,
+        draws=draws,
+        memory=bytes_of(memory),
+        checkpoint=None if directory is None else directory / "checkpoints",
+        device=choose_device(device, by_gradient=kernel == "rbf"),
+        seed=seed,
+        quiet=quiet,
+    )
+    with dask_client(scheduler, workers=workers, quiet=quiet) as client:
+        found = Similarity.parse(jsonable(comparison.run(client)))
+    if directory is not None:
+        found.write(directory)
+        comparison.discard()
+    return found
+
+
+def _cka_of_arrays(x: Any, y: Any, *, estimator: str = "debiased", kernel: str = "linear", **others: Any) -> float:
+    if others:
+        raise TypeError(
+            f"align.cka() of two arrays has the keywords estimator and kernel, not {next(iter(others))!r}; for a "
+            "comparison of layers in a store give its path"
+        )
+    from align.kernels.api import compare_layers
+
+    found = compare_layers([x, y], kernel=kernel, estimator=estimator, wanted=[(0, 1)])  # type: ignore[arg-type]
+    for place, reason in found.reasons.items():
+        which = ("first", "second")[place]
+        warnings.warn(f"CKA is undefined: {reason} (the {which} array)", RuntimeWarning, stacklevel=3)
+    return float(found.cka()[0, 1])
+
+
+def _location(store: StoreGiven) -> str:
+    return str(store.path) if isinstance(store, Store) else os.fspath(store)
+
+
+def _changed(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that differ from their defaults."""
+    defaults = inspect.signature(train).parameters
+    return {name: value for name, value in given.items() if value != defaults[name].default}
+
+
+def _interrupted(store: StoreGiven, out: Path | None, options: dict[str, Any]) -> Settings:
+    """The settings of an interrupted run."""
+    from align.resources import choose_device
+    from align.runs.rundir import check_free
+    from align.settings import load_settings
+
+    if out is None:
+        raise SpecError("--resume needs --out: the directory of the interrupted run")
+    check_free(out, resume=True)
+    if others := options.keys() - {"device"}:
+        raise SpecError(
+            f"--resume: {out / 'run.yaml'} decides the whole run; leave out {min(others)} or change it in a copy of "
+            "that file"
+        )
+    settings = replace(load_settings(out / "run.yaml"), store=_location(store))
+    device = choose_device(options.get("device", settings.loop.device), by_gradient=settings.by_gradient)
+    return replace(settings, loop=replace(settings.loop, device=device))
+
+
+def _complete_signature() -> inspect.Signature:
+    """The signature of :func:`train` with every option, for `help` and completion."""
+    own = inspect.signature(train)
+    shown = {name: each for name, each in own.parameters.items() if name != "options"}
+    for entry in (*fields(Settings), *fields(LoopSettings)):
+        if entry.name not in (*shown, "loop"):
+            default, kind = _SHOWN.get(entry.name, (entry.default, entry.type))
+            shown[entry.name] = inspect.Parameter(
+                entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
+            )
+    return own.replace(parameters=list(shown.values()))
+
+
+train.__signature__ = _complete_signature()  # type: ignore[attr-defined]

@@ -1,0 +1,98 @@
+"""Similarity of all layers as a notebook meets it: the record of ``cka.json``, with a picture and a readable form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import PrivateAttr
+
+from align import results
+from align.similarity.words import best_partners
+from featstore.errors import SpecError
+from featstore.runtime.sheets import Sheet, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+
+class Similarity(results.Similarity):
+    """What :func:`align.cka` found: ``found.cross[i][j]``, ``found.within["llama"]``, ``found.measures``, and so on.
+
+    All members of :class:`align.results.Similarity` are attributes.
+    """
+
+    _written: tuple[Path, tuple[str, ...]] | None = PrivateAttr(default=None)
+
+    def write(self, directory: Path) -> None:
+        """Write ``cka.json``, the page and the pictures.
+
+        Args:
+            directory: Where.
+        """
+        from align.similarity import heatmaps, page
+
+        content = self.content()
+        names = (results.write_similarity(directory, self).name, page.write(content, directory))
+        self._written = directory, (*names, *heatmaps.plot(content, directory))
+
+    @property
+    def path(self) -> Path | None:
+        """The directory it was written to; None where nothing was written."""
+        return self._written and self._written[0]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files in that directory."""
+        return list(self._written[1]) if self._written else []
+
+    def plot(self, *, measures: bool = False) -> Figure:
+        """Draw heatmaps of CKA between the models and within each, with sinks and without.
+
+        Args:
+            measures: Draw the other measures instead, one map for each.
+
+        Raises:
+            SpecError: Other measures were asked for, and none was computed.
+        """
+        # Only here: matplotlib takes half a second to import.
+        from align.similarity.heatmaps import draw
+
+        if measures and not self.measures:
+            raise SpecError("no other measures were computed; give measures='all' to align.cka")
+        return draw(self.content(), measures=measures)
+
+    def __rich__(self) -> RenderableType:
+        """CKA between the models for a terminal."""
+        return self._sheet().__rich__()
+
+    def __repr__(self) -> str:
+        """One line."""
+        first, second = self.models
+        shape = f"{len(self.layers[first])} layers of {first} x {len(self.layers[second])} of {second}"
+        known = [value for row in self.cross for value in row if value is not None]
+        ends = f"{min(known):.3f} to {max(known):.3f}" if known else "undefined"
+        return f"<Similarity {shape}: {self.estimator} {self.kernel} CKA {ends}, {self.n} pairs>"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return self._sheet().html()
+
+    def _sheet(self) -> Sheet:
+        first, second = self.models
+        names = [f"{second}:{layer}" for layer in self.layers[second]]
+        rows = [
+            (f"{first}:{layer}", *map(number, row)) for layer, row in zip(self.layers[first], self.cross, strict=True)
+        ]
+        notes = [
+            f"{first}:{layer} is most like {second}:{best['layer']} ({best['cka']:.3f})"
+            for layer, best in best_partners(self.content()).items()
+        ]
+        floor = [abs(v) for row in (self.null.cross if self.null else ()) for v in row if v is not None]
+        notes += [f"floor (shuffled pairs): at most {max(floor):.3f}"] if floor else []
+        notes += [f"undefined: {where}: {why}" for where, why in self.reasons.items()]
+        sinks = "with" if self.keep_sinks else "without"
+        title = f"{self.estimator} {self.kernel} CKA over {self.n} pairs, {sinks} attention sinks"
+        return Sheet(title, ("", *names), tuple(rows), tuple(notes))
