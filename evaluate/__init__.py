@@ -1,4 +1,43 @@
-"""Full models, only at the end: mapped states are injected, text is generated, and controls say what it means.
+"""Evaluate maps in the full models: inject mapped states at the true layer, beside controls that say what it means.
+
+``evaluate.stitch``, ``generate`` and ``communicate`` measure a run of `align`, ``report`` makes a page of what was
+measured, and ``inject`` puts states into a loop of one's own. Names are imported when they are first used, so that
+``import evaluate`` needs no torch.
 
 The import name is shared with a Hugging Face package; both cannot live in one environment (`featstore doctor` looks).
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evaluate.api import communicate, generate, inject, load_models, report, stitch
+    from evaluate.shown import CommunicateResult, GenerateResult, ReportResult, StitchResult
+
+__all__ = [
+    "CommunicateResult",
+    "GenerateResult",
+    "ReportResult",
+    "StitchResult",
+    "communicate",
+    "generate",
+    "inject",
+    "load_models",
+    "report",
+    "stitch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module("evaluate.shown" if name.endswith("Result") else "evaluate.api"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

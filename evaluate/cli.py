@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from featstore.errors import SpecError
-from featstore.runtime.console import check_directory, emit, jsonable, run_app
-from featstore.runtime.quantities import parse_budget
-from featstore.text.corpus import SPLITS
+from featstore.runtime.console import add_version, check_directory, emit, run_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
+add_version(app, "evaluate")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-AdapterPath = Annotated[Path, typer.Option("--adapter", help="Run directory of `align train`.")]
-Models = Annotated[list[str] | None, typer.Option("--model", help="NAME=REF for a model that moved; repeat.")]
-Layers = Annotated[str | None, typer.Option(help="Only these source layers of the run.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")]
+Run = Annotated[Path, typer.Option("--adapter", help="Run directory of `align train`.")]
+Models = Annotated[
+    list[str] | None, typer.Option("--model", help="NAME=REF of a model that has moved; may be repeated.")
+]
+Layers = Annotated[str | None, typer.Option(help="Only the maps of these source layers; all by default.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16 or float32.")]
 
 
 @app.command()
 def stitch(
-    store: Annotated[Path, typer.Option(help="The store the run was fitted from.")],
-    adapter: AdapterPath,
+    store: Annotated[Path, typer.Option(help="The store that the run was fitted from.")],
+    adapter: Run,
     layers: Layers = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    max_tokens: Annotated[str, typer.Option(help="Target tokens at most: a number, 20k, or all.")] = "20k",
+    max_tokens: Annotated[
+        str, typer.Option(help="Maximum number of target tokens: a number, such as 20k, or all.")
+    ] = "20k",
     keep: Annotated[
         str, typer.Option(help="What later blocks read of positions that take no state: own or hide.")
     ] = "own",
@@ -39,135 +42,125 @@ def stitch(
     model: Models = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of the random controls.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where stitch.json goes; default the run directory.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random controls.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory for stitch.json; the run directory by default.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the target's loss when a layer's states come from the source through the map, with controls."""
-    from align.maps.fitted import load_adapter
-    from evaluate.results import Stitched, write_stitch
-    from evaluate.stitching import stitch as stitching
-    from featstore.store import open_store
+    from evaluate import api
+    from evaluate.stitching.scores import describe
 
-    if split not in SPLITS:
-        raise SpecError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
-    if out is not None:
-        check_directory(out)
-    result = jsonable(
-        stitching.stitch(
-            open_store(store),
-            load_adapter(adapter),
-            layers=layers,
-            overrides=model or (),
-            device=device,
-            dtype=dtype,
-            split=SPLITS.index(split),
-            max_tokens=parse_budget(max_tokens),
-            keep=keep,
-            source_alone=source_alone,
-            seed=seed,
-        )
-    )
-    write_stitch(out or adapter, Stitched.parse(result))
-    emit(result, escape(stitching.describe(result)), as_json=as_json)
+    result = api.stitch(
+        store,
+        adapter,
+        layers=layers,
+        split=split,
+        max_tokens=max_tokens,
+        keep=keep,
+        source_alone=source_alone,
+        models=model,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        out=out,
+    ).content()
+    emit(result, escape(describe(result)), as_json=as_json)
 
 
 @app.command()
 def generate(
-    adapter: AdapterPath,
-    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line; default five prompts.")] = None,
+    adapter: Run,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with one prompt a line; five prompts of our own by default.")
+    ] = None,
     layers: Layers = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each continuation.")] = 32,
-    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
-    temperature: Annotated[float, typer.Option(help="With --sample: divides the logits.")] = 1.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="With --sample: draw from this share of probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each continuation in tokens.")] = 32,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw tokens instead of taking the most likely one.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; needs --sample.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw from the smallest set of this total probability; needs --sample.")
+    ] = 1.0,
     model: Models = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of the random controls.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where generations.json goes; default the run directory.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the random controls.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for generations.json; the run directory by default.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Continue prompts in four conditions (each model alone, and each way through the map), with controls."""
-    from align.maps.fitted import load_adapter
-    from evaluate.generation import generate as generating
-    from evaluate.injection.continuing import Sampling
-    from evaluate.results import Generations, write_generations
+    """Continue prompts in four conditions (each model alone, and each direction through the map), with controls."""
+    from evaluate import api
+    from evaluate.generation.generate import describe
 
-    if not sample and (temperature, top_p) != (1.0, 1.0):
-        raise SpecError("--temperature and --top-p need --sample")
-    if out is not None:
-        check_directory(out)
-    result = generating.generate(
-        load_adapter(adapter),
-        generating.read_prompts(prompts),
+    result = api.generate(
+        adapter,
+        prompts,
         layers=layers,
         max_new_tokens=max_new_tokens,
-        sample=Sampling(temperature, top_p, seed) if sample else None,
-        overrides=model or (),
+        sample=sample,
+        temperature=temperature,
+        top_p=top_p,
+        models=model,
         device=device,
         dtype=dtype,
         seed=seed,
-    )
-    write_generations(out or adapter, Generations.parse(jsonable(result)))
-    emit(result, escape(generating.describe(result)), as_json=as_json)
+        out=out,
+    ).content()
+    emit(result, escape(describe(result)), as_json=as_json)
 
 
 @app.command()
 def communicate(
-    adapter: AdapterPath,
+    adapter: Run,
     task: Annotated[
-        list[str] | None, typer.Option(help="countries (default), tipsheets, lookup, lookup:PAIRS, jsonl:PATH; repeat.")
+        list[str] | None,
+        typer.Option(help="countries (default), tipsheets, lookup, lookup:PAIRS or jsonl:PATH; may be repeated."),
     ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="How many of each task; of a file at most.")] = 50,
+    examples: Annotated[int, typer.Option(min=1, help="Number of examples of each task; of a file, the maximum.")] = 50,
     layers: Layers = None,
     itself: Annotated[
-        bool, typer.Option("--itself", help="Also the target with itself, the identity as the map.")
+        bool, typer.Option("--itself", help="Also let the target communicate with itself, the identity as the map.")
     ] = False,
     form: Annotated[
-        str, typer.Option("--format", help="What states travel in: bfloat16, float16, float32, fp8; not latents.")
+        str,
+        typer.Option(
+            "--format", help="Format in which states travel: bfloat16, float16, float32 or fp8. Latents keep their own."
+        ),
     ] = "bfloat16",
-    summary_tokens: Annotated[int, typer.Option(min=1, help="Length of the source's summaries.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each free answer.")] = 8,
+    summary_tokens: Annotated[int, typer.Option(min=1, help="Length of the source's summaries in tokens.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each free answer in tokens.")] = 8,
     model: Models = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of the examples and the controls.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where communicate.json goes; default the run directory.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the examples and the controls.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for communicate.json; the run directory by default.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask the target what only the source has read: from its states, from text and from nothing, with controls."""
-    from align.maps.fitted import load_adapter
-    from evaluate.communication import communicate as communicating
-    from evaluate.communication.tasks.named import make
-    from evaluate.results import Communication, write_communication
+    from evaluate import api
+    from evaluate.communication.verdicts import describe
 
-    if out is not None:
-        check_directory(out)
-    # A mistyped task is refused before the wait for the weights.
-    asked = [make(name, examples, seed) for name in dict.fromkeys(task or ["countries"])]
-    run = load_adapter(adapter)
-    result: dict[str, Any] = {}
-    for one in asked:
-        found = jsonable(
-            communicating.communicate(
-                run,
-                one,
-                layers=layers,
-                itself=itself,
-                form=form,
-                summary_tokens=summary_tokens,
-                max_new_tokens=max_new_tokens,
-                overrides=model or (),
-                device=device,
-                dtype=dtype,
-                seed=seed,
-            )
-        )
-        result = {**found, "tasks": {**result.get("tasks", {}), **found["tasks"]}}
-        # After each, so that an interruption costs one task.
-        write_communication(out or adapter, Communication.parse(result))
-    emit(result, escape(communicating.describe(result)), as_json=as_json)
+    result = api.communicate(
+        adapter,
+        task or "countries",
+        examples=examples,
+        layers=layers,
+        itself=itself,
+        format=form,
+        summary_tokens=summary_tokens,
+        max_new_tokens=max_new_tokens,
+        models=model,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        out=out,
+    ).content()
+    emit(result, escape(describe(result)), as_json=as_json)
 
 
 @app.command()
@@ -177,37 +170,36 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page of everything that was measured."""
-    from evaluate.reporting import write_report
+    from evaluate import api
 
-    check_directory(out.parent, out)
-    result = write_report(directories, out)
-    emit(result, f"written: {out}", as_json=as_json)
+    result = api.report(directories, out=out)
+    emit(result.content(), f"written: {out}", as_json=as_json)
 
 
 @app.command()
 def reproduce(
-    store: Annotated[Path | None, typer.Option(help="A store that is there; default one is made in --out.")] = None,
+    store: Annotated[Path | None, typer.Option(help="An existing store; by default one is made in --out.")] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="NAME=REF of a store to be made, twice; default the demo pair.")
+        list[str] | None, typer.Option(help="NAME=REF for a new store, given twice; the demo pair by default.")
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Text of a store to be made, as `featstore extract` has it.")
+    dataset: Annotated[str | None, typer.Option(help="Text for a new store, as in `featstore extract`.")] = None,
+    max_tokens: Annotated[str | None, typer.Option(help="Tokens of each model in a new store.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of a new store; seven depths by default.")] = None,
+    stitch_tokens: Annotated[str, typer.Option(help="Number of target tokens behind every stitched loss.")] = "1200",
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task of `communicate`, countries by default; may be repeated.")
     ] = None,
-    max_tokens: Annotated[str | None, typer.Option(help="Tokens of each model in a store to be made.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers of a store to be made; default seven depths.")] = None,
-    stitch_tokens: Annotated[str, typer.Option(help="Target tokens of every stitched loss.")] = "1200",
-    task: Annotated[list[str] | None, typer.Option(help="As of `communicate`; default countries.")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Questions of every task.")] = 40,
+    examples: Annotated[int, typer.Option(min=1, help="Number of questions of every task.")] = 40,
     epochs: Annotated[
-        int, typer.Option(min=1, help="Of every training; none stops earlier, so the curve is whole.")
+        int, typer.Option(min=1, help="Epochs of every training; none stops earlier, so that the curve is whole.")
     ] = 10,
-    ranks: Annotated[str, typer.Option(help="Of low-rank maps.")] = "8,32,128",
-    latents: Annotated[str, typer.Option(help="Formats of compressed runs: LATENTSxWIDTH.")] = "8x32,32x64",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the commands; run none.")] = False,
-    out: Annotated[Path, typer.Option(help="Directory for everything.")] = Path("reproduction"),
+    ranks: Annotated[str, typer.Option(help="Ranks of low-rank maps.")] = "8,32,128",
+    latents: Annotated[str, typer.Option(help="Sizes of compressed runs: LATENTSxWIDTH.")] = "8x32,32x64",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the commands and run none.")] = False,
+    out: Annotated[Path, typer.Option(help="Directory of everything that is made.")] = Path("reproduction"),
     as_json: Json = False,
 ) -> None:
-    """Carry out the whole programme of experiments, or what is left of it, and answer its questions in ANALYSIS.md."""
+    """Run the whole programme of experiments, or what is left of it, and answer its questions in ANALYSIS.md."""
     from evaluate import reproduce as programme
 
     check_directory(out)

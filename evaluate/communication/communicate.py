@@ -41,15 +41,74 @@ from featstore.errors import SpecError
 from featstore.runtime.console import Tick, progress
 from featstore.store.format.elements import Format
 
-__all__ = ["COMMON", "communicate", "describe", "identity"]
+__all__ = ["COMMON", "Exchange", "describe", "identity", "prepare"]
 
 #: Conditions without states.
 COMMON = ("silent", "text", "summary")
 
 
-def communicate(
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """Two models and their maps, ready for tasks: a run resolved once, however many tasks follow.
+
+    Attributes:
+        adapter_type: Type of the run's maps.
+        wires: Its maps, in the order of the results.
+        loaded: The models, by name.
+        form: Storage format that states travel in.
+        summary_tokens: Length of A's summaries.
+        max_new_tokens: Length of B's free answers.
+        seed: Of the controls.
+        quiet: No progress.
+    """
+
+    adapter_type: str
+    wires: tuple[Wire, ...]
+    loaded: Mapping[str, Loaded]
+    form: Format
+    summary_tokens: int
+    max_new_tokens: int
+    seed: int
+    quiet: bool
+
+    def result(self, task: Task) -> dict[str, Any]:
+        """Put a task to the models in every condition.
+
+        Args:
+            task: From :func:`evaluate.communication.tasks.named.make`.
+
+        Returns:
+            The contents of ``communicate.json``. ``bytes`` of a condition is what travels for an example in the mean:
+            the bytes of a text, those of the states in the format, or latents x latent_dim x bytes a number of every
+            window of the context (:meth:`evaluate.injection.wire.Wire.rate`).
+
+        Raises:
+            SpecError: An example does not fit into a model.
+        """
+        directions = list(dict.fromkeys((w.aligner.pair.source, w.aligner.pair.target) for w in self.wires))
+        work = len(task.examples) * (len(COMMON) * len(directions) + sum(map(_conditions, self.wires)))
+        entries = {}
+        with progress(f"communicate {task.name}", work, "answers", quiet=self.quiet) as tick:
+            for source, target in directions:
+                maps = [w for w in self.wires if (w.aligner.pair.source, w.aligner.pair.target) == (source, target)]
+                lengths = (self.summary_tokens, self.max_new_tokens)
+                run = _Direction(task, self.loaded[source], self.loaded[target], self.form, lengths, self.seed, tick)
+                key = task.name if len(directions) == 1 else f"{task.name} ({source}->{target})"
+                entries[key] = run.entry(maps)
+        return {
+            "adapter_type": self.adapter_type,
+            "format": self.form.name,
+            "seed": self.seed,
+            "summary_tokens": self.summary_tokens,
+            "max_new_tokens": self.max_new_tokens,
+            "decoding": "greedy",
+            "interval": "accuracies: Wilson, 95 %; gains: 95 % of 1000 resamples of the examples",
+            "tasks": entries,
+        }
+
+
+def prepare(
     adapter: Adapter,
-    task: Task,
     *,
     layers: str | None = None,
     itself: bool = False,
@@ -62,12 +121,11 @@ def communicate(
     seed: int = 0,
     models: Mapping[str, Loaded] | None = None,
     quiet: bool = False,
-) -> dict[str, Any]:
-    """Put a task to the models of a run in every condition.
+) -> Exchange:
+    """Resolve a run for tasks: choose its maps and load its models.
 
     Args:
         adapter: A run's adapter; every direction it has is tried.
-        task: From :func:`evaluate.communication.tasks.make`.
         layers: Source layers, None for all.
         itself: Also let every target read for itself, at the target layers and with the identity as the map: what the
             channel gives where nothing is lost between two models.
@@ -82,14 +140,9 @@ def communicate(
         models: The run's models where they are loaded already.
         quiet: No progress.
 
-    Returns:
-        The contents of ``communicate.json``. ``bytes`` of a condition is what travels for an example in the mean: the
-        bytes of a text, those of the states in the format, or latents x latent_dim x bytes a number of every window
-        of the context (:meth:`evaluate.injection.wire.Wire.rate`).
-
     Raises:
         AdapterError: A map does not fit its card, or the card does not fit the models.
-        SpecError: The run has no such layer, the format cannot travel, or an example does not fit into a model.
+        SpecError: The run has no such layer, or the format cannot travel.
     """
     states_form = wire_format(form)
     for name, count in (("summary", summary_tokens), ("answer", max_new_tokens)):
@@ -106,26 +159,9 @@ def communicate(
         own = dict.fromkeys((a.pair.target, a.pair.target_layer) for a in chosen)
         new = [identity(name, layer, loaded[name].info.width) for name, layer in own]
         wires += [wire(adapter, a) for a in new if a.pair.key not in have]
-    directions = list(dict.fromkeys((w.aligner.pair.source, w.aligner.pair.target) for w in wires))
-    work = len(task.examples) * (len(COMMON) * len(directions) + sum(map(_conditions, wires)))
-    entries = {}
-    with progress(f"communicate {task.name}", work, "answers", quiet=quiet) as tick:
-        for source, target in directions:
-            maps = [w for w in wires if (w.aligner.pair.source, w.aligner.pair.target) == (source, target)]
-            lengths = (summary_tokens, max_new_tokens)
-            run = _Direction(task, loaded[source], loaded[target], states_form, lengths, seed, tick)
-            key = task.name if len(directions) == 1 else f"{task.name} ({source}->{target})"
-            entries[key] = run.entry(maps)
-    return {
-        "adapter_type": adapter.card["type"],
-        "format": form,
-        "seed": seed,
-        "summary_tokens": summary_tokens,
-        "max_new_tokens": max_new_tokens,
-        "decoding": "greedy",
-        "interval": "accuracies: Wilson, 95 %; gains: 95 % of 1000 resamples of the examples",
-        "tasks": entries,
-    }
+    return Exchange(
+        adapter.card["type"], tuple(wires), loaded, states_form, summary_tokens, max_new_tokens, seed, quiet
+    )
 
 
 def identity(model: str, layer: int, width: int) -> Aligner:

@@ -17,18 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from align.maps.fitted import Adapter, Aligner
-from evaluate.injection.continuing import Sampling, continue_from, left_padded, prompt_states, score_continuation
+from evaluate.injection.continuing import Sampling, continue_from, score_continuation
 from evaluate.injection.controls import control_states
 from evaluate.injection.inject import Injection, aligned
 from evaluate.injection.loading import Loaded, Models, check_card, choose
+from evaluate.injection.reading import Read, read, tokenized
 from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.errors import SpecError
-from featstore.models.loading import ModelInfo
 from featstore.runtime.console import progress
-from featstore.text import tokens
+from featstore.text.tokens import TokenizedWindow
 
 PROMPTS = (
     "The capital of France is",
@@ -41,35 +40,6 @@ CONTROLS = ("mean", "random_norm", "shuffled")
 CONDITIONS = ("mapped", "self", *CONTROLS)
 #: Prompts that go through a model together.
 _BATCH = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Read:
-    """Some prompts as one model read them, padded at the left to one length.
-
-    Attributes:
-        windows: Their tokens.
-        ids: int64 ``(prompts, tokens)``.
-        padding: bool ``(prompts, tokens)``, True where there is no token; None for none.
-        states: ``{layer: (prompts, tokens, width)}``.
-        sinks: Per prompt bool over its own tokens.
-    """
-
-    windows: list[tokens.TokenizedWindow]
-    ids: torch.Tensor
-    padding: torch.Tensor | None
-    states: dict[int, torch.Tensor]
-    sinks: list[NDArray[np.bool_]]
-
-    def first(self, row: int) -> int:
-        """Where a prompt's tokens begin in its padded row."""
-        return int(self.ids.shape[1]) - len(self.windows[row].ids)
-
-    def rows(self, row: int, layers: Sequence[int]) -> Rows:
-        """A prompt's states at some layers, end to end: float32 ``(its tokens, widths)``."""
-        parts = [self.states[layer][row, self.first(row) :].float() for layer in layers]
-        values: Rows = torch.cat(parts, dim=-1).cpu().numpy()
-        return values
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:
@@ -149,7 +119,8 @@ def generate(
     source, target = chosen[0].pair.source, chosen[0].pair.target
     both = Models(adapter, (source, target), overrides, device=device, dtype=dtype, quiet=quiet, given=models)
     # Both models and all prompts are known to fit before the wait for the weights.
-    windows = {name: _tokenized(name, both.info(name), prompts, max_new_tokens) for name in both.names}
+    shorten = "shorten it or use a smaller --max-new-tokens"
+    windows = {name: tokenized(name, both.info(name), prompts, max_new_tokens, remedy=shorten) for name in both.names}
     loaded = both.load_all()
     batches = [range(start, min(start + _BATCH, len(prompts))) for start in range(0, len(prompts), _BATCH)]
     reads = {
@@ -167,8 +138,8 @@ def generate(
     work = len(prompts) * (len(loaded) + len(conditions) * len(chosen))
     with progress("generate", work, "texts", quiet=quiet) as tick:
         for name, model in loaded.items():
-            for batch, read in zip(batches, reads[name], strict=True):
-                voice = _Voice(model, read, batch, max_new_tokens, sample)
+            for batch, seen in zip(batches, reads[name], strict=True):
+                voice = _Voice(model, seen, batch, max_new_tokens, sample)
                 said = voice.say(None)
                 own[name] += said
                 for i, text, value in zip(batch, voice.text(said), voice.score(None, said), strict=True):
@@ -180,8 +151,8 @@ def generate(
             pair = to.aligner.pair
             role = next(role for role, names in directions.items() if names == (pair.source, pair.target))
             states = _states(to, reads[pair.source], reads[pair.target], batches, prompts, seed)
-            for batch, read in zip(batches, reads[pair.target], strict=True):
-                voice = _Voice(loaded[pair.target], read, batch, max_new_tokens, sample)
+            for batch, seen in zip(batches, reads[pair.target], strict=True):
+                voice = _Voice(loaded[pair.target], seen, batch, max_new_tokens, sample)
                 for condition in conditions:
                     injection = voice.injection(pair.target_layer, condition, [states[i] for i in batch])
                     texts = voice.text(voice.say(injection))
@@ -200,28 +171,10 @@ def generate(
     }
 
 
-def _tokenized(name: str, info: ModelInfo, prompts: Sequence[str], extra: int) -> list[tokens.TokenizedWindow]:
-    windows = tokens.tokenize(info.tokenizer, list(prompts))
-    for prompt, window in zip(prompts, windows, strict=True):
-        if not len(window.ids):
-            raise SpecError(f"prompt {prompt!r} has no tokens under the tokenizer of {name!r}; give it a word at least")
-        if len(window.ids) + extra > info.context:
-            raise SpecError(
-                f"prompt {prompt[:40]!r}... has {len(window.ids)} tokens; with {extra} new ones it exceeds the context "
-                f"of {name!r} ({info.context}); shorten it or use a smaller --max-new-tokens"
-            )
-    return windows
-
-
-def _read(loaded: Loaded, windows: list[tokens.TokenizedWindow], aligners: Sequence[Aligner]) -> Read:
+def _read(loaded: Loaded, windows: list[TokenizedWindow], aligners: Sequence[Aligner]) -> Read:
     layers = {layer for a in aligners if a.pair.source == loaded.name for layer in a.pair.source_layers}
     layers |= {a.pair.target_layer for a in aligners if a.pair.target == loaded.name}
-    ids, padding = left_padded([window.ids.tolist() for window in windows])
-    # Sinks show at any stored layer; all of them are captured to judge by the store's own rule.
-    states = prompt_states(loaded.model, loaded.stream, ids, sorted(layers | set(loaded.median_norm)), padding=padding)
-    sinks = loaded.is_sink(states).cpu().numpy()
-    own = [sinks[row, ids.shape[1] - len(window.ids) :] for row, window in enumerate(windows)]
-    return Read(windows, ids, padding, {layer: states[layer] for layer in layers}, own)
+    return read(loaded, windows, layers)
 
 
 #: A prompt's tokens under both tokenizers, and what each condition puts at its places, or why it has nothing to put.

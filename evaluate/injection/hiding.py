@@ -31,6 +31,23 @@ from featstore.models import residual as sites
 _IMPLEMENTATIONS = ("sdpa", "eager")
 
 
+def check_attention(stream: sites.ResidualStream) -> None:
+    """Check that a model's attention takes a mask of positions.
+
+    Args:
+        stream: The target's residual stream.
+
+    Raises:
+        SpecError: It does not.
+    """
+    name = getattr(stream.decoder.config, "_attn_implementation", None)
+    if name not in _IMPLEMENTATIONS:
+        raise SpecError(
+            f"attention {name!r} takes no mask of positions, which keep='hide' needs; load the model with "
+            f"{' or '.join(_IMPLEMENTATIONS)}"
+        )
+
+
 @contextmanager
 def hiding(stream: sites.ResidualStream, layer: int, readable: torch.Tensor, start: torch.Tensor) -> Iterator[None]:
     """Hide a prompt from what comes after it, during all passes in the context.
@@ -46,12 +63,7 @@ def hiding(stream: sites.ResidualStream, layer: int, readable: torch.Tensor, sta
         UnsupportedArchitectureError: During a pass: the blocks get no ``attention_mask`` as a keyword, it has no four
             axes, or the cache keeps its keys in another order than that of the text.
     """
-    name = getattr(stream.decoder.config, "_attn_implementation", None)
-    if name not in _IMPLEMENTATIONS:
-        raise SpecError(
-            f"attention {name!r} takes no mask of positions, which keep='hide' needs; load the model with "
-            f"{' or '.join(_IMPLEMENTATIONS)}"
-        )
+    check_attention(stream)
     with ExitStack() as stack:
         for number, block in enumerate(stream.blocks):
             below = number < layer

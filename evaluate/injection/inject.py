@@ -61,32 +61,6 @@ def source_positions(source: TokenizedWindow, target: TokenizedWindow) -> NDArra
     return positions
 
 
-@contextmanager
-def injecting(stream: sites.ResidualStream, layer: int, hidden: torch.Tensor, *, whole: bool) -> Iterator[None]:
-    """Replace the stream at a layer by given states during forward passes over exactly these tokens.
-
-    Passes over fewer tokens (the steps of cached generation) are left alone.
-
-    Args:
-        stream: The target's residual stream.
-        layer: 0..L.
-        hidden: ``(batch, tokens, width)``.
-        whole: The pass has no cache, so the blocks below need not run.
-    """
-
-    def put(current: torch.Tensor) -> torch.Tensor | None:
-        if current.shape[:2] != hidden.shape[:2]:
-            return None
-        return hidden.to(current.device, current.dtype)
-
-    with sites.at_site(stream, layer, put):
-        if whole:
-            with sites.skipping_below(stream, layer):
-                yield
-        else:
-            yield
-
-
 @dataclass(frozen=True, eq=False)
 class Injection:
     """A prompt's residual stream at one layer, with states put in.

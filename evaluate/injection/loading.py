@@ -1,4 +1,4 @@
-"""The models an adapter's card names, checked against the card."""
+"""Load the models that a run's card names, and check them against the card."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ from featstore.runtime.console import err
 #: What injecting needs of a card, and of its entry for every model of a map.
 _CARD = (("type",), ("store", "fingerprint"), ("mask", "sink_threshold"))
 _MODEL = ("reference", "depth", "width", "config_sha256", "tokenizer_sha256", "median_norm")
+#: What is compared of a model, by the name that a message gives it, and where a card has it.
+_ENTRIES = {
+    "depth": "depth",
+    "width": "width",
+    "configuration": "config_sha256",
+    "tokenizer": "tokenizer_sha256",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,11 @@ class Loaded:
     stream: sites.ResidualStream
     median_norm: dict[int, float]
     sink_threshold: float
+
+    def __repr__(self) -> str:
+        """One line; the model's own would fill a page."""
+        kind = f"{self.info.family}, {self.info.depth} blocks of width {self.info.width}"
+        return f"Loaded({self.name!r}, {kind}, {str(self.model.dtype).removeprefix('torch.')} on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -92,25 +104,44 @@ def check(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str 
     """
     card = adapter.card["models"]
     moved = {spec.name: spec for spec in parse_models(overrides)}
-    unknown = sorted(set(moved) - set(card))
-    if unknown:
-        raise SpecError(f"--model {unknown[0]}=...: this run has {', '.join(card)}")
+    _check_names(adapter, moved)
     models.resolve_dtype(dtype, models.resolve_device(device))
     entry = card[name]
-    spec = moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision")))
+    return _known(adapter, moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision"))))
+
+
+def _check_names(adapter: Adapter, names: Iterable[str]) -> None:
+    card = adapter.card["models"]
+    unknown = sorted(set(names) - set(card))
+    if unknown:
+        raise SpecError(f"--model {unknown[0]}=...: this run has {', '.join(card)}")
+
+
+def _known(adapter: Adapter, spec: ModelSpec) -> Known:
+    """Compare a model's configuration and tokenizer with the card."""
     info = models.inspect_model(spec)
-    for what, at_hand, wanted in (
-        ("depth", info.depth, entry["depth"]),
-        ("width", info.width, entry["width"]),
-        ("configuration", info.config_hash, entry["config_sha256"]),
-        ("tokenizer", info.tokenizer_hash, entry["tokenizer_sha256"]),
-    ):
-        if at_hand != wanted:
-            raise AdapterError(
-                f"model {name!r} ({spec.ref}) has {what} {str(at_hand)[:12]}, the adapter was fitted to "
-                f"{str(wanted)[:12]}; point to the right model with --model {name}=REF"
-            )
+    _compare(
+        adapter,
+        spec,
+        {
+            "depth": info.depth,
+            "width": info.width,
+            "configuration": info.config_hash,
+            "tokenizer": info.tokenizer_hash,
+        },
+    )
     return Known(spec, info)
+
+
+def _compare(adapter: Adapter, spec: ModelSpec, at_hand: Mapping[str, Any]) -> None:
+    entry = adapter.card["models"][spec.name]
+    for what, value in at_hand.items():
+        wanted = entry[_ENTRIES[what]]
+        if value != wanted:
+            raise AdapterError(
+                f"model {spec.name!r} ({spec.ref}) has {what} {str(value)[:12]}, the adapter was fitted to "
+                f"{str(wanted)[:12]}; point to the right model with --model {spec.name}=REF"
+            )
 
 
 class Models:
@@ -200,14 +231,56 @@ def load(
 
 
 def _load(adapter: Adapter, known: Known, *, device: str, dtype: str, quiet: bool) -> Loaded:
-    name, entry = known.spec.name, adapter.card["models"][known.spec.name]
+    entry = adapter.card["models"][known.spec.name]
     if not quiet:
-        err.print(f"loading {name}")
+        err.print(f"loading {known.spec.name}")
     model = models.load_model(known.spec, device=device, dtype=dtype, attention=entry.get("attention", "sdpa"))
+    _check_weights(known.spec, model, entry)
+    return _loaded(adapter, known, model)
+
+
+def _loaded(adapter: Adapter, known: Known, model: Any) -> Loaded:
+    """A model whose weights are those of the card, with what the card says of its states."""
+    entry = adapter.card["models"][known.spec.name]
     _check_weights(known.spec, model, entry)
     medians = {int(k): float(v) for k, v in entry["median_norm"].items()}
     threshold = float(adapter.card["mask"]["sink_threshold"])
-    return Loaded(name, known.info, model, sites.residual_stream(model), medians, threshold)
+    return Loaded(known.spec.name, known.info, model, sites.residual_stream(model), medians, threshold)
+
+
+def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
+    """Take a model that is loaded already, and check it as one that is loaded here.
+
+    Its tokenizer is read from where the model came from; of a model that came from nowhere, from where the card says.
+
+    Args:
+        adapter: The run's adapter.
+        name: Model name in its card.
+        model: A transformers causal language model, or a :class:`Loaded`, of this run or another.
+
+    Raises:
+        AdapterError: It is not the model that the adapter was fitted to.
+        ModelLoadError: Its tokenizer cannot be found.
+        SpecError: The run has no such model.
+        UnsupportedArchitectureError: It has no decoder blocks.
+    """
+    _check_names(adapter, [name])
+    entry = adapter.card["models"][name]
+    if isinstance(model, Loaded):
+        info = model.info
+        known = Known(ModelSpec(name, info.spec.ref, info.spec.revision), info)
+        _compare(
+            adapter,
+            known.spec,
+            {"configuration": info.config_hash, "tokenizer": info.tokenizer_hash},
+        )
+        return _loaded(adapter, known, model.model)
+    stream = sites.residual_stream(model)
+    width = int(model.config.get_text_config().hidden_size)
+    place = str(getattr(model, "name_or_path", "") or entry["reference"])
+    spec = ModelSpec(name, place, entry.get("revision") if place == entry["reference"] else None)
+    _compare(adapter, spec, {"depth": stream.depth, "width": width})
+    return _loaded(adapter, _known(adapter, spec), model)
 
 
 def _check_weights(spec: ModelSpec, model: Any, entry: Mapping[str, Any]) -> None:

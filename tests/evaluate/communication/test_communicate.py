@@ -20,7 +20,7 @@ from align.maps.fitted import Adapter, Aligner, load_adapter
 from align.runs.train import train
 from align.settings import Settings
 from evaluate.communication.asking import Prompt, PutIn, ask, prompts_of
-from evaluate.communication.communicate import COMMON, communicate, describe, identity
+from evaluate.communication.communicate import COMMON, describe, identity, prepare
 from evaluate.communication.messages import read
 from evaluate.communication.tasks.base import Example, Task, words
 from evaluate.communication.tasks.named import make
@@ -54,7 +54,7 @@ def pair(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNa
 @pytest.fixture(scope="module")
 def result(pair: SimpleNamespace) -> dict[str, Any]:
     task = make("countries", 6)
-    return communicate(pair.adapter, task, itself=True, max_new_tokens=NEW, models=pair.models, quiet=True)
+    return prepare(pair.adapter, itself=True, max_new_tokens=NEW, models=pair.models, quiet=True).result(task)
 
 
 def own_map(pair: SimpleNamespace, name: str, layer: int) -> Adapter:
@@ -142,7 +142,7 @@ def test_a_prompt_longer_than_the_context_is_refused(pair: SimpleNamespace) -> N
     long = Example("word " * 1100, "Which?", ("word",))
     task = Task("long", (long,), 0, "")
     with pytest.raises(SpecError, match=r"has \d+ tokens; with 16 new ones it exceeds the context of 'llama' \(1024\)"):
-        communicate(pair.adapter, task, models=pair.models, quiet=True)
+        prepare(pair.adapter, models=pair.models, quiet=True).result(task)
 
 
 # Planted truth: states that say the same as the text.
@@ -154,7 +154,7 @@ def test_embeddings_put_back_are_the_text(pair: SimpleNamespace, name: str, choi
     # At layer 0 a token's state is the token: B must answer as if it had read the text.
     task = make("tipsheets" if choices else "lookup:2", 6, seed=4)
     adapter = own_map(pair, name, 0)
-    found = communicate(adapter, task, form="float32", max_new_tokens=NEW, models=pair.models, quiet=True)
+    found = prepare(adapter, form="float32", max_new_tokens=NEW, models=pair.models, quiet=True).result(task)
     [entry] = found["tasks"].values()
     for example in entry["examples"]:
         given = example["given"]
@@ -170,7 +170,7 @@ def test_the_last_state_of_all_is_the_readers_next_word(pair: SimpleNamespace, n
     loaded, depth = pair.models[name], pair.models[name].stream.depth
     task = make("countries", 5, seed=1)
     adapter = own_map(pair, name, depth)
-    found = communicate(adapter, task, form="float32", max_new_tokens=1, models=pair.models, quiet=True)
+    found = prepare(adapter, form="float32", max_new_tokens=1, models=pair.models, quiet=True).result(task)
     [entry] = found["tasks"].values()
     key = f"{name}:{depth}->{name}:{depth}"
     for example in entry["examples"]:
@@ -195,7 +195,7 @@ def test_a_rotated_twin_answers_from_rotated_states(pair: SimpleNamespace, demo_
     card = {**pair.adapter.card, "models": dict.fromkeys(models, entry)}
     run, task = replace(pair.adapter, card=card, aligners=maps), make("countries", 2, seed=1)
     lengths = {"max_new_tokens": 1, "summary_tokens": 2}
-    found = communicate(run, task, form="float32", models=models, quiet=True, **lengths)["tasks"]
+    found = prepare(run, form="float32", models=models, quiet=True, **lengths).result(task)["tasks"]
     itself, other = (found[f"countries (smollm2->{name})"]["examples"] for name in ("smollm2", "twin"))
     for one, two in zip(itself, other, strict=True):
         assert one["summary"] == two["summary"]
@@ -240,7 +240,7 @@ def shown(pair: SimpleNamespace, task: Task, monkeypatch: pytest.MonkeyPatch, **
     monkeypatch.setattr(module, "ask", spy)
     aligners = {key: a for key, a in pair.adapter.aligners.items() if key.startswith("llama")}
     adapter = replace(pair.adapter, aligners=aligners)
-    seen["result"] = communicate(adapter, task, max_new_tokens=NEW, models=pair.models, quiet=True, **options)
+    seen["result"] = prepare(adapter, max_new_tokens=NEW, models=pair.models, quiet=True, **options).result(task)
     return seen
 
 
@@ -366,7 +366,7 @@ def test_a_context_is_found_after_words_that_come_before_it(
 def test_examples_of_one_answer_have_no_shuffled_states(pair: SimpleNamespace) -> None:
     task = Task("same", tuple(Example(f"{n} rains.", "What?", ("rain",)) for n in ("It", "This")), 1, "always rain")
     adapter = own_map(pair, "mistral", 2)
-    [entry] = communicate(adapter, task, max_new_tokens=1, models=pair.models, quiet=True)["tasks"].values()
+    [entry] = prepare(adapter, max_new_tokens=1, models=pair.models, quiet=True).result(task)["tasks"].values()
     gone = [f"{name} mistral:2->mistral:2" for name in NAMES if "shuffled" in name]
     assert entry["reasons"] == dict.fromkeys(gone, "no two examples have different answers")
     assert not set(gone) & set(entry["conditions"])
@@ -396,7 +396,7 @@ def test_the_result_has_every_condition_of_every_direction(result: dict[str, Any
 
 
 def test_one_direction_is_called_by_the_task(pair: SimpleNamespace) -> None:
-    found = communicate(own_map(pair, "mistral", 2), make("lookup:1", 2), models=pair.models, quiet=True)
+    found = prepare(own_map(pair, "mistral", 2), models=pair.models, quiet=True).result(make("lookup:1", 2))
     assert list(found["tasks"]) == ["lookup"]
 
 
@@ -426,7 +426,7 @@ def test_accuracies_count_the_answers_given(pair: SimpleNamespace) -> None:
     answers = [lines[i] for i in some[:3]] + ["something else"]
     told = tuple(replace(asked[i], answers=(answer,)) for i, answer in zip(some, answers, strict=True))
     task, said = Task("said", told, 0, ""), [said[i] for i in some]
-    found = communicate(own_map(pair, "mistral", 2), task, max_new_tokens=3, models=pair.models, quiet=True)
+    found = prepare(own_map(pair, "mistral", 2), max_new_tokens=3, models=pair.models, quiet=True).result(task)
     block = found["tasks"]["said"]["conditions"]["text"]
     assert [e["given"]["text"] for e in found["tasks"]["said"]["examples"]] == said
     assert (block["right"], block["accuracy"]) == (3, 0.75)
@@ -459,7 +459,7 @@ def test_gains_are_over_the_controls_of_the_same_method(pair: SimpleNamespace, m
     # Every condition is right another number of times.
     right = {name: i for i, name in enumerate((*COMMON, *NAMES), start=1)}
     planted(monkeypatch, lambda name, i: task.examples[i].answers[0] if i < right[name] else "nowhere")
-    found = communicate(own_map(pair, "mistral", 2), task, models=pair.models, quiet=True)["tasks"]["countries"]
+    found = prepare(own_map(pair, "mistral", 2), models=pair.models, quiet=True).result(task)["tasks"]["countries"]
     key = "mistral:2->mistral:2"
     assert {block["condition"]: block["right"] for block in found["conditions"].values()} == right
     for method in METHODS:
@@ -471,7 +471,7 @@ def test_gains_are_over_the_controls_of_the_same_method(pair: SimpleNamespace, m
 def test_a_choice_is_right_as_a_whole(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task("two", (Example("He is in York.", "Where?", ("York",), ("York", "New York")),) * 2, 0.5, "a coin")
     planted(monkeypatch, lambda name, i: i if name == "text" else 1)
-    found = communicate(own_map(pair, "mistral", 2), task, models=pair.models, quiet=True)["tasks"]["two"]
+    found = prepare(own_map(pair, "mistral", 2), models=pair.models, quiet=True).result(task)["tasks"]["two"]
     assert found["scoring"] == "choice of the highest likelihood"
     assert [e["given"]["text"] for e in found["examples"]] == ["York", "New York"]
     assert (found["conditions"]["text"]["right"], found["conditions"]["silent"]["right"]) == (1, 0)
@@ -481,7 +481,7 @@ def test_the_seed_decides_the_controls_alone(pair: SimpleNamespace, monkeypatch:
     put = {}
     for run, seed in enumerate((0, 1, 1)):
         seen = planted(monkeypatch, lambda *_: "?")
-        communicate(own_map(pair, "mistral", 2), make("lookup", 3), seed=seed, models=pair.models, quiet=True)
+        prepare(own_map(pair, "mistral", 2), seed=seed, models=pair.models, quiet=True).result(make("lookup", 3))
         put[run] = {name: np.concatenate(given.states) for name, given in seen.items() if given is not None}
     assert len(put[0]) == len(NAMES)
     for name, states in put[1].items():
@@ -494,7 +494,7 @@ def test_a_map_of_a_layer_to_itself_is_tried_once(pair: SimpleNamespace, monkeyp
     planted(monkeypatch, lambda *_: "?")
     adapter, task = own_map(pair, "mistral", 2), make("lookup", 2)
     once, again = (
-        communicate(adapter, task, itself=itself, models=pair.models, quiet=True) for itself in (False, True)
+        prepare(adapter, itself=itself, models=pair.models, quiet=True).result(task) for itself in (False, True)
     )
     assert jsonable(once) == jsonable(again)
 
@@ -510,7 +510,7 @@ def test_a_map_of_a_layer_to_itself_is_tried_once(pair: SimpleNamespace, monkeyp
 )
 def test_what_cannot_be_is_refused(pair: SimpleNamespace, options: dict[str, Any], says: str) -> None:
     with pytest.raises(SpecError, match=says):
-        communicate(pair.adapter, make("lookup", 2), models=pair.models, quiet=True, **options)
+        prepare(pair.adapter, models=pair.models, quiet=True, **options).result(make("lookup", 2))
 
 
 def test_a_partner_has_another_answer() -> None:

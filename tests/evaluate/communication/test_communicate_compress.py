@@ -19,7 +19,7 @@ from align.maps.fitted import load_adapter
 from align.runs.train import train
 from align.settings import LoopSettings, Settings
 from evaluate.communication.asking import PutIn, ask
-from evaluate.communication.communicate import COMMON, communicate, describe
+from evaluate.communication.communicate import COMMON, describe, prepare
 from evaluate.communication.messages import read
 from evaluate.communication.tasks.base import Example, Task
 from evaluate.communication.tasks.named import make
@@ -72,7 +72,7 @@ def found(run: SimpleNamespace, task: Task) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ask", spy)
         patch.setattr(module, "progress", counted)
-        result = communicate(run.adapter, task, max_new_tokens=3, form="fp8", models=run.models, quiet=True)
+        result = prepare(run.adapter, max_new_tokens=3, form="fp8", models=run.models, quiet=True).result(task)
     return SimpleNamespace(result=result, entry=result["tasks"]["mixed"], seen=seen, done=sum(ticks), work=sum(work))
 
 
@@ -138,7 +138,7 @@ def test_the_context_takes_what_the_map_makes_of_it(run: SimpleNamespace, found:
 
 def test_the_identity_beside_it_has_every_condition(run: SimpleNamespace) -> None:
     task = make("tipsheets", 2)
-    entries = communicate(run.adapter, task, itself=True, models=run.models, quiet=True)["tasks"]
+    entries = prepare(run.adapter, itself=True, models=run.models, quiet=True).result(task)["tasks"]
     one, own = (entries[f"tipsheets ({source}->mistral)"] for source in ("llama", "mistral"))
     assert len(one["conditions"]) == 3 + 3
     assert len(own["conditions"]) == 3 + 12
@@ -153,7 +153,7 @@ def test_a_map_that_does_not_fit_its_card_is_refused(run: SimpleNamespace) -> No
     entries = run.adapter.card["models"]
     card = {**run.adapter.card, "models": {**entries, "llama": {**entries["llama"], "width": 64}}}
     with pytest.raises(AdapterError, match=r"the map has width 48 for 'llama', the card of .* says 64; train it again"):
-        communicate(replace(run.adapter, card=card), make("lookup", 2), models=run.models, quiet=True)
+        prepare(replace(run.adapter, card=card), models=run.models, quiet=True).result(make("lookup", 2))
     with pytest.raises(AdapterError, match=r"model 'llama' \(.*\) has width 48, the adapter was fitted to 64; point"):
         load(replace(run.adapter, card=card), "llama", (), device="cpu", quiet=True)
 
@@ -161,7 +161,7 @@ def test_a_map_that_does_not_fit_its_card_is_refused(run: SimpleNamespace) -> No
 def test_a_model_that_is_not_there_is_named(run: SimpleNamespace, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     with pytest.raises(ModelLoadError, match="gone") as caught:
-        communicate(run.adapter, make("lookup", 2), overrides=(f"llama={gone}",), device="cpu", quiet=True)
+        prepare(run.adapter, overrides=(f"llama={gone}",), device="cpu", quiet=True).result(make("lookup", 2))
     assert "\n" not in str(caught.value)
 
 
@@ -172,4 +172,4 @@ def test_a_context_longer_than_either_model_is_refused(run: SimpleNamespace, who
     models = {**run.models, name: replace(run.models[name], info=info)}
     task = Task("long", (Example(LONG, "Where?", ("there",)),), 0, "")
     with pytest.raises(SpecError, match=rf"exceeds the context of '{name}' \(60\); use shorter examples"):
-        communicate(run.adapter, task, models=models, quiet=True)
+        prepare(run.adapter, models=models, quiet=True).result(task)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate.injection.reading
 from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner, load_adapter
 from align.runs.train import train
@@ -338,7 +339,7 @@ def test_a_model_reads_prompts_at_every_layer_that_a_map_or_the_sink_rule_needs(
         # A state is its layer and its token; token 12 is a sink, which shows at layer 5 alone.
         return {k: torch.stack([torch.full_like(ids, k), ids + 100 * (k == 5)], dim=-1) for k in layers}
 
-    monkeypatch.setattr(generate, "prompt_states", states)
+    monkeypatch.setattr(evaluate.injection.reading, "prompt_states", states)
     loaded: Any = SimpleNamespace(
         name="a",
         model=None,

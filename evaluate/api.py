@@ -1,0 +1,466 @@
+"""What `import evaluate` offers: the commands as functions, and states injected into a loop of one's own.
+
+The keywords of a function are the flags of its command, with the same defaults, checks and errors; the commands call
+these functions. Where a command loads models, a function also takes models that are loaded already
+(:func:`load_models`), so that a notebook loads them once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from featstore.errors import SpecError
+from featstore.runtime.console import check_directory, jsonable
+from featstore.runtime.quantities import parse_budget
+from featstore.text.corpus import SPLITS
+
+if TYPE_CHECKING:
+    from align.maps.fitted import Adapter
+    from evaluate.injection.live import LiveInjection
+    from evaluate.injection.loading import Loaded
+    from evaluate.shown import CommunicateResult, GenerateResult, ReportResult, StitchResult
+    from featstore.store import Store
+
+__all__ = ["communicate", "generate", "inject", "load_models", "report", "stitch"]
+
+
+@runtime_checkable
+class HasPath(Protocol):
+    """A run of `align`, which knows its directory."""
+
+    @property
+    def path(self) -> Any:
+        """The run directory."""
+
+
+#: A run directory, or an object with a ``path``.
+Run = str | PathLike[str] | HasPath
+#: Models of a run: ``NAME=REF`` texts, or by name where a model moved to, or the model itself.
+ModelsGiven = Sequence[str] | Mapping[str, Any]
+
+
+def load_models(
+    run: Run,
+    *,
+    models: ModelsGiven | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Loaded]:
+    """Load the models of a run once, for as many calls as follow.
+
+    Args:
+        run: Run directory of `align train`, or an object with its ``path``.
+        models: ``NAME=REF`` for models that moved, or a mapping from names to references or to models that are loaded.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
+        quiet: Do not print that weights are being loaded.
+
+    Returns:
+        By name, to be given as ``models=`` to the other functions. The transformers model is ``.model``, its tokenizer
+        ``.info.tokenizer``.
+
+    Raises:
+        AdapterError: The run is damaged, or a model is not the one it was fitted to.
+        ModelLoadError: A model is not at hand.
+        SpecError: The run has no such model, or the device or dtype is unknown.
+    """
+    from evaluate.injection.loading import Models, check_card, choose
+
+    adapter = _adapter(run)
+    check_card(adapter)
+    names = [name for a in choose(adapter, None) for name in (a.pair.source, a.pair.target)]
+    overrides, given = _models(adapter, models)
+    return Models(adapter, names, overrides, device=device, dtype=dtype, quiet=quiet, given=given).load_all()
+
+
+def inject(
+    model: Any,
+    run: Run,
+    *,
+    key: str | None = None,
+    states: Any = None,
+    mapped: Any = None,
+    positions: Any = None,
+    text: str | Sequence[str] | None = None,
+    source: Any = None,
+    keep: str = "own",
+) -> LiveInjection:
+    """Put states of another model into the forward passes of a target, in a loop of one's own.
+
+    ``with evaluate.inject(target, run, states=x, positions=[3, 7]): logits = target(input_ids).logits`` maps the source
+    states by the run's map and puts them into the target's residual stream at the map's layer. Every pass in the
+    context that begins a sequence takes them; the steps of cached generation that follow take none. On exit the model
+    is as it was, also after an error. Nothing is detached or switched: the passes run under the caller's own gradient
+    mode.
+
+    There are three ways to say what is injected:
+
+    - ``states`` and ``positions``: source states, which go through the map. A map of windows (``compress``) needs text.
+    - ``mapped`` and ``positions``: states of the target's own space, which are put in as they are: a control, a steered
+      state, or the target's own state. Gradients flow into them.
+    - ``text`` and ``source``: the source reads the text, and every target position takes the mapped state of the last
+      ordinary source token that ends at or before it, as in `evaluate generate`. Call the target as
+      ``target(**injection.inputs)``.
+
+    Args:
+        model: The target: a transformers causal language model, or one from :func:`load_models`.
+        run: Run directory of `align train`, or an object with its ``path``.
+        key: The layer pair, such as ``"llama:16->mistral:16"``; not needed for a run with one map.
+        states: Source states ``(n, d_source)``, numpy or torch, of a joint map those of its layers end to end; for a
+            batch one such array for each prompt.
+        mapped: The same in the target's space, ``(n, d_target)``.
+        positions: The n target positions that take them, padding counted, negative ones from the end; for a batch one
+            list for each prompt.
+        text: Texts that source and target both read.
+        source: The source model, with ``text``; not needed where source and target are one model.
+        keep: What later blocks read of positions that take no state: ``own``, the target's own states, or ``hide``,
+            nothing (the start token excepted). Under ``hide`` the token from which generation starts must take a state;
+            otherwise its own state tells what is hidden.
+
+    Returns:
+        A context; it says what was put where (``key``, ``layer``, ``states``, ``positions``) and how many passes took
+        it (``passes``). It warns on exit if none did.
+
+    Raises:
+        AdapterError: States have another width than the map takes, the map reads windows, or a model is not the run's.
+        LayerRangeError: The model has no such layer.
+        NonFiniteStateError: During a pass: a state holds NaN or infinity.
+        SpecError: An unknown key, arguments that do not fit each other, or, during a pass, a position outside it.
+        UnsupportedArchitectureError: The model has no decoder blocks, or with ``hide`` no mask can reach them.
+    """
+    from evaluate.injection.own_loop import live_injection
+
+    return live_injection(
+        model,
+        _adapter(run),
+        key=key,
+        states=states,
+        mapped=mapped,
+        positions=positions,
+        text=text,
+        source=source,
+        keep=keep,
+    )
+
+
+def stitch(
+    store: str | PathLike[str] | Store,
+    run: Run,
+    *,
+    layers: str | int | Sequence[int] | None = None,
+    split: str = "test",
+    max_tokens: str | int | None = "20k",
+    keep: str = "own",
+    source_alone: bool = False,
+    models: ModelsGiven | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    out: str | PathLike[str] | None = None,
+    write: bool = True,
+    quiet: bool = False,
+) -> StitchResult:
+    """Measure the target's loss when a layer's states come from the source through the map, with controls.
+
+    Args:
+        store: The store that the run was fitted from: its path, or an open one.
+        run: Run directory of `align train`, or an object with its ``path``.
+        layers: Only the maps of these source layers: ``"8,16"``, ``16`` or ``[8, 16]``; None for all.
+        split: ``train``, ``val`` or ``test``.
+        max_tokens: Maximum number of target tokens: a number, ``"20k"``, or ``"all"`` (or None).
+        keep: What later blocks read of positions that take no state: ``own``, the target's own states, or ``hide``,
+            nothing.
+        source_alone: Also load the source model and score it by itself.
+        models: ``NAME=REF`` for models that moved, or a mapping from names to references or to models that are loaded.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
+        seed: Seed of the random controls; 0 or more.
+        out: Directory for ``stitch.json``; the run directory by default.
+        write: Write ``stitch.json``, from which :func:`report` reads.
+        quiet: Show no progress.
+
+    Raises:
+        AdapterError: The run was fitted from another store, does not fit a model, or is damaged.
+        ModelLoadError: A model is not at hand.
+        PairingError: The split has no window to score.
+        SpecError: An argument is outside its range.
+    """
+    from evaluate.results import write_stitch
+    from evaluate.shown import StitchResult
+    from evaluate.stitching import stitch as stitching
+    from featstore.store import Store, open_store
+
+    if split not in SPLITS:
+        raise SpecError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
+    _check_at_least("seed", seed, 0)
+    _check_out(out)
+    opened = store if isinstance(store, Store) else open_store(_location(store))
+    adapter = _adapter(run)
+    overrides, given = _models(adapter, models)
+    result = stitching.stitch(
+        opened,
+        adapter,
+        layers=_layers(layers),
+        overrides=overrides,
+        device=device,
+        dtype=dtype,
+        split=SPLITS.index(split),
+        max_tokens=None if max_tokens is None else parse_budget(str(max_tokens)),
+        keep=keep,
+        source_alone=source_alone,
+        seed=seed,
+        models=given,
+        quiet=quiet,
+    )
+    record = StitchResult.parse(jsonable(result))
+    return record.at(write_stitch(_place(adapter, out), record)) if write else record
+
+
+def generate(
+    run: Run,
+    prompts: str | PathLike[str] | Sequence[str] | None = None,
+    *,
+    layers: str | int | Sequence[int] | None = None,
+    max_new_tokens: int = 32,
+    sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    models: ModelsGiven | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    out: str | PathLike[str] | None = None,
+    write: bool = True,
+    quiet: bool = False,
+) -> GenerateResult:
+    """Continue prompts in four conditions (each model alone, and each direction through the map), with controls.
+
+    Args:
+        run: Run directory of `align train`, or an object with its ``path``.
+        prompts: A prompt or several; a ``Path`` is a file with one prompt a line; None for the five default ones.
+        layers: Only the maps of these source layers: ``"8,16"``, ``16`` or ``[8, 16]``; None for all.
+        max_new_tokens: Length of each continuation.
+        sample: Draw tokens instead of taking the likeliest.
+        temperature: Divides the logits; needs ``sample``.
+        top_p: Draw from the fewest likeliest tokens that together have this probability; needs ``sample``.
+        models: ``NAME=REF`` for models that moved, or a mapping from names to references or to models that are loaded.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
+        seed: Seed of sampling and of the random controls; 0 or more.
+        out: Directory for ``generations.json``; the run directory by default.
+        write: Write ``generations.json``, from which :func:`report` reads.
+        quiet: Show no progress.
+
+    Raises:
+        AdapterError: The run is damaged or does not fit a model.
+        ModelLoadError: A model is not at hand.
+        SpecError: An argument is outside its range, or a prompt is empty or longer than a model's context.
+    """
+    from evaluate.generation import generate as generating
+    from evaluate.injection.continuing import Sampling
+    from evaluate.results import write_generations
+    from evaluate.shown import GenerateResult
+
+    if not sample and (temperature, top_p) != (1.0, 1.0):
+        raise SpecError("--temperature and --top-p need --sample")
+    _check_at_least("seed", seed, 0)
+    _check_at_least("max_new_tokens", max_new_tokens, 1)
+    _check_out(out)
+    adapter = _adapter(run)
+    texts = _prompts(prompts)
+    overrides, given = _models(adapter, models)
+    result = generating.generate(
+        adapter,
+        texts,
+        layers=_layers(layers),
+        max_new_tokens=max_new_tokens,
+        sample=Sampling(temperature, top_p, seed) if sample else None,
+        overrides=overrides,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        models=given,
+        quiet=quiet,
+    )
+    record = GenerateResult.parse(jsonable(result))
+    return record.at(write_generations(_place(adapter, out), record)) if write else record
+
+
+def communicate(
+    run: Run,
+    task: str | Sequence[str] = "countries",
+    *,
+    examples: int = 50,
+    layers: str | int | Sequence[int] | None = None,
+    itself: bool = False,
+    format: str = "bfloat16",  # noqa: A002 (the flag's name)
+    summary_tokens: int = 16,
+    max_new_tokens: int = 8,
+    models: ModelsGiven | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    out: str | PathLike[str] | None = None,
+    write: bool = True,
+    quiet: bool = False,
+) -> CommunicateResult:
+    """Ask the target what only the source has read: from its states, from text and from nothing, with controls.
+
+    The models are loaded once, for all tasks.
+
+    Args:
+        run: Run directory of `align train`, or an object with its ``path``.
+        task: ``countries``, ``tipsheets``, ``lookup``, ``lookup:PAIRS`` or ``jsonl:PATH``; or several of them.
+        examples: Number of examples of each task; of a file, the maximum.
+        layers: Only the maps of these source layers: ``"8,16"``, ``16`` or ``[8, 16]``; None for all.
+        itself: Also let the target communicate with itself, with the identity as the map.
+        format: Storage format in which states travel: ``bfloat16``, ``float16``, ``float32``, ``fp8``; latents of a
+            compressed run travel as they are.
+        summary_tokens: Length of the source's summaries.
+        max_new_tokens: Length of each free answer.
+        models: ``NAME=REF`` for models that moved, or a mapping from names to references or to models that are loaded.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
+        seed: Seed of the examples and the controls; 0 or more.
+        out: Directory for ``communicate.json``; the run directory by default.
+        write: Write ``communicate.json`` after each task, from which :func:`report` reads.
+        quiet: Show no progress.
+
+    Raises:
+        AdapterError: The run is damaged or does not fit a model.
+        ModelLoadError: A model is not at hand.
+        SpecError: An argument is outside its range, or an example does not fit into a model.
+    """
+    from evaluate.communication.communicate import prepare
+    from evaluate.communication.tasks.named import make
+    from evaluate.results import write_communication
+    from evaluate.shown import CommunicateResult
+
+    _check_at_least("seed", seed, 0)
+    _check_out(out)
+    names = [task] if isinstance(task, str) else list(task)
+    # A mistyped task is refused before the wait for the weights.
+    asked = [make(name, examples, seed) for name in dict.fromkeys(names)]
+    if not asked:
+        raise SpecError("there is no task; name one at least, such as countries")
+    adapter = _adapter(run)
+    overrides, given = _models(adapter, models)
+    exchange = prepare(
+        adapter,
+        layers=_layers(layers),
+        itself=itself,
+        form=format,
+        summary_tokens=summary_tokens,
+        max_new_tokens=max_new_tokens,
+        overrides=overrides,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        models=given,
+        quiet=quiet,
+    )
+    tasks: dict[str, Any] = {}
+    for each in asked:
+        found = jsonable(exchange.result(each))
+        tasks |= found["tasks"]
+        record = CommunicateResult.parse({**found, "tasks": tasks})
+        if write:
+            # After each task, so that an interruption costs one task.
+            record.at(write_communication(_place(adapter, out), record))
+    return record
+
+
+def report(dirs: Run | Iterable[Run], *, out: str | PathLike[str] = "report.html") -> ReportResult:
+    """Write one self-contained HTML page of everything that was measured.
+
+    Args:
+        dirs: Run, CKA and sweep directories, in the order they are to appear.
+        out: The page.
+
+    Raises:
+        AdapterError: A directory holds none of the files that a report shows.
+        CorruptDataError: A file is there but is not JSON.
+        SpecError: The page cannot be written there.
+    """
+    from evaluate.reporting import write_report
+    from evaluate.shown import ReportResult
+
+    page = Path(out)
+    check_directory(page.parent, page)
+    places = [dirs] if isinstance(dirs, (str, PathLike, HasPath)) else list(dirs)
+    if not places:
+        raise SpecError("there is no directory to report on; give one at least")
+    return ReportResult(**write_report([_directory(place) for place in places], page))
+
+
+def _directory(run: Run) -> Path:
+    if isinstance(run, (str, PathLike)):
+        return Path(run)
+    place = getattr(run, "path", None)
+    if not isinstance(place, (str, PathLike)):
+        raise SpecError(f"run {run!r}: give a run directory, or an object with its path")
+    return Path(place)
+
+
+def _adapter(run: Run) -> Adapter:
+    from align.maps.fitted import load_adapter
+
+    return load_adapter(_directory(run))
+
+
+def _place(adapter: Adapter, out: str | PathLike[str] | None) -> Path:
+    return adapter.directory if out is None else Path(out)
+
+
+def _check_out(out: str | PathLike[str] | None) -> None:
+    if out is not None:
+        check_directory(Path(out))
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SpecError(f"{name} {value!r}: give a whole number, {least} or more")
+
+
+def _location(store: str | PathLike[str]) -> Path | str:
+    """A URL stays text; everything else is a path."""
+    return store if isinstance(store, str) and "://" in store else Path(store)
+
+
+def _layers(layers: str | int | Sequence[int] | None) -> str | None:
+    if layers is None or isinstance(layers, str):
+        return layers
+    return str(layers) if isinstance(layers, int) else ",".join(map(str, layers))
+
+
+def _prompts(prompts: str | PathLike[str] | Sequence[str] | None) -> tuple[str, ...]:
+    from evaluate.generation.generate import read_prompts
+
+    if prompts is None or isinstance(prompts, PathLike):
+        return read_prompts(None if prompts is None else Path(prompts))
+    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise SpecError(f"prompt {text!r}: give text, or the Path of a file with one prompt a line")
+    return texts
+
+
+def _models(adapter: Adapter, given: ModelsGiven | None) -> tuple[tuple[str, ...], dict[str, Loaded]]:
+    """What ``models`` says: where models moved to, and models that are loaded."""
+    from evaluate.injection.loading import adopt, check_card
+
+    if given is None:
+        return (), {}
+    if isinstance(given, str) or not isinstance(given, (Mapping, Sequence)):
+        raise SpecError(f"models {given!r}: give a list of NAME=REF, or a mapping from names to references or models")
+    if not isinstance(given, Mapping):
+        return tuple(given), {}
+    moved = tuple(f"{name}={value}" for name, value in given.items() if isinstance(value, (str, PathLike)))
+    loaded = {name: value for name, value in given.items() if not isinstance(value, (str, PathLike))}
+    if loaded:
+        check_card(adapter)
+    return moved, {name: adopt(adapter, name, model) for name, model in loaded.items()}
