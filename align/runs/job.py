@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from align.closed_form.fit import check_low_rank
+from align.maps.low_rank import check_low_rank
 from align.layers import LayerPair, choose_models, joint_pairs, layer_pairs, source_layers
 from align.moments.scan import limit_rows, need_rows, sites_of, usable_moments
 from align.settings import Settings, check

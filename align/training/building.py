@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from align import solvers
-from align.closed_form.fit import skip_weight
+from align.closed_form.skip import skip_weight
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.moments.scan import Scan
