@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from align.maps.registry import map_type, map_types
 from align.resources import choose_device, dask_client
 from align.runs.rundir import check_free
-from align.settings import TYPES
 from align.similarity.measures.names import MEASURES
 from featstore.errors import SpecError
 from featstore.runtime.console import check_directory, emit, err, jsonable, run_app
@@ -30,7 +30,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 def train(
     context: typer.Context,
     store: Annotated[Path | None, typer.Option(help="Path of the store.")] = None,
-    type_: Annotated[str, typer.Option("--type", help=f"{', '.join(TYPES)}.")] = "procrustes",
+    type_: Annotated[
+        str, typer.Option("--type", help=f"{', '.join(known.name for known in map_types())}.")
+    ] = "procrustes",
     source: Annotated[str | None, typer.Option(help="Source model; default the store's first.")] = None,
     target: Annotated[str | None, typer.Option(help="Target model; may equal the source.")] = None,
     both: Annotated[bool, typer.Option("--both", help="Also the other direction.")] = False,
@@ -171,7 +173,7 @@ def train(
             loop=LoopSettings(
                 rank=rank,
                 alpha=alpha,
-                skip=skip or ("none" if type_ == "reduced-rank" else "procrustes"),
+                skip=skip or map_type(type_).defaults.get("skip", "procrustes"),
                 hidden=hidden,
                 latents=latents,
                 latent_dim=latent_dim,
@@ -198,7 +200,7 @@ def train(
     if not Ranks.from_environment().first:
         return
     emit(result, escape(describe(result)), as_json=as_json)
-    if not as_json and settings.type != "compress":
+    if not as_json and not map_type(settings.type).windows:
         err.print(f"next: evaluate stitch --store {settings.store} --adapter {result['run']}")
 
 

@@ -7,10 +7,10 @@ From the fields of a settings class both its validation (:func:`check_values`) a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
-from inspect import Parameter, signature
-from typing import Any, get_type_hints
+from inspect import Parameter
+from typing import Annotated, Any, get_type_hints
 
 from featstore.errors import SpecError
 
@@ -150,6 +150,6 @@ def parameters(settings: type[Any], names: Collection[str] | None = None) -> dic
         if default is None and type(None) not in getattr(kind, "__args__", ()):
             kind = kind | None
         made[entry.name] = Parameter(
-            entry.name, Parameter.KEYWORD_ONLY, default=default, annotation=typing_annotated(kind, info)
+            entry.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
         )
     return made

@@ -16,7 +16,7 @@ from align.closed_form.shared import fit_shared
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.maps.low_rank import check_low_rank
-from align.maps.registry import MapType, having, listed, map_type, map_types, resolve
+from align.maps.registry import MapType, having, listed, map_types, resolve
 from align.moments.device import torch_device
 from align.moments.scan import Scan
 from align.moments.scatter import Array, Scatter, about, centered, raw
@@ -48,7 +48,8 @@ class Solver:
     """Fits layer pairs one after the other; what those with the same source layers share is computed once.
 
     That is the eigendecomposition of the source Gram and the validation Gram in its basis, the most expensive part of a
-    ridge path. Only the last source is remembered (about six matrices of its width), so fit the pairs of a source in a row.
+    ridge path. Only the last source is remembered (about six matrices of its width), so fit the pairs of a source in a
+    row.
 
     Args:
         device: ``cpu`` for numpy; otherwise systems are solved in float64 by torch on that device

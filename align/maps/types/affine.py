@@ -13,5 +13,4 @@ TYPE = MapType(
     module="align.training.modules:full",
     sharing="base",
     label="affine ridge",
-    defaults={"batch_size": 128, "lr": 2e-2},
 )

@@ -13,5 +13,4 @@ TYPE = MapType(
     module="align.training.modules:low_rank",
     sharing="base",
     solved_as="reduced-rank",
-    defaults={"batch_size": 128, "lr": 2e-2},
 )

@@ -45,5 +45,4 @@ TYPE = MapType(
     formula=Formula("mlp", _AXES, _apply, optional=frozenset({"skip"})),
     # No closed form knows what a hidden layer can do; it has to beat the best affine map to be worth having.
     judged_by="affine",
-    defaults={"batch_size": 128, "lr": 2e-2},
 )
