@@ -1,16 +1,16 @@
 """An option of a command, declared once: meaning, default, bounds and choices stand beside the field it fills.
 
-From the fields of a settings class both its validation (:func:`check_values`) and the parameters of a command
-(:func:`parameters`) are made.
+From the fields of a settings class come its validation (:func:`check_values`), the parameters of a command
+(:func:`takes`), and the settings that the command was given (:func:`values`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
-from inspect import Parameter
-from typing import Annotated, Any, get_type_hints
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from inspect import Parameter, signature
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from featstore.errors import SpecError
 
@@ -48,44 +48,33 @@ class Option:
     """What a command says of an option, and which values it takes.
 
     Attributes:
-        help: A sentence for people.
+        help: A sentence for people; the choices are added to it.
         panel: Panel of the help; None for the first.
         range: Of a number.
         choices: Of a word; empty for any.
         by_type: Whether leaving it out means the map type's own default.
-        hidden: Whether commands fill it by other means.
+        typed: The default as people type it, where the field holds something else; None for the field's own.
+        parse: Makes the field's value of what was typed; None where they are the same.
     """
 
-    help: str = ""
+    help: str
     panel: str | None = None
     range: Range | None = None
     choices: tuple[str, ...] = ()
     by_type: bool = False
-    hidden: bool = False
+    typed: str | None = None
+    parse: Callable[[str], Any] | None = None
 
 
-def option(
-    default: Any = MISSING,
-    help: str = "",  # noqa: A002 - as typer calls it
-    *,
-    panel: str | None = None,
-    range: Range | None = None,  # noqa: A002 - the option's
-    choices: tuple[str, ...] = (),
-    by_type: bool = False,
-    hidden: bool = False,
-) -> Any:
+def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 - as typer calls it
     """A dataclass field that is an option.
 
     Args:
-        default: Of the field; none if it must be given.
-        help: A sentence for people; the choices are added to it.
-        panel: Panel of the help.
-        range: Of a number.
-        choices: Of a word.
-        by_type: Whether leaving it out means the map type's own default.
-        hidden: Whether commands fill it by other means.
+        default: Of the field.
+        help: A sentence for people.
+        **more: The other attributes of :class:`Option`.
     """
-    return field(default=default, metadata={"option": Option(help, panel, range, choices, by_type, hidden)})
+    return field(default=default, metadata={"option": Option(help, **more)})
 
 
 def flag(name: str) -> str:
@@ -97,15 +86,13 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def declared(settings: type[Any]) -> Iterator[tuple[Field[Any], Option]]:
-    """The fields of a settings class that are options.
+def declared(settings: type[Any]) -> dict[str, tuple[Field[Any], Option]]:
+    """The fields of a settings class that are options, by name.
 
     Args:
         settings: A dataclass.
     """
-    for entry in fields(settings):
-        if "option" in entry.metadata:
-            yield entry, entry.metadata["option"]
+    return {entry.name: (entry, entry.metadata["option"]) for entry in fields(settings) if "option" in entry.metadata}
 
 
 def check_values(settings: Any) -> None:
@@ -117,39 +104,70 @@ def check_values(settings: Any) -> None:
     Raises:
         SpecError: A number out of range, or a word that is no choice.
     """
-    for entry, own in declared(type(settings)):
-        value = getattr(settings, entry.name)
+    for name, (_, own) in declared(type(settings)).items():
+        value = getattr(settings, name)
         if value is None:
             continue
         if own.range is not None and not own.range.holds(value):
-            raise SpecError(f"{flag(entry.name)} {value}: {own.range.words}")
+            raise SpecError(f"{flag(name)} {value}: {own.range.words}")
         if own.choices and value not in own.choices:
-            raise SpecError(f"{flag(entry.name)} {value!r}: choose one of {', '.join(own.choices)}")
+            raise SpecError(f"{flag(name)} {value!r}: choose one of {', '.join(own.choices)}")
 
 
-def parameters(settings: type[Any], names: Collection[str] | None = None) -> dict[str, Parameter]:
-    """The parameters of a typer command that fill a settings class.
+def values(settings: type[Any], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a settings class from what a command was given.
 
     Args:
         settings: A dataclass.
-        names: Only these fields; None for all that are not hidden.
+        given: By parameter; what is no field is left alone.
+        defaults: Of options that have a default by type.
     """
+    found: dict[str, Any] = {}
+    for name, (entry, own) in declared(settings).items():
+        if name in given:
+            value = own.parse(given[name]) if own.parse is not None else given[name]
+            found[name] = defaults.get(name, entry.default) if own.by_type and value is None else value
+    return found
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def takes(*settings: type[Any], only: Collection[str] | None = None) -> Callable[[_F], _F]:
+    """Give a command the options that settings classes declare, in place of its ``**given``.
+
+    Args:
+        *settings: Dataclasses.
+        only: Only these fields; None for all.
+    """
+
+    def with_options(command: _F) -> _F:
+        own = signature(command, eval_str=True)
+        written = [p for p in own.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        first = [p for p in written if p.kind is not Parameter.KEYWORD_ONLY]
+        rest = [p for p in written if p.kind is Parameter.KEYWORD_ONLY]
+        made = [p for kind in settings for p in _parameters(kind, only)]
+        # typer reads the signature and calls the command by name.
+        command.__signature__ = own.replace(parameters=[*first, *made, *rest])  # type: ignore[attr-defined]
+        return command
+
+    return with_options
+
+
+def _parameters(settings: type[Any], only: Collection[str] | None) -> Iterator[Parameter]:
     import typer
 
     hints = get_type_hints(settings)
-    made = {}
-    for entry, own in declared(settings):
-        if own.hidden or (names is not None and entry.name not in names):
+    for name, (entry, own) in declared(settings).items():
+        if only is not None and name not in only:
             continue
-        kind = hints[entry.name]
+        kind, default = hints[name], entry.default
+        if own.typed is not None:
+            kind, default = str, own.typed
+        elif own.by_type:
+            kind, default = kind | None, None
         # A flag that is off by default has no --no- form.
-        forms = [flag(entry.name)] if entry.default is False else []
-        shown = f"{own.help.rstrip('.')}: {', '.join(own.choices)}." if own.choices else own.help
-        info = typer.Option(*forms, help=shown, rich_help_panel=own.panel)
-        default = None if own.by_type or entry.default is MISSING else entry.default
-        if default is None and type(None) not in getattr(kind, "__args__", ()):
-            kind = kind | None
-        made[entry.name] = Parameter(
-            entry.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
-        )
-    return made
+        forms = [flag(name)] if default is False else []
+        words = f"{own.help.rstrip('.')}: {', '.join(own.choices)}." if own.choices else own.help
+        info = typer.Option(*forms, help=words, rich_help_panel=own.panel)
+        yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])

@@ -17,6 +17,7 @@ from align.moments.scan import MINIMUM_PAIRS
 from align.options import NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, Range, check_values, flag, option
 from align.training.plan import PRECISIONS, TRACKERS, parse_loss
 from featstore.errors import SpecError
+from featstore.runtime.quantities import parse_bytes
 from featstore.store.read.loader import MEMORY
 
 #: Panels of the help.
@@ -81,17 +82,21 @@ class LoopSettings:
     tracker: str = option("tensorboard", "Where metrics are also logged.", panel=TRAINING, choices=TRACKERS)
     precondition: bool = option(True, "Whiten the inputs inside the parameterisation.", panel=TRAINING)
     seed: int = option(0, "Seed of initialisation, order and random controls.", range=NOT_NEGATIVE)
-    device: str = option("cpu", hidden=True)
+    device: str = option("cpu", "Device: auto, cpu, cuda or cuda:N.", typed="auto")
 
 
 @dataclass(frozen=True)
 class Settings:
     """Configuration of a run. Written to ``run.yaml``, from which the same run can be made again.
 
-    Meaning, default and range of every field are declared beside it.
+    Meaning, default and range of every option are declared beside it.
+
+    Attributes:
+        store: Path of the store.
+        loop: Size of the map, its training, seed and device.
     """
 
-    store: str = option(help="Path of the store.", hidden=True)
+    store: str
     type: str = option("procrustes", f"Type of map: {', '.join(type_.name for type_ in map_types())}.")
     source: str | None = option(None, "Source model; default the first model of the store.")
     target: str | None = option(None, "Target model; may be the source itself. Default the second model of the store.")
@@ -119,7 +124,12 @@ class Settings:
         "Maximum number of train pairs.",
         range=Range(f"a fit needs at least {MINIMUM_PAIRS} pairs", MINIMUM_PAIRS),
     )
-    memory: int = option(MEMORY, hidden=True)
+    memory: int = option(
+        MEMORY,
+        "Memory for buffers of paired rows, on which the order of minibatches depends: bytes, or such as 500M, 4GiB.",
+        typed="1GiB",
+        parse=parse_bytes,
+    )
     eval_models: bool = option(
         False,
         "Load both models, and measure stitched loss and five generated texts after every epoch.",
