@@ -16,7 +16,7 @@ from align.runs.rundir import check_free
 from align.settings import LoopSettings, Settings, load_settings
 from align.similarity.measures.names import MEASURES
 from featstore.errors import SpecError
-from featstore.runtime.console import check_directory, emit, err, jsonable, run_app
+from featstore.runtime.console import add_version, check_directory, emit, err, jsonable, run_app
 from featstore.runtime.processes import Ranks
 from featstore.runtime.quantities import parse_bytes
 
@@ -24,6 +24,7 @@ from featstore.runtime.quantities import parse_bytes
 _SAMPLE = "More measures, over a sample of rows"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
+add_version(app, "align")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 

@@ -71,7 +71,7 @@ def compress(
             resume=told.resume,
         )
     told.stop(pair, epoch=done.last_epoch, best_epoch=done.best_epoch, reason=done.reason)
-    aligner = _aligner(done, pair)
+    aligner = _aligner(done, pair, plan.type.formula.kind)
     entry, sums = _entry(plan, done, (train, val, test), direction, pair, moments, judge, windows.seed)
     training = Training(done.best_epoch, done.last_epoch, windows.epochs)
     gram = gram_facts(Solver().gram_values(pair, moments), moments.train.n)
@@ -79,10 +79,10 @@ def compress(
     return aligner, entry, sums.renamed({"compress": "map"}).block()
 
 
-def _aligner(done: Compressed, pair: LayerPair) -> Aligner:
+def _aligner(done: Compressed, pair: LayerPair, kind: str) -> Aligner:
     means = {"control_mean_source": done.mean_source, "control_mean": done.mean_target}
     tensors = {**done.module.export(), **{name: np.asarray(mean, np.float32) for name, mean in means.items()}}
-    return Aligner(pair, tensors, {"solver": "adamw", **done.module.options}, done.trainable, "compress")
+    return Aligner(pair, tensors, {"solver": "adamw", **done.module.options}, done.trainable, kind)
 
 
 def _entry(
