@@ -97,7 +97,9 @@ class Settings:
     """
 
     store: str
-    type: str = option("procrustes", f"Type of map: {', '.join(type_.name for type_ in map_types())}.")
+    type: str = option(
+        "procrustes", f"Type of map: {', '.join(f'{type_.name} ({type_.summary})' for type_ in map_types())}."
+    )
     source: str | None = option(None, "Source model; default the first model of the store.")
     target: str | None = option(None, "Target model; may be the source itself. Default the second model of the store.")
     both: bool = option(False, "Fit maps in the other direction, too.")

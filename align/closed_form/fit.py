@@ -90,13 +90,16 @@ class Solver:
         return _aligner(pair, solution.weight, mean_x, mean_y, moments.means, options, solution.trainable)
 
     def fit_on(self, skip: Array, pair: LayerPair, moments: Scan, rank: int) -> Aligner:
-        """See :func:`fit_low_rank_on`.
+        """Fit the best map of one rank on top of a given map, with the ridge strength that validation chooses.
 
         Args:
-            skip: float64 ``(d_source, d_target)``.
+            skip: float64 ``(d_source, d_target)``, say a map that several layer pairs share.
             pair: Which layers.
             moments: Of this pair.
             rank: 1 to the smaller width.
+
+        Raises:
+            FitError: The rank does not fit the widths.
         """
         means = moments.means
         problem = self._problem(pair, centered(moments.train), about(moments.val, *means))
@@ -210,22 +213,6 @@ def fit_shared_procrustes(
         options: dict[str, float | int | str] = {"scale": shared.factors[pair.key], "shared": len(pairs)}
         result[pair.key] = _aligner(pair, shared.of(pair.key), *means, means, options, shared.weight.size)
     return result
-
-
-def fit_low_rank_on(skip: Array, pair: LayerPair, moments: Scan, rank: int, *, solver: Solver | None = None) -> Aligner:
-    """The best map of one rank on top of a given map, with the ridge strength that validation chooses.
-
-    Args:
-        skip: float64 ``(d_source, d_target)``, say a map that several layer pairs share.
-        pair: Which layers.
-        moments: Of this pair.
-        rank: 1 to the smaller width.
-        solver: One that has fitted other pairs with the same source; None for a fresh one.
-
-    Raises:
-        FitError: The rank does not fit the widths.
-    """
-    return (solver or Solver()).fit_on(skip, pair, moments, rank)
 
 
 def _aligner(

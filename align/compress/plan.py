@@ -1,4 +1,4 @@
-"""What the training of a resampler is told. Free of torch."""
+"""The plan of training a resampler. Free of torch."""
 
 from __future__ import annotations
 

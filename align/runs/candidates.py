@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align.closed_form.fit import Solver, fit_low_rank_on, fit_shared_procrustes
+from align.closed_form.fit import Solver, fit_shared_procrustes
 from align.closed_form.fit_all import fit_all
 from align.closed_form.shared import Shared, fit_shared
 from align.layers import LayerPair
@@ -31,13 +31,13 @@ EpochEvaluation = Callable[[Aligner], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Reporting:
-    """Where what happens on the way is told.
+    """Where a run reports what happens on the way.
 
     Attributes:
         files: The run directory.
         tracker: External logging; None for a run without training.
         models: Asked about the map of every epoch; None for nobody.
-        resume: Whether an interrupted run goes on.
+        resume: Whether to resume an interrupted run.
         quiet: No progress.
     """
 
@@ -48,7 +48,7 @@ class Reporting:
     quiet: bool
 
     def epoch(self, pair: LayerPair, epoch: Epoch, aligner: Aligner | None = None) -> None:
-        """Tell of an epoch.
+        """Report an epoch.
 
         Args:
             pair: Which layers.
@@ -61,7 +61,7 @@ class Reporting:
             self.tracker.epoch(pair.key, epoch)
 
     def step(self, pair: LayerPair, event: Mapping[str, Any]) -> None:
-        """Tell of a step.
+        """Report a step.
 
         Args:
             pair: Which layers.
@@ -72,7 +72,7 @@ class Reporting:
             self.tracker.step(pair.key, event)
 
     def stop(self, pair: LayerPair, *, epoch: int, best_epoch: int, reason: str) -> None:
-        """Tell why training ended.
+        """Report why training ended.
 
         Args:
             pair: Which layers.
@@ -151,8 +151,7 @@ class Maker:
         return Candidate(aligner, words, self._plan.fit)
 
     def _on_base(self, base: _Base, pair: LayerPair) -> Aligner:
-        skip, rank = base.map.of(pair.key), base.sharing.rank
-        return fit_low_rank_on(skip, pair, self._moments[pair.key], rank, solver=self._solver)
+        return self._solver.fit_on(base.map.of(pair.key), pair, self._moments[pair.key], base.sharing.rank)
 
     def _trained(self, pair: LayerPair, plan: TrainingPlan) -> Candidate:
         # Only here: torch takes two seconds to import, and a closed form needs none of it.

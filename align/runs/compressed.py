@@ -33,7 +33,7 @@ def compress(
     pair: LayerPair,
     moments: Scan,
     judge: Judge,
-    told: Reporting,
+    reporting: Reporting,
 ) -> tuple[Aligner, dict[str, Any], dict[str, Any]]:
     """Train one map, and score it beside the codecs of the same rate, the controls and a map that sends everything.
 
@@ -45,7 +45,7 @@ def compress(
         pair: Which layers.
         moments: Of this pair.
         judge: Of the direction.
-        told: Where to tell of it.
+        reporting: Where to report.
 
     Returns:
         The map, and its parts of ``metrics.json`` and ``documents.json``.
@@ -59,18 +59,18 @@ def compress(
         for split in (TRAIN, VALIDATION, TEST)
     )
     batches = steps_of(len(train), windows.batch_size) * windows.epochs
-    with progress(f"train {pair.key}", batches, "batches", quiet=told.quiet) as tick:
+    with progress(f"train {pair.key}", batches, "batches", quiet=reporting.quiet) as tick:
         done = fit_windows(
             train,
             val,
             moments.means,
             windows,
-            on_epoch=lambda epoch: told.epoch(pair, epoch),
+            on_epoch=lambda epoch: reporting.epoch(pair, epoch),
             tick=lambda _: tick(1),
-            checkpoint=told.files.checkpoint(pair),
-            resume=told.resume,
+            checkpoint=reporting.files.checkpoint(pair),
+            resume=reporting.resume,
         )
-    told.stop(pair, epoch=done.last_epoch, best_epoch=done.best_epoch, reason=done.reason)
+    reporting.stop(pair, epoch=done.last_epoch, best_epoch=done.best_epoch, reason=done.reason)
     aligner = _aligner(done, pair, plan.type.formula.kind)
     entry, sums = _entry(plan, done, (train, val, test), direction, pair, moments, judge, windows.seed)
     training = Training(done.best_epoch, done.last_epoch, windows.epochs)

@@ -1,4 +1,4 @@
-"""What is said of a fitted map: its figures on every split, its baselines, its intervals, its warnings."""
+"""Evaluation of a fitted map: its figures on every split, its baselines, intervals and warnings."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Judge:
         lam: float | None = None,
         training: Training | None = None,
     ) -> list[dict[str, str]]:
-        """What a careful reader would object to.
+        """Warnings about a layer pair.
 
         Args:
             pair: Which layers.

@@ -106,13 +106,13 @@ def training_plan(type_: MapType, loop: LoopSettings) -> TrainingPlan:
         checkpoint_every=loop.checkpoint_every,
         seed=loop.seed,
     )
-    told = {**asdict(loop), "batch_size": schedule.batch_size, "lr": schedule.lr}
+    resolved = {**asdict(loop), "batch_size": schedule.batch_size, "lr": schedule.lr}
     return TrainingPlan(
         shape=Shape(type_.name, loop.rank, loop.alpha, loop.skip, loop.hidden, loop.precondition, loop.seed),
         goal=Goal(parse_loss(loop.loss), loop.temperature),
         schedule=schedule,
         place=Placement(loop.device, loop.precision),
-        identity={name: value for name, value in told.items() if name not in _BESIDE},
+        identity={name: value for name, value in resolved.items() if name not in _BESIDE},
     )
 
 

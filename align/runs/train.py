@@ -1,4 +1,4 @@
-"""One run directory from a store: fit or train every layer pair, score it beside its baselines, say what it means."""
+"""A run from a store to a directory: every layer pair is fitted or trained and scored beside its baselines."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def train(settings: Settings, out: Path | None = None, *, resume: bool = False, 
     """Carry out a run. Of several processes all compute, and the first one writes.
 
     Args:
-        settings: What to do.
+        settings: Configuration of the run.
         out: Run directory; must not hold another run. None for the default.
-        resume: Go on with the interrupted run in that directory.
-        quiet: No progress.
+        resume: Whether to resume the interrupted run in that directory.
+        quiet: Whether to show no progress.
 
     Returns:
         What ``metrics.json`` holds, and the directory as ``run``.
@@ -94,7 +94,7 @@ def _epoch_evaluation(job: Job, *, quiet: bool) -> EpochEvaluation:
 
 
 class _Run:
-    """The maps of a run, one direction after the other, and what is said of them."""
+    """Makes and evaluates the maps of a run, one direction after the other."""
 
     def __init__(self, job: Job, reporting: Reporting) -> None:
         self.job, self.reporting = job, reporting

@@ -112,7 +112,7 @@ def cells(settings: Settings, grid: Grid) -> list[Cell]:
         grid: What varies.
 
     Raises:
-        SpecError: A run that cannot be meant, or an axis that no type of the grid uses.
+        SpecError: An invalid run, or an axis that no type of the grid uses.
     """
     found: dict[str, Cell] = {}
     types = [map_type(name) for name in grid.types or (settings.type,)]

@@ -1,4 +1,4 @@
-"""What a training by gradient is told: one record for each of its steps. Free of torch.
+"""The plan of a training by gradient: one record for each of its steps. Free of torch.
 
 Defaults are those of the settings; :mod:`align.runs.plan` makes a plan from them.
 """
