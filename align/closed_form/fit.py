@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,11 +78,11 @@ class Solver:
         Raises:
             FitError: Rank or components above width, identity between different widths, or the solver refused.
         """
-        type_ = _closed(fit)
+        type_, solve = _closed(fit)
         mean_x, mean_y = moments.means
         centred = centered(moments.train), about(moments.val, mean_x, mean_y)
         sides = centred if type_.centred else (raw(moments.train), raw(moments.val))
-        solution: Solution = resolve(type_.closed or "")(fit, self._problem(pair, *sides))
+        solution = solve(fit, self._problem(pair, *sides))
         if not type_.centred:
             mean_x, mean_y = np.zeros_like(mean_x), np.zeros_like(mean_y)
         values = self._values(pair, *centred)
@@ -148,8 +148,8 @@ class Solver:
         return source.values
 
 
-def _closed(fit: Fit) -> MapType:
-    """The record of what is to be fitted, which has a closed form and the components that are asked for."""
+def _closed(fit: Fit) -> tuple[MapType, Callable[[Fit, Problem], Solution]]:
+    """The record of what is to be fitted and what solves for it; refuses components that the type does not have."""
     types = {type_.name: type_ for type_ in map_types()}
     type_ = types.get(fit.type)
     if fit.components is not None and (type_ is None or "components" not in type_.options):
@@ -159,7 +159,7 @@ def _closed(fit: Fit) -> MapType:
     if type_ is None or type_.closed is None:
         closed = [name for name, known in types.items() if known.closed is not None]
         raise FitError(f"type {fit.type!r} has no closed form; choose {listed(closed, 'or')}")
-    return type_
+    return type_, resolve(type_.closed)
 
 
 def fit_closed(

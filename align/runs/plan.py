@@ -139,9 +139,11 @@ def windows_plan(type_: MapType, loop: LoopSettings) -> WindowsPlan:
 
 
 def _sharing(type_: MapType, settings: Settings) -> Sharing:
-    loop, whole = settings.loop, type_.sharing == "whole"
-    base = loop.skip if "skip" in type_.options else "procrustes" if whole else "ridge"
-    return Sharing(whole, base, settings.scale, loop.rank)
+    loop = settings.loop
+    if type_.sharing == "whole":
+        return Sharing(whole=True, base="procrustes", scale=settings.scale, rank=loop.rank)
+    base = loop.skip if "skip" in type_.options else "ridge"
+    return Sharing(whole=False, base=base, scale=settings.scale, rank=loop.rank)
 
 
 def _fit(type_: MapType, settings: Settings) -> Fit:
