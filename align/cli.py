@@ -10,7 +10,6 @@ import typer
 from rich.markup import escape
 
 from align.resources import choose_device
-from align.runs.rundir import check_free
 from align.settings import TYPES
 from align.similarity.measures.names import MEASURES
 from featstore.errors import SpecError
@@ -125,6 +124,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fit a map between two models' hidden states from the store alone, and score it beside its controls."""
+    from align.runs.rundir import check_free
     from align.runs.train import describe
     from align.runs.train import train as run_training
     from align.settings import LoopSettings, Settings, load_settings

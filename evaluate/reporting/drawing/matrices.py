@@ -56,7 +56,7 @@ def panel(
 
     def reason(i: int, j: int) -> str:
         ends = (f"{sides[0]}:{layer_name(down, i)}", f"{sides[1]}:{layer_name(across, j)}")
-        found = [owner.get("reasons", " ".join(order)).text for order in (ends, ends[::-1])]
+        found = [owner.maybe("reasons").get(" ".join(order)).text for order in (ends, ends[::-1])]
         return found[0] or found[1] or "null in cka.json"
 
     known = [cell for _, _, cell in cells_of(node)]

@@ -97,7 +97,7 @@ def _stitched(stitched: Node) -> tuple[Kind, str, list[Markup]]:
     reached = stitched.get("conditions", control, "nats_per_token")
     against = say("({}, {} nats/token)", control_name(control) or "unnamed", show(reached, nats))
     if gain.number is None:
-        why = best.get("reason").text or stitched.get("reasons", "recovered_best_control").text
+        why = stitched.get("reasons", "recovered_best_control").text
         sentences.append(say("No comparison with the best control{}.", why and f": {why}"))
         kind, tag = _against_conditions(stitched)
     elif gain.number <= 0 or value <= 0:

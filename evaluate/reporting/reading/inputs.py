@@ -17,7 +17,7 @@ from align.results import epoch_files
 from evaluate import results as evaluated
 from featstore.errors import AdapterError, CorruptDataError
 from featstore.runtime.provenance import read_json
-from featstore.runtime.records import salvage
+from featstore.runtime.records import Record, salvage
 
 #: A directory with none of these has nothing to report.
 KNOWN = ("metrics.json", "cka.json", "stitch.json", "generations.json", "communicate.json", "adapter.json")
@@ -58,7 +58,8 @@ def portable(reference: str) -> str:
 class Node:
     """A value inside a JSON file and the place it was read from; where there is none it holds None.
 
-    Files written by other versions or by hand may lack anything, so a lookup never fails.
+    Files written by other versions or by hand may lack anything: a member that is not there holds None. A name that the
+    record of the file does not declare is a mistake of ours, and fails.
     """
 
     value: Any = None
@@ -66,29 +67,45 @@ class Node:
     href: str = ""
 
     def get(self, *keys: str | int) -> Node:
-        """Follow object keys and list positions.
+        """Follow members, keys and list positions.
 
         Args:
             keys: One step each.
+
+        Raises:
+            AttributeError: A record declares no such member.
         """
         value, at = self.value, self.at
         for key in keys:
             if isinstance(key, str):
-                value = value.get(key) if isinstance(value, dict) else None
+                if isinstance(value, Record):
+                    value = value.member(key)
+                else:
+                    value = value.get(key) if isinstance(value, dict) else None
                 at += "/" + clean_text(key).replace("~", "~0").replace("/", "~1")
             else:
-                value = value[key] if isinstance(value, list) and 0 <= key < len(value) else None
+                value = value[key] if isinstance(value, list | tuple) and 0 <= key < len(value) else None
                 at += f"/{key}"
         return Node(value, at, self.href)
 
+    def maybe(self, name: str) -> Node:
+        """A member of what may be any of several kinds, not all of which have it.
+
+        Args:
+            name: Of the member.
+        """
+        lacks = isinstance(self.value, Record) and not self.value.declares(name)
+        return Node(None, f"{self.at}/{name}", self.href) if lacks else self.get(name)
+
     def items(self) -> Iterator[tuple[str, Node]]:
         """The members of an object; nothing for any other value."""
-        for key in self.value if isinstance(self.value, dict) else ():
+        given = self.value.members() if isinstance(self.value, Record) else self.value
+        for key in given if isinstance(self.value, dict | Record) else ():
             yield key, self.get(key)
 
     def __iter__(self) -> Iterator[Node]:
         """The elements of a list; nothing for any other value."""
-        return (self.get(i) for i in range(len(self.value) if isinstance(self.value, list) else 0))
+        return (self.get(i) for i in range(len(self.value) if isinstance(self.value, list | tuple) else 0))
 
     @property
     def number(self) -> float | None:
@@ -104,7 +121,7 @@ class Node:
     @property
     def text(self) -> str:
         """The value as printable text; empty for what is missing or has parts."""
-        if self.value is None or isinstance(self.value, dict | list):
+        if self.value is None or isinstance(self.value, dict | list | tuple | Record):
             return ""
         if isinstance(self.value, bool):
             return "yes" if self.value else "no"
@@ -336,13 +353,10 @@ def _read_run(path: Path, label: str, href: str, notes: tuple[tuple[str, str], .
     )
 
 
-def _content(path: Path) -> tuple[dict[str, Any], str | None]:
+def _content(path: Path) -> tuple[Record | dict[str, Any], str | None]:
     """What a file says, values that are not of their types left out, and one line on those."""
     kind = fitted.kind_of(path.name) or evaluated.kind_of(path.name)
-    if kind is None:
-        return _load(path), None
-    record, lost = salvage(kind, path)
-    return record.content(), lost
+    return (_load(path), None) if kind is None else salvage(kind, path)
 
 
 def _load(path: Path) -> dict[str, Any]:

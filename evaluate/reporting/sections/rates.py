@@ -22,8 +22,6 @@ _CONDITIONS = {"mapped": 0, "mean": 1, "shuffled": 2, "clean": 7}
 _SHARES = {"recovered": ("from the mean state", 0), "recovered_best_control": ("from the best control", 1)}
 #: Style of maps that do not compress.
 _WHOLE = 5
-#: Names of a rate in bytes for a byte of text, in ``rate_distortion`` and in ``rate``.
-_RATES = ("bytes_per_text_byte", "latent_bytes_per_text_byte", "per_text_byte")
 #: Rates closer than this share of them are one.
 _SAME_RATE = 0.01
 _AXIS = "bytes on the wire per byte of text"
@@ -73,7 +71,7 @@ def rates(runs: Sequence[Run]) -> list[Rates]:
             metrics = run.file("metrics.json").get("pairs", pair.key)
             stitched = run.file("stitch.json").get("pairs", pair.key)
             kept = metrics.get("rate_distortion")
-            rate = _rate(kept, stitched.get("rate"))
+            rate = _rate(kept, stitched.get("rate", "latent_bytes_per_text_byte"))
             found.setdefault(pair.key, []).append(_Point(run, rate, kept, stitched, metrics.get("test")))
     return [
         _rates(key, sorted(points, key=lambda point: point.x))
@@ -83,9 +81,10 @@ def rates(runs: Sequence[Run]) -> list[Rates]:
 
 
 def _rate(kept: Node, stitched: Node) -> Node:
-    candidates = [node.get(name) for node in (stitched, kept) for name in _RATES]
-    known = [node for node in (stitched, *candidates) if node.number is not None and node.number > 0]
-    return known[0] if known else kept.get(_RATES[0])
+    """Bytes for a byte of text: of the stitched text, or else of the test windows."""
+    own = kept.get("bytes_per_text_byte")
+    known = [node for node in (stitched, own) if node.number is not None and node.number > 0]
+    return known[0] if known else own
 
 
 def _rates(key: str, points: Sequence[_Point]) -> Rates:

@@ -57,8 +57,8 @@ def compared(runs: Sequence[Run]) -> list[Fact]:
         for owner in (card, run.file("cka.json")):
             if (store := owner.get("store")).value:
                 _add(facts, "Store", _store(store))
-            if corpus := _corpus(owner.get("corpus")):
-                _add(facts, "Corpus", corpus)
+        if corpus := _corpus(card.get("corpus")):
+            _add(facts, "Corpus", corpus)
         if policy := _policy(card):
             _add(facts, "Pairs", policy)
         if words := _flat(card.get("mask")):
@@ -88,7 +88,7 @@ def versions(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...], bool]]:
     """
     found = []
     for run in runs:
-        owner = run.file("adapter.json" if run.holds_a_map else "cka.json").get("provenance")
+        owner = run.file("adapter.json").get("provenance")
         row = {"seed": owner.get("seed").text} if owner.get("seed").text else {}
         found.append(row | {name: node.text for name, node in owner.get("versions").items()})
     names = dict.fromkeys(name for row in found for name in row)

@@ -94,8 +94,9 @@ def _training(run: Run, key: str, epochs: Sequence[_Epoch]) -> Training | None:
         charts.append((svg, chart_key(measured)))
         nodes += run.epochs
     columns = ("train_loss", "val_loss", "cka", "cosine_sim", "lr", "seconds")
-    shown = [c for c in columns if any(node.get(c).number is not None for _, node in epochs)]
-    rows = tuple((_figure(epoch), *(_figure(node.get(c)) for c in shown)) for epoch, node in epochs)
+    # The log tells more of an epoch than its file does.
+    shown = [c for c in columns if any(node.maybe(c).number is not None for _, node in epochs)]
+    rows = tuple((_figure(epoch), *(_figure(node.maybe(c)) for c in shown)) for epoch, node in epochs)
     return Training(
         run=run.label,
         title=label,
