@@ -48,7 +48,8 @@ import torch
 from _measure import figures, interleaved, judged, keep, machine, seconds, table, versions_of
 from torch import nn
 
-from featstore.demo.pair import build_pair, sample_path
+from featstore.demo.pair import build_pair
+from featstore.demo.sample import sample_path
 from featstore.extraction.forward import BatchReader
 from featstore.extraction.job import prepare
 from featstore.extraction.pilot import Pilot

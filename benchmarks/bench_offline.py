@@ -26,7 +26,8 @@ from _measure import judged, keep, machine, seconds, versions_of
 
 from align.runs.train import train
 from align.settings import LoopSettings, Settings
-from featstore.demo.pair import build_pair, sample_path
+from featstore.demo.pair import build_pair
+from featstore.demo.sample import sample_path
 from featstore.models import loading as models
 from featstore.models import residual as sites
 from featstore.models.references import parse_model

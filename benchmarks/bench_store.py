@@ -71,7 +71,8 @@ def real_states(tokens: int) -> NDArray[np.uint16]:
         held: NDArray[np.uint16] = np.load(cached)
         return held
     from featstore import open_store
-    from featstore.demo.pair import build_pair, sample_path
+    from featstore.demo.pair import build_pair
+    from featstore.demo.sample import sample_path
     from featstore.extraction.job import prepare
     from featstore.extraction.run import extract
     from featstore.extraction.settings import Settings

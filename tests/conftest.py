@@ -113,7 +113,7 @@ def tiny_mistral(demo_models, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sample_texts() -> list[str]:
     """The texts of the committed Wikipedia sample."""
-    from featstore.demo.pair import sample_path
+    from featstore.demo.sample import sample_path
 
     return [json.loads(line)["text"] for line in gzip.decompress(sample_path().read_bytes()).splitlines()]
 

@@ -195,7 +195,8 @@ def _extraction(out: Path, corpus: Corpus, *, build: bool) -> Step:
     models: Sequence[str] = corpus.models
     text: tuple[str, ...] = () if corpus.dataset is None else ("--dataset", corpus.dataset)
     if not models:
-        from featstore.demo.pair import build_pair, sample_path
+        from featstore.demo.pair import build_pair
+        from featstore.demo.sample import sample_path
 
         if build:
             build_pair(_CACHE, _CACHE / "assets")

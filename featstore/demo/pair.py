@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,13 @@ from transformers import (
 from transformers.utils import logging
 
 from featstore.demo.assets import MODEL, PIECES, Assets, fetch_assets
+from featstore.demo.sample import sample_path
 from featstore.demo.twin import EMBEDDING, HEAD, fold_and_rotate, pool_rows, random_orthogonal
 from featstore.errors import CorruptDataError, NoSpaceError
 from featstore.runtime.console import err, human_bytes
 from featstore.runtime.provenance import fsync_directory, read_json, write_json
 
-__all__ = ["Assets", "DemoPair", "build_pair", "fetch_assets", "sample_path"]
+__all__ = ["Assets", "DemoPair", "build_pair", "fetch_assets"]
 
 #: Raised when the same seed and assets would give other weights; old directories are then built again.
 RECIPE = 1
@@ -80,10 +80,15 @@ class DemoPair:
     rotation: Path
     seed: int
 
+    @property
+    def models(self) -> dict[str, Path]:
+        """Both directories by the names that the demo gives them, as ``featstore.extract(models=...)`` takes them."""
+        return {"smollm2": self.source, "twin": self.target}
 
-def sample_path() -> Path:
-    """The committed text sample: JSON lines, gzipped, with ``title`` and ``text`` of each Wikipedia article."""
-    return Path(str(resources.files("featstore") / "data" / "wikipedia_sample.jsonl.gz"))
+    @property
+    def dataset(self) -> str:
+        """The text sample that comes with this package, as ``featstore.extract(dataset=...)`` takes it."""
+        return f"jsonl:{sample_path()}"
 
 
 def build_pair(out: Path, cache: Path, *, seed: int = 0, same_tokenizer: bool = False) -> DemoPair:

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from featstore.demo.pair import build_pair, sample_path
+from featstore.demo.pair import build_pair
+from featstore.demo.sample import sample_path
 from featstore.runtime.console import err, human_seconds
 from featstore.runtime.provenance import write_json
 from featstore.runtime.subcommands import run_stage

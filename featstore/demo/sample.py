@@ -1,0 +1,18 @@
+"""The text sample that comes with this package: the opening prose of English Wikipedia articles, under CC BY-SA."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from importlib import resources
+from pathlib import Path
+
+
+def sample_path() -> Path:
+    """The committed text sample: JSON lines, gzipped, with ``title`` and ``text`` of each Wikipedia article."""
+    return Path(str(resources.files("featstore") / "data" / "wikipedia_sample.jsonl.gz"))
+
+
+def sample_texts() -> list[str]:
+    """The texts of the sample, an article each, in the order of the file; at most 4096 UTF-8 bytes of every article."""
+    return [json.loads(line)["text"] for line in gzip.decompress(sample_path().read_bytes()).splitlines()]
