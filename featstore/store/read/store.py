@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from featstore.store.format.version import FORMAT_VERSION, MANIFEST, METADATA_UN
 from featstore.store.read.files import LocalFiles, StoreFiles, parse_entry
 from featstore.store.read.pairs import Pairs, check_policy
 from featstore.store.read.portable import Location, store_files
+from featstore.store.read.records import StoredCorpus, StoredModel, Tokens, field
 from featstore.store.read.rows import RowReader
 from featstore.store.read.shown import html_table, one_line
 from featstore.store.read.tables import TableReader
@@ -126,122 +126,6 @@ def _sealed_documents(files: StoreFiles, attributes: dict[str, Any]) -> dict[str
     return sealed
 
 
-def _field(document: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    value = document.get(key)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-        raise CorruptDataError(f"{where}: {key!r} is {value!r}, not usable; restore the document or extract again")
-    return value
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """One model's attributes in a store.
-
-    Attributes:
-        name: Short name.
-        depth: Number of blocks.
-        width: Hidden width.
-        rows: Token states.
-        layers: Layers stored.
-        attributes: All recorded attributes.
-    """
-
-    name: str
-    depth: int
-    width: int
-    rows: int
-    layers: tuple[int, ...]
-    attributes: dict[str, Any]
-
-    @classmethod
-    def parse(cls, name: str, attributes: Any, where: str) -> StoredModel:
-        """Validate a model group's attributes.
-
-        Args:
-            name: Short name.
-            attributes: The ``featstore`` attribute of the group.
-            where: Named in errors.
-
-        Raises:
-            CorruptDataError: Something is missing or of the wrong type.
-        """
-        if not isinstance(attributes, dict):
-            raise CorruptDataError(f"{where} lacks its featstore attributes; restore it or extract again")
-        layers = _field(attributes, "layers", list, where)
-        depth = _field(attributes, "depth", int, where)
-        if not layers or not all(isinstance(k, int) and 0 <= k <= depth for k in layers):
-            raise CorruptDataError(f"{where}: layers {layers!r} do not fit a depth of {depth}")
-        return cls(
-            name,
-            depth,
-            _field(attributes, "width", int, where),
-            _field(attributes, "rows", int, where),
-            tuple(layers),
-            attributes,
-        )
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One model's token table.
-
-    Attributes:
-        id: int32 ``(n,)``.
-        byte_end: int32 ``(n,)``, within the window.
-        window: int32 ``(n,)``.
-        special: bool ``(n,)``.
-        sink: bool ``(n,)``, norm beyond the threshold at any stored layer.
-    """
-
-    id: NDArray[np.int32]
-    byte_end: NDArray[np.int32]
-    window: NDArray[np.int32]
-    special: NDArray[np.bool_]
-    sink: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class StoredCorpus:
-    """The text the models read.
-
-    Attributes:
-        text: uint8 bytes of all documents.
-        document_start: int64 ``(documents + 1,)``.
-        document_id: uint8 ``(documents, 32)``.
-        document_split: uint8 ``(documents,)``.
-        window_document: int32 ``(windows,)``.
-        window_start: int64 ``(windows,)``, within the document.
-        window_end: int64 ``(windows,)``.
-    """
-
-    text: NDArray[np.uint8]
-    document_start: NDArray[np.int64]
-    document_id: NDArray[np.uint8]
-    document_split: NDArray[np.uint8]
-    window_document: NDArray[np.int32]
-    window_start: NDArray[np.int64]
-    window_end: NDArray[np.int64]
-
-    def window_text(self, window: int) -> str:
-        """The text of a window.
-
-        Args:
-            window: Window number.
-        """
-        base = self.document_start[self.window_document[window]]
-        return self.text[base + self.window_start[window] : base + self.window_end[window]].tobytes().decode()
-
-    @property
-    def window_offset(self) -> NDArray[np.int64]:
-        """Where each window begins in ``text``."""
-        return self.document_start[self.window_document] + self.window_start
-
-    @property
-    def window_split(self) -> NDArray[np.uint8]:
-        """Split of each window's document."""
-        return self.document_split[self.window_document]
-
-
 class Store:
     """A complete feature store, read only. Made by :func:`open_store`.
 
@@ -278,7 +162,7 @@ class Store:
         self._checksum = checksum
         self._sealed = _sealed_documents(files, attributes) if attributes.get("complete") else None
         where = f"{self.path}/zarr.json"
-        names = _field(attributes, "models", list, where)
+        names = field(attributes, "models", list, where)
         for name in names:
             if not isinstance(name, str) or not _SAFE_NAME.match(name):
                 raise CorruptDataError(
