@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from align.results import read_metrics
+from evaluate.results import read_stitch
 from featstore import open_store
 from featstore.demo.pair import build_pair
 from featstore.demo.sample import sample_path
@@ -120,16 +122,22 @@ def quality(store: Path, out: Path, tokens: int) -> dict[str, Any]:
         if not (run / "metrics.json").is_file():
             words = ("--type", type_, "--layers", ",".join(map(str, LAYERS)), "--out", run)
             command("align", "train", "--store", store, *words)
-        metrics = json.loads((run / "metrics.json").read_text())["pairs"]
-        found[type_] = {key: {k: m["test"][k] for k in ("r2", "retrieval_top1", "n")} for key, m in metrics.items()}
+        found[type_] = {
+            key: {"r2": pair.test.r2, "retrieval_top1": pair.test.retrieval_top1, "n": pair.test.n}
+            for key, pair in read_metrics(run).pairs.items()
+        }
     run = out / f"{store.stem}-procrustes"
     if not (run / "stitch.json").is_file():
         words = ("--adapter", run, "--layers", STITCHED_LAYER, "--max-tokens", tokens)
         command("evaluate", "stitch", "--store", store, *words)
-    (pair,) = json.loads((run / "stitch.json").read_text())["pairs"].values()
-    losses = {name: of and of["nats_per_token"] for name, of in pair["conditions"].items()}
-    found["stitched"] = {"recovered": pair["recovered"], "mapped": losses["mapped"], "clean": losses["clean"]}
-    found["stitched"]["n_tokens"] = pair["n_tokens"]
+    (stitched,) = read_stitch(run).pairs.values()
+    losses = {name: of and of.nats_per_token for name, of in stitched.conditions.items()}
+    found["stitched"] = {
+        "recovered": stitched.recovered.content(),
+        "mapped": losses["mapped"],
+        "clean": losses["clean"],
+        "n_tokens": stitched.n_tokens,
+    }
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from test_report_evidence import whole, windows
 
 from evaluate.reporting import build_report
+from evaluate.reporting.reading.inputs import read_runs
 from featstore.errors import AdapterError, CorruptDataError
 from tests.support import report_fixtures as made
 from tests.support.report_fixtures import page, run_of
@@ -50,3 +52,28 @@ def test_answers_with_anything_missing_still_give_a_page(tmp_path: Path, name: s
     files = windows(4, 0.3)
     files["communicate.json"]["tasks"]["countries"][name] = value
     page(made.write(tmp_path / "m4", files), run_of(tmp_path, "whole", communicate=whole()))
+
+
+def test_a_value_that_is_not_of_its_type_is_left_out_and_said(tmp_path: Path) -> None:
+    scored = made.metrics()
+    entry = scored["pairs"][made.PAIR]
+    entry["test"]["retrieval_top1"] = "0.9023"
+    entry["baselines"]["identity"] = [1]
+    found = page(run_of(tmp_path, metrics=scored))
+    [note] = re.findall(r"damaged file (left out of metrics\.json: .*?expected an object)", found.text)
+    assert f"/pairs/{made.PAIR}/baselines/identity is a list of 1, expected an object" in note
+    assert f"/pairs/{made.PAIR}/test/retrieval_top1 is '0.9023', expected a number" in note
+    places = {attrs["data-from"] for attrs, _ in found.figures}
+    assert f"run/metrics.json#/pairs/{made.PAIR}/test/r2" in places
+    assert f"run/metrics.json#/pairs/{made.PAIR}/test/retrieval_top1" not in places
+    assert "damaged file" not in page(run_of(tmp_path, "whole")).text
+
+
+def test_a_name_that_no_file_has_is_a_mistake_of_ours(tmp_path: Path) -> None:
+    [run] = read_runs([run_of(tmp_path)])
+    metrics = run.file("metrics.json").get("pairs", made.PAIR)
+    assert metrics.get("rate", "latents").value is None
+    assert metrics.get("baselines", "no such map", "r2").value is None
+    with pytest.raises(AttributeError, match="Scores declares no member 'retrieval_top2'"):
+        metrics.get("test", "retrieval_top2")
+    assert metrics.get("test").maybe("retrieval_top2").value is None
