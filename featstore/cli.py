@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from featstore.models.references import DEFAULT_MODELS
-from featstore.runtime.console import check_directory, emit, err, human, human_bytes, run_app
+from featstore.runtime.console import add_version, check_directory, emit, err, human, human_bytes, run_app
 from featstore.runtime.quantities import parse_budget, parse_bytes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
+add_version(app, "featstore")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 StorePath = Annotated[Path, typer.Argument(help="Path of the store.")]

@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -37,6 +38,9 @@ out = Console(highlight=False)
 
 #: Called as ``tick(done_since_last_call)`` by long loops; see :func:`progress`.
 Tick = Callable[[float], None]
+
+#: The distribution that holds the three packages and their commands.
+DISTRIBUTION = "featstore"
 
 _PLAIN_INTERVAL_S = 10.0
 _INTERRUPTED = 130
@@ -200,6 +204,31 @@ def check_directory(path: Path, typed: Path | None = None) -> None:
         raise SpecError(f"--out {typed or path} {where}; choose another directory")
     if not os.access(found, os.W_OK | os.X_OK):
         raise SpecError(f"--out {typed or path}: no permission to write in {found}; choose another directory")
+
+
+def add_version(app: typer.Typer, name: str) -> None:
+    """Give a command ``--version``: one line on stdout, name and installed version, and nothing else.
+
+    Args:
+        app: The application; may not have a callback of its own.
+        name: The command's name.
+    """
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            sys.stdout.write(f"{name} {metadata.version(DISTRIBUTION)}\n")
+            raise typer.Exit
+
+    # Not a string, as annotations of this module are: typer could not see `show` in it.
+    option = Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=show, is_eager=True)
+    ]
+
+    def options(version: bool = False) -> None:
+        del version  # all is done by the option's own callback
+
+    options.__annotations__ = {"version": option, "return": None}
+    app.callback()(options)
 
 
 def run_app(app: typer.Typer, name: str) -> None:
