@@ -10,16 +10,16 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from align.notebook.keywords import Layers, bytes_of, layers_text, make_settings
+from align.notebook.keywords import OPTIONS, Layers, bytes_of, layers_text, make_settings
 from align.notebook.leaderboard import Leaderboard
 from align.notebook.maps import Map, Maps
 from align.notebook.run import Run
 from align.notebook.similarity import Similarity
-from align.settings import LoopSettings, Settings
+from align.settings import Settings
 from featstore.errors import SpecError
 from featstore.runtime.console import check_directory, jsonable
 from featstore.store import Store, open_store
@@ -35,13 +35,11 @@ StoreGiven = str | os.PathLike[str] | Store
 #: A run directory, or a :class:`Run`, which is a path as well.
 RunGiven = str | os.PathLike[str]
 
-#: Options whose default depends on others or on the machine, or which are given otherwise than they are kept.
-_SHOWN = {
-    "memory": ("1GiB", "int | str"),
-    "device": ("auto", "str"),
-    "skip": (None, "str | None"),
-    "layer_map": (None, "str | Mapping[int, int] | None"),
-    "components": (None, "int | str | None"),
+#: Options that may be given otherwise than the settings keep them.
+_TAKEN = {
+    "memory": "int | str",
+    "layer_map": "str | Mapping[int, int] | None",
+    "components": "int | str | None",
 }
 
 
@@ -67,7 +65,7 @@ def train(
 
     Args:
         store: The store: its path, or an open one.
-        type: ``procrustes``, ``linear``, ``affine``, ``reduced-rank``, ``lora``, ``mlp`` or ``compress``.
+        type: Type of map, such as ``procrustes``, ``affine``, ``lora`` or ``mlp``; `align train --help` lists them.
         layers: Source layers: ``[8, 16]``, ``8``, ``"8,16"`` or ``"25%,50%"``; None for all.
         source: Source model; None for the store's first.
         target: Target model, which may be the source; None for the store's second.
@@ -344,12 +342,12 @@ def _complete_signature() -> inspect.Signature:
     """The signature of :func:`train` with every option, for `help` and completion."""
     own = inspect.signature(train)
     shown = {name: each for name, each in own.parameters.items() if name != "options"}
-    for entry in (*fields(Settings), *fields(LoopSettings)):
-        if entry.name not in (*shown, "loop"):
-            default, kind = _SHOWN.get(entry.name, (entry.default, entry.type))
-            shown[entry.name] = inspect.Parameter(
-                entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
-            )
+    for name, (entry, option) in OPTIONS.items():
+        if name not in shown:
+            # What a command shows as the default: text, or nothing where the default depends on the type of map.
+            default = None if option.by_type else entry.default if option.typed is None else option.typed
+            kind = f"{entry.type} | None" if option.by_type else _TAKEN.get(name, entry.type)
+            shown[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
     return own.replace(parameters=list(shown.values()))
 
 

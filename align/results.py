@@ -68,7 +68,7 @@ class Scores(Record):
         r2_median_dim: Median over the target's dimensions of the R2 of each.
         r2_without_top_dims: R2 without the 1 % of dimensions (at least one) with the largest SST.
         mse: Squared error, mean over rows and dimensions, in squared units of the target's states.
-        cosine: Mean cosine of a mapped state and the true one.
+        cosine: Mean cosine of a mapped state and the true one; a row without a direction counts as 0.
         cosine_centered: The same about the target's train mean.
         cka_debiased: Debiased linear CKA of mapped and true states, of 16,384 rows at most.
         retrieval_top1: Share of mapped states whose nearest state in the gallery (centred cosine) is their own partner.
@@ -136,18 +136,20 @@ class CkaChange(Record):
 
 
 class Rate(Record):
-    """What a map of windows sends.
+    """What a map of windows sends; means over windows.
 
     Attributes:
         windows: Windows that were sent.
-        latents: Latent vectors a window.
-        latent_dim: Numbers in each.
-        latent_bytes: Bytes a window, of the latents.
-        text_bytes: Mean UTF-8 bytes of a window's text.
+        latents: Latent vectors a window; in `evaluate`'s files.
+        latent_dim: Numbers in each; in `evaluate`'s files.
+        latent_bytes: Bytes of a window's latents, in bfloat16.
+        text_bytes: UTF-8 bytes of a window's text.
         latent_bytes_per_text_byte: The first over the second.
-        raw_bytes: Mean bytes of a window's states, uncompressed.
-        token_id_bytes: Mean bytes of a window's token ids.
-        side_bytes: Mean bytes of token positions that the receiver needs beside the latents.
+        raw_bytes: Bytes of the source states that go in, in bfloat16.
+        token_id_bytes: Bytes of the source's token ids, each in as many whole bits as its vocabulary needs.
+        side_bytes: Bytes of the target's token ends, which the receiver needs beside the latents.
+        source_tokens: Source tokens that go in.
+        target_tokens: Target positions that are reconstructed.
     """
 
     windows: Whole | None = None
@@ -159,6 +161,8 @@ class Rate(Record):
     raw_bytes: Number | None = None
     token_id_bytes: Number | None = None
     side_bytes: Number | None = None
+    source_tokens: Number | None = None
+    target_tokens: Number | None = None
 
 
 class RatePoint(Record):
@@ -466,7 +470,7 @@ class EffectiveRank(Record):
     """How many directions a layer's states vary in.
 
     Attributes:
-        entropy: exp of the entropy of the normalised eigenvalues of the covariance.
+        entropy: exp of the entropy of the covariance's eigenvalues as shares of their sum.
         participation: (sum of eigenvalues)^2 / sum of their squares.
     """
 
@@ -628,14 +632,14 @@ class Similarity(SimilarityTables):
         """One row for every layer of the first model and every layer of the second.
 
         Columns are ``first_layer``, ``second_layer``, ``cka``, ``floor``, ``unmasked`` or ``masked``, and one of every
-        measure.
+        measure by its name; CKA over the sample of the measures is ``cka_sample``.
         """
         first, second = self.models[0], self.models[-1]
         columns: dict[str, Matrix] = {"cka": self.cross}
         columns |= {} if self.null is None else {"floor": self.null.cross}
         columns |= {} if self.unmasked is None else {"unmasked": self.unmasked.cross}
         columns |= {} if self.masked is None else {"masked": self.masked.cross}
-        columns |= {name: measure.cross for name, measure in self.measures.items()}
+        columns |= {f"{name}_sample" if name == "cka" else name: m.cross for name, m in self.measures.items()}
         return frame(
             {"first_layer": a, "second_layer": b, **{name: matrix[i][j] for name, matrix in columns.items() if matrix}}
             for i, a in enumerate(self.layers[first])

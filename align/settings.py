@@ -1,133 +1,148 @@
-"""Everything a run can be told, and what of it cannot be meant.
+"""Run configuration and its validation.
 
 Free of torch, like everything a closed-form fit needs: importing torch takes longer than most of these fits.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from align.maps.low_rank import SKIPS
+from align.maps.registry import MapType, having, listed, map_type, map_types
 from align.moments.scan import MINIMUM_PAIRS
+from align.options import NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, Range, check_values, flag, option
+from align.training.plan import PRECISIONS, TRACKERS, parse_loss
 from featstore.errors import SpecError
+from featstore.runtime.quantities import parse_bytes
 from featstore.store.read.loader import MEMORY
 
-CLOSED_TYPES = ("procrustes", "linear", "affine", "reduced-rank")
-TYPES = (*CLOSED_TYPES, "lora", "mlp", "compress")
-#: The components a training loss can be mixed from.
-LOSSES = ("mse", "cosine", "infonce")
-#: Types of which layers can share a map.
-SHARED_TYPES = ("procrustes", "affine", "lora")
-PRECISIONS = ("auto", "float32", "bfloat16")
-TRACKERS = ("tensorboard", "wandb", "none")
+#: Panels of the help.
+LAYERS, MAP, TRAINING = "Layers", "The map", "Training by gradient"
+
+#: Skip maps that layers can share.
+_SHARED_SKIPS = ("procrustes", "ridge")
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How a map is trained.
+    """Size of a map, its training, seed and device: the part ``loop`` of a ``run.yaml``.
 
-    Attributes:
-        rank: Rank of a ``lora`` map, and of each layer's own projection beside a shared map.
-        alpha: LoRA's scale; None for the rank (a factor of 1).
-        skip: What a ``lora`` or ``mlp`` map is added to.
-        hidden: Width of the hidden layer of an ``mlp``.
-        latents: Latents of a ``compress`` map.
-        latent_dim: Width of a latent.
-        loss: Weights, as typed after ``--loss``.
-        temperature: Of InfoNCE.
-        epochs: At most.
-        patience: Stop after so many epochs without an improvement of ``min_delta``.
-        min_delta: Least improvement of the validation loss.
-        batch_size: Pairs in a batch of one process; windows for ``compress``. None for the type's own.
-        accumulate: Batches of every process whose gradients make one step.
-        clip: Largest norm of a step's gradient.
-        lr: Peak learning rate of AdamW; None for the type's own, which serves widths 64 to 4096.
-        precision: ``float32``, ``bfloat16`` (the arithmetic; weights stay float32), or ``auto``: bfloat16 on CUDA.
-        cka_every: Steps between two CKA figures on a fixed sample of validation rows; 0 for none.
-        checkpoint_every: Steps between two checkpoints within an epoch; every epoch ends with one.
-        tracker: Where figures go as well: ``tensorboard``, ``wandb``, ``none``.
-        precondition: Whether inputs are whitened inside the parameterisation.
-        seed: Of initialisation and order.
-        device: Torch device name.
+    Meaning, default and range of every field are declared beside it.
     """
 
-    rank: int = 32
-    alpha: float | None = None
-    skip: str = "procrustes"
-    hidden: int = 1024
-    latents: int = 32
-    latent_dim: int = 64
-    loss: str = "mse=1,cosine=0,infonce=0"
-    temperature: float = 0.07
-    epochs: int = 10
-    patience: int = 2
-    min_delta: float = 1e-3
-    batch_size: int | None = None
-    accumulate: int = 1
-    clip: float = 1.0
-    lr: float | None = None
-    precision: str = "auto"
-    cka_every: int = 100
-    checkpoint_every: int = 1000
-    tracker: str = "tensorboard"
-    precondition: bool = True
-    seed: int = 0
-    device: str = "cpu"
+    rank: int = option(
+        32,
+        f"Rank of {having('rank')} maps, and of per-layer projections with --shared.",
+        panel=MAP,
+        range=POSITIVE_COUNT,
+    )
+    alpha: float | None = option(None, "Scale of LoRA; default the rank, a factor of 1.", panel=MAP)
+    skip: str = option(
+        "procrustes",
+        f"Fixed map to which {having('skip')} maps are added ({', '.join(SKIPS)}); default by type.",
+        panel=MAP,
+        by_type=True,
+    )
+    hidden: int = option(1024, "Width of the hidden layer of an mlp map.", panel=MAP, range=POSITIVE_COUNT)
+    latents: int = option(32, "Number of latents of a compress map.", panel=MAP, range=POSITIVE_COUNT)
+    latent_dim: int = option(64, "Width of each latent of a compress map.", panel=MAP, range=POSITIVE_COUNT)
+    loss: str = option("mse=1,cosine=0,infonce=0", "Weights of the components of the loss.", panel=TRAINING)
+    temperature: float = option(0.07, "Temperature of InfoNCE.", panel=TRAINING, range=POSITIVE)
+    epochs: int = option(10, "Maximum number of epochs.", panel=TRAINING, range=POSITIVE_COUNT)
+    patience: int = option(
+        2, "Number of epochs without improvement before training stops.", panel=TRAINING, range=POSITIVE_COUNT
+    )
+    min_delta: float = option(
+        1e-3, "Smallest decrease of the validation loss that counts as an improvement.", panel=TRAINING,
+        range=NOT_NEGATIVE,
+    )  # fmt: skip
+    batch_size: int | None = option(
+        None, "Pairs per batch (compress: windows); default by type.", panel=TRAINING, range=POSITIVE_COUNT
+    )
+    accumulate: int = option(1, "Batches per optimiser step.", panel=TRAINING, range=POSITIVE_COUNT)
+    clip: float = option(1.0, "Maximum norm of the gradient.", panel=TRAINING, range=POSITIVE)
+    lr: float | None = option(None, "Peak learning rate of AdamW; default by type.", panel=TRAINING, range=POSITIVE)
+    precision: str = option(
+        "auto", "Precision of the arithmetic; weights stay in float32.", panel=TRAINING, choices=PRECISIONS
+    )
+    cka_every: int = option(
+        100,
+        "Steps between CKA figures on a sample of validation rows; 0 turns them off.",
+        panel=TRAINING,
+        range=Range("must not be negative; 0 turns it off", 0),
+    )
+    checkpoint_every: int = option(
+        1000, "Steps between checkpoints within an epoch; every epoch ends with one.", panel=TRAINING,
+        range=POSITIVE_COUNT,
+    )  # fmt: skip
+    tracker: str = option("tensorboard", "Where metrics are also logged.", panel=TRAINING, choices=TRACKERS)
+    precondition: bool = option(True, "Whiten the inputs inside the parameterisation.", panel=TRAINING)
+    seed: int = option(0, "Seed of initialisation, order and random controls.", range=NOT_NEGATIVE)
+    device: str = option("cpu", "Device: auto, cpu, cuda or cuda:N.", typed="auto")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything `align train` can be told. Written to ``run.yaml``, from which the same run can be made again.
+    """Configuration of a run. Written to ``run.yaml``, from which the same run can be made again.
+
+    Meaning, default and range of every option are declared beside it.
 
     Attributes:
         store: Path of the store.
-        type: One of :data:`TYPES`.
-        source: Source model; None for the store's first.
-        target: Target model; None for the store's second.
-        both: Also the other direction.
-        layers: Source layers, None for all.
-        layer_map: ``K:K,...``, None for equal layers, ``auto`` for each source layer's best partner by validation R2.
-        joint: One map from all source layers side by side to each target layer.
-        shared: One map for all layer pairs, with a small projection of each layer's own.
-        solver: ``closed`` or ``adamw``; None for the type's own.
-        scale: Optimal scale (Procrustes).
-        components: Procrustes within so many principal components of either side: a number, or ``auto`` for the best by
-            validation R2. None for all dimensions.
-        keep_sinks: Lift the sink mask.
-        policy: Pair policy.
-        max_rows: Pairs of the train split at most.
-        memory: Bytes that the buffers of paired rows may take; the order of minibatches depends on it.
-        eval_models: Load both models, and measure stitched loss and generations after every epoch.
-        loop: Rank, skip, loss, epochs and the rest of the gradient loop.
+        loop: Size of the map, its training, seed and device.
     """
 
     store: str
-    type: str = "procrustes"
-    source: str | None = None
-    target: str | None = None
-    both: bool = False
-    layers: str | None = None
-    layer_map: str | None = None
-    joint: bool = False
-    shared: bool = False
-    solver: str | None = None
-    scale: bool = False
-    components: str | None = None
-    keep_sinks: bool = False
-    policy: str = "end"
-    max_rows: int | None = None
-    memory: int = MEMORY
-    eval_models: bool = False
+    type: str = option(
+        "procrustes", f"Type of map: {', '.join(f'{type_.name} ({type_.summary})' for type_ in map_types())}."
+    )
+    source: str | None = option(None, "Source model; default the first model of the store.")
+    target: str | None = option(None, "Target model; may be the source itself. Default the second model of the store.")
+    both: bool = option(False, "Fit maps in the other direction, too.")
+    layers: str | None = option(None, "Source layers, such as 8,16,24, or depths in percent.", panel=LAYERS)
+    layer_map: str | None = option(
+        None,
+        "Pairs of SOURCE:TARGET layers, such as 16:20,24:24; or auto, the target layer with the best validation R2 for "
+        "every source layer.",
+        panel=LAYERS,
+    )
+    joint: bool = option(False, "Fit one map from all source layers together to each target layer.", panel=LAYERS)
+    shared: bool = option(False, "Share one map between all layers, with a small projection for each.", panel=LAYERS)
+    solver: str | None = option(None, "closed or adamw; default by type.", panel=MAP)
+    scale: bool = option(False, "Procrustes: multiply the rotation by the optimal scale.", panel=MAP)
+    components: str | None = option(
+        None,
+        "Procrustes: rotate within this number of principal components; auto chooses it by validation R2.",
+        panel=MAP,
+    )
+    keep_sinks: bool = option(False, "Keep attention sinks among the pairs.")
+    policy: str = option("end", "Pair policy: end or word.")
+    max_rows: int | None = option(
+        None,
+        "Maximum number of train pairs.",
+        range=Range(f"a fit needs at least {MINIMUM_PAIRS} pairs", MINIMUM_PAIRS),
+    )
+    memory: int = option(
+        MEMORY,
+        "Memory for buffers of paired rows, on which the order of minibatches depends: bytes, or such as 500M, 4GiB.",
+        typed="1GiB",
+        parse=parse_bytes,
+    )
+    eval_models: bool = option(
+        False,
+        "Load both models, and measure stitched loss and five generated texts after every epoch.",
+        panel=TRAINING,
+    )
     loop: LoopSettings = field(default_factory=LoopSettings)
 
     @property
     def by_gradient(self) -> bool:
         """Whether the map is trained rather than solved for."""
-        return self.type in ("lora", "mlp", "compress") or self.solver == "adamw"
+        return map_type(self.type).by_gradient(self.solver)
 
 
 def load_settings(path: Path) -> Settings:
@@ -164,7 +179,7 @@ def _typed(settings: _S) -> _S:
 
 
 def check(settings: Settings) -> None:
-    """Refuse what cannot be meant.
+    """Validate settings.
 
     Args:
         settings: As given.
@@ -172,107 +187,64 @@ def check(settings: Settings) -> None:
     Raises:
         SpecError: Unknown type or solver, a combination that does not exist, or a number out of range.
     """
-    if settings.type not in TYPES:
-        raise SpecError(f"type {settings.type!r}: choose one of {', '.join(TYPES)}")
-    if settings.solver not in (None, "closed", "adamw"):
-        raise SpecError(f"solver {settings.solver!r}: choose closed or adamw")
-    if settings.solver == "closed" and settings.type == "lora":
-        raise SpecError("type 'lora' is trained by gradient; its closed form is --type reduced-rank")
-    if settings.solver == "closed" and settings.type in ("mlp", "compress"):
-        raise SpecError(
-            f"type {settings.type!r} is trained by gradient and has no closed form; leave out --solver closed"
-        )
-    if settings.solver == "adamw" and settings.type in ("procrustes", "reduced-rank"):
-        raise SpecError(f"type {settings.type!r} has a closed form only; leave out --solver adamw")
-    _check_combinations(settings)
-    loop = settings.loop
-    for name in ("epochs", "patience", "rank", "accumulate", "checkpoint_every", "hidden", "latents", "latent_dim"):
-        if getattr(loop, name) < 1:
-            raise SpecError(f"--{name.replace('_', '-')} {getattr(loop, name)}: must be at least 1")
-    if loop.batch_size is not None and loop.batch_size < 1:
-        raise SpecError(f"--batch-size {loop.batch_size}: must be at least 1")
-    if loop.cka_every < 0:
-        raise SpecError(f"--cka-every {loop.cka_every}: must not be negative; 0 turns it off")
-    if settings.max_rows is not None and settings.max_rows < MINIMUM_PAIRS:
-        raise SpecError(f"--max-rows {settings.max_rows}: a fit needs at least {MINIMUM_PAIRS} pairs")
-    for name in ("lr", "temperature", "clip"):
-        value = getattr(loop, name)
-        if value is not None and not 0 < value < math.inf:
-            raise SpecError(f"--{name} {value}: must be a positive number")
-    if not 0 <= loop.min_delta < math.inf:
-        raise SpecError(f"--min-delta {loop.min_delta}: must not be negative")
-    if loop.seed < 0:
-        raise SpecError(f"--seed {loop.seed}: must not be negative")
-    for name, known in (("precision", PRECISIONS), ("tracker", TRACKERS)):
-        if getattr(loop, name) not in known:
-            raise SpecError(f"--{name} {getattr(loop, name)!r}: choose one of {', '.join(known)}")
-    if settings.by_gradient:
-        parse_loss(loop.loss)
+    type_ = map_type(settings.type)
+    _check_solver(type_, settings.solver)
+    _check_combinations(type_, settings)
+    check_values(settings.loop)
+    check_values(settings)
+    if type_.by_gradient(settings.solver):
+        parse_loss(settings.loop.loss)
 
 
-def _check_combinations(settings: Settings) -> None:
+def _check_solver(type_: MapType, solver: str | None) -> None:
+    if solver not in (None, "closed", "adamw"):
+        raise SpecError(f"solver {solver!r}: choose closed or adamw")
+    if solver == "closed" and type_.closed is None:
+        if type_.solved_as is not None:
+            raise SpecError(f"type {type_.name!r} is trained by gradient; its closed form is --type {type_.solved_as}")
+        raise SpecError(f"type {type_.name!r} is trained by gradient and has no closed form; leave out --solver closed")
+    if solver == "adamw" and type_.module is None and not type_.windows:
+        raise SpecError(f"type {type_.name!r} has a closed form only; leave out --solver adamw")
+
+
+def _check_combinations(type_: MapType, settings: Settings) -> None:
     """Refuse options that do not go together, naming the one to leave out."""
-    type_ = settings.type
     if settings.joint and settings.shared:
         raise SpecError("--joint and --shared are two ways to use several layers; give one of them")
     if settings.joint and settings.layer_map is not None:
         raise SpecError("--joint maps all source layers to each target layer; leave out --layer-map")
-    loop, own = settings.loop, LoopSettings()
-    if type_ == "compress":
-        for name in ("loss", "accumulate", "precision"):
-            if getattr(loop, name) != getattr(own, name):
-                raise SpecError(
-                    f"--{name} {getattr(loop, name)}: a compress map is trained on mse in float32, a batch a step; "
-                    "leave it out"
-                )
-    if settings.joint and type_ == "compress":
-        raise SpecError("--joint: a compress map reads one layer; leave it out")
-    if settings.shared and type_ not in SHARED_TYPES:
-        raise SpecError(f"--shared: not for type {type_!r}; choose one of {', '.join(SHARED_TYPES)}")
-    if settings.shared and settings.solver == "adamw" and type_ == "affine":
-        raise SpecError("--shared --type affine is solved for; leave out --solver adamw, or use --type lora")
-    if settings.shared and settings.loop.skip not in ("procrustes", "ridge") and type_ == "lora":
-        raise SpecError(
-            f"--shared: the map that the layers share is procrustes or ridge, not --skip {settings.loop.skip}"
-        )
+    _check_refused(type_, settings)
+    if settings.shared:
+        _check_shared(type_, settings)
     if settings.components is not None:
-        if type_ != "procrustes" or settings.shared:
-            raise SpecError("--components is for --type procrustes without --shared; leave it out")
+        if "components" not in type_.options or settings.shared:
+            raise SpecError(f"--components is for --type {having('components')} without --shared; leave it out")
         if settings.components != "auto" and not (settings.components.isdecimal() and int(settings.components)):
             raise SpecError(f"--components {settings.components!r}: write a number of dimensions, or auto")
-    if settings.eval_models and not settings.by_gradient:
-        raise SpecError(f"--eval-models is for training by gradient; use `evaluate stitch` on a {type_} run")
-    if settings.eval_models and type_ == "compress":
-        raise SpecError("--eval-models: the states of a compress map cannot be injected token by token; leave it out")
+    if settings.eval_models and not type_.by_gradient(settings.solver):
+        raise SpecError(f"--eval-models is for training by gradient; use `evaluate stitch` on a {type_.name} run")
 
 
-def parse_loss(text: str) -> dict[str, float]:
-    """Parse ``mse=1,cosine=0,infonce=0.1``; components not named weigh 0.
+def _check_refused(type_: MapType, settings: Settings) -> None:
+    for name, why in type_.refuses.items():
+        holder: Settings | LoopSettings = settings if hasattr(settings, name) else settings.loop
+        value = getattr(holder, name)
+        if value != type(holder).__dataclass_fields__[name].default:
+            raise SpecError(f"{flag(name)}{'' if value is True else f' {value}'}: {why}; leave it out")
 
-    Args:
-        text: ``name=weight`` pairs, separated by commas.
 
-    Returns:
-        A weight for each of :data:`LOSSES`, in that order.
-
-    Raises:
-        SpecError: An unknown or repeated name, a weight that is no number or negative, or none that
-            is positive.
-    """
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if name not in LOSSES or not equals:
-            raise SpecError(f"--loss {part.strip()!r}: write NAME=WEIGHT with a name of {', '.join(LOSSES)}")
-        if name in weights:
-            raise SpecError(f"--loss names {name} twice")
-        try:
-            weight = float(value)
-        except ValueError:
-            raise SpecError(f"--loss {name}: {value!r} is not a number") from None
-        if not (math.isfinite(weight) and weight >= 0):
-            raise SpecError(f"--loss {name}: the weight must be finite and not negative, not {value}")
-        weights[name] = weight
-    if not any(weights.values()):
-        raise SpecError(f"--loss {text!r} gives no component a positive weight")
-    return {name: weights.get(name, 0.0) for name in LOSSES}
+def _check_shared(type_: MapType, settings: Settings) -> None:
+    if type_.sharing is None:
+        able = ", ".join(known.name for known in map_types() if known.sharing is not None)
+        raise SpecError(f"--shared: not for type {type_.name!r}; choose one of {able}")
+    if settings.solver == "adamw" and type_.closed is not None:
+        trained = [known.name for known in map_types() if known.sharing is not None and known.closed is None]
+        raise SpecError(
+            f"--shared --type {type_.name} is solved for; leave out --solver adamw, or use --type "
+            f"{listed(trained, 'or')}"
+        )
+    if "skip" in type_.options and settings.loop.skip not in _SHARED_SKIPS:
+        raise SpecError(
+            f"--shared: the map that the layers share is {listed(list(_SHARED_SKIPS), 'or')}, not --skip "
+            f"{settings.loop.skip}"
+        )

@@ -23,8 +23,10 @@ from _measure import interleaved, machine, ratios, versions_of
 from bench_loader import FORM, pairs_of, states
 
 from align.layers import LayerPair
+from align.maps.registry import map_type
 from align.moments.scan import Scan
 from align.moments.scatter import moments_of
+from align.runs.plan import training_plan
 from align.settings import LoopSettings
 from align.training.loop import Training
 from align.training.progress import Progress
@@ -147,7 +149,7 @@ def trainer(arguments: argparse.Namespace, train: PairBatches, val: PairBatches)
     pair = LayerPair("a", (1,), "b", 1)
     silent = dict.fromkeys(("on_epoch", "on_map", "on_step", "tick"), lambda _: None)
     training = Training(
-        arguments.type, pair, Scan(moments, moments), train, val, settings,
+        training_plan(map_type(arguments.type), settings), pair, Scan(moments, moments), train, val,
         skip=None, **silent, checkpoint=None, store="",
     )  # fmt: skip
     # As in a real training, where whitening is on: one product more for every row.
@@ -169,7 +171,7 @@ def resident(batches: PairBatches, size: int, device: torch.device) -> list[tupl
 
 def bare_steps(training: Training, kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """What a step must do, in plain torch, as many times as the loop does it."""
-    engine, settings = training.engine, training.settings
+    engine, clip = training.engine, training.schedule.clip
     weights, means = list(engine.module.parameters()), list(engine.average.parameters())
     if not hasattr(training, "plain"):
         training.plain = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.0, fused=True)
@@ -180,7 +182,7 @@ def bare_steps(training: Training, kept: list[tuple[torch.Tensor, torch.Tensor]]
         with torch.autocast(kind, torch.bfloat16, enabled=half):
             y_hat = engine.module(x)
         training.objective(y_hat, y)[0].backward()
-        torch.nn.utils.clip_grad_norm_(weights, settings.clip)
+        torch.nn.utils.clip_grad_norm_(weights, clip)
         training.plain.step()
         training.plain.zero_grad(set_to_none=True)
         torch._foreach_lerp_(means, weights, 0.01)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,16 +11,17 @@ from array_api_compat import device as device_of
 from numpy.typing import NDArray
 
 from align import solvers
+from align.closed_form.problem import Problem, Solution, Source
 from align.closed_form.shared import fit_shared
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
+from align.maps.low_rank import check_low_rank
+from align.maps.registry import MapType, having, listed, map_types, resolve
 from align.moments.device import torch_device
 from align.moments.scan import Scan
 from align.moments.scatter import Array, Scatter, about, centered, raw
 from align.solvers.linalg import namespace
 from featstore.errors import FitError
-
-SKIPS = ("procrustes", "ridge", "identity", "none")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Fit:
     """What to fit.
 
     Attributes:
-        type: ``procrustes``, ``linear``, ``affine``, ``reduced-rank``.
+        type: A type of :mod:`align.maps.registry` with a closed form.
         scale: Optimal isotropic scale (Procrustes).
         rank: Rank (reduced-rank).
         skip: What a low-rank map is added to: ``procrustes``, ``ridge``, ``identity``, ``none``.
@@ -43,28 +44,12 @@ class Fit:
     components: int | str | None = None
 
 
-@dataclass(eq=False)
-class _Source:
-    """What is known of the source layers that were fitted last.
-
-    Attributes:
-        facts: By which they are recognised.
-        rotated: A layer pair in their eigenbasis; None before there is one.
-        spectrum: Their eigendecomposition, or None.
-        values: (d,) eigenvalues of their Gram on the host, or None.
-    """
-
-    facts: tuple[object, ...]
-    rotated: solvers.Rotated | None = None
-    spectrum: solvers.Spectrum | None = None
-    values: Array | None = None
-
-
 class Solver:
     """Fits layer pairs one after the other; what those with the same source layers share is computed once.
 
-    That is the eigendecomposition of the source Gram and the validation Gram in its basis, the dearest part of a ridge
-    path. Only the last source is remembered (about six matrices of its width), so fit the pairs of a source in a row.
+    That is the eigendecomposition of the source Gram and the validation Gram in its basis, the most expensive part of a
+    ridge path. Only the last source is remembered (about six matrices of its width), so fit the pairs of a source in a
+    row.
 
     Args:
         device: ``cpu`` for numpy; otherwise systems are solved in float64 by torch on that device
@@ -76,7 +61,7 @@ class Solver:
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = torch_device(device)
-        self._sources: dict[str, _Source] = {}
+        self._sources: dict[str, Source] = {}
 
     def fit(self, fit: Fit, pair: LayerPair, moments: Scan) -> Aligner:
         """Fit one map in closed form.
@@ -93,46 +78,38 @@ class Solver:
         Raises:
             FitError: Rank or components above width, identity between different widths, or the solver refused.
         """
-        if fit.components is not None and fit.type != "procrustes":
-            raise FitError(f"type {fit.type!r} has no components to choose; leave --components out or use procrustes")
+        type_, solve = _closed(fit)
         mean_x, mean_y = moments.means
         centred = centered(moments.train), about(moments.val, mean_x, mean_y)
-        if fit.type == "procrustes":
-            weight, options, trainable = self._procrustes(fit, pair, *centred)
-        elif fit.type == "reduced-rank":
-            weight, options, trainable = self._reduced_rank(fit, pair, *centred)
-        elif fit.type in ("affine", "linear"):
-            both = centred if fit.type == "affine" else (raw(moments.train), raw(moments.val))
-            choice = solvers.select_ridge(*(sides := self._there(*both)), rotated=self._rotate(pair, both, sides))
-            weight, options = solvers.to_numpy(choice.weight), {"lambda": choice.lam}
-            trainable = weight.size + (len(mean_y) if fit.type == "affine" else 0)
-        else:
-            raise FitError(f"type {fit.type!r} has no closed form; choose procrustes, linear, affine or reduced-rank")
-        if fit.type == "linear":
+        sides = centred if type_.centred else (raw(moments.train), raw(moments.val))
+        solution = solve(fit, self._problem(pair, *sides))
+        if not type_.centred:
             mean_x, mean_y = np.zeros_like(mean_x), np.zeros_like(mean_y)
         values = self._values(pair, *centred)
-        options |= {"gram_min": float(values[0]), "gram_max": float(values[-1])}
-        return _aligner(pair, weight, mean_x, mean_y, moments.means, options, trainable)
+        options = {**solution.options, "gram_min": float(values[0]), "gram_max": float(values[-1])}
+        return _aligner(pair, solution.weight, mean_x, mean_y, moments.means, options, solution.trainable)
 
     def fit_on(self, skip: Array, pair: LayerPair, moments: Scan, rank: int) -> Aligner:
-        """See :func:`fit_low_rank_on`.
+        """Fit the best map of one rank on top of a given map, with the ridge strength that validation chooses.
 
         Args:
-            skip: float64 ``(d_source, d_target)``.
+            skip: float64 ``(d_source, d_target)``, say a map that several layer pairs share.
             pair: Which layers.
             moments: Of this pair.
             rank: 1 to the smaller width.
+
+        Raises:
+            FitError: The rank does not fit the widths.
         """
         means = moments.means
-        train, val = centered(moments.train), about(moments.val, *means)
-        check_low_rank(rank, "none", *train.c.shape)
-        there, check = self._there(train, val)
-        rotated = self._rotate(pair, (train, val), (there, check))
-        below = skip if self._device is None else namespace(there.c).asarray(skip, device=device_of(there.c))
-        choice = solvers.select_reduced_rank(there, check, rank, skip=below, rotated=rotated)
+        problem = self._problem(pair, centered(moments.train), about(moments.val, *means))
+        check_low_rank(rank, "none", *problem.widths)
+        c = problem.train.c
+        below = skip if self._device is None else namespace(c).asarray(skip, device=device_of(c))
+        choice = solvers.select_reduced_rank(problem.train, problem.val, rank, skip=below, rotated=problem.rotated())
         options: dict[str, float | int | str] = {"lambda": choice.lam, "rank": rank, "skip": "shared"}
         weight = skip + solvers.to_numpy(choice.weight)
-        return _aligner(pair, weight, *means, means, options, rank * sum(train.c.shape))
+        return _aligner(pair, weight, *means, means, options, rank * sum(problem.widths))
 
     def gram_values(self, pair: LayerPair, moments: Scan) -> Array:
         """(d,) eigenvalues, ascending, of the centred source Gram of the train rows; none below zero.
@@ -146,59 +123,20 @@ class Solver:
         """
         return self._values(pair, centered(moments.train), about(moments.val, *moments.means))
 
-    def _procrustes(self, fit: Fit, pair: LayerPair, train: Scatter, val: Scatter) -> _Fitted:
-        there, check = self._there(train, val)
-        if fit.components is None:
-            weight, scale = solvers.procrustes(there.c, there.gx, scale=fit.scale)
-            return scale * solvers.to_numpy(weight), {"scale": scale}, train.c.size
-        spectra = self._spectrum(pair, train, val, there), solvers.Spectrum.of(there.gy)
-        if fit.components == "auto":
-            found = solvers.select_truncated_procrustes(there, check, scale=fit.scale, spectra=spectra)
-            weight, scale, components = found.weight, found.scale, found.components
-        elif isinstance(fit.components, int):
-            components = fit.components
-            weight, scale = solvers.truncated_procrustes(there.c, *spectra, components, scale=fit.scale)
-        else:
-            raise FitError(f"components {fit.components!r}: give a number of principal components, or 'auto'")
-        return scale * solvers.to_numpy(weight), {"scale": scale, "components": components}, train.c.size
+    def _problem(self, pair: LayerPair, train: Scatter, val: Scatter) -> Problem:
+        source = self._source(pair, train, val)
+        if self._device is not None:
+            train, val = solvers.to_device(train, self._device), solvers.to_device(val, self._device)
+        return Problem(train, val, source)
 
-    def _reduced_rank(self, fit: Fit, pair: LayerPair, train: Scatter, val: Scatter) -> _Fitted:
-        check_low_rank(fit.rank, fit.skip, *train.c.shape)
-        there, check = self._there(train, val)
-        rotated = self._rotate(pair, (train, val), (there, check))
-        skip = skip_weight(fit.skip, there, check, rotated=rotated)
-        choice = solvers.select_reduced_rank(there, check, fit.rank, skip=skip, rotated=rotated)
-        weight = choice.weight if skip is None else skip + choice.weight
-        options: dict[str, float | int | str] = {"lambda": choice.lam, "rank": fit.rank, "skip": fit.skip}
-        return solvers.to_numpy(weight), options, fit.rank * sum(train.c.shape)
-
-    def _there(self, train: Scatter, val: Scatter) -> tuple[Scatter, Scatter]:
-        if self._device is None:
-            return train, val
-        return solvers.to_device(train, self._device), solvers.to_device(val, self._device)
-
-    def _source(self, pair: LayerPair, train: Scatter, val: Scatter) -> _Source:
+    def _source(self, pair: LayerPair, train: Scatter, val: Scatter) -> Source:
         # Moments of other rows, or about another centre, differ in these; equal ones are the same to the last bit.
         marks = (train.mean_x, np.diag(train.gx), np.diag(val.gx))
         facts = (pair.source, pair.source_layers, train.n, val.n, *(mark.tobytes() for mark in marks))
         kind = "centred" if train.mean_x.any() else "raw"
         if kind not in self._sources or self._sources[kind].facts != facts:
-            self._sources[kind] = _Source(facts)
+            self._sources[kind] = Source(facts)
         return self._sources[kind]
-
-    def _rotate(
-        self, pair: LayerPair, here: tuple[Scatter, Scatter], there: tuple[Scatter, Scatter]
-    ) -> solvers.Rotated:
-        source = self._source(pair, *here)
-        source.rotated = solvers.rotate(*there, spectrum=source.spectrum, like=source.rotated)
-        source.spectrum = source.rotated.spectrum
-        return source.rotated
-
-    def _spectrum(self, pair: LayerPair, train: Scatter, val: Scatter, there: Scatter) -> solvers.Spectrum:
-        source = self._source(pair, train, val)
-        if source.spectrum is None:
-            source.spectrum = solvers.Spectrum.of(there.gx)
-        return source.spectrum
 
     def _values(self, pair: LayerPair, train: Scatter, val: Scatter) -> Array:
         source = self._source(pair, train, val)
@@ -210,8 +148,18 @@ class Solver:
         return source.values
 
 
-#: Weight, options and the number of fitted parameters.
-_Fitted = tuple[Array, dict[str, float | int | str], int]
+def _closed(fit: Fit) -> tuple[MapType, Callable[[Fit, Problem], Solution]]:
+    """The record of what is to be fitted and what solves for it; refuses components that the type does not have."""
+    types = {type_.name: type_ for type_ in map_types()}
+    type_ = types.get(fit.type)
+    if fit.components is not None and (type_ is None or "components" not in type_.options):
+        raise FitError(
+            f"type {fit.type!r} has no components to choose; leave --components out or use {having('components')}"
+        )
+    if type_ is None or type_.closed is None:
+        closed = [name for name, known in types.items() if known.closed is not None]
+        raise FitError(f"type {fit.type!r} has no closed form; choose {listed(closed, 'or')}")
+    return type_, resolve(type_.closed)
 
 
 def fit_closed(
@@ -265,69 +213,6 @@ def fit_shared_procrustes(
         options: dict[str, float | int | str] = {"scale": shared.factors[pair.key], "shared": len(pairs)}
         result[pair.key] = _aligner(pair, shared.of(pair.key), *means, means, options, shared.weight.size)
     return result
-
-
-def fit_low_rank_on(skip: Array, pair: LayerPair, moments: Scan, rank: int, *, solver: Solver | None = None) -> Aligner:
-    """The best map of one rank on top of a given map, with the ridge strength that validation chooses.
-
-    Args:
-        skip: float64 ``(d_source, d_target)``, say a map that several layer pairs share.
-        pair: Which layers.
-        moments: Of this pair.
-        rank: 1 to the smaller width.
-        solver: One that has fitted other pairs with the same source; None for a fresh one.
-
-    Raises:
-        FitError: The rank does not fit the widths.
-    """
-    return (solver or Solver()).fit_on(skip, pair, moments, rank)
-
-
-def skip_weight(name: str, train: Scatter, val: Scatter, *, rotated: solvers.Rotated | None = None) -> Array | None:
-    """The fixed map that a low-rank map is added to.
-
-    Args:
-        name: ``procrustes``, ``ridge``, ``identity`` or ``none``.
-        train: Centred train moments.
-        val: Validation moments about the train means.
-        rotated: ``solvers.rotate(train, val)`` if it is known already.
-
-    Returns:
-        float64 ``(d_source, d_target)``, of the kind and on the device of the moments, or None.
-
-    Raises:
-        FitError: Unknown, or identity between different widths.
-    """
-    check_low_rank(1, name, *train.c.shape)
-    if name == "none":
-        return None
-    if name == "procrustes":
-        return solvers.procrustes(train.c, train.gx)[0]
-    if name == "ridge":
-        return solvers.select_ridge(train, val, rotated=rotated).weight
-    xp = namespace(train.c)
-    eye: Array = xp.eye(len(train.c), dtype=xp.float64, device=device_of(train.c))
-    return eye
-
-
-def check_low_rank(rank: int, skip: str, dx: int, dy: int) -> None:
-    """Refuse a low-rank map that cannot be, before any row is read.
-
-    Args:
-        rank: Its rank.
-        skip: What it is added to.
-        dx: Source width.
-        dy: Target width.
-
-    Raises:
-        FitError: Unknown skip, identity between different widths, or a rank above the smaller width.
-    """
-    if skip not in SKIPS:
-        raise FitError(f"skip {skip!r}: choose one of {', '.join(SKIPS)}")
-    if skip == "identity" and dx != dy:
-        raise FitError(f"skip 'identity' needs equal widths, not {dx} and {dy}; use --skip procrustes")
-    if not 1 <= rank <= min(dx, dy):
-        raise FitError(f"rank {rank} does not fit widths {dx} and {dy}: use 1 to {min(dx, dy)}")
 
 
 def _aligner(

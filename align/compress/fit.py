@@ -19,20 +19,16 @@ import torch
 from torch import Tensor
 
 from align.compress.pack import pack
+from align.compress.plan import WindowsPlan
 from align.compress.resampler import Resampler, tensors_of
 from align.compress.score import Trained, score_windows
 from align.compress.start import choose_start
 from align.compress.windows import Windows
 from align.scoring.rows import Epoch
-from align.settings import LoopSettings
 from align.training.checkpoint import read_checkpoint, write_checkpoint
 from featstore.errors import FitError
 from featstore.runtime.provenance import digest
 
-#: Windows of a batch and peak learning rate where the settings leave them open. Every position of a window is a sample,
-#: so four windows are a thousand of them; on a store of few windows the number of steps is what counts.
-BATCH_WINDOWS = 4
-LEARNING_RATE = 2e-3
 #: Steps of an epoch at least: a small store's windows are gone over several times before a validation.
 EPOCH_STEPS = 48
 WEIGHT_DECAY = 0.02
@@ -63,14 +59,14 @@ class Compressed:
     trainable: int
 
 
-def steps_of(windows: int, settings: LoopSettings) -> int:
+def steps_of(windows: int, batch_size: int) -> int:
     """Steps of an epoch: whole rounds over the windows, as many as make :data:`EPOCH_STEPS`.
 
     Args:
         windows: Train windows.
-        settings: Of the run.
+        batch_size: Windows in a batch.
     """
-    per_round = -(-windows // (settings.batch_size or BATCH_WINDOWS))
+    per_round = -(-windows // batch_size)
     return per_round * -(-EPOCH_STEPS // per_round)
 
 
@@ -78,7 +74,7 @@ def fit_windows(
     train: Windows,
     val: Windows,
     means: tuple[Any, Any],
-    settings: LoopSettings,
+    plan: WindowsPlan,
     *,
     on_epoch: Callable[[Epoch], None] = lambda _: None,
     tick: Callable[[float], None] = lambda _: None,
@@ -92,13 +88,11 @@ def fit_windows(
         val: Validation windows.
         means: Train means of source and target over pairs (:attr:`align.moments.scan.Scan.means`); the second scores
             0.
-        settings: ``latents``, ``latent_dim``, and of the loop ``epochs``, ``patience``, ``min_delta``, ``batch_size``
-            (windows; None for :data:`BATCH_WINDOWS`), ``lr`` (None for :data:`LEARNING_RATE`), ``clip``,
-            ``seed`` and ``device``.
+        plan: Latents, and how they are trained.
         on_epoch: Called after every epoch, epoch 0 (the linear codec that training starts from) included; after a
             resume only for epochs that are run.
         tick: Called with the number of windows done since the last call; an epoch has
-            ``steps_of(len(train), settings)`` batches.
+            ``steps_of(len(train), plan.batch_size)`` batches.
         checkpoint: Directory of :mod:`align.training.checkpoint` in which the state after every epoch is kept; None for
             nowhere.
         resume: Go on from the state in ``checkpoint`` where there is one: to the same numbers as without a stop.
@@ -109,7 +103,7 @@ def fit_windows(
         StoreStateError: The checkpoint is of another training.
         CorruptDataError: The checkpoint is damaged.
     """
-    run = _Run(train, val, means, settings, on_epoch, tick, checkpoint)
+    run = _Run(train, val, means, plan, on_epoch, tick, checkpoint)
     return run.go((run.resume() if resume else None) or run.begin())
 
 
@@ -134,20 +128,20 @@ class _Run:
         train: Windows,
         val: Windows,
         means: tuple[Any, Any],
-        settings: LoopSettings,
+        plan: WindowsPlan,
         on_epoch: Callable[[Epoch], None],
         tick: Callable[[float], None],
         checkpoint: Path | None,
     ) -> None:
-        self.train, self.val, self.settings = train, val, settings
+        self.train, self.val, self.plan = train, val, plan
         self.mean_x, self.mean_y = (np.asarray(mean, dtype=np.float32) for mean in means)
         self.on_epoch, self.tick, self.checkpoint = on_epoch, tick, checkpoint
-        self.device = torch.device(settings.device)
-        self.peak = LEARNING_RATE if settings.lr is None else settings.lr
-        self.size = settings.batch_size or BATCH_WINDOWS
-        self.steps = steps_of(len(train), settings)
+        self.device = torch.device(plan.device)
+        self.peak = plan.lr
+        self.size = plan.batch_size
+        self.steps = steps_of(len(train), plan.batch_size)
         self.key = train.pair.key
-        start = choose_start(train, val, settings.latents, settings.latent_dim)
+        start = choose_start(train, val, plan.latents, plan.latent_dim)
         self.module = Resampler(
             start.layout,
             basis=start.basis,
@@ -155,7 +149,7 @@ class _Run:
             mean_target=start.mean_target.astype(np.float32),
             readout=start.readout,
             unit=start.unit,
-            seed=settings.seed,
+            seed=plan.seed,
         ).to(self.device)
         # Only the weights are averaged; basis and means are shared.
         self.average = copy.deepcopy(self.module, {id(buffer): buffer for buffer in self.module.buffers()}).eval()
@@ -163,10 +157,8 @@ class _Run:
         self.optimiser = torch.optim.AdamW(
             self.module.parameters(), lr=self.peak, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99)
         )
-        # What makes two runs the same; how often and where something is written, and on what, is not part of it.
-        own = ("latents", "latent_dim", "epochs", "patience", "min_delta", "batch_size", "clip", "lr", "seed")
         self.identity = {
-            **{name: getattr(settings, name) for name in own},
+            **plan.identity,
             "pair": self.key,
             "store": train.store.fingerprint,
             "windows": digest([windows.numbers.tolist() for windows in (train, val)]),
@@ -179,16 +171,16 @@ class _Run:
         return progress
 
     def go(self, progress: _Progress) -> Compressed:
-        settings = self.settings
-        reason = f"ran all {settings.epochs} epochs"
+        plan = self.plan
+        reason = f"ran all {plan.epochs} epochs"
         while True:
-            if progress.waited >= settings.patience:
+            if progress.waited >= plan.patience:
                 reason = (
-                    f"stopped at epoch {progress.epoch}: no improvement of {settings.min_delta:g} in "
+                    f"stopped at epoch {progress.epoch}: no improvement of {plan.min_delta:g} in "
                     f"{progress.waited} epochs; best was epoch {progress.best_epoch}"
                 )
                 break
-            if progress.epoch >= settings.epochs:
+            if progress.epoch >= plan.epochs:
                 break
             began = time.perf_counter()
             progress.epoch += 1
@@ -200,7 +192,7 @@ class _Run:
 
     def rate(self, taken: int) -> float:
         """Learning rate of a step: linear warmup over a tenth of the steps, at most 32, then half a cosine."""
-        total = self.steps * self.settings.epochs
+        total = self.steps * self.plan.epochs
         warm = max(1, min(32, total // 10))
         if taken < warm:
             return self.peak * (taken + 1) / warm
@@ -209,9 +201,9 @@ class _Run:
     def _epoch(self, progress: _Progress) -> float:
         """One epoch; returns the mean train loss."""
         total, positions = 0.0, 0
-        with _seeded(self.settings.seed, progress.epoch, self.device):
+        with _seeded(self.plan.seed, progress.epoch, self.device):
             self.module.train()
-            batches = self.train.shuffled(self.size, self.settings.seed, progress.epoch, self.steps)
+            batches = self.train.shuffled(self.size, self.plan.seed, progress.epoch, self.steps)
             for step, windows in enumerate(batches, 1):
                 packed = pack(self.module.layout, [(w.x, w.ends_x, w.ends_y) for w in windows])
                 guess = self.module(tensors_of(packed, self.device))
@@ -239,7 +231,7 @@ class _Run:
             group["lr"] = self.rate(progress.taken)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip)
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.clip)
         self.optimiser.step()
         progress.taken += 1
         with torch.no_grad():
@@ -250,7 +242,7 @@ class _Run:
         """Validate, keep the best epoch, tell, and write the checkpoint."""
         with np.errstate(over="ignore", invalid="ignore"):
             codec = {"map": Trained(self.average)}
-            figures, reasons = score_windows(self.val, codec, self.mean_y, seed=self.settings.seed)["map"]
+            figures, reasons = score_windows(self.val, codec, self.mean_y, seed=self.plan.seed)["map"]
         r2 = figures["r2"]
         if r2 is None:
             remedy = f"use a smaller --lr than {self.peak:g}" if progress.epoch else "look at the validation split"
@@ -260,7 +252,7 @@ class _Run:
         val_loss = 1 - float(r2)
         if val_loss < progress.best_loss:
             progress.best_loss, progress.best_epoch, self.best = val_loss, progress.epoch, self.average.export()
-        if progress.epoch == 0 or val_loss < progress.reference - self.settings.min_delta:
+        if progress.epoch == 0 or val_loss < progress.reference - self.plan.min_delta:
             progress.reference, progress.waited = val_loss, 0
         else:
             progress.waited += 1

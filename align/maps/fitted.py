@@ -1,11 +1,7 @@
-"""A fitted map: its tensors, its card, how it is applied, saved and loaded.
+"""A fitted map: its tensors, its card, how it is saved and loaded.
 
-Row convention: ``y_hat = (x - mean_source) @ weight + mean_target``. Two kinds are no matrix. An ``mlp`` adds to its
-skip map, with z = x - mean_source::
-
-    y_hat = z @ skip + silu(z @ hidden_weight + hidden_bias) @ output_weight + output_bias + mean_target
-
-A ``compress`` map does not take rows at all but the states of a window (:mod:`align.compress`).
+What its tensors are and how it is applied is the formula of its kind (:mod:`align.maps.formula`); most maps are one
+matrix between two means. A ``compress`` map takes no rows at all but the states of a window (:mod:`align.compress`).
 """
 
 from __future__ import annotations
@@ -19,27 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.layers import LayerPair
+from align.maps.registry import formula, formulas
 from featstore.errors import AdapterError, CorruptDataError
 from featstore.runtime.provenance import read_json, write_atomic, write_json
 
 CARD_VERSION = 1
-_CONTROLS = ("control_mean_source", "control_mean")
-#: Tensors by kind, with the axes of each: s source width, t target width, h hidden width.
-_AXES = {
-    "linear": {"weight": "st", "mean_source": "s", "mean_target": "t"},
-    "mlp": {
-        "skip": "st",
-        "mean_source": "s",
-        "mean_target": "t",
-        "hidden_weight": "sh",
-        "hidden_bias": "h",
-        "output_weight": "ht",
-        "output_bias": "t",
-    },
-    "compress": {},
-}
-#: Tensors of an ``mlp`` that may be left out.
-_OPTIONAL = ("skip",)
+#: The train means, which controls need even where the map is not centred, with their axes.
+_CONTROLS = {"control_mean_source": "s", "control_mean": "t"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +35,7 @@ class Aligner:
             where the map is not centred), and what else the type has.
         options: How it was fitted (lambda, rank, ...).
         trainable: Parameters that were fitted.
-        kind: ``linear``, ``mlp`` or ``compress``.
+        kind: Of its formula: ``linear``, ``mlp`` or ``compress``.
     """
 
     pair: LayerPair
@@ -70,7 +52,7 @@ class Aligner:
     @property
     def takes_rows(self) -> bool:
         """Whether it maps single states, and not windows."""
-        return self.kind != "compress"
+        return formula(self.kind).apply is not None
 
     def apply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Map source states.
@@ -84,31 +66,19 @@ class Aligner:
         Raises:
             AdapterError: The map takes windows, not rows.
         """
-        if not self.takes_rows:
+        apply = formula(self.kind).apply
+        if apply is None:
             raise AdapterError(
                 f"{self.pair.key} is a {self.kind} map: it reads whole windows, and single states cannot be put "
                 "through it; choose a run of another type"
             )
-        t = self.tensors
-        centred = x - t["mean_source"]
-        if self.kind == "linear":
-            mapped = centred @ t["weight"] + t["mean_target"]
-            return mapped.astype(np.float32, copy=False)
-        hidden = centred @ t["hidden_weight"] + t["hidden_bias"]
-        # silu(h) = h / (1 + exp(-h)); far below zero exp overflows to infinity, and the quotient is rightly 0.
-        with np.errstate(over="ignore"):
-            hidden /= 1 + np.exp(-hidden)
-        mapped = hidden @ t["output_weight"] + (t["output_bias"] + t["mean_target"])
-        if "skip" in t:
-            mapped += centred @ t["skip"]
-        return mapped.astype(np.float32, copy=False)
+        return apply(self.tensors, x)
 
     @property
     def shipped(self) -> int:
         """Numbers needed to apply the map."""
-        if self.kind == "compress":
-            return sum(t.size for name, t in self.tensors.items() if name not in _CONTROLS)
-        return sum(self.tensors[name].size for name in _AXES[self.kind] if name in self.tensors)
+        own = formula(self.kind).axes or self.tensors.keys() - _CONTROLS.keys()
+        return sum(self.tensors[name].size for name in own if name in self.tensors)
 
     def card(self) -> dict[str, Any]:
         """The map's entry in the card."""
@@ -195,13 +165,15 @@ def _aligner(entry: dict[str, Any], tensors: dict[str, NDArray[np.float32]], pat
     pair = LayerPair(source["model"], tuple(source.get("layers", [source["layer"]])), target["model"], target["layer"])
     own = {name.removeprefix(f"{pair.key}."): t for name, t in tensors.items() if name.startswith(f"{pair.key}.")}
     kind = entry.get("kind", "linear")
-    if kind not in _AXES:
-        raise AdapterError(f"{path}: {pair.key} is of kind {kind!r}, this version knows {', '.join(_AXES)}; upgrade")
-    axes = {**_AXES[kind], "control_mean_source": "s", "control_mean": "t"}
-    missing = [name for name in axes if name not in own and not (kind == "mlp" and name in _OPTIONAL)]
+    known = formulas()
+    if kind not in known:
+        raise AdapterError(f"{path}: {pair.key} is of kind {kind!r}, this version knows {', '.join(known)}; upgrade")
+    own_formula = known[kind]
+    axes = {**own_formula.axes, **_CONTROLS}
+    missing = [name for name in axes if name not in own and name not in own_formula.optional]
     if missing:
         raise AdapterError(f"{path}: tensors {', '.join(missing)} of {pair.key} are missing; train it again")
-    size = {"s": source["width"], "t": target["width"], "h": own["hidden_bias"].size if kind == "mlp" else 0}
+    size = own_formula.sizes(own, source["width"], target["width"])
     for name, letters in axes.items():
         shape = tuple(size[letter] for letter in letters)
         if name in own and own[name].shape != shape:

@@ -2,7 +2,7 @@
 
 A figure that cannot be computed is ``None`` (or NaN for a single CKA) with a reason beside it; bad
 data never raises and never warns. The keys are those of a block of ``metrics.json``
-(docs/architecture.md).
+(docs/results.md).
 """
 
 from align.metrics.bootstrap import document_bootstrap

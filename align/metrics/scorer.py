@@ -13,7 +13,7 @@ from align.metrics.similarity import debiased_cka
 from align.moments.scatter import Rows
 from featstore.errors import FitError
 
-#: Every key of a block, in the order of docs/architecture.md.
+#: Every key of a block, as align.results.Scores declares them.
 KEYS = (*ROW_KEYS, "cka_debiased", *RETRIEVAL_KEYS, "retrieval_gallery", "n")
 
 

@@ -6,11 +6,13 @@ import difflib
 import numbers
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import Field, fields
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from align.maps.registry import map_type
+from align.options import declared
 from align.resources import choose_device
 from align.settings import LoopSettings, Settings
 from featstore.errors import SpecError
@@ -19,9 +21,8 @@ from featstore.runtime.quantities import parse_bytes
 #: Layers of a model: ``"8,16"``, ``"25%,50%"``, ``[8, 16]``, ``8``.
 Layers = str | int | Iterable[int | str]
 
-_RUN = {entry.name: entry for entry in fields(Settings) if entry.name not in ("store", "loop")}
-_LOOP = {entry.name: entry for entry in fields(LoopSettings)}
-NAMES = (*_RUN, *_LOOP)
+_RUN, _LOOP = declared(Settings), declared(LoopSettings)
+OPTIONS = {**_RUN, **_LOOP}
 
 
 def make_settings(store: str, options: Mapping[str, Any]) -> Settings:
@@ -29,25 +30,25 @@ def make_settings(store: str, options: Mapping[str, Any]) -> Settings:
 
     Args:
         store: Path or URL of the store.
-        options: By name of a field of :class:`Settings` or :class:`LoopSettings`. What is not there has the default of
-            the command: a skip by type, and the device that is there.
+        options: By name of an option of :class:`Settings` or :class:`LoopSettings`. What is not there has the default
+            of the command: that of the type of map, and the device that is there.
 
     Raises:
         TypeError: An option that does not exist; the message names the nearest.
-        SpecError: A value of the wrong type.
+        SpecError: A value of the wrong type, or no such type of map.
     """
     for name in options:
-        if name not in NAMES:
-            raise TypeError(f"align.train() has no option {name!r}{nearest(name, NAMES)}")
-    # The defaults of the command that depend on other options.
-    given = {"device": "auto", **{name: _plain(name, value) for name, value in options.items()}}
-    if given.get("skip") is None:
-        given["skip"] = "none" if given.get("type") == "reduced-rank" else "procrustes"
-    own = {name: _typed(_RUN[name], value) for name, value in given.items() if name in _RUN}
-    loop = {name: _typed(_LOOP[name], value) for name, value in given.items() if name in _LOOP}
-    settings = Settings(store, **own)
-    loop["device"] = choose_device(loop["device"], by_gradient=settings.by_gradient)
-    return Settings(store, **own, loop=LoopSettings(**loop))
+        if name not in OPTIONS:
+            raise TypeError(f"align.train() has no option {name!r}{nearest(name, OPTIONS)}")
+    given = {"device": "auto", **{name: _typed(name, _plain(name, value)) for name, value in options.items()}}
+    own_defaults = map_type(given.get("type", _RUN["type"][0].default)).defaults
+    for name, (entry, option) in OPTIONS.items():
+        if option.by_type and given.get(name) is None:
+            given[name] = own_defaults.get(name, entry.default)
+    own, loop = ({name: given[name] for name in kind if name in given} for kind in (_RUN, _LOOP))
+    settings = Settings(store, **own, loop=LoopSettings(**loop))
+    device = choose_device(settings.loop.device, by_gradient=settings.by_gradient)
+    return replace(settings, loop=replace(settings.loop, device=device))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -103,10 +104,11 @@ def _plain(name: str, value: Any) -> Any:
     return value
 
 
-def _typed(entry: Field[Any], value: Any) -> Any:
+def _typed(name: str, value: Any) -> Any:
     """The value in the plain type of its field: numpy's numbers are numbers, and an integer may stand for a float."""
+    entry, option = OPTIONS[name]
     kinds = [kind.strip() for kind in str(entry.type).split("|")]
-    if value is None and "None" in kinds:
+    if value is None and ("None" in kinds or option.by_type):
         return None
     if isinstance(value, bool | np.bool_):
         if "bool" in kinds:
@@ -117,4 +119,4 @@ def _typed(entry: Field[Any], value: Any) -> Any:
         return float(value)
     elif isinstance(value, str | os.PathLike) and "str" in kinds:
         return os.fspath(value)
-    raise SpecError(f"{entry.name}={value!r}: expected {entry.type}")
+    raise SpecError(f"{name}={value!r}: expected {entry.type}")

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
 from align.results import RatePoint
 from align.sweeps.compare import describe
 from featstore.errors import SpecError
-from featstore.runtime.records import Flag, Interval, Number, Record, Table, Whole, flat, frame
+from featstore.runtime.records import EMPTY, Flag, Interval, Number, Record, Table, Whole, flat, frame
 from featstore.runtime.sheets import Sheet, counted, number, with_interval
 
 if TYPE_CHECKING:
@@ -94,11 +92,11 @@ class Row(Record):
     retrieval_chance: Number | None = None
     cka_debiased: Number | None = None
     closed_form: Optimum | None = None
-    baselines: Table[Number | None] = Field(default_factory=dict)
+    baselines: Table[Number | None] = EMPTY
     versus_best: Versus | None = None
     versus_closed_form: Versus | None = None
     warnings: tuple[str, ...] = ()
-    reasons: Table[str] = Field(default_factory=dict)
+    reasons: Table[str] = EMPTY
 
 
 class RowSet(Record):

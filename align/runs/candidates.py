@@ -1,4 +1,4 @@
-"""How the map of a layer pair comes about: solved for, shared between layers, or trained."""
+"""Makes the map of a layer pair as planned: solved for, shared between layers, or trained."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align.closed_form.fit import Fit, Solver, fit_low_rank_on, fit_shared_procrustes
+from align.closed_form.fit import Solver, fit_shared_procrustes
 from align.closed_form.fit_all import fit_all
 from align.closed_form.shared import Shared, fit_shared
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.moments.scan import Scan
 from align.runs.findings import Training
-from align.runs.job import Direction, Job
+from align.runs.job import Data, Direction
 from align.runs.judge import Candidate, Judge
+from align.runs.plan import MapPlan, Sharing
 from align.runs.rundir import RunDirectory
 from align.scoring.rows import Epoch, batches_of
 from featstore.runtime.console import err, progress
 from featstore.text.corpus import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
+    from align.training.plan import TrainingPlan
     from align.training.tracking import Tracker
 
 #: What both models say of an epoch's map (`--eval-models`).
@@ -29,13 +31,13 @@ EpochEvaluation = Callable[[Aligner], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Reporting:
-    """Where what happens on the way is told.
+    """Where a run reports what happens on the way.
 
     Attributes:
         files: The run directory.
         tracker: External logging; None for a run without training.
         models: Asked about the map of every epoch; None for nobody.
-        resume: Whether an interrupted run goes on.
+        resume: Whether to resume an interrupted run.
         quiet: No progress.
     """
 
@@ -46,7 +48,7 @@ class Reporting:
     quiet: bool
 
     def epoch(self, pair: LayerPair, epoch: Epoch, aligner: Aligner | None = None) -> None:
-        """Tell of an epoch.
+        """Report an epoch.
 
         Args:
             pair: Which layers.
@@ -59,7 +61,7 @@ class Reporting:
             self.tracker.epoch(pair.key, epoch)
 
     def step(self, pair: LayerPair, event: Mapping[str, Any]) -> None:
-        """Tell of a step.
+        """Report a step.
 
         Args:
             pair: Which layers.
@@ -70,7 +72,7 @@ class Reporting:
             self.tracker.step(pair.key, event)
 
     def stop(self, pair: LayerPair, *, epoch: int, best_epoch: int, reason: str) -> None:
-        """Tell why training ended.
+        """Report why training ended.
 
         Args:
             pair: Which layers.
@@ -87,19 +89,21 @@ class Maker:
     """Makes the maps of one direction.
 
     Args:
-        job: The run.
+        plan: How they come about.
+        data: Where rows come from.
         direction: Which models and pairs.
         wanted: Its layer pairs.
         moments: Of each, by key.
         solver: What is shared between pairs of one source is computed once.
         judge: Scores a closed form on validation.
-        reporting: Where to tell of it.
+        reporting: Where to report.
         device: Where closed forms are solved.
     """
 
     def __init__(
         self,
-        job: Job,
+        plan: MapPlan,
+        data: Data,
         direction: Direction,
         wanted: Sequence[LayerPair],
         moments: Mapping[str, Scan],
@@ -109,19 +113,17 @@ class Maker:
         *,
         device: str = "cpu",
     ) -> None:
-        self._job, self._direction, self._moments = job, direction, moments
+        self._plan, self._data, self._direction, self._moments = plan, data, direction, moments
         self._solver, self._judge, self._reporting = solver, judge, reporting
-        settings = self._settings = job.settings
-        self._rotations: dict[str, Aligner] = {}
-        self._shared: Shared | None = None
-        self._closed: dict[str, dict[str, Aligner]] = {}
-        if settings.shared and settings.type == "procrustes":
-            self._rotations = fit_shared_procrustes(wanted, moments, settings.scale)
-        elif settings.shared:
-            base = settings.loop.skip if settings.type == "lora" else "ridge"
-            self._shared = fit_shared(moments, base, scale=True)
-        elif not settings.by_gradient:
-            self._closed = fit_all({"": self._closed_form()}, wanted, moments, device=device)
+        self._solved: dict[str, Aligner] = {}
+        self._base: _Base | None = None
+        if plan.sharing is not None and plan.sharing.whole:
+            self._solved = fit_shared_procrustes(wanted, moments, plan.sharing.scale)
+        elif plan.sharing is not None:
+            self._base = _Base(plan.sharing, fit_shared(moments, plan.sharing.base, scale=True))
+        elif plan.training is None:
+            fitted = fit_all({"": plan.fit}, wanted, moments, device=device)
+            self._solved = {key: maps[""] for key, maps in fitted.items()}
 
     def candidate(self, pair: LayerPair) -> Candidate:
         """The map of a layer pair and how it came about.
@@ -132,83 +134,66 @@ class Maker:
         Raises:
             FeatstoreError: It cannot be fitted or trained.
         """
-        return self._trained(pair) if self._settings.by_gradient else self._solved(pair)
+        return self._closed(pair) if self._plan.training is None else self._trained(pair, self._plan.training)
 
-    def _closed_form(self) -> Fit:
-        settings, loop = self._settings, self._settings.loop
-        skip = loop.skip if settings.type == "reduced-rank" else "none"
-        components = settings.components
-        number = int(components) if components is not None and components.isdecimal() else components
-        return Fit(settings.type, scale=settings.scale, rank=loop.rank, skip=skip, components=number)
-
-    def _solved(self, pair: LayerPair) -> Candidate:
-        words = "closed form"
-        if self._rotations:
-            aligner, words = self._rotations[pair.key], f"one rotation for {len(self._rotations)} layer pairs"
-        elif self._shared is not None:
-            aligner, words = self._on_shared(pair), "one ridge map for all layer pairs, and a projection of low rank"
+    def _closed(self, pair: LayerPair) -> Candidate:
+        if self._base is not None:
+            aligner = self._on_base(self._base, pair)
+            words = f"one {self._base.sharing.base} map for all layer pairs, and a projection of low rank"
         else:
-            aligner = self._closed[pair.key][""]
+            aligner, words = self._solved[pair.key], "closed form"
+            if self._plan.sharing is not None:
+                words = f"one rotation for {len(self._solved)} layer pairs"
         figures, _ = self._judge.scores(pair, self._direction.pairs, VALIDATION, {"map": aligner})["map"]
         r2 = (figures or {}).get("r2")
         loss = 1 - float(r2 if r2 is not None else "nan")
         self._reporting.epoch(pair, Epoch(0, None, loss, figures or {}, 0.0, 0.0))
-        return Candidate(aligner, words, self._closed_form())
+        return Candidate(aligner, words, self._plan.fit)
 
-    def _on_shared(self, pair: LayerPair) -> Aligner:
-        if self._shared is None:
-            raise ValueError("no map is shared")
-        return fit_low_rank_on(
-            self._shared.of(pair.key), pair, self._moments[pair.key], self._settings.loop.rank, solver=self._solver
-        )
+    def _on_base(self, base: _Base, pair: LayerPair) -> Aligner:
+        return self._solver.fit_on(base.map.of(pair.key), pair, self._moments[pair.key], base.sharing.rank)
 
-    def _optimum(self, pair: LayerPair) -> tuple[Fit, Aligner, str]:
-        """What a trained map is judged by: a fit like it, its closed-form optimum and that one's name."""
-        settings, loop, moments = self._settings, self._settings.loop, self._moments[pair.key]
-        if self._shared is not None:
-            name = f"reduced-rank {loop.rank} on a shared {loop.skip}"
-            return Fit("reduced-rank", rank=loop.rank, skip=loop.skip), self._on_shared(pair), name
-        if settings.type == "lora":
-            fit, name = Fit("reduced-rank", rank=loop.rank, skip=loop.skip), f"reduced-rank {loop.rank} on {loop.skip}"
-        else:
-            # No closed form knows what a hidden layer can do; it has to beat the best affine map to be worth having.
-            kind = "affine" if settings.type == "mlp" else settings.type
-            fit, name = Fit(kind), f"{kind} ridge"
-        return fit, self._solver.fit(fit, pair, moments), name
-
-    def _trained(self, pair: LayerPair) -> Candidate:
+    def _trained(self, pair: LayerPair, plan: TrainingPlan) -> Candidate:
         # Only here: torch takes two seconds to import, and a closed form needs none of it.
         from align.training.loop import train_map
 
-        job, settings, loop = self._job, self._settings, self._settings.loop
-        told, pairs = self._reporting, self._direction.pairs
+        reporting, pairs, epochs = self._reporting, self._direction.pairs, plan.schedule.epochs
+        store, moments, base = self._data.store, self._moments[pair.key], self._base
         sides = (pairs.where(pairs.split == split) for split in (TRAIN, VALIDATION))
-        train, val = (batches_of(job.store, pair, side, settings.memory) for side in sides)
+        train, val = (batches_of(store, pair, side, self._data.memory) for side in sides)
         maps: list[Aligner] = []
 
         def on_epoch(epoch: Epoch) -> None:
-            told.epoch(pair, epoch, maps.pop() if maps else None)
+            reporting.epoch(pair, epoch, maps.pop() if maps else None)
 
-        with progress(f"train {pair.key}", len(train) * loop.epochs, "pairs", quiet=told.quiet) as tick:
+        with progress(f"train {pair.key}", len(train) * epochs, "pairs", quiet=reporting.quiet) as tick:
             done = train_map(
-                settings.type,
+                plan,
                 pair,
-                self._moments[pair.key],
+                moments,
                 train,
                 val,
-                loop,
-                skip=None if self._shared is None else self._shared.of(pair.key),
+                skip=None if base is None else base.map.of(pair.key),
                 on_map=maps.append,
                 on_epoch=on_epoch,
-                on_step=lambda event: told.step(pair, event),
+                on_step=lambda event: reporting.step(pair, event),
                 tick=tick,
-                checkpoint=told.files.checkpoint(pair),
-                resume=told.resume,
-                store=job.store.fingerprint,
+                checkpoint=reporting.files.checkpoint(pair),
+                resume=reporting.resume,
+                store=store.fingerprint,
             )
-        told.stop(pair, epoch=done.last_epoch, best_epoch=done.best_epoch, reason=done.reason)
-        like, optimum, name = self._optimum(pair)
-        training = Training(done.best_epoch, done.last_epoch, loop.epochs)
-        # Of several processes the others are told of no epoch, and judge nothing.
-        parts = told.files.last_epoch(pair)["train_parts"] if told.files.writes else {}
-        return Candidate(done.aligner, done.reason, like, (optimum, name), training, parts)
+        reporting.stop(pair, epoch=done.last_epoch, best_epoch=done.best_epoch, reason=done.reason)
+        fit = self._plan.fit
+        optimum = self._solver.fit(fit, pair, moments) if base is None else self._on_base(base, pair)
+        training = Training(done.best_epoch, done.last_epoch, epochs)
+        # Of several processes the others report no epoch, and judge nothing.
+        parts = reporting.files.last_epoch(pair)["train_parts"] if reporting.files.writes else {}
+        return Candidate(done.aligner, done.reason, fit, (optimum, self._plan.optimum), training, parts)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A map that the layers share, to which each adds a projection of its own."""
+
+    sharing: Sharing
+    map: Shared

@@ -1,4 +1,4 @@
-"""A compress map from a run's settings: trained, scored at the rows of the other maps, its rate beside."""
+"""A compress map: trained, scored at the rows of the other maps, its rate beside."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from align.closed_form.fit import Fit, Solver, baselines
+from align.closed_form.fit import Solver, baselines
 from align.compress.fit import Compressed, fit_windows, steps_of
+from align.compress.plan import WindowsPlan
 from align.compress.report import evaluate
 from align.compress.score import Trained, score_windows
 from align.compress.windows import Windows
@@ -17,24 +18,34 @@ from align.metrics import DocumentSums, add_intervals
 from align.moments.scan import Scan
 from align.runs.candidates import Reporting
 from align.runs.findings import Training, gram_facts
-from align.runs.job import Direction, Job
+from align.runs.job import Data, Direction
 from align.runs.judge import Judge
+from align.runs.plan import MapPlan
 from featstore.runtime.console import progress
 from featstore.text.corpus import TEST, TRAIN, VALIDATION
 
 
 def compress(
-    job: Job, direction: Direction, pair: LayerPair, moments: Scan, judge: Judge, told: Reporting
+    plan: MapPlan,
+    windows: WindowsPlan,
+    data: Data,
+    direction: Direction,
+    pair: LayerPair,
+    moments: Scan,
+    judge: Judge,
+    reporting: Reporting,
 ) -> tuple[Aligner, dict[str, Any], dict[str, Any]]:
     """Train one map, and score it beside the codecs of the same rate, the controls and a map that sends everything.
 
     Args:
-        job: The run.
+        plan: What the map is compared with.
+        windows: How it is trained.
+        data: Where rows come from.
         direction: Which models and pairs.
         pair: Which layers.
         moments: Of this pair.
         judge: Of the direction.
-        told: Where to tell of it.
+        reporting: Where to report.
 
     Returns:
         The map, and its parts of ``metrics.json`` and ``documents.json``.
@@ -42,41 +53,40 @@ def compress(
     Raises:
         FitError: Latents that do not fit, a split without windows, or training failed.
     """
-    settings, loop = job.settings, job.settings.loop
+    memory = max(data.memory // 3, 1)
     train, val, test = (
-        Windows(
-            job.store, pair, direction.pairs, split, keep_sinks=settings.keep_sinks, memory=max(settings.memory // 3, 1)
-        )
+        Windows(data.store, pair, direction.pairs, split, keep_sinks=data.keep_sinks, memory=memory)
         for split in (TRAIN, VALIDATION, TEST)
     )
-    batches = steps_of(len(train), loop) * loop.epochs
-    with progress(f"train {pair.key}", batches, "batches", quiet=told.quiet) as tick:
+    batches = steps_of(len(train), windows.batch_size) * windows.epochs
+    with progress(f"train {pair.key}", batches, "batches", quiet=reporting.quiet) as tick:
         done = fit_windows(
             train,
             val,
             moments.means,
-            loop,
-            on_epoch=lambda epoch: told.epoch(pair, epoch),
+            windows,
+            on_epoch=lambda epoch: reporting.epoch(pair, epoch),
             tick=lambda _: tick(1),
-            checkpoint=told.files.checkpoint(pair),
-            resume=told.resume,
+            checkpoint=reporting.files.checkpoint(pair),
+            resume=reporting.resume,
         )
-    told.stop(pair, epoch=done.last_epoch, best_epoch=done.best_epoch, reason=done.reason)
-    aligner = _aligner(done, pair)
-    entry, sums = _entry(done, (train, val, test), direction, pair, moments, judge, loop.seed)
-    training = Training(done.best_epoch, done.last_epoch, loop.epochs)
+    reporting.stop(pair, epoch=done.last_epoch, best_epoch=done.best_epoch, reason=done.reason)
+    aligner = _aligner(done, pair, plan.type.formula.kind)
+    entry, sums = _entry(plan, done, (train, val, test), direction, pair, moments, judge, windows.seed)
+    training = Training(done.best_epoch, done.last_epoch, windows.epochs)
     gram = gram_facts(Solver().gram_values(pair, moments), moments.train.n)
     entry["warnings"] = judge.warnings(pair, entry, moments, {}, gram, training=training)
     return aligner, entry, sums.renamed({"compress": "map"}).block()
 
 
-def _aligner(done: Compressed, pair: LayerPair) -> Aligner:
+def _aligner(done: Compressed, pair: LayerPair, kind: str) -> Aligner:
     means = {"control_mean_source": done.mean_source, "control_mean": done.mean_target}
     tensors = {**done.module.export(), **{name: np.asarray(mean, np.float32) for name, mean in means.items()}}
-    return Aligner(pair, tensors, {"solver": "adamw", **done.module.options}, done.trainable, "compress")
+    return Aligner(pair, tensors, {"solver": "adamw", **done.module.options}, done.trainable, kind)
 
 
 def _entry(
+    plan: MapPlan,
     done: Compressed,
     windows: tuple[Windows, Windows, Windows],
     direction: Direction,
@@ -92,8 +102,9 @@ def _entry(
         entry["reasons"] |= {f"{name}.{key}": reason for key, reason in reasons.items()}
     sums = DocumentSums()
     found = evaluate(done, train, val, test, seed=seed, documents=sums)
-    like, solver = Fit("affine"), Solver()
-    maps = {**baselines(like, pair, moments, seed, solver=solver), "closed_form": solver.fit(like, pair, moments)}
+    solver = Solver()
+    controls = baselines(plan.fit, pair, moments, seed, solver=solver)
+    maps = {**controls, "closed_form": solver.fit(plan.fit, pair, moments)}
     scored = judge.scores(pair, direction.pairs, TEST, maps)
     blocks = {name: (found["figures"][name], found["reasons"][name]) for name in found["figures"]} | scored
     for name, (figures, reasons) in blocks.items():
@@ -103,7 +114,7 @@ def _entry(
             entry["test"] = figures
         else:
             entry["baselines"][name] = figures
-    entry["baselines"]["closed_form"]["name"] = "affine ridge on whole states"
+    entry["baselines"]["closed_form"]["name"] = f"{plan.optimum} on whole states"
     add_intervals(entry, sums.renamed({"compress": "map"}), seed=seed)
     entry |= {"rate": found["rate"], "rate_distortion": found["rate_distortion"]}
     entry["by_mask"] = {"masked": None, "kept": None}

@@ -1,4 +1,4 @@
-"""What a run is to do, resolved against its store before anything is read or written."""
+"""A run, resolved against its store into what each step needs, before anything is read or written."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from align.closed_form.fit import check_low_rank
 from align.layers import LayerPair, choose_models, joint_pairs, layer_pairs, source_layers
+from align.maps.low_rank import check_low_rank
 from align.moments.scan import limit_rows, need_rows, sites_of, usable_moments
+from align.runs.plan import MapPlan, map_plan
 from align.settings import Settings, check
 from featstore.errors import FitError
 from featstore.runtime.provenance import versions
@@ -17,6 +18,25 @@ from featstore.store import Store, open_store
 from featstore.store.moments.stored import StoredMoments
 from featstore.store.read.pairs import Pairs
 from featstore.text.corpus import TRAIN
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where rows come from.
+
+    Attributes:
+        store: Complete store.
+        path: Its path, as given.
+        policy: Pair policy.
+        keep_sinks: Whether attention sinks are among the pairs.
+        memory: Bytes that the buffers of paired rows may take; the order of minibatches depends on it.
+    """
+
+    store: Store
+    path: str
+    policy: str
+    keep_sinks: bool
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -28,7 +48,7 @@ class Direction:
         target: Model name.
         everything: All pairs, attention sinks included.
         pairs: Those to fit and score with.
-        wanted: Layer pairs; for ``--layer-map auto`` every source layer with every target layer, to choose from.
+        wanted: Layer pairs; with :attr:`Job.choose` every source layer with every target layer, to choose from.
         stored: The store's own moments, where they sum over just these pairs.
     """
 
@@ -45,42 +65,48 @@ class Job:
     """A run, resolved.
 
     Attributes:
-        settings: As given.
-        store: Complete store.
+        map: How each map comes about.
+        data: Where rows come from.
         directions: One, or with ``--both`` two.
+        choose: Whether each source layer is mapped to its best partner alone.
+        seed: Of every choice at random.
+        device: Device name, as given.
     """
 
-    settings: Settings
-    store: Store
+    map: MapPlan
+    data: Data
     directions: list[Direction]
+    choose: bool
+    seed: int
+    device: str
 
     def card(self) -> dict[str, Any]:
         """The adapter's card without its maps."""
-        store, settings = self.store, self.settings
+        store = self.data.store
         names = {name for d in self.directions for name in (d.source, d.target)}
         coverage: dict[str, float] = {}
         for d in self.directions:
             coverage |= dict(zip((d.source, d.target), d.everything.coverage, strict=True))
         return {
-            "type": settings.type,
+            "type": self.map.type.name,
             "models": {
                 name: {**store.model(name).attributes, "median_norm": store.median_norms(name)}
                 for name in store.models
                 if name in names
             },
-            "store": {"path": settings.store, "fingerprint": store.fingerprint},
+            "store": {"path": self.data.path, "fingerprint": store.fingerprint},
             "corpus": store.attributes["corpus"],
             "window_bytes": store.attributes["window_bytes"],
-            "pair_policy": settings.policy,
+            "pair_policy": self.data.policy,
             "coverage": coverage,
-            "mask": {**store.attributes["mask"], "keep_sinks": settings.keep_sinks},
-            "normalisation": "none" if settings.type == "linear" else "train means subtracted",
-            "provenance": {"versions": versions(), "seed": settings.loop.seed},
+            "mask": {**store.attributes["mask"], "keep_sinks": self.data.keep_sinks},
+            "normalisation": "train means subtracted" if self.map.type.centred else "none",
+            "provenance": {"versions": versions(), "seed": self.seed},
         }
 
 
 def resolve(settings: Settings) -> Job:
-    """Find models, layers, pairs and moments, and refuse what cannot be.
+    """Resolve a run: the map's plan, models, layers, pairs and moments.
 
     Args:
         settings: As given.
@@ -89,31 +115,34 @@ def resolve(settings: Settings) -> Job:
         FeatstoreError: Anything wrong with the settings, the store, the models or the layers.
     """
     check(settings)
+    plan = map_plan(settings)
     store = open_store(settings.store)
     source, target = choose_models(store, settings.source, settings.target)
-    projected = settings.shared and settings.type != "procrustes"
-    if settings.type in ("lora", "mlp", "reduced-rank") or projected:
-        rank = settings.loop.rank if settings.type != "mlp" else 1
-        skip = "procrustes" if projected else settings.loop.skip
-        check_low_rank(rank, skip, store.model(source).width, store.model(target).width)
-    _check_sizes(settings, store.model(source).width, store.model(target).width)
+    _check_sizes(plan, settings, store.model(source).width, store.model(target).width)
     ways = [False] + ([True] if settings.both and source != target else [])
     directions = []
     for backwards in ways:
         a, b = (target, source) if backwards else (source, target)
         directions.append(_direction(store, settings, a, b, _wanted(store, settings, source, target, backwards)))
-    return Job(settings, store, directions)
+    data = Data(store, settings.store, settings.policy, settings.keep_sinks, settings.memory)
+    loop = settings.loop
+    return Job(plan, data, directions, settings.layer_map == "auto", loop.seed, loop.device)
 
 
-def _check_sizes(settings: Settings, dx: int, dy: int) -> None:
-    """Refuse dimensions that the states do not have, before anything is read."""
+def _check_sizes(plan: MapPlan, settings: Settings, dx: int, dy: int) -> None:
+    """Refuse ranks and dimensions that the states do not have, before anything is read."""
+    options, loop = plan.type.options, settings.loop
+    projected = plan.sharing is not None and not plan.sharing.whole
+    if projected or {"rank", "skip"} & options:
+        rank = loop.rank if projected or "rank" in options else 1
+        check_low_rank(rank, "procrustes" if projected else loop.skip, dx, dy)
     components, most = settings.components, max(dx, dy)
     if components is not None and components.isdecimal() and int(components) > most:
         raise FitError(f"--components {components}: the states have {dx} and {dy} dimensions; use 1 to {most}, or auto")
     narrow = min(dx, dy) if settings.both else dx
-    if settings.type == "compress" and settings.loop.latent_dim > narrow:
+    if plan.windows is not None and plan.windows.latent_dim > narrow:
         raise FitError(
-            f"--latent-dim {settings.loop.latent_dim}: the states have {narrow} dimensions, and a latent no more; use "
+            f"--latent-dim {plan.windows.latent_dim}: the states have {narrow} dimensions, and a latent no more; use "
             "more --latents instead"
         )
 

@@ -1,4 +1,4 @@
-"""What is said of a fitted map: its figures on every split, its baselines, its intervals, its warnings."""
+"""Evaluation of a fitted map: its figures on every split, its baselines, intervals and warnings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from align.maps.fitted import Aligner
 from align.metrics import DocumentSums, Figures, Reasons, add_intervals
 from align.moments.scan import Scan, limit_rows, read_split, sites_of
 from align.runs.findings import Gram, Site, Training, findings, gram_facts
-from align.runs.job import Direction, Job
+from align.runs.job import Data, Direction
 from align.scoring.moments import NEEDS_ROWS, score_moments
 from align.scoring.rows import TRAIN_ROWS, batches_of, score_all
 from featstore.store.moments.stored import has_rows
@@ -45,14 +45,16 @@ class Judge:
     """Scores the maps of one direction.
 
     Args:
-        job: The run.
+        data: Where rows come from.
         direction: Which models, pairs and moments.
         solver: For the controls; it knows the sources that were fitted.
+        seed: Of samples, controls and intervals.
+        isometric: Whether no map of the run can change debiased CKA.
     """
 
-    def __init__(self, job: Job, direction: Direction, solver: Solver) -> None:
-        self._job, self._direction, self._solver = job, direction, solver
-        self._seed = job.settings.loop.seed
+    def __init__(self, data: Data, direction: Direction, solver: Solver, *, seed: int, isometric: bool) -> None:
+        self._data, self._direction, self._solver = data, direction, solver
+        self._seed, self._isometric = seed, isometric
 
     def entry(self, pair: LayerPair, moments: Scan, candidate: Candidate) -> tuple[dict[str, Any], dict[str, Any]]:
         """A layer pair's part of ``metrics.json`` and of ``documents.json``.
@@ -118,7 +120,7 @@ class Judge:
         """
         if self._direction.stored is not None and not self._has_rows(pair):
             return score_moments(read_split(self._direction.stored, pair, split), maps)
-        rows = batches_of(self._job.store, pair, pairs.where(pairs.split == split), self._job.settings.memory)
+        rows = batches_of(self._data.store, pair, pairs.where(pairs.split == split), self._data.memory)
         return score_all(rows, maps, seed=self._seed, documents=documents)
 
     def warnings(
@@ -132,7 +134,7 @@ class Judge:
         lam: float | None = None,
         training: Training | None = None,
     ) -> list[dict[str, str]]:
-        """What a careful reader would object to.
+        """Warnings about a layer pair.
 
         Args:
             pair: Which layers.
@@ -143,7 +145,7 @@ class Judge:
             lam: Relative ridge strength, where one was chosen.
             training: How training ended, where there was any.
         """
-        store = self._job.store
+        store = self._data.store
         sites = [
             Site(model, layer, store.model(model).depth, store.attributes.get("site_convention"))
             for model, layer in sites_of(pair)
@@ -154,7 +156,7 @@ class Judge:
             n_train=moments.train.n,
             width=len(moments.means[0]),
             coverage=self._direction.everything.coverage,
-            keep_sinks=self._job.settings.keep_sinks,
+            keep_sinks=self._data.keep_sinks,
             gram=gram,
             sites=sites,
             lam=lam,
@@ -168,11 +170,6 @@ class Judge:
         wider = len(pair.source_layers) == 1 and not self._shrinks(controls["random_rotation"])
         before = (entry["baselines"]["random_rotation"] or {}).get("cka_debiased") if wider else None
         return {"before": before, "after": after, "invariant": self._isometric and wider}
-
-    @property
-    def _isometric(self) -> bool:
-        """Whether no fit can change debiased CKA; within some principal components a rotation drops the others."""
-        return self._job.settings.type == "procrustes" and self._job.settings.components is None
 
     @staticmethod
     def _shrinks(rotation: Aligner | str) -> bool:
@@ -190,4 +187,4 @@ class Judge:
         return blocks
 
     def _has_rows(self, pair: LayerPair) -> bool:
-        return all(has_rows(self._job.store, *site) for site in sites_of(pair))
+        return all(has_rows(self._data.store, *site) for site in sites_of(pair))

@@ -1,4 +1,4 @@
-"""One run directory from a store: fit or train every layer pair, score it beside its baselines, say what it means."""
+"""A run from a store to a directory: every layer pair is fitted or trained and scored beside its baselines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.closed_form.fit import Fit, Solver
+from align.closed_form.fit import Solver
 from align.closed_form.partners import best_partners
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
@@ -17,8 +17,10 @@ from align.moments.scan import Scan, groups_within, scan, stored_scan
 from align.runs.candidates import EpochEvaluation, Maker, Reporting
 from align.runs.job import Direction, Job, resolve
 from align.runs.judge import Judge
+from align.runs.plan import Sharing
 from align.runs.rundir import RunDirectory, check_free, default_directory
 from align.settings import Settings
+from align.training.plan import Placement
 from featstore.errors import MissingPackageError, SpecError
 from featstore.runtime.console import check_directory, err, progress
 from featstore.runtime.processes import Ranks
@@ -36,10 +38,10 @@ def train(settings: Settings, out: Path | None = None, *, resume: bool = False, 
     """Carry out a run. Of several processes all compute, and the first one writes.
 
     Args:
-        settings: What to do.
+        settings: Configuration of the run.
         out: Run directory; must not hold another run. None for the default.
-        resume: Go on with the interrupted run in that directory.
-        quiet: No progress.
+        resume: Whether to resume the interrupted run in that directory.
+        quiet: Whether to show no progress.
 
     Returns:
         What ``metrics.json`` holds, and the directory as ``run``.
@@ -52,11 +54,11 @@ def train(settings: Settings, out: Path | None = None, *, resume: bool = False, 
         check_free(out, resume=resume)
     job = resolve(settings)
     first = Ranks.from_environment().first
-    if settings.type == "compress" and Ranks.from_environment().world > 1:
-        raise SpecError("--type compress trains on one process; start it without a launcher")
+    if job.map.windows is not None and Ranks.from_environment().world > 1:
+        raise SpecError(f"--type {job.map.type.name} trains on one process; start it without a launcher")
     out = out or default_directory(settings, job.directions[0].source, job.directions[0].target)
     quiet = quiet or not first
-    with _tracking(settings, out) as tracker:
+    with _tracking(job, settings, out) as tracker:
         files = RunDirectory(out, settings, resume=resume, writes=first)
         models = _epoch_evaluation(job, quiet=quiet) if settings.eval_models else None
         run = _Run(job, Reporting(files, tracker, models, resume, quiet))
@@ -66,14 +68,15 @@ def train(settings: Settings, out: Path | None = None, *, resume: bool = False, 
 
 
 @contextmanager
-def _tracking(settings: Settings, out: Path) -> Iterator[Tracker | None]:
+def _tracking(job: Job, settings: Settings, out: Path) -> Iterator[Tracker | None]:
     """External logging, for training alone: a closed form has one figure, and does without torch."""
-    if not settings.by_gradient:
+    if job.map.training is None and job.map.windows is None:
         yield None
         return
     from align.training.tracking import tracking
 
-    with tracking(settings.loop, out, asdict(settings)) as tracker:
+    place = Placement(job.device, settings.loop.precision)
+    with tracking(settings.loop.tracker, place, out, asdict(settings)) as tracker:
         yield tracker
 
 
@@ -85,18 +88,18 @@ def _epoch_evaluation(job: Job, *, quiet: bool) -> EpochEvaluation:
             f"--eval-models: nothing is installed under the entry points {EPOCH_EVALUATION}; install this project "
             "again (pip install -e .), or leave the option out and use `evaluate stitch` afterwards"
         )
-    loop = job.settings.loop
-    made: EpochEvaluation = found[0].load()(job.store, job.card(), device=loop.device, seed=loop.seed, quiet=quiet)
+    evaluation = found[0].load()
+    made: EpochEvaluation = evaluation(job.data.store, job.card(), device=job.device, seed=job.seed, quiet=quiet)
     return made
 
 
 class _Run:
-    """The maps of a run, one direction after the other, and what is said of them."""
+    """Makes and evaluates the maps of a run, one direction after the other."""
 
     def __init__(self, job: Job, reporting: Reporting) -> None:
-        self.job, self.settings, self.reporting = job, job.settings, reporting
+        self.job, self.reporting = job, reporting
         # Of several processes each has a GPU of its own.
-        self.device = Ranks.from_environment().device(job.settings.loop.device)
+        self.device = Ranks.from_environment().device(job.device)
         self.aligners: list[Aligner] = []
         self.entries: dict[str, Any] = {}
         self.documents: dict[str, Any] = {}
@@ -104,23 +107,24 @@ class _Run:
 
     def direction(self, direction: Direction) -> None:
         direction.pairs.where(direction.pairs.split == TEST).need(1, "testing")
-        wanted = self._choose(direction) if self.settings.layer_map == "auto" else direction.wanted
+        wanted = self._choose(direction) if self.job.choose else direction.wanted
         for moments in self._scans(direction, wanted):
             self._group(direction, [pair for pair in wanted if pair.key in moments], moments)
             # The sums of a group can take all the memory allowed: they go before those of the next are made.
             moments.clear()
 
     def _group(self, direction: Direction, wanted: list[LayerPair], moments: dict[str, Scan]) -> None:
-        solver = Solver(self.device)
-        judge = Judge(self.job, direction, solver)
-        if self.settings.type == "compress":
+        solver, plan, data = Solver(self.device), self.job.map, self.job.data
+        judge = Judge(data, direction, solver, seed=self.job.seed, isometric=plan.isometric)
+        if plan.windows is not None:
             from align.runs.compressed import compress
 
             for pair in wanted:
                 self._announce(pair)
-                self._keep(pair, *compress(self.job, direction, pair, moments[pair.key], judge, self.reporting))
+                scan_of = moments[pair.key]
+                self._keep(pair, *compress(plan, plan.windows, data, direction, pair, scan_of, judge, self.reporting))
             return
-        maker = Maker(self.job, direction, wanted, moments, solver, judge, self.reporting, device=self.device)
+        maker = Maker(plan, data, direction, wanted, moments, solver, judge, self.reporting, device=self.device)
         for pair in wanted:
             self._announce(pair)
             candidate = maker.candidate(pair)
@@ -129,18 +133,18 @@ class _Run:
             self._keep(pair, candidate.aligner, *judge.entry(pair, moments[pair.key], candidate))
 
     def finish(self) -> dict[str, Any]:
-        result: dict[str, Any] = {"type": self.settings.type, "pairs": self.entries}
+        result: dict[str, Any] = {"type": self.job.map.type.name, "pairs": self.entries}
         if self.partners:
             result["layer_map"] = self.partners
         card = self.job.card()
-        if self.settings.shared:
-            card["shared"] = self._shared_parameters()
+        if self.job.map.sharing is not None:
+            card["shared"] = self._shared_parameters(self.job.map.sharing)
         self.reporting.files.finish(result, {"pairs": self.documents}, self.aligners, card)
         return result
 
     def _announce(self, pair: LayerPair) -> None:
         if not self.reporting.quiet:
-            err.print(f"{self.settings.type} {pair.key}")
+            err.print(f"{self.job.map.type.name} {pair.key}")
 
     def _keep(self, pair: LayerPair, aligner: Aligner, entry: dict[str, Any], documents: dict[str, Any]) -> None:
         self.aligners.append(aligner)
@@ -148,22 +152,21 @@ class _Run:
 
     def _choose(self, direction: Direction) -> list[LayerPair]:
         """The best partner of every source layer, by validation R2 of the closed form."""
-        settings, wanted = self.settings, direction.wanted
-        closed = settings.type in ("procrustes", "affine", "linear") and not settings.by_gradient
+        wanted = direction.wanted
         used = int((direction.pairs.split != TEST).sum())
         with progress(
             f"partners {direction.source}->{direction.target}", used, "pairs", quiet=self.reporting.quiet
         ) as tick:
             chosen, table = best_partners(
-                self.job.store,
+                self.job.data.store,
                 direction.pairs,
                 direction.source,
                 direction.target,
                 list(dict.fromkeys(pair.source_layer for pair in wanted)),
                 list(dict.fromkeys(pair.target_layer for pair in wanted)),
-                Fit(settings.type if closed else "affine"),
+                self.job.map.partners,
                 stored=direction.stored,
-                seed=settings.loop.seed,
+                seed=self.job.seed,
                 device=self.device,
                 tick=tick,
             )
@@ -172,24 +175,22 @@ class _Run:
 
     def _scans(self, direction: Direction, wanted: list[LayerPair]) -> Iterator[dict[str, Scan]]:
         """The moments of all layer pairs, at once if their sums fit into memory; a shared map needs them at once."""
-        seed, pairs = self.settings.loop.seed, direction.pairs
+        seed, pairs, store = self.job.seed, direction.pairs, self.job.data.store
         if direction.stored is not None:
             yield stored_scan(direction.stored, wanted, seed=seed)
             return
         used, label = int((pairs.split != TEST).sum()), f"scan {direction.source}->{direction.target}"
-        for group in groups_within(self.job.store, wanted, None if self.settings.shared else MEMORY):
+        for group in groups_within(store, wanted, MEMORY if self.job.map.sharing is None else None):
             with progress(label, used, "pairs", quiet=self.reporting.quiet) as tick:
-                moments = scan(self.job.store, pairs, group, seed=seed, device=self.device, tick=tick)
+                moments = scan(store, pairs, group, seed=seed, device=self.device, tick=tick)
             yield moments
 
-    def _shared_parameters(self) -> dict[str, int]:
+    def _shared_parameters(self, sharing: Sharing) -> dict[str, int]:
         """What the run's maps ship together: the map they share counts once for each direction."""
         shared = {(a.pair.source, a.pair.target): a.widths[0] * a.widths[1] for a in self.aligners}
-        own = sum(sum(a.widths) + self._projection(a) for a in self.aligners)
+        # Beside its means a layer has a factor, and where it adds to the shared map the two sides of a projection.
+        own = sum(sum(a.widths) + (0 if sharing.whole else sharing.rank * sum(a.widths)) + 1 for a in self.aligners)
         return {"shipped": sum(shared.values()) + own}
-
-    def _projection(self, aligner: Aligner) -> int:
-        return 1 if self.settings.type == "procrustes" else self.settings.loop.rank * sum(aligner.widths) + 1
 
 
 def describe(result: dict[str, Any]) -> str:

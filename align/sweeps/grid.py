@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import product
 
-from align.settings import TYPES, Settings, check
+from align.maps.registry import MapType, map_type, map_types
+from align.settings import Settings, check
 from featstore.errors import FeatstoreError, SpecError
 from featstore.store.format.elements import parse_format
-
-#: Types whose maps have a rank.
-RANKED = ("lora", "reduced-rank")
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,10 @@ def parse_grid(
         tuple(_number("--latents", value) for value in _values("--latents", latents)),
         tuple(_number("--latent-dims", value) for value in _values("--latent-dims", latent_dims)),
     )
+    known = [type_.name for type_ in map_types()]
     for type_ in found.types:
-        if type_ not in TYPES:
-            raise SpecError(f"--types {type_!r}: choose among {', '.join(TYPES)}")
+        if type_ not in known:
+            raise SpecError(f"--types {type_!r}: choose among {', '.join(known)}")
     for form in found.formats:
         parse_format(form)
     return found
@@ -113,34 +112,33 @@ def cells(settings: Settings, grid: Grid) -> list[Cell]:
         grid: What varies.
 
     Raises:
-        SpecError: A run that cannot be meant, or an axis that no type of the grid uses.
+        SpecError: An invalid run, or an axis that no type of the grid uses.
     """
     found: dict[str, Cell] = {}
-    types = grid.types or (settings.type,)
-    ranked = [type_ for type_ in types if type_ in RANKED or settings.shared]
+    types = [map_type(name) for name in grid.types or (settings.type,)]
     for option, axis, users in (
-        ("--ranks", grid.ranks, ranked),
-        ("--latents", grid.latents, [t for t in types if t == "compress"]),
-        ("--latent-dims", grid.latent_dims, [t for t in types if t == "compress"]),
+        ("--ranks", grid.ranks, [type_ for type_ in types if _ranked(type_, settings)]),
+        ("--latents", grid.latents, [type_ for type_ in types if "latents" in type_.options]),
+        ("--latent-dims", grid.latent_dims, [type_ for type_ in types if "latent_dim" in type_.options]),
     ):
         if axis and not users:
-            raise SpecError(f"{option} {','.join(map(str, axis))}: no type of {', '.join(types)} has any; leave it out")
-    axes = (types, *((axis or (None,)) for axis in (grid.layers, grid.ranks, grid.latents, grid.latent_dims)))
-    for (type_, layers, rank, latents, dim), form in product(product(*axes), grid.formats or (None,)):
-        loop, words = settings.loop, [str(type_)]
-        if type_ == "reduced-rank" != settings.type:
-            # As in `align train`: without a word about a skip this is plain reduced-rank regression.
-            loop = replace(loop, skip="none")
+            names = ", ".join(type_.name for type_ in types)
+            raise SpecError(f"{option} {','.join(map(str, axis))}: no type of {names} has any; leave it out")
+    axes = ((axis or (None,)) for axis in (grid.layers, grid.ranks, grid.latents, grid.latent_dims))
+    for type_, (layers, rank, latents, dim), form in product(types, product(*axes), grid.formats or (None,)):
+        loop, words = settings.loop, [type_.name]
+        if type_.name != settings.type and "skip" in type_.defaults:
+            # As in `align train`: where nobody names a skip, the type's own default counts.
+            loop = replace(loop, skip=type_.defaults["skip"])
         if layers is not None:
             words.append(f"L{str(layers).replace('%', 'pc').replace(',', '+').replace(' ', '')}")
-        if rank is not None and type_ in ranked:
+        if rank is not None and _ranked(type_, settings):
             loop, words = replace(loop, rank=int(rank)), [*words, f"r{rank}"]
-        if type_ == "compress":
-            if latents is not None:
-                loop, words = replace(loop, latents=int(latents)), [*words, f"m{latents}"]
-            if dim is not None:
-                loop, words = replace(loop, latent_dim=int(dim)), [*words, f"d{dim}"]
-        own = replace(settings, type=str(type_), loop=loop, layers=settings.layers if layers is None else str(layers))
+        if latents is not None and "latents" in type_.options:
+            loop, words = replace(loop, latents=int(latents)), [*words, f"m{latents}"]
+        if dim is not None and "latent_dim" in type_.options:
+            loop, words = replace(loop, latent_dim=int(dim)), [*words, f"d{dim}"]
+        own = replace(settings, type=type_.name, loop=loop, layers=settings.layers if layers is None else str(layers))
         if form is not None:
             words.append(form)
         name = "-".join(words)
@@ -150,3 +148,8 @@ def cells(settings: Settings, grid: Grid) -> list[Cell]:
             raise SpecError(f"cell {name}: {error}") from error
         found.setdefault(name, Cell(name, own, form))
     return list(found.values())
+
+
+def _ranked(type_: MapType, settings: Settings) -> bool:
+    """Whether a rank means something to a type: of its maps, or of layers' projections beside a shared map."""
+    return "rank" in type_.options or settings.shared

@@ -67,7 +67,7 @@ def sweep(
         ``plots`` the names of the files drawn of them.
 
     Raises:
-        SpecError: A run that cannot be meant, a directory that holds a run of other settings, or no scheduler answers.
+        SpecError: An invalid run, a directory that holds a run of other settings, or no scheduler answers.
         FeatstoreError: The store cannot be read.
     """
     if workers is not None and workers < 1:
@@ -216,7 +216,7 @@ def _client(address: str | None, workers: int) -> Iterator[Any]:
             processes=True,
             memory_limit=0,
             dashboard_address="127.0.0.1:0",
-            # What fails is told of its cell, in a line.
+            # Failures are reported per cell, in one line.
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,

@@ -8,50 +8,50 @@ from typing import Any
 import numpy as np
 
 from align import solvers
-from align.closed_form.fit import skip_weight
+from align.closed_form.skip import skip_weight
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
+from align.maps.registry import listed, map_type, map_types, resolve
 from align.moments.scan import Scan
 from align.moments.scatter import Array, Scatter, about, centered, raw
-from align.settings import LoopSettings
-from align.training.mlp import HiddenLayerMap
-from align.training.modules import LinearMap, LowRankMap, TrainedMap
+from align.training.modules import TrainedMap
+from align.training.plan import Shape
 from featstore.errors import FitError
 
 
-def build_module(type_: str, moments: Scan, settings: LoopSettings, skip: Array | None = None) -> TrainedMap:
+def build_module(shape: Shape, moments: Scan, skip: Array | None = None) -> TrainedMap:
     """A map before training, with means, units and preconditioner from the train moments.
 
     Args:
-        type_: ``lora``, ``mlp``, ``linear`` or ``affine``.
+        shape: Type, rank, hidden width, skip, preconditioner, seed.
         moments: Of the layer pair.
-        settings: Rank, hidden width, skip, preconditioner, seed.
-        skip: The skip map itself, instead of the one that the settings name.
+        skip: The skip map itself, instead of the one that the shape names.
 
     Raises:
         FitError: The type has no gradient form, or the rank or the skip does not fit.
     """
+    type_ = {known.name: known for known in map_types()}.get(shape.type)
+    if type_ is None or type_.module is None:
+        # Those first that have no other way.
+        trained = sorted((known for known in map_types() if known.module), key=lambda known: known.closed is not None)
+        names = listed([known.name for known in trained], "or")
+        raise FitError(f"type {shape.type!r} is not trained by gradient from pairs; choose {names}")
     mean_x, mean_y = moments.means
-    centred = type_ != "linear"
+    centred = type_.centred
     train = centered(moments.train) if centred else raw(moments.train)
     val = about(moments.val, mean_x, mean_y) if centred else raw(moments.val)
     n, dx, dy = train.n, len(mean_x), len(mean_y)
-    if skip is None and type_ in ("lora", "mlp"):
-        skip = skip_weight(settings.skip, train, val)
+    if skip is None and "skip" in type_.options:
+        skip = skip_weight(shape.skip, train, val)
     common: dict[str, Any] = {
         "mean_source": mean_x if centred else None,
         "mean_target": mean_y if centred else None,
         "output_scale": float(np.sqrt(np.trace(train.gy) / (n * dy))),
-        "preconditioner": _preconditioner(train, val, skip) if settings.precondition else None,
-        "input_scale": 1.0 if settings.precondition else float(np.sqrt(np.trace(train.gx) / (n * dx))),
+        "preconditioner": _preconditioner(train, val, skip) if shape.precondition else None,
+        "input_scale": 1.0 if shape.precondition else float(np.sqrt(np.trace(train.gx) / (n * dx))),
     }
-    if type_ == "lora":
-        return LowRankMap(dx, dy, settings.rank, skip=skip, alpha=settings.alpha, seed=settings.seed, **common)
-    if type_ == "mlp":
-        return HiddenLayerMap(dx, dy, settings.hidden, skip=skip, seed=settings.seed, **common)
-    if type_ in ("linear", "affine"):
-        return LinearMap(dx, dy, **common)
-    raise FitError(f"type {type_!r} is not trained by gradient from pairs; choose lora, mlp, linear or affine")
+    module: TrainedMap = resolve(type_.module)(shape, dx, dy, skip, common)
+    return module
 
 
 def _preconditioner(train: Scatter, val: Scatter, skip: Array | None) -> Array:
@@ -85,21 +85,19 @@ def target_unit(moments: Scan) -> float:
     return float(np.trace(train.gy) / train.n / len(train.mean_y))
 
 
-def as_aligner(module: TrainedMap, pair: LayerPair, moments: Scan, settings: LoopSettings) -> Aligner:
+def as_aligner(module: TrainedMap, pair: LayerPair, moments: Scan, shape: Shape, lr: float) -> Aligner:
     """What is saved of a trained map.
 
     Args:
         module: The map; on several processes that of any, since they hold the same.
         pair: Which layers.
         moments: Give the controls' means.
-        settings: How it was trained; batch size and learning rate are numbers.
+        shape: What the map was before training.
+        lr: Peak learning rate.
     """
-    tensors = dict(module.export())
+    type_, tensors = map_type(shape.type), dict(module.export())
     tensors["control_mean_source"], tensors["control_mean"] = (mean.astype(np.float32) for mean in moments.means)
-    options: dict[str, Any] = {"solver": "adamw", "lr": settings.lr}
-    kind = "mlp" if isinstance(module, HiddenLayerMap) else "linear"
-    if isinstance(module, LowRankMap):
-        options |= {"rank": module.rank, "alpha": module.alpha, "skip": settings.skip}
-    elif isinstance(module, HiddenLayerMap):
-        options |= {"hidden": module.hidden, "skip": settings.skip}
-    return Aligner(pair, tensors, options, module.trainable_parameters(), kind)
+    options: dict[str, Any] = {"solver": "adamw", "lr": lr, **module.sizes()}
+    if "skip" in type_.options:
+        options["skip"] = shape.skip
+    return Aligner(pair, tensors, options, module.trainable_parameters(), type_.formula.kind)

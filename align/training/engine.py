@@ -22,47 +22,47 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, broadcast
 from torch import Tensor
 
-from align.settings import LOSSES, PRECISIONS, LoopSettings
 from align.training import losses
 from align.training.checkpoint import Arrays
 from align.training.feed import Rows
 from align.training.modules import TrainedMap
+from align.training.plan import LOSSES, PRECISIONS, Placement
 from featstore.errors import SpecError
 
 #: AdamW's second beta; the first follows the schedule.
 _BETA2 = 0.99
 
 
-def precision_of(loop: LoopSettings) -> str:
+def precision_of(place: Placement) -> str:
     """``float32`` or ``bfloat16``: what the arithmetic between float32 weights and float32 losses is done in.
 
     Args:
-        loop: ``auto`` means bfloat16 on a CUDA device that has it.
+        place: ``auto`` means bfloat16 on a CUDA device that has it.
 
     Raises:
         SpecError: Unknown precision.
     """
-    if loop.precision not in PRECISIONS:
-        raise SpecError(f"--precision {loop.precision!r}: choose one of {', '.join(PRECISIONS)}")
-    if loop.precision != "auto":
-        return loop.precision
-    cuda = torch.device(loop.device).type == "cuda"
+    if place.precision not in PRECISIONS:
+        raise SpecError(f"--precision {place.precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if place.precision != "auto":
+        return place.precision
+    cuda = torch.device(place.device).type == "cuda"
     return "bfloat16" if cuda and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
 
 
-def accelerator_for(loop: LoopSettings) -> Accelerator:
+def accelerator_for(place: Placement) -> Accelerator:
     """accelerate, for the device and precision of a training; joins the other processes where there are some.
 
     Args:
-        loop: Device and precision.
+        place: Device and precision.
 
     Raises:
         SpecError: The device is not there, or accelerate was told to use another one.
     """
-    device, precision = torch.device(loop.device), precision_of(loop)
+    device, precision = torch.device(place.device), precision_of(place)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise SpecError(f"--device {loop.device}: torch sees no CUDA device here; use --device cpu")
+            raise SpecError(f"--device {place.device}: torch sees no CUDA device here; use --device cpu")
         if device.index is not None:
             torch.cuda.set_device(device)
     # accelerate keeps one precision for the whole process; two trainings in it may differ.
@@ -77,7 +77,7 @@ def accelerator_for(loop: LoopSettings) -> Accelerator:
     )
     if accelerator.device.type != device.type:
         raise SpecError(
-            f"--device {loop.device}: accelerate was started for {accelerator.device.type}; use one device for both"
+            f"--device {place.device}: accelerate was started for {accelerator.device.type}; use one device for both"
         )
     return accelerator
 
@@ -112,7 +112,7 @@ class Objective:
     """What is minimised.
 
     Attributes:
-        weights: By component, from :func:`align.settings.parse_loss`.
+        weights: By component, from :func:`align.training.plan.parse_loss`.
         centre: (dy,) float32, the target's train mean, on the device.
         unit: Of the MSE.
         temperature: Of InfoNCE.

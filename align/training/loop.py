@@ -25,13 +25,12 @@ from align.maps.fitted import Aligner
 from align.moments.scan import Scan
 from align.moments.scatter import Array
 from align.scoring.rows import Epoch, score_all
-from align.settings import LoopSettings, parse_loss
 from align.training import losses
 from align.training.building import as_aligner, build_module, target_unit
 from align.training.checkpoint import read_checkpoint, write_checkpoint
-from align.training.defaults import resolved
 from align.training.engine import Engine, Objective, accelerator_for, precision_of
 from align.training.feed import pairs_digest, rows_on
+from align.training.plan import TrainingPlan
 from align.training.probe import CkaProbe, validation_losses
 from align.training.progress import Progress
 from featstore.errors import FitError
@@ -42,8 +41,6 @@ from featstore.store.read.loader import PairBatches
 _AVERAGING = 8
 #: Steps between two looks at the losses; each makes the host wait for the device.
 _UNREAD = 16
-#: Settings that say where a map is trained and what is written on the way, but not what comes out.
-_BESIDE = ("device", "precision", "accumulate", "cka_every", "checkpoint_every", "tracker")
 
 
 @dataclass(frozen=True)
@@ -66,12 +63,11 @@ class Trained:
 
 
 def train_map(
-    type_: str,
+    plan: TrainingPlan,
     pair: LayerPair,
     moments: Scan,
     train: PairBatches,
     val: PairBatches,
-    settings: LoopSettings,
     *,
     skip: Array | None = None,
     on_epoch: Callable[[Epoch], None],
@@ -85,14 +81,13 @@ def train_map(
     """Train one map with AdamW.
 
     Args:
-        type_: ``lora``, ``mlp``, ``linear`` or ``affine``.
+        plan: What the map is before training, what is minimised, in which steps and where.
         pair: Which layers.
         moments: Of this pair: means, skip map, preconditioner and units come from the train part.
         train: Train pairs.
         val: Validation pairs.
-        settings: How; batch size and learning rate may be None, for the type's own.
         skip: float64 ``(d_source, d_target)``, the map that a ``lora`` or ``mlp`` is added to; None for the one that
-            the settings name.
+            the plan names.
         on_epoch: Called on the main process after every epoch, epoch 0 (before training) included.
         on_map: Called just before with the epoch's map; not for epochs that a resumed training only tells again.
         on_step: Called on the main process every ``cka_every`` steps with ``{"event": "step", "epoch", "step", "lr",
@@ -109,14 +104,11 @@ def train_map(
 
     Raises:
         FitError: The loss became NaN or infinite (the message names the step), or the type or rank does not fit.
-        SpecError: The loss weights or the precision do not parse, or the device is not there.
+        SpecError: Unknown precision, or the device is not there.
         StoreStateError: The state is of another training.
         CorruptDataError: The state is damaged.
     """
-    settings = resolved(type_, settings)
-    training = Training(
-        type_, pair, moments, train, val, settings, skip, on_epoch, on_map, on_step, tick, checkpoint, store
-    )
+    training = Training(plan, pair, moments, train, val, skip, on_epoch, on_map, on_step, tick, checkpoint, store)
     return training.run(resume=resume)
 
 
@@ -125,12 +117,11 @@ class Training:
 
     def __init__(
         self,
-        type_: str,
+        plan: TrainingPlan,
         pair: LayerPair,
         moments: Scan,
         train: PairBatches,
         val: PairBatches,
-        settings: LoopSettings,
         skip: Array | None,
         on_epoch: Callable[[Epoch], None],
         on_map: Callable[[Aligner], None],
@@ -139,43 +130,42 @@ class Training:
         checkpoint: Path | None,
         store: str,
     ) -> None:
-        self.pair, self.moments, self.train, self.val, self.settings = pair, moments, train, val, settings
+        self.pair, self.moments, self.train, self.val = pair, moments, train, val
         self.on_epoch, self.on_map, self.on_step = on_epoch, on_map, on_step
         self.tick, self.checkpoint = tick, checkpoint
-        weights = parse_loss(settings.loss)
-        accelerator = accelerator_for(settings)
+        self.shape, self.schedule = plan.shape, plan.schedule
+        accelerator = accelerator_for(plan.place)
         self.main, self.device = accelerator.is_main_process, accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        if settings.batch_size is None or settings.lr is None:
-            raise FitError(f"type {type_!r} has no batch size or learning rate of its own; give both")
-        self.size, self.lr = settings.batch_size, settings.lr
+        schedule = plan.schedule
+        self.size, self.lr = schedule.batch_size, schedule.lr
         #: Micro-batches of a step, on all processes.
-        self.together = settings.accumulate * self.world
+        self.together = schedule.accumulate * self.world
         self.steps = max(-(-len(train) // (self.size * self.together)), 1)
         self.objective = Objective(
-            weights,
+            plan.goal.weights,
             torch.as_tensor(moments.means[1], dtype=torch.float32, device=self.device),
             target_unit(moments),
-            settings.temperature,
+            plan.goal.temperature,
         )
         self.engine = Engine(
             accelerator,
-            build_module(type_, moments, settings, skip).to(self.device),
+            build_module(plan.shape, moments, skip).to(self.device),
             self.objective,
             lr=self.lr,
-            clip=settings.clip,
-            steps=self.steps * settings.epochs,
+            clip=schedule.clip,
+            steps=self.steps * schedule.epochs,
             averaging=_AVERAGING,
         )
-        self.probe = CkaProbe(val, settings.seed, self.device) if self.main and settings.cka_every else None
+        self.probe = CkaProbe(val, schedule.seed, self.device) if self.main and schedule.cka_every else None
         self.progress = Progress()
-        self.best = as_aligner(self.engine.average, pair, moments, settings)
+        self.best = as_aligner(self.engine.average, pair, moments, plan.shape, self.lr)
         self.identity = {
-            "type": type_,
+            "type": plan.shape.type,
             "pair": pair.key,
             "store": store,
-            **{name: value for name, value in asdict(settings).items() if name not in _BESIDE},
-            "precision": precision_of(settings),
+            **plan.identity,
+            "precision": precision_of(plan.place),
             "batches a step": self.together,
             "given skip": None if skip is None else hashlib.sha256(skip.tobytes()).hexdigest()[:16],
             "memory": train.memory,
@@ -222,7 +212,7 @@ class Training:
         progress = self.progress
         batches = self.train.shuffled(
             self.size,
-            self.settings.seed,
+            self.schedule.seed,
             progress.epoch,
             start=progress.step * self.together,
             rank=self.rank,
@@ -247,10 +237,10 @@ class Training:
 
     def _look(self, start: float) -> None:
         """After a step: read figures, report, write the state, each when it is due."""
-        settings, progress = self.settings, self.progress
+        schedule, progress = self.schedule, self.progress
         last = progress.step == self.steps
-        report = bool(settings.cka_every) and progress.taken % settings.cka_every == 0
-        save = self.checkpoint is not None and progress.taken % settings.checkpoint_every == 0 and not last
+        report = bool(schedule.cka_every) and progress.taken % schedule.cka_every == 0
+        save = self.checkpoint is not None and progress.taken % schedule.checkpoint_every == 0 and not last
         if report or save or last or self.engine.unread >= _UNREAD:
             self._read()
         if report and self.probe is not None:
@@ -298,7 +288,7 @@ class Training:
     def _evaluate(self, start: float, loss: float | None, parts: dict[str, float]) -> float:
         """Score the average, keep it if it is the best, tell the epoch's record; the validation loss."""
         progress, epoch = self.progress, 0 if loss is None else self.progress.epoch
-        aligner = as_aligner(self.engine.average, self.pair, self.moments, self.settings)
+        aligner = as_aligner(self.engine.average, self.pair, self.moments, self.shape, self.lr)
         val_loss, failed = math.nan, None
         if self.main:
             try:
@@ -317,9 +307,9 @@ class Training:
         return val_loss
 
     def _record(self, epoch: int, aligner: Aligner, start: float, loss: float | None, parts: dict[str, float]) -> float:
-        settings, progress = self.settings, self.progress
+        schedule, progress = self.schedule, self.progress
         with np.errstate(over="ignore", invalid="ignore"):
-            figures, reasons = score_all(self.val, {"map": aligner}, seed=settings.seed)["map"]
+            figures, reasons = score_all(self.val, {"map": aligner}, seed=schedule.seed)["map"]
         r2 = (figures or {}).get("r2")
         if r2 is None:
             remedy = f"use a smaller --lr than {self.lr:g}" if epoch else "look at the rows of the validation split"
@@ -330,7 +320,7 @@ class Training:
             self.engine.average,
             self.val,
             batch_size=self.size,
-            seed=settings.seed,
+            seed=schedule.seed,
             centre=objective.centre,
             unit=objective.unit,
             temperature=objective.temperature,
@@ -354,19 +344,19 @@ class Training:
 
     def _decide(self, val_loss: float) -> None:
         """After an epoch: stop, or make ready for the next."""
-        settings, progress, epoch = self.settings, self.progress, self.progress.epoch
+        schedule, progress, epoch = self.schedule, self.progress, self.progress.epoch
         # Patience starts anew from here, not from the best epoch: slow progress counts once it adds up to min_delta.
-        if val_loss < progress.reference - settings.min_delta:
+        if val_loss < progress.reference - schedule.min_delta:
             progress.reference, progress.waited = val_loss, 0
         else:
             progress.waited += 1
-        if progress.waited >= settings.patience:
+        if progress.waited >= schedule.patience:
             progress.reason = (
-                f"stopped at epoch {epoch}: no improvement of {settings.min_delta:g} in {progress.waited} epochs; "
+                f"stopped at epoch {epoch}: no improvement of {schedule.min_delta:g} in {progress.waited} epochs; "
                 f"best was epoch {progress.best_epoch}"
             )
-        elif epoch == settings.epochs:
-            progress.reason = f"ran all {settings.epochs} epochs"
+        elif epoch == schedule.epochs:
+            progress.reason = f"ran all {schedule.epochs} epochs"
         progress.next_epoch()
 
     def _save(self) -> None:

@@ -95,7 +95,7 @@ def combined(
     Args:
         y_hat: (B, d) predictions.
         y: (B, d) targets.
-        weights: From :func:`align.settings.parse_loss`. Components with weight 0 are not computed.
+        weights: From :func:`align.training.plan.parse_loss`. Components with weight 0 are not computed.
         centre: (d,) the target's train mean, subtracted from both sides for cosine and InfoNCE.
         temperature: For InfoNCE.
         unit: For MSE.

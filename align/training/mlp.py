@@ -19,6 +19,8 @@ widths.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from align.training.modules import Exported, TrainedMap, double, frozen, full_precision
+from align.training.plan import Shape
 from featstore.errors import FitError
 
 
@@ -84,6 +87,10 @@ class HiddenLayerMap(TrainedMap):
         self.W = nn.Parameter(torch.zeros(hidden, dy))
         self.output_bias = nn.Parameter(torch.zeros(dy))
 
+    def sizes(self) -> dict[str, int | float]:
+        """Width of the hidden layer."""
+        return {"hidden": self.hidden}
+
     def forward(self, x: Tensor) -> Tensor:
         """Map source states.
 
@@ -123,3 +130,19 @@ class HiddenLayerMap(TrainedMap):
             "output_bias": double(self.output_bias) * self.output_scale,
         }
         return {name: array.astype(np.float32) for name, array in tensors.items()}
+
+
+def hidden_layer(shape: Shape, dx: int, dy: int, skip: ArrayLike | None, common: Mapping[str, Any]) -> HiddenLayerMap:
+    """A hidden layer before training.
+
+    Args:
+        shape: Its ``hidden`` and ``seed`` count.
+        dx: Source width.
+        dy: Target width.
+        skip: (dx, dy) fixed map; none for zero.
+        common: Means, preconditioner and units, as :class:`TrainedMap` takes them.
+
+    Raises:
+        FitError: The hidden width is below 1.
+    """
+    return HiddenLayerMap(dx, dy, shape.hidden, skip=skip, seed=shape.seed, **common)

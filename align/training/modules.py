@@ -20,12 +20,15 @@ of each element would bury the small ones in the rounding of the huge ones befor
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from align.training.plan import Shape
 from featstore.errors import FitError
 
 Exported = dict[str, NDArray[np.float32]]
@@ -118,6 +121,10 @@ class TrainedMap(nn.Module):
     def export(self) -> Exported:
         """The tensors of an adapter file, float32, with preconditioner and units multiplied out."""
         raise NotImplementedError
+
+    def sizes(self) -> dict[str, int | float]:
+        """What a card says of the module beside its tensors."""
+        return {}
 
     def whitened(self, x: Tensor) -> Tensor:
         """Centred source states times P, in float32; without P just centred.
@@ -212,6 +219,10 @@ class LowRankMap(TrainedMap):
         """The effective A (dx, r) and B (r, dy) in the units of the states."""
         a = self.A if self.preconditioner is None else self.preconditioner @ self.A
         return a / self.input_scale, self.B * self.output_scale
+
+    def sizes(self) -> dict[str, int | float]:
+        """Rank and scale."""
+        return {"rank": self.rank, "alpha": self.alpha}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map source states.
@@ -315,3 +326,33 @@ class LinearMap(TrainedMap):
             "mean_source": double(self.mean_source).astype(np.float32),
             "mean_target": double(self.mean_target).astype(np.float32),
         }
+
+
+def low_rank(shape: Shape, dx: int, dy: int, skip: ArrayLike | None, common: Mapping[str, Any]) -> LowRankMap:
+    """A low-rank update before training.
+
+    Args:
+        shape: Its ``rank``, ``alpha`` and ``seed`` count.
+        dx: Source width.
+        dy: Target width.
+        skip: (dx, dy) fixed map; none for zero.
+        common: Means, preconditioner and units, as :class:`TrainedMap` takes them.
+
+    Raises:
+        FitError: The rank does not fit.
+    """
+    return LowRankMap(dx, dy, shape.rank, skip=skip, alpha=shape.alpha, seed=shape.seed, **common)
+
+
+def full(shape: Shape, dx: int, dy: int, skip: ArrayLike | None, common: Mapping[str, Any]) -> LinearMap:
+    """A matrix of which every element is trained, before training.
+
+    Args:
+        shape: Has no option that counts here.
+        dx: Source width.
+        dy: Target width.
+        skip: None; this map is added to nothing.
+        common: Means, preconditioner and units, as :class:`TrainedMap` takes them.
+    """
+    del shape, skip
+    return LinearMap(dx, dy, **common)

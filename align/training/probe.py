@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.settings import LOSSES
 from align.training import losses
 from align.training.modules import TrainedMap
+from align.training.plan import LOSSES
 from featstore.store.read.loader import PairBatches
 
 #: Validation rows of the sample.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align.scoring.rows import Epoch
-from align.settings import TRACKERS, LoopSettings
+from align.training.plan import TRACKERS, Placement
 from featstore.errors import MissingPackageError, SpecError
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -70,7 +70,7 @@ def check_tracker(kind: str) -> None:
     """Refuse a tracker that cannot be used, before anything is read.
 
     Args:
-        kind: One of :data:`align.settings.TRACKERS`.
+        kind: One of :data:`align.training.plan.TRACKERS`.
 
     Raises:
         SpecError: Unknown.
@@ -87,14 +87,15 @@ def check_tracker(kind: str) -> None:
 
 
 @contextmanager
-def tracking(loop: LoopSettings, run: Path, config: Mapping[str, Any]) -> Iterator[Tracker]:
+def tracking(kind: str, place: Placement, run: Path, config: Mapping[str, Any]) -> Iterator[Tracker]:
     """A tracker for one run, closed at the end. Of several processes, only the first one's sends anything.
 
     Event files that an interrupted run left in ``<run>/tensorboard`` are removed: a resumed training tells everything
     again.
 
     Args:
-        loop: Which tracker; device and precision, since accelerate's state is made here if training has not begun.
+        kind: One of :data:`align.training.plan.TRACKERS`.
+        place: Device and precision, since accelerate's state is made here if training has not begun.
         run: Run directory; its name is the run's.
         config: Settings, JSON values; wandb keeps them with the run.
 
@@ -102,21 +103,21 @@ def tracking(loop: LoopSettings, run: Path, config: Mapping[str, Any]) -> Iterat
         SpecError: Unknown tracker, or the device is not there.
         MissingPackageError: The tracker is not installed.
     """
-    check_tracker(loop.tracker)
+    check_tracker(kind)
     tracker: Any = None
-    if loop.tracker != "none":
+    if kind != "none":
         from align.training.engine import accelerator_for
 
         # accelerate's trackers log, and its logging wants to know which process this is.
-        accelerator = accelerator_for(loop)
+        accelerator = accelerator_for(place)
         if accelerator.is_main_process:
-            tracker = _tensorboard(run) if loop.tracker == "tensorboard" else _wandb(run, config)
+            tracker = _tensorboard(run) if kind == "tensorboard" else _wandb(run, config)
     if tracker is None:
         yield Tracker(lambda _figures, _at: None)
         return
 
     def log(figures: Mapping[str, float], at: int) -> None:
-        if loop.tracker == "tensorboard":
+        if kind == "tensorboard":
             tracker.log(dict(figures), step=at)
         else:
             # wandb has one axis for everything and drops what lies behind; so the place goes along as a figure.

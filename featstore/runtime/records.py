@@ -8,7 +8,7 @@ writing it again gives the same bytes. Numbers are finite, and stay integers whe
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
@@ -55,7 +55,7 @@ EMPTY: Mapping[str, Any] = Frozen()
 
 #: What was expected, by the kind of pydantic's complaint.
 _EXPECTED = {
-    "int_type": "a number",
+    "int_type": "an integer",
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
@@ -190,7 +190,7 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
             break
         except ValidationError as error:
             content = copy.deepcopy(content) if not lost else content
-            for place, words in list(_damage(error, content)):
+            for place, words in _damage(error, content):
                 lost.setdefault(_pointer(place), words)
                 _drop(content, place)
     return record, _line(path.name, list(lost.values())) if lost else None
@@ -256,21 +256,21 @@ def _parsed(kind: type[R], content: Mapping[str, Any], where: str, *, complete: 
         raise MemberError(f"{_line(where, found)}; restore it or re-create it") from error
 
 
-def _damage(error: ValidationError, content: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _damage(error: ValidationError, content: Any) -> list[tuple[tuple[str | int, ...], str]]:
     """Each damaged place once: the keys that lead to it, and what is wrong there."""
-    seen = set()
+    found: dict[tuple[str | int, ...], str] = {}
     for each in error.errors(include_url=False, include_context=False):
-        value, place = content, []
+        value: Any = content
+        place: tuple[str | int, ...] = ()
         # A place ends with names of the types that were tried; only what leads through the content counts.
         for key in each["loc"]:
             if not _leads(value, key):
                 break
-            value = value[key]
-            place.append(key)
-        if tuple(place) not in seen:
-            seen.add(tuple(place))
-            expected = f"is {_shown(value)}, expected {_EXPECTED.get(each['type'], each['msg'])}"
-            yield tuple(place), f"{_pointer(place)} {each['msg'] if each['type'] == 'incomplete' else expected}"
+            value, place = value[key], (*place, key)
+        expected = f"is {_shown(value)}, expected {_EXPECTED.get(each['type'], each['msg'])}"
+        # Of several types that were tried the last is the widest.
+        found[place] = f"{_pointer(place)} {each['msg'] if each['type'] == 'incomplete' else expected}"
+    return list(found.items())
 
 
 def _leads(value: Any, key: str | int) -> bool:

@@ -17,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from align.closed_form.fit import Fit, fit_closed
 from align.layers import LayerPair
+from align.maps.registry import map_type
 from align.moments.scan import Scan, scan
+from align.runs.plan import training_plan
 from align.scoring.rows import Epoch, batches_of, score_all
 from align.settings import LoopSettings
 from align.training.loop import Trained, train_map
@@ -120,12 +122,11 @@ def run(
             on_step(event)
 
     trained = train_map(
-        type_,
+        training_plan(map_type(type_), LoopSettings(**options)),
         PAIR,
         data.moments,
         data.train,
         data.val,
-        LoopSettings(**options),
         on_epoch=epochs.append,
         on_step=told,
         checkpoint=checkpoint,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
+from align.maps.registry import map_types
 from evaluate.reporting.reading.inputs import Node, Run
 from evaluate.reporting.reading.numbers import interval, percent, percent_number, say, show
-
-_TYPES = {"lora": "LoRA", "mlp": "MLP", "procrustes": "Procrustes"}
 
 
 def type_name(run: Run) -> str:
@@ -16,7 +15,8 @@ def type_name(run: Run) -> str:
     Args:
         run: The run.
     """
-    return _TYPES.get(run.type) or run.type.capitalize() or "The map"
+    titles = {type_.name: type_.title for type_ in map_types()}
+    return titles.get(run.type) or run.type.capitalize() or "The map"
 
 
 def share(block: Node) -> Markup:

@@ -13,10 +13,11 @@ from scipy.linalg import orthogonal_procrustes
 
 import align.solvers.spectrum
 from align import solvers
-from align.closed_form.fit import Fit, Solver, baselines, check_low_rank, fit_closed, fit_shared_procrustes
+from align.closed_form.fit import Fit, Solver, baselines, fit_closed, fit_shared_procrustes
 from align.closed_form.partners import validation_r2
 from align.layers import LayerPair
 from align.maps.fitted import Aligner, load_adapter
+from align.maps.low_rank import check_low_rank
 from align.moments.scan import Scan, scan
 from align.moments.scatter import centered
 from featstore.errors import FitError, PairingError, SpecError

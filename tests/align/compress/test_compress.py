@@ -13,11 +13,14 @@ import torch
 from align.compress import fit as compress_fit
 from align.compress.fit import Compressed, fit_windows, steps_of
 from align.compress.pack import pack
+from align.compress.plan import WindowsPlan
 from align.compress.report import NAMES, evaluate, table
 from align.compress.resampler import Resampler, tensors_of
 from align.compress.windows import Windows
 from align.layers import LayerPair
+from align.maps.registry import map_type
 from align.metrics import DocumentSums
+from align.runs.plan import windows_plan
 from align.scoring.rows import Epoch
 from align.settings import LoopSettings
 from featstore.errors import FitError, StoreStateError
@@ -39,14 +42,15 @@ def means(planted: Planted) -> tuple[Any, Any]:
     return planted.x[1][train].mean(0), planted.y[1][train].mean(0)
 
 
-def settings(**options: Any) -> LoopSettings:
-    return LoopSettings(**{"latents": 10, "latent_dim": 10, "epochs": 3, **options})
+def plan(**options: Any) -> WindowsPlan:
+    settings = LoopSettings(**{"latents": 10, "latent_dim": 10, "epochs": 3, **options})
+    return windows_plan(map_type("compress"), settings)
 
 
 def compressed(planted: Planted, **options: Any) -> Compressed:
     train, val, _ = sides(planted)
     own = {name: options.pop(name) for name in ("on_epoch", "tick", "checkpoint", "resume") if name in options}
-    return fit_windows(train, val, means(planted), settings(**options), **own)
+    return fit_windows(train, val, means(planted), plan(**options), **own)
 
 
 def r2s(planted: Planted, trained: Compressed) -> dict[str, Any]:
@@ -146,9 +150,9 @@ def test_epoch_zero_is_the_linear_codec_and_the_best_epoch_is_kept(clusters: Pla
     assert losses[0] > losses[3] + 0.3
     assert result.reason == "ran all 3 epochs"
     train, val, _ = sides(clusters)
-    steps = steps_of(len(train), settings())
+    steps = steps_of(len(train), plan().batch_size)
     assert steps >= compress_fit.EPOCH_STEPS
-    assert sum(done) == 3 * steps * compress_fit.BATCH_WINDOWS
+    assert sum(done) == 3 * steps * plan().batch_size
     # What is returned is what was measured.
     figures = evaluate(result, train, val, val)["figures"]["compress"]
     assert figures["r2"] == pytest.approx(1 - min(losses), abs=1e-6)

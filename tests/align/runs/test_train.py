@@ -15,8 +15,9 @@ import yaml
 
 import align.training.loop
 from align.maps.fitted import load_adapter
+from align.maps.registry import map_types
 from align.runs.train import default_directory, describe, train
-from align.settings import CLOSED_TYPES, LoopSettings, Settings, check, load_settings
+from align.settings import LoopSettings, Settings, check, load_settings
 from featstore.errors import FitError, SpecError
 from featstore.store import Store, StoredModel
 from tests.support.commands import call, strict_json
@@ -185,7 +186,9 @@ print("torch" in sys.modules, file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize(("type_", "used"), [*((name, False) for name in CLOSED_TYPES), ("lora", True)])
+@pytest.mark.parametrize(
+    ("type_", "used"), [*((type_.name, False) for type_ in map_types() if type_.closed), ("lora", True)]
+)
 def test_a_closed_form_needs_no_torch(small: Planted, tmp_path: Path, type_: str, used: bool) -> None:
     words = [
         "--store",

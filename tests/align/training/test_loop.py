@@ -15,14 +15,16 @@ import torch
 import align.training.loop
 import align.training.losses
 import align.training.tracking
+from align.maps.registry import map_type
 from align.metrics import debiased_cka
+from align.runs.plan import training_plan, windows_plan
 from align.scoring.rows import Epoch
-from align.settings import LoopSettings, parse_loss
+from align.settings import LoopSettings
 from align.training.building import build_module
 from align.training.checkpoint import FILE
-from align.training.defaults import resolved
 from align.training.engine import Engine, Objective, accelerator_for, one_cycle, precision_of
 from align.training.modules import LinearMap
+from align.training.plan import Placement, Shape, parse_loss
 from align.training.probe import CkaProbe
 from align.training.tracking import Tracker, check_tracker, tracking
 from featstore.errors import FitError, MissingPackageError, SpecError
@@ -59,7 +61,7 @@ def test_the_schedule_has_a_value_for_every_length() -> None:
 
 
 def engine_of(width: int = 6, **options: Any) -> Engine:
-    accelerator = accelerator_for(LoopSettings(precision=options.pop("precision", "float32")))
+    accelerator = accelerator_for(Placement(precision=options.pop("precision", "float32")))
     objective = Objective(parse_loss("mse=1"), torch.zeros(width), 1.0, 0.07)
     settings = {"lr": 0.1, "clip": math.inf, "steps": 10, "averaging": 8, **options}
     return Engine(accelerator, LinearMap(width, width), objective, **settings)
@@ -134,10 +136,10 @@ def test_one_process_or_two_take_the_same_steps(data: Ready, tmp_path: Path) -> 
 
 
 def test_precision_follows_the_device() -> None:
-    assert precision_of(LoopSettings()) == "float32"
-    assert precision_of(LoopSettings(precision="bfloat16")) == "bfloat16"
+    assert precision_of(Placement()) == "float32"
+    assert precision_of(Placement(precision="bfloat16")) == "bfloat16"
     with pytest.raises(SpecError, match="'half': choose one of auto"):
-        precision_of(LoopSettings(precision="half"))
+        precision_of(Placement(precision="half"))
 
 
 def test_bfloat16_keeps_float32_weights_and_losses() -> None:
@@ -166,7 +168,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SpecError, match="--device cuda: torch sees no CUDA device here; use --device cpu"):
-        accelerator_for(LoopSettings(device="cuda"))
+        accelerator_for(Placement(device="cuda"))
 
 
 # What is told.
@@ -214,7 +216,7 @@ def test_step_events(data: Ready) -> None:
 
 
 def test_the_probe_is_the_metric(data: Ready) -> None:
-    module = build_module("mlp", data.moments, LoopSettings(hidden=16))
+    module = build_module(Shape("mlp", hidden=16), data.moments)
     probe = CkaProbe(data.val, 0, torch.device("cpu"))
     [block] = data.val.blocks(1000)
     with torch.no_grad():
@@ -223,12 +225,12 @@ def test_the_probe_is_the_metric(data: Ready) -> None:
     assert value == pytest.approx(expected, abs=1e-6)
     assert seconds > 0
     # A map that predicts the mean has no similarity structure.
-    assert probe(build_module("affine", data.moments, LoopSettings()))[0] is None
+    assert probe(build_module(Shape("affine"), data.moments))[0] is None
 
 
 def test_the_probe_takes_a_sample_and_refuses_to_guess(tmp_path: Path) -> None:
     data = ready(tmp_path / "s.zarr", n=6000, d=8)
-    module = build_module("lora", data.moments, LoopSettings(rank=2))
+    module = build_module(Shape("lora", rank=2), data.moments)
     assert len(data.val) == 600
     sampled = [CkaProbe(data.val, seed, torch.device("cpu"))(module)[0] for seed in (0, 0, 1)]
     assert sampled[0] == sampled[1] != sampled[2]
@@ -260,7 +262,7 @@ def test_a_loss_that_explodes_names_the_step_and_keeps_the_state(
     epochs: list[Epoch] = []
     with pytest.raises(FitError, match=words):
         align.training.loop.train_map(
-            "mlp", PAIR, data.moments, data.train, data.val, LoopSettings(**options),
+            training_plan(map_type("mlp"), LoopSettings(**options)), PAIR, data.moments, data.train, data.val,
             on_epoch=epochs.append, checkpoint=tmp_path,
         )  # fmt: skip
     assert [record.epoch for record in epochs] == [0, 1]
@@ -291,10 +293,12 @@ def test_no_state_is_written_with_bad_weights(data: Ready, tmp_path: Path, monke
 
 
 def test_defaults_fill_in_what_is_not_said() -> None:
-    assert resolved("lora", LoopSettings()).lr == 0.02
-    assert resolved("mlp", LoopSettings()).batch_size == 128
-    own = LoopSettings(lr=1e-3, batch_size=7)
-    assert resolved("mlp", own) == own
+    assert training_plan(map_type("lora"), LoopSettings()).schedule.lr == 0.02
+    assert training_plan(map_type("mlp"), LoopSettings()).schedule.batch_size == 128
+    schedule = training_plan(map_type("mlp"), LoopSettings(lr=1e-3, batch_size=7)).schedule
+    assert (schedule.lr, schedule.batch_size) == (1e-3, 7)
+    windows = windows_plan(map_type("compress"), LoopSettings())
+    assert (windows.lr, windows.batch_size) == (2e-3, 4)
 
 
 @pytest.mark.parametrize(("d", "n"), [(64, 4000), (256, 6000), (1024, 4000)])
@@ -342,10 +346,9 @@ def test_from_independent_data_nothing_is_learned(tmp_path: Path, type_: str) ->
 
 
 def test_tensorboard_gets_every_figure(data: Ready, tmp_path: Path) -> None:
-    settings = LoopSettings(epochs=1, rank=2, cka_every=5)
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "left.over").write_text("")
-    with tracking(settings, tmp_path, {}) as tracker:
+    with tracking("tensorboard", Placement(), tmp_path, {}) as tracker:
         outcome = run(data, "lora", epochs=1, rank=2, cka_every=5)
         for record in outcome.epochs:
             tracker.epoch(PAIR.key, record)
@@ -373,7 +376,7 @@ def test_what_is_unknown_is_not_sent() -> None:
 
 
 def test_no_tracker_writes_nothing(tmp_path: Path) -> None:
-    with tracking(LoopSettings(tracker="none"), tmp_path, {}) as tracker:
+    with tracking("none", Placement(), tmp_path, {}) as tracker:
         tracker.step("a:1->b:1", {"step": 1, "lr": 0.1, "loss": 0.2, "cka": 0.3})
     assert not list(tmp_path.iterdir())
 
@@ -386,7 +389,7 @@ def test_a_tracker_that_is_not_there_is_one_clear_error(monkeypatch: pytest.Monk
         check_tracker("wandb")
     with (
         pytest.raises(MissingPackageError, match="needs the package tensorboardX"),
-        tracking(LoopSettings(), tmp_path, {}),
+        tracking("tensorboard", Placement(), tmp_path, {}),
     ):
         pass
     with pytest.raises(SpecError, match="--tracker 'mlflow': choose one of tensorboard, wandb, none"):

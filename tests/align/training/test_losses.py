@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from align.settings import LOSSES as NAMES
-from align.settings import parse_loss
 from align.training.losses import combined, cosine, infonce, infonce_chance, mse
+from align.training.plan import LOSSES as NAMES
+from align.training.plan import parse_loss
 from featstore.errors import SpecError
 
 

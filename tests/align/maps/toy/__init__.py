@@ -1,0 +1,1 @@
+"""A type of map in two files, as anybody would add one."""
