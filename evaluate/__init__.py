@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evaluate.api import communicate, generate, inject, load_models, report, stitch
-    from evaluate.shown import CommunicateResult, GenerateResult, ReportResult, StitchResult
+    from evaluate.notebook.answers import CommunicateResult
+    from evaluate.notebook.page import ReportResult
+    from evaluate.notebook.stitched import StitchResult
+    from evaluate.notebook.texts import GenerateResult
 
 __all__ = [
     "CommunicateResult",
@@ -29,12 +32,21 @@ __all__ = [
 ]
 
 
+#: Where a name is, if not among the functions.
+_RESULTS = {
+    "CommunicateResult": "evaluate.notebook.answers",
+    "GenerateResult": "evaluate.notebook.texts",
+    "ReportResult": "evaluate.notebook.page",
+    "StitchResult": "evaluate.notebook.stitched",
+}
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module("evaluate.shown" if name.endswith("Result") else "evaluate.api"), name)
+    value = getattr(import_module(_RESULTS.get(name, "evaluate.api")), name)
     globals()[name] = value
     return value
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from align.maps.fitted import Adapter
     from evaluate.injection.live import LiveInjection
     from evaluate.injection.loading import Loaded
-    from evaluate.shown import CommunicateResult, GenerateResult, ReportResult, StitchResult
+    from evaluate.notebook.answers import CommunicateResult
+    from evaluate.notebook.page import ReportResult
+    from evaluate.notebook.stitched import StitchResult
+    from evaluate.notebook.texts import GenerateResult
     from featstore.store import Store
 
 __all__ = ["communicate", "generate", "inject", "load_models", "report", "stitch"]
@@ -189,8 +192,8 @@ def stitch(
         PairingError: The split has no window to score.
         SpecError: An argument is outside its range.
     """
+    from evaluate.notebook.stitched import StitchResult
     from evaluate.results import write_stitch
-    from evaluate.shown import StitchResult
     from evaluate.stitching import stitch as stitching
     from featstore.store import Store, open_store
 
@@ -262,8 +265,8 @@ def generate(
     """
     from evaluate.generation import generate as generating
     from evaluate.injection.continuing import Sampling
+    from evaluate.notebook.texts import GenerateResult
     from evaluate.results import write_generations
-    from evaluate.shown import GenerateResult
 
     if not sample and (temperature, top_p) != (1.0, 1.0):
         raise SpecError("--temperature and --top-p need --sample")
@@ -337,8 +340,8 @@ def communicate(
     """
     from evaluate.communication.communicate import prepare
     from evaluate.communication.tasks.named import make
+    from evaluate.notebook.answers import CommunicateResult
     from evaluate.results import write_communication
-    from evaluate.shown import CommunicateResult
 
     _check_at_least("seed", seed, 0)
     _check_out(out)
@@ -386,8 +389,8 @@ def report(dirs: Run | Iterable[Run], *, out: str | PathLike[str] = "report.html
         CorruptDataError: A file is there but is not JSON.
         SpecError: The page cannot be written there.
     """
+    from evaluate.notebook.page import ReportResult
     from evaluate.reporting import write_report
-    from evaluate.shown import ReportResult
 
     page = Path(out)
     check_directory(page.parent, page)
