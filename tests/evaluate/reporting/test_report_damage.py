@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report_evidence import whole, windows
 
 from evaluate.reporting import build_report
 from featstore.errors import AdapterError, CorruptDataError
+from tests.evaluate.reporting.test_report_evidence import whole, windows
 from tests.support import report_fixtures as made
 from tests.support.report_fixtures import page, run_of
 

@@ -15,9 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from test_store import copied, read_everything
-from test_writer import RECIPE as WRITER
-from test_writer import check_invariants
 
 from featstore import open_store
 from featstore.errors import CorruptDataError, FeatstoreError, NoSpaceError, PairingError, StoreStateError
@@ -28,6 +25,9 @@ from featstore.store.write.index import add_pairs, sink_mask
 from featstore.store.write.row_writer import RowArrays
 from featstore.store.write.table import write_table
 from featstore.store.write.writer import StoreWriter, exclusive
+from tests.featstore.store.test_store import copied, read_everything
+from tests.featstore.store.test_writer import RECIPE as WRITER
+from tests.featstore.store.test_writer import check_invariants
 from tests.support.store_fixtures import MODELS, SINK_THRESHOLD, Recipe, states, tree_bytes, write_quickly
 
 SMALL = Recipe(documents=5, document_bytes=150, width=4, shard_rows=256, layers=(0, 2))

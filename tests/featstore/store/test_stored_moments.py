@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from test_cka import related
-from test_moments import assert_same
 
 from align.closed_form.fit import Fit, baselines, fit_closed
 from align.layers import LayerPair
@@ -43,6 +41,8 @@ from featstore.store.moments.stored import (
 from featstore.store.moments.sums import BlockSums, moments_of, products, steady_products
 from featstore.store.write.index import add_pairs
 from featstore.store.write.writer import StoreWriter, exclusive
+from tests.align.moments.test_moments import assert_same
+from tests.align.similarity.test_cka import related
 from tests.support.commands import call, strict_json
 from tests.support.planted import Planted, only, plant, rotation, spectrum_rows, trained
 from tests.support.store_fixtures import tree_bytes
