@@ -185,7 +185,16 @@ print("torch" in sys.modules, file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize(("type_", "used"), [*((name, False) for name in CLOSED_TYPES), ("lora", True)])
+@pytest.mark.parametrize(
+    ("type_", "used"),
+    [
+        *(
+            pytest.param(name, False, marks=[] if name == "procrustes" else [pytest.mark.thorough])
+            for name in CLOSED_TYPES
+        ),
+        ("lora", True),
+    ],
+)
 def test_a_closed_form_needs_no_torch(small: Planted, tmp_path: Path, type_: str, used: bool) -> None:
     words = [
         "--store",
@@ -344,8 +353,8 @@ def test_the_default_directory_is_the_first_free_one(tmp_path: Path, monkeypatch
         (6000, 64, 8, 1.0, False),
         (6000, 64, 8, 2.0, True),
         (6000, 64, 8, 2.0, False),
-        (9000, 256, 16, 0.0, True),
-        (9000, 256, 16, 1.0, False),
+        pytest.param(9000, 256, 16, 0.0, True, marks=pytest.mark.thorough),
+        pytest.param(9000, 256, 16, 1.0, False, marks=pytest.mark.thorough),
         # Few rows are few steps.
         (1250, 64, 8, 1.0, True),
     ],
