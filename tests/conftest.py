@@ -1,4 +1,4 @@
-"""What several test files share: the demo pair, tiny random models, a small complete store, the commands."""
+"""What several test files share: the demo pair, trained tokenizers, tiny random models, a small store, the commands."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what asks for the demo models: the quick tier leaves it out, and nothing else may download."""
+    for item in items:
+        if "demo_models" in getattr(item, "fixturenames", ()):
+            item.add_marker("demo_pair")
+
+
 #: Context of the tiny models; their windows are shorter.
 TINY_CONTEXT = 1024
 #: Shorter than the tiny store's windows, so that the sliding window matters.
@@ -46,8 +53,12 @@ def demo_models() -> SimpleNamespace:
     return SimpleNamespace(smollm2=pair.source, twin=pair.target, twin_same=same.target)
 
 
-def lively(model, seed: int):
-    """Give a random model weights under which blocks matter, gains differ and one token is an attention sink."""
+def lively(model, seed: int, sink: int):
+    """Give a random model weights under which blocks matter, gains differ and one token is an attention sink.
+
+    As in real models the sink's state is large along one dimension, and the last norm mutes that: with tied weights the
+    model would otherwise say the sink every other time.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -58,18 +69,39 @@ def lively(model, seed: int):
             elif "embed" in name:
                 parameter.normal_(std=1.0, generator=generator)
             else:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+                # What a block adds outweighs what it adds it to, or a model with tied weights repeats the last token.
+                gain = 2.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                parameter.normal_(std=gain * parameter.shape[-1] ** -0.5, generator=generator)
+        embeddings = model.model.embed_tokens.weight
+        embeddings[sink] = 0
+        embeddings[sink, 0] = 50 * embeddings.shape[1] ** 0.5
+        model.model.norm.weight[0] = 0.01
     return model.eval()
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(demo_models, tmp_path_factory) -> Path:
-    """A random Llama of 3 blocks and width 48 with SmolLM2's tokenizer, whose newline token is a sink."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def byte_level_tokenizer(sample_texts):
+    """A tokenizer like SmolLM2's: byte-level, no start token."""
+    from tests.support.tokenizers import train_byte_level
+
+    return train_byte_level(sample_texts)
+
+
+@pytest.fixture(scope="session")
+def start_token_tokenizer(sample_texts):
+    """A tokenizer like Mistral's: byte fallback, "▁" for spaces, a start token."""
+    from tests.support.tokenizers import train_with_start_token
+
+    return train_with_start_token(sample_texts)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(byte_level_tokenizer, tmp_path_factory) -> Path:
+    """A random Llama of 3 blocks and width 48 without a start token, whose newline token is a sink."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=len(byte_level_tokenizer),
         hidden_size=48,
         intermediate_size=80,
         num_hidden_layers=3,
@@ -80,21 +112,19 @@ def tiny_llama(demo_models, tmp_path_factory) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    model = lively(LlamaForCausalLM(config), 1)
-    newline = AutoTokenizer.from_pretrained(demo_models.smollm2)("\n", add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
-        model.model.embed_tokens.weight[newline] *= 50
-    return save_with_tokenizer(model, tmp_path_factory.mktemp("tiny") / "llama", demo_models.smollm2)
+    [newline] = byte_level_tokenizer("\n", add_special_tokens=False)["input_ids"]
+    # Under this seed the model's own states predict the text better than their mean does, at every layer.
+    model = lively(LlamaForCausalLM(config), 25, sink=newline)
+    return save_with_tokenizer(model, tmp_path_factory.mktemp("tiny") / "llama", byte_level_tokenizer)
 
 
 @pytest.fixture(scope="session")
-def tiny_mistral(demo_models, tmp_path_factory) -> Path:
+def tiny_mistral(start_token_tokenizer, tmp_path_factory) -> Path:
     """A random Mistral of 4 blocks and width 32 with a short sliding window; its start token is a sink."""
-    import torch
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
-        vocab_size=32768,
+        vocab_size=len(start_token_tokenizer),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=4,
@@ -104,10 +134,8 @@ def tiny_mistral(demo_models, tmp_path_factory) -> Path:
         sliding_window=TINY_SLIDING_WINDOW,
         tie_word_embeddings=True,
     )
-    model = lively(MistralForCausalLM(config), 2)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[1] *= 50
-    return save_with_tokenizer(model, tmp_path_factory.mktemp("tiny") / "mistral", demo_models.twin)
+    model = lively(MistralForCausalLM(config), 2, sink=start_token_tokenizer.bos_token_id)
+    return save_with_tokenizer(model, tmp_path_factory.mktemp("tiny") / "mistral", start_token_tokenizer)
 
 
 @pytest.fixture(scope="session")

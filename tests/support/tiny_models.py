@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
-
-def save_with_tokenizer(model, directory: Path, tokenizer_from: Path) -> Path:
-    """Save a model beside the tokenizer files of another directory."""
+def save_with_tokenizer(model, directory: Path, tokenizer) -> Path:
+    """Save a model and its tokenizer, as a user has them."""
     model.save_pretrained(directory)
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
-            shutil.copy(tokenizer_from / name, directory / name)
+    tokenizer.save_pretrained(directory)
     return directory

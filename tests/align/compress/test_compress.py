@@ -83,8 +83,16 @@ def clusters(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 
 
 @pytest.fixture(scope="module")
-def trained(clusters: Planted) -> Compressed:
-    return compressed(clusters)
+def followed(clusters: Planted) -> tuple[Compressed, list[Epoch], list[float]]:
+    """A training, its epochs and its ticks."""
+    seen: list[Epoch] = []
+    done: list[float] = []
+    return compressed(clusters, on_epoch=seen.append, tick=done.append), seen, done
+
+
+@pytest.fixture(scope="module")
+def trained(followed: tuple[Compressed, list[Epoch], list[float]]) -> Compressed:
+    return followed[0]
 
 
 @pytest.fixture
@@ -112,7 +120,9 @@ def test_what_all_states_of_a_window_share_fits_into_one_latent(tmp_path: Path) 
     assert found["compress"] > max(found["pca"], found["strided"]) + 0.1
 
 
-@pytest.mark.parametrize("latents", [1, 10, 50])
+@pytest.mark.parametrize(
+    "latents", [10, pytest.param(1, marks=pytest.mark.thorough), pytest.param(50, marks=pytest.mark.thorough)]
+)
 def test_nothing_is_found_in_independent_data(tmp_path: Path, latents: int) -> None:
     rng = np.random.default_rng(3)
     x, y = (rng.normal(size=(DOCUMENTS * TOKENS, WIDTH)) for _ in range(2))
@@ -121,6 +131,7 @@ def test_nothing_is_found_in_independent_data(tmp_path: Path, latents: int) -> N
     assert all(value <= 0.02 for value in found.values()), found
 
 
+@pytest.mark.thorough
 def test_more_latents_are_better(clusters: Planted, trained: Compressed) -> None:
     few = r2s(clusters, compressed(clusters, latents=2))["compress"]
     assert few < r2s(clusters, trained)["compress"] - 0.1
@@ -138,10 +149,10 @@ def test_with_room_for_everything_a_rotation_comes_out_whole(tmp_path: Path) -> 
 # Epochs.
 
 
-def test_epoch_zero_is_the_linear_codec_and_the_best_epoch_is_kept(clusters: Planted) -> None:
-    seen: list[Epoch] = []
-    done: list[float] = []
-    result = compressed(clusters, on_epoch=seen.append, tick=done.append)
+def test_epoch_zero_is_the_linear_codec_and_the_best_epoch_is_kept(
+    clusters: Planted, followed: tuple[Compressed, list[Epoch], list[float]]
+) -> None:
+    result, seen, done = followed
     assert [epoch.epoch for epoch in seen] == [0, 1, 2, 3]
     assert seen[0].train_loss is None
     assert all(epoch.val_loss == 1 - float(epoch.val["r2"] or 0) for epoch in seen)

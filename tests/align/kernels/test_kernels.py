@@ -365,11 +365,18 @@ print(cka_matrix([torch.arange(900.0).sin().view(300, 3)], form="panels")[0, 0])
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
-def test_the_kernels_in_the_interpreter():
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["-k", "sinks or different_types or padded or macro_tile"], id="some"),
+        pytest.param([], id="all", marks=pytest.mark.thorough),
+    ],
+)
+def test_the_kernels_in_the_interpreter(words):
     """TRITON_INTERPRET must not reach the other tests, so the kernels' own tests run in a process of their own."""
     path = Path(__file__).with_name("test_kernels_triton.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), *words],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,

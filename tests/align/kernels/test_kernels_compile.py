@@ -87,6 +87,7 @@ def compiled(tmp_path_factory) -> dict[str, MachineCode]:
 
 
 @pytest.mark.parametrize("name", FAST)
+@pytest.mark.thorough
 def test_sm_90_multiplies_with_warp_groups(compiled, name):
     code = compiled[name]
     assert code.hgmma > 0
@@ -95,6 +96,7 @@ def test_sm_90_multiplies_with_warp_groups(compiled, name):
 
 
 @pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.thorough
 def test_sm_80_multiplies_on_tensor_cores(compiled, name):
     code = compiled[name]
     assert code.hmma > 0
@@ -104,6 +106,7 @@ def test_sm_80_multiplies_on_tensor_cores(compiled, name):
 
 
 @pytest.mark.parametrize("name", FAST + PLAIN)
+@pytest.mark.thorough
 def test_no_spills_in_the_loop_and_no_atomics(compiled, name):
     code = compiled[name]
     assert code.loop_local == 0

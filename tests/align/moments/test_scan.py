@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_moments import assert_same
 
 from align.layers import LayerPair
 from align.moments.device import DeviceProducts, multiplier, torch_device
@@ -32,6 +31,7 @@ from featstore.store import open_store
 from featstore.store.moments import stored as kept
 from featstore.store.moments.stored import add_moments
 from featstore.store.moments.sums import steady_products
+from tests.align.moments.test_moments import assert_same
 from tests.support.planted import TEST, TRAIN, VAL, Planted, plant, rotation, spectrum_rows
 
 LAYERS = (0, 1, 3)

@@ -187,7 +187,15 @@ print("torch" in sys.modules, file=sys.stderr)
 
 
 @pytest.mark.parametrize(
-    ("type_", "used"), [*((type_.name, False) for type_ in map_types() if type_.closed), ("lora", True)]
+    ("type_", "used"),
+    [
+        *(
+            pytest.param(type_.name, False, marks=[] if type_.name == "procrustes" else [pytest.mark.thorough])
+            for type_ in map_types()
+            if type_.closed
+        ),
+        ("lora", True),
+    ],
 )
 def test_a_closed_form_needs_no_torch(small: Planted, tmp_path: Path, type_: str, used: bool) -> None:
     words = [
@@ -347,8 +355,8 @@ def test_the_default_directory_is_the_first_free_one(tmp_path: Path, monkeypatch
         (6000, 64, 8, 1.0, False),
         (6000, 64, 8, 2.0, True),
         (6000, 64, 8, 2.0, False),
-        (9000, 256, 16, 0.0, True),
-        (9000, 256, 16, 1.0, False),
+        pytest.param(9000, 256, 16, 0.0, True, marks=pytest.mark.thorough),
+        pytest.param(9000, 256, 16, 1.0, False, marks=pytest.mark.thorough),
         # Few rows are few steps.
         (1250, 64, 8, 1.0, True),
     ],

@@ -453,6 +453,7 @@ def test_the_same_bits_on_any_number_of_threads(planted: Planted, client: Any, s
             assert bits(scanned(planted, other, estimator="minibatch", batch=40)) == first
 
 
+@pytest.mark.thorough
 def test_a_worker_killed_in_the_middle_does_not_touch_the_bits(
     planted: Planted, client: Any, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

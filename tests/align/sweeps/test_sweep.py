@@ -272,6 +272,7 @@ def dies_once(marker: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.thorough
 def test_a_worker_that_is_killed_costs_nothing_but_time(settings: Settings, tmp_path: Path) -> None:
     from distributed import Client, LocalCluster
 
@@ -369,6 +370,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.thorough
 def test_a_sweep_that_is_killed_goes_on_where_it_was(planted: Planted, tmp_path: Path) -> None:
     script, out = tmp_path / "sweep_script.py", tmp_path / "out"
     script.write_text(SWEEP)

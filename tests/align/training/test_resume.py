@@ -85,6 +85,7 @@ def test_a_finished_training_is_told_again_and_not_trained_again(data: Ready, tm
     assert (tmp_path / FILE).read_bytes() == before
 
 
+@pytest.mark.thorough
 def test_killed_again_and_again(data: Ready, tmp_path: Path) -> None:
     options = SMALL | {"cka_every": 1, "epochs": 2, "checkpoint_every": 4, "batch_size": 64}
     launched(command(data, tmp_path / "whole", "mlp", **options))

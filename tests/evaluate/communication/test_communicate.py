@@ -211,7 +211,7 @@ def test_a_rotated_twin_answers_from_rotated_states(pair: SimpleNamespace, demo_
 def test_b_reads_the_context_through_the_states_alone(pair: SimpleNamespace) -> None:
     loaded = pair.models["mistral"]
     width = loaded.info.width
-    texts = ("Maria is at the lake. Where", "Maria is at the moon. Where")
+    texts = ("Maria is at the city. Where", "Maria is at the river. Where")
     prompts = prompts_of(loaded, texts, [()] * 2, NEW)
     assert len(prompts[0].ids) == len(prompts[1].ids)
     end = len(prompts[0].ids) - 2

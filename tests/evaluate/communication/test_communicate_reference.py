@@ -39,11 +39,11 @@ def prompts(sizes: tuple[tuple[int, int], ...] = SIZES, *, choices: bool = False
     made = []
     for i, (size, rest) in enumerate(sizes):
         # Of one length in a prompt, as the sum favours the short; prompts of a batch may have others, and fewer.
-        offered = [rng.integers(5, 9000, 1 + i % 3).tolist() for _ in range(6 - i % 4)] if choices else []
-        ids = [1, *rng.integers(5, 9000, size - 1).tolist()]
+        offered = [rng.integers(5, 3000, 1 + i % 3).tolist() for _ in range(6 - i % 4)] if choices else []
+        ids = [1, *rng.integers(5, 3000, size - 1).tolist()]
         # The last one takes a state: a prompt without a rest goes on from it.
         places = tuple(sorted({*range(1, size, 3), size - 1} - {0}))
-        made.append(Prompt(ids, rng.integers(5, 9000, rest).tolist(), tuple(offered), places))
+        made.append(Prompt(ids, rng.integers(5, 3000, rest).tolist(), tuple(offered), places))
     return made
 
 

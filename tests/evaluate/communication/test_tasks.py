@@ -340,7 +340,7 @@ def test_the_state_sent_alone_is_of_the_last_ordinary_token(tiny_llama: Path, mo
     [norms] = capture(stream, torch.tensor([[600, 700, 800]]), [2]).values()
     loaded = Loaded("llama", inspect_model(spec), model, stream, {2: float(norms[0, 1].norm())}, 5.0)
     # A line's end is this model's sink.
-    for text, last in (("It rains.", 2), ("It rains.\n", 2), ("It rains.\n\nSo", 5)):
+    for text, last in (("The city.", 2), ("The city.\n", 2), ("The city.\n\nThe", 5)):
         [reading] = read(loaded, [text], [0], [len(text)], [2])
         assert reading.last == last, text
         [alone] = capture(stream, torch.from_numpy(reading.window.ids.astype(np.int64))[None], [2]).values()
@@ -355,14 +355,14 @@ def test_the_state_sent_alone_is_of_the_last_ordinary_token(tiny_llama: Path, mo
 
     # Of a tokenizer that closes every text with a token of its own.
     monkeypatch.setattr(tokens, "tokenize", with_end)
-    [reading] = read(loaded, ["It rains."], [0], [9], [2])
+    [reading] = read(loaded, ["The city."], [0], [9], [2])
     assert reading.last == 1
 
 
 def test_many_contexts_are_read_as_each_alone(tiny_llama: Path) -> None:
     spec = ModelSpec("llama", str(tiny_llama))
     model = load_model(spec, device="cpu", dtype="float32")
-    loaded = Loaded("llama", inspect_model(spec), model, residual_stream(model), {2: 3.4}, 5.0)
+    loaded = Loaded("llama", inspect_model(spec), model, residual_stream(model), {2: 5.4}, 5.0)
     # More than are passed at once, each with another beginning and end.
     texts = [f"{'Now, ' * (i % 5)}it rains{' and pours' * (i % 3)}. So" for i in range(20)]
     starts = [len("Now, ") * (i % 5) for i in range(20)]

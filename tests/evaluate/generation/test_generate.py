@@ -176,7 +176,7 @@ def test_hidden_positions_keep_the_targets_own_state(
     monkeypatch.setattr(module, "aligned", spy)
     monkeypatch.setattr(module, "_read", remember)
     # Llama's newline is a sink; Mistral's start token is special. The first prompt is shorter: it is padded.
-    generate(load_adapter(runs.both), (TEXTS[2], TEXTS[1]), max_new_tokens=1, quiet=True)
+    generate(load_adapter(runs.both), (TEXTS[0], TEXTS[1]), max_new_tokens=1, quiet=True)
     there, here = reads[source], reads[target]
     assert (reads["llama"].sinks[1] & ~reads["llama"].windows[1].special).any()
     assert reads["mistral"].windows[1].special[0]

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_report_evidence import warned, whole, windows
-from test_report_parts import full as every_kind
 
 from evaluate.reporting import write_report
+from tests.evaluate.reporting.test_report_evidence import warned, whole, windows
+from tests.evaluate.reporting.test_report_parts import full as every_kind
 from tests.support import report_fixtures as made
 from tests.support.browser import Browser, Tab, browser
 

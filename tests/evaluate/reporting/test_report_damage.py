@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report_evidence import whole, windows
 
 from evaluate.reporting import build_report
 from evaluate.reporting.reading.inputs import read_runs
 from featstore.errors import AdapterError, CorruptDataError
+from tests.evaluate.reporting.test_report_evidence import whole, windows
 from tests.support import report_fixtures as made
 from tests.support.report_fixtures import page, run_of
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report_parts import plot_of
 
 from evaluate.reporting import write_report
 from evaluate.reporting.prose.notes import warnings
 from evaluate.reporting.reading.inputs import Node, read_runs
 from evaluate.reporting.sections.gains import beats_all, standing
+from tests.evaluate.reporting.test_report_parts import plot_of
 from tests.support import report_fixtures as made
 from tests.support.report_fixtures import page, run_of
 

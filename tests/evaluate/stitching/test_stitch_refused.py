@@ -313,7 +313,7 @@ GENERATE = {
     "--layers 1": "--layers 1: this run maps layers 0, 2, 3, 4",
     "--max-new-tokens 0": "invalid value '0' for '--max-new-tokens'",
     "--max-new-tokens 5000": "exceeds the context of 'llama' (1024)",
-    "--prompts {tmp}/long": "has 1101 tokens; with 32 new ones it exceeds the context",
+    "--prompts {tmp}/long": "has 1102 tokens; with 32 new ones it exceeds the context",
     "--prompts {tmp}/none": "cannot be read",
     "--prompts {tmp}/file": "holds no prompt; write one a line",
     "--prompts {tmp}/gap": "line 2 is empty; write one prompt a line and remove it",

@@ -1,4 +1,4 @@
-"""Byte ends of both real tokenizers against the bytes their pieces stand for, and offsets that lie."""
+"""Byte ends of trained and real tokenizers against the bytes their pieces stand for, and offsets that lie."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from featstore.errors import OffsetError
 from featstore.store.read.pairs import last_at_each_end
 from featstore.text.corpus import windows
 from featstore.text.tokens import PROBE, TokenizedWindow, byte_offsets, check_offsets, probe, tokenize
+from tests.support.tokenizers import train_byte_level, train_with_start_token
 
 HARD = [
     PROBE,
@@ -74,17 +75,27 @@ class Tokenizers(dict):
     """By name, a tokenizer and what its pieces stand for."""
 
     def __repr__(self) -> str:  # hypothesis prints its arguments; a tokenizer prints its vocabulary
-        return "the real tokenizers"
+        return "tokenizers"
 
 
-@pytest.fixture(scope="session")
-def tokenizers(demo_models):
+@pytest.fixture(scope="session", params=["trained", pytest.param("real", marks=pytest.mark.demo_pair)])
+def tokenizers(request, byte_level_tokenizer, start_token_tokenizer):
     from transformers import AutoTokenizer
 
-    return Tokenizers(
-        smollm2=(AutoTokenizer.from_pretrained(demo_models.smollm2), ByteLevel()),
-        mistral=(AutoTokenizer.from_pretrained(demo_models.twin), SentencePiece()),
-    )
+    if request.param == "trained":
+        first, second = byte_level_tokenizer, start_token_tokenizer
+    else:
+        demo = request.getfixturevalue("demo_models")
+        first, second = map(AutoTokenizer.from_pretrained, (demo.smollm2, demo.twin))
+    return Tokenizers(smollm2=(first, ByteLevel()), mistral=(second, SentencePiece()))
+
+
+def test_training_gives_the_same_tokenizers_again(sample_texts, byte_level_tokenizer, start_token_tokenizer):
+    for train, trained in (
+        (train_byte_level, byte_level_tokenizer),
+        (train_with_start_token, start_token_tokenizer),
+    ):
+        assert train(sample_texts).backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
 
 
 def check_window(tokenizer, pieces, text: str) -> TokenizedWindow:
@@ -149,17 +160,17 @@ def test_a_character_the_tokenizer_drops_is_named(tokenizers):
 
 class TestSpecialTokens:
     def test_the_start_token_is_marked_and_has_no_end(self, tokenizers):
-        (window,) = tokenize(tokenizers["mistral"][0], ["Hello"])
+        (window,) = tokenize(tokenizers["mistral"][0], ["The"])
         assert window.special.tolist() == [True, False]
-        assert window.byte_end.tolist() == [0, 5]
+        assert window.byte_end.tolist() == [0, 3]
         assert window.ids[0] == 1
 
     def test_a_tokenizer_without_start_token_gets_none(self, tokenizers):
         assert not tokenize(tokenizers["smollm2"][0], ["Hello"])[0].special.any()
 
     def test_byte_fallback_tokens_share_their_characters_end(self, tokenizers):
-        (window,) = tokenize(tokenizers["mistral"][0], ["x🇫"])
-        assert window.byte_end.tolist() == [0, 1, 5, 5, 5, 5]
+        (window,) = tokenize(tokenizers["mistral"][0], ["The🇫"])
+        assert window.byte_end.tolist() == [0, 3, 7, 7, 7, 7]
 
 
 class Lying:
