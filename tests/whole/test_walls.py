@@ -187,7 +187,9 @@ def test_no_module_shadows_a_name_that_its_package_gives():
         for node in tree(package).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
                 given |= set(ast.literal_eval(node.value))
-        assert not own & given, package
+        # `featstore.errors` is the module itself, by either way.
+        modules = {name for name in own if f"{package}.{name}" in import_time_imports(package)}
+        assert own & given <= modules, package
 
 
 def test_the_other_rooms_do_not_know_transformers():
