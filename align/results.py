@@ -650,7 +650,7 @@ class Similarity(SimilarityTables):
 # Readers and writers -----------------------------------------------------------------------------------------------
 
 
-def read_metrics(where: Path) -> Metrics:
+def read_metrics(where: Path | str) -> Metrics:
     """Read ``metrics.json``.
 
     Args:
@@ -663,7 +663,7 @@ def read_metrics(where: Path) -> Metrics:
     return read(Metrics, where)
 
 
-def read_documents(where: Path) -> Documents:
+def read_documents(where: Path | str) -> Documents:
     """Read ``documents.json``.
 
     Args:
@@ -676,7 +676,7 @@ def read_documents(where: Path) -> Documents:
     return read(Documents, where)
 
 
-def read_epoch(where: Path, number: int = 0) -> EpochRecord:
+def read_epoch(where: Path | str, number: int = 0) -> EpochRecord:
     """Read ``eval_epoch_<n>.json``.
 
     Args:
@@ -702,7 +702,7 @@ def read_epochs(run: Path) -> tuple[EpochRecord, ...]:
     return tuple(read_epoch(run / name) for _, name in epoch_files(run))
 
 
-def read_similarity(where: Path) -> Similarity:
+def read_similarity(where: Path | str) -> Similarity:
     """Read ``cka.json``.
 
     Args:

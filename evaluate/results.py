@@ -392,7 +392,7 @@ class Communication(Record):
 # Readers and writers -----------------------------------------------------------------------------------------------
 
 
-def read_stitch(where: Path) -> Stitched:
+def read_stitch(where: Path | str) -> Stitched:
     """Read ``stitch.json``.
 
     Args:
@@ -405,7 +405,7 @@ def read_stitch(where: Path) -> Stitched:
     return read(Stitched, where)
 
 
-def read_generations(where: Path) -> Generations:
+def read_generations(where: Path | str) -> Generations:
     """Read ``generations.json``.
 
     Args:
@@ -418,7 +418,7 @@ def read_generations(where: Path) -> Generations:
     return read(Generations, where)
 
 
-def read_communication(where: Path) -> Communication:
+def read_communication(where: Path | str) -> Communication:
     """Read ``communicate.json``.
 
     Args:

@@ -148,7 +148,7 @@ class Record(BaseModel):
         return self
 
 
-def read(kind: type[R], where: Path, *, name: str | None = None) -> R:
+def read(kind: type[R], where: Path | str, *, name: str | None = None) -> R:
     """Read a result.
 
     Args:
@@ -161,7 +161,9 @@ def read(kind: type[R], where: Path, *, name: str | None = None) -> R:
         CorruptDataError: The file is not JSON.
         MemberError: A member is missing or not of its type.
     """
-    path = where / (name or kind.file) if where.is_dir() else where
+    path, name = Path(where), name or kind.file
+    if not path.is_file() and path.name != name:
+        path /= name
     if not path.is_file():
         raise AdapterError(f"no {path.name} in {str(path.parent)!r}; make one with `{kind.command}`")
     return _parsed(kind, _loaded(path), str(path), complete=True)
@@ -189,7 +191,6 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
             record = kind.model_validate(content)
             break
         except ValidationError as error:
-            content = copy.deepcopy(content) if not lost else content
             for place, words in _damage(error, content):
                 lost.setdefault(_pointer(place), words)
                 _drop(content, place)

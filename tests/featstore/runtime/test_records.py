@@ -93,13 +93,13 @@ def test_what_a_file_lacks_is_neither_made_up_nor_written() -> None:
 
 
 def test_unknown_members_are_kept_at_any_depth() -> None:
-    content = {"name": "n", "inner": {"value": 1.0, "newer": 2}, "table": {"a": {"newest": [[]]}}}
+    content = {"name": "n", "inner": {"value": 1.0, "newer": [2]}, "table": {"a": {"newest": [[]]}}}
     record = Outer.parse(content)
     assert record.content() == content
     assert record.inner.members() == ("newer", "value")
-    assert record.inner.member("newer") == 2
-    record.content()["inner"]["newer"] = 3
-    assert record.inner.member("newer") == 2
+    assert record.inner.member("newer") == [2]
+    record.content()["inner"]["newer"].append(3)
+    assert record.inner.member("newer") == [2]
 
 
 def test_nothing_can_be_changed() -> None:
@@ -167,6 +167,9 @@ def test_much_damage_is_one_line(tmp_path: Path) -> None:
 def test_what_is_missing_or_no_json_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"^no outer.json in '.*'; make one with `make outer`$"):
         read(Outer, tmp_path)
+    for where in (tmp_path / "nowhere", tmp_path / "nowhere" / "outer.json", str(tmp_path / "nowhere")):
+        with pytest.raises(AdapterError, match=r"^no outer.json in '.*nowhere'; make one with `make outer`$"):
+            read(Outer, where)
     with pytest.raises(CorruptDataError, match=r"outer.json is not valid JSON \(.*\); restore it or re-create it$"):
         read(Outer, saved(tmp_path, "{"))
     with pytest.raises(CorruptDataError, match="holds a JSON list, expected an object"):
