@@ -20,6 +20,7 @@ from tests.support.tiny_models import save_with_tokenizer
 
 # The machine may be shared: a slow example is not a failure.
 hypothesis_settings.register_profile("featstore", deadline=None)
+hypothesis_settings.register_profile("quick", deadline=None, max_examples=25)
 hypothesis_settings.load_profile("featstore")
 
 # A shell that runs the tests in the background tells them, and all they start, to ignore Ctrl-C; some tests press it.
@@ -29,11 +30,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+#: Tests are marked by what they ask for, so that none is forgotten: a download, or a browser.
+MARKS = {"demo_models": "demo_pair", "browser": "thorough"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what asks for the demo models: the quick tier leaves it out, and nothing else may download."""
     for item in items:
-        if "demo_models" in getattr(item, "fixturenames", ()):
-            item.add_marker("demo_pair")
+        for fixture, mark in MARKS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(mark)
 
 
 #: Context of the tiny models; their windows are shorter.

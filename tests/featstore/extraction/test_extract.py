@@ -34,7 +34,7 @@ from featstore.models.loading import inspect_model, weight_bytes
 from featstore.models.references import ModelSpec
 from featstore.store.inspect.verify import verify_store
 from featstore.text.corpus import windows
-from tests.support.commands import command_environment, command_line
+from tests.support.commands import call, command_environment, command_line
 from tests.support.store_fixtures import tree_bytes
 from tests.support.tiny_models import save_with_tokenizer
 
@@ -184,6 +184,7 @@ def stop_once_there(settings: Settings, unit: str, how: signal.Signals) -> subpr
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+@pytest.mark.thorough
 def test_killed_three_times_and_run_again_the_command_writes_the_same_bytes(settings, undisturbed, run_cli, tmp_path):
     mine = at(settings, tmp_path / "store.zarr")
     for shard in ("llama/resid/0/rows-000001", "llama/resid/3/rows-000002", "mistral/resid/0/rows-000003"):
@@ -254,31 +255,31 @@ def spoiled(source: Path, into: Path, spoil) -> Path:
     model = AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():
         spoil(model)
-    return save_with_tokenizer(model, into, source)
+    return save_with_tokenizer(model, into, AutoTokenizer.from_pretrained(source))
 
 
 class TestNotANumber:
-    def test_the_command_names_model_and_layer_in_one_line(self, settings, tiny_llama, run_cli, tmp_path):
+    def test_the_command_names_model_and_layer_in_one_line(self, settings, tiny_llama, capsys, tmp_path):
         def spoil(model):
             model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
 
         directory = spoiled(tiny_llama, tmp_path / "bad", spoil)
         mine = at(settings, tmp_path / "store.zarr", model=(f"bad={directory}",), layers=("0,1,2",))
-        done = run_cli("featstore", *arguments(mine))
-        assert done.returncode == 2
-        assert done.stdout == ""
-        (line,) = [x for x in done.stderr.splitlines() if not x.startswith("loading")]
+        done = call(capsys, "featstore", *arguments(mine))
+        assert done.code == 2
+        assert done.out == ""
+        (line,) = [x for x in done.err.splitlines() if not x.startswith("loading")]
         assert line.startswith("featstore: model 'bad', layer 2, row ")
         assert "holds NaN or infinity" in line
         assert "try --dtype float32, or check the model's weights" in line
 
     def test_beyond_the_pilot_what_came_before_is_kept(self, settings, tiny_llama, tmp_path):
         texts = [f"document {i} has some plain words in it, and then some more of them " * 20 for i in range(8)]
-        (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts, "a zebra"]))
-        (zebra,) = AutoTokenizer.from_pretrained(tiny_llama)(" zebra")["input_ids"]
+        (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts, "a city"]))
+        (city,) = AutoTokenizer.from_pretrained(tiny_llama)(" city")["input_ids"]
 
         def spoil(model):
-            model.model.embed_tokens.weight[zebra, 5] = float("inf")
+            model.model.embed_tokens.weight[city, 5] = float("inf")
 
         directory = spoiled(tiny_llama, tmp_path / "bad", spoil)
         mine = at(
@@ -480,24 +481,24 @@ class TestDryRun:
 class TestCommands:
     """The commands that only read: one JSON object on stdout, one line on stderr, the documented exit codes."""
 
-    def test_info(self, undisturbed, run_cli):
-        done = run_cli("featstore", "info", undisturbed, "--json")
-        assert done.returncode == 0
-        assert done.stderr == ""
-        result = json.loads(done.stdout)
+    def test_info(self, undisturbed, capsys):
+        done = call(capsys, "featstore", "info", undisturbed, "--json")
+        assert done.code == 0
+        assert done.err == ""
+        result = json.loads(done.out)
         assert result["fingerprint"] == open_store(undisturbed).fingerprint
         assert result["models"]["llama"]["rows"] == open_store(undisturbed).model("llama").rows
 
-    def test_a_store_that_is_not_there_is_one_line_and_exit_2(self, run_cli, tmp_path):
-        done = run_cli("featstore", "info", tmp_path / "none.zarr", "--json")
-        assert (done.returncode, done.stdout) == (2, "")
-        (line,) = done.stderr.splitlines()
+    def test_a_store_that_is_not_there_is_one_line_and_exit_2(self, capsys, tmp_path):
+        done = call(capsys, "featstore", "info", tmp_path / "none.zarr", "--json")
+        assert (done.code, done.out) == (2, "")
+        (line,) = done.err.splitlines()
         assert line.startswith("featstore: no store at ")
 
-    def test_inspect_shows_the_text_and_the_partners(self, undisturbed, run_cli):
-        done = run_cli("featstore", "inspect", undisturbed, "--window", 3, "--rows", 500, "--json")
-        assert done.returncode == 0
-        result = json.loads(done.stdout)
+    def test_inspect_shows_the_text_and_the_partners(self, undisturbed, capsys):
+        done = call(capsys, "featstore", "inspect", undisturbed, "--window", 3, "--rows", 500, "--json")
+        assert done.code == 0
+        result = json.loads(done.out)
         store = open_store(undisturbed)
         text = store.corpus.window_text(3)
         for name in store.models:
@@ -506,22 +507,22 @@ class TestCommands:
         partner = dict(zip(pairs.row_source.tolist(), pairs.row_target.tolist(), strict=True))
         for entry in result["models"]["llama"]:
             assert entry["partner"] == {"mistral": partner.get(entry["row"])}
-        plain = run_cli("featstore", "inspect", undisturbed, "--window", 10**6)
-        assert plain.returncode == 2
-        assert "window 1000000 is outside 0.." in plain.stderr
+        plain = call(capsys, "featstore", "inspect", undisturbed, "--window", 10**6)
+        assert plain.code == 2
+        assert "window 1000000 is outside 0.." in plain.err
 
-    def test_verify_exits_1_when_it_finds_damage(self, undisturbed, run_cli, tmp_path):
+    def test_verify_exits_1_when_it_finds_damage(self, undisturbed, capsys, tmp_path):
         path = Path(shutil.copytree(undisturbed, tmp_path / "copy.zarr"))
         target = path / "models" / "llama" / "resid" / "2" / "c" / "1" / "0"
         target.write_bytes(target.read_bytes()[:-1] + b"?")
-        done = run_cli("featstore", "verify", path, "--json")
-        assert done.returncode == 1
-        assert json.loads(done.stdout)["damage"] == ["models/llama/resid/2/c/1/0: checksum differs from the manifest"]
+        done = call(capsys, "featstore", "verify", path, "--json")
+        assert done.code == 1
+        assert json.loads(done.out)["damage"] == ["models/llama/resid/2/c/1/0: checksum differs from the manifest"]
 
-    def test_pair_adds_the_word_policy(self, undisturbed, run_cli, tmp_path):
+    def test_pair_adds_the_word_policy(self, undisturbed, capsys, tmp_path):
         path = Path(shutil.copytree(undisturbed, tmp_path / "copy.zarr"))
-        done = run_cli("featstore", "pair", path, "--policy", "word", "--json")
-        assert done.returncode == 0
-        count = json.loads(done.stdout)["pairs"]["llama__mistral"]["pairs"]
+        done = call(capsys, "featstore", "pair", path, "--policy", "word", "--json")
+        assert done.code == 0
+        count = json.loads(done.out)["pairs"]["llama__mistral"]["pairs"]
         assert count == len(open_store(path).pairs("llama", "mistral", "word"))
         assert verify_store(path, quiet=True)["damage"] == []

@@ -201,9 +201,17 @@ print("all", flush=True)
 """
 
 
-@pytest.mark.parametrize(("what", "stride", "least"), [("write", 5, 30), ("pair", 1, 15)])
+@pytest.mark.parametrize(
+    ("what", "stride", "least"),
+    [
+        ("write", 41, 3),
+        ("pair", 7, 2),
+        pytest.param("write", 5, 30, marks=pytest.mark.thorough),
+        pytest.param("pair", 1, 15, marks=pytest.mark.thorough),
+    ],
+)
 def test_a_writer_killed_at_every_step_ends_with_the_same_bytes(tmp_path, what, stride, least):
-    """Just before and just after every rename; of a whole store every fifth, by turns before and after."""
+    """Just before and just after every rename; of a whole store every fifth. Odd strides take both by turns."""
     process = subprocess.Popen(
         [sys.executable, "-c", EVERY_STEP, str(tmp_path), what, str(stride)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
