@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import inspect
 import json
 import pkgutil
@@ -10,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -21,7 +19,6 @@ import featstore
 import featstore.api
 from featstore.api import layer_texts, model_texts
 from featstore.errors import FeatstoreError, LayerRangeError, SpecError, StoreStateError
-from featstore.store.read import store as store_module
 from tests.support.commands import call
 from tests.support.store_fixtures import tree_bytes
 
@@ -209,16 +206,3 @@ class TestShown:
         document.write_text(json.dumps({}))
         shown = repr(featstore.open_store(path))
         assert shown.startswith(f"<Store {path}: llama, mistral; {document} is not the document")
-
-
-@pytest.mark.demo_pair
-@pytest.mark.parametrize("module", [featstore.api, store_module], ids=lambda module: module.__name__)
-def test_the_examples_run(module: ModuleType, place, tiny_store):
-    if module is store_module:
-        shutil.copytree(tiny_store, place / "tiny.zarr")
-    found = [test for test in doctest.DocTestFinder().find(module) if test.examples]
-    assert found
-    for test in found:
-        runner = doctest.DocTestRunner()
-        runner.run(test)
-        assert runner.summarize(verbose=False) == (0, len(test.examples))

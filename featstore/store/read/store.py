@@ -135,9 +135,9 @@ class Store:
     A store may be pickled: what travels is its place, not its content.
 
     >>> import featstore
-    >>> store = featstore.open_store("tiny.zarr")
+    >>> store = featstore.open_store("wt103.zarr")
     >>> store
-    <Store tiny.zarr: llama 3 layers of 6123 x 48, mistral 3 layers of 6765 x 32>
+    <Store wt103.zarr: llama 3 layers of ... x 48, mistral 3 layers of ... x 32>
     >>> store.rows("llama", 2)[:1000].mean(axis=0).shape
     (48,)
     >>> pairs = store.pairs("llama", "mistral").select(split=0)
