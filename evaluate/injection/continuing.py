@@ -201,7 +201,7 @@ def prompt_states(
 @torch.inference_mode()
 def continue_from(
     model: Any,
-    ids: torch.Tensor | None,
+    ids: torch.Tensor,
     *,
     injection: Injection | None = None,
     stream: sites.ResidualStream,
@@ -215,7 +215,7 @@ def continue_from(
 
     Args:
         model: The causal language model.
-        ids: int64 ``(batch, tokens)``; None where the injection replaces the whole prompt at layer 0.
+        ids: int64 ``(batch, tokens)``.
         injection: States to put in.
         stream: The model's residual stream.
         length: New tokens at most, 1 or more.
@@ -261,7 +261,7 @@ def continue_from(
 @torch.inference_mode()
 def score_continuation(
     model: Any,
-    ids: torch.Tensor | None,
+    ids: torch.Tensor,
     continuation: Sequence[Sequence[int]],
     *,
     injection: Injection | None = None,
@@ -315,7 +315,7 @@ class _Prompt:
 def _prompt(
     model: Any,
     stream: sites.ResidualStream,
-    ids: torch.Tensor | None,
+    ids: torch.Tensor,
     injection: Injection | None,
     padding: torch.Tensor | None,
     extra: int,
@@ -328,10 +328,6 @@ def _prompt(
             if not torch.equal(theirs.cpu(), padding.cpu()):
                 raise SpecError("the prompt is padded otherwise than its injection; make that with the same padding")
         padding = theirs
-    if ids is None:
-        if injection is None or injection.layer or not bool((injection.replaced | theirs).all()):
-            raise SpecError("a prompt without ids needs states at layer 0 for every position; see embeds()")
-        ids = torch.zeros(injection.hidden.shape[:2], dtype=torch.long)
     if ids.ndim != 2 or 0 in ids.shape:
         raise SpecError(f"ids of shape {tuple(ids.shape)}: give (batch, tokens), at least one of each")
     if injection is not None and injection.hidden.shape[:2] != ids.shape:

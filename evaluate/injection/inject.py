@@ -9,10 +9,10 @@ state of the source's last one would tell the target's first one what comes next
 correspond one by one; otherwise the earlier ones take what the source had read before the character.
 
 An :class:`Injection` is a prompt's stream at one layer with some positions replaced: every position that has a source
-state (:func:`aligned`), the last one alone (:func:`last`), or a whole sequence in place of the embeddings
-(:func:`embeds`). With ``keep="own"`` what comes after the prompt still reads the target's own view of it, below the
-layer and at the positions that were not replaced; with ``keep="hide"`` it reads the injected states and the start token
-only (:mod:`evaluate.injection.hiding`), and a good answer can have come from nowhere else.
+state (:func:`aligned`), or the last one alone (:func:`last`). With ``keep="own"`` what comes after the prompt still
+reads the target's own view of it, below the layer and at the positions that were not replaced; with ``keep="hide"`` it
+reads the injected states and the start token only (:mod:`evaluate.injection.hiding`), and a good answer can have come
+from nowhere else.
 """
 
 from __future__ import annotations
@@ -213,33 +213,6 @@ def last(
     if how == "mean":
         given = given / 2
     return aligned(own, list(given[:, None]), [[own.shape[1] - 1]] * len(own), layer=layer, keep=keep, padding=padding)
-
-
-def embeds(states: Sequence[torch.Tensor | NDArray[Any]], *, keep: str = "own") -> Injection:
-    """Put whole sequences of states at layer 0, in place of a prompt.
-
-    The way of the first experiments, kept for comparison: states of any layer enter where embeddings belong. The
-    sequences have lengths of their own; shorter ones are padded at the left.
-
-    Args:
-        states: Per row ``(n_i, width)``, n_i >= 1.
-        keep: One of :data:`KEEP`; as every position is replaced, there is nothing to hide.
-
-    Raises:
-        SpecError: No rows, an empty one, or rows of several widths.
-        NonFiniteStateError: As :class:`Injection`.
-    """
-    rows = [torch.as_tensor(new) for new in states]
-    if not rows or any(row.ndim != 2 or len(row) == 0 or row.shape[1] != rows[0].shape[1] for row in rows):
-        shapes = ", ".join(str(tuple(row.shape)) for row in rows[:4])
-        raise SpecError(f"sequences of shapes {shapes or 'none'}: give (tokens, width) each, of one width, none empty")
-    tokens = max(len(row) for row in rows)
-    hidden = rows[0].new_zeros((len(rows), tokens, rows[0].shape[1]))
-    padding = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    for i, row in enumerate(rows):
-        hidden[i, tokens - len(row) :] = row
-        padding[i, tokens - len(row) :] = False
-    return Injection(0, hidden, ~padding, keep, padding if bool(padding.any()) else None)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evaluate.injection.continuing import Sampling, continue_from, left_padded, prompt_states, score_continuation
-from evaluate.injection.inject import Injection, aligned, embeds, last
+from evaluate.injection.inject import Injection, aligned, last
 from featstore.errors import SpecError
 from featstore.models import residual as sites
 from featstore.models.loading import load_model
@@ -39,12 +39,12 @@ def prompts(model: Any, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     return [torch.randint(5, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def texts(model: Any, ids: torch.Tensor | None, **options: Any) -> list[list[int]]:
+def texts(model: Any, ids: torch.Tensor, **options: Any) -> list[list[int]]:
     stream = sites.residual_stream(model)
     return continue_from(model, ids, **({"stream": stream, "length": NEW, "stops": ()} | options))
 
 
-def scores(model: Any, ids: torch.Tensor | None, wanted: Any, **options: Any) -> list[float]:
+def scores(model: Any, ids: torch.Tensor, wanted: Any, **options: Any) -> list[float]:
     return score_continuation(model, ids, wanted, stream=sites.residual_stream(model), **options)
 
 
@@ -130,16 +130,19 @@ def test_own_states_put_back_give_the_same_text_and_likelihood(model: Any) -> No
                 assert texts(model, ids, injection=injection, padding=padding) == clean
 
 
-def test_embeddings_in_place_of_the_prompt_are_the_prompt(model: Any) -> None:
+def test_embeddings_in_place_of_another_prompt_are_the_prompt(model: Any) -> None:
     rows = prompts(model)
     ids, padding = left_padded(rows)
-    table = model.get_input_embeddings().weight
-    injection = embeds([table[torch.tensor(row)] for row in rows])
+    assert padding is not None
+    other = torch.full_like(ids, 7)
+    own = own_of(model, other, 0, padding)
+    states = [model.get_input_embeddings().weight[torch.tensor(row)] for row in rows]
+    places = [np.flatnonzero(~row.numpy()) for row in padding]
     clean = texts(model, ids, padding=padding)
     for keep in ("own", "hide"):
-        other = Injection(0, injection.hidden, injection.replaced, keep, injection.padding)
-        assert texts(model, None, injection=other) == clean
-        assert scores(model, None, clean, injection=other) == scores(model, ids, clean, padding=padding)
+        injection = aligned(own, states, places, layer=0, keep=keep, padding=padding)
+        assert texts(model, other, injection=injection) == clean
+        assert scores(model, other, clean, injection=injection) == scores(model, ids, clean, padding=padding)
 
 
 def test_hiding_gives_padded_prompts_the_text_they_have_alone(model: Any) -> None:
@@ -345,7 +348,6 @@ def test_a_last_token_that_has_read_the_prompt_cannot_be_hidden_from(llama: Any)
     ("options", "message"),
     [
         ({"length": 0}, "length 0"),
-        ({"ids": None}, "needs states at layer 0 for every position"),
         ({"ids": torch.zeros(3, dtype=torch.long)}, r"ids of shape \(3,\)"),
         ({"ids": torch.zeros((2, 0), dtype=torch.long)}, r"ids of shape \(2, 0\)"),
         ({"padding": torch.ones((2, 4), dtype=torch.bool)}, "leave it a token"),
@@ -370,10 +372,6 @@ def test_an_injection_must_be_the_prompts(llama: Any) -> None:
         texts(llama, ids, injection=last(own, own[:, -1], layer=0), padding=padding)
     with pytest.raises(SpecError, match="padded otherwise"):
         texts(llama, ids, injection=last(own, own[:, -1], layer=0, padding=padding), padding=~padding & False)
-    for layer, places in ((1, range(4)), (0, range(3))):
-        part = aligned(own, [own[0, places], own[1, places]], [places] * 2, layer=layer)
-        with pytest.raises(SpecError, match="needs states at layer 0"):
-            texts(llama, None, injection=part)
 
 
 @pytest.mark.parametrize(

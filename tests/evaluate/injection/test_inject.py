@@ -15,7 +15,7 @@ import evaluate.injection.controls
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from evaluate.injection.controls import CONTROLS, control_states
-from evaluate.injection.inject import COMBINE, Injection, aligned, embeds, inject, last, source_positions
+from evaluate.injection.inject import COMBINE, Injection, aligned, inject, last, source_positions
 from featstore.errors import LayerRangeError, NonFiniteStateError, SpecError
 from featstore.models import residual as sites
 from featstore.models.loading import load_model
@@ -173,8 +173,6 @@ def test_own_states_put_back_in_any_way_change_no_bit(model: Any, whole: bool, c
             "sum": last(own, torch.zeros(2, own.shape[2]), layer=layer, how="sum"),
             "mean": last(own, own[:, -1].numpy(), layer=layer, how="mean"),
         }
-        if layer == 0:
-            ways["embeds"] = embeds(list(own))
         for name, injection in ways.items():
             assert torch.equal(passed(model, ids, injection, whole=whole, cache=cache), clean), (layer, name)
     with torch.inference_mode():
@@ -216,17 +214,11 @@ def test_a_sum_in_half_precision_is_rounded_once() -> None:
     assert float(injection.hidden) == 129.0
 
 
-def test_whole_sequences_are_padded_at_the_left_and_enter_at_layer_0() -> None:
-    rows = [torch.ones(2, 3), torch.full((4, 3), 2.0)]
-    injection = embeds(rows)
-    assert injection.layer == 0
-    assert injection.padding is not None
-    assert injection.padding.tolist() == [[True, True, False, False], [False] * 4]
-    assert torch.equal(injection.replaced, ~injection.padding)
-    assert torch.equal(injection.hidden[0, 2:], rows[0])
-    assert torch.equal(injection.hidden[1], rows[1])
+def test_the_start_is_each_rows_first_token() -> None:
+    own, padding = torch.zeros(2, 4, 3), torch.tensor([[True, True, False, False], [False] * 4])
+    injection = last(own, own[:, -1], layer=0, padding=padding)
     assert injection.start.tolist() == [[False, False, True, False], [True, False, False, False]]
-    assert embeds(rows[:1]).padding is None
+    assert last(own, own[:, -1], layer=0).start.tolist() == [[True, False, False, False]] * 2
 
 
 def test_a_pass_that_is_not_the_injections_is_refused(model: Any) -> None:
@@ -296,9 +288,6 @@ FLAGS = torch.zeros(2, 4, dtype=torch.bool)
         (lambda: aligned(OWN, [OWN[0, :1]] * 2, [[-1], [3]], layer=0), r"row 0: .* lie in 0..3"),
         (lambda: last(OWN, OWN[:, 0], layer=0, how="max"), "how 'max': choose one of replace, sum, mean"),
         (lambda: last(OWN, OWN[:1, 0], layer=0), r"state of shape \(1, 3\): give"),
-        (lambda: embeds([]), "shapes none"),
-        (lambda: embeds([OWN[0], OWN[0, :0]]), r"\(4, 3\), \(0, 3\)"),
-        (lambda: embeds([OWN[0], OWN[0, :, :2]]), "of one width"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(make: Any, message: str) -> None:
