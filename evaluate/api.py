@@ -94,11 +94,21 @@ def inject(
 ) -> LiveInjection:
     """Put states of another model into the forward passes of a target, in a loop of one's own.
 
-    ``with evaluate.inject(target, run, states=x, positions=[3, 7]): logits = target(input_ids).logits`` maps the source
-    states by the run's map and puts them into the target's residual stream at the map's layer. Every pass in the
-    context that begins a sequence takes them; the steps of cached generation that follow take none. On exit the model
-    is as it was, also after an error. Nothing is detached or switched: the passes run under the caller's own gradient
-    mode.
+    >>> import align, evaluate, torch
+    >>> run = align.train("wt103.zarr", layers="50%", quiet=True)
+    >>> models = evaluate.load_models(run, device="cpu", quiet=True)
+    >>> [(key, fitted)] = run.maps.items()
+    >>> target, ids = models[fitted.pair.target].model, torch.tensor([[1, 415, 5565, 302]])
+    >>> states = torch.zeros(2, fitted.widths[0])
+    >>> with torch.no_grad(), evaluate.inject(target, run, states=states, positions=[1, -1]) as injection:
+    ...     logits = target(ids).logits
+    >>> injection.key == key, injection.passes, torch.equal(logits, target(ids).logits)
+    (True, 1, False)
+
+    The run's map takes the source states to the target's space, and they replace the target's residual stream at the
+    chosen positions of the map's layer. Every pass in the context that begins a sequence takes them; the steps of
+    cached generation that follow take none. On exit the model is as it was, also after an error. Nothing is detached or
+    switched: the passes run under the caller's own gradient mode.
 
     There are three ways to say what is injected:
 
@@ -168,6 +178,13 @@ def stitch(
     quiet: bool = False,
 ) -> StitchResult:
     """Measure the target's loss when a layer's states come from the source through the map, with controls.
+
+    >>> import align, evaluate
+    >>> run = align.train("wt103.zarr", layers="50%", quiet=True)
+    >>> result = evaluate.stitch("wt103.zarr", run, max_tokens=60, device="cpu", quiet=True)
+    >>> [pair] = result.pairs.values()
+    >>> pair.conditions["self"].nats_per_token == pair.conditions["clean"].nats_per_token
+    True
 
     Args:
         store: The store that the run was fitted from: its path, or an open one.
