@@ -14,8 +14,6 @@ from align.settings import LoopSettings, Settings, load_settings
 from evaluate.generation.generate import PROMPTS
 from featstore.errors import MissingPackageError
 
-pytestmark = pytest.mark.demo_pair
-
 
 def settings_for(store: Path, **loop: Any) -> Settings:
     options = {"rank": 4, "epochs": 2, "skip": "none", "tracker": "none", **loop}

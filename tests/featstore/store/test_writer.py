@@ -116,6 +116,7 @@ def undisturbed(tmp_path_factory) -> dict[str, bytes]:
     return tree_bytes(write_quickly(tmp_path_factory.mktemp("undisturbed") / "store.zarr", RECIPE))
 
 
+@pytest.mark.thorough
 def test_a_writer_killed_at_random_moments_ends_with_the_same_bytes(undisturbed, writers, tmp_path):
     rng = random.Random(0)
     path = tmp_path / "store.zarr"
