@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from align.notebook.keywords import OPTIONS, Layers, bytes_of, layers_text, make_settings
+from align.notebook.keywords import OPTIONS, bytes_of, make_settings
 from align.notebook.leaderboard import Leaderboard
 from align.notebook.maps import Map, Maps
 from align.notebook.run import Run
 from align.notebook.similarity import Similarity
 from align.settings import Settings
 from featstore.errors import SpecError
+from featstore.runtime.arguments import Layers, as_path, check_keywords, layers_text, several, typed, whole
 from featstore.runtime.console import check_directory, jsonable
 from featstore.store import Store, open_store
 
@@ -89,7 +90,7 @@ def train(
     from align.runs.train import train as run_training
 
     given = {"type": type, "layers": layers, "source": source, "target": target, "both": both}
-    directory = None if out is None else Path(out)
+    directory = None if out is None else as_path("out", out)
     if resume:
         settings = _interrupted(store, directory, {**_changed(given), **options})
     else:
@@ -118,7 +119,7 @@ def load(run: RunGiven) -> Maps:
     """
     from align.maps.fitted import load_adapter
 
-    return Maps(load_adapter(Path(run)))
+    return Maps(load_adapter(as_path("run", run)))
 
 
 def compare(runs: RunGiven | Iterable[RunGiven]) -> Leaderboard:
@@ -139,10 +140,10 @@ def compare(runs: RunGiven | Iterable[RunGiven]) -> Leaderboard:
     """
     from align.sweeps.compare import compare_runs
 
-    several = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
-    if not several:
+    given = [runs] if isinstance(runs, str | os.PathLike) else several("runs", runs, "run directories, or runs")
+    if not given:
         raise SpecError("there are no runs to compare; give their directories")
-    return Leaderboard.parse(jsonable(compare_runs([Path(run) for run in several])), "the comparison")
+    return Leaderboard.parse(jsonable(compare_runs([as_path("run", run) for run in given])), "the comparison")
 
 
 @overload
@@ -223,6 +224,7 @@ def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
     if isinstance(store, str | os.PathLike | Store):
         if other is not None:
             raise TypeError("align.cka() takes one store, or two arrays; name models and layers of a store by keyword")
+        check_keywords(_cka_of_store, "align.cka", options)
         return _cka_of_store(store, **options)
     if other is None:
         raise TypeError("align.cka() takes the path of a store, an open one, or two arrays of paired rows")
@@ -255,14 +257,16 @@ def _cka_of_store(
     from align.similarity.measures.by_name import parse_measures
     from featstore.models.references import parse_layers
 
-    directory = None if out is None else Path(out)
+    directory = None if out is None else as_path("out", out)
     if directory is not None:
         check_directory(directory)
-    chosen_measures = parse_measures(measures if isinstance(measures, str) else ",".join(measures))
+    chosen_measures = parse_measures(_measures_text(measures))
+    # A value of another type would otherwise show after a scan of minutes.
+    max_rows, draws = typed("max_rows", max_rows, "int"), typed("draws", draws, "int")
+    seed, workers = whole("seed", seed, 0), typed("workers", workers, "int | None")
+    keep_sinks, scheduler = typed("keep_sinks", keep_sinks, "bool"), typed("scheduler", scheduler, "str | None")
     opened = store if isinstance(store, Store) else open_store(_location(store))
-    names = [name.strip() for name in models.split(",")] if isinstance(models, str) else list(models or ())
-    if models and len(names) != 2:
-        raise SpecError(f"--models {models!r}: write two names, such as llama,mistral")
+    names = _model_names(models)
     chosen = choose_models(opened, *names) if names else choose_models(opened, None, None)
     held = {name: opened.model(name).layers for name in dict.fromkeys(chosen)}
     text = layers_text(layers)
@@ -294,6 +298,25 @@ def _cka_of_store(
     return found
 
 
+def _measures_text(measures: str | Iterable[str]) -> str:
+    """Measures as the command reads them; none of them is ``none``."""
+    if isinstance(measures, str):
+        return measures
+    names = several("measures", measures, "names such as ['rsa'], or 'all' or 'none'")
+    return ",".join(typed("measures", name, "str") for name in names) or "none"
+
+
+def _model_names(models: tuple[str, str] | list[str] | str | None) -> list[str]:
+    """The two models that were named; none where the store's first two are meant."""
+    if models is None:
+        return []
+    wanted = "two names, such as llama,mistral"
+    names = models.split(",") if isinstance(models, str) else several("models", models, wanted)
+    if len(names) != 2 or not all(isinstance(name, str) for name in names):
+        raise SpecError(f"--models {models!r}: write {wanted}")
+    return [name.strip() for name in names]
+
+
 def _cka_of_arrays(x: Any, y: Any, *, estimator: str = "debiased", kernel: str = "linear", **others: Any) -> float:
     if others:
         raise TypeError(
@@ -310,7 +333,11 @@ def _cka_of_arrays(x: Any, y: Any, *, estimator: str = "debiased", kernel: str =
 
 
 def _location(store: StoreGiven) -> str:
-    return str(store.path) if isinstance(store, Store) else os.fspath(store)
+    if isinstance(store, Store):
+        return str(store.path)
+    as_path("store", store)
+    # As it is written: a path would take one of two slashes out of a URL.
+    return os.fspath(store)
 
 
 def _changed(given: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 
+from featstore.errors import AdapterError
 from featstore.runtime.records import (
     EMPTY,
     Flag,
@@ -690,16 +691,20 @@ def read_epoch(where: Path | str, number: int = 0) -> EpochRecord:
     return read(EpochRecord, where, name=epoch_file(number))
 
 
-def read_epochs(run: Path) -> tuple[EpochRecord, ...]:
+def read_epochs(run: Path | str) -> tuple[EpochRecord, ...]:
     """Read all epochs of a run, in order; none where it has none.
 
     Args:
         run: Run directory.
 
     Raises:
+        AdapterError: There is no such directory.
         CorruptDataError: One is damaged.
     """
-    return tuple(read_epoch(run / name) for _, name in epoch_files(run))
+    place = Path(run)
+    if not place.is_dir():
+        raise AdapterError(f"no run directory {str(place)!r}; make one with `align train`")
+    return tuple(read_epoch(place / name) for _, name in epoch_files(place))
 
 
 def read_similarity(where: Path | str) -> Similarity:

@@ -159,7 +159,9 @@ def load_settings(path: Path) -> Settings:
         loop = _typed(LoopSettings(**value["loop"]))
         return _typed(Settings(**{**value, "loop": loop}))
     except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
-        raise SpecError(f"{path} is not a run.yaml of this program ({error}); `align train` writes one") from error
+        # YAML points at the place over several lines.
+        reason = " ".join(str(error).split())
+        raise SpecError(f"{path} is not a run.yaml of this program ({reason}); `align train` writes one") from error
 
 
 _S = TypeVar("_S", Settings, LoopSettings)

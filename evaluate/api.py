@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from featstore.errors import SpecError
+from featstore.runtime.arguments import Layers, as_path, layers_text, several, shown, typed, whole
 from featstore.runtime.console import check_directory, jsonable
 from featstore.runtime.quantities import parse_budget
 from featstore.text.corpus import SPLITS
@@ -164,7 +165,7 @@ def stitch(
     store: str | PathLike[str] | Store,
     run: Run,
     *,
-    layers: str | int | Sequence[int] | None = None,
+    layers: Layers | None = None,
     split: str = "test",
     max_tokens: str | int | None = "20k",
     keep: str = "own",
@@ -216,7 +217,7 @@ def stitch(
 
     if split not in SPLITS:
         raise SpecError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
-    _check_at_least("seed", seed, 0)
+    seed = whole("seed", seed, 0)
     _check_out(out)
     opened = store if isinstance(store, Store) else open_store(_location(store))
     adapter = _adapter(run)
@@ -224,7 +225,7 @@ def stitch(
     result = stitching.stitch(
         opened,
         adapter,
-        layers=_layers(layers),
+        layers=layers_text(layers),
         overrides=overrides,
         device=device,
         dtype=dtype,
@@ -244,7 +245,7 @@ def generate(
     run: Run,
     prompts: str | PathLike[str] | Sequence[str] | None = None,
     *,
-    layers: str | int | Sequence[int] | None = None,
+    layers: Layers | None = None,
     max_new_tokens: int = 32,
     sample: bool = False,
     temperature: float = 1.0,
@@ -287,8 +288,8 @@ def generate(
 
     if not sample and (temperature, top_p) != (1.0, 1.0):
         raise SpecError("--temperature and --top-p need --sample")
-    _check_at_least("seed", seed, 0)
-    _check_at_least("max_new_tokens", max_new_tokens, 1)
+    seed, max_new_tokens = whole("seed", seed, 0), whole("max_new_tokens", max_new_tokens, 1)
+    temperature, top_p = typed("temperature", temperature, "float"), typed("top_p", top_p, "float")
     _check_out(out)
     adapter = _adapter(run)
     texts = _prompts(prompts)
@@ -296,7 +297,7 @@ def generate(
     result = generating.generate(
         adapter,
         texts,
-        layers=_layers(layers),
+        layers=layers_text(layers),
         max_new_tokens=max_new_tokens,
         sample=Sampling(temperature, top_p, seed) if sample else None,
         overrides=overrides,
@@ -315,7 +316,7 @@ def communicate(
     task: str | Sequence[str] = "countries",
     *,
     examples: int = 50,
-    layers: str | int | Sequence[int] | None = None,
+    layers: Layers | None = None,
     itself: bool = False,
     format: str = "bfloat16",  # noqa: A002 (the flag's name)
     summary_tokens: int = 16,
@@ -360,18 +361,20 @@ def communicate(
     from evaluate.notebook.answers import CommunicateResult
     from evaluate.results import write_communication
 
-    _check_at_least("seed", seed, 0)
+    seed, examples = whole("seed", seed, 0), typed("examples", examples, "int")
+    summary_tokens = typed("summary_tokens", summary_tokens, "int")
+    max_new_tokens = typed("max_new_tokens", max_new_tokens, "int")
     _check_out(out)
-    names = [task] if isinstance(task, str) else list(task)
+    names = [task] if isinstance(task, str) else several("task", task, "the name of a task, or several")
     # A mistyped task is refused before the wait for the weights.
-    asked = [make(name, examples, seed) for name in dict.fromkeys(names)]
+    asked = [make(typed("task", name, "str"), examples, seed) for name in dict.fromkeys(names)]
     if not asked:
         raise SpecError("there is no task; name one at least, such as countries")
     adapter = _adapter(run)
     overrides, given = _models(adapter, models)
     exchange = prepare(
         adapter,
-        layers=_layers(layers),
+        layers=layers_text(layers),
         itself=itself,
         form=format,
         summary_tokens=summary_tokens,
@@ -409,9 +412,10 @@ def report(dirs: Run | Iterable[Run], *, out: str | PathLike[str] = "report.html
     from evaluate.notebook.page import ReportResult
     from evaluate.reporting import write_report
 
-    page = Path(out)
+    page = as_path("out", out)
     check_directory(page.parent, page)
-    places = [dirs] if isinstance(dirs, (str, PathLike, HasPath)) else list(dirs)
+    single = isinstance(dirs, (str, PathLike, HasPath))
+    places: list[Any] = [dirs] if single else several("dirs", dirs, "run directories, or runs")
     if not places:
         raise SpecError("there is no directory to report on; give one at least")
     return ReportResult(**write_report([_directory(place) for place in places], page))
@@ -438,23 +442,12 @@ def _place(adapter: Adapter, out: str | PathLike[str] | None) -> Path:
 
 def _check_out(out: str | PathLike[str] | None) -> None:
     if out is not None:
-        check_directory(Path(out))
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SpecError(f"{name} {value!r}: give a whole number, {least} or more")
+        check_directory(as_path("out", out))
 
 
 def _location(store: str | PathLike[str]) -> Path | str:
     """A URL stays text; everything else is a path."""
-    return store if isinstance(store, str) and "://" in store else Path(store)
-
-
-def _layers(layers: str | int | Sequence[int] | None) -> str | None:
-    if layers is None or isinstance(layers, str):
-        return layers
-    return str(layers) if isinstance(layers, int) else ",".join(map(str, layers))
+    return store if isinstance(store, str) and "://" in store else as_path("store", store)
 
 
 def _prompts(prompts: str | PathLike[str] | Sequence[str] | None) -> tuple[str, ...]:
@@ -462,11 +455,12 @@ def _prompts(prompts: str | PathLike[str] | Sequence[str] | None) -> tuple[str, 
 
     if prompts is None or isinstance(prompts, PathLike):
         return read_prompts(None if prompts is None else Path(prompts))
-    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    wanted = "text, or the Path of a file with one prompt a line"
+    texts = [prompts] if isinstance(prompts, str) else several("prompts", prompts, wanted)
     for text in texts:
         if not isinstance(text, str):
-            raise SpecError(f"prompt {text!r}: give text, or the Path of a file with one prompt a line")
-    return texts
+            raise SpecError(f"prompt {text!r}: give {wanted}")
+    return tuple(texts)
 
 
 def _models(adapter: Adapter, given: ModelsGiven | None) -> tuple[tuple[str, ...], dict[str, Loaded]]:
@@ -478,6 +472,11 @@ def _models(adapter: Adapter, given: ModelsGiven | None) -> tuple[tuple[str, ...
     if isinstance(given, str) or not isinstance(given, (Mapping, Sequence)):
         raise SpecError(f"models {given!r}: give a list of NAME=REF, or a mapping from names to references or models")
     if not isinstance(given, Mapping):
+        for each in given:
+            if not isinstance(each, str):
+                raise SpecError(
+                    f"models [{shown(each)}]: a list has NAME=REF; give a loaded model as {{'NAME': model}}"
+                )
         return tuple(given), {}
     moved = tuple(f"{name}={value}" for name, value in given.items() if isinstance(value, (str, PathLike)))
     loaded = {name: value for name, value in given.items() if not isinstance(value, (str, PathLike))}

@@ -197,7 +197,7 @@ def layer_texts(layers: Layers) -> tuple[str, ...]:
     """
     if isinstance(layers, Mapping):
         return tuple(f"{name}={_joined(chosen)}" for name, chosen in layers.items())
-    if isinstance(layers, Iterable) and not isinstance(layers, str):
+    if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes)):
         listed = tuple(layers)
         if any(isinstance(item, str) and "=" in item for item in listed):
             return tuple(_item(item) for item in listed)

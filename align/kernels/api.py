@@ -60,10 +60,15 @@ class LayerSimilarity:
 
 def _tensor(x: Any) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
+        if x.layout is not torch.strided or x.is_meta:
+            raise FitError(f"a {x.layout} tensor on {x.device}: give dense rows (n, d)")
         return x
-    array = np.asarray(x)
-    # torch warns of arrays that it could write to and must not.
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    try:
+        array = np.asarray(x)
+        # torch warns of arrays that it could write to and must not.
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as error:
+        raise FitError("a layer is no array of numbers: give float32, float16, bfloat16 or float64 rows") from error
 
 
 def _bandwidths(layers: list[torch.Tensor], kernel: Kernel, sigmas: Sequence[float] | None) -> list[float] | None:

@@ -164,6 +164,8 @@ def _aligner(entry: dict[str, Any], tensors: dict[str, NDArray[np.float32]], pat
     source, target = entry["source"], entry["target"]
     pair = LayerPair(source["model"], tuple(source.get("layers", [source["layer"]])), target["model"], target["layer"])
     own = {name.removeprefix(f"{pair.key}."): t for name, t in tensors.items() if name.startswith(f"{pair.key}.")}
+    if not isinstance(entry["key"], str):
+        raise TypeError(f"the key {entry['key']!r} is not text")
     kind = entry.get("kind", "linear")
     known = formulas()
     if kind not in known:

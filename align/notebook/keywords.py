@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import numbers
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from align.maps.registry import map_type
 from align.options import declared
 from align.resources import choose_device
 from align.settings import LoopSettings, Settings
-from featstore.errors import SpecError
+from featstore.runtime.arguments import layers_text, nearest, typed
 from featstore.runtime.quantities import parse_bytes
-
-#: Layers of a model: ``"8,16"``, ``"25%,50%"``, ``[8, 16]``, ``8``.
-Layers = str | int | Iterable[int | str]
 
 _RUN, _LOOP = declared(Settings), declared(LoopSettings)
 OPTIONS = {**_RUN, **_LOOP}
@@ -51,34 +44,6 @@ def make_settings(store: str, options: Mapping[str, Any]) -> Settings:
     return replace(settings, loop=replace(settings.loop, device=device))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to append to a message about an unknown name: the nearest known one, or all.
-
-    Args:
-        name: As typed.
-        known: The names that there are.
-    """
-    near = difflib.get_close_matches(name, known := list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
-
-
-def layers_text(layers: Layers | None) -> str | None:
-    """Layers as the commands read them.
-
-    Args:
-        layers: Text, a number, or several of them.
-
-    Raises:
-        SpecError: Something else.
-    """
-    if layers is None or isinstance(layers, str):
-        return layers
-    items: list[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
-    if items and all(type(item) is not bool and isinstance(item, str | numbers.Integral) for item in items):
-        return ",".join(str(item) for item in items)
-    raise SpecError(f"layers {layers!r}: write numbers such as [8, 16] or depths such as '0%,50%,100%'")
-
-
 def bytes_of(memory: int | str) -> int:
     """An amount of memory: a number of bytes, or text such as ``500M``.
 
@@ -105,18 +70,6 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _typed(name: str, value: Any) -> Any:
-    """The value in the plain type of its field: numpy's numbers are numbers, and an integer may stand for a float."""
+    """The value in the plain type of its field; nothing, where the type of map decides."""
     entry, option = OPTIONS[name]
-    kinds = [kind.strip() for kind in str(entry.type).split("|")]
-    if value is None and ("None" in kinds or option.by_type):
-        return None
-    if isinstance(value, bool | np.bool_):
-        if "bool" in kinds:
-            return bool(value)
-    elif isinstance(value, numbers.Integral) and "int" in kinds:
-        return int(value)
-    elif isinstance(value, numbers.Real) and "float" in kinds:
-        return float(value)
-    elif isinstance(value, str | os.PathLike) and "str" in kinds:
-        return os.fspath(value)
-    raise SpecError(f"{name}={value!r}: expected {entry.type}")
+    return None if value is None and option.by_type else typed(name, value, str(entry.type))

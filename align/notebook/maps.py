@@ -123,7 +123,10 @@ class Map:
         if type(x).__module__.partition(".")[0] == "torch":
             mapped: Rows = self._of_tensor(x)
             return mapped
-        states = np.asarray(x)
+        try:
+            states = np.asarray(x)
+        except ValueError as error:
+            raise AdapterError(f"{self.key} maps an array of real numbers, and this is none ({error})") from error
         if states.dtype.kind not in "fiu":
             raise AdapterError(f"{self.key} maps real numbers, not {states.dtype}; give float32 states")
         self._check_width(states.shape)
@@ -158,6 +161,10 @@ class Map:
 
         if x.dtype.is_complex or x.dtype == torch.bool:
             raise AdapterError(f"{self.key} maps real numbers, not {x.dtype}; give float32 states")
+        if x.layout is not torch.strided or x.is_meta:
+            raise AdapterError(
+                f"{self.key} maps dense tensors with values, not {x.layout} on {x.device}; use to_dense()"
+            )
         self._check_width(tuple(x.shape))
         apply = _TENSOR_FORMULAS.get(self.kind)
         if apply is None:
@@ -227,9 +234,9 @@ class Maps(Mapping[str, Map]):
             return self._maps[key]
         except (KeyError, TypeError):
             near = difflib.get_close_matches(str(key), self._maps, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = f"did you mean {near[0]!r}? It has" if near else "it has"
             raise UnknownMapError(
-                f"no map {key!r} in {str(self.path)!r}; {hint}It has {', '.join(map(repr, self._maps))}"
+                f"no map {key!r} in {str(self.path)!r}; {hint} {', '.join(map(repr, self._maps))}"
             ) from None
 
     def __iter__(self) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.maps.fitted import load_adapter
@@ -12,6 +11,7 @@ from align.notebook.maps import Maps
 from align.results import Baseline, EpochRecord, Metrics, PairMetrics, read_epochs, read_metrics
 from align.settings import Settings, load_settings
 from featstore.errors import SpecError
+from featstore.runtime.arguments import as_path
 from featstore.runtime.sheets import Sheet, counted, number, with_interval
 
 if TYPE_CHECKING:
@@ -38,7 +38,15 @@ class Run:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        """Name a run directory; nothing is read yet.
+
+        Args:
+            path: The directory.
+
+        Raises:
+            SpecError: Not a path.
+        """
+        self.path = as_path("run", path)
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -73,6 +81,7 @@ class Run:
         """Figures on validation rows after every epoch; of a closed form the one of its fit.
 
         Raises:
+            AdapterError: There is no such directory.
             CorruptDataError: A file of them is damaged.
         """
         return read_epochs(self.path)

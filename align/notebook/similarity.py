@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from pydantic import PrivateAttr
 
 from align import results
 from align.similarity.words import best_partners
 from featstore.errors import SpecError
-from featstore.runtime.sheets import Sheet, number
+from featstore.runtime import records
+from featstore.runtime.arguments import as_path
+from featstore.runtime.sheets import Sheet, counted, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
+
+#: What :meth:`Similarity.write` may write.
+_FILES = ("cka.json", "cka.html", "cka.png", "cka.svg", "measures.png", "measures.svg")
 
 
 class Similarity(results.Similarity):
@@ -24,6 +31,31 @@ class Similarity(results.Similarity):
     """
 
     _written: tuple[Path, tuple[str, ...]] | None = PrivateAttr(default=None)
+
+    @classmethod
+    def read(cls, where: str | os.PathLike[str]) -> Self:
+        """Read what `align cka`, or an earlier call with ``out=``, has written.
+
+        Args:
+            where: Its directory, or the file ``cka.json``.
+
+        Raises:
+            AdapterError: There is none.
+            CorruptDataError: It is damaged.
+        """
+        place = as_path("where", where)
+        directory = place if place.is_dir() else place.parent
+        return records.read(cls, place).at(directory, [name for name in _FILES if (directory / name).is_file()])
+
+    def at(self, directory: Path, names: Iterable[str]) -> Self:
+        """Remember where this result lies.
+
+        Args:
+            directory: Where.
+            names: Of its files.
+        """
+        self._written = directory, tuple(names)
+        return self
 
     def write(self, directory: Path) -> None:
         """Write ``cka.json``, the page and the pictures.
@@ -35,7 +67,7 @@ class Similarity(results.Similarity):
 
         content = self.content()
         names = (results.write_similarity(directory, self).name, page.write(content, directory))
-        self._written = directory, (*names, *heatmaps.plot(content, directory))
+        self.at(directory, (*names, *heatmaps.plot(content, directory)))
 
     @property
     def path(self) -> Path | None:
@@ -70,7 +102,7 @@ class Similarity(results.Similarity):
     def __repr__(self) -> str:
         """One line."""
         first, second = self.models
-        shape = f"{len(self.layers[first])} layers of {first} x {len(self.layers[second])} of {second}"
+        shape = f"{counted(len(self.layers[first]), 'layer')} of {first} x {len(self.layers[second])} of {second}"
         known = [value for row in self.cross for value in row if value is not None]
         ends = f"{min(known):.3f} to {max(known):.3f}" if known else "undefined"
         return f"<Similarity {shape}: {self.estimator} {self.kernel} CKA {ends}, {self.n} pairs>"

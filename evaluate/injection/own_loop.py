@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from evaluate.injection.reading import read, tokenized
 from evaluate.injection.wire import crossing, wire
 from featstore.errors import AdapterError, SpecError
 from featstore.models import residual as sites
+from featstore.runtime.arguments import several, shown, typed
 
 _WAYS = "give states= and positions=, or mapped= and positions=, or text= and source="
 
@@ -75,7 +76,7 @@ def live_injection(
         raise SpecError(f"inject() got {', '.join(named) or 'nothing to inject'}; {_WAYS}")
     aligner = pick(adapter, key)
     if text is not None:
-        return _from_text(model, adapter, aligner, [text] if isinstance(text, str) else list(text), source, keep)
+        return _from_text(model, adapter, aligner, _texts(text), source, keep)
     places = _positions(positions)
     if mapped is not None:
         values = tuple(_tensor(each) for each in _by_prompt(mapped, places))
@@ -86,20 +87,32 @@ def live_injection(
     return LiveInjection(stream, Placed(aligner.pair.target_layer, values, at, keep), key=aligner.pair.key)
 
 
+def _texts(given: Any) -> list[str]:
+    texts = [given] if isinstance(given, str) else several("text", given, "a text, or one for each prompt")
+    for text in texts:
+        typed("text", text, "str")
+    return texts
+
+
 def _positions(given: Any) -> NDArray[np.int64] | list[NDArray[np.int64]]:
     """Positions of one prompt as an array, those of several as a list of arrays."""
     values = given.tolist() if hasattr(given, "tolist") else given
+    refusal = SpecError(
+        f"positions {shown(given)}: give whole numbers for one prompt, or a list of them for each prompt"
+    )
+    if not isinstance(values, int | Iterable):
+        raise refusal
     values = [values] if isinstance(values, int) else list(values)
     nested = [hasattr(value, "__len__") for value in values]
     rows = [list(value) for value in values] if values and all(nested) else [values]
     if any(nested) != all(nested) or not all(_whole(place) for row in rows for place in row):
-        raise SpecError(f"positions {given!r}: give whole numbers for one prompt, or a list of them for each prompt")
+        raise refusal
     arrays = [np.array([int(place) for place in row], dtype=np.int64) for row in rows]
     return arrays if values and all(nested) else arrays[0]
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and abs(int(value)) < 2**31
 
 
 def _by_prompt(values: Any, places: NDArray[np.int64] | list[NDArray[np.int64]]) -> list[Any]:
@@ -114,7 +127,10 @@ def _by_prompt(values: Any, places: NDArray[np.int64] | list[NDArray[np.int64]])
 
 
 def _tensor(values: Any) -> torch.Tensor:
-    result = values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
+    try:
+        result = values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"states {shown(values)}: give floating point (n, width), numpy or torch") from error
     if result.ndim != 2 or not result.is_floating_point():
         raise SpecError(f"states of shape {tuple(result.shape)} and {result.dtype}: give floating point (n, width)")
     return result

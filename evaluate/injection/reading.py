@@ -59,8 +59,11 @@ def tokenized(
         remedy: What to do about a prompt that is too long.
 
     Raises:
-        SpecError: A prompt has no tokens or, with what follows, exceeds the model's context.
+        SpecError: A prompt has no tokens, is no valid Unicode or, with what follows, exceeds the model's context.
     """
+    for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise SpecError(f"prompt {prompt[:40]!r} holds half of a surrogate pair; give valid Unicode")
     windows = tokens.tokenize(info.tokenizer, list(prompts))
     for prompt, window in zip(prompts, windows, strict=True):
         if not len(window.ids):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import PrivateAttr
 
 from featstore.runtime import records
+from featstore.runtime.arguments import as_path
 from featstore.runtime.sheets import NONE, Sheet, number
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class ShownResult(records.Record):
             AdapterError: There is none; the message names the command that writes it.
             CorruptDataError: It is damaged.
         """
-        place = Path(where)
+        place = as_path("where", where)
         return records.read(cls, place).at(place / cls.file if place.is_dir() else place)
 
     def at(self, path: Path) -> Self:

@@ -73,8 +73,9 @@ def residual_stream(model: nn.Module) -> ResidualStream:
             if isinstance(blocks, nn.ModuleList) and len(blocks) == wanted:
                 return ResidualStream(decoder, blocks)
     found = "no decoder" if decoder is None else f"a decoder {type(decoder).__name__}"
+    blocks_wanted = "decoder blocks" if wanted is None else f"{wanted} decoder blocks"
     raise UnsupportedArchitectureError(
-        f"model {name}: looked for {wanted} decoder blocks in a ModuleList named {', '.join(_BLOCK_LISTS)} under "
+        f"model {name}: looked for {blocks_wanted} in a ModuleList named {', '.join(_BLOCK_LISTS)} under "
         f"get_decoder() and found {found} without one; Llama and Mistral families are supported and tested"
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +187,9 @@ def test_the_default_directory_is_that_of_the_command(
         ({"device": "gpu"}, SpecError, "device 'gpu'"),
         ({"source": "c"}, FeatstoreError, "no model 'c'"),
         ({"joint": True, "shared": True}, SpecError, "give one of them"),
+        ({"layers": b"2"}, SpecError, "layers b'2': write numbers"),
+        ({"layers": {"a": [1]}}, SpecError, "layers {'a': [1]}: write numbers"),
+        ({"source": np.zeros((300, 2))}, SpecError, "source=array("),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(
@@ -193,7 +198,41 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(
     with pytest.raises(error) as caught:
         align.train(planted.path, out=tmp_path / "run", quiet=True, **options)
     assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+NO_PLACES = [3, ["runs/a"], b"runs/a", np.ones(2)]
+
+
+@pytest.mark.parametrize("given", [None, *NO_PLACES])
+@pytest.mark.parametrize(
+    ("call_it", "name"),
+    [
+        (align.train, "store"),
+        (align.load, "run"),
+        (align.Run, "run"),
+        (lambda x: align.compare([x]), "run"),
+        (align.Similarity.read, "where"),
+    ],
+)
+def test_what_is_no_place_is_named(call_it: Any, name: str, given: Any) -> None:
+    with pytest.raises(SpecError) as caught:
+        call_it(given)
+    assert str(caught.value) == f"{name} {given!r}: give a path, not {type(given).__name__}"
+
+
+@pytest.mark.parametrize("given", NO_PLACES)
+@pytest.mark.parametrize("call_it", [align.train, align.cka])
+def test_results_go_to_a_place(planted: Planted, call_it: Any, given: Any) -> None:
+    with pytest.raises(SpecError, match=r"^out .*: give a path, not "):
+        call_it(planted.path, out=given)
+
+
+@pytest.mark.parametrize("given", [None, 3, b"runs/a"])
+def test_runs_to_compare_are_several(given: Any) -> None:
+    with pytest.raises(SpecError, match=r"runs .*: give run directories, or runs"):
+        align.compare(given)
 
 
 def test_no_store_and_no_free_directory(planted: Planted, runs: dict[str, align.Run], tmp_path: Path) -> None:
@@ -249,8 +288,27 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     for read in (lambda: run.metrics, lambda: run.maps, run.to_pandas, lambda: run.plot("scores")):
         with pytest.raises(AdapterError, match="align train"):
             read()
+    for read in (lambda: run.epochs, run.plot):
+        with pytest.raises(AdapterError, match=r"no run directory '.*<none>'; make one with `align train`"):
+            read()
     with pytest.raises(SpecError, match=r"run\.yaml"):
         run.settings  # noqa: B018
+
+
+def test_damage_of_settings_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("{a: [")
+    with pytest.raises(SpecError, match=r"is not a run.yaml of this program") as caught:
+        align.Run(tmp_path).settings  # noqa: B018
+    assert "\n" not in str(caught.value)
+
+
+def test_a_map_whose_key_is_no_text_is_damaged(runs: dict[str, align.Run], tmp_path: Path) -> None:
+    place = shutil.copytree(runs["affine"].path, tmp_path / "run")
+    card = json.loads((place / "adapter.json").read_text())
+    card["pairs"][0]["key"] = 3
+    (place / "adapter.json").write_text(json.dumps(card))
+    with pytest.raises(AdapterError, match=r"is damaged .*the key 3 is not text"):
+        align.load(place)
 
 
 def test_plots_of_runs(runs: dict[str, align.Run]) -> None:
@@ -297,7 +355,9 @@ def test_a_key_that_is_not_there(runs: dict[str, align.Run]) -> None:
         maps["a:1->b:3"]
     assert isinstance(caught.value, KeyError)
     assert str(caught.value).startswith("no map 'a:1->b:3' in ")
-    assert "did you mean 'a:1->b:1'?" in str(caught.value)
+    assert "did you mean 'a:1->b:1'? It has 'a:1->b:1', " in str(caught.value)
+    with pytest.raises(UnknownMapError, match=r"no map 0 in .*; it has 'a:1->b:1', "):
+        maps[0]  # type: ignore[index]
     assert all(repr(key) in str(caught.value) for key in maps)
     with pytest.raises(UnknownMapError, match="no map 3"):
         maps[3]  # type: ignore[index]
@@ -393,8 +453,12 @@ def test_states_that_are_none_of_this_map(runs: dict[str, align.Run], kind: Any)
         with pytest.raises(AdapterError) as caught:
             fitted.transform(kind(wrong))
         assert words in str(caught.value)
-    with pytest.raises(AdapterError, match="real numbers"):
-        fitted.transform(np.array([["a"] * 6]))
+    for none in (np.array([["a"] * 6]), [[1.0], [1.0, 2.0]]):
+        with pytest.raises(AdapterError, match="real numbers"):
+            fitted.transform(none)
+    for tensor in (torch.zeros(3, 6).to_sparse(), torch.zeros(3, 6, device="meta")):
+        with pytest.raises(AdapterError, match="maps dense tensors with values"):
+            fitted.transform(tensor)
     assert np.isnan(np.asarray(fitted.transform(kind(np.full((1, 6), np.nan))))).all()
 
 
@@ -493,6 +557,22 @@ def test_cka_that_is_undefined_says_why() -> None:
         (("store",), {"layers": [9]}, SpecError, "layer 9"),
         (("store",), {"measures": ["best"]}, SpecError, "best"),
         (("store",), {"memory": 0}, SpecError, "amount of memory '0'"),
+        (("store",), {"models": ""}, SpecError, "--models '': write two names"),
+        (("store",), {"models": []}, SpecError, "--models []: write two names"),
+        (("store",), {"models": 5}, SpecError, "models 5: give two names"),
+        (("store",), {"models": [1, 2]}, SpecError, "--models [1, 2]: write two names"),
+        (("store",), {"measures": 3}, SpecError, "measures 3: give names such as"),
+        (("store",), {"measures": [3]}, SpecError, "measures=3: expected str"),
+        (("store",), {"max_rows": "9", "kernel": "rbf"}, SpecError, "max_rows='9': expected int"),
+        (("store",), {"draws": 1.5, "measures": "rsa"}, SpecError, "draws=1.5: expected int"),
+        (("store",), {"workers": "2"}, SpecError, "workers='2': expected int | None"),
+        (("store",), {"scheduler": 3}, SpecError, "scheduler=3: expected str | None"),
+        (("store",), {"keep_sinks": "yes"}, SpecError, "keep_sinks='yes': expected bool"),
+        (("store",), {"seed": -1}, SpecError, "seed -1: give a whole number, 0 or more"),
+        (("store",), {"layer": [1]}, TypeError, "align.cka() has no option 'layer'; did you mean 'layers'?"),
+        (("x", "words"), {}, FitError, "a layer is no array of numbers"),
+        (("ragged", "x"), {}, FitError, "a layer is no array of numbers"),
+        (("x", "sparse"), {}, FitError, "give dense rows"),
         (("nowhere",), {}, StoreNotFoundError, "nowhere"),
     ],
 )
@@ -501,9 +581,25 @@ def test_cka_of_wrong_input(
 ) -> None:
     x = np.random.default_rng(8).normal(size=(30, 3))
     known: dict[str, Any] = {"x": x, "short": x[:20], "nan": x * np.nan, "store": planted.path, "nowhere": "nowhere"}
+    known |= {"words": x.astype(str), "ragged": [[1], [1, 2]], "sparse": torch.from_numpy(x).to_sparse()}
     with pytest.raises(error) as caught:
         align.cka(*(known[name] for name in given), **options)
     assert words in str(caught.value)
+
+
+def test_no_measures_are_none(planted: Planted) -> None:
+    assert not align.cka(planted.path, layers=1, measures=[], quiet=True).measures
+
+
+def test_a_similarity_is_read_from_its_directory(planted: Planted, tmp_path: Path) -> None:
+    found = align.cka(planted.path, layers=1, out=tmp_path / "cka", quiet=True)
+    for place in (tmp_path / "cka", str(tmp_path / "cka" / "cka.json")):
+        again = align.Similarity.read(place)
+        assert again.content() == found.content()
+        assert (again.path, again.files) == (found.path, found.files)
+    assert repr(again).startswith("<Similarity 1 layer of a x 1 of b: debiased linear CKA ")
+    with pytest.raises(AdapterError, match=r"no cka.json in .*`align cka`"):
+        align.Similarity.read(tmp_path)
 
 
 # compare ------------------------------------------------------------------------------------------------------------
@@ -547,6 +643,16 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
         align.compare([])
     with pytest.raises(AdapterError, match="no finished run"):
         align.compare(tmp_path)
+
+
+def test_a_run_of_moments_alone_is_compared_without_intervals(moments_store: Path, tmp_path: Path) -> None:
+    run = align.train(moments_store, "affine", layers=2, out=tmp_path / "run", quiet=True)
+    board = align.compare(run)
+    [row] = board.rows
+    assert row.r2 == run.metrics.pairs[row.pair].test.r2
+    assert row.r2_ci95 is None
+    assert row.reasons["r2_ci95"] == "needs rows; the store holds moments only"
+    assert "no interval: needs rows" in str(board)
 
 
 def test_an_open_store_serves_as_well_as_its_path(planted: Planted) -> None:

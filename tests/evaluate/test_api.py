@@ -282,6 +282,21 @@ def test_results_show_themselves(run: Path, tiny_store: Path, models: dict[str, 
         (lambda s, r: evaluate.report([]), SpecError, "there is no directory"),
         (lambda s, r: evaluate.report(r, out=r), SpecError, "is a directory"),
         (lambda s, r: evaluate.load_models(r, dtype="int4", quiet=True), SpecError, "dtype 'int4'"),
+        (lambda s, r: evaluate.stitch(None, r), SpecError, "store None: give a path, not NoneType"),
+        (lambda s, r: evaluate.stitch(s, r, layers=2.5), SpecError, "layers 2.5: write numbers"),
+        (lambda s, r: evaluate.stitch(s, r, layers=[]), SpecError, "layers []: write numbers"),
+        (lambda s, r: evaluate.stitch(s, r, out=3), SpecError, "out 3: give a path, not int"),
+        (lambda s, r: evaluate.stitch(s, r, models=[object]), SpecError, "a list has NAME=REF"),
+        (lambda s, r: evaluate.generate(r, 3), SpecError, "prompts 3: give text"),
+        (lambda s, r: evaluate.generate(r, "a", sample=True, temperature="x"), SpecError, "temperature='x'"),
+        (lambda s, r: evaluate.communicate(r, None), SpecError, "task None: give the name of a task"),
+        (lambda s, r: evaluate.communicate(r, [3]), SpecError, "task=3: expected str"),
+        (lambda s, r: evaluate.communicate(r, examples=1.5), SpecError, "examples=1.5: expected int"),
+        (lambda s, r: evaluate.communicate(r, summary_tokens="x"), SpecError, "summary_tokens='x': expected int"),
+        (lambda s, r: evaluate.communicate(r, max_new_tokens=None), SpecError, "max_new_tokens=None: expected int"),
+        (lambda s, r: evaluate.report(None), SpecError, "dirs None: give run directories"),
+        (lambda s, r: evaluate.report(r, out=3), SpecError, "out 3: give a path, not int"),
+        (lambda s, r: evaluate.StitchResult.read(None), SpecError, "where None: give a path, not NoneType"),
     ],
 )
 def test_what_is_wrong_is_refused_in_one_line(
@@ -293,6 +308,17 @@ def test_what_is_wrong_is_refused_in_one_line(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(run.iterdir()) == before
+
+
+def test_numbers_of_numpy_are_numbers(run: Path, tiny_store: Path, models: dict[str, Loaded]) -> None:
+    options: dict[str, Any] = {"max_tokens": 60, "models": models, "write": False, "quiet": True}
+    plain = evaluate.stitch(tiny_store, run, layers=2, seed=3, **options)
+    assert evaluate.stitch(tiny_store, run, layers=np.int64(2), seed=np.int64(3), **options).pairs == plain.pairs
+
+
+def test_half_of_a_surrogate_pair_is_no_prompt(run: Path, models: dict[str, Loaded]) -> None:
+    with pytest.raises(SpecError, match="holds half of a surrogate pair"):
+        evaluate.generate(run, "a \ud800", models=models, write=False, quiet=True)
 
 
 # Models that are loaded already.
@@ -439,6 +465,12 @@ ROW = np.zeros((1, 48), np.float32)
         ({"states": ROW, "positions": [[0], 1]}, SpecError, r"positions \[\[0\], 1\]: give whole numbers"),
         ({"states": ROW.astype(int), "positions": [0]}, SpecError, "int64: give floating point"),
         ({"states": ROW[0], "positions": [0]}, SpecError, r"states of shape \(48,\)"),
+        ({"states": "abc", "positions": [0]}, SpecError, "states 'abc': give floating point"),
+        ({"states": [None], "positions": [[0]]}, SpecError, "states None: give floating point"),
+        ({"states": ROW, "positions": [2**70]}, SpecError, "positions .*: give whole numbers"),
+        ({"states": ROW, "positions": 0.5}, SpecError, "positions 0.5: give whole numbers"),
+        ({"text": 3, "source": 1}, SpecError, "text 3: give a text, or one for each prompt"),
+        ({"text": [3], "source": 1}, SpecError, "text=3: expected str"),
         ({"states": ROW, "positions": [0], "keep": "all"}, SpecError, "keep 'all': choose one of own, hide"),
         ({"states": ROW, "positions": [99]}, SpecError, "prompt 0: position 99 is outside its 4 tokens"),
     ],

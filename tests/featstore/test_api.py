@@ -17,6 +17,7 @@ import typer
 
 import featstore
 import featstore.api
+import featstore.cli
 from featstore.api import layer_texts, model_texts
 from featstore.errors import FeatstoreError, LayerRangeError, SpecError, StoreStateError
 from tests.support.commands import call
@@ -166,7 +167,7 @@ class TestArguments:
     def test_layers(self, layers, expected):
         assert layer_texts(layers) == expected
 
-    @pytest.mark.parametrize("layers", [[], {"a": []}, [1.5], 2.0, True, [None], [[1]], {"a": {"b": 1}}])
+    @pytest.mark.parametrize("layers", [[], {"a": []}, [1.5], 2.0, True, [None], [[1]], {"a": {"b": 1}}, b"0"])
     def test_what_names_no_layer(self, layers):
         with pytest.raises(SpecError, match=r"^layer"):
             layer_texts(layers)
@@ -206,3 +207,30 @@ class TestShown:
         document.write_text(json.dumps({}))
         shown = repr(featstore.open_store(path))
         assert shown.startswith(f"<Store {path}: llama, mistral; {document} is not the document")
+
+
+class TestWrong:
+    @pytest.mark.parametrize("place", [None, 3, ["s.zarr"], b"s.zarr"])
+    def test_what_is_no_place(self, place):
+        with pytest.raises(SpecError, match=r"is no store: give the path or URL of one, not "):
+            featstore.open_store(place)
+
+    @pytest.mark.parametrize("layer", [2.0, "2", None, [2]])
+    def test_what_is_no_layer(self, tiny_store, layer):
+        store = featstore.open_store(tiny_store)
+        store.rows("llama", 2)
+        with pytest.raises(LayerRangeError) as caught:
+            store.rows("llama", layer)
+        assert str(caught.value) == f"layer {layer!r} of 'llama' is not in {tiny_store}; it holds 0, 2, 3"
+        assert store.rows("llama", np.int64(2)) is store.rows("llama", 2)
+
+    @pytest.mark.parametrize("split", [3, -1, "test"])
+    def test_what_is_no_split(self, tiny_store, split):
+        pairs = featstore.open_store(tiny_store).pairs("llama", "mistral")
+        with pytest.raises(SpecError, match=r"split .*: give 0 for train, 1 for validation, 2 for test, or None"):
+            pairs.select(split=split)
+
+    def test_rows_of_a_store_of_moments(self, moments_store):
+        store = featstore.open_store(moments_store)
+        with pytest.raises(StoreStateError, match="holds no rows of layer 2 of 'llama', only moments; extract again"):
+            store.rows("llama", 2)

@@ -61,7 +61,12 @@ class Pairs:
         Args:
             split: 0 train, 1 validation, 2 test, or None for all.
             keep_sinks: Lift the mask.
+
+        Raises:
+            SpecError: Another split.
         """
+        if split not in (None, 0, 1, 2):
+            raise SpecError(f"split {split!r}: give 0 for train, 1 for validation, 2 for test, or None for all")
         keep = np.ones(len(self), dtype=bool) if keep_sinks else ~self.sink
         if split is not None:
             keep &= self.split == split

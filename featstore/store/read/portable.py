@@ -8,6 +8,7 @@ is looked at before its rows are believed.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import uuid
 from collections.abc import Coroutine
@@ -69,6 +70,8 @@ def store_files(location: Location, *, portable: bool = False) -> StoreFiles:
     """
     if isinstance(location, ZarrStore):
         return PortableFiles(location, str(location), location)
+    if not isinstance(location, str | os.PathLike):
+        raise SpecError(f"{location!r} is no store: give the path or URL of one, not {type(location).__name__}")
     path = Path(location)
     url = None if path.exists() else _URL.match(str(location))
     if url is not None:

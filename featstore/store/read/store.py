@@ -5,6 +5,7 @@ Only numpy and zarr are needed.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -325,11 +326,14 @@ class Store:
             LayerRangeError: It does not.
         """
         held = self.model(model).layers
-        if layer not in held:
+        # 2.0 equals 2 and would name another directory.
+        number = operator.index(layer) if hasattr(layer, "__index__") else None
+        if number not in held:
+            named = repr(layer) if number is None else number
             raise LayerRangeError(
-                f"layer {layer} of {model!r} is not in {self.path}; it holds {', '.join(map(str, held))}"
+                f"layer {named} of {model!r} is not in {self.path}; it holds {', '.join(map(str, held))}"
             )
-        return layer
+        return number
 
     def rows(self, model: str, layer: int) -> RowReader | TableReader:
         """The states of one layer.
@@ -337,13 +341,23 @@ class Store:
         Args:
             model: Model name.
             layer: A stored layer.
+
+        Raises:
+            LayerRangeError: The store does not hold it.
+            StoreStateError: No such model, or a store of moments alone.
+            CorruptDataError: Its metadata is damaged.
         """
         key = (model, self.layer(model, layer))
         if key not in self._readers:
-            self._readers[key] = self._open_rows(model, layer)
+            self._readers[key] = self._open_rows(*key)
         return self._readers[key]
 
     def _open_rows(self, model: str, layer: int) -> RowReader | TableReader:
+        if self.attributes.get("moments") and not self.has_rows(model, layer):
+            raise StoreStateError(
+                f"{self.path} holds no rows of layer {layer} of {model!r}, only moments; extract again without "
+                "--moments-only"
+            )
         base = f"models/{model}"
         columns = f"{base}/column_scale/{layer}"
         scale = self.vector(columns) if self.has(columns) else None

@@ -310,7 +310,8 @@ class TestUnknownArchitectures:
 
     def test_a_plain_module_has_no_decoder(self):
         with pytest.raises(
-            UnsupportedArchitectureError, match=r"model Linear: looked for None .* found no decoder without"
+            UnsupportedArchitectureError,
+            match=r"model Linear: looked for decoder blocks in .* found no decoder without",
         ):
             residual_stream(nn.Linear(2, 2))
 
