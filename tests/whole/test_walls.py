@@ -45,7 +45,6 @@ ARRAYS_ONLY = {
         "align.moments.scatter",
         "align.solvers",
         "featstore.store.format.elements",
-        "featstore.store.inspect.summary",
     },
 }
 
