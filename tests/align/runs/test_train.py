@@ -192,7 +192,7 @@ print("torch" in sys.modules, file=sys.stderr)
             pytest.param(name, False, marks=[] if name == "procrustes" else [pytest.mark.thorough])
             for name in CLOSED_TYPES
         ),
-        ("lora", True),
+        pytest.param("lora", True, marks=pytest.mark.thorough),
     ],
 )
 def test_a_closed_form_needs_no_torch(small: Planted, tmp_path: Path, type_: str, used: bool) -> None:

@@ -378,6 +378,7 @@ def test_too_little_memory_says_how_much_it_takes() -> None:
         plan([64], 1000, batch=3)
 
 
+@pytest.mark.thorough
 def test_memory_stays_within_the_plan_and_is_flat_in_rows(
     tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
