@@ -457,7 +457,7 @@ CHILD = """
     import align.similarity.scan.planning as planning
     import align.similarity.scan.streaming as streaming
     from align.resources import dask_client
-    from test_streaming import SITES, Ticks
+    from tests.align.similarity.test_streaming import SITES, Ticks
     from featstore.store import open_store
 
     def main():
