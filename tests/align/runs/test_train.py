@@ -194,7 +194,7 @@ print("torch" in sys.modules, file=sys.stderr)
             for type_ in map_types()
             if type_.closed
         ),
-        ("lora", True),
+        pytest.param("lora", True, marks=pytest.mark.thorough),
     ],
 )
 def test_a_closed_form_needs_no_torch(small: Planted, tmp_path: Path, type_: str, used: bool) -> None:
