@@ -20,6 +20,7 @@ from featstore.store.format.shards import LAYOUTS
 from featstore.store.read.rows import RowReader, TableReader
 from featstore.store.read.views import dask_rows, torch_rows
 from tests.support.store_fixtures import Recipe, decoded_states, write_quickly
+from tests.support.tiers import tiered
 
 KINDS = [(form, layout) for form in FORMATS for layout in LAYOUTS]
 TYPES = {
@@ -163,7 +164,7 @@ class TestDask:
                 np.testing.assert_array_equal(found, expected)
             assert array.sum().dtype == np.float32
 
-    @pytest.mark.parametrize("way", ["mapped", "portable"])
+    @pytest.mark.parametrize("way", tiered(["mapped"], ["portable"]))
     def test_in_other_processes(self, stores, monkeypatch, way):
         """They begin elsewhere and get no open file, only the place."""
         path = stores["int8", "archive"]
