@@ -30,6 +30,7 @@ from tests.featstore.store.test_writer import RECIPE as WRITER
 from tests.featstore.store.test_writer import check_invariants
 from tests.support.commands import call
 from tests.support.store_fixtures import MODELS, SINK_THRESHOLD, Recipe, states, tree_bytes, write_quickly
+from tests.support.tiers import tiered
 
 SMALL = Recipe(documents=5, document_bytes=150, width=4, shard_rows=256, layers=(0, 2))
 RECIPES = {
@@ -40,7 +41,7 @@ RECIPES = {
     "table": replace(SMALL, form="fp8", layers=(2,)),
 }
 #: The first tells in the quick tier whether damage is found.
-KINDS = ["bfloat16", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in RECIPES if kind != "bfloat16")]
+KINDS = tiered(["bfloat16"], ["int8", "table"])
 
 
 @pytest.fixture(scope="session")
@@ -343,14 +344,7 @@ MUTATED = {
 assert sum(count for _, _, count in MUTATED.values()) >= 500
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "arrays",
-        "table",
-        *(pytest.param(k, marks=pytest.mark.thorough) for k in MUTATED if k not in ("arrays", "table")),
-    ],
-)
+@pytest.mark.parametrize("kind", tiered(["arrays", "table"], ["manifest", "root", "corpus", "scales"]))
 def test_a_changed_metadata_document_gives_our_error_or_the_same_arrays(whole, tmp_path, kind):
     which, wanted, count = MUTATED[kind]
     path = copied(whole[which], tmp_path)
