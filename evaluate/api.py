@@ -99,7 +99,8 @@ def inject(
     >>> run = align.train("wt103.zarr", layers="50%", quiet=True)
     >>> models = evaluate.load_models(run, device="cpu", quiet=True)
     >>> [(key, fitted)] = run.maps.items()
-    >>> target, ids = models[fitted.pair.target].model, torch.tensor([[1, 415, 5565, 302]])
+    >>> loaded = models[fitted.pair.target]
+    >>> target, ids = loaded.model, loaded.info.tokenizer("The capital of France", return_tensors="pt").input_ids
     >>> states = torch.zeros(2, fitted.widths[0])
     >>> with torch.no_grad(), evaluate.inject(target, run, states=states, positions=[1, -1]) as injection:
     ...     logits = target(ids).logits

@@ -225,6 +225,8 @@ def _sums_of(key: str, pairs: Mapping[str, PairDocuments] | None, reasons: Mappi
         return reasons["test.r2_ci95"]
     if key not in pairs:
         return reasons.get("test.r2_ci95", f"{DOCUMENTS} says nothing of {key}; train again")
+    if not pairs[key].content() and "test.r2_ci95" in reasons:
+        return reasons["test.r2_ci95"]  # a run of a store without rows is whole, and says why it has no sums
     return _Sums.of(pairs[key])
 
 

@@ -212,9 +212,6 @@ class LiveInjection:
         absent = ~mask.bool() if isinstance(mask, torch.Tensor) and tuple(mask.shape) == shape else None
         now.places = self._placed.resolved(shape, absent)
         now.tokens = shape[1]
-        # What follows a prompt may read only what its padding does not hide; padding at the right has nothing to say.
-        left = absent is not None and not bool(absent[:, -1].any())
-        now.padding = absent if left and absent is not None and bool(absent.any()) else None
         if self.keep == "hide":
             now.hidden.close()
             real = torch.ones(shape, dtype=torch.bool) if absent is None else ~absent.cpu()
@@ -228,9 +225,8 @@ class LiveInjection:
         now = self._pass
         if now.places is None:
             return None
-        new: Injection = aligned(
-            current, self.states, now.places, layer=self.layer, keep=self.keep, padding=now.padding
-        )
+        # Where padding lies has been looked at before the pass.
+        new: Injection = aligned(current, self.states, now.places, layer=self.layer, keep=self.keep)
         self.passes += 1
         return new.hidden
 
@@ -241,5 +237,4 @@ class _Pass:
     def __init__(self) -> None:
         self.places: Sequence[NDArray[np.int64]] | None = None
         self.tokens = 0
-        self.padding: torch.Tensor | None = None
         self.hidden = ExitStack()

@@ -318,6 +318,8 @@ def test_plots_of_runs(runs: dict[str, align.Run]) -> None:
     [*lines] = runs["affine"].plot("scores").axes[0].get_yticklabels()
     assert lines[0].get_text() == "affine"
     assert {"mean", "shuffled"} <= {line.get_text().split()[0] for line in lines}
+    colours = [bars.lines[0].get_color() for bars in runs["affine"].plot("scores").axes[0].containers]
+    assert colours == ["C0", *["C1"] * (len(colours) - 1)], "controls look otherwise than the map"
     [axes] = runs["lora"].plot().axes
     assert axes.lines[0].get_ydata().tolist() == [epoch.pairs[KEY].val_loss for epoch in runs["lora"].epochs]
     assert scores._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n", "a notebook shows it without pyplot"
@@ -478,15 +480,23 @@ def test_cka_of_a_store_is_that_of_the_command(
     planted: Planted, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ("--store", planted.path, "--measures", "rsa", "--draws", 20, "--out", "command")
+    # Nothing is at its default, and each option changes a figure.
+    options: dict[str, Any] = {"draws": 20, "max_rows": 100, "seed": 3, "policy": "word", "estimator": "biased"}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    words += ["--store", planted.path, "--measures", "rsa", "--keep-sinks", "--out", "command"]
     assert call(capsys, "align", "cka", *words).code == 0
-    found = align.cka(planted.store, measures=["rsa"], draws=20, quiet=True)
+    options |= {"keep_sinks": True, "quiet": True}
+    found = align.cka(planted.store, measures=["rsa"], **options)
     assert capsys.readouterr() == ("", "")
+    assert (found.estimator, found.keep_sinks) == ("biased", True)
+    assert found.sample is not None
+    assert (found.sample.rows, found.sample.draws, found.sample.seed) == (100, 20, 3)
+    assert found.n == len(planted.store.pairs("a", "b", "word")) != len(planted.store.pairs("a", "b", "end"))
     assert [path.name for path in tmp_path.iterdir()] == ["command"], "nothing is written unless it is told where"
     assert (found.path, found.files) == (None, [])
     saved = read_similarity(Path("command"))
     assert {**found.content(), "store": None} == {**saved.content(), "store": None}
-    written = align.cka(str(planted.path), measures="rsa", draws=20, out="own", quiet=True)
+    written = align.cka(str(planted.path), measures="rsa", out="own", **options)
     assert (written.path, written.files[:2]) == (Path("own"), ["cka.json", "cka.html"])
     for name in ("cka.json", "cka.png"):
         assert Path("own", name).read_bytes() == Path("command", name).read_bytes()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,17 @@ def write_quickly(path: Path, recipe: Recipe | None = None) -> Path:
 def tree_bytes(root: Path) -> dict[str, bytes]:
     """Content of every file of a directory, hidden ones too."""
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def rowless(path: Path) -> Path:
+    """Take the rows out of a store, as an extraction with --moments-only leaves it."""
+    with exclusive(path):
+        writer = StoreWriter(path)
+        for unit in list(writer.unit_names()):
+            if "/rows-" in unit:
+                writer.drop(unit)
+        for resid in path.glob("models/*/resid/*"):
+            if resid.is_dir():
+                shutil.rmtree(resid)
+        writer.seal(writer.attributes() or {})
+    return path

@@ -26,27 +26,31 @@ SMOLLM2_SPECIAL = (
     "<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>", "<jupyter_start>", "<jupyter_text>",
     "<jupyter_code>", "<jupyter_output>", "<jupyter_script>", "<empty_output>",
 )  # fmt: skip
-#: Control characters for which SmolLM2 has no token: it drops them.
-DROPPED = "\x04\x06\x13\x14\x16\x1d"
-
 LLAMA_SPECIAL = ("<unk>", "<s>", "</s>")
 #: Characters with a token of their own; all others are spelt in bytes.
 START_TOKEN_ALPHABET = 120
 
 
-def train_byte_level(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE as SmolLM2 has: digits apart, no start token, and no token for :data:`DROPPED`."""
+def train_byte_level(texts: Iterable[str], *, dropped: str = "") -> PreTrainedTokenizerFast:
+    """A byte-level BPE as SmolLM2 has: digits apart and no start token.
+
+    Args:
+        texts: What it is trained on.
+        dropped: Control characters without a token; SmolLM2 has six. None by default: random models write any byte,
+            and a text that a tokenizer cannot spell is refused.
+    """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    # The stand-in of control character n is U+0100 + n.
-    dropped = {chr(0x100 + ord(character)) for character in DROPPED}
     trainer = BpeTrainer(
         vocab_size=BYTE_LEVEL_VOCABULARY,
         special_tokens=list(SMOLLM2_SPECIAL),
-        initial_alphabet=sorted(set(pre_tokenizers.ByteLevel.alphabet()) - dropped),
+        initial_alphabet=sorted(
+            # The stand-in of control character n is U+0100 + n.
+            set(pre_tokenizers.ByteLevel.alphabet()) - {chr(0x100 + ord(character)) for character in dropped}
+        ),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable
 
 import pytest
 
-from tests.support import ROOT
+from tests.support.rooms import (
+    PACKAGES,
+    PACKAGES_IN_ORDER,
+    SOURCES,
+    all_imports,
+    arrows,
+    at_import,
+    import_time_imports,
+    imported,
+    tree,
+    used_modules,
+)
 from tests.support.store_fixtures import Recipe, write_quickly
-
-ROOMS = ("featstore", "align", "evaluate")
 
 #: Every room may use the ones before it.
 ALLOWED = {
@@ -39,85 +45,14 @@ ARRAYS_ONLY = {
         "align.moments.scatter",
         "align.solvers",
         "featstore.store.format.elements",
-        "featstore.store.inspect.summary",
     },
 }
 
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-SOURCES = {module_name(path): path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))}
-PACKAGES = {name for name, path in SOURCES.items() if path.name == "__init__.py"}
-
-
-@cache
-def tree(name: str) -> ast.Module:
-    return ast.parse(SOURCES[name].read_text(encoding="utf-8"), filename=str(SOURCES[name]))
-
-
-def imported(node: ast.AST) -> Iterator[str]:
-    """Modules that one statement imports; `from a import b` gives both `a` and `a.b`."""
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        yield node.module or ""
-        yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """Statements that run when a module is imported: outside functions and outside `if TYPE_CHECKING`."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-            continue
-        yield child
-        yield from at_import(child)
-
-
-@cache
-def all_imports(name: str) -> set[str]:
-    return {target for node in ast.walk(tree(name)) for target in imported(node)}
-
-
-@cache
-def import_time_imports(name: str) -> set[str]:
-    return {target for node in at_import(tree(name)) for target in imported(node)}
-
-
 def within(name: str, rooms: Iterable[str]) -> bool:
     return any(name == room or name.startswith(f"{room}.") for room in rooms)
-
-
-@cache
-def used_modules(name: str) -> set[str]:
-    """Modules whose definitions a module uses, lazily or not; what a package passes on counts as its definer's."""
-    used = set()
-    for node in ast.walk(tree(name)):
-        if isinstance(node, ast.Import):
-            used |= {alias.name for alias in node.names} & SOURCES.keys()
-        elif isinstance(node, ast.ImportFrom) and node.module in SOURCES:
-            for alias in node.names:
-                used.add(definer(node.module, alias.name))
-    return used - {name}
-
-
-def definer(module: str, name: str) -> str:
-    """The module behind `from module import name`."""
-    if f"{module}.{name}" in SOURCES:
-        return f"{module}.{name}"
-    if module in PACKAGES:
-        for node in ast.walk(tree(module)):
-            if isinstance(node, ast.ImportFrom) and node.module in SOURCES:
-                for alias in node.names:
-                    if (alias.asname or alias.name) == name:
-                        return definer(node.module, alias.name)
-    return module
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -146,7 +81,7 @@ def test_the_sources_are_found():
 
 def test_a_room_uses_only_the_rooms_before_it():
     for name in SOURCES:
-        used = {target.partition(".")[0] for target in all_imports(name)} & set(ROOMS)
+        used = {target.partition(".")[0] for target in all_imports(name)} & set(PACKAGES_IN_ORDER)
         assert used <= ALLOWED[name.partition(".")[0]], name
 
 
@@ -159,16 +94,7 @@ def test_no_module_imports_itself_in_a_circle():
 def test_no_room_imports_itself_in_a_circle():
     """Of every package: what its modules and packages use of each other goes one way."""
     for package in PACKAGES:
-        depth = package.count(".") + 1
-        graph: dict[str, set[str]] = defaultdict(set)
-        for name in SOURCES.keys() - {package}:
-            if not name.startswith(f"{package}."):
-                continue
-            room = ".".join(name.split(".")[: depth + 1])
-            # A package's __init__ passes on what is inside; its own arrows are those of the modules inside.
-            targets = {target for target in used_modules(name) if target.startswith(f"{package}.")}
-            graph[room] |= {".".join(target.split(".")[: depth + 1]) for target in targets} - {room}
-        assert circle({room: targets & graph.keys() for room, targets in graph.items()}) == [], package
+        assert circle(arrows(package)) == [], package
 
 
 def test_no_module_shadows_a_name_that_its_package_gives():
@@ -284,7 +210,7 @@ def test_the_store_knows_nothing_of_models():
             }
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", PACKAGES_IN_ORDER)
 def test_importing_a_room_imports_no_heavy_library(room):
     """`--help` and tab completion stay quick; heavy imports stay inside the functions that need them."""
     heavy = {"torch", "transformers", "matplotlib", "dask", "pandas", "pydantic"}

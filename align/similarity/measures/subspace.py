@@ -1,4 +1,4 @@
-"""Canonical correlations between the principal subspaces of two layers, and how many directions a layer has.
+"""Canonical correlations between the principal subspaces of two layers.
 
 With U_x (n, p) and U_y (n, q) the principal components of the centred rows, scaled to unit length, the canonical
 correlations are the singular values rho of U_x' U_y, and the canonical variates are sqrt(n) U_x A and sqrt(n) U_y B for
@@ -26,7 +26,6 @@ from align.similarity.measures.base import Resampling, Result, Tick, Wanted
 from align.similarity.measures.influence import centred, linear_draws, still, unfit
 from align.solvers.linalg import eigh, svd
 from featstore.errors import FitError
-from featstore.store.inspect.summary import ranks_of
 
 #: Rows for each kept principal component, below which canonical correlations are undefined.
 ROWS_PER_COMPONENT = 10
@@ -202,27 +201,3 @@ def pwcca(share: float = SHARE) -> CanonicalCorrelation:
         FitError: The share is not above 0 and at most 1.
     """
     return CanonicalCorrelation(weighted=True, share=share)
-
-
-def effective_ranks(layers: Sequence[NDArray[np.float32]]) -> list[Result]:
-    """How many directions each layer varies in: exp of the entropy of its covariance eigenvalues (Roy, Vetterli 2007).
-
-    Args:
-        layers: float32 ``(n, d)`` each.
-
-    Returns:
-        One result a layer with the participation ratio, the rows and the width among its facts; neither count can
-        exceed ``n - 1``. NaN with a reason below 2 rows and where nothing varies.
-    """
-    results = []
-    for rows in layers:
-        n, d = rows.shape
-        if n < 2:
-            results.append(Result(math.nan, f"effective rank needs at least 2 rows, not {n}"))
-        elif still(rows, float(np.square(centred(rows)).sum())):
-            results.append(Result(math.nan, "the states do not vary"))
-        else:
-            rank, participation = ranks_of(rows)
-            facts = {"participation_ratio": participation, "rows": float(n), "width": float(d)}
-            results.append(Result(rank, facts=facts))
-    return results

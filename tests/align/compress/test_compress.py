@@ -25,6 +25,7 @@ from align.scoring.rows import Epoch
 from align.settings import LoopSettings
 from featstore.errors import FitError, StoreStateError
 from tests.support.planted import TEST, TRAIN, VAL, Planted, plant, rotation
+from tests.support.tiers import tiered
 
 PAIR = LayerPair("a", (1,), "b", 1)
 DOCUMENTS, TOKENS, WIDTH = 40, 50, 24
@@ -120,9 +121,7 @@ def test_what_all_states_of_a_window_share_fits_into_one_latent(tmp_path: Path) 
     assert found["compress"] > max(found["pca"], found["strided"]) + 0.1
 
 
-@pytest.mark.parametrize(
-    "latents", [10, pytest.param(1, marks=pytest.mark.thorough), pytest.param(50, marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize("latents", tiered([10], [1, 50]))
 def test_nothing_is_found_in_independent_data(tmp_path: Path, latents: int) -> None:
     rng = np.random.default_rng(3)
     x, y = (rng.normal(size=(DOCUMENTS * TOKENS, WIDTH)) for _ in range(2))

@@ -79,7 +79,15 @@ def naive(layers, kernel, estimator, sigmas=None):
     return found, found / np.outer(root, root)
 
 
-@pytest.mark.parametrize("kind", ["benign", "mean of 10 sigma", "one dimension at 1000", "sinks"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "benign",
+        "sinks",
+        pytest.param("mean of 10 sigma", marks=pytest.mark.thorough),
+        pytest.param("one dimension at 1000", marks=pytest.mark.thorough),
+    ],
+)
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
 @pytest.mark.parametrize("estimator", ["debiased", "biased"])
 def test_every_form_is_the_formula(kind, kernel, estimator):
@@ -356,11 +364,13 @@ import sys
 sys.modules["triton"] = None
 import torch
 from align.kernels.api import cka_matrix
-from align.kernels import autograd, compile
+from align.kernels import autograd
+from align.kernels.triton import compile
 print(cka_matrix([torch.arange(900.0).sin().view(300, 3)], form="panels")[0, 0])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert float(done.stdout) == pytest.approx(1), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(1)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -368,7 +378,7 @@ print(cka_matrix([torch.arange(900.0).sin().view(300, 3)], form="panels")[0, 0])
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(["-k", "sinks or different_types or padded or macro_tile"], id="some"),
+        pytest.param(["-k", "sinks or padded"], id="some"),
         pytest.param([], id="all", marks=pytest.mark.thorough),
     ],
 )

@@ -137,7 +137,11 @@ def test_every_setting_of_a_training_reaches_its_plan() -> None:
 
 
 #: Modules of the room above the resolved run: they make settings, resolve them, or write them down.
-ABOVE = {"cli", "api", "runs/train", "runs/plan", "runs/job", "runs/rundir", "sweeps/grid", "sweeps/sweep"}
+ABOVE = {
+    *("cli", "api", "notebook/keywords", "notebook/run"),
+    *("runs/train", "runs/plan", "runs/job", "runs/rundir"),
+    *("sweeps/grid", "sweeps/sweep"),
+}
 
 
 def test_no_module_below_a_resolved_run_knows_settings() -> None:

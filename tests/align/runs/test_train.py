@@ -22,6 +22,7 @@ from featstore.errors import FitError, SpecError
 from featstore.store import Store, StoredModel
 from tests.support.commands import call, strict_json
 from tests.support.planted import TEST, VAL, Planted, leaky, only, plant, rotation, spectrum_rows, trained
+from tests.support.tiers import tiered
 
 KEY = "a:1->b:1"
 BASELINES = {"mean", "identity", "random_rotation", "shuffled", "closed_form"}
@@ -194,7 +195,7 @@ print("torch" in sys.modules, file=sys.stderr)
             for type_ in map_types()
             if type_.closed
         ),
-        ("lora", True),
+        pytest.param("lora", True, marks=pytest.mark.thorough),
     ],
 )
 def test_a_closed_form_needs_no_torch(small: Planted, tmp_path: Path, type_: str, used: bool) -> None:
@@ -373,7 +374,7 @@ def test_lora_reaches_its_closed_form_optimum(
     assert "loses-to-closed-form" not in {warning["code"] for warning in entry["warnings"]}
 
 
-@pytest.mark.parametrize(("n", "d"), [(6000, 64), (1250, 64), (3000, 256)])
+@pytest.mark.parametrize(("n", "d"), tiered([(1250, 64)], [(6000, 64), (3000, 256)]))
 def test_lora_is_never_worse_than_its_skip(tmp_path: Path, n: int, d: int) -> None:
     # A rotation and noise: nothing to add, much to overfit.
     x = spectrum_rows(n, d, 1, decay=1.0)
@@ -384,7 +385,7 @@ def test_lora_is_never_worse_than_its_skip(tmp_path: Path, n: int, d: int) -> No
     assert only(trained(planted, tmp_path / "lora", "lora"))["test"]["r2"] > skip - 0.005
 
 
-@pytest.mark.parametrize("skip", ["none", "identity", "ridge"])
+@pytest.mark.parametrize("skip", tiered(["ridge"], ["none", "identity"]))
 def test_lora_adds_to_any_skip(tmp_path: Path, skip: str) -> None:
     planted = plant(tmp_path / "s.zarr", *low_rank_change(5000, 32, 6, decay=0.5))
     entry = only(trained(planted, tmp_path / "run", "lora", rank=6, skip=skip))

@@ -244,6 +244,7 @@ def test_the_command_takes_layers_and_models(
     assert turned["cross"][0][0] == pytest.approx(result["cross"][0][0], abs=1e-9)
 
 
+@pytest.mark.thorough
 def test_workers_in_other_processes_give_the_same_bits(
     planted: Planted,
     tmp_path: Path,

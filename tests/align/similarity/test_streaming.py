@@ -397,6 +397,7 @@ def test_too_little_memory_says_how_much_it_takes() -> None:
         plan([64], 1000, batch=3)
 
 
+@pytest.mark.thorough
 def test_memory_stays_within_the_plan_and_is_flat_in_rows(
     tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,7 +476,7 @@ CHILD = """
     import align.similarity.scan.planning as planning
     import align.similarity.scan.streaming as streaming
     from align.resources import dask_client
-    from test_streaming import SITES, Ticks
+    from tests.align.similarity.test_streaming import SITES, Ticks
     from featstore.store import open_store
 
     def main():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 from align.runs.plots import plot_rate_distortion
 from align.sweeps.compare import compare_runs, describe
 from featstore.errors import AdapterError, CorruptDataError
+from featstore.store.moments.stored import add_moments
 from tests.support.commands import call
 from tests.support.planted import Planted, plant, rotation, spectrum_rows, trained
+from tests.support.store_fixtures import rowless
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,22 @@ def test_a_run_without_figures_comes_last(runs: dict[str, Path], tmp_path: Path)
     assert [row["r2"] is None for row in result["rows"]] == [False, True]
     assert result["rows"][1]["versus_best"]["difference"] is None
     assert " - " in describe(result)
+
+
+def test_a_run_of_a_store_that_holds_moments_only_is_compared(
+    planted: Planted, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(planted.path, tmp_path / "store.zarr"))
+    add_moments(store, quiet=True)
+    rowless(store)
+    trained(replace(planted, path=store), tmp_path / "run", "affine", layers="1")
+    [row] = compare_runs([tmp_path / "run"])["rows"]
+    assert row["r2"] is not None
+    assert row["r2_ci95"] is None
+    assert "holds moments only" in row["reasons"]["r2_ci95"]
+    # Beside a run with rows: no interval of the difference, and why.
+    both = compare_runs([tmp_path / "run", runs["affine"]])["rows"]
+    assert {row["run"] for row in both} == {str(tmp_path / "run"), str(runs["affine"])}
 
 
 @pytest.mark.parametrize("missing", ["metrics.json", "adapter.json", None])

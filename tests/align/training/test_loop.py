@@ -29,6 +29,7 @@ from align.training.probe import CkaProbe
 from align.training.tracking import Tracker, check_tracker, tracking
 from featstore.errors import FitError, MissingPackageError, SpecError
 from tests.support.looping import PAIR, Ready, command, launched, ready, result, run
+from tests.support.tiers import tiered
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def test_bfloat16_keeps_float32_weights_and_losses() -> None:
     np.testing.assert_allclose(first, second, atol=0.02 * np.abs(second).max())
 
 
-@pytest.mark.parametrize("type_", ["lora", "mlp", "affine"])
+@pytest.mark.parametrize("type_", tiered(["lora"], ["mlp", "affine"]))
 def test_bfloat16_reaches_what_float32_reaches(tmp_path: Path, type_: str) -> None:
     data = ready(tmp_path / "s.zarr", "low-rank", n=4000, d=48)
     r2 = [data.r2(run(data, type_, rank=4, precision=p).trained.aligner) for p in ("float32", "bfloat16")]
@@ -307,7 +308,7 @@ def test_defaults_fill_in_what_is_not_said() -> None:
     assert (windows.lr, windows.batch_size) == (2e-3, 4)
 
 
-@pytest.mark.parametrize(("d", "n"), [(64, 4000), (256, 6000), pytest.param(1024, 4000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(("d", "n"), tiered([(64, 4000)], [(256, 6000), (1024, 4000)]))
 def test_mlp_keeps_up_with_ridge_without_tuning(tmp_path: Path, d: int, n: int) -> None:
     data = ready(tmp_path / "s.zarr", "low-rank", n=n, d=d, rank=max(d // 16, 4))
     trained = run(data, "mlp", cka_every=0, hidden=min(1024, 4 * d)).trained
@@ -323,13 +324,13 @@ def test_lora_reaches_reduced_rank_without_tuning(tmp_path: Path, d: int, n: int
     assert data.closed("procrustes") < data.closed("reduced-rank", rank=4, skip="procrustes") - 0.02
 
 
-@pytest.mark.parametrize("d", [32, 96])
+@pytest.mark.parametrize("d", tiered([32], [96]))
 def test_mlp_finds_what_no_matrix_can(tmp_path: Path, d: int) -> None:
     data = ready(tmp_path / "s.zarr", n=6000, d=d)
     assert data.r2(run(data, "mlp", cka_every=0, hidden=256).trained.aligner) > data.closed("affine") + 0.03
 
 
-@pytest.mark.parametrize("skip", ["none", "identity", "ridge"])
+@pytest.mark.parametrize("skip", tiered(["ridge"], ["none", "identity"]))
 def test_mlp_adds_to_any_skip(tmp_path: Path, skip: str) -> None:
     data = ready(tmp_path / "s.zarr", n=6000, d=32)
     outcome = run(data, "mlp", cka_every=0, hidden=256, skip=skip)

@@ -16,6 +16,7 @@ from align.training.checkpoint import FILE, read_checkpoint, write_checkpoint
 from featstore.errors import CorruptDataError, StoreStateError
 from featstore.runtime import provenance
 from tests.support.looping import Outcome, Ready, command, environment, launched, ready, result, run
+from tests.support.tiers import tiered
 
 SMALL = {"rank": 4, "hidden": 32, "epochs": 3, "cka_every": 7, "checkpoint_every": 5}
 
@@ -42,14 +43,14 @@ def same(one: Outcome, other: Outcome) -> None:
 
 @pytest.mark.parametrize(
     ("type_", "options"),
-    [
-        ("mlp", {}),
-        ("lora", {"loss": "mse=1,infonce=0.1"}),
-        ("affine", {"precision": "bfloat16"}),
-        ("mlp", {"accumulate": 3, "batch_size": 50}),
-        # The best epoch is not the last, and patience has begun to count.
-        ("affine", {"lr": 0.5, "batch_size": 16, "patience": 3, "epochs": 4}),
-    ],
+    tiered(
+        [
+            ("lora", {"loss": "mse=1,infonce=0.1"}),
+            # The best epoch is not the last, and patience has begun to count.
+            ("affine", {"lr": 0.5, "batch_size": 16, "patience": 3, "epochs": 4}),
+        ],
+        [("mlp", {}), ("affine", {"precision": "bfloat16"}), ("mlp", {"accumulate": 3, "batch_size": 50})],
+    ),
 )
 def test_stopped_after_every_checkpoint(
     data: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, type_: str, options: dict[str, Any]

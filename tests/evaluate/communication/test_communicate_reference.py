@@ -108,7 +108,9 @@ def taken(loaded: Loaded, asked: list[Prompt], given: Mapping[str, PutIn | None]
     return found
 
 
-@pytest.mark.parametrize(("choices", "rows"), [(False, 256), (False, 7), (True, 256)])
+@pytest.mark.parametrize(
+    ("choices", "rows"), [pytest.param(False, 256, marks=pytest.mark.thorough), (False, 7), (True, 256)]
+)
 def test_many_at_once_answer_as_each_alone(
     loaded: Loaded, choices: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

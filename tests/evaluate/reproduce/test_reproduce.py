@@ -57,7 +57,10 @@ def in_process(calls):
 def programme(tiny_store, tmp_path_factory):
     """The finished programme of two models of different depth."""
     out, calls = tmp_path_factory.mktemp("reproduce") / "out", []
-    result = reproduce(out, SCALE, store=tiny_store, corpus=Corpus(), run=in_process(calls))
+    with pytest.MonkeyPatch.context() as patch:
+        # Half of the time would go into the steps of two compressed maps of random models.
+        patch.setattr("align.compress.fit.EPOCH_STEPS", 6)
+        result = reproduce(out, SCALE, store=tiny_store, corpus=Corpus(), run=in_process(calls))
     return SimpleNamespace(out=out, result=result, calls=calls, store=tiny_store)
 
 
@@ -156,6 +159,7 @@ def test_a_damaged_result_is_made_again(programme):
     assert json.loads(path.read_text()) == before
 
 
+@pytest.mark.thorough
 def test_a_killed_programme_goes_on(programme, tmp_path):
     """The command itself, killed while it works, and then carried on to the same figures."""
     out = tmp_path / "out"

@@ -362,7 +362,8 @@ def launch(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_write_the_same_bytes_as_one(settings, tmp_path, capsys, processes):
     words = command(settings, "--layer-0", "table", "--format", "int8", "--json")
     trees = []

@@ -115,7 +115,9 @@ def test_rows_are_those_of_a_forward_pass_of_one_window_at_a_time(undisturbed, s
         assert (table.window[rows] == number).all()
         for layer in LAYERS[name]:
             expected = last_output[-1] if layer == model.config.num_hidden_layers else states[layer]
-            np.testing.assert_allclose(stored[layer][rows], expected[0].numpy(), rtol=1e-5, atol=1e-5)
+            # Entries near zero carry the rounding of the whole row.
+            rounding = 1e-6 * float(expected[0].norm(dim=1).median())
+            np.testing.assert_allclose(stored[layer][rows], expected[0].numpy(), rtol=1e-5, atol=rounding)
         row += ids.shape[1]
     assert row == store.model(name).rows
 
@@ -207,6 +209,7 @@ def test_killed_three_times_and_run_again_the_command_writes_the_same_bytes(sett
     assert "loading mistral" in done.stderr
 
 
+@pytest.mark.thorough
 def test_ctrl_c_exits_130_with_one_line_and_running_again_completes(settings, undisturbed, tmp_path):
     mine = at(settings, tmp_path / "store.zarr")
     stopped = stop_once_there(mine, "models/llama/resid/2/rows-000001", signal.SIGINT)

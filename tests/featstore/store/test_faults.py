@@ -28,7 +28,9 @@ from featstore.store.write.writer import StoreWriter, exclusive
 from tests.featstore.store.test_store import copied, read_everything
 from tests.featstore.store.test_writer import RECIPE as WRITER
 from tests.featstore.store.test_writer import check_invariants
+from tests.support.commands import call
 from tests.support.store_fixtures import MODELS, SINK_THRESHOLD, Recipe, states, tree_bytes, write_quickly
+from tests.support.tiers import tiered
 
 SMALL = Recipe(documents=5, document_bytes=150, width=4, shard_rows=256, layers=(0, 2))
 RECIPES = {
@@ -39,7 +41,7 @@ RECIPES = {
     "table": replace(SMALL, form="fp8", layers=(2,)),
 }
 #: The first tells in the quick tier whether damage is found.
-KINDS = ["bfloat16", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in RECIPES if kind != "bfloat16")]
+KINDS = tiered(["bfloat16"], ["int8", "table"])
 
 
 @pytest.fixture(scope="session")
@@ -342,7 +344,7 @@ MUTATED = {
 assert sum(count for _, _, count in MUTATED.values()) >= 500
 
 
-@pytest.mark.parametrize("kind", MUTATED)
+@pytest.mark.parametrize("kind", tiered(["arrays", "table"], ["manifest", "root", "corpus", "scales"]))
 def test_a_changed_metadata_document_gives_our_error_or_the_same_arrays(whole, tmp_path, kind):
     which, wanted, count = MUTATED[kind]
     path = copied(whole[which], tmp_path)
@@ -474,7 +476,7 @@ def test_a_disk_that_fills_up_again_and_again_ends_with_the_same_bytes(disk, tmp
 
 
 def test_the_command_on_a_disk_that_fills_up_says_so_in_one_line_and_goes_on_later(
-    disk, tiny_llama, tiny_mistral, short_corpus, run_cli, tmp_path
+    disk, tiny_llama, tiny_mistral, short_corpus, capsys, tmp_path
 ):
     """The estimate counts states and no metadata: it lets a disk pass that is a little too small."""
     from featstore.extraction.job import prepare
@@ -497,18 +499,18 @@ def test_the_command_on_a_disk_that_fills_up_says_so_in_one_line_and_goes_on_lat
     words: list[object] = ["extract", "--store", disk.path / "store.zarr", "--max-tokens", "all", "--layers", "0,2"]
     words += ["--max-documents", 12, "--window-bytes", 512, "--shard-rows", 1024, "--device", "cpu"]
     words += ["--dataset", settings.dataset, *(word for model in settings.model for word in ("--model", model))]
-    stopped = run_cli("featstore", *words)
-    assert stopped.returncode == 2
-    assert stopped.stderr.splitlines()[-1].startswith("featstore: cannot write ")
-    assert "No space left on device" in stopped.stderr
-    assert "Traceback" not in stopped.stderr
+    stopped = call(capsys, "featstore", *words)
+    assert stopped.code == 2
+    assert stopped.err.splitlines()[-1].startswith("featstore: cannot write ")
+    assert "No space left on device" in stopped.err
+    assert "Traceback" not in stopped.err
     with pytest.raises(StoreStateError, match="unfinished"):
         open_store(disk.path / "store.zarr")
     kept = {p: p.stat().st_mtime_ns for p in disk.path.rglob("rows-*.json")}
     assert kept
     disk.grow(4 << 20)
-    done = run_cli("featstore", *words)
-    assert done.returncode == 0, done.stderr
+    done = call(capsys, "featstore", *words)
+    assert done.code == 0, done.err
     assert all(p.stat().st_mtime_ns == changed for p, changed in kept.items())
     extract(job, quiet=True)
     assert tree_bytes(disk.path / "store.zarr") == tree_bytes(settings.store)

@@ -45,7 +45,7 @@ from tests.align.moments.test_moments import assert_same
 from tests.align.similarity.test_cka import related
 from tests.support.commands import call, strict_json
 from tests.support.planted import Planted, only, plant, rotation, spectrum_rows, trained
-from tests.support.store_fixtures import tree_bytes
+from tests.support.store_fixtures import rowless, tree_bytes
 
 MODELS = ("a", "b")
 #: Three layers of one model and two of the other.
@@ -290,20 +290,6 @@ def test_a_store_of_moments_alone(summed: Path) -> None:
     shutil.rmtree(summed / "manifest" / "moments" / "a__b" / "train")
     with pytest.raises(StoreStateError, match=r"lacks moments of layer 0 of 'a' and holds no rows"):
         add_moments(summed, quiet=True)
-
-
-def rowless(path: Path) -> Path:
-    """Take the rows out of a store, as an extraction with --moments-only leaves it."""
-    with exclusive(path):
-        writer = StoreWriter(path)
-        for unit in list(writer.unit_names()):
-            if "/rows-" in unit:
-                writer.drop(unit)
-        for resid in path.glob("models/*/resid/*"):
-            if resid.is_dir():
-                shutil.rmtree(resid)
-        writer.seal(writer.attributes() or {})
-    return path
 
 
 def test_one_writer_at_a_time(path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_writer_killed_at_random_moments_ends_with_the_same_bytes(undisturbed,
     assert writers.wait() == 0
     duration = min(time.monotonic() - start, 1.5)
     killed = rounds = 0
-    while killed < KILLS:
+    while killed < KILLS or not rounds:
         writer = writers.start(path)
         time.sleep(rng.uniform(0, duration * 0.5))
         os.kill(writer, signal.SIGKILL)
@@ -140,7 +140,6 @@ def test_a_writer_killed_at_random_moments_ends_with_the_same_bytes(undisturbed,
             path = tmp_path / f"store-{rounds}.zarr"
     write_quickly(path, RECIPE)
     assert tree_bytes(path) == undisturbed
-    assert rounds
 
 
 EVERY_STEP = """

@@ -150,12 +150,20 @@ class TestByteEnds:
         probe(tokenizers[name][0], name)
 
 
-def test_a_character_the_tokenizer_drops_is_named(tokenizers):
+@pytest.mark.parametrize("kind", ["trained", pytest.param("real", marks=pytest.mark.demo_pair)])
+def test_a_character_the_tokenizer_drops_is_named(request, sample_texts, start_token_tokenizer, kind):
     """SmolLM2 has no token for U+0013; the spans of what follows it in the same word are then wrong."""
+    from transformers import AutoTokenizer
+
+    if kind == "real":
+        demo = request.getfixturevalue("demo_models")
+        drops, spells = map(AutoTokenizer.from_pretrained, (demo.smollm2, demo.twin))
+    else:
+        drops, spells = train_byte_level(sample_texts, dropped="\x06\x13"), start_token_tokenizer
     for text in ("1914\x131918", "!\x13?ok"):
         with pytest.raises(OffsetError, match=r"no token covers character .*clean the text"):
-            tokenize(tokenizers["smollm2"][0], [text])
-        check_window(*tokenizers["mistral"], text)
+            tokenize(drops, [text])
+        check_window(spells, SentencePiece(), text)
 
 
 class TestSpecialTokens:
