@@ -1,4 +1,4 @@
-"""The command `align`: train, sweep, cka, compare."""
+"""Fit maps between two models' hidden states from a feature store, and compare runs and layers."""
 
 from __future__ import annotations
 
@@ -88,22 +88,28 @@ def cka(
     store: Annotated[Path, typer.Option(help="Path of the store.")],
     estimator: Annotated[str, typer.Option(help="debiased, biased, minibatch.")] = "debiased",
     kernel: Annotated[str, typer.Option(help="linear, over all rows; or rbf, over a sample.")] = "linear",
-    models: Annotated[str | None, typer.Option(help="A,B; default the store's first two.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers of both models: 8,16 or depths in percent.")] = None,
+    models: Annotated[str | None, typer.Option(help="Two models, A,B; default the store's first two.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers of both models: 8,16 or depths in percent; default all.")
+    ] = None,
     policy: Annotated[str, typer.Option(help="Pair policy: end or word.")] = "end",
-    keep_sinks: Annotated[bool, typer.Option("--keep-sinks", help="Attention sinks in the main figures.")] = False,
+    keep_sinks: Annotated[bool, typer.Option("--keep-sinks", help="Keep attention sinks in the main figures.")] = False,
     measures: Annotated[
         str, typer.Option(help=f"Over a sample of rows: {', '.join(MEASURES)}; all, none.", rich_help_panel=_SAMPLE)
     ] = "none",
-    max_rows: Annotated[int, typer.Option(help="Rows of the sample at most.", rich_help_panel=_SAMPLE)] = 16_384,
+    max_rows: Annotated[
+        int, typer.Option(help="Maximum number of rows of the sample.", rich_help_panel=_SAMPLE)
+    ] = 16_384,
     draws: Annotated[
         int, typer.Option(min=1, help="Resamples of documents behind each interval.", rich_help_panel=_SAMPLE)
     ] = 1000,
-    memory: Annotated[str, typer.Option(help="For sums, or for the sample: bytes, or such as 500M, 4GiB.")] = "4GiB",
+    memory: Annotated[
+        str, typer.Option(help="Memory for sums, or for the sample: bytes, or such as 500M, 4GiB.")
+    ] = "4GiB",
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler; default a local one.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Local processes; default threads of this one.")] = None,
-    device: Annotated[str, typer.Option(help="Of RBF kernels: auto, cpu, cuda, cuda:N.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of sample, floors and draws.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Number of local processes; default threads of this one.")] = None,
+    device: Annotated[str, typer.Option(help="Device of RBF kernels: auto, cpu, cuda, cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sample, floors and draws.")] = 0,
     out: Annotated[Path, typer.Option(help="Directory for cka.json, cka.html and the heatmaps.")] = Path("runs/cka"),
     as_json: Json = False,
 ) -> None:

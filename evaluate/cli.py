@@ -1,4 +1,4 @@
-"""`evaluate`: stitch, generate, communicate, report, reproduce. A thin skin over the library."""
+"""Inject mapped states into the full models, measure what they can do with them, and report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`featstore`: extract, info, inspect, verify, pair, doctor, demo. A thin skin over the library."""
+"""Read a corpus with language models, store their residual streams, and look after the stores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from featstore.models.references import DEFAULT_MODELS
+from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS
 from featstore.runtime.console import add_version, check_directory, emit, err, human, human_bytes, run_app
 from featstore.runtime.quantities import parse_bytes
 
@@ -15,50 +15,67 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich
 add_version(app, "featstore")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+_MODEL = (
+    "NAME=REF; may be repeated. REF: hub id\\[@revision], directory, or GGUF file. By default "
+    f"{' and '.join(DEFAULT_MODELS)}."
+)
+_LAYERS = f"K,K,... for every model, NAME=K,... for one, or depths: 0%,50%,100%. By default {DEFAULT_LAYERS}."
 StorePath = Annotated[Path, typer.Argument(help="Path of the store.")]
 
 
 @app.command()
 def extract(
-    model: Annotated[
-        list[str] | None, typer.Option(help="NAME=REF; repeat. REF: hub id\\[@revision], directory, or GGUF file.")
-    ] = None,
-    layers: Annotated[
-        list[str] | None, typer.Option(help="K,K,... for every model, NAME=K,... for one, or depths: 0%,50%,100%.")
-    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help=_MODEL)] = None,
+    layers: Annotated[list[str] | None, typer.Option(help=_LAYERS)] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="wikitext-103-raw-v1, hf:REPO\\[/CONFIG]\\[:SPLIT], text:PATH-OR-GLOB, jsonl:PATH."),
+        typer.Option(
+            help="hf:REPO\\[/CONFIG]\\[:SPLIT], text:PATH-OR-GLOB or jsonl:PATH; by default wikitext-103-raw-v1."
+        ),
     ] = None,
-    text_field: Annotated[str | None, typer.Option(help="Field that holds the text; text.")] = None,
+    text_field: Annotated[str | None, typer.Option(help="Field that holds the text; by default text.")] = None,
     store: Annotated[Path, typer.Option(help="Where to write, or what to add to.")] = Path("wt103.zarr"),
     max_tokens: Annotated[
-        str | None, typer.Option(help="Token budget per model: a number, 200k, 1M, or all; 1M.")
+        str | None, typer.Option(help="Token budget per model: a number, 200k, 1M, or all; by default 1M.")
     ] = None,
-    max_documents: Annotated[int | None, typer.Option(min=1, help="Read so many documents at most.")] = None,
-    max_document_bytes: Annotated[int | None, typer.Option(min=4, help="Read so much of each document.")] = None,
+    max_documents: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of documents; by default all.")
+    ] = None,
+    max_document_bytes: Annotated[
+        int | None, typer.Option(min=4, help="Maximum number of bytes of each document; by default all.")
+    ] = None,
     window_bytes: Annotated[
-        int | None, typer.Option(min=4, help="Longest stretch of text a model reads at once; 2048.")
+        int | None, typer.Option(min=4, help="Longest stretch of text a model reads at once; by default 2048.")
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Padded tokens of a forward pass; 8192.")] = None,
-    shard_rows: Annotated[int | None, typer.Option(min=256, help="Rows of a shard file; 16384.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Padded tokens of a forward pass; by default 8192.")
+    ] = None,
+    shard_rows: Annotated[int | None, typer.Option(min=256, help="Rows of a shard file; by default 16384.")] = None,
     form: Annotated[
-        str | None, typer.Option("--format", help="bfloat16, float16, float32, int8 or fp8; bfloat16.")
+        str | None, typer.Option("--format", help="bfloat16, float16, float32, int8 or fp8; by default bfloat16.")
     ] = None,
-    layout: Annotated[str | None, typer.Option(help="hot (mapped, uncompressed) or archive (blosc zstd); hot.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="hot (mapped, uncompressed) or archive (blosc zstd); by default hot.")
+    ] = None,
     layer_0: Annotated[
         str | None,
-        typer.Option("--layer-0", help="stored like any layer, or table: one row for every token id; stored."),
+        typer.Option(
+            "--layer-0", help="stored like any layer, or table: one row for every token id; by default stored."
+        ),
     ] = None,
     sink_threshold: Annotated[
         float | None,
-        typer.Option(min=1.0, help="A token is an attention sink beyond this multiple of the median norm; 5."),
+        typer.Option(
+            min=1.0, help="A token is an attention sink beyond this multiple of the median norm; by default 5."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32; auto.")] = None,
-    attn: Annotated[str | None, typer.Option(help="transformers' attention implementation; sdpa.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32; by default auto.")
+    ] = None,
+    attn: Annotated[str | None, typer.Option(help="transformers' attention implementation; by default sdpa.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; 0.")
+        int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; by default 0.")
     ] = None,
     moments: Annotated[
         bool, typer.Option("--moments", help="Also store the moments of every two layers: fits then need no rows.")
@@ -161,9 +178,14 @@ def inspect(
 def verify(
     store: StorePath,
     again: Annotated[
-        int, typer.Option("--reextract", min=0, help="Compute so many batches of each model again and compare; 0.")
+        int,
+        typer.Option(
+            "--reextract", min=0, help="Number of batches of each model that are computed again and compared."
+        ),
     ] = 0,
-    model: Annotated[list[str] | None, typer.Option(help="NAME=REF of a model that is elsewhere now; repeat.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="NAME=REF of a model that is elsewhere now; may be repeated.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where --reextract computes: auto, cpu, cuda, cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Which batches --reextract takes.")] = 0,
     as_json: Json = False,
@@ -197,13 +219,15 @@ def verify(
 def convert(
     store: StorePath,
     form: Annotated[
-        str | None, typer.Option("--format", help="bfloat16, float16, float32, int8 or fp8; as it is.")
+        str | None, typer.Option("--format", help="bfloat16, float16, float32, int8 or fp8; by default as it is.")
     ] = None,
     layout: Annotated[
-        str | None, typer.Option(help="hot (mapped, uncompressed) or archive (blosc zstd); as it is.")
+        str | None, typer.Option(help="hot (mapped, uncompressed) or archive (blosc zstd); by default as it is.")
     ] = None,
-    shard_rows: Annotated[int | None, typer.Option(min=256, help="Rows of a shard file; as it is.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Path of the new store; STORE-FORMAT-LAYOUT.zarr beside it.")] = None,
+    shard_rows: Annotated[int | None, typer.Option(min=256, help="Rows of a shard file; by default as it is.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Path of the new store; by default STORE-FORMAT-LAYOUT.zarr beside it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a store again in another format or layout, with everything else as it is; the old one stays.
@@ -250,7 +274,7 @@ def moments(
 
 @app.command()
 def doctor(
-    model: Annotated[list[str] | None, typer.Option(help="NAME=REF to check access to; repeat.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="NAME=REF to check access to; may be repeated.")] = None,
     store: Annotated[Path, typer.Option(help="Where the store would go.")] = Path("wt103.zarr"),
     as_json: Json = False,
 ) -> None:
@@ -267,7 +291,7 @@ def doctor(
 def calibrate(
     out: Annotated[Path, typer.Option(help="Where the models go.")] = Path(".cache/demo"),
     same_tokenizer: Annotated[bool, typer.Option(help="The exact twin, with the first model's tokenizer.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the planted rotation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the planted rotation.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Build the calibration pair: a real model and a twin whose hidden states are a known rotation of its own."""

@@ -183,18 +183,6 @@ def tiny_store(tiny_llama, tiny_mistral, short_corpus, tmp_path_factory) -> Path
 
 
 @pytest.fixture(scope="session")
-def moments_store(tiny_llama, tiny_mistral, short_corpus, tmp_path_factory) -> Path:
-    """A store of both tiny models that holds moments and no rows."""
-    import featstore
-
-    path = tmp_path_factory.mktemp("store") / "moments.zarr"
-    models = {"llama": tiny_llama, "mistral": tiny_mistral}
-    corpus = f"jsonl:{short_corpus}"
-    featstore.extract(models, [0, 2], corpus, path, moments_only=True, device="cpu", quiet=True)
-    return path
-
-
-@pytest.fixture(scope="session")
 def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `featstore`, `align` or `evaluate` as users do and return exit code, stdout and stderr."""
 

@@ -220,9 +220,6 @@ def _entries(directory: Path, metrics: Metrics, card: dict[str, Any]) -> list[_E
 def _sums_of(key: str, pairs: Mapping[str, PairDocuments] | None, reasons: Mapping[str, str]) -> _Sums | str:
     if pairs is None:
         return f"the run has no {DOCUMENTS}: it was made by an earlier version; train again for intervals"
-    # A map that was scored from moments has an entry without sums, and its metrics say why.
-    if not pairs.get(key, PairDocuments()).members() and "test.r2_ci95" in reasons:
-        return reasons["test.r2_ci95"]
     if key not in pairs:
         return reasons.get("test.r2_ci95", f"{DOCUMENTS} says nothing of {key}; train again")
     if not pairs[key].content() and "test.r2_ci95" in reasons:

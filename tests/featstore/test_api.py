@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import pkgutil
@@ -20,6 +21,7 @@ import featstore.api
 import featstore.cli
 from featstore.api import layer_texts, model_texts
 from featstore.errors import FeatstoreError, LayerRangeError, SpecError, StoreStateError
+from featstore.extraction.settings import Settings
 from tests.support.commands import call
 from tests.support.store_fixtures import tree_bytes
 
@@ -38,7 +40,7 @@ def place(tiny_llama, tiny_mistral, sample_texts, tmp_path, monkeypatch) -> Path
 
 class TestNames:
     def test_everything_public_is_there_and_listed(self):
-        assert set(featstore.__all__) <= set(dir(featstore))
+        assert dir(featstore) == sorted(featstore.__all__)
         for name in featstore.__all__:
             assert getattr(featstore, name) is not None
         assert featstore.extract is featstore.api.extract
@@ -57,6 +59,20 @@ class TestNames:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
+
+    def test_the_help_names_the_defaults(self):
+        helps = {each.name: each.help for each in typer.main.get_command(featstore.cli.app).commands["extract"].params}
+        helps["attention"] = helps.pop("attn")
+        shown_by_typer = {"store", "device", "moments", "moments_memory", "given"}
+        unlimited = {"max_documents": "all", "max_document_bytes": "all", "max_tokens": "1M"}
+        for field in dataclasses.fields(Settings):
+            if field.name in shown_by_typer:
+                continue
+            value = field.default
+            values = value if isinstance(value, tuple) else [unlimited.get(field.name, value)]
+            texts = [f"{each:g}" if isinstance(each, float) else str(each) for each in values]
+            words = helps[field.name].lower()
+            assert f"by default {' and '.join(texts).lower()}." in words, field.name
 
     def test_the_arguments_are_the_flags_and_so_are_their_defaults(self):
         options = {
@@ -230,7 +246,9 @@ class TestWrong:
         with pytest.raises(SpecError, match=r"split .*: give 0 for train, 1 for validation, 2 for test, or None"):
             pairs.select(split=split)
 
-    def test_rows_of_a_store_of_moments(self, moments_store):
-        store = featstore.open_store(moments_store)
+    def test_rows_of_a_store_of_moments(self, tiny_llama, tiny_mistral, short_corpus, tmp_path):
+        models, corpus = {"llama": tiny_llama, "mistral": tiny_mistral}, f"jsonl:{short_corpus}"
+        place = tmp_path / "moments.zarr"
+        store = featstore.extract(models, [2], corpus, place, moments_only=True, device="cpu", quiet=True)
         with pytest.raises(StoreStateError, match="holds no rows of layer 2 of 'llama', only moments; extract again"):
             store.rows("llama", 2)

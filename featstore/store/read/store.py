@@ -353,7 +353,7 @@ class Store:
         return self._readers[key]
 
     def _open_rows(self, model: str, layer: int) -> RowReader | TableReader:
-        if self.attributes.get("moments") and not self.has_rows(model, layer):
+        if self.model(model).attributes.get("states") == "moments" and not self.has_rows(model, layer):
             raise StoreStateError(
                 f"{self.path} holds no rows of layer {layer} of {model!r}, only moments; extract again without "
                 "--moments-only"
