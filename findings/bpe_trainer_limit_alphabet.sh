@@ -2,11 +2,10 @@
 # tokenizers 0.23.3: a BPE trained with `limit_alphabet` is not the same from one run to the next.
 #
 # Which characters keep a token of their own is decided by frequency; among characters that are equally frequent the
-# choice differs between processes. Without `limit_alphabet`, or with an
-# `initial_alphabet` that names the characters, the vocabulary is the same every time.
+# choice differs between processes. Without `limit_alphabet` the alphabet is the same every time.
 #
 # Seen: eight trainings on one text, in processes of their own, gave 8 different alphabets with the limit and 1 without.
-# Whoever pins a tokenizer by its training script pins nothing; compare tokenizer files, or name the alphabet.
+# Whoever pins a tokenizer by its training script pins nothing; compare tokenizer files.
 set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
