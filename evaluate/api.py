@@ -114,7 +114,8 @@ def inject(
 
     There are three ways to say what is injected:
 
-    - ``states`` and ``positions``: source states, which go through the map. A map of windows (``compress``) needs text.
+    - ``states`` and ``positions``: source states, which go through the map without gradients (for those, map them by
+      ``align.load(run)[key].transform`` and give them as ``mapped``). A map of windows (``compress``) needs text.
     - ``mapped`` and ``positions``: states of the target's own space, which are put in as they are: a control, a steered
       state, or the target's own state. Gradients flow into them.
     - ``text`` and ``source``: the source reads the text, and every target position takes the mapped state of the last
@@ -222,6 +223,7 @@ def stitch(
     _check_out(out)
     opened = store if isinstance(store, Store) else open_store(_location(store))
     adapter = _adapter(run)
+    _check_place(adapter, out, write=write)
     overrides, given = _models(adapter, models)
     result = stitching.stitch(
         opened,
@@ -293,6 +295,7 @@ def generate(
     temperature, top_p = typed("temperature", temperature, "float"), typed("top_p", top_p, "float")
     _check_out(out)
     adapter = _adapter(run)
+    _check_place(adapter, out, write=write)
     texts = _prompts(prompts)
     overrides, given = _models(adapter, models)
     result = generating.generate(
@@ -372,6 +375,7 @@ def communicate(
     if not asked:
         raise SpecError("there is no task; name one at least, such as countries")
     adapter = _adapter(run)
+    _check_place(adapter, out, write=write)
     overrides, given = _models(adapter, models)
     exchange = prepare(
         adapter,
@@ -439,6 +443,12 @@ def _adapter(run: Run) -> Adapter:
 
 def _place(adapter: Adapter, out: str | PathLike[str] | None) -> Path:
     return adapter.directory if out is None else Path(out)
+
+
+def _check_place(adapter: Adapter, out: str | PathLike[str] | None, *, write: bool) -> None:
+    """Refuse a run directory that takes no results, before they are computed."""
+    if write:
+        check_directory(_place(adapter, out))
 
 
 def _check_out(out: str | PathLike[str] | None) -> None:

@@ -60,8 +60,8 @@ class LayerSimilarity:
 
 def _tensor(x: Any) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
-        if x.layout is not torch.strided or x.is_meta:
-            raise FitError(f"a {x.layout} tensor on {x.device}: give dense rows (n, d)")
+        if x.layout is not torch.strided:
+            raise FitError(f"a layer is a {x.layout} tensor: give dense rows (n, d)")
         return x
     try:
         array = np.asarray(x)

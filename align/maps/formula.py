@@ -26,12 +26,15 @@ class Formula:
             the length of the vector that has it alone. Empty for a kind whose tensors only its own module can check.
         apply: Tensors and float32 rows ``(n, d_source)`` to rows ``(n, d_target)``; None for a kind that reads windows.
         optional: Tensors that may be missing.
+        on_tensors: ``module:function`` of the same on torch tensors in float32, through which gradients flow; None for
+            a kind that is written for arrays alone.
     """
 
     kind: str
     axes: Mapping[str, str]
     apply: Callable[[Tensors, Rows], Rows] | None
     optional: frozenset[str] = frozenset()
+    on_tensors: str | None = None
 
     def sizes(self, tensors: Tensors, source: int, target: int) -> dict[str, int]:
         """The length of every axis.
@@ -51,4 +54,9 @@ def _linear(tensors: Tensors, x: Rows) -> Rows:
 
 
 #: ``y_hat = (x - mean_source) @ weight + mean_target``.
-LINEAR = Formula("linear", {"weight": "st", "mean_source": "s", "mean_target": "t"}, _linear)
+LINEAR = Formula(
+    "linear",
+    {"weight": "st", "mean_source": "s", "mean_target": "t"},
+    _linear,
+    on_tensors="align.maps.on_tensors:linear",
+)

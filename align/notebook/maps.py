@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner
+from align.maps.registry import formula, resolve
 from featstore.errors import AdapterError, UnknownMapError
 from featstore.runtime.records import frame
 from featstore.runtime.sheets import Sheet, counted
@@ -113,7 +114,8 @@ class Map:
             float32 ``(..., d_target)``, an array or a tensor as ``x`` is.
 
         Raises:
-            AdapterError: The states have another width or are no real numbers, or the map reads windows.
+            AdapterError: The states have another width or are no real numbers, the map reads windows, or gradients are
+                wanted through a map that is written for arrays alone.
         """
         if not self.aligner.takes_rows:
             raise AdapterError(
@@ -166,15 +168,20 @@ class Map:
                 f"{self.key} maps dense tensors with values, not {x.layout} on {x.device}; use to_dense()"
             )
         self._check_width(tuple(x.shape))
-        apply = _TENSOR_FORMULAS.get(self.kind)
-        if apply is None:
-            # A kind that is only written for arrays.
+        on_tensors = formula(self.kind).on_tensors
+        if on_tensors is None:
+            if x.requires_grad and torch.is_grad_enabled():
+                raise AdapterError(
+                    f"{self.key} is a {self.kind} map, which is written for arrays alone: no gradient flows through "
+                    "it; give states without one, x.detach()"
+                )
             rows = x.detach().reshape(-1, x.shape[-1]).to(device="cpu", dtype=torch.float32).numpy()
             return torch.from_numpy(self.aligner.apply(rows)).to(x.device).reshape(*x.shape[:-1], self.widths[1])
         tensors = self._on(x.device)
         # Inside of somebody's autocast products would be bfloat16.
         with torch.autocast(x.device.type, enabled=False):
-            return apply(tensors, x.to(torch.float32))
+            mapped: torch.Tensor = resolve(on_tensors)(tensors, x.to(torch.float32))
+        return mapped
 
     def _on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The map's tensors on a device, moved once."""
@@ -184,23 +191,6 @@ class Map:
         if place not in self._moved:
             self._moved[place] = {name: torch.tensor(t, device=device) for name, t in self.aligner.tensors.items()}
         return self._moved[place]
-
-
-def _linear(t: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    return (x - t["mean_source"]) @ t["weight"] + t["mean_target"]
-
-
-def _mlp(t: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    centred = x - t["mean_source"]
-    hidden = torch.nn.functional.silu(centred @ t["hidden_weight"] + t["hidden_bias"])
-    mapped = hidden @ t["output_weight"] + (t["output_bias"] + t["mean_target"])
-    return mapped + centred @ t["skip"] if "skip" in t else mapped
-
-
-#: The formulas of :mod:`align.maps` on tensors; tests hold them to those on arrays.
-_TENSOR_FORMULAS = {"linear": _linear, "mlp": _mlp}
 
 
 class Maps(Mapping[str, Map]):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import PrivateAttr
 
 from align import results
 from align.similarity.words import best_partners
-from featstore.errors import SpecError
+from featstore.errors import CorruptDataError, SpecError
 from featstore.runtime import records
 from featstore.runtime.arguments import as_path
 from featstore.runtime.sheets import Sheet, counted, number
@@ -41,11 +41,17 @@ class Similarity(results.Similarity):
 
         Raises:
             AdapterError: There is none.
-            CorruptDataError: It is damaged.
+            CorruptDataError: It is damaged, or a table has other rows or columns than there are layers.
         """
         place = as_path("where", where)
         directory = place if place.is_dir() else place.parent
-        return records.read(cls, place).at(directory, [name for name in _FILES if (directory / name).is_file()])
+        found = records.read(cls, place)
+        if where_not := next(_misfits(found, found), None):
+            raise CorruptDataError(
+                f"{directory / cls.file}: {where_not} does not fit the layers of its two models; restore it or "
+                "re-create it"
+            )
+        return found.at(directory, [name for name in _FILES if (directory / name).is_file()])
 
     def at(self, directory: Path, names: Iterable[str]) -> Self:
         """Remember where this result lies.
@@ -128,3 +134,31 @@ class Similarity(results.Similarity):
         sinks = "with" if self.keep_sinks else "without"
         title = f"{self.estimator} {self.kernel} CKA over {self.n} pairs, {sinks} attention sinks"
         return Sheet(title, ("", *names), tuple(rows), tuple(notes))
+
+
+def _misfits(whole: results.Similarity, record: records.Record, where: str = "") -> Iterator[str]:
+    """Members of a record, and of those in it, whose tables are not of the layers."""
+    if len(whole.models) != 2 or not all(whole.layers.get(name) for name in whole.models):
+        yield "models"
+        return
+    first, second = (len(whole.layers[name]) for name in whole.models)
+    for name in type(record).model_fields:
+        value = getattr(record, name)
+        if name in ("cross", "reverse") and value and _shape(value) != {(first, second)}:
+            yield f"{where}{name}"
+        elif name == "within":
+            for model, table in value.items():
+                layers = len(whole.layers.get(model, ()))
+                if _shape(table) != {(layers, layers)}:
+                    yield f"{where}{name}/{model}"
+        elif isinstance(value, records.Record):
+            yield from _misfits(whole, value, f"{where}{name}/")
+        elif isinstance(value, Mapping):
+            for key, each in value.items():
+                if isinstance(each, records.Record):
+                    yield from _misfits(whole, each, f"{where}{name}/{key}/")
+
+
+def _shape(table: Sequence[Sequence[Any]]) -> set[tuple[int, int]]:
+    """Rows and columns of a table: one pair where all rows are of one length."""
+    return {(len(table), len(row)) for row in table}

@@ -71,6 +71,9 @@ class RunDirectory:
         settings: Written to ``run.yaml``.
         resume: Keep the checkpoints that are there; else what an interrupted run left is removed.
         writes: Whether this process is the one that writes.
+
+    Raises:
+        SpecError: The directory cannot be made.
     """
 
     def __init__(self, out: Path, settings: Settings, *, resume: bool = False, writes: bool = True) -> None:
@@ -79,7 +82,10 @@ class RunDirectory:
         self._old_epochs: dict[int, EpochRecord] = {}
         if not writes:
             return
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpecError(f"--out {out} cannot be made ({error.strerror}); choose another directory") from error
         if resume:
             self._old_epochs = {record.epoch: record for record in read_epochs(out)}
         else:

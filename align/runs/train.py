@@ -56,7 +56,9 @@ def train(settings: Settings, out: Path | None = None, *, resume: bool = False, 
     first = Ranks.from_environment().first
     if job.map.windows is not None and Ranks.from_environment().world > 1:
         raise SpecError(f"--type {job.map.type.name} trains on one process; start it without a launcher")
-    out = out or default_directory(settings, job.directions[0].source, job.directions[0].target)
+    if out is None:
+        out = default_directory(settings, job.directions[0].source, job.directions[0].target)
+        check_directory(out)
     quiet = quiet or not first
     with _tracking(job, settings, out) as tracker:
         files = RunDirectory(out, settings, resume=resume, writes=first)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from featstore.errors import LayerRangeError, SpecError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+#: Characters of a name: with two of them a store names the directory of a pair, and 255 are what most disks allow.
+_LONGEST = 100
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%\Z")
 
 DEFAULT_MODELS = ("llama=meta-llama/Llama-3.1-8B", "mistral=mistralai/Mistral-7B-v0.3")
@@ -50,6 +52,8 @@ def parse_model(text: str) -> ModelSpec:
         raise SpecError(
             f"model name {name!r}: use letters, digits, '.', '-' and single '_', starting with a letter or digit"
         )
+    if len(name) > _LONGEST:
+        raise SpecError(f"model name {name[:_LONGEST]!r}...: use at most {_LONGEST} characters")
     # A revision only makes sense for a hub id; a local path may contain '@'.
     if "@" in ref and not ref.startswith((".", "/", "~")):
         ref, _, revision = ref.rpartition("@")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,15 @@ from align.results import read_metrics, read_similarity
 from align.settings import LoopSettings, Settings
 from align.sweeps.compare import compare_runs, describe
 from featstore import open_store
-from featstore.errors import AdapterError, FeatstoreError, FitError, SpecError, StoreNotFoundError, UnknownMapError
+from featstore.errors import (
+    AdapterError,
+    CorruptDataError,
+    FeatstoreError,
+    FitError,
+    SpecError,
+    StoreNotFoundError,
+    UnknownMapError,
+)
 from featstore.runtime.console import jsonable
 from tests.support.commands import call
 from tests.support.planted import Planted, plant, rotation, spectrum_rows
@@ -233,6 +242,16 @@ def test_results_go_to_a_place(planted: Planted, call_it: Any, given: Any) -> No
 def test_runs_to_compare_are_several(given: Any) -> None:
     with pytest.raises(SpecError, match=r"runs .*: give run directories, or runs"):
         align.compare(given)
+
+
+def test_a_working_directory_that_takes_no_runs(
+    planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SpecError, match=f"^--out runs/affine-a-b: no permission to write in {tmp_path};"):
+        align.train(planted.path, "affine", quiet=True)
+    assert not any(tmp_path.iterdir())
 
 
 def test_no_store_and_no_free_directory(planted: Planted, runs: dict[str, align.Run], tmp_path: Path) -> None:
@@ -608,6 +627,17 @@ def test_a_similarity_is_read_from_its_directory(planted: Planted, tmp_path: Pat
         assert again.content() == found.content()
         assert (again.path, again.files) == (found.path, found.files)
     assert repr(again).startswith("<Similarity 1 layer of a x 1 of b: debiased linear CKA ")
+    good = json.loads((tmp_path / "cka" / "cka.json").read_text())
+    for spoil, member in (
+        ({"models": []}, "models"),
+        ({"layers": {"a": [1]}}, "models"),
+        ({"layers": {"a": [1, 2], "b": [1]}}, "cross"),
+        ({"within": {"a": [[1.0, 1.0]], "b": [[1.0]]}}, "within/a"),
+        ({"null": {**good["null"], "cross": [[0.1], [0.1]]}}, "null/cross"),
+    ):
+        (tmp_path / "cka" / "cka.json").write_text(json.dumps({**good, **spoil}))
+        with pytest.raises(CorruptDataError, match=f"cka.json: {member} does not fit the layers of its two models"):
+            align.Similarity.read(tmp_path / "cka")
     with pytest.raises(AdapterError, match=r"no cka.json in .*`align cka`"):
         align.Similarity.read(tmp_path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -314,6 +315,23 @@ def test_numbers_of_numpy_are_numbers(run: Path, tiny_store: Path, models: dict[
     options: dict[str, Any] = {"max_tokens": 60, "models": models, "write": False, "quiet": True}
     plain = evaluate.stitch(tiny_store, run, layers=2, seed=3, **options)
     assert evaluate.stitch(tiny_store, run, layers=np.int64(2), seed=np.int64(3), **options).pairs == plain.pairs
+
+
+def test_a_run_that_takes_no_results_is_refused_before_they_are_computed(
+    run: Path, tiny_store: Path, models: dict[str, Loaded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run and access(path, mode))
+    for call_it in (
+        lambda **more: evaluate.stitch(tiny_store, run, max_tokens=60, quiet=True, **more),
+        lambda **more: evaluate.generate(run, "a", max_new_tokens=1, quiet=True, **more),
+        lambda **more: evaluate.communicate(run, "lookup:2", examples=1, max_new_tokens=1, quiet=True, **more),
+    ):
+        # No model can be loaded from there: it is refused before.
+        with pytest.raises(SpecError, match=f"^--out {run}: no permission to write in {run}; choose another"):
+            call_it(models={"llama": "nowhere", "mistral": "nowhere"})
+        assert call_it(models=models, out=tmp_path).path is not None
+        assert call_it(models=models, write=False).path is None
 
 
 def test_half_of_a_surrogate_pair_is_no_prompt(run: Path, models: dict[str, Loaded]) -> None:

@@ -42,7 +42,9 @@ TYPE = MapType(
     title="MLP",
     options=frozenset({"hidden", "skip"}),
     module="align.training.mlp:hidden_layer",
-    formula=Formula("mlp", _AXES, _apply, optional=frozenset({"skip"})),
+    formula=Formula(
+        "mlp", _AXES, _apply, optional=frozenset({"skip"}), on_tensors="align.maps.on_tensors:hidden_layer"
+    ),
     # No closed form knows what a hidden layer can do; it has to beat the best affine map to be worth having.
     judged_by="affine",
 )

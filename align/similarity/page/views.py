@@ -82,7 +82,7 @@ def _main(result: dict[str, Any]) -> View:
     for key, title, rows, columns in _places(result):
         block = _block(result, key, title, rows, columns, _matrix(result, key), result.get("reasons") or {})
         if key == "cross" and any(True for _ in values_of(floor.get("cross"))):
-            name = floor.get("method", "pairs shuffled").replace("shuffled pairs", FLOORS["shuffled"])
+            name = (floor.get("method") or "pairs shuffled").replace("shuffled pairs", FLOORS["shuffled"])
             block["floors"].append({"name": name, "values": floor["cross"], "n": floor.get("n")})
         # Stores without rows have the main figures only: there is nothing to lay beside them.
         if other and _matrix(other, key) and any(True for _ in values_of(_matrix(other, key))):

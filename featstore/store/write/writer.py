@@ -19,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import NoSpaceError, StoreBusyError
+from featstore.errors import NoSpaceError, StoreAccessError, StoreBusyError
 from featstore.runtime.provenance import digest, fsync_directory, json_text, read_json, write_atomic, write_json
 from featstore.store.format import documents
 from featstore.store.format.shards import Buffer, file_checksum, seal
@@ -53,10 +53,10 @@ def exclusive(path: Path) -> Iterator[None]:
         path: The store; created if it does not exist.
 
     Raises:
+        StoreAccessError: It cannot be written to.
         StoreBusyError: Another process holds it.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / _LOCK).open("w") as handle:
+    with _lock_file(path) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -66,6 +66,17 @@ def exclusive(path: Path) -> Iterator[None]:
         for left in path.rglob(".*.part"):
             left.unlink()
         yield
+
+
+def _lock_file(path: Path) -> TextIO:
+    """The store's lock file, open; made with its directory if there is none."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return (path / _LOCK).open("w")
+    except OSError as error:
+        raise StoreAccessError(
+            f"{path} cannot be written to ({error.strerror}); copy it to where you may write, or choose another --store"
+        ) from error
 
 
 @contextmanager
@@ -81,6 +92,7 @@ def adding_to(path: Path) -> Iterator[StoreWriter]:
     Raises:
         StoreNotFoundError: No such store.
         StoreStateError: It is unfinished, or not on this machine.
+        StoreAccessError: It cannot be written to.
         StoreBusyError: Another process writes to it.
     """
     with exclusive(open_store(path).directory):

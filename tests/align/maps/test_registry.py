@@ -10,17 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from align.closed_form.procrustes import solve
+from align.layers import LayerPair
 from align.maps import registry
-from align.maps.fitted import load_adapter
+from align.maps.fitted import Aligner, load_adapter
+from align.maps.formula import Formula
+from align.maps.on_tensors import linear
 from align.maps.registry import having, listed, map_type, map_types, register, resolve
+from align.notebook.maps import Map
 from align.runs.train import train
 from align.settings import LoopSettings, Settings, check
 from align.sweeps.compare import compare_runs
 from align.sweeps.grid import Grid, cells
 from align.training.modules import low_rank
-from featstore.errors import SpecError
+from featstore.errors import AdapterError, SpecError
 from tests.align.maps.toy.definition import TYPE as DIAGONAL
 from tests.support.commands import call
 from tests.support.planted import Planted, plant, spectrum_rows
@@ -49,7 +54,7 @@ def test_types_come_in_order() -> None:
 
 @pytest.mark.parametrize("type_", ALL, ids=lambda type_: type_.name)
 def test_what_a_record_refers_to_is_there(type_: registry.MapType) -> None:
-    for reference, like in ((type_.closed, solve), (type_.module, low_rank)):
+    for reference, like in ((type_.closed, solve), (type_.module, low_rank), (type_.formula.on_tensors, linear)):
         if reference is not None:
             assert list(inspect.signature(resolve(reference)).parameters) == list(inspect.signature(like).parameters)
     assert type_.closed or type_.module or type_.windows
@@ -117,6 +122,20 @@ def test_a_new_type_is_two_files(
         capsys, "align", "train", "--store", planted.path, "--type", "diagonal", "--out", tmp_path / "cli", "--json"
     ).json
     assert again["pairs"]["a:1->b:1"]["test"] == entry["test"]
+
+
+def test_a_formula_for_arrays_alone_maps_tensors_and_lets_no_gradient_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    halved = Formula("halved", {"mean_source": "s", "mean_target": "t"}, lambda tensors, x: (x / 2).astype(np.float32))
+    register(replace(DIAGONAL, name="halved", formula=halved))
+    tensors = dict.fromkeys((*halved.axes, "control_mean_source", "control_mean"), np.zeros(4, np.float32))
+    fitted = Map(Aligner(LayerPair("a", (1,), "b", 1), tensors, kind="halved"))
+    x = torch.ones(2, 3, 4)
+    torch.testing.assert_close(fitted.transform(x), x / 2)
+    with pytest.raises(AdapterError, match="is a halved map, which is written for arrays alone: no gradient flows"):
+        fitted.transform(x.requires_grad_())
+    with torch.no_grad():
+        torch.testing.assert_close(fitted.transform(x), x / 2)
 
 
 def test_a_new_type_has_the_options_that_it_says(diagonal: None) -> None:

@@ -36,6 +36,12 @@ def test_a_run_begins_with_its_settings(tmp_path: Path) -> None:
     assert load_settings(tmp_path / "r" / "run.yaml") == SETTINGS
 
 
+def test_a_directory_that_cannot_be_made_is_refused_in_one_line() -> None:
+    # Nobody may make directories in /proc.
+    with pytest.raises(SpecError, match=r"^--out /proc/run cannot be made \(.*\); choose another directory$"):
+        RunDirectory(Path("/proc/run"), SETTINGS)
+
+
 def test_epochs_of_several_pairs_share_a_file_and_are_averaged(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, SETTINGS)
     run.epoch(PAIR, epoch(1, 0.2))

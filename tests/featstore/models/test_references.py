@@ -44,7 +44,9 @@ class TestModel:
         with pytest.raises(SpecError, match=re.escape(repr(text.partition("=")[0]) if text == "=ref" else repr(text))):
             parse_model(text)
 
-    @pytest.mark.parametrize("name", ["..", ".hidden", "-x", "_x", "a/b", "a b", "a__b", "é", "a\n", "a\x00", "a\\b"])
+    @pytest.mark.parametrize(
+        "name", ["..", ".hidden", "-x", "_x", "a/b", "a b", "a__b", "é", "a\n", "a\x00", "a\\b", "a" * 101]
+    )
     def test_a_name_that_is_no_safe_path_is_refused(self, name):
         with pytest.raises(SpecError, match="model name"):
             parse_model(f"{name}=ref")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from featstore import open_store
-from featstore.errors import CorruptDataError, NoSpaceError, StoreBusyError, StoreStateError
+from featstore.errors import CorruptDataError, NoSpaceError, StoreAccessError, StoreBusyError, StoreStateError
 from featstore.store.format.elements import parse_format
 from featstore.store.format.shards import file_checksum, parse_layout
 from featstore.store.inspect.verify import verify_store
@@ -254,6 +254,15 @@ def test_no_trace_of_time_or_process_is_left(undisturbed, tmp_path):
 
 
 class TestLock:
+    # Nobody may make directories in /proc.
+    @pytest.mark.parametrize("place", ["/proc/store.zarr", "/dev/null/store.zarr"])
+    def test_a_place_that_takes_nothing_is_refused_in_one_line(self, place):
+        with (
+            pytest.raises(StoreAccessError, match=rf"^{place} cannot be written to \(.*\); copy it to where you may"),
+            exclusive(Path(place)),
+        ):
+            pass
+
     def test_a_second_writer_is_told(self, tmp_path):
         path = tmp_path / "store.zarr"
         with exclusive(path), pytest.raises(StoreBusyError, match="is being written by another process"):
