@@ -16,7 +16,7 @@ from align.settings import LoopSettings, Settings, load_settings
 from align.similarity.measures.names import MEASURES
 from featstore.errors import SpecError
 from featstore.runtime.console import add_version, emit, err, run_app
-from featstore.runtime.processes import Ranks
+from featstore.runtime.processes import Ranks, leave_group
 
 #: Panel of the help.
 _SAMPLE = "More measures, over a sample of rows"
@@ -70,6 +70,7 @@ def train(
         settings = Settings(str(store), loop=loop, **values(Settings, given, defaults))
     place = choose_device(device, by_gradient=settings.by_gradient)
     result = run_training(replace(settings, loop=replace(settings.loop, device=place)), out, resume=resume)
+    leave_group()
     if not Ranks.from_environment().first:
         return
     emit(result, escape(describe(result)), as_json=as_json)

@@ -7,6 +7,7 @@ computes whole planned batches, so the bytes are the same for one process and fo
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -76,3 +77,13 @@ class Ranks:
             # Only barriers pass between the processes, so the CPU's transport is enough on any machine.
             dist.init_process_group("gloo", timeout=_PATIENCE)
         dist.barrier()
+
+
+def leave_group() -> None:
+    """Leave torch's process group, if this process is in one; for the end of a command.
+
+    Its threads must not outlive the interpreter: C++ ends such a process by SIGABRT, after all its work is done.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

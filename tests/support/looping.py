@@ -23,6 +23,7 @@ from align.runs.plan import training_plan
 from align.scoring.rows import Epoch, batches_of, score_all
 from align.settings import LoopSettings
 from align.training.loop import Trained, train_map
+from featstore.runtime.processes import leave_group
 from featstore.store import open_store
 from featstore.store.read.loader import PairBatches
 from tests.support import ROOT
@@ -182,3 +183,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_group()
