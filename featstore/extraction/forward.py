@@ -38,7 +38,7 @@ class BatchReader:
         self.plan, self.name, self.weights = plan, name, weights
         self.planned = plan.models[name]
         self._stream = stream
-        self.device = next(stream.decoder.parameters()).device
+        self.device = sites.input_device(stream.model)
 
     def tokens_in(self, batch: NDArray[np.int64]) -> int:
         """Real tokens of a batch.
