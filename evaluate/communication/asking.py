@@ -116,7 +116,7 @@ def ask(
         NonFiniteStateError: A state holds NaN or infinity.
     """
     answers: dict[str, list[str | int]] = {name: [""] * len(prompts) for name in put_in}
-    for rows in _batches(prompts):
+    for rows in _batches(prompts, padded=loaded.stream.continuing.padding):
         batch = _batch(loaded, [prompts[row] for row in rows])
         given = {
             name: None if one is None else PutIn(one.layer, [one.states[row] for row in rows], one.how, one.keep)
@@ -134,14 +134,15 @@ def ask(
     return answers
 
 
-def _batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """Numbers of prompts whose rests are of one length, those of like length together."""
+def _batches(prompts: Sequence[Prompt], *, padded: bool) -> Iterator[list[int]]:
+    """Numbers of prompts whose rests are of one length, those of like length together; of one length unless padded."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].rest), len(prompts[i].ids)))
     batch: list[int] = []
     for i in order:
         # In this order the one that is added is the longest.
         full = len(batch) == _PROMPTS or (len(batch) + 1) * len(prompts[i].ids) > _TOKENS
-        if batch and (full or len(prompts[i].rest) != len(prompts[batch[0]].rest)):
+        unlike = not padded and len(prompts[i].ids) != len(prompts[batch[0]].ids) if batch else False
+        if batch and (full or unlike or len(prompts[i].rest) != len(prompts[batch[0]].rest)):
             yield batch
             batch = []
         batch.append(i)

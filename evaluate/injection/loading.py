@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,11 @@ from align.maps.fitted import Adapter, Aligner
 from featstore.errors import AdapterError, SpecError
 from featstore.models import loading as models
 from featstore.models import residual as sites
+from featstore.models.probe.prove import Needs, Proven, further, prove
+from featstore.models.probe.refusals import refuse_continuing, refuse_hiding, refuse_injecting
 from featstore.models.references import ModelSpec, parse_layers, parse_models
 from featstore.models.stack import residual_stream
+from featstore.models.verdict import Verdict
 from featstore.runtime.console import err
 
 #: What injecting needs of a card, and of its entry for every model of a map.
@@ -40,6 +43,8 @@ class Loaded:
         stream: Its residual stream.
         median_norm: Median norm by layer, from the store's pilot.
         sink_threshold: Multiple of the median beyond which a token is a sink.
+        verdict: What was tested on the model.
+        key: Under which the verdict is recalled.
     """
 
     name: str
@@ -48,6 +53,8 @@ class Loaded:
     stream: sites.ResidualStream
     median_norm: dict[int, float]
     sink_threshold: float
+    verdict: Verdict = field(default_factory=Verdict)
+    key: str | None = None
 
     def __repr__(self) -> str:
         """One line; the model's own would fill a page."""
@@ -73,6 +80,38 @@ class Loaded:
             for layer, hidden in states.items()
         ]
         return torch.stack(flags).any(dim=0)
+
+    def ready(self, needs: Needs, *, allow_side_channel: bool = False) -> Loaded:
+        """The model with the tests that a command needs, which it has passed.
+
+        Args:
+            needs: What the command is about to do.
+            allow_side_channel: Whether layers are taken that leak past the stream.
+
+        Raises:
+            LayerRangeError: The model lacks a layer.
+            ProbeError: A test fails.
+        """
+        loaded = self.tested(needs)
+        refuse_injecting(self.name, loaded.verdict, needs.layers, allow_side_channel=allow_side_channel)
+        if needs.continuing:
+            refuse_continuing(self.name, loaded.verdict)
+        if needs.hide:
+            refuse_hiding(self.name, loaded.verdict, needs.layers)
+        return loaded
+
+    def tested(self, needs: Needs) -> Loaded:
+        """The model with the tests that a command needs, passed or not.
+
+        Args:
+            needs: What the command is about to do.
+
+        Raises:
+            LayerRangeError: The model lacks a layer.
+            ProbeError: The model gives no finite states.
+        """
+        proven = further(Proven(self.stream, self.verdict, self.key), needs)
+        return replace(self, stream=proven.stream, verdict=proven.verdict)
 
 
 @dataclass(frozen=True)
@@ -156,6 +195,8 @@ class Models:
         dtype: Compute dtype.
         quiet: Do not say that weights are being loaded.
         given: Those that are loaded already, by name.
+        needs: By name what is about to be done with a model; the tests that this needs are run when it is loaded.
+        allow_side_channel: Whether layers are taken that leak past the stream.
 
     Raises:
         AdapterError: A model at hand is not the one the adapter was fitted to.
@@ -173,7 +214,10 @@ class Models:
         dtype: str = "auto",
         quiet: bool = False,
         given: Mapping[str, Loaded] | None = None,
+        needs: Mapping[str, Needs] | None = None,
+        allow_side_channel: bool = False,
     ) -> None:
+        self._needs, self._allow = needs or {}, allow_side_channel
         self._adapter, self._device, self._dtype, self._quiet = adapter, device, dtype, quiet
         self._given = given or {}
         self.names = tuple(dict.fromkeys(names))
@@ -194,10 +238,12 @@ class Models:
         Raises:
             AdapterError: Its weights are not those the adapter was fitted to.
             ModelLoadError: They cannot be loaded.
+            ProbeError: A test fails that what is to be done with the model needs.
         """
-        return self._given.get(name) or _load(
+        loaded = self._given.get(name) or _load(
             self._adapter, self._known[name], device=self._device, dtype=self._dtype, quiet=self._quiet
         )
+        return loaded.ready(self._needs.get(name, Needs()), allow_side_channel=self._allow)
 
     def load_all(self) -> dict[str, Loaded]:
         """All of them, by name."""
@@ -246,7 +292,9 @@ def _loaded(adapter: Adapter, known: Known, model: Any) -> Loaded:
     _check_weights(known.spec, model, entry)
     medians = {int(k): float(v) for k, v in entry["median_norm"].items()}
     threshold = float(adapter.card["mask"]["sink_threshold"])
-    return Loaded(known.spec.name, known.info, model, residual_stream(model), medians, threshold)
+    proven = prove(model)
+    _compare(adapter, known.spec, {"depth": proven.verdict.blocks, "width": proven.verdict.width})
+    return Loaded(known.spec.name, known.info, model, proven.stream, medians, threshold, proven.verdict, proven.key)
 
 
 def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:

@@ -61,14 +61,33 @@ class BatchReader:
         """
         starts = self.planned.row_start
         lengths = starts[batch + 1] - starts[batch]
+        groups = self._stream.batching.groups(lengths.tolist())
+        if len(groups) == 1:
+            return self._pass(batch, lengths, layers)
+        parts = [self._pass(batch[group], lengths[group], layers) for group in groups]
+        # Rows came group by group; they leave window by window.
+        first = np.concatenate([[0], np.cumsum(lengths)])
+        rows = np.concatenate([np.arange(first[w], first[w + 1]) for group in groups for w in group])
+        order = torch.from_numpy(np.argsort(rows))
+        found = {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
+        return {layer: states[order.to(states.device)] for layer, states in found.items()}
+
+    def _pass(
+        self, batch: NDArray[np.int64], lengths: NDArray[np.int64], layers: Sequence[int]
+    ) -> dict[int, torch.Tensor]:
+        """One forward pass over windows that may share it, padded at the right."""
+        starts = self.planned.row_start
         ids = torch.zeros((len(batch), int(lengths.max())), dtype=torch.long)
         for i, w in enumerate(batch):
             ids[i, : lengths[i]] = torch.from_numpy(self.planned.ids[starts[w] : starts[w + 1]].astype(np.int64))
         # Where the real tokens are is known here: a boolean mask on the device would make the host wait for it.
         real = torch.arange(ids.shape[1])[None, :] < torch.from_numpy(lengths)[:, None]
-        places = real.reshape(-1).nonzero().squeeze(1).to(self.device, non_blocking=True)
+        places = real.reshape(-1).nonzero().squeeze(1)
         states = sites.capture(self._stream, ids.to(self.device, non_blocking=True), layers)
-        return {layer: hidden.reshape(-1, hidden.shape[-1])[places] for layer, hidden in states.items()}
+        return {
+            layer: hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device, non_blocking=True)]
+            for layer, hidden in states.items()
+        }
 
     def embeddings(self, ids: NDArray[np.int32]) -> torch.Tensor:
         """Layer 0 of single tokens.
