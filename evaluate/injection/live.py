@@ -3,7 +3,8 @@
 An :class:`~featstore.models.injection.Injection` belongs to one prompt whose stream is known beforehand. Here the pass
 itself brings its stream: a hook at the layer takes what arrives, replaces the chosen positions, and passes the rest on.
 The logits are those of :func:`~featstore.models.injection.inject` to the bit, because both put the same tensor at the
-same place.
+same place. With ``keep="hide"`` that holds of every position that took a state and of all that comes after the prompt:
+what an injection prepared beforehand holds at the others had read the prompt's own first word, and nobody reads it.
 
 Every pass that begins a sequence takes the states; a pass that continues from a cache takes none, so that text can be
 generated. The hooks let gradients through: to the blocks below the layer at positions that keep their own state, and to
