@@ -5,6 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=${VENV:-.venv}
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} PIP_DISABLE_PIP_VERSION_CHECK=1 MPLBACKEND=Agg
+# What commands keep between runs stays in the checkout, not in the home of whoever runs the tests.
+export FEATSTORE_CACHE=${FEATSTORE_CACHE:-$PWD/.cache/featstore}
 # What is installed outside the environment must not leak in.
 unset PYTHONPATH PYTHONHOME
 
