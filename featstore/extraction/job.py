@@ -176,6 +176,8 @@ def prepare(settings: Settings, *, quiet: bool = False) -> Job:
     for name, info in infos.items():
         tokens.probe(info.tokenizer, name)
     plan = _plan(settings, source, infos, recorded, quiet=quiet)
+    for name, info in infos.items():
+        models.refuse_unknown_ids(info, plan.models[name].ids)
     return Job(
         store=settings.store,
         infos=infos,

@@ -1,8 +1,8 @@
 """An adapter beside a model's files (LoRA and its kind): found, applied through peft, and known to be applied.
 
-transformers applies such an adapter by itself where peft is installed, and passes over it without a word where it is not.
-It also reports what was missing from the adapter's file *instead of* what was missing from the model's. Here the model is
-loaded first, then the adapter, and each is checked.
+transformers applies such an adapter by itself where peft is installed, and passes over it without a word where it is
+not. It also reports what was missing from the adapter's file *instead of* what was missing from the model's. Here the
+model is loaded first, then the adapter, and each is checked.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Adapter:
     def describe(self) -> dict[str, Any]:
         """What a store records of it: ``type``, ``base``, and of LoRA ``r``, ``lora_alpha`` and ``target_modules``."""
         targets = self.config.get("target_modules")
-        told = {key: self.config[key] for key in ("r", "lora_alpha") if key in self.config}
+        told: dict[str, Any] = {key: self.config[key] for key in ("r", "lora_alpha") if key in self.config}
         return {
             "type": str(self.config.get("peft_type", "unknown")),
             "base": self.base.ref,
@@ -69,20 +69,7 @@ def find_adapter(spec: ModelSpec, *, local: bool = False) -> Adapter | None:
     """
     if spec.ref.endswith(".gguf"):
         return None
-    file = local_file(spec, _CONFIG)
-    if file is None and not local and not Path(spec.ref).expanduser().exists():
-        from transformers.utils import cached_file
-
-        # As transformers asks for it: what is not there, or cannot be asked for, is no adapter.
-        found = cached_file(
-            spec.ref,
-            _CONFIG,
-            revision=spec.revision or "main",
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        file = Path(found) if found else None
+    file = local_file(spec, _CONFIG) if local else _fetched(spec, _CONFIG)
     if file is None:
         return None
     config = read_json(file)
@@ -100,10 +87,38 @@ def find_adapter(spec: ModelSpec, *, local: bool = False) -> Adapter | None:
     within = local_file(base, _CONFIG)
     if within is not None and not weight_files(base):
         raise ModelLoadError(
-            f"model {spec.name!r} ({spec.ref}): {_CONFIG} names {named!r}, an adapter as well; merge that one into its "
-            "model first (merge_and_unload), and name the result there"
+            f"model {spec.name!r} ({spec.ref}): {_CONFIG} names {named!r}, an adapter as well; merge that one into "
+            "its model first (merge_and_unload), and name the result there"
         )
     return Adapter(spec, base, config)
+
+
+def tokenizer_place(spec: ModelSpec, base: ModelSpec) -> ModelSpec:
+    """Where a model's tokenizer is: with the adapter if one was saved there, as for a chat template, else with its base.
+
+    Args:
+        spec: Name and reference as given.
+        base: Where the model is that an adapter is applied to; the same for a model without one.
+    """
+    return spec if spec == base or _fetched(spec, "tokenizer_config.json") else base
+
+
+def _fetched(spec: ModelSpec, name: str) -> Path | None:
+    """A small file of a model, from the hub if need be; None where it is not there or cannot be asked for."""
+    found = local_file(spec, name)
+    if found is not None or Path(spec.ref).expanduser().exists() or spec.ref.startswith((".", "/", "~")):
+        return found
+    from transformers.utils import cached_file
+
+    fetched = cached_file(
+        spec.ref,
+        name,
+        revision=spec.revision or "main",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(fetched) if fetched else None
 
 
 def require_peft(adapter: Adapter) -> None:

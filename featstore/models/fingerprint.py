@@ -1,8 +1,8 @@
 """A hash over every byte of a model's weights as they lie on disk, and what two of them say about two models.
 
 Of safetensors the tensors count (name, dtype, shape, bytes), sorted by name: other shards or another header do not make
-another model, any other byte does. Of every other format the whole file counts. An adapter that is applied counts with its
-tensors and its configuration, whose scale changes the model as much as its tensors do.
+another model, any other byte does. Of every other format the whole file counts. An adapter that is applied counts with
+its tensors and its configuration, whose scale changes the model as much as its tensors do.
 """
 
 from __future__ import annotations
@@ -80,6 +80,10 @@ class Weights:
         """
         compared = self.against(other)
         return compared is not None and compared[0] != compared[1]
+
+
+#: Of a model of which nothing is known.
+UNKNOWN = Weights()
 
 
 def fingerprint(
@@ -194,19 +198,16 @@ def _tensors(path: Path, data: memoryview, tick: Tick) -> list[list[Any]]:
 
 def _header(path: Path, data: memoryview) -> list[tuple[str, Mapping[str, Any], int, int]]:
     """Entries of a safetensors file in the order of their bytes, with where these begin and end in the file."""
-    length = int.from_bytes(data[:8], "little")
-    start = 8 + length
+    start = 8 + int.from_bytes(data[:8], "little")
     try:
-        if len(data) < start:
-            raise ValueError("it is cut short")
         header = json.loads(bytes(data[8:start]))
         spans = [
             (str(name), entry, start + int(entry["data_offsets"][0]), start + int(entry["data_offsets"][1]))
             for name, entry in header.items()
             if name != "__metadata__"
         ]
-        if any(not start <= first <= end <= len(data) for _, _, first, end in spans):
-            raise ValueError("it is cut short")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise WeightsError(f"{path} is no whole safetensors file ({error}); download or save it again") from error
+        raise WeightsError(f"{path} is no safetensors file ({error}); download or save it again") from error
+    if any(not start <= first <= end <= len(data) for _, _, first, end in spans):
+        raise WeightsError(f"{path} is cut short: its header names more bytes than it has; download or save it again")
     return sorted(spans, key=lambda span: span[2])

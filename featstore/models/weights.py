@@ -1,9 +1,9 @@
-"""Which weights a model has: their fingerprints, what a checkpoint lacks, how it is quantised, which token ids it knows."""
+"""Which weights a model has: fingerprints, what a checkpoint lacks, how it is quantised, which token ids it knows."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,17 +130,22 @@ def _remedy(missing: list[str], unexpected: list[str], *, mismatched: bool, what
         )
     prefix = _prefix(unexpected, missing)
     if prefix:
-        return f"The names in the {what} lack {prefix!r} at their beginning: put it before them, or save the model again"
+        return f"The names in the {what} lack {prefix!r} at their beginning: put it there, or save the model again"
     if mismatched or missing:
         return f"Use the whole {what}, or correct the configuration (config.json) to say what it holds"
-    return f"Use a {what} of this architecture, or take these tensors out of it if the model is complete without them"
+    return (
+        f"Use a {what} of this architecture, correct the configuration (config.json), or take these tensors out of the "
+        f"{what} if the model is complete without them"
+    )
 
 
-def _prefix(names: Collection[str], others: Collection[str]) -> str | None:
+def _prefix(names: Sequence[str], others: Sequence[str]) -> str | None:
     """What stands before the names in others that do not have it: ``(a, b), (x.a, x.b)`` gives ``x.``."""
-    found = {other.removesuffix(name) for name in names for other in others if other.endswith(f".{name}")}
-    for prefix in sorted(found, key=len):
-        if sum(prefix + name in others for name in names) * 2 > len(names):
+    held = set(others)
+    # Buffers of the first name may be tied or left out; a few names are enough to see what stands before all of them.
+    tried = {other.removesuffix(name) for name in names[:_SHOWN] for other in others if other.endswith(f".{name}")}
+    for prefix in sorted(tried, key=len):
+        if sum(prefix + name in held for name in names) * 2 > len(names):
             return prefix
     return None
 
@@ -225,8 +230,7 @@ def check_ids(name: str, ids: NDArray[np.integer[Any]], rows: int, tokenizer: An
     token = tokenizer.convert_ids_to_tokens(int(beyond[0]))
     more = f" ({len(beyond)} such tokens occur)" if len(beyond) > 1 else ""
     raise VocabularyError(
-        f"model {name!r}: token {token!r} has id {beyond[0]}, the embedding has {rows} rows (ids 0 to {rows - 1}){more}; "
-        "use the tokenizer that the model was trained with, or give it the rows with "
+        f"model {name!r}: token {token!r} has id {beyond[0]}, the embedding has {rows} rows "
+        f"(ids 0 to {rows - 1}){more}; use the tokenizer that the model was trained with, or give it the rows with "
         "model.resize_token_embeddings(len(tokenizer)), train them and save it"
     )
-
