@@ -87,8 +87,8 @@ def find_adapter(spec: ModelSpec, *, local: bool = False) -> Adapter | None:
     within = local_file(base, _CONFIG)
     if within is not None and not weight_files(base):
         raise ModelLoadError(
-            f"model {spec.name!r} ({spec.ref}): {_CONFIG} names {named!r}, an adapter as well; merge that one into "
-            "its model first (merge_and_unload), and name the result there"
+            f"model {spec.name!r} ({spec.ref}): {_CONFIG} names {named!r}, an adapter as well; merge that one into its "
+            "model first (merge_and_unload), and name the result there"
         )
     return Adapter(spec, base, config)
 

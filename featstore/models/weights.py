@@ -60,7 +60,8 @@ def sampled_fingerprint(model: nn.Module) -> str | None:
     """
     words = []
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta:
+        # What is packed may be unpacked by the first pass, so that a sample would depend on when it is taken.
+        if parameter.is_meta or not parameter.is_floating_point():
             return None
         try:
             flat = parameter.detach().reshape(-1)[:8].to(torch.bfloat16).float().cpu().tolist()
