@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from featstore.errors import NonFiniteStateError
 from featstore.models import residual as sites
+from featstore.models.fingerprint import UNKNOWN, Weights
 from featstore.store.format.elements import Encoded, Format
 from featstore.text.plan import Plan
 
@@ -31,10 +32,10 @@ class BatchReader:
         stream: The model's residual stream.
         plan: The plan.
         name: The model's name in the plan.
-        weights: Fingerprint of the model's weights.
+        weights: Fingerprints of the model's weights.
     """
 
-    def __init__(self, stream: sites.ResidualStream, plan: Plan, name: str, weights: str = "") -> None:
+    def __init__(self, stream: sites.ResidualStream, plan: Plan, name: str, weights: Weights = UNKNOWN) -> None:
         self.plan, self.name, self.weights = plan, name, weights
         self.planned = plan.models[name]
         self._stream = stream
