@@ -26,6 +26,7 @@ from evaluate.injection.loading import Loaded, Models, check_card, choose
 from evaluate.injection.reading import Read, read, tokenized
 from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.errors import SpecError
+from featstore.models.devices import DeviceMap
 from featstore.runtime.console import progress
 from featstore.text.tokens import TokenizedWindow
 
@@ -78,6 +79,7 @@ def generate(
     overrides: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
+    device_map: DeviceMap | None = None,
     seed: int = 0,
     sample: Sampling | None = None,
     conditions: Sequence[str] = CONDITIONS,
@@ -94,6 +96,7 @@ def generate(
         overrides: ``NAME=REF`` for models that moved.
         device: Where to run.
         dtype: Compute dtype.
+        device_map: Where the modules of models go, instead of one device.
         seed: Of the random controls.
         sample: How to draw tokens; None for the likeliest each time.
         conditions: Which of :data:`CONDITIONS` to write texts in, besides each model alone.
@@ -117,7 +120,10 @@ def generate(
     chosen = choose(adapter, layers)
     wires = [wire(adapter, aligner) for aligner in chosen]
     source, target = chosen[0].pair.source, chosen[0].pair.target
-    both = Models(adapter, (source, target), overrides, device=device, dtype=dtype, quiet=quiet, given=models)
+    names = (source, target)
+    both = Models(
+        adapter, names, overrides, device=device, dtype=dtype, device_map=device_map, quiet=quiet, given=models
+    )
     # Both models and all prompts are known to fit before the wait for the weights.
     shorten = "shorten it or use a smaller --max-new-tokens"
     windows = {name: tokenized(name, both.info(name), prompts, max_new_tokens, remedy=shorten) for name in both.names}

@@ -20,6 +20,8 @@ import torch
 from evaluate.injection.inject import Injection, check_padding, inject
 from featstore.errors import SpecError, UnsupportedArchitectureError
 from featstore.models import residual as sites
+from featstore.models.configuration import context_length
+from featstore.models.devices import input_device
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,10 @@ class Passes:
             other._past = copy(self._past)
             other._past.layers = [copy(layer) for layer in self._past.layers]
         if rows is not None and self._real is not None:
-            rows = rows.to(self._real.device)
-            other._real = self._real[rows]
+            other._real = self._real[rows.to(self._real.device)]
             if other._past is not None:
-                other._past.batch_select_indices(rows)
+                # Under a device map, keys lie on several devices; an index on the CPU goes with all of them.
+                other._past.batch_select_indices(rows.cpu())
         return other
 
 
@@ -339,7 +341,7 @@ def _prompt(
         check_padding(padding, tuple(ids.shape))
         padding = padding if bool(padding.any()) else None
     longest = ids.shape[1] if padding is None else int((~padding).sum(dim=1).max())
-    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    context = context_length(model.config)
     if longest + extra > context:
         raise SpecError(
             f"a prompt of {longest} tokens with {extra} new ones exceeds the context of {context}; shorten it or ask "
@@ -347,7 +349,7 @@ def _prompt(
         )
     if injection is not None:
         check_speaker(injection)
-    device = next(stream.decoder.parameters()).device
+    device = input_device(stream.decoder)
     return _Prompt(ids.to(device), None if padding is None else padding.to(device))
 
 

@@ -123,6 +123,7 @@ def _narrowed(mask: torch.Tensor | None, allowed: torch.Tensor) -> torch.Tensor:
     """The model's mask and ours. None means causal attention over all keys; otherwise bool, or numbers to be added."""
     if mask is None:
         return allowed
+    allowed = allowed.to(mask.device)
     if mask.dtype == torch.bool:
         return mask & allowed
     return torch.where(allowed, mask, torch.finfo(mask.dtype).min)

@@ -24,6 +24,7 @@ from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from evaluate.stitching.scores import FIRST_SCORED, Tally, add_window, alone, describe, figures, recovered
 from featstore.errors import AdapterError, PairingError, SpecError
 from featstore.models import residual as sites
+from featstore.models.devices import DeviceMap
 from featstore.runtime.console import progress
 from featstore.store import Store
 from featstore.text.corpus import SPLITS, TEST
@@ -106,6 +107,7 @@ def stitch(
     overrides: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
+    device_map: DeviceMap | None = None,
     split: int = TEST,
     max_tokens: int | None = None,
     keep: str = "own",
@@ -124,6 +126,7 @@ def stitch(
         overrides: ``NAME=REF`` for models that moved.
         device: Where to run.
         dtype: Compute dtype.
+        device_map: Where the modules of models go, instead of one device.
         split: Which documents.
         max_tokens: Target tokens at most, None for all.
         keep: What the blocks from the layer on read of positions that take no state: ``own``, the target's own states
@@ -166,7 +169,9 @@ def stitch(
     sources = [run.source for run in runs] if source_alone else []
     # The second model is known to fit before the first one has worked for an hour.
     names = [*(run.target for run in runs), *sources]
-    needed = Models(adapter, names, overrides, device=device, dtype=dtype, quiet=quiet, given=models)
+    needed = Models(
+        adapter, names, overrides, device=device, dtype=dtype, device_map=device_map, quiet=quiet, given=models
+    )
     # A model is loaded once, does all it is needed for, and is released before the next.
     for name in needed.names:
         loaded = needed.load(name)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from featstore.extraction.job import Job
-from featstore.models import loading as models
 from featstore.runtime.provenance import versions
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.text import corpus
@@ -61,7 +60,6 @@ def model_attributes(job: Job, name: str) -> dict[str, Any]:
         job: What is being done.
         name: Model.
     """
-    device = models.resolve_device(job.compute.device)
     values = {
         **job.infos[name].describe(),
         "rows": job.plan.models[name].rows,
@@ -71,9 +69,9 @@ def model_attributes(job: Job, name: str) -> dict[str, Any]:
         "layer_0": "table" if job.table else "stored",
         **job.encoding.to_dict(),
         "batch_tokens": job.plan.batch_tokens,
-        "compute_dtype": str(models.resolve_dtype(job.compute.dtype, device)).removeprefix("torch."),
-        "device_type": device.type,
-        "attention": job.compute.attention,
+        "compute_dtype": str(job.compute.dtype_of(name)).removeprefix("torch."),
+        "device_type": job.compute.placement(name).device.type,
+        "attention": job.compute.attention[name],
         "site_convention": SITE_CONVENTION,
         "versions": versions(),
     }

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from featstore.errors import NonFiniteStateError
 from featstore.models import residual as sites
+from featstore.models.devices import input_device
 from featstore.store.format.elements import Encoded, Format
 from featstore.text.plan import Plan
 
@@ -38,7 +39,7 @@ class BatchReader:
         self.plan, self.name, self.weights = plan, name, weights
         self.planned = plan.models[name]
         self._stream = stream
-        self.device = next(stream.decoder.parameters()).device
+        self.device = input_device(stream.decoder)
 
     def tokens_in(self, batch: NDArray[np.int64]) -> int:
         """Real tokens of a batch.
@@ -66,9 +67,16 @@ class BatchReader:
             ids[i, : lengths[i]] = torch.from_numpy(self.planned.ids[starts[w] : starts[w + 1]].astype(np.int64))
         # Where the real tokens are is known here: a boolean mask on the device would make the host wait for it.
         real = torch.arange(ids.shape[1])[None, :] < torch.from_numpy(lengths)[:, None]
-        places = real.reshape(-1).nonzero().squeeze(1).to(self.device, non_blocking=True)
+        places = real.reshape(-1).nonzero().squeeze(1)
         states = sites.capture(self._stream, ids.to(self.device, non_blocking=True), layers)
-        return {layer: hidden.reshape(-1, hidden.shape[-1])[places] for layer, hidden in states.items()}
+        # Under a device map, layers come from several devices; the rows of all of them go on from one.
+        chosen: dict[torch.device, torch.Tensor] = {}
+        rows = {}
+        for layer, hidden in states.items():
+            if hidden.device not in chosen:
+                chosen[hidden.device] = places.to(hidden.device, non_blocking=True)
+            rows[layer] = hidden.reshape(-1, hidden.shape[-1])[chosen[hidden.device]].to(self.device)
+        return rows
 
     def embeddings(self, ids: NDArray[np.int32]) -> torch.Tensor:
         """Layer 0 of single tokens.
@@ -80,7 +88,7 @@ class BatchReader:
             ``(u, width)`` in the model's dtype, on its device.
         """
         column = torch.from_numpy(ids.astype(np.int64))[:, None].to(self.device)
-        return sites.capture(self._stream, column, [0])[0][:, 0]
+        return sites.capture(self._stream, column, [0])[0][:, 0].to(self.device)
 
     def where(self, batch: NDArray[np.int64], layer: int) -> Callable[[int], str]:
         """Say where a row of a batch is, for messages.

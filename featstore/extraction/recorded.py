@@ -69,12 +69,16 @@ class Recorded:
             "moments": "add" if self.root.get("moments") else "none",
         }
         for attributes in self.models.values():
-            names = ("batch_tokens", "shard_rows", "layout", "attention", "layer_0")
+            names = ("batch_tokens", "shard_rows", "layout", "layer_0")
             found |= {name: attributes[name] for name in names}
             found |= {"form": attributes["format"], "dtype": attributes["compute_dtype"]}
             if attributes["states"] == "moments":
                 found["moments"] = "only"
         return found
+
+    def attention(self) -> dict[str, str]:
+        """The attention implementation that each model ran."""
+        return {name: str(attributes["attention"]) for name, attributes in self.models.items()}
 
     def references(self) -> dict[str, str]:
         """``--model`` values by model."""

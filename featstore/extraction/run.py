@@ -55,6 +55,8 @@ def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dic
     path = job.store
     if job.moments == "only" and ranks.world > 1:
         raise SpecError("--moments-only runs in one process; start it without torchrun, or store rows with --moments")
+    if job.compute.device_map is not None and ranks.world > 1:
+        raise SpecError("--device-map spreads one process over all devices; start it without torchrun")
     if ranks.first:
         read_recorded(path)  # what is not a store stays as it is
         check_space(path, job.bytes_to_write(), job.space_remedy())
