@@ -8,6 +8,7 @@ devices, and what is put into it goes where the hidden states are.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
@@ -234,7 +235,7 @@ def whole_map(placement: Placement, model: nn.Module, who: str) -> str | Modules
         who: The model, for messages.
 
     Raises:
-        SpecError: The map names no such module, or leaves out some.
+        SpecError: The model has no such module, the map leaves out some, or it parts weights that are the same.
     """
     given = placement.modules
     if given is None or isinstance(given, str):
@@ -252,6 +253,13 @@ def whole_map(placement: Placement, model: nn.Module, who: str) -> str | Modules
         raise SpecError(
             f'--device-map {placement.name}: gives no device to {", ".join(absent[:3])} of {who}; add "" for all others'
         )
+    for one, other in getattr(model, "all_tied_weights_keys", {}).items():
+        here, there = _place_of(filled, one), _place_of(filled, other)
+        if here != there:
+            raise SpecError(
+                f"--device-map {placement.name}: {one} goes to {here!r} and {other} to {there!r}, but in {who} they "
+                "are the same weights; send both to one device"
+            )
     return filled
 
 
@@ -277,6 +285,13 @@ def _fill(filled: Modules, given: Modules, module: nn.Module, name: str, place: 
             yield below + own
 
 
+def _place_of(filled: Modules, name: str) -> int | str | None:
+    """The device of a parameter: that of the longest name that it is below."""
+    parts = name.split(".")
+    above = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
+    return next((filled[each] for each in above if each in filled), None)
+
+
 def _outline(model: nn.Module) -> list[str]:
     """Names of the modules down to the list of blocks."""
     names = []
@@ -295,8 +310,10 @@ def offload_folder(placement: Placement) -> Iterator[_Folder]:
     Args:
         placement: Where the model goes.
     """
-    made = placement.modules is not None
-    folder = _Folder(tempfile.TemporaryDirectory(prefix="featstore-offload-") if made else None)
+    mapped = placement.modules is not None
+    folder = _Folder(tempfile.TemporaryDirectory(prefix="featstore-offload-") if mapped else None)
+    # It warns of weights on the meta device, which is how they are offloaded.
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     try:
         yield folder
     except BaseException:
@@ -368,20 +385,28 @@ def _weight_device(module: nn.Module) -> torch.device | None:
     return next((p.device for p in module.parameters() if p.device.type != "meta"), None)
 
 
-def offloaded_value(model: nn.Module, name: str) -> torch.Tensor:
-    """A parameter's values, wherever a device map has put them.
+def named_values(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters by name, each once, with their values wherever a device map has put them.
 
     Args:
-        model: The model.
-        name: The parameter's name in it.
+        model: The model; the weights of what lies on the disk are read as they come by.
     """
-    value = model.get_parameter(name)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta":
+            yield name, parameter
+        elif name not in tied:  # apart, tied weights are two parameters
+            yield name, _offloaded(model, name)
+
+
+def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
+    """A parameter's values, from the hook that brings them when they are needed."""
     parts = name.split(".")
     for end in range(len(parts) - 1, -1, -1):
-        if value.device.type != "meta":
-            break
-        weights = getattr(getattr(model.get_submodule(".".join(parts[:end])), "_hf_hook", None), "weights_map", None)
-        rest = ".".join(parts[end:])
-        if weights is not None and rest in weights:
-            value = weights[rest]
-    return value
+        hook = getattr(model.get_submodule(".".join(parts[:end])), "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            weights, rest = getattr(one, "weights_map", None), ".".join(parts[end:])
+            if weights is not None and rest in weights:
+                value: torch.Tensor = weights[rest]
+                return value
+    return model.get_parameter(name)

@@ -22,8 +22,8 @@ from featstore.models.devices import (
     DeviceMap,
     Modules,
     Placement,
+    named_values,
     offload_folder,
-    offloaded_value,
     place,
     resolve_dtype,
     whole_map,
@@ -301,12 +301,10 @@ def weights_fingerprint(model: nn.Module) -> str:
         Hexadecimal digits.
     """
     words = []
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.device.type == "meta":
-            parameter = offloaded_value(model, name)
+    for name, parameter in named_values(model):
         flat = parameter.detach().reshape(-1)[:8].to(torch.bfloat16).float().cpu().tolist()
         words.append([name, struct.pack(f"<{len(flat)}f", *flat).hex()])
-    return digest(words)
+    return digest(sorted(words))
 
 
 def _who(spec: ModelSpec) -> str:
