@@ -21,7 +21,10 @@ def root_attributes(job: Job) -> dict[str, Any]:
         job: What is being done.
     """
     plan = job.plan
-    held = job.recorded.root["models"] if job.recorded else []
+    recorded = job.recorded
+    named = recorded.root["models"] if recorded else []
+    # A model without states that this command leaves out is one that an earlier command failed to read.
+    held = [name for name in named if name in job.infos or (recorded and recorded.begun(name))]
     counts = np.bincount(plan.corpus.document_split, minlength=3)
     attributes = {
         "format_version": FORMAT_VERSION,

@@ -191,7 +191,8 @@ def prepare(settings: Settings, *, quiet: bool = False) -> Job:
     held = {name: a["layers"] for name, a in recorded.models.items()} if recorded else {}
     texts = settings.layers if settings.was_given("layers") else _held_layers(settings.layers, held, infos)
     wanted = spec.parse_layers(texts, depths)
-    layers = {name: tuple(sorted({*wanted[name], *held.get(name, ())})) for name in infos}
+    stored = {name: numbers for name, numbers in held.items() if recorded and recorded.begun(name)}
+    layers = {name: tuple(sorted({*wanted[name], *stored.get(name, ())})) for name in infos}
     if settings.moments == "only" and len(infos) < 2:
         raise SpecError("--moments-only sums over pairs of two models; name a second one with --model")
     for name, info in infos.items():
@@ -228,12 +229,13 @@ def _attention(settings: Settings, info: models.ModelInfo, recorded: Recorded | 
     """What was typed; else what the store says that this model ran, or its models did; else the model's own."""
     if settings.attention != "auto":
         return models.choose_attention(info.spec, settings.attention)
-    held = recorded.attention() if recorded else {}
-    if info.spec.name in held:
-        return held[info.spec.name]
-    if len(set(held.values())) == 1:
+    held, name = recorded.attention() if recorded else {}, info.spec.name
+    if recorded and name in held and recorded.begun(name):
+        return held[name]
+    agreed = {held[name]} if name in held else set(held.values())
+    for one in agreed if len(agreed) == 1 else ():
         with suppress(SpecError):
-            return models.choose_attention(info.spec, next(iter(held.values())))
+            return models.choose_attention(info.spec, one)
     return models.choose_attention(info.spec)
 
 
@@ -253,6 +255,8 @@ def _plan(
     quiet: bool,
 ) -> Plan:
     """From the store's own text where no flag asks for other text, else from the source."""
+    if recorded is not None and recorded.empty:
+        return _read_source(settings, source, infos, quiet=quiet)
     held = recorded.text() if recorded else None
     if recorded is None or held is None:
         fresh = _read_source(settings, source, infos, quiet=quiet)

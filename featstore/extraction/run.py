@@ -6,6 +6,7 @@ documents, and several processes are all the same walk over the planned batches 
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -96,6 +97,10 @@ def _begin(writer: StoreWriter, job: Job) -> None:
         refuse_contradictions(recorded, root, attributes)
         if is_done(job):
             return
+        for name in recorded.root["models"]:
+            if name not in root["models"]:
+                writer.drop(f"models/{name}/tokens")
+                shutil.rmtree(writer.path / "models" / name, ignore_errors=True)
     adding = bool(recorded and recorded.complete and recorded.root["plan"] == root["plan"])
     adding = adding and job.moments != "only"
     if not adding:
