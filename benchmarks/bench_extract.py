@@ -55,9 +55,9 @@ from featstore.extraction.job import prepare
 from featstore.extraction.pilot import Pilot
 from featstore.extraction.rows import walk
 from featstore.extraction.settings import Settings
-from featstore.models import residual as sites
 from featstore.models.devices import resolve_device
 from featstore.models.loading import load_model
+from featstore.models.stack import residual_stream
 from featstore.runtime.provenance import versions
 from featstore.store.format.elements import parse_format
 from featstore.store.format.shards import parse_layout
@@ -156,7 +156,7 @@ class Contenders:
     """
 
     def __init__(self, plan: Plan, model: nn.Module, layers: list[int], root: Path) -> None:
-        self.reader = BatchReader(sites.residual_stream(model), plan, NAME)
+        self.reader = BatchReader(residual_stream(model), plan, NAME)
         self.layers, self.root = layers, root
         self.width = int(model.config.get_text_config().hidden_size)
         self.groups = list(plan.groups(NAME))
@@ -200,7 +200,7 @@ class Contenders:
 
 def block_weights(model: nn.Module, layers: list[int]) -> int:
     """Weights of the blocks that a truncated forward runs."""
-    blocks = sites.residual_stream(model).blocks
+    blocks = residual_stream(model).blocks
     return sum(p.numel() for block in blocks[: max(layers)] for p in block.parameters() if p.dim() == 2)
 
 

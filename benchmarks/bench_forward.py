@@ -17,6 +17,7 @@ from featstore.models import loading as models
 from featstore.models import residual as sites
 from featstore.models.devices import resolve_device
 from featstore.models.references import parse_model
+from featstore.models.stack import residual_stream
 from featstore.runtime.provenance import versions
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     device = resolve_device("auto")
     names = ("float32", "bfloat16")
     loaded = {name: models.load_model(parse_model(arguments.model), dtype=name) for name in names}
-    streams = {name: sites.residual_stream(model) for name, model in loaded.items()}
+    streams = {name: residual_stream(model) for name, model in loaded.items()}
     ids = torch.randint(5, 1000, (arguments.batch, arguments.tokens), device=device)
     factors = {
         name: (

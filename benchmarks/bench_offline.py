@@ -31,6 +31,7 @@ from featstore.demo.sample import sample_path
 from featstore.models import loading as models
 from featstore.models import residual as sites
 from featstore.models.references import parse_model
+from featstore.models.stack import residual_stream
 from featstore.store import Store, open_store
 
 CACHE = Path(__file__).parents[1] / ".cache" / "demo"
@@ -82,7 +83,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     @torch.inference_mode()
     def forward() -> None:
         for model, batches, layers in read:
-            stream = sites.residual_stream(model)
+            stream = residual_stream(model)
             for ids in batches:
                 sites.capture(stream, ids, layers)
 

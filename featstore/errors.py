@@ -36,6 +36,10 @@ class UnsupportedArchitectureError(FeatstoreError, TypeError):
     """A model has no decoder blocks where a residual stream can be read."""
 
 
+class ProbeError(FeatstoreError, RuntimeError):
+    """A test of the instrument fails on the model at hand: what was asked for would mean something else."""
+
+
 class LayerRangeError(SpecError, IndexError):
     """A layer lies outside 0..L of its model."""
 

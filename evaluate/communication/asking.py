@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from evaluate.communication.messages import check_context
-from evaluate.injection.continuing import Passes, check_speaker, left_padded, prompt_states
-from evaluate.injection.inject import Injection, aligned, inject, last
+from evaluate.injection.continuing import check_speaker, left_padded, prompt_states
 from evaluate.injection.loading import Loaded
 from featstore.models import residual as sites
+from featstore.models.injection import Injection, aligned, inject, last
+from featstore.models.passes import Passes
 from featstore.runtime.console import Tick
 from featstore.text import tokens
 
@@ -183,7 +184,7 @@ class _Batch:
         """Pass the prompts under conditions that differ in the last token alone."""
         count = len(self.ids)
         if self._before is None:
-            self._before = Passes(self._loaded.model)
+            self._before = Passes(self._loaded.stream)
             self._before.read(self.ids[:, :-1], None if self._padding is None else self._padding[:, :-1])
         passes = self._before.branch(torch.arange(count).repeat(len(given)))
 
@@ -214,7 +215,7 @@ class _Batch:
             if not self._prompts[0].rest:
                 check_speaker(injection)
             context.enter_context(inject(self._loaded.stream, injection, whole=False))
-        passes = Passes(self._loaded.model)
+        passes = Passes(self._loaded.stream)
         passes.read(self.ids.repeat(len(given), 1), padding)
         return passes
 

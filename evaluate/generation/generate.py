@@ -21,12 +21,12 @@ import torch
 from align.maps.fitted import Adapter, Aligner
 from evaluate.injection.continuing import Sampling, continue_from, score_continuation
 from evaluate.injection.controls import control_states
-from evaluate.injection.inject import Injection, aligned
 from evaluate.injection.loading import Loaded, Models, check_card, choose
 from evaluate.injection.reading import Read, read, tokenized
 from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.errors import SpecError
 from featstore.models.devices import DeviceMap
+from featstore.models.injection import Injection, aligned
 from featstore.runtime.console import progress
 from featstore.text.tokens import TokenizedWindow
 

@@ -9,19 +9,19 @@ put back change no bit.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from copy import copy
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from evaluate.injection.inject import Injection, check_padding, inject
-from featstore.errors import SpecError, UnsupportedArchitectureError
+from featstore.errors import SpecError
 from featstore.models import residual as sites
 from featstore.models.configuration import context_length
 from featstore.models.devices import input_device
+from featstore.models.injection import Injection, check_padding, inject
+from featstore.models.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -72,76 +72,6 @@ def left_padded(rows: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[torch.
     return ids, torch.arange(tokens)[None] < short[:, None] if bool(short.any()) else None
 
 
-class Passes:
-    """Passes over a batch, each of which reads what came before from the cache.
-
-    A batch with padding gets the mask and the positions that it needs. Without padding no mask is passed: the path the
-    models take alone.
-    """
-
-    def __init__(self, model: Any) -> None:
-        """Begin with nothing read.
-
-        Args:
-            model: The causal language model.
-        """
-        self._model = model
-        self._real: torch.Tensor | None = None
-        self._padded = False
-        self._past: Any = None
-
-    def read(self, new: torch.Tensor, padding: torch.Tensor | None = None, *, keep: int = 1) -> torch.Tensor:
-        """Pass further tokens.
-
-        Args:
-            new: int64 ``(batch, new tokens)``; the first ones on the model's device.
-            padding: bool of the same shape, True at the left of a row where there is no token; None for none.
-            keep: Of how many of them, the last ones, the logits are wanted, 1 or more.
-
-        Returns:
-            Logits ``(batch, keep, vocabulary)``.
-        """
-        new = new if self._real is None else new.to(self._real.device)
-        real = torch.ones_like(new, dtype=torch.bool) if padding is None else ~padding.to(new.device)
-        self._padded |= padding is not None
-        self._real = real if self._real is None else torch.cat([self._real, real], dim=1)
-        extra = {}
-        if self._padded:
-            places = (self._real.cumsum(dim=1) - 1).clamp(min=0)
-            extra = {"attention_mask": self._real.long(), "position_ids": places[:, -new.shape[1] :]}
-        output = self._model(input_ids=new, past_key_values=self._past, use_cache=True, logits_to_keep=keep, **extra)
-        self._past = output.past_key_values
-        self.logits: torch.Tensor = output.logits
-        return self.logits
-
-    def branch(self, rows: torch.Tensor | None = None) -> Passes:
-        """What may go on otherwise, while this one stays as it is.
-
-        Args:
-            rows: int64, the rows that the new batch has, each as often as is wished; None for all of them once.
-
-        Raises:
-            UnsupportedArchitectureError: The cache is written in place, so that two cannot go on from it.
-        """
-        other = Passes(self._model)
-        other._real, other._padded = self._real, self._padded
-        if self._past is not None:
-            if getattr(self._past, "is_compileable", False):
-                raise UnsupportedArchitectureError(
-                    f"two texts cannot go on from one {type(self._past).__name__}; use a cache that grows, such as "
-                    "DynamicCache"
-                )
-            # A cache that grows makes new tensors, so the two share what has been read until rows are chosen.
-            other._past = copy(self._past)
-            other._past.layers = [copy(layer) for layer in self._past.layers]
-        if rows is not None and self._real is not None:
-            other._real = self._real[rows.to(self._real.device)]
-            if other._past is not None:
-                # Under a device map, keys lie on several devices; an index on the CPU goes with all of them.
-                other._past.batch_select_indices(rows.cpu())
-        return other
-
-
 def check_speaker(injection: Injection) -> None:
     """Refuse a prompt whose last token, out of which the text goes on, gives away what is hidden.
 
@@ -185,18 +115,8 @@ def prompt_states(
         SpecError: As :func:`continue_from`.
     """
     prompt = _prompt(model, stream, ids, None, padding, 0)
-    states: dict[int, torch.Tensor] = {}
-
-    def keep(layer: int) -> sites.SiteFunction:
-        def look(hidden: torch.Tensor) -> None:
-            states[layer] = hidden
-
-        return look
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(sites.at_site(stream, layer, keep(layer)))
-        Passes(model).read(prompt.ids, prompt.padding)
+    with sites.watching(stream, layers) as states:
+        Passes(stream).read(prompt.ids, prompt.padding)
     return states
 
 
@@ -234,7 +154,7 @@ def continue_from(
         LayerRangeError: The injection's layer.
         SpecError: The prompt with its continuation exceeds the context, ids, padding and injection do not fit each
             other, or, with ``keep="hide"``, a prompt's last token took no state: it has read what is to be hidden.
-        UnsupportedArchitectureError: As :func:`evaluate.injection.inject.inject`.
+        UnsupportedArchitectureError: As :func:`featstore.models.injection.inject`.
     """
     if length < 1:
         raise SpecError(f"length {length}: must be 1 or more")
@@ -245,7 +165,7 @@ def continue_from(
     texts: list[list[int]] = [[] for _ in numbers]
     open_rows = set(range(len(numbers)))
     with _injected(stream, injection):
-        passes = Passes(model)
+        passes = Passes(stream)
         logits = passes.read(prompt.ids, prompt.padding)
         for step in range(length):
             new = _next(logits[:, -1], sample, numbers, step)
@@ -297,7 +217,7 @@ def score_continuation(
     # Padded at the right: attention is causal, so what is scored never sees it.
     wanted = torch.tensor([[*map(int, row)] + [0] * (max(counts) - len(row)) for row in continuation])
     with _injected(stream, injection):
-        passes = Passes(model)
+        passes = Passes(stream)
         logits = passes.read(prompt.ids, prompt.padding)
         if max(counts) > 1:
             logits = torch.cat([logits, passes.read(wanted[:, :-1], keep=max(counts) - 1)], dim=1)
@@ -349,7 +269,7 @@ def _prompt(
         )
     if injection is not None:
         check_speaker(injection)
-    device = input_device(stream.decoder)
+    device = input_device(stream.model)
     return _Prompt(ids.to(device), None if padding is None else padding.to(device))
 
 

@@ -1,8 +1,8 @@
 """Put states into the forward passes of a loop that is not ours.
 
-An :class:`~evaluate.injection.inject.Injection` belongs to one prompt whose stream is known beforehand. Here the pass
+An :class:`~featstore.models.injection.Injection` belongs to one prompt whose stream is known beforehand. Here the pass
 itself brings its stream: a hook at the layer takes what arrives, replaces the chosen positions, and passes the rest on.
-The logits are those of :func:`~evaluate.injection.inject.inject` to the bit, because both put the same tensor at the
+The logits are those of :func:`~featstore.models.injection.inject` to the bit, because both put the same tensor at the
 same place.
 
 Every pass that begins a sequence takes the states; a pass that continues from a cache takes none, so that text can be
@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluate.injection.hiding import check_attention, hiding
-from evaluate.injection.inject import KEEP, Injection, aligned
 from featstore.errors import LayerRangeError, SpecError
 from featstore.models import residual as sites
+from featstore.models.caches import cache_of, seen
+from featstore.models.hiding import check_attention, hiding, with_neutral_start
+from featstore.models.injection import KEEP, Injection, aligned
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Placed:
         layer: 0..L of the target.
         states: Per prompt ``(n_i, width)``.
         positions: Per prompt int64 ``(n_i,)``, distinct; padding counts, and negative ones count from the end.
-        keep: One of :data:`~evaluate.injection.inject.KEEP`.
+        keep: One of :data:`~featstore.models.injection.KEEP`.
 
     Raises:
         SpecError: States and positions do not fit each other, or ``keep`` is unknown.
@@ -133,9 +134,9 @@ class LiveInjection:
                 f"{key or 'the injection'} goes to layer {placed.layer}, outside 0..{stream.depth} of this model; "
                 "inject into the model that the map was fitted to"
             )
-        width = getattr(getattr(stream.decoder, "config", None), "hidden_size", None)
+        width = stream.width
         for row, new in enumerate(placed.states):
-            if width is not None and new.shape[1] != width:
+            if new.shape[1] != width:
                 raise SpecError(
                     f"prompt {row}: states of width {new.shape[1]} for a model of width {width}; inject into the model "
                     "that the map was fitted to"
@@ -189,11 +190,10 @@ class LiveInjection:
                 stacklevel=2,
             )
 
-    def _begin(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at a pass before its blocks run: whether it begins a sequence, its shape and its padding."""
         self._called = True
-        past = kwargs.get("past_key_values")
-        begun = 0 if past is None else int(past.get_seq_length())
+        begun = seen(cache_of([*args, *kwargs.values()]))
         now = self._pass
         if begun:
             if begun < now.tokens or not now.tokens:
@@ -202,7 +202,7 @@ class LiveInjection:
                     "whole prompt inside the context"
                 )
             now.places = None
-            return
+            return None
         given = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if given is None else given
         if given is None:
@@ -220,6 +220,8 @@ class LiveInjection:
             for row, at in enumerate(now.places):
                 readable[row, torch.as_tensor(at)] = True
             now.hidden.enter_context(hiding(self._stream, self.layer, readable, start))
+            args, kwargs, _ = with_neutral_start(self._stream, args, kwargs, start)
+        return args, kwargs
 
     def _put(self, current: torch.Tensor) -> torch.Tensor | None:
         now = self._pass

@@ -15,6 +15,7 @@ from featstore.models import loading as models
 from featstore.models import residual as sites
 from featstore.models.devices import DeviceMap, check_models, input_device, place, resolve_dtype
 from featstore.models.references import ModelSpec, parse_layers, parse_models
+from featstore.models.stack import residual_stream
 from featstore.runtime.console import err
 
 #: What injecting needs of a card, and of its entry for every model of a map.
@@ -57,7 +58,7 @@ class Loaded:
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return input_device(self.stream.decoder)
+        return input_device(self.model)
 
     def is_sink(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """Which positions are attention sinks, judged at the layers given.
@@ -277,7 +278,7 @@ def _loaded(adapter: Adapter, known: Known, model: Any) -> Loaded:
     _check_weights(known.spec, model, entry)
     medians = {int(k): float(v) for k, v in entry["median_norm"].items()}
     threshold = float(adapter.card["mask"]["sink_threshold"])
-    return Loaded(known.spec.name, known.info, model, sites.residual_stream(model), medians, threshold)
+    return Loaded(known.spec.name, known.info, model, residual_stream(model), medians, threshold)
 
 
 def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
@@ -307,7 +308,7 @@ def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
             {"configuration": info.config_hash, "tokenizer": info.tokenizer_hash},
         )
         return _loaded(adapter, known, model.model)
-    stream = sites.residual_stream(model)
+    stream = residual_stream(model)
     width = int(model.config.get_text_config().hidden_size)
     place = str(getattr(model, "name_or_path", "") or entry["reference"])
     spec = ModelSpec(name, place, entry.get("revision") if place == entry["reference"] else None)

@@ -15,7 +15,7 @@ from evaluate.injection.loading import Loaded, adopt, check_card, choose
 from evaluate.injection.reading import read, tokenized
 from evaluate.injection.wire import crossing, wire
 from featstore.errors import AdapterError, SpecError
-from featstore.models import residual as sites
+from featstore.models.stack import residual_stream
 from featstore.runtime.arguments import several, shown, typed
 
 _WAYS = "give states= and positions=, or mapped= and positions=, or text= and source="
@@ -83,7 +83,7 @@ def live_injection(
     else:
         values = tuple(_through(aligner, each) for each in _by_prompt(states, places))
     at = tuple(places if isinstance(places, list) else [places])
-    stream = model.stream if isinstance(model, Loaded) else sites.residual_stream(model)
+    stream = model.stream if isinstance(model, Loaded) else residual_stream(model)
     return LiveInjection(stream, Placed(aligner.pair.target_layer, values, at, keep), key=aligner.pair.key)
 
 

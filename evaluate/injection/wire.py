@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from align.compress.layout import NUMBER_BYTES
 from align.compress.resampler import Resampler
 from align.maps.fitted import Adapter, Aligner
-from evaluate.injection.inject import source_positions
+from evaluate.injection.positions import source_positions
 from featstore.errors import AdapterError, FitError
 from featstore.text.corpus import windows as cut
 from featstore.text.tokens import TokenizedWindow

@@ -8,7 +8,6 @@ third token on. Intervals resample documents.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,13 @@ from numpy.typing import NDArray
 
 from align.maps.fitted import Adapter, Aligner
 from evaluate.injection.controls import CONTROLS, control_states
-from evaluate.injection.inject import KEEP, aligned, inject
 from evaluate.injection.loading import Loaded, Models, check_card, choose
 from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from evaluate.stitching.scores import FIRST_SCORED, Tally, add_window, alone, describe, figures, recovered
 from featstore.errors import AdapterError, PairingError, SpecError
 from featstore.models import residual as sites
 from featstore.models.devices import DeviceMap
+from featstore.models.injection import KEEP, aligned, inject
 from featstore.runtime.console import progress
 from featstore.store import Store
 from featstore.text.corpus import SPLITS, TEST
@@ -283,17 +282,7 @@ class _Stitcher:
     def _clean(
         self, target: Loaded, ids: torch.Tensor, layers: set[int]
     ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-        own: dict[int, torch.Tensor] = {}
-
-        def keep(layer: int) -> sites.SiteFunction:
-            def look(hidden: torch.Tensor) -> None:
-                own[layer] = hidden
-
-            return look
-
-        with ExitStack() as stack:
-            for layer in layers:
-                stack.enter_context(sites.at_site(target.stream, layer, keep(layer)))
+        with sites.watching(target.stream, sorted(layers)) as own:
             logits = target.model(input_ids=ids, use_cache=False).logits[0]
         return own, logits
 

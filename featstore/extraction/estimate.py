@@ -8,7 +8,7 @@ from typing import Any
 from featstore.extraction.forward import BatchReader
 from featstore.extraction.job import Job
 from featstore.models import loading as models
-from featstore.models import residual as sites
+from featstore.models.stack import residual_stream
 from featstore.runtime.console import human, human_bytes, human_seconds
 from featstore.store.write.writer import free_bytes
 
@@ -53,7 +53,7 @@ def _probe_seconds(job: Job, name: str) -> float:
         attention=job.compute.attention[name],
         device_map=job.compute.device_map,
     )
-    reader = BatchReader(sites.residual_stream(model), job.plan, name)
+    reader = BatchReader(residual_stream(model), job.plan, name)
     batches = job.plan.batches(name, *next(job.plan.groups(name)))
     # The longest batch once to warm up, then a typical one.
     reader.states(batches[0], job.layers[name])

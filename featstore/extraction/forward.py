@@ -39,7 +39,7 @@ class BatchReader:
         self.plan, self.name, self.weights = plan, name, weights
         self.planned = plan.models[name]
         self._stream = stream
-        self.device = input_device(stream.decoder)
+        self.device = input_device(stream.model)
 
     def tokens_in(self, batch: NDArray[np.int64]) -> int:
         """Real tokens of a batch.

@@ -24,8 +24,8 @@ from featstore.extraction.pilot import read_pilot, recorded_weights
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
-from featstore.models import residual as sites
 from featstore.models.devices import DeviceMap
+from featstore.models.stack import residual_stream
 from featstore.runtime.console import Tick, err, progress
 from featstore.runtime.provenance import versions
 from featstore.store import Store, open_store
@@ -291,7 +291,7 @@ def _reextract_model(
     weights = models.weights_fingerprint(model)
     if recorded_weights(StoreWriter(store.directory), name, layers) not in (None, weights):
         return {}, [f"{name}: {info.spec.ref} has other weights than the model that this store was made with"]
-    reader = BatchReader(sites.residual_stream(model), plan, name, weights)
+    reader = BatchReader(residual_stream(model), plan, name, weights)
     chain = sum(_ROUNDING[link["models"][name]["format"]] for link in _links(store) if name in link["models"])
     compared: dict[int, list[_Rows]] = {layer: [] for layer in layers}
     with progress(f"extract {name} again", sum(map(reader.tokens_in, batches)), "tok", quiet=quiet) as tick:

@@ -18,7 +18,7 @@ from featstore.extraction.forward import BatchReader, HostCopier, HostCopy, pack
 from featstore.extraction.job import Job
 from featstore.extraction.pilot import Pilot, read_pilot, recorded_weights, write_pilot
 from featstore.models import loading as models
-from featstore.models import residual as sites
+from featstore.models.stack import residual_stream
 from featstore.runtime.background import Background
 from featstore.runtime.console import Tick, err, progress
 from featstore.runtime.processes import Ranks
@@ -59,7 +59,7 @@ def open_reader(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quiet
             f"model {name!r} ({spec.ref}) has other weights than those that {writer.path} was made with; use the same "
             "model, or choose another name or --store"
         )
-    return BatchReader(sites.residual_stream(model), job.plan, name, weights)
+    return BatchReader(residual_stream(model), job.plan, name, weights)
 
 
 def extract_rows(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quiet: bool) -> None:

@@ -1,33 +1,41 @@
 """The residual stream at layer k: where states are captured, and where they are injected.
 
-**Layer k is the residual stream after k blocks**, k = 0..L: k = 0 is the embedding output, k = L the stream *before*
-the final norm. In transformers' terms that is ``hidden_states[k]`` for k < L; ``hidden_states[L]`` there is taken after
-the final norm and is not a residual stream.
+**Layer k is the residual stream after k blocks**, k = 0..L: k = 0 is what enters the first block, k = L what leaves the
+last one, *before* the final norm. In most of transformers that is ``hidden_states[k]`` for k < L; ``hidden_states[L]``
+there is taken after the final norm and is not a residual stream.
 
 Capture and injection are one hook at one place: a function that sees the stream entering block k (leaving the last
-block for k = L) and may return a replacement. Re-injecting what was captured therefore leaves the logits bit-identical,
-which is the test that anchors every injection result.
+block for k = L) and may return a replacement. Re-injecting what was captured therefore leaves the logits bit-identical.
+That shows that the hook is in place; that the stream is *all* that later blocks know is another test
+(:mod:`featstore.models.probe.injecting`).
+
+Rows are ``(batch, tokens, width)`` whatever the model's own axes are. A model that carries several streams side by side
+(hyper-connections, AltUp) has them folded into one row, width = streams x hidden size, and unfolded at injection.
+
+Where the blocks are and what their stream looks like is found by running the model once
+(:func:`featstore.models.stack.residual_stream`), never from names.
 
 Inputs are right-padded and no attention mask is passed: attention is causal, so a real token never sees the padding
-after it, and the unmasked path is faster and independent of the padding. States of pad positions are meaningless.
+after it, and the unmasked path is faster and independent of the padding. States of pad positions are meaningless. For a
+model where this does not hold, the probe says so (:class:`Batching`).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from featstore.errors import LayerRangeError, UnsupportedArchitectureError
+from featstore.models.devices import input_device
 
 #: Sees hidden states ``(batch, tokens, width)``; returns a replacement of the same shape, or None to leave them.
 SiteFunction = Callable[[torch.Tensor], torch.Tensor | None]
-
-_BLOCK_LISTS = ("layers", "h", "blocks")
 
 
 class _ForwardDone(Exception):  # noqa: N818 - a signal, not an error
@@ -35,54 +43,204 @@ class _ForwardDone(Exception):  # noqa: N818 - a signal, not an error
 
 
 @dataclass(frozen=True)
+class Axes:
+    """How a model lays out its stream.
+
+    Attributes:
+        batch: Axis of sequences.
+        tokens: Axis of tokens.
+        sizes: Sizes of the other axes, in their order; the last one is the hidden size.
+    """
+
+    batch: int
+    tokens: int
+    sizes: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Width of a row."""
+        width = 1
+        for size in self.sizes:
+            width *= size
+        return width
+
+    @property
+    def streams(self) -> int:
+        """Streams side by side that a row folds."""
+        return self.width // self.sizes[-1]
+
+    def rows(self, native: torch.Tensor) -> torch.Tensor:
+        """The stream as rows.
+
+        Args:
+            native: In the model's own axes.
+
+        Returns:
+            ``(batch, tokens, width)``; a view where the model has that layout.
+        """
+        if (self.batch, self.tokens, len(self.sizes)) == (0, 1, 1):
+            return native
+        return native.movedim((self.batch, self.tokens), (0, 1)).flatten(2)
+
+    def native(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows as the stream that the model expects.
+
+        Args:
+            rows: ``(batch, tokens, width)``.
+        """
+        if (self.batch, self.tokens, len(self.sizes)) == (0, 1, 1):
+            return rows
+        return rows.unflatten(2, self.sizes).movedim((0, 1), (self.batch, self.tokens)).contiguous()
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Which windows may share a forward pass without changing each other's states.
+
+    Attributes:
+        kind: ``padded`` (any, padded at the right), ``equal`` (windows of one length, without padding) or ``single``.
+        switch: Windows on either side of this length never share a pass, or None: the model chooses its position
+            encoding by the longest sequence of a batch (LongRoPE).
+    """
+
+    kind: str = "padded"
+    switch: int | None = None
+
+    def groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Split a batch into passes.
+
+        Args:
+            lengths: Tokens of every window.
+
+        Returns:
+            Places in ``lengths`` that go together, each once.
+        """
+        keys: list[Any]
+        if self.kind == "single":
+            keys = list(range(len(lengths)))
+        elif self.kind == "equal":
+            keys = list(lengths)
+        else:
+            keys = [self.switch is not None and length > self.switch for length in lengths]
+        groups: dict[Any, list[int]] = {}
+        for place, key in enumerate(keys):
+            groups.setdefault(key, []).append(place)
+        return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Continuing:
+    """How a model goes on from what it has read.
+
+    Attributes:
+        kind: ``cached`` (any number of tokens at once), ``stepwise`` (one at a time) or ``recomputed`` (no usable
+            cache: the whole text is passed again).
+        positions: Whether it must be told the positions of new tokens.
+        whole_logits: Whether it must compute the logits of all tokens for its stream to be whole.
+        padding: Whether prompts of several lengths may share a batch, padded at the left.
+        branching: ``shared`` (two may go on from one cache), ``copied`` (from copies of it) or ``reread``.
+    """
+
+    kind: str = "cached"
+    positions: bool = False
+    whole_logits: bool = False
+    padding: bool = True
+    branching: str = "shared"
+
+
+@dataclass(frozen=True, eq=False)
 class ResidualStream:
     """A decoder stack whose stream can be read and written between blocks.
 
     Attributes:
-        decoder: The module that embeds tokens and runs the blocks, without the language model head.
+        model: The causal language model.
+        decoder: The module inside it that runs the blocks.
         blocks: Its L blocks in order.
+        path: Where the blocks are, such as ``model.layers``.
+        axes: How the stream is laid out.
+        dtype: The stream's number type, which may differ from the weights'.
+        entry: Argument of a block that is the stream: a position or a keyword.
+        exit: Place of the stream in what a block returns; None where it returns nothing else.
+        start: The token that stands in for a prompt's first one where the prompt is to be hidden.
+        batching: Which windows may share a pass.
+        continuing: How the model goes on from what it has read.
+        skips: Layers below which the blocks need not run when the whole stream is replaced there; None where that has
+            not been tested, and every block runs.
     """
 
+    model: nn.Module
     decoder: nn.Module
     blocks: nn.ModuleList
+    path: str
+    axes: Axes
+    dtype: torch.dtype
+    entry: int | str = 0
+    exit: int | None = None
+    start: int = 0
+    batching: Batching = Batching()
+    continuing: Continuing = Continuing()
+    skips: frozenset[int] = frozenset()
+    _starts: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def depth(self) -> int:
         """Number of blocks, L."""
         return len(self.blocks)
 
+    @property
+    def width(self) -> int:
+        """Width of a row."""
+        return self.axes.width
 
-def residual_stream(model: nn.Module) -> ResidualStream:
-    """Find the decoder blocks of a causal language model.
+    def check(self, layer: int) -> None:
+        """Check that there is such a layer.
+
+        Raises:
+            LayerRangeError: There is not.
+        """
+        if not 0 <= layer <= self.depth:
+            raise LayerRangeError(f"layer {layer} is outside 0..{self.depth} of this model")
+
+    @torch.inference_mode()
+    def start_state(self, layer: int) -> torch.Tensor:
+        """The stream of the start token, which has read nothing but itself.
+
+        Args:
+            layer: 0..L.
+
+        Returns:
+            ``(width,)`` in the stream's dtype.
+
+        Raises:
+            LayerRangeError: No such layer.
+        """
+        key = (self.start, layer)
+        if key not in self._starts:
+            ids = torch.tensor([[self.start]], device=input_device(self.model))
+            self._starts[key] = capture(self, ids, [layer])[layer][0, 0]
+        return self._starts[key]
+
+
+def forward(model: nn.Module, **inputs: Any) -> Any:
+    """Call a model with those of some inputs that its forward takes, without a cache unless one is asked for.
 
     Args:
-        model: A transformers causal language model.
-
-    Raises:
-        UnsupportedArchitectureError: No list of ``num_hidden_layers`` blocks was found; the message says where it was
-            looked for.
+        model: A causal language model.
+        inputs: By name; ``input_ids`` is always passed.
     """
-    name = type(model).__name__
-    config = getattr(model, "config", None)
-    wanted = getattr(config, "num_hidden_layers", None)
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    if isinstance(decoder, nn.Module):
-        for attribute in _BLOCK_LISTS:
-            blocks = getattr(decoder, attribute, None)
-            if isinstance(blocks, nn.ModuleList) and len(blocks) == wanted:
-                return ResidualStream(decoder, blocks)
-    found = "no decoder" if decoder is None else f"a decoder {type(decoder).__name__}"
-    blocks_wanted = "decoder blocks" if wanted is None else f"{wanted} decoder blocks"
-    raise UnsupportedArchitectureError(
-        f"model {name}: looked for {blocks_wanted} in a ModuleList named {', '.join(_BLOCK_LISTS)} under "
-        f"get_decoder() and found {found} without one; Llama and Mistral families are supported and tested"
-    )
+    return model(**accepted(model, {"use_cache": False, **inputs}))
 
 
-def _check_layer(stream: ResidualStream, layer: int) -> None:
-    if not 0 <= layer <= stream.depth:
-        raise LayerRangeError(f"layer {layer} is outside 0..{stream.depth} of this model")
+def accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of some inputs that a model's forward names; the others would be ignored or refused.
+
+    Args:
+        model: A causal language model.
+        inputs: By name.
+    """
+    # accelerate puts its own forward on the instance; the class says what the model takes.
+    names = inspect.signature(type(model).forward).parameters
+    return {name: value for name, value in inputs.items() if name in names or name in ("input_ids", "use_cache")}
 
 
 @contextmanager
@@ -90,41 +248,70 @@ def at_site(stream: ResidualStream, layer: int, function: SiteFunction) -> Itera
     """Call a function on the residual stream at a layer during every forward pass in the context.
 
     Args:
-        stream: From :func:`residual_stream`.
+        stream: From :func:`featstore.models.stack.residual_stream`.
         layer: 0..L.
         function: Sees ``(batch, tokens, width)``; a returned tensor replaces the stream.
 
     Raises:
         LayerRangeError: No such layer.
     """
-    _check_layer(stream, layer)
+    stream.check(layer)
     if layer < stream.depth:
-        handle = stream.blocks[layer].register_forward_pre_hook(_entering(function), with_kwargs=True)
+        handle = stream.blocks[layer].register_forward_pre_hook(_entering(stream, function), with_kwargs=True)
     else:
-        handle = stream.blocks[-1].register_forward_hook(_leaving(function))
+        handle = stream.blocks[-1].register_forward_hook(_leaving(stream, function))
     try:
         yield
     finally:
         handle.remove()
 
 
-def _entering(function: SiteFunction) -> Callable[..., Any]:
+def entering(stream: ResidualStream, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The stream among the arguments of a block, in the model's own axes.
+
+    Args:
+        stream: The model's.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Raises:
+        UnsupportedArchitectureError: It is not where it was when the model was looked at.
+    """
+    place = stream.entry
+    value = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
+    if not isinstance(value, torch.Tensor):
+        raise UnsupportedArchitectureError(
+            f"a block of {stream.path} was called without its stream as {_argument(place)}, as it was when the model "
+            "was looked at; call the model as its generate() does"
+        )
+    return value
+
+
+def _argument(place: int | str) -> str:
+    return f"argument {place}" if isinstance(place, int) else repr(place)
+
+
+def _entering(stream: ResidualStream, function: SiteFunction) -> Callable[..., Any]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            new = function(args[0])
-            return None if new is None else ((new, *args[1:]), kwargs)
-        new = function(kwargs["hidden_states"])
-        return None if new is None else (args, {**kwargs, "hidden_states": new})
+        new = function(stream.axes.rows(entering(stream, args, kwargs)))
+        if new is None:
+            return None
+        native, place = stream.axes.native(new), stream.entry
+        if isinstance(place, int):
+            return (*args[:place], native, *args[place + 1 :]), kwargs
+        return args, {**kwargs, place: native}
 
     return hook
 
 
-def _leaving(function: SiteFunction) -> Callable[..., Any]:
+def _leaving(stream: ResidualStream, function: SiteFunction) -> Callable[..., Any]:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            new = function(output[0])
-            return None if new is None else (new, *output[1:])
-        return function(output)
+        place = stream.exit
+        new = function(stream.axes.rows(output if place is None else output[place]))
+        if new is None:
+            return None
+        native = stream.axes.native(new)
+        return native if place is None else type(output)([*output[:place], native, *output[place + 1 :]])
 
     return hook
 
@@ -136,12 +323,12 @@ def capture(stream: ResidualStream, input_ids: torch.Tensor, layers: Sequence[in
     The pass stops after the last layer asked for and never runs the head.
 
     Args:
-        stream: From :func:`residual_stream`.
+        stream: From :func:`featstore.models.stack.residual_stream`.
         input_ids: int64 ``(batch, tokens)``, right-padded.
         layers: Distinct layers in 0..L.
 
     Returns:
-        ``{layer: (batch, tokens, width)}`` in the model's dtype.
+        ``{layer: (batch, tokens, width)}`` in the stream's dtype.
 
     Raises:
         LayerRangeError: No such layer.
@@ -161,29 +348,60 @@ def capture(stream: ResidualStream, input_ids: torch.Tensor, layers: Sequence[in
         for layer in layers:
             stack.enter_context(at_site(stream, layer, keep(layer)))
         with suppress(_ForwardDone):
-            stream.decoder(input_ids=input_ids, use_cache=False)
+            forward(stream.model, input_ids=input_ids)
     return states
+
+
+@contextmanager
+def watching(stream: ResidualStream, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Keep the residual stream of the passes in the context, which run to their end.
+
+    Args:
+        stream: The model's.
+        layers: Distinct layers in 0..L.
+
+    Yields:
+        ``{layer: (batch, tokens, width)}``, filled by every pass anew.
+
+    Raises:
+        LayerRangeError: No such layer.
+    """
+    states: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> SiteFunction:
+        def look(hidden: torch.Tensor) -> None:
+            states[layer] = hidden
+
+        return look
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(at_site(stream, layer, keep(layer)))
+        yield states
 
 
 @contextmanager
 def skipping_below(stream: ResidualStream, layer: int) -> Iterator[None]:
     """Turn the blocks below a layer into the identity, for passes that replace the *whole* stream at that layer.
 
-    Results are bit-identical to the full pass (tested): the skipped work is overwritten anyway. Only for passes
-    without a key-value cache.
+    The skipped work is overwritten anyway, so results are bit-identical to the full pass: where that was seen
+    (``stream.skips``). Elsewhere every block runs. Only for passes without a key-value cache.
 
     Args:
-        stream: From :func:`residual_stream`.
+        stream: The model's.
         layer: 0..L.
 
     Raises:
         LayerRangeError: No such layer.
     """
-    _check_layer(stream, layer)
-    as_tuple = _returns_tuple(stream) if layer else False
+    stream.check(layer)
+    if layer not in stream.skips:
+        yield
+        return
 
-    def identity(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_states,) if as_tuple else hidden_states
+    def identity(*args: Any, **kwargs: Any) -> Any:
+        native = entering(stream, args, kwargs)
+        return native if stream.exit is None else (native,)
 
     # k = L injects at the output of the last block, so that block still has to be there to be hooked: as an identity.
     skipped = list(stream.blocks[:layer])
@@ -198,23 +416,3 @@ def skipping_below(stream: ResidualStream, layer: int) -> Iterator[None]:
             del block.forward
             if original is not None:
                 block.forward = original
-
-
-def _returns_tuple(stream: ResidualStream) -> bool:
-    """Whether blocks return a tuple (older architectures) or the stream itself; seen on one token."""
-    seen: list[bool] = []
-
-    def look(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(isinstance(output, tuple))
-        raise _ForwardDone
-
-    handle = stream.blocks[0].register_forward_hook(look)
-    device = next(stream.decoder.parameters()).device
-    try:
-        with torch.inference_mode():
-            stream.decoder(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
-    except _ForwardDone:
-        pass
-    finally:
-        handle.remove()
-    return seen[0]

@@ -23,13 +23,14 @@ import evaluate.cli
 from align.maps.fitted import Adapter, load_adapter
 from align.runs.train import train
 from align.settings import LoopSettings, Settings
-from evaluate.injection.inject import aligned, inject
 from evaluate.injection.loading import Loaded, adopt
 from evaluate.injection.wire import wire
 from evaluate.results import read_communication, read_generations, read_stitch
 from evaluate.stitching.stitch import Window, scored_windows
 from featstore.errors import AdapterError, FeatstoreError, LayerRangeError, ModelLoadError, SpecError
 from featstore.models import residual as sites
+from featstore.models.injection import aligned, inject
+from featstore.models.stack import residual_stream
 from featstore.store import Store, open_store
 from tests.support import ROOT
 from tests.support.commands import call, strict_json
@@ -372,7 +373,7 @@ def stitched_logits(
     """Logits as `evaluate stitch` has them, and the states it puts in."""
     to = wire(adapter, adapter.aligners[KEY])
     rows = store.rows("llama", 2)[window.source_row : window.source_row + len(window.source.ids)]
-    mapped, stream = to.states(np.asarray(rows), window), sites.residual_stream(model)
+    mapped, stream = to.states(np.asarray(rows), window), residual_stream(model)
     own = sites.capture(stream, ids_of(window), [2])[2]
     with (
         torch.inference_mode(),

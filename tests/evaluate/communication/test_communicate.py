@@ -25,12 +25,12 @@ from evaluate.communication.messages import read
 from evaluate.communication.tasks.base import Example, Task, words
 from evaluate.communication.tasks.named import make
 from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name
-from evaluate.injection.inject import source_positions
 from evaluate.injection.loading import Loaded, load
+from evaluate.injection.positions import source_positions
 from featstore.errors import SpecError
 from featstore.models.loading import inspect_model, load_model
 from featstore.models.references import ModelSpec
-from featstore.models.residual import residual_stream
+from featstore.models.stack import residual_stream
 from featstore.runtime.console import jsonable
 from featstore.text import tokens
 from featstore.text.tokens import tokenize

@@ -13,14 +13,15 @@ import torch
 
 import evaluate.communication.asking as module
 from evaluate.communication.asking import Prompt, PutIn, ask
-from evaluate.injection.continuing import Passes, left_padded
-from evaluate.injection.inject import aligned, inject, last
+from evaluate.injection.continuing import left_padded
 from evaluate.injection.loading import Loaded
 from featstore.errors import SpecError, UnsupportedArchitectureError
 from featstore.models import residual as sites
+from featstore.models.injection import aligned, inject, last
 from featstore.models.loading import inspect_model, load_model
+from featstore.models.passes import Passes
 from featstore.models.references import ModelSpec
-from featstore.models.residual import residual_stream
+from featstore.models.stack import residual_stream
 
 NEW = 3
 #: Of the part that takes states and of the rest; the tiny Mistral's sliding window has 24 tokens.

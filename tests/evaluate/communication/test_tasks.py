@@ -23,7 +23,8 @@ from evaluate.injection.loading import Loaded
 from featstore.errors import SpecError
 from featstore.models.loading import inspect_model, load_model
 from featstore.models.references import ModelSpec
-from featstore.models.residual import capture, residual_stream
+from featstore.models.residual import capture
+from featstore.models.stack import residual_stream
 from featstore.text import tokens
 from featstore.text.tokens import TokenizedWindow, tokenize
 

@@ -16,8 +16,8 @@ from align.runs.train import train
 from align.settings import Settings
 from evaluate.generation.generate import PROMPTS, describe, generate, read_prompts
 from evaluate.injection.continuing import Sampling
-from evaluate.injection.inject import source_positions
 from evaluate.injection.loading import Models
+from evaluate.injection.positions import source_positions
 from featstore.errors import AdapterError, SpecError
 from tests.support.commands import call, strict_json
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from evaluate.injection.continuing import Sampling, continue_from, left_padded, prompt_states, score_continuation
-from evaluate.injection.inject import Injection, aligned, last
 from featstore.errors import SpecError
 from featstore.models import residual as sites
+from featstore.models.injection import Injection, aligned, last
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
+from featstore.models.stack import residual_stream
 
 NEW = 8
 #: Longer than the tiny Mistral's sliding window, shorter, and of one token.
@@ -40,12 +41,12 @@ def prompts(model: Any, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
 
 
 def texts(model: Any, ids: torch.Tensor, **options: Any) -> list[list[int]]:
-    stream = sites.residual_stream(model)
+    stream = residual_stream(model)
     return continue_from(model, ids, **({"stream": stream, "length": NEW, "stops": ()} | options))
 
 
 def scores(model: Any, ids: torch.Tensor, wanted: Any, **options: Any) -> list[float]:
-    return score_continuation(model, ids, wanted, stream=sites.residual_stream(model), **options)
+    return score_continuation(model, ids, wanted, stream=residual_stream(model), **options)
 
 
 def alone(model: Any, row: list[int], **options: Any) -> list[int]:
@@ -53,7 +54,7 @@ def alone(model: Any, row: list[int], **options: Any) -> list[int]:
 
 
 def own_of(model: Any, ids: torch.Tensor, layer: int, padding: torch.Tensor | None) -> torch.Tensor:
-    return prompt_states(model, sites.residual_stream(model), ids, [layer], padding=padding)[layer]
+    return prompt_states(model, residual_stream(model), ids, [layer], padding=padding)[layer]
 
 
 def test_greedy_text_is_transformers_own(model: Any) -> None:
@@ -86,9 +87,9 @@ def test_left_padding_gives_the_text_of_the_prompt_alone(model: Any) -> None:
 
 
 def test_padded_states_are_those_of_the_prompt_alone(model: Any) -> None:
-    rows, depth = prompts(model), sites.residual_stream(model).depth
+    rows, depth = prompts(model), residual_stream(model).depth
     ids, padding = left_padded(rows)
-    stream = sites.residual_stream(model)
+    stream = residual_stream(model)
     states = prompt_states(model, stream, ids, range(depth + 1), padding=padding)
     for i, row in enumerate(rows):
         single = sites.capture(stream, torch.tensor([row]), range(depth + 1))
@@ -115,7 +116,7 @@ def test_own_states_put_back_give_the_same_text_and_likelihood(model: Any) -> No
         ids, padding = left_padded(prompts(model, lengths))
         clean = texts(model, ids, padding=padding)
         nats = scores(model, ids, clean, padding=padding)
-        for layer in range(sites.residual_stream(model).depth + 1):
+        for layer in range(residual_stream(model).depth + 1):
             own = own_of(model, ids, layer, padding)
             gone = torch.zeros_like(ids, dtype=torch.bool) if padding is None else padding
             places = [np.flatnonzero(~row.numpy()) for row in gone]

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from evaluate.injection.hiding import _Hook, hiding
-from evaluate.injection.inject import Injection, aligned, inject, last
 from featstore.errors import SpecError, UnsupportedArchitectureError
 from featstore.models import residual as sites
+from featstore.models.hiding import _Hook, hiding
+from featstore.models.injection import Injection, aligned, inject, last
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
+from featstore.models.stack import residual_stream
 
 TOKENS = 40
 #: Ordinary places, some of them near the end and the last one, which gives the first answer.
@@ -38,7 +39,7 @@ def prompt(model: Any, seed: int = 3) -> torch.Tensor:
 
 
 def injection_into(model: Any, ids: torch.Tensor, layer: int, keep: str, places: Any = None) -> Injection:
-    own = sites.capture(sites.residual_stream(model), ids, [layer])[layer]
+    own = sites.capture(residual_stream(model), ids, [layer])[layer]
     at = PLACES if places is None else places
     generator = torch.Generator().manual_seed(layer)
     states = [2 * torch.randn(len(row), own.shape[2], generator=generator) for row in at]
@@ -48,7 +49,7 @@ def injection_into(model: Any, ids: torch.Tensor, layer: int, keep: str, places:
 @torch.inference_mode()
 def answers(model: Any, ids: torch.Tensor, injection: Injection | None, later: list[torch.Tensor]) -> torch.Tensor:
     """Logits of the prompt's last token and of all that comes after, pass by pass through the cache."""
-    stream = sites.residual_stream(model)
+    stream = residual_stream(model)
     context = hiding(stream, 0, *[torch.ones(2, TOKENS, dtype=torch.bool)] * 2)
     if injection is not None:
         context = inject(stream, injection, whole=False)
@@ -62,7 +63,7 @@ def answers(model: Any, ids: torch.Tensor, injection: Injection | None, later: l
 
 
 def layers(model: Any) -> range:
-    return range(sites.residual_stream(model).depth + 1)
+    return range(residual_stream(model).depth + 1)
 
 
 def later(model: Any, *counts: int) -> list[torch.Tensor]:
@@ -90,7 +91,7 @@ def test_attention_sinks_that_took_no_state_are_hidden_too(model: Any) -> None:
     one, two = prompt(model, 3), prompt(model, 3)
     two[:, [1, 12]] = sinks[None]
     assert not {1, 12} & {place for row in PLACES for place in row}
-    stream = sites.residual_stream(model)
+    stream = residual_stream(model)
     for layer in layers(model):
         size = sites.capture(stream, two, [layer])[layer].norm(dim=-1)
         if layer == 0:
@@ -120,7 +121,7 @@ def deleted(
     model: Any, start: torch.Tensor, states: torch.Tensor, places: list[int], layer: int, new: torch.Tensor
 ) -> Any:
     """The answers by another road: no cache, no prompt, nothing masked but the future; only positions are given."""
-    decoder, blocks = model.model, sites.residual_stream(model).blocks
+    decoder, blocks = model.model, residual_stream(model).blocks
     window = getattr(model.config, "sliding_window", None)
 
     def run(hidden: torch.Tensor, positions: torch.Tensor, some: Any) -> torch.Tensor:
@@ -158,7 +159,7 @@ def test_a_hidden_position_still_reads_itself(model: Any) -> None:
     for layer in layers(model):
         injection = injection_into(model, ids, layer, "hide")
         assert injection.replaced[row, places].tolist() == [True] * 4 + [False]
-        with torch.inference_mode(), inject(sites.residual_stream(model), injection, whole=True):
+        with torch.inference_mode(), inject(residual_stream(model), injection, whole=True):
             found = model(input_ids=ids, use_cache=False).logits[row, 27]
         states, nothing = injection.hidden[row, places], ids[row, :0]
         wanted = deleted(model, ids[row, :1], states, places, layer, nothing)[0]
@@ -168,7 +169,7 @@ def test_a_hidden_position_still_reads_itself(model: Any) -> None:
 def test_one_pass_over_prompt_and_answer_is_the_same_as_many(model: Any) -> None:
     ids, new = prompt(model), later(model, 1, 4, 1)
     everything = torch.cat([ids, *new], dim=1)
-    stream = sites.residual_stream(model)
+    stream = residual_stream(model)
     for layer in layers(model):
         injection = injection_into(model, ids, layer, "hide")
 
@@ -198,7 +199,7 @@ def test_a_replaced_start_token_is_read_as_replaced(model: Any) -> None:
 
 def test_injected_positions_do_not_read_hidden_ones_in_the_prompts_own_pass(model: Any) -> None:
     ids = prompt(model)
-    stream = sites.residual_stream(model)
+    stream = residual_stream(model)
     injection = injection_into(model, ids, 1, "hide")
     changed = injection.hidden.clone()
     changed[:, 10] += 5.0
@@ -219,7 +220,7 @@ def test_injected_positions_do_not_read_hidden_ones_in_the_prompts_own_pass(mode
 def test_with_everything_injected_at_layer_0_there_is_nothing_to_hide(model: Any) -> None:
     ids, new = prompt(model), later(model, 1, 3)
     clean = answers(model, ids, None, new)
-    own = sites.capture(sites.residual_stream(model), ids, [0])[0]
+    own = sites.capture(residual_stream(model), ids, [0])[0]
     injection = aligned(own, list(own), [range(TOKENS)] * 2, layer=0, keep="hide")
     assert torch.equal(answers(model, ids, injection, new), clean)
 
@@ -227,7 +228,7 @@ def test_with_everything_injected_at_layer_0_there_is_nothing_to_hide(model: Any
 def test_a_layer_above_everything_injected_still_hides_the_blocks_below(model: Any) -> None:
     ids, new = prompt(model), later(model, 1, 3)
     clean = answers(model, ids, None, new)
-    own = sites.capture(sites.residual_stream(model), ids, [2])[2]
+    own = sites.capture(residual_stream(model), ids, [2])[2]
     found = answers(model, ids, aligned(own, list(own), [range(TOKENS)] * 2, layer=2, keep="hide"), new)
     # The prompt's own pass hides nothing, what comes after it does.
     assert torch.equal(found[:, 0], clean[:, 0])
@@ -240,7 +241,7 @@ def test_the_last_state_alone_gets_through(model: Any) -> None:
     for layer in layers(model):
         found = []
         for ids in (prompt(model, 3), prompt(model, 4)):
-            own = sites.capture(sites.residual_stream(model), ids, [layer])[layer]
+            own = sites.capture(residual_stream(model), ids, [layer])[layer]
             found.append(answers(model, ids, last(own, state, layer=layer, keep="hide"), new))
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
 
@@ -261,7 +262,7 @@ def test_hooks_leave_with_the_context(model: Any) -> None:
     clean = answers(model, ids, None, new)
     answers(model, ids, injection_into(model, ids, 1, "hide"), new)
     assert torch.equal(answers(model, ids, None, new), clean)
-    stream = sites.residual_stream(model)
+    stream = residual_stream(model)
     assert not any(block._forward_pre_hooks or block._forward_hooks for block in stream.blocks)
     assert not stream.decoder._forward_pre_hooks
 
@@ -282,7 +283,7 @@ def test_attention_without_a_mask_of_positions_is_refused(model: Any, monkeypatc
     monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
     with (
         pytest.raises(SpecError, match=r"attention 'flash_attention_2' takes no mask .* sdpa or eager"),
-        inject(sites.residual_stream(model), injection_into_own(model, ids), whole=False),
+        inject(residual_stream(model), injection_into_own(model, ids), whole=False),
     ):
         pass
 
@@ -295,7 +296,7 @@ def injection_into_own(model: Any, ids: torch.Tensor) -> Injection:
 def test_another_batch_or_cache_is_refused(model: Any) -> None:
     from transformers import StaticCache
 
-    ids, stream = prompt(model), sites.residual_stream(model)
+    ids, stream = prompt(model), residual_stream(model)
     injection = injection_into(model, ids, 1, "hide")
     with torch.inference_mode(), inject(stream, injection, whole=False):
         past = model(input_ids=ids, use_cache=True).past_key_values

@@ -15,11 +15,13 @@ import evaluate.injection.controls
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from evaluate.injection.controls import CONTROLS, control_states
-from evaluate.injection.inject import COMBINE, Injection, aligned, inject, last, source_positions
+from evaluate.injection.positions import source_positions
 from featstore.errors import LayerRangeError, NonFiniteStateError, SpecError
 from featstore.models import residual as sites
+from featstore.models.injection import COMBINE, Injection, aligned, inject, last
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
+from featstore.models.stack import residual_stream
 from featstore.text.tokens import TokenizedWindow
 
 
@@ -109,13 +111,13 @@ def prompt(model: Any, tokens: int = 40) -> torch.Tensor:
 
 def logits_with(model: Any, ids: torch.Tensor, layer: int, hidden: torch.Tensor, *, whole: bool) -> torch.Tensor:
     everywhere = Injection(layer, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
-    with torch.inference_mode(), inject(sites.residual_stream(model), everywhere, whole=whole):
+    with torch.inference_mode(), inject(residual_stream(model), everywhere, whole=whole):
         return model(input_ids=ids, use_cache=not whole).logits
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_models_own_states_change_no_bit(model: Any, whole: bool) -> None:
-    stream, ids = sites.residual_stream(model), prompt(model)
+    stream, ids = residual_stream(model), prompt(model)
     with torch.inference_mode():
         clean = model(input_ids=ids, use_cache=not whole).logits
     states = sites.capture(stream, ids, range(stream.depth + 1))
@@ -127,7 +129,7 @@ def test_a_models_own_states_change_no_bit(model: Any, whole: bool) -> None:
 
 
 def test_other_states_change_what_comes_after_them_and_nothing_before(model: Any) -> None:
-    stream, ids = sites.residual_stream(model), prompt(model)
+    stream, ids = residual_stream(model), prompt(model)
     layer = 1
     hidden = sites.capture(stream, ids, [layer])[layer].clone()
     hidden[:, 10] += 1.0
@@ -140,7 +142,7 @@ def test_other_states_change_what_comes_after_them_and_nothing_before(model: Any
 
 
 def test_skipping_what_is_overwritten_changes_no_bit(model: Any) -> None:
-    stream, ids = sites.residual_stream(model), prompt(model)
+    stream, ids = residual_stream(model), prompt(model)
     for layer in range(stream.depth + 1):
         hidden = torch.randn(2, 40, model.config.hidden_size, generator=torch.Generator().manual_seed(layer))
         everywhere = Injection(layer, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
@@ -154,14 +156,14 @@ def test_skipping_what_is_overwritten_changes_no_bit(model: Any) -> None:
 
 def passed(model: Any, ids: torch.Tensor, injection: Injection, *, whole: bool, cache: bool = True) -> torch.Tensor:
     """Logits of the prompt's pass."""
-    stream = sites.residual_stream(model)
+    stream = residual_stream(model)
     with torch.inference_mode(), inject(stream, injection, whole=whole):
         return model(input_ids=ids, use_cache=cache and not whole).logits
 
 
 @pytest.mark.parametrize(("whole", "cache"), [(True, False), (False, False), (False, True)])
 def test_own_states_put_back_in_any_way_change_no_bit(model: Any, whole: bool, cache: bool) -> None:
-    stream, ids = sites.residual_stream(model), prompt(model)
+    stream, ids = residual_stream(model), prompt(model)
     with torch.inference_mode():
         clean = model(input_ids=ids, use_cache=cache).logits
     for layer, own in sites.capture(stream, ids, range(stream.depth + 1)).items():
@@ -222,7 +224,7 @@ def test_the_start_is_each_rows_first_token() -> None:
 
 
 def test_a_pass_that_is_not_the_injections_is_refused(model: Any) -> None:
-    stream, ids = sites.residual_stream(model), prompt(model)
+    stream, ids = residual_stream(model), prompt(model)
     own = sites.capture(stream, ids, [1])[1]
     injection = aligned(own, [own[0], own[1]], [range(40)] * 2, layer=1)
     with pytest.raises(SpecError, match=r"stream of shape \(2, 5, "):
@@ -243,7 +245,7 @@ def test_a_pass_that_is_not_the_injections_is_refused(model: Any) -> None:
 
 
 def test_a_step_after_a_prompt_of_one_token_is_no_prompt(model: Any) -> None:
-    stream, ids = sites.residual_stream(model), prompt(model)[:, :1]
+    stream, ids = residual_stream(model), prompt(model)[:, :1]
     own = sites.capture(stream, ids, [1])[1]
     state = torch.ones_like(own[:, 0])
     with torch.inference_mode():

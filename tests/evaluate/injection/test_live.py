@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from evaluate.injection.continuing import continue_from, left_padded, prompt_states
-from evaluate.injection.inject import aligned, inject
 from evaluate.injection.live import LiveInjection, Placed
 from featstore.errors import LayerRangeError, NonFiniteStateError, SpecError
 from featstore.models import residual as sites
+from featstore.models.injection import aligned, inject
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
+from featstore.models.stack import residual_stream
 
 PLACES = ([0, 3, 39], [1, 2])
 
@@ -39,7 +40,7 @@ def placed(layer: int, states: Any, places: Any = PLACES, keep: str = "own") -> 
 
 
 def live(model: Any, *args: Any, **options: Any) -> LiveInjection:
-    return LiveInjection(sites.residual_stream(model), placed(*args, **options))
+    return LiveInjection(residual_stream(model), placed(*args, **options))
 
 
 def noise(model: Any, places: Any = PLACES, seed: int = 0) -> list[torch.Tensor]:
@@ -56,7 +57,7 @@ def hooks(model: Any) -> int:
 def test_the_logits_are_those_of_a_prepared_injection_to_the_bit(
     model: Any, ids: torch.Tensor, keep: str, cache: bool
 ) -> None:
-    stream, states = sites.residual_stream(model), noise(model)
+    stream, states = residual_stream(model), noise(model)
     for layer, own in sites.capture(stream, ids, range(stream.depth + 1)).items():
         with torch.inference_mode():
             with inject(stream, aligned(own, states, PLACES, layer=layer, keep=keep), whole=not cache):
@@ -72,7 +73,7 @@ def test_the_logits_are_those_of_a_prepared_injection_to_the_bit(
 def test_a_models_own_states_change_no_bit(
     model: Any, ids: torch.Tensor, mode: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    stream = sites.residual_stream(model)
+    stream = residual_stream(model)
     for rows in (ids, ids[:1]):
         with mode():
             clean = model(rows).logits
@@ -127,7 +128,7 @@ def test_gradients_reach_the_states_and_the_blocks_below(model: Any, ids: torch.
 
 @pytest.mark.parametrize("keep", ["own", "hide"])
 def test_text_goes_on_from_them(model: Any, ids: torch.Tensor, keep: str) -> None:
-    stream = sites.residual_stream(model)
+    stream = residual_stream(model)
     rows = [ids[0, :12].tolist(), ids[1, :9].tolist()]
     prompts, padding = left_padded(rows)
     assert padding is not None
@@ -214,7 +215,7 @@ def test_positions_that_a_pass_does_not_have_are_refused(
 
 
 def test_what_cannot_be_injected_is_refused_before_a_pass(model: Any) -> None:
-    depth, width = len(sites.residual_stream(model).blocks), model.config.hidden_size
+    depth, width = len(residual_stream(model).blocks), model.config.hidden_size
     with pytest.raises(LayerRangeError, match=rf"layer {depth + 1}, outside 0..{depth} of this model"):
         live(model, depth + 1, noise(model))
     with pytest.raises(SpecError, match=rf"prompt 0: states of width 7 for a model of width {width}"):
@@ -228,7 +229,7 @@ def test_what_cannot_be_injected_is_refused_before_a_pass(model: Any) -> None:
 
 
 def test_attention_without_a_mask_of_positions_cannot_hide(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sites.residual_stream(model).decoder.config, "_attn_implementation", "flash_attention_2")
+    monkeypatch.setattr(residual_stream(model).decoder.config, "_attn_implementation", "flash_attention_2")
     live(model, 1, noise(model))
     with pytest.raises(SpecError, match="'flash_attention_2' takes no mask of positions"):
         live(model, 1, noise(model), keep="hide")

@@ -20,8 +20,8 @@ from align.runs.train import train
 from align.settings import LoopSettings, Settings
 from evaluate.generation.generate import describe as described_texts
 from evaluate.generation.generate import generate
-from evaluate.injection.inject import source_positions
 from evaluate.injection.loading import choose
+from evaluate.injection.positions import source_positions
 from evaluate.injection.wire import Crossing, crossing, wire
 from evaluate.stitching.stitch import CONDITIONS, describe, scored_windows, stitch
 from featstore.errors import AdapterError, SpecError

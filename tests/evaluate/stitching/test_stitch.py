@@ -16,8 +16,8 @@ from align.maps.fitted import Aligner, load_adapter, save_adapter
 from align.runs.train import train
 from align.settings import Settings
 from evaluate.injection.controls import CONTROLS
-from evaluate.injection.inject import source_positions
 from evaluate.injection.loading import Models
+from evaluate.injection.positions import source_positions
 from evaluate.stitching.stitch import CONDITIONS, Window, describe, scored_windows, stitch
 from featstore.errors import PairingError, SpecError
 from featstore.models.loading import load_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from featstore.models.devices import (
 )
 from featstore.models.loading import check_place, load_model, weights_fingerprint
 from featstore.models.references import ModelSpec
+from featstore.models.stack import residual_stream
 from tests.support import spread as spreads
 
 LAYERS = range(4)
@@ -70,7 +72,7 @@ def test_some_weights_are_not_where_they_are_computed(pair: tuple[Any, Any]) -> 
 
 def test_inputs_go_where_the_embedding_is_computed(pair: tuple[Any, Any], main: str) -> None:
     for model in pair:
-        for part in (model, sites.residual_stream(model).decoder):
+        for part in (model, residual_stream(model).decoder):
             assert input_device(part).type == main
 
 
@@ -79,7 +81,7 @@ def test_logits_and_captured_states_are_the_same_bits(pair: tuple[Any, Any]) -> 
     plain, mapped = pair
     ids = ids_of(plain)
     assert torch.equal(plain(ids).logits, mapped(ids).logits)
-    wanted, found = (sites.capture(sites.residual_stream(model), ids, LAYERS) for model in pair)
+    wanted, found = (sites.capture(residual_stream(model), ids, LAYERS) for model in pair)
     assert all(torch.equal(wanted[layer], found[layer].to(wanted[layer].device)) for layer in LAYERS)
     # And again: what a pass brings to the device, it takes away.
     assert torch.equal(plain(ids).logits, mapped(ids).logits)
@@ -89,12 +91,12 @@ def test_logits_and_captured_states_are_the_same_bits(pair: tuple[Any, Any]) -> 
 def test_states_put_in_are_read_and_blocks_below_them_are_skipped(pair: tuple[Any, Any]) -> None:
     plain, mapped = pair
     ids = ids_of(plain)
-    states = sites.capture(sites.residual_stream(plain), ids, LAYERS)
+    states = sites.capture(residual_stream(plain), ids, LAYERS)
     clean = plain(ids).logits
     for layer in LAYERS:
         outputs = []
         for model in pair:
-            stream = sites.residual_stream(model)
+            stream = replace(residual_stream(model), skips=frozenset(LAYERS))
             with sites.skipping_below(stream, layer), sites.at_site(stream, layer, lambda _, k=layer: states[k]):
                 assert torch.equal(model(ids).logits, clean)
             other = states[layer].flip(1)

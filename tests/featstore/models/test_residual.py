@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from featstore.errors import LayerRangeError, UnsupportedArchitectureError
-from featstore.models.residual import ResidualStream, at_site, capture, residual_stream, skipping_below
+from featstore.models.residual import ResidualStream, at_site, capture, skipping_below
+from featstore.models.stack import residual_stream
 
 VOCABULARY = 60
 DEPTH = 4

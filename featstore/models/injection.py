@@ -1,18 +1,10 @@
-"""Which target position takes which source state, and forward passes with states put in.
-
-A target position takes the mapped state of the last ordinary source token that ends at or before it: what the source
-had read by then. Special tokens, attention sinks of either side and positions before the first source token keep the
-target's own state.
-
-Where a character takes several tokens (byte fallback), all of them have its end, though only the last has read it: the
-state of the source's last one would tell the target's first one what comes next. As many tokens on either side
-correspond one by one; otherwise the earlier ones take what the source had read before the character.
+"""Forward passes with states put in.
 
 An :class:`Injection` is a prompt's stream at one layer with some positions replaced: every position that has a source
 state (:func:`aligned`), or the last one alone (:func:`last`). With ``keep="own"`` what comes after the prompt still
 reads the target's own view of it, below the layer and at the positions that were not replaced; with ``keep="hide"`` it
-reads the injected states and the start token only (:mod:`evaluate.injection.hiding`), and a good answer can have come
-from nowhere else.
+reads the injected states and a start token only (:mod:`featstore.models.hiding`), and a good answer can have come from
+nowhere else.
 """
 
 from __future__ import annotations
@@ -26,39 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluate.injection.hiding import hiding
 from featstore.errors import NonFiniteStateError, SpecError
 from featstore.models import residual as sites
-from featstore.text.tokens import TokenizedWindow
+from featstore.models.caches import cache_of, seen
+from featstore.models.hiding import hiding, with_neutral_start
 
 #: What later tokens may read of the prompt besides the injected states.
 KEEP = ("own", "hide")
 #: How the last position's own state and the injected one become one.
 COMBINE = ("replace", "sum", "mean")
-
-
-def source_positions(source: TokenizedWindow, target: TokenizedWindow) -> NDArray[np.int64]:
-    """For every target token the source token whose state it takes.
-
-    Args:
-        source: Tokens of a text under the source's tokenizer.
-        target: Tokens of the same text under the target's.
-
-    Returns:
-        int64 ``(target tokens,)`` positions in the source, -1 where the target keeps its own state.
-    """
-    readers, takers = np.flatnonzero(~source.special), np.flatnonzero(~target.special)
-    ends, own = source.byte_end[readers], target.byte_end[takers]
-    # The tokens that share an end are first..after-1; on the target's side this one is the rank-th of them.
-    first, after = np.searchsorted(ends, own, side="left"), np.searchsorted(ends, own, side="right")
-    own_first, own_after = np.searchsorted(own, own, side="left"), np.searchsorted(own, own, side="right")
-    rank = np.arange(len(own)) - own_first
-    last = rank == own_after - own_first - 1
-    one_by_one = after - first == own_after - own_first
-    at = np.where(one_by_one, first + rank, np.where(last, after, first) - 1)
-    positions = np.full(len(target.special), -1, dtype=np.int64)
-    positions[takers[at >= 0]] = readers[at[at >= 0]]
-    return positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +190,7 @@ def inject(stream: sites.ResidualStream, injection: Injection, *, whole: bool) -
     The pass that begins the sequence, over exactly the injection's tokens, has its stream replaced at the layer. With
     ``keep="hide"`` that pass and all later cached ones, of any number of tokens, read only what they may; leave the
     context only when the text is done. Whoever calls the model passes the attention mask and positions that padding
-    needs (:mod:`evaluate.injection.continuing` does).
+    needs (:class:`featstore.models.passes.Passes` does).
 
     Args:
         stream: The target's residual stream.
@@ -234,38 +202,50 @@ def inject(stream: sites.ResidualStream, injection: Injection, *, whole: bool) -
         SpecError: A pass is not the injection's: another shape, or a cache that holds less than the prompt.
         UnsupportedArchitectureError: With ``hide``, the model's attention takes no mask of positions.
     """
-    hidden = injection.hidden
-    begun = 0
+    stream.check(injection.layer)
+    hidden, hides = injection.hidden, injection.keep == "hide"
+    tokens = hidden.shape[1]
+    # Without a cache every pass begins anew, and the prompt is the beginning of each.
+    grows = stream.continuing.kind == "recomputed" and not whole
+    neutral = stream.start_state(injection.layer) if hides else None
+    begun, foreign = 0, None
 
-    def begin(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
-        nonlocal begun
-        past = kwargs.get("past_key_values")
-        begun = 0 if past is None else int(past.get_seq_length())
-        if begun and (whole or begun < hidden.shape[1]):
+    def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal begun, foreign
+        begun = seen(cache_of([*args, *kwargs.values()]))
+        if begun and (whole or begun < tokens):
             raise SpecError(
-                f"the pass goes on from {begun} cached tokens, the injection is for a prompt of {hidden.shape[1]} "
+                f"the pass goes on from {begun} cached tokens, the injection is for a prompt of {tokens} "
                 f"{'without a cache' if whole else 'from its first token'}; begin with the prompt"
             )
+        if begun or not hides:
+            return None
+        args, kwargs, foreign = with_neutral_start(stream, args, kwargs, injection.start)
+        return args, kwargs
 
     def put(current: torch.Tensor) -> torch.Tensor | None:
         # A prompt of one token has the shape of a step of generation: only the cache tells them apart.
         if begun:
             return None
-        if current.shape != hidden.shape:
+        prompt = current[:, :tokens] if grows else current
+        if prompt.shape != hidden.shape:
             raise SpecError(
                 f"the pass has a stream of shape {tuple(current.shape)}, the injection {tuple(hidden.shape)}; inject "
                 "into the prompt it was made for"
             )
-        return hidden.to(current.device, current.dtype)
+        new = hidden.to(current.device, current.dtype)
+        if foreign is not None and neutral is not None:
+            own = (foreign & ~injection.replaced.to(foreign.device)).to(current.device)
+            new = torch.where(own[:, :, None], neutral.to(current.device, current.dtype), new)
+        return torch.cat([new, current[:, tokens:]], dim=1) if current.shape[1] > tokens else new
 
     with ExitStack() as stack:
         if whole:
-            # First: it tries the model on one token, which is no pass of the injection's.
             stack.enter_context(sites.skipping_below(stream, injection.layer))
         stack.enter_context(sites.at_site(stream, injection.layer, put))
         handle = stream.decoder.register_forward_pre_hook(begin, with_kwargs=True)
         stack.callback(handle.remove)
-        if injection.keep == "hide":
+        if hides:
             readable = injection.replaced | injection.start
             stack.enter_context(hiding(stream, injection.layer, readable, injection.start))
         yield

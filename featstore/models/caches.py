@@ -1,0 +1,137 @@
+"""What a model remembers of the tokens it has read, whatever it calls it.
+
+A cache is found by type, not by name: transformers' families pass it as ``past_key_values``, ``layer_past``,
+``cache_params`` or ``state``, and some keep plain lists of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import copy, deepcopy
+from typing import Any
+
+import torch
+
+#: Where an output may have its cache, and under which name it goes back in.
+NAMES = ("past_key_values", "cache_params", "state", "past_buckets_states")
+
+
+def cache_of(values: Iterable[Any] | Mapping[str, Any]) -> Any:
+    """The first cache among the arguments of a module, or None.
+
+    Args:
+        values: Arguments, by name or not.
+    """
+    from transformers.cache_utils import Cache
+
+    for value in values.values() if isinstance(values, Mapping) else values:
+        if isinstance(value, Cache) or hasattr(value, "get_seq_length"):
+            return value
+    return None
+
+
+def returned_cache(output: Any) -> tuple[str, Any]:
+    """The cache that a model gives back and the name under which it takes it; ``("", None)`` where there is none.
+
+    Args:
+        output: A model's output.
+    """
+    for name in NAMES:
+        value = getattr(output, name, None)
+        if value is not None:
+            return name, value
+    return "", None
+
+
+def seen(past: Any) -> int:
+    """Tokens that a cache has seen.
+
+    Args:
+        past: A cache or None.
+    """
+    return int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+
+
+def recurrent_blocks(past: Any) -> list[int]:
+    """Numbers of a cache's layers that keep a recurrent or convolution state, which no attention mask can hide.
+
+    Args:
+        past: A cache of any kind.
+    """
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    layers = getattr(past, "layers", ())
+    return [number for number, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)]
+
+
+def stored(past: Any, block: int) -> int:
+    """Keys of earlier passes that a block's cache holds; a sliding window's holds fewer than it has seen.
+
+    Args:
+        past: A cache or None.
+        block: Number of the block.
+    """
+    layers = getattr(past, "layers", ())
+    keys = getattr(layers[block], "keys", None) if block < len(layers) else None
+    return int(keys.shape[-2]) if keys is not None and keys.numel() else 0
+
+
+def shared(past: Any) -> Any:
+    """A cache that can grow on its own while its tensors are those of another.
+
+    Only for caches that make new tensors when they grow.
+
+    Args:
+        past: A cache with layers.
+    """
+    other = copy(past)
+    other.layers = [copy(layer) for layer in past.layers]
+    return other
+
+
+def grows(past: Any) -> bool:
+    """Whether a cache makes new tensors when it grows, so that two may go on from what it holds.
+
+    Args:
+        past: A cache.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return bool(getattr(past, "layers", ())) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers
+    )
+
+
+def copied(past: Any) -> Any:
+    """A copy of a cache and of all its tensors.
+
+    Args:
+        past: A cache of any kind.
+    """
+    return deepcopy(past)
+
+
+def selected(past: Any, rows: torch.Tensor) -> Any:
+    """A cache with chosen rows of its batch, changed in place where it is transformers' own kind.
+
+    Args:
+        past: A cache of any kind, which nobody else uses.
+        rows: int64 numbers of the rows, each as often as is wished.
+    """
+    if hasattr(past, "reorder_cache"):
+        past.reorder_cache(rows)
+        return past
+    return _selected(past, rows)
+
+
+def _selected(value: Any, rows: torch.Tensor) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.index_select(0, rows.to(value.device)) if value.ndim else value
+    if isinstance(value, list | tuple):
+        return type(value)([_selected(each, rows) for each in value])
+    if isinstance(value, dict):
+        return {key: _selected(each, rows) for key, each in value.items()}
+    if hasattr(value, "__dict__"):
+        for name, each in list(vars(value).items()):
+            setattr(value, name, _selected(each, rows))
+    return value
