@@ -13,6 +13,7 @@ from align.maps.fitted import Adapter, Aligner
 from featstore.errors import AdapterError, SpecError
 from featstore.models import loading as models
 from featstore.models import residual as sites
+from featstore.models.devices import DeviceMap, check_models, input_device, place, resolve_dtype
 from featstore.models.fingerprint import SCHEME, UNKNOWN, Weights
 from featstore.models.probe.prove import Needs, Proven, further, prove
 from featstore.models.probe.refusals import refuse_continuing, refuse_hiding, refuse_injecting
@@ -62,13 +63,13 @@ class Loaded:
 
     def __repr__(self) -> str:
         """One line; the model's own would fill a page."""
-        kind = f"{self.info.family}, {self.info.depth} blocks of width {self.info.width}"
+        kind = f"{self.info.family}, {self.stream.depth} blocks of width {self.info.width}"
         return f"Loaded({self.name!r}, {kind}, {str(self.model.dtype).removeprefix('torch.')} on {self.device})"
 
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return sites.input_device(self.model)
+        return input_device(self.model)
 
     def is_sink(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """Which positions are attention sinks, judged at the layers given.
@@ -83,7 +84,8 @@ class Loaded:
             hidden.float().norm(dim=-1) > self.sink_threshold * self.median_norm[layer]
             for layer, hidden in states.items()
         ]
-        return torch.stack(flags).any(dim=0)
+        # Under a device map, layers come from several devices.
+        return torch.stack([flag.to(flags[0].device) for flag in flags]).any(dim=0)
 
     def ready(self, needs: Needs, *, allow_side_channel: bool = False) -> Loaded:
         """The model with the tests that a command needs, which it has passed.
@@ -131,7 +133,15 @@ class Known:
     info: models.ModelInfo
 
 
-def check(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str = "auto", dtype: str = "auto") -> Known:
+def check(
+    adapter: Adapter,
+    name: str,
+    overrides: Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: DeviceMap | None = None,
+) -> Known:
     """Find a model of a run and compare it with the card: all that can be wrong before the wait for its weights.
 
     Args:
@@ -140,6 +150,7 @@ def check(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str 
         overrides: ``NAME=REF`` values for models that moved.
         device: Where it is to run.
         dtype: Compute dtype.
+        device_map: Where its modules are to go, instead of one device.
 
     Raises:
         AdapterError: The model at hand is not the one the adapter was fitted to.
@@ -149,9 +160,13 @@ def check(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str 
     card = adapter.card["models"]
     moved = {spec.name: spec for spec in parse_models(overrides)}
     _check_names(adapter, moved)
-    models.resolve_dtype(dtype, models.resolve_device(device))
+    check_models(device_map, card)
+    where = place(device, device_map, name)
+    resolve_dtype(dtype, where.device)
     entry = card[name]
-    return _known(adapter, moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision"))))
+    known = _known(adapter, moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision"))))
+    models.check_place(known.spec, where)
+    return known
 
 
 def _check_names(adapter: Adapter, names: Iterable[str]) -> None:
@@ -168,8 +183,9 @@ def _known(adapter: Adapter, spec: ModelSpec) -> Known:
         adapter,
         spec,
         {
-            "depth": info.depth,
-            "width": info.width,
+            # What a configuration does not claim is compared once the model is loaded.
+            **({} if info.depth is None else {"depth": info.depth}),
+            **({} if info.width is None else {"width": info.width}),
             "configuration": info.config_hash,
             "tokenizer": info.tokenizer_hash,
         },
@@ -197,6 +213,7 @@ class Models:
         overrides: ``NAME=REF`` for models that moved.
         device: Where they are to run.
         dtype: Compute dtype.
+        device_map: Where their modules are to go, instead of one device.
         quiet: Do not say that weights are being loaded.
         given: Those that are loaded already, by name.
         needs: By name what is about to be done with a model; the tests that this needs are run when it is loaded.
@@ -216,18 +233,20 @@ class Models:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        device_map: DeviceMap | None = None,
         quiet: bool = False,
         given: Mapping[str, Loaded] | None = None,
         needs: Mapping[str, Needs] | None = None,
         allow_side_channel: bool = False,
     ) -> None:
         self._needs, self._allow = needs or {}, allow_side_channel
-        self._adapter, self._device, self._dtype, self._quiet = adapter, device, dtype, quiet
+        self._adapter, self._quiet = adapter, quiet
+        self._device, self._dtype, self._device_map = device, dtype, device_map
         self._given = given or {}
         self.names = tuple(dict.fromkeys(names))
         """Without repetition, in their order."""
         self._known = {
-            name: check(adapter, name, overrides, device=device, dtype=dtype)
+            name: check(adapter, name, overrides, device=device, dtype=dtype, device_map=device_map)
             for name in self.names
             if name not in self._given
         }
@@ -249,7 +268,12 @@ class Models:
             ProbeError: A test fails that what is to be done with the model needs.
         """
         loaded = self._given.get(name) or _load(
-            self._adapter, self._known[name], device=self._device, dtype=self._dtype, quiet=self._quiet
+            self._adapter,
+            self._known[name],
+            device=self._device,
+            dtype=self._dtype,
+            device_map=self._device_map,
+            quiet=self._quiet,
         )
         return loaded.ready(self._needs.get(name, Needs()), allow_side_channel=self._allow)
 
@@ -285,11 +309,19 @@ def load(
     return Models(adapter, [name], overrides, device=device, dtype=dtype, quiet=quiet).load(name)
 
 
-def _load(adapter: Adapter, known: Known, *, device: str, dtype: str, quiet: bool) -> Loaded:
+def _load(
+    adapter: Adapter, known: Known, *, device: str, dtype: str, device_map: DeviceMap | None, quiet: bool
+) -> Loaded:
     entry = adapter.card["models"][known.spec.name]
     if not quiet:
         err.print(f"loading {known.spec.name}{known.info.peculiarities}")
-    model = models.load_model(known.spec, device=device, dtype=dtype, attention=entry.get("attention", "sdpa"))
+    model = models.load_model(
+        known.spec,
+        device=device,
+        dtype=dtype,
+        attention=entry.get("attention", "auto"),
+        device_map=device_map,
+    )
     return _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet))
 
 

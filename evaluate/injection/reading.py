@@ -41,8 +41,8 @@ class Read:
 
     def rows(self, row: int, layers: Sequence[int]) -> Rows:
         """A prompt's states at some layers, end to end: float32 ``(its tokens, widths)``."""
-        parts = [self.states[layer][row, self.first(row) :].float() for layer in layers]
-        values: Rows = torch.cat(parts, dim=-1).cpu().numpy()
+        parts = [self.states[layer][row, self.first(row) :].float().cpu() for layer in layers]
+        values: Rows = torch.cat(parts, dim=-1).numpy()
         return values
 
 

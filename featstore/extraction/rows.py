@@ -48,8 +48,13 @@ def open_reader(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quiet
     spec, compute = job.infos[name].spec, job.compute
     if not quiet:
         err.print(f"loading {name} ({spec.ref}){job.infos[name].peculiarities}")
-    device = ranks.device(compute.device)
-    model = models.load_model(spec, device=device, dtype=compute.dtype, attention=compute.attention)
+    model = models.load_model(
+        spec,
+        device=ranks.device(compute.device),
+        dtype=compute.dtype,
+        attention=compute.attention[name],
+        device_map=compute.device_map,
+    )
     weights = weights_of(spec, model, quiet=quiet)
     _refuse_other_weights(writer, job, name, weights)
     return BatchReader(residual_stream(model), job.plan, name, weights)
@@ -97,7 +102,7 @@ def extract_rows(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quie
     planned = job.plan.models[name]
     arrays = RowArrays(
         rows=planned.rows,
-        width=job.infos[name].width,
+        width=job.infos[name].hidden,
         layers=job.row_layers(name),
         shard_rows=job.encoding.shard_rows,
         form=job.encoding.form,

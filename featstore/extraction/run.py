@@ -6,6 +6,7 @@ documents, and several processes are all the same walk over the planned batches 
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -55,6 +56,8 @@ def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dic
     path = job.store
     if job.moments == "only" and ranks.world > 1:
         raise SpecError("--moments-only runs in one process; start it without torchrun, or store rows with --moments")
+    if job.compute.device_map is not None and ranks.world > 1:
+        raise SpecError("--device-map spreads one process over all devices; start it without torchrun")
     if ranks.first:
         read_recorded(path)  # what is not a store stays as it is
         check_space(path, job.bytes_to_write(), job.space_remedy())
@@ -96,6 +99,10 @@ def _begin(writer: StoreWriter, job: Job) -> None:
         refuse_contradictions(recorded, root, attributes)
         if is_done(job):
             return
+        for name in recorded.root["models"]:
+            if name not in root["models"]:
+                writer.drop(f"models/{name}/tokens")
+                shutil.rmtree(writer.path / "models" / name, ignore_errors=True)
     adding = bool(recorded and recorded.complete and recorded.root["plan"] == root["plan"])
     adding = adding and job.moments != "only"
     if not adding:
