@@ -55,7 +55,8 @@ from featstore.extraction.job import prepare
 from featstore.extraction.pilot import Pilot
 from featstore.extraction.rows import walk
 from featstore.extraction.settings import Settings
-from featstore.models.loading import load_model, resolve_device
+from featstore.models.devices import resolve_device
+from featstore.models.loading import load_model
 from featstore.models.stack import residual_stream
 from featstore.runtime.provenance import versions
 from featstore.store.format.elements import parse_format

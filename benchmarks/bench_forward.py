@@ -15,6 +15,7 @@ import torch
 
 from featstore.models import loading as models
 from featstore.models import residual as sites
+from featstore.models.devices import resolve_device
 from featstore.models.references import parse_model
 from featstore.models.stack import residual_stream
 from featstore.runtime.provenance import versions
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
-    device = models.resolve_device("auto")
+    device = resolve_device("auto")
     names = ("float32", "bfloat16")
     loaded = {name: models.load_model(parse_model(arguments.model), dtype=name) for name in names}
     streams = {name: residual_stream(model) for name, model in loaded.items()}

@@ -42,6 +42,8 @@ class HasPath(Protocol):
 
 #: A run directory, or an object with a ``path``.
 Run = str | PathLike[str] | HasPath
+#: ``auto``, ``balanced``, a JSON file, or what it holds: devices by module, or such maps by model.
+DeviceMap = str | PathLike[str] | Mapping[str, Any]
 #: Models of a run: ``NAME=REF`` texts, or by name where a model moved to, or the model itself.
 ModelsGiven = Sequence[str] | Mapping[str, Any]
 
@@ -51,6 +53,7 @@ def load_models(
     *,
     models: ModelsGiven | None = None,
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     dtype: str = "auto",
     quiet: bool = False,
 ) -> dict[str, Loaded]:
@@ -60,6 +63,8 @@ def load_models(
         run: Run directory of `align train`, or an object with its ``path``.
         models: ``NAME=REF`` for models that moved, or a mapping from names to references or to models that are loaded.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
+            what it holds.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
         quiet: Do not print that weights are being loaded.
 
@@ -73,12 +78,15 @@ def load_models(
         SpecError: The run has no such model, or the device or dtype is unknown.
     """
     from evaluate.injection.loading import Models, check_card, choose
+    from featstore.models.devices import parse_device_map
 
     adapter = _adapter(run)
     check_card(adapter)
     names = [name for a in choose(adapter, None) for name in (a.pair.source, a.pair.target)]
     overrides, given = _models(adapter, models)
-    return Models(adapter, names, overrides, device=device, dtype=dtype, quiet=quiet, given=given).load_all()
+    places = parse_device_map(device_map)
+    needed = Models(adapter, names, overrides, device=device, dtype=dtype, device_map=places, quiet=quiet, given=given)
+    return needed.load_all()
 
 
 def inject(
@@ -174,6 +182,7 @@ def stitch(
     source_alone: bool = False,
     models: ModelsGiven | None = None,
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     dtype: str = "auto",
     seed: int = 0,
     out: str | PathLike[str] | None = None,
@@ -200,6 +209,8 @@ def stitch(
         source_alone: Also load the source model and score it by itself.
         models: ``NAME=REF`` for models that moved, or a mapping from names to references or to models that are loaded.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
+            what it holds.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
         seed: Seed of the random controls; 0 or more.
         out: Directory for ``stitch.json``; the run directory by default.
@@ -215,6 +226,7 @@ def stitch(
     from evaluate.notebook.stitched import StitchResult
     from evaluate.results import write_stitch
     from evaluate.stitching import stitch as stitching
+    from featstore.models.devices import parse_device_map
     from featstore.store import Store, open_store
 
     if split not in SPLITS:
@@ -231,6 +243,7 @@ def stitch(
         layers=layers_text(layers),
         overrides=overrides,
         device=device,
+        device_map=parse_device_map(device_map),
         dtype=dtype,
         split=SPLITS.index(split),
         max_tokens=None if max_tokens is None else parse_budget(str(max_tokens)),
@@ -255,6 +268,7 @@ def generate(
     top_p: float = 1.0,
     models: ModelsGiven | None = None,
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     dtype: str = "auto",
     seed: int = 0,
     out: str | PathLike[str] | None = None,
@@ -273,6 +287,8 @@ def generate(
         top_p: Draw from the fewest likeliest tokens that together have this probability; needs ``sample``.
         models: ``NAME=REF`` for models that moved, or a mapping from names to references or to models that are loaded.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
+            what it holds.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
         seed: Seed of sampling and of the random controls; 0 or more.
         out: Directory for ``generations.json``; the run directory by default.
@@ -288,6 +304,7 @@ def generate(
     from evaluate.injection.continuing import Sampling
     from evaluate.notebook.texts import GenerateResult
     from evaluate.results import write_generations
+    from featstore.models.devices import parse_device_map
 
     if not sample and (temperature, top_p) != (1.0, 1.0):
         raise SpecError("--temperature and --top-p need --sample")
@@ -306,6 +323,7 @@ def generate(
         sample=Sampling(temperature, top_p, seed) if sample else None,
         overrides=overrides,
         device=device,
+        device_map=parse_device_map(device_map),
         dtype=dtype,
         seed=seed,
         models=given,
@@ -327,6 +345,7 @@ def communicate(
     max_new_tokens: int = 8,
     models: ModelsGiven | None = None,
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     dtype: str = "auto",
     seed: int = 0,
     out: str | PathLike[str] | None = None,
@@ -349,6 +368,8 @@ def communicate(
         max_new_tokens: Length of each free answer.
         models: ``NAME=REF`` for models that moved, or a mapping from names to references or to models that are loaded.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
+            what it holds.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
         seed: Seed of the examples and the controls; 0 or more.
         out: Directory for ``communicate.json``; the run directory by default.
@@ -364,6 +385,7 @@ def communicate(
     from evaluate.communication.tasks.named import make
     from evaluate.notebook.answers import CommunicateResult
     from evaluate.results import write_communication
+    from featstore.models.devices import parse_device_map
 
     seed, examples = whole("seed", seed, 0), typed("examples", examples, "int")
     summary_tokens = typed("summary_tokens", summary_tokens, "int")
@@ -386,6 +408,7 @@ def communicate(
         max_new_tokens=max_new_tokens,
         overrides=overrides,
         device=device,
+        device_map=parse_device_map(device_map),
         dtype=dtype,
         seed=seed,
         models=given,

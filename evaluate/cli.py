@@ -21,6 +21,13 @@ Models = Annotated[
 ]
 Layers = Annotated[str | None, typer.Option(help="Only the maps of these source layers; all by default.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Places = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        help="Spread a model over devices: auto, balanced, or a JSON file with {MODULE: DEVICE}; instead of --device.",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16 or float32.")]
 
 
@@ -41,6 +48,7 @@ def stitch(
     ] = False,
     model: Models = None,
     device: Device = "auto",
+    device_map: Places = None,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random controls.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Directory for stitch.json; the run directory by default.")] = None,
@@ -60,6 +68,7 @@ def stitch(
         source_alone=source_alone,
         models=model,
         device=device,
+        device_map=device_map,
         dtype=dtype,
         seed=seed,
         out=out,
@@ -84,6 +93,7 @@ def generate(
     ] = 1.0,
     model: Models = None,
     device: Device = "auto",
+    device_map: Places = None,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the random controls.")] = 0,
     out: Annotated[
@@ -105,6 +115,7 @@ def generate(
         top_p=top_p,
         models=model,
         device=device,
+        device_map=device_map,
         dtype=dtype,
         seed=seed,
         out=out,
@@ -134,6 +145,7 @@ def communicate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each free answer in tokens.")] = 8,
     model: Models = None,
     device: Device = "auto",
+    device_map: Places = None,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the examples and the controls.")] = 0,
     out: Annotated[
@@ -156,6 +168,7 @@ def communicate(
         max_new_tokens=max_new_tokens,
         models=model,
         device=device,
+        device_map=device_map,
         dtype=dtype,
         seed=seed,
         out=out,

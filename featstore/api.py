@@ -23,6 +23,8 @@ __all__ = ["Layers", "Models", "demo_pair", "extract", "open_store", "sample_tex
 Models: TypeAlias = Mapping[str, str | Path] | Sequence[str]
 #: Layers of every model (numbers, or text such as ``0%,50%,100%``), or of each model by its short name.
 Layers: TypeAlias = int | str | Iterable[int | str] | Mapping[str, int | str | Iterable[int | str]]
+#: ``auto``, ``balanced``, a JSON file, or what it holds: devices by module, or such maps by model.
+DeviceMap: TypeAlias = str | Path | Mapping[str, int | str | Mapping[str, int | str]]
 
 
 def extract(
@@ -43,6 +45,7 @@ def extract(
     layer_0: str | None = None,
     sink_threshold: float | None = None,
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     dtype: str | None = None,
     attn: str | None = None,
     seed: int | None = None,
@@ -86,8 +89,11 @@ def extract(
         layer_0: ``stored`` like any layer, or ``table``: one row for every token id.
         sink_threshold: A token is an attention sink beyond this multiple of the median norm.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
+            ``{"model.layers.0": "cpu", "": 0}``; of two models that differ, ``{"NAME": {...}, ...}``.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
-        attn: transformers' attention implementation.
+        attn: transformers' attention implementation; ``auto``, the default, is sdpa where the model has it, else its
+            own.
         seed: Order of documents: 0 as in the corpus, else shuffled.
         moments: Also store the moments of every two layers: fits then need no rows.
         moments_only: Store moments and no rows; both models are loaded at once.
@@ -122,6 +128,7 @@ def extract(
         "layer_0": layer_0,
         "sink_threshold": sink_threshold,
         "device": device,
+        "device_map": device_map,
         "dtype": dtype,
         "attention": attn,
         "seed": seed,

@@ -20,6 +20,12 @@ _MODEL = (
     f"{' and '.join(DEFAULT_MODELS)}."
 )
 _LAYERS = f"K,K,... for every model, NAME=K,... for one, or depths: 0%,50%,100%. By default {DEFAULT_LAYERS}."
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Spread a model over devices: auto, balanced, or a JSON file with {MODULE: DEVICE}; instead of --device."
+    ),
+]
 StorePath = Annotated[Path, typer.Argument(help="Path of the store.")]
 
 
@@ -70,10 +76,16 @@ def extract(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
+    device_map: DeviceMap = None,
     dtype: Annotated[
         str | None, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32; by default auto.")
     ] = None,
-    attn: Annotated[str | None, typer.Option(help="transformers' attention implementation; by default sdpa.")] = None,
+    attn: Annotated[
+        str | None,
+        typer.Option(
+            help="transformers' attention implementation; by default auto: sdpa where the model has it, else its own."
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; by default 0.")
     ] = None,
@@ -120,6 +132,7 @@ def extract(
         "layer_0": layer_0,
         "sink_threshold": sink_threshold,
         "device": device,
+        "device_map": device_map,
         "dtype": dtype,
         "attention": attn,
         "seed": seed,
@@ -187,6 +200,7 @@ def verify(
         list[str] | None, typer.Option(help="NAME=REF of a model that is elsewhere now; may be repeated.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where --reextract computes: auto, cpu, cuda, cuda:N.")] = "auto",
+    device_map: DeviceMap = None,
     seed: Annotated[int, typer.Option(min=0, help="Which batches --reextract takes.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -194,16 +208,25 @@ def verify(
     from rich.markup import escape
 
     from featstore.extraction.reextract import check_tokens, describe_reextract, reextract
+    from featstore.models.devices import parse_device_map
     from featstore.store import open_store
     from featstore.store.inspect.verify import verify_store
 
+    places = parse_device_map(device_map)
     result = verify_store(store)
     if not result["damage"]:
         text = check_tokens(open_store(store), tuple(model or ()))
         result = result | {"tokenized": text["tokenized"], "damage": text["damage"]}
         result["not_checked"] += text["not_checked"]
     if again and not result["damage"]:
-        result["reextract"] = reextract(store, again, seed=seed, model=tuple(model or ()), device=device)
+        result["reextract"] = reextract(
+            store,
+            again,
+            seed=seed,
+            model=tuple(model or ()),
+            device=device,
+            device_map=places,
+        )
         result["damage"] = result["reextract"].pop("damage")
     lines = [describe_reextract(result["reextract"])] if "reextract" in result else []
     lines += [f"not checked: {escape(line)}" for line in result["not_checked"]]

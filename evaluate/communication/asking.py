@@ -23,6 +23,7 @@ from evaluate.injection.continuing import check_speaker, left_padded, prompt_sta
 from evaluate.injection.loading import Loaded
 from featstore.models import residual as sites
 from featstore.models.injection import Injection, aligned, inject, last
+from featstore.models.loading import refuse_unknown_ids
 from featstore.models.passes import Passes
 from featstore.runtime.console import Tick
 from featstore.text import tokens
@@ -76,6 +77,7 @@ def prompts_of(loaded: Loaded, texts: Sequence[str], choices: Sequence[Sequence[
 
     Raises:
         SpecError: A prompt does not fit into the model.
+        VocabularyError: The model's embedding has no row for a token.
     """
     tokenizer = loaded.info.tokenizer
     read = [window.ids.tolist() for window in tokens.tokenize(tokenizer, texts)]
@@ -87,6 +89,7 @@ def prompts_of(loaded: Loaded, texts: Sequence[str], choices: Sequence[Sequence[
             # A tokenizer that joins the prompt's end with the choice gives the choice's own tokens instead.
             joined = whole[: len(ids)] != ids or len(whole) == len(ids)
             ends.append(tokenizer(f" {option}", add_special_tokens=False)["input_ids"] if joined else whole[len(ids) :])
+        refuse_unknown_ids(loaded.info, np.array([*ids, *(token for end in ends for token in end)]))
         result.append(Prompt(ids, [], tuple(ends)))
     extra = max([length, *(len(end) for prompt in result for end in prompt.choices)])
     check_context(loaded, max(len(prompt.ids) for prompt in result), extra, "the longest prompt")

@@ -38,6 +38,7 @@ from evaluate.injection.controls import control_states
 from evaluate.injection.loading import Loaded, Models, check_card, choose
 from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.errors import SpecError
+from featstore.models.devices import DeviceMap
 from featstore.models.probe.prove import Needs
 from featstore.runtime.console import Tick, progress
 from featstore.store.format.elements import Format
@@ -119,6 +120,7 @@ def prepare(
     overrides: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
+    device_map: DeviceMap | None = None,
     seed: int = 0,
     models: Mapping[str, Loaded] | None = None,
     allow_side_channel: bool = False,
@@ -138,6 +140,7 @@ def prepare(
         overrides: ``NAME=REF`` for models that moved.
         device: Where to run.
         dtype: Compute dtype.
+        device_map: Where the modules of models go, instead of one device.
         seed: Of the controls.
         models: The run's models where they are loaded already.
         allow_side_channel: Whether layers are taken that leak past the stream; the leak stands beside the figures.
@@ -157,15 +160,16 @@ def prepare(
     # A map that does not fit its card is refused before the wait for the weights.
     wires = [wire(adapter, a) for a in chosen]
     names = [name for a in chosen for name in (a.pair.source, a.pair.target)]
-    answering = {
-        a.pair.target: tuple(b.pair.target_layer for b in chosen if b.pair.target == a.pair.target) for a in chosen
-    }
+    answering: dict[str, tuple[int, ...]] = {}
+    for a in chosen:
+        answering[a.pair.target] = (*answering.get(a.pair.target, ()), a.pair.target_layer)
     loaded = Models(
         adapter,
         names,
         overrides,
         device=device,
         dtype=dtype,
+        device_map=device_map,
         quiet=quiet,
         given=models,
         needs={name: Needs(continuing=True, layers=answering.get(name, ())) for name in names},
@@ -177,7 +181,7 @@ def prepare(
     if itself:
         have = {a.pair.key for a in chosen}
         own = dict.fromkeys((a.pair.target, a.pair.target_layer) for a in chosen)
-        new = [identity(name, layer, loaded[name].info.width) for name, layer in own]
+        new = [identity(name, layer, loaded[name].info.hidden) for name, layer in own]
         wires += [wire(adapter, a) for a in new if a.pair.key not in have]
     return Exchange(
         adapter.card["type"], tuple(wires), loaded, states_form, summary_tokens, max_new_tokens, seed, quiet

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from evaluate.injection.loading import Loaded
 from featstore.errors import SpecError
 from featstore.models import residual as sites
+from featstore.models.loading import refuse_unknown_ids
 from featstore.store.format.elements import FORMATS, Format
 from featstore.text import tokens
 from featstore.text.tokens import TokenizedWindow
@@ -152,8 +153,11 @@ def read(
 
     Raises:
         SpecError: A prompt does not fit into the model, or has no position whose state could be sent.
+        VocabularyError: The model's embedding has no row for a token.
     """
     windows = tokens.tokenize(loaded.info.tokenizer, prompts)
+    for window in windows:
+        refuse_unknown_ids(loaded.info, window.ids)
     check_context(loaded, max(len(w.ids) for w in windows), 0, "the longest context")
     # Sinks show at any stored layer; all of them are captured to judge by the store's own rule.
     wanted = sorted(set(layers) | set(loaded.median_norm))

@@ -25,6 +25,7 @@ from evaluate.injection.loading import Loaded, Models, check_card, choose
 from evaluate.injection.reading import Read, read, tokenized
 from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.errors import SpecError
+from featstore.models.devices import DeviceMap
 from featstore.models.injection import Injection, aligned
 from featstore.models.probe.prove import Needs
 from featstore.runtime.console import progress
@@ -79,6 +80,7 @@ def generate(
     overrides: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
+    device_map: DeviceMap | None = None,
     seed: int = 0,
     sample: Sampling | None = None,
     conditions: Sequence[str] = CONDITIONS,
@@ -96,6 +98,7 @@ def generate(
         overrides: ``NAME=REF`` for models that moved.
         device: Where to run.
         dtype: Compute dtype.
+        device_map: Where the modules of models go, instead of one device.
         seed: Of the random controls.
         sample: How to draw tokens; None for the likeliest each time.
         conditions: Which of :data:`CONDITIONS` to write texts in, besides each model alone.
@@ -128,6 +131,7 @@ def generate(
         overrides,
         device=device,
         dtype=dtype,
+        device_map=device_map,
         quiet=quiet,
         given=models,
         needs={name: Needs(continuing=True, layers=own) for name, own in layers_of.items()},

@@ -18,6 +18,8 @@ import torch
 
 from featstore.errors import SpecError
 from featstore.models import residual as sites
+from featstore.models.configuration import context_length
+from featstore.models.devices import input_device
 from featstore.models.injection import Injection, check_padding, inject
 from featstore.models.passes import Passes
 
@@ -264,7 +266,7 @@ def _prompt(
             "a time"
         )
     longest = ids.shape[1] if padding is None else int((~padding).sum(dim=1).max())
-    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    context = context_length(model.config)
     if longest + extra > context:
         raise SpecError(
             f"a prompt of {longest} tokens with {extra} new ones exceeds the context of {context}; shorten it or ask "
@@ -279,7 +281,7 @@ def _prompt(
         )
     if injection is not None:
         check_speaker(injection)
-    device = sites.input_device(stream.model)
+    device = input_device(stream.model)
     return _Prompt(ids.to(device), None if padding is None else padding.to(device))
 
 

@@ -13,11 +13,14 @@ from align.maps.fitted import Adapter, Aligner
 from featstore.errors import AdapterError, SpecError
 from featstore.models import loading as models
 from featstore.models import residual as sites
+from featstore.models.devices import DeviceMap, check_models, input_device, place, resolve_dtype
+from featstore.models.fingerprint import SCHEME, UNKNOWN, Weights
 from featstore.models.probe.prove import Needs, Proven, further, prove
 from featstore.models.probe.refusals import refuse_continuing, refuse_hiding, refuse_injecting
 from featstore.models.references import ModelSpec, parse_layers, parse_models
 from featstore.models.stack import residual_stream
 from featstore.models.verdict import Verdict
+from featstore.models.weights import sampled_fingerprint, weights_fingerprint, weights_of
 from featstore.runtime.console import err
 
 #: What injecting needs of a card, and of its entry for every model of a map.
@@ -43,6 +46,7 @@ class Loaded:
         stream: Its residual stream.
         median_norm: Median norm by layer, from the store's pilot.
         sink_threshold: Multiple of the median beyond which a token is a sink.
+        weights: Fingerprints of the weights it was loaded with; none for a model that was made in memory.
         verdict: What was tested on the model.
         key: Under which the verdict is recalled.
     """
@@ -53,18 +57,19 @@ class Loaded:
     stream: sites.ResidualStream
     median_norm: dict[int, float]
     sink_threshold: float
+    weights: Weights = UNKNOWN
     verdict: Verdict = field(default_factory=Verdict)
     key: str | None = None
 
     def __repr__(self) -> str:
         """One line; the model's own would fill a page."""
-        kind = f"{self.info.family}, {self.info.depth} blocks of width {self.info.width}"
+        kind = f"{self.info.family}, {self.stream.depth} blocks of width {self.info.width}"
         return f"Loaded({self.name!r}, {kind}, {str(self.model.dtype).removeprefix('torch.')} on {self.device})"
 
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return sites.input_device(self.model)
+        return input_device(self.model)
 
     def is_sink(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """Which positions are attention sinks, judged at the layers given.
@@ -79,7 +84,8 @@ class Loaded:
             hidden.float().norm(dim=-1) > self.sink_threshold * self.median_norm[layer]
             for layer, hidden in states.items()
         ]
-        return torch.stack(flags).any(dim=0)
+        # Under a device map, layers come from several devices.
+        return torch.stack([flag.to(flags[0].device) for flag in flags]).any(dim=0)
 
     def ready(self, needs: Needs, *, allow_side_channel: bool = False) -> Loaded:
         """The model with the tests that a command needs, which it has passed.
@@ -127,7 +133,15 @@ class Known:
     info: models.ModelInfo
 
 
-def check(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str = "auto", dtype: str = "auto") -> Known:
+def check(
+    adapter: Adapter,
+    name: str,
+    overrides: Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: DeviceMap | None = None,
+) -> Known:
     """Find a model of a run and compare it with the card: all that can be wrong before the wait for its weights.
 
     Args:
@@ -136,6 +150,7 @@ def check(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str 
         overrides: ``NAME=REF`` values for models that moved.
         device: Where it is to run.
         dtype: Compute dtype.
+        device_map: Where its modules are to go, instead of one device.
 
     Raises:
         AdapterError: The model at hand is not the one the adapter was fitted to.
@@ -145,9 +160,13 @@ def check(adapter: Adapter, name: str, overrides: Sequence[str], *, device: str 
     card = adapter.card["models"]
     moved = {spec.name: spec for spec in parse_models(overrides)}
     _check_names(adapter, moved)
-    models.resolve_dtype(dtype, models.resolve_device(device))
+    check_models(device_map, card)
+    where = place(device, device_map, name)
+    resolve_dtype(dtype, where.device)
     entry = card[name]
-    return _known(adapter, moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision"))))
+    known = _known(adapter, moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision"))))
+    models.check_place(known.spec, where)
+    return known
 
 
 def _check_names(adapter: Adapter, names: Iterable[str]) -> None:
@@ -164,8 +183,9 @@ def _known(adapter: Adapter, spec: ModelSpec) -> Known:
         adapter,
         spec,
         {
-            "depth": info.depth,
-            "width": info.width,
+            # What a configuration does not claim is compared once the model is loaded.
+            **({} if info.depth is None else {"depth": info.depth}),
+            **({} if info.width is None else {"width": info.width}),
             "configuration": info.config_hash,
             "tokenizer": info.tokenizer_hash,
         },
@@ -193,6 +213,7 @@ class Models:
         overrides: ``NAME=REF`` for models that moved.
         device: Where they are to run.
         dtype: Compute dtype.
+        device_map: Where their modules are to go, instead of one device.
         quiet: Do not say that weights are being loaded.
         given: Those that are loaded already, by name.
         needs: By name what is about to be done with a model; the tests that this needs are run when it is loaded.
@@ -212,21 +233,27 @@ class Models:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        device_map: DeviceMap | None = None,
         quiet: bool = False,
         given: Mapping[str, Loaded] | None = None,
         needs: Mapping[str, Needs] | None = None,
         allow_side_channel: bool = False,
     ) -> None:
         self._needs, self._allow = needs or {}, allow_side_channel
-        self._adapter, self._device, self._dtype, self._quiet = adapter, device, dtype, quiet
+        self._adapter, self._quiet = adapter, quiet
+        self._device, self._dtype, self._device_map = device, dtype, device_map
         self._given = given or {}
         self.names = tuple(dict.fromkeys(names))
         """Without repetition, in their order."""
         self._known = {
-            name: check(adapter, name, overrides, device=device, dtype=dtype)
+            name: check(adapter, name, overrides, device=device, dtype=dtype, device_map=device_map)
             for name in self.names
             if name not in self._given
         }
+        for name, known in self._known.items():
+            entry = adapter.card["models"][name]
+            if Weights.recorded(entry).whole:
+                _check_weights(known.spec, Weights(weights_fingerprint(known.spec, quiet=quiet)), entry)
 
     def info(self, name: str) -> models.ModelInfo:
         """A model's configuration and tokenizer."""
@@ -241,7 +268,12 @@ class Models:
             ProbeError: A test fails that what is to be done with the model needs.
         """
         loaded = self._given.get(name) or _load(
-            self._adapter, self._known[name], device=self._device, dtype=self._dtype, quiet=self._quiet
+            self._adapter,
+            self._known[name],
+            device=self._device,
+            dtype=self._dtype,
+            device_map=self._device_map,
+            quiet=self._quiet,
         )
         return loaded.ready(self._needs.get(name, Needs()), allow_side_channel=self._allow)
 
@@ -277,29 +309,39 @@ def load(
     return Models(adapter, [name], overrides, device=device, dtype=dtype, quiet=quiet).load(name)
 
 
-def _load(adapter: Adapter, known: Known, *, device: str, dtype: str, quiet: bool) -> Loaded:
+def _load(
+    adapter: Adapter, known: Known, *, device: str, dtype: str, device_map: DeviceMap | None, quiet: bool
+) -> Loaded:
     entry = adapter.card["models"][known.spec.name]
     if not quiet:
-        err.print(f"loading {known.spec.name}")
-    model = models.load_model(known.spec, device=device, dtype=dtype, attention=entry.get("attention", "sdpa"))
-    _check_weights(known.spec, model, entry)
-    return _loaded(adapter, known, model)
+        err.print(f"loading {known.spec.name}{known.info.peculiarities}")
+    model = models.load_model(
+        known.spec,
+        device=device,
+        dtype=dtype,
+        attention=entry.get("attention", "auto"),
+        device_map=device_map,
+    )
+    return _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet))
 
 
-def _loaded(adapter: Adapter, known: Known, model: Any) -> Loaded:
+def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights) -> Loaded:
     """A model whose weights are those of the card, with what the card says of its states."""
     entry = adapter.card["models"][known.spec.name]
-    _check_weights(known.spec, model, entry)
+    _check_weights(known.spec, weights, entry, model)
     medians = {int(k): float(v) for k, v in entry["median_norm"].items()}
     threshold = float(adapter.card["mask"]["sink_threshold"])
     proven = prove(model)
     _compare(adapter, known.spec, {"depth": proven.verdict.blocks, "width": proven.verdict.width})
-    return Loaded(known.spec.name, known.info, model, proven.stream, medians, threshold, proven.verdict, proven.key)
+    return Loaded(
+        known.spec.name, known.info, model, proven.stream, medians, threshold, weights, proven.verdict, proven.key
+    )
 
 
 def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
     """Take a model that is loaded already, and check it as one that is loaded here.
 
+    Of weights in memory a sample is compared; of a :class:`Loaded` also the fingerprint of the files it came from.
     Its tokenizer is read from where the model came from; of a model that came from nowhere, from where the card says.
 
     Args:
@@ -323,34 +365,49 @@ def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
             known.spec,
             {"configuration": info.config_hash, "tokenizer": info.tokenizer_hash},
         )
-        return _loaded(adapter, known, model.model)
+        # The files may be those of the card, and the weights in memory edited since.
+        sample = sampled_fingerprint(model.model)
+        _check_weights(known.spec, Weights(None, sample), entry, model.model)
+        return _loaded(adapter, known, model.model, Weights(model.weights.whole, sample))
     stream = residual_stream(model)
     width = int(model.config.get_text_config().hidden_size)
     place = str(getattr(model, "name_or_path", "") or entry["reference"])
     spec = ModelSpec(name, place, entry.get("revision") if place == entry["reference"] else None)
     _compare(adapter, spec, {"depth": stream.depth, "width": width})
-    return _loaded(adapter, _known(adapter, spec), model)
+    return _loaded(adapter, _known(adapter, spec), model, Weights(None, sampled_fingerprint(model)))
 
 
-def _check_weights(spec: ModelSpec, model: Any, entry: Mapping[str, Any]) -> None:
+def _check_weights(spec: ModelSpec, weights: Weights, entry: Mapping[str, Any], model: Any = None) -> None:
     """Refuse a fine-tune: its configuration and tokenizer are those of the model it came from.
 
-    It takes milliseconds: :func:`featstore.models.loading.weights_fingerprint` hashes a few values of every tensor. A
-    card whose store recorded no fingerprint passes.
+    A card whose store recorded no fingerprint passes, and so does one whose fingerprint cannot be compared with what is
+    known of the model at hand.
+
+    Args:
+        spec: Name and reference.
+        weights: Of the model at hand.
+        entry: The card's entry for the model.
+        model: As loaded; None before that.
+
+    Raises:
+        AdapterError: The weights are others than the card's.
     """
-    wanted = entry.get("weights_fingerprint")
-    dtypes = {entry.get("compute_dtype"), str(next(model.parameters()).dtype).removeprefix("torch.")}
-    # A fingerprint rounds to bfloat16, which undoes what bfloat16 and float32 do to the same weights. What float16 has
-    # rounded near zero, it cannot undo.
-    if wanted is None or ("float16" in dtypes and len(dtypes) > 1):
+    recorded = Weights.recorded(entry)
+    compared = recorded.against(weights)
+    if compared is None or compared[0] == compared[1]:
         return
-    at_hand = models.weights_fingerprint(model)
-    if at_hand != wanted:
-        raise AdapterError(
-            f"model {spec.name!r} ({spec.ref}) has weights {at_hand[:12]}, the adapter was fitted to "
-            f"{str(wanted)[:12]} under the same configuration; point to the right model with --model {spec.name}=REF, "
-            "or extract and train again with this one"
-        )
+    wanted, at_hand = (value.removeprefix(SCHEME)[:12] for value in compared)
+    if not compared[0].startswith(SCHEME) and model is not None:
+        # A sample is rounded to bfloat16, which undoes what bfloat16 and float32 do to the same weights. What float16
+        # has rounded near zero, it cannot undo.
+        dtypes = {entry.get("compute_dtype"), str(next(model.parameters()).dtype).removeprefix("torch.")}
+        if "float16" in dtypes and len(dtypes) > 1:
+            return
+    raise AdapterError(
+        f"model {spec.name!r} ({spec.ref}) has weights {at_hand}, the adapter was fitted to {wanted} under the same "
+        f"configuration; point to the right model with --model {spec.name}=REF, or extract and train again with this "
+        "one"
+    )
 
 
 def choose(adapter: Adapter, layers: str | None) -> list[Aligner]:

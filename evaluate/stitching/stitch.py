@@ -22,6 +22,7 @@ from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from evaluate.stitching.scores import FIRST_SCORED, Tally, add_window, alone, describe, figures, recovered
 from featstore.errors import AdapterError, PairingError, SpecError
 from featstore.models import residual as sites
+from featstore.models.devices import DeviceMap
 from featstore.models.injection import KEEP, aligned, inject
 from featstore.models.probe.prove import Needs
 from featstore.runtime.console import progress
@@ -106,6 +107,7 @@ def stitch(
     overrides: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
+    device_map: DeviceMap | None = None,
     split: int = TEST,
     max_tokens: int | None = None,
     keep: str = "own",
@@ -125,6 +127,7 @@ def stitch(
         overrides: ``NAME=REF`` for models that moved.
         device: Where to run.
         dtype: Compute dtype.
+        device_map: Where the modules of models go, instead of one device.
         split: Which documents.
         max_tokens: Target tokens at most, None for all.
         keep: What the blocks from the layer on read of positions that take no state: ``own``, the target's own states
@@ -179,6 +182,7 @@ def stitch(
         overrides,
         device=device,
         dtype=dtype,
+        device_map=device_map,
         quiet=quiet,
         given=models,
         needs=needs,

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -17,6 +17,9 @@ from featstore.models.references import ModelSpec, parse_models
 from featstore.runtime.console import human_bytes
 from featstore.runtime.provenance import versions
 from featstore.store.write.writer import free_bytes
+
+if TYPE_CHECKING:
+    from featstore.models.loading import ModelInfo
 
 
 def examine(models: Sequence[str], store: Path) -> dict[str, Any]:
@@ -111,8 +114,14 @@ def _access(spec: ModelSpec) -> dict[str, Any]:
     where = f"{human_bytes(weights)} of weights on this disk" if weights else "weights not on this disk yet"
     return _check(
         name,
-        f"{spec.ref}: {info.family}, {info.depth} blocks of width {info.width}, {info.vocabulary} token ids; {where}",
+        f"{spec.ref}: {info.family}, {_size(info)}, {info.vocabulary} token ids; {where}",
     )
+
+
+def _size(info: ModelInfo) -> str:
+    """Depth and width in words."""
+    depth = "a number of blocks that its configuration does not name" if info.depth is None else f"{info.depth} blocks"
+    return f"{depth} of {'unknown width' if info.width is None else f'width {info.width}'}"
 
 
 def describe_checks(result: dict[str, Any]) -> str:

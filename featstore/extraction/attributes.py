@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from featstore.extraction.job import Job
-from featstore.models import loading as models
 from featstore.runtime.provenance import versions
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.text import corpus
@@ -22,7 +21,10 @@ def root_attributes(job: Job) -> dict[str, Any]:
         job: What is being done.
     """
     plan = job.plan
-    held = job.recorded.root["models"] if job.recorded else []
+    recorded = job.recorded
+    named = recorded.root["models"] if recorded else []
+    # A model without states that this command leaves out is one that an earlier command failed to read.
+    held = [name for name in named if name in job.infos or (recorded and recorded.begun(name))]
     counts = np.bincount(plan.corpus.document_split, minlength=3)
     attributes = {
         "format_version": FORMAT_VERSION,
@@ -61,7 +63,6 @@ def model_attributes(job: Job, name: str) -> dict[str, Any]:
         job: What is being done.
         name: Model.
     """
-    device = models.resolve_device(job.compute.device)
     values = {
         **job.infos[name].describe(),
         "rows": job.plan.models[name].rows,
@@ -71,9 +72,9 @@ def model_attributes(job: Job, name: str) -> dict[str, Any]:
         "layer_0": "table" if job.table else "stored",
         **job.encoding.to_dict(),
         "batch_tokens": job.plan.batch_tokens,
-        "compute_dtype": str(models.resolve_dtype(job.compute.dtype, device)).removeprefix("torch."),
-        "device_type": device.type,
-        "attention": job.compute.attention,
+        "compute_dtype": str(job.compute.dtype_of(name)).removeprefix("torch."),
+        "device_type": job.compute.placement(name).device.type,
+        "attention": job.compute.attention[name],
         "site_convention": SITE_CONVENTION,
         "versions": versions(),
     }

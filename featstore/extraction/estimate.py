@@ -46,7 +46,13 @@ def dry_run(job: Job) -> dict[str, Any]:
 
 
 def _probe_seconds(job: Job, name: str) -> float:
-    model = models.load_model(job.infos[name].spec, **vars(job.compute))
+    model = models.load_model(
+        job.infos[name].spec,
+        device=job.compute.device,
+        dtype=job.compute.dtype,
+        attention=job.compute.attention[name],
+        device_map=job.compute.device_map,
+    )
     reader = BatchReader(residual_stream(model), job.plan, name)
     batches = job.plan.batches(name, *next(job.plan.groups(name)))
     # The longest batch once to warm up, then a typical one.

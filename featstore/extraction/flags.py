@@ -39,7 +39,9 @@ def parse_settings(given: Mapping[str, Any], *, moments: bool = False, moments_o
         SpecError: A value of another kind, or one that is too small; the message names the flag.
     """
     chosen = {name: _PARSERS[name](name, value) for name, value in given.items() if value is not None}
-    always = {name: chosen.pop(name) for name in ("store", "device", "moments_memory") if name in chosen}
+    always = {name: chosen.pop(name) for name in ("store", "device", "device_map", "moments_memory") if name in chosen}
+    if chosen.get("attention") == "auto":
+        del chosen["attention"]  # the model's own choice, or what a store says was run
     if moments or moments_only:
         chosen["moments"] = "only" if moments_only else "add"
     # Where to write, where to compute and with how much memory is never taken from a store.
@@ -104,12 +106,21 @@ def _memory(name: str, value: Any) -> int:
     return parse_bytes(str(value))
 
 
+def _device_map(name: str, value: Any) -> Any:
+    # Models are known where there is torch; reading a store's settings needs none.
+    from featstore.models.devices import parse_device_map
+
+    del name
+    return parse_device_map(value)
+
+
 _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "model": _texts,
     "layers": _texts,
     "store": _path,
     "max_tokens": _budget,
     "moments_memory": _memory,
+    "device_map": _device_map,
     **dict.fromkeys(("dataset", "text_field", "form", "layout", "layer_0", "device", "dtype", "attention"), _text),
     **dict.fromkeys(
         ("max_documents", "max_document_bytes", "window_bytes", "batch_tokens", "shard_rows", "seed"), _whole

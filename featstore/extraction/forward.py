@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from featstore.errors import NonFiniteStateError
 from featstore.models import residual as sites
+from featstore.models.devices import input_device
+from featstore.models.fingerprint import UNKNOWN, Weights
 from featstore.store.format.elements import Encoded, Format
 from featstore.text.plan import Plan
 
@@ -31,14 +33,14 @@ class BatchReader:
         stream: The model's residual stream.
         plan: The plan.
         name: The model's name in the plan.
-        weights: Fingerprint of the model's weights.
+        weights: Fingerprints of the model's weights.
     """
 
-    def __init__(self, stream: sites.ResidualStream, plan: Plan, name: str, weights: str = "") -> None:
+    def __init__(self, stream: sites.ResidualStream, plan: Plan, name: str, weights: Weights = UNKNOWN) -> None:
         self.plan, self.name, self.weights = plan, name, weights
         self.planned = plan.models[name]
         self._stream = stream
-        self.device = sites.input_device(stream.model)
+        self.device = input_device(stream.model)
 
     def tokens_in(self, batch: NDArray[np.int64]) -> int:
         """Real tokens of a batch.
@@ -84,10 +86,14 @@ class BatchReader:
         real = torch.arange(ids.shape[1])[None, :] < torch.from_numpy(lengths)[:, None]
         places = real.reshape(-1).nonzero().squeeze(1)
         states = sites.capture(self._stream, ids.to(self.device, non_blocking=True), layers)
-        return {
-            layer: hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device, non_blocking=True)]
-            for layer, hidden in states.items()
-        }
+        # Under a device map, layers come from several devices; the rows of all of them go on from one.
+        chosen: dict[torch.device, torch.Tensor] = {}
+        rows = {}
+        for layer, hidden in states.items():
+            if hidden.device not in chosen:
+                chosen[hidden.device] = places.to(hidden.device, non_blocking=True)
+            rows[layer] = hidden.reshape(-1, hidden.shape[-1])[chosen[hidden.device]].to(self.device)
+        return rows
 
     def embeddings(self, ids: NDArray[np.int32]) -> torch.Tensor:
         """Layer 0 of single tokens.
@@ -99,7 +105,7 @@ class BatchReader:
             ``(u, width)`` in the model's dtype, on its device.
         """
         column = torch.from_numpy(ids.astype(np.int64))[:, None].to(self.device)
-        return sites.capture(self._stream, column, [0])[0][:, 0]
+        return sites.capture(self._stream, column, [0])[0][:, 0].to(self.device)
 
     def where(self, batch: NDArray[np.int64], layer: int) -> Callable[[int], str]:
         """Say where a row of a batch is, for messages.

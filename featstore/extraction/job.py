@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from featstore.errors import SpecError, StoreStateError
 from featstore.extraction.recorded import TEXT_FIELDS, Recorded, inherit, read_recorded
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
+from featstore.models.devices import DeviceMap, Placement, check_models, place, resolve_dtype
 from featstore.runtime.console import progress
 from featstore.runtime.provenance import read_json
 from featstore.store.format.elements import parse_format
@@ -32,12 +35,30 @@ class Compute:
     Attributes:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         dtype: ``auto`` or a number type.
-        attention: transformers' attention implementation.
+        device_map: Where the modules of models go, instead of one device; None for the device.
+        attention: transformers' attention implementation that each model runs, by name.
     """
 
     device: str
     dtype: str
-    attention: str
+    device_map: DeviceMap | None
+    attention: dict[str, str]
+
+    def placement(self, name: str) -> Placement:
+        """Where a model goes.
+
+        Args:
+            name: Model.
+        """
+        return place(self.device, self.device_map, name)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The number type that a model computes in.
+
+        Args:
+            name: Model.
+        """
+        return resolve_dtype(self.dtype, self.placement(name).device)
 
 
 @dataclass(frozen=True)
@@ -86,7 +107,7 @@ class Job:
         Args:
             name: Model.
         """
-        return self.plan.models[name].rows * self.encoding.form.bytes_per_row(self.infos[name].width)
+        return self.plan.models[name].rows * self.encoding.form.bytes_per_row(self.infos[name].hidden)
 
     def table_bytes(self, name: str) -> int:
         """Bytes of a layer 0 that is a table, or 0 where there is none.
@@ -96,7 +117,7 @@ class Job:
         """
         if 0 not in self.layers[name] or not self.table or self.moments == "only":
             return 0
-        return len(np.unique(self.plan.models[name].ids)) * self.encoding.form.bytes_per_row(self.infos[name].width)
+        return len(np.unique(self.plan.models[name].ids)) * self.encoding.form.bytes_per_row(self.infos[name].hidden)
 
     def moment_bytes(self) -> int:
         """Bytes of the moments of every two models, and of the norms where they are all that is left of the rows."""
@@ -104,7 +125,7 @@ class Job:
             return 0
         total = 0
         for first, second in combinations(self.infos, 2):
-            widths = [self.infos[name].width for name in (first, second) for _ in self.layers[name]]
+            widths = [self.infos[name].hidden for name in (first, second) for _ in self.layers[name]]
             total += len(SPLITS) * 8 * sum(a * b for a, b in combinations_with_replacement(widths, 2))
         if self.moments == "only":
             total += sum(4 * self.plan.models[name].rows * len(self.layers[name]) for name in self.infos)
@@ -166,29 +187,61 @@ def prepare(settings: Settings, *, quiet: bool = False) -> Job:
         raise SpecError(f"--layer-0 {settings.layer_0!r}: choose stored or table")
     source = corpus.parse_source(settings.dataset, settings.text_field)
     infos = {s.name: models.inspect_model(s) for s in spec.parse_models(settings.model)}
-    depths = {name: info.depth for name, info in infos.items()}
+    depths = {name: info.blocks for name, info in infos.items()}
     held = {name: a["layers"] for name, a in recorded.models.items()} if recorded else {}
     texts = settings.layers if settings.was_given("layers") else _held_layers(settings.layers, held, infos)
     wanted = spec.parse_layers(texts, depths)
-    layers = {name: tuple(sorted({*wanted[name], *held.get(name, ())})) for name in infos}
+    stored = {name: numbers for name, numbers in held.items() if recorded and recorded.begun(name)}
+    layers = {name: tuple(sorted({*wanted[name], *stored.get(name, ())})) for name in infos}
     if settings.moments == "only" and len(infos) < 2:
         raise SpecError("--moments-only sums over pairs of two models; name a second one with --model")
     for name, info in infos.items():
         tokens.probe(info.tokenizer, name)
+    compute = _compute(settings, infos, recorded)
     plan = _plan(settings, source, infos, recorded, quiet=quiet)
+    for name, info in infos.items():
+        # The store's tokens under a name that another model has now are refused as such, when the job is compared.
+        was = recorded.models.get(name, {}).get("tokenizer_sha256") if recorded else None
+        if was in (None, info.tokenizer_hash):
+            models.refuse_unknown_ids(info, plan.models[name].ids)
     return Job(
         store=settings.store,
         infos=infos,
         layers=layers,
         plan=plan,
         encoding=encoding,
-        compute=Compute(settings.device, settings.dtype, settings.attention),
+        compute=compute,
         table=settings.layer_0 == "table",
         sink_threshold=settings.sink_threshold,
         moments=settings.moments,
         moments_memory=settings.moments_memory,
         recorded=recorded,
     )
+
+
+def _compute(settings: Settings, infos: dict[str, models.ModelInfo], recorded: Recorded | None) -> Compute:
+    """How models are run; whatever is wrong with that is said before a store is begun."""
+    check_models(settings.device_map, infos)
+    attention = {name: _attention(settings, info, recorded) for name, info in infos.items()}
+    compute = Compute(settings.device, settings.dtype, settings.device_map, attention)
+    for name, info in infos.items():
+        models.check_place(info.spec, compute.placement(name))
+        compute.dtype_of(name)
+    return compute
+
+
+def _attention(settings: Settings, info: models.ModelInfo, recorded: Recorded | None) -> str:
+    """What was typed; else what the store says that this model ran, or its models did; else the model's own."""
+    if settings.attention != "auto":
+        return models.choose_attention(info.spec, settings.attention)
+    held, name = recorded.attention() if recorded else {}, info.spec.name
+    if recorded and name in held and recorded.begun(name):
+        return held[name]
+    agreed = {held[name]} if name in held else set(held.values())
+    for one in agreed if len(agreed) == 1 else ():
+        with suppress(SpecError):
+            return models.choose_attention(info.spec, one)
+    return models.choose_attention(info.spec)
 
 
 def _held_layers(
@@ -207,6 +260,8 @@ def _plan(
     quiet: bool,
 ) -> Plan:
     """From the store's own text where no flag asks for other text, else from the source."""
+    if recorded is not None and recorded.empty:
+        return _read_source(settings, source, infos, quiet=quiet)
     held = recorded.text() if recorded else None
     if recorded is None or held is None:
         fresh = _read_source(settings, source, infos, quiet=quiet)

@@ -210,7 +210,7 @@ def _groups_of(
     starts = reader.planned.row_start
     for first, end in job.plan.groups(name):
         base = int(starts[first])
-        states = {k: np.empty((int(starts[end]) - base, job.infos[name].width), np.float32) for k in layers}
+        states = {k: np.empty((int(starts[end]) - base, job.infos[name].hidden), np.float32) for k in layers}
         for batch in job.plan.batches(name, first, end):
             for layer, values in reader.states(batch, layers).items():
                 rows, norms = _rounded(values, form, pilot.column_scale.get(layer), reader, batch, layer)

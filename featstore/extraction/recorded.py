@@ -25,6 +25,8 @@ from featstore.text.plan import PlannedCorpus, PlannedModel
 TEXT_FIELDS = ("dataset", "text_field", "max_tokens", "max_documents", "max_document_bytes", "window_bytes", "seed")
 #: Model attributes that may differ between an extraction and a later addition to it.
 _MAY_DIFFER = ("versions", "device_type")
+#: Model attributes that say of the weights what their fingerprint decides; older stores lack them.
+_TOLD_BY_WEIGHTS = ("quantization", "adapter")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,23 @@ class Recorded:
         """Window counts at which earlier plans ended."""
         return tuple(self.root.get("segments", ()))
 
+    def begun(self, name: str) -> bool:
+        """Whether the store has states of a model, or what was measured of them.
+
+        What a command that failed before any of this has written is its wish: the next command may wish otherwise.
+
+        Args:
+            name: Model.
+        """
+        tokens, below = f"models/{name}/tokens", f"models/{name}/"
+        units = StoreWriter(self.path).unit_names()
+        return self.complete or any(unit.startswith(below) and unit != tokens for unit in units)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the store has no states at all, of no model."""
+        return not any(self.begun(name) for name in self.models)
+
     def settings(self) -> dict[str, Any]:
         """The settings that were used, by field name, as far as the store tells."""
         corpus = self.root["corpus"]
@@ -69,12 +88,16 @@ class Recorded:
             "moments": "add" if self.root.get("moments") else "none",
         }
         for attributes in self.models.values():
-            names = ("batch_tokens", "shard_rows", "layout", "attention", "layer_0")
+            names = ("batch_tokens", "shard_rows", "layout", "layer_0")
             found |= {name: attributes[name] for name in names}
             found |= {"form": attributes["format"], "dtype": attributes["compute_dtype"]}
             if attributes["states"] == "moments":
                 found["moments"] = "only"
         return found
+
+    def attention(self) -> dict[str, str]:
+        """The attention implementation that each model ran."""
+        return {name: str(attributes["attention"]) for name, attributes in self.models.items()}
 
     def references(self) -> dict[str, str]:
         """``--model`` values by model."""
@@ -178,7 +201,7 @@ def _without_budgets(value: Any) -> Any:
 
 
 def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
-    """Refuse a command that does not fit the store.
+    """Refuse a command that does not fit the states in the store; where there are none, every command does.
 
     Args:
         recorded: The store's account.
@@ -189,6 +212,8 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
         StoreStateError: The message names every setting that differs.
     """
     growing = root["plan"] != recorded.root["plan"]
+    if recorded.empty:
+        return
     free = {"complete", "models", "moments"} | ({"corpus", "split", "plan", "segments"} if growing else set())
     changed = [
         key
@@ -198,10 +223,12 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
     if growing and not recorded.complete:
         changed.append("corpus")
     # An addition may come from another machine or a newer library; a half-done extraction may not go on there.
-    ignored = {"layers", "additions"}
+    ignored = {"layers", "additions", *_TOLD_BY_WEIGHTS}
     ignored |= {"rows", "tokens_sha256"} if growing else set()
     ignored |= set(_MAY_DIFFER) if recorded.complete else set()
     for name, values in models.items():
+        if not recorded.begun(name):
+            continue
         held = recorded.models.get(name, values)
         compared = values.keys() - ignored
         changed += [f"{name}.{key}" for key in sorted(compared) if held.get(key) != values[key]]

@@ -24,7 +24,9 @@ from featstore.extraction.pilot import read_pilot, recorded_weights
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
+from featstore.models.devices import DeviceMap
 from featstore.models.stack import residual_stream
+from featstore.models.weights import weights_of
 from featstore.runtime.console import Tick, err, progress
 from featstore.runtime.provenance import versions
 from featstore.store import Store, open_store
@@ -131,6 +133,7 @@ def reextract(
     seed: int = 0,
     model: Sequence[str] = (),
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Run planned batches through the models again and compare every row of them with the store.
@@ -141,6 +144,7 @@ def reextract(
         seed: Which ones; the same seed gives the same batches.
         model: ``NAME=REF`` values that take the place of the references on record.
         device: Where to run.
+        device_map: Where the modules of models go, instead of one device.
         quiet: No progress.
 
     Returns:
@@ -161,9 +165,14 @@ def reextract(
         if not all(has_rows(store, name, layer) for layer in store.model(name).layers):
             raise StoreStateError(f"{path} holds moments of {name!r} and no rows to compare; leave --reextract out")
     references = _references(store, model)
-    job = prepare(
-        Settings(store=path, model=tuple(references.values()), device=device, given=frozenset({"model"})), quiet=True
+    asked = Settings(
+        store=path,
+        model=tuple(references.values()),
+        device=device,
+        device_map=device_map,
+        given=frozenset({"model"}),
     )
+    job = prepare(asked, quiet=True)
     result: dict[str, Any] = {"seed": seed, "models": {}, "damage": []}
     for name in store.models:
         found, damage = _reextract_model(store, job, name, count, seed, quiet=quiet)
@@ -265,17 +274,24 @@ def _reextract_model(
     store: Store, job: Job, name: str, count: int, seed: int, *, quiet: bool
 ) -> tuple[dict[str, Any], list[str]]:
     attributes, layers = store.model(name).attributes, store.model(name).layers
-    device, dtype = models.resolve_device(job.compute.device), str(attributes["compute_dtype"])
+    device, dtype = job.compute.placement(name).device, str(attributes["compute_dtype"])
     info = job.infos[name]
     if info.config_hash != attributes["config_sha256"]:
         return {}, [f"{name}: {info.spec.ref} is not the model of this store (its configuration differs)"]
     plan = _original_plan(store, job.plan, name)
     batches = planned_batches(plan, name, count, seed)
     if not quiet:
-        err.print(f"loading {name} ({info.spec.ref})")
-    model = models.load_model(info.spec, device=str(device), dtype=dtype, attention=str(attributes["attention"]))
-    weights = models.weights_fingerprint(model)
-    if recorded_weights(StoreWriter(store.directory), name, layers) not in (None, weights):
+        err.print(f"loading {name} ({info.spec.ref}){info.peculiarities}")
+    model = models.load_model(
+        info.spec,
+        device=job.compute.device,
+        dtype=dtype,
+        attention=str(attributes["attention"]),
+        device_map=job.compute.device_map,
+    )
+    # This is a check: hashes that were kept are made again.
+    weights = weights_of(info.spec, model, fresh=True, quiet=quiet)
+    if recorded_weights(StoreWriter(store.directory), name, layers).differ(weights):
         return {}, [f"{name}: {info.spec.ref} has other weights than the model that this store was made with"]
     reader = BatchReader(residual_stream(model), plan, name, weights)
     chain = sum(_ROUNDING[link["models"][name]["format"]] for link in _links(store) if name in link["models"])

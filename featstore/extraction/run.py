@@ -6,6 +6,7 @@ documents, and several processes are all the same walk over the planned batches 
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +21,7 @@ from featstore.extraction.job import Job
 from featstore.extraction.moments_only import sum_moments
 from featstore.extraction.pilot import recorded_weights
 from featstore.extraction.recorded import read_recorded, refuse_contradictions
-from featstore.extraction.rows import extract_rows
+from featstore.extraction.rows import extract_rows, refuse_other_weights
 from featstore.runtime.console import err
 from featstore.runtime.processes import Ranks
 from featstore.runtime.provenance import read_json
@@ -55,6 +56,8 @@ def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dic
     path = job.store
     if job.moments == "only" and ranks.world > 1:
         raise SpecError("--moments-only runs in one process; start it without torchrun, or store rows with --moments")
+    if job.compute.device_map is not None and ranks.world > 1:
+        raise SpecError("--device-map spreads one process over all devices; start it without torchrun")
     if ranks.first:
         read_recorded(path)  # what is not a store stays as it is
         check_space(path, job.bytes_to_write(), job.space_remedy())
@@ -62,6 +65,8 @@ def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dic
         writer = StoreWriter(path)
         if ranks.first:
             job = replace(job, recorded=read_recorded(path))
+            if not is_done(job):
+                refuse_other_weights(writer, job, quiet=quiet)
             _begin(writer, job)
         ranks.wait()  # until the store is open
         if not ranks.first:
@@ -94,6 +99,10 @@ def _begin(writer: StoreWriter, job: Job) -> None:
         refuse_contradictions(recorded, root, attributes)
         if is_done(job):
             return
+        for name in recorded.root["models"]:
+            if name not in root["models"]:
+                writer.drop(f"models/{name}/tokens")
+                shutil.rmtree(writer.path / "models" / name, ignore_errors=True)
     adding = bool(recorded and recorded.complete and recorded.root["plan"] == root["plan"])
     adding = adding and job.moments != "only"
     if not adding:
@@ -139,7 +148,7 @@ def _finish(writer: StoreWriter, job: Job, *, quiet: bool) -> None:
     writer.group("", {"featstore": root})
     for name in job.infos:
         weights = recorded_weights(writer, name, job.layers[name])
-        writer.group(f"models/{name}", {"featstore": model_attributes(job, name) | {"weights_fingerprint": weights}})
+        writer.group(f"models/{name}", {"featstore": model_attributes(job, name) | weights.to_dict()})
     for name in root["models"]:
         _refuse_unfinished(writer, writer.view.model(name).attributes, name)
     for name in job.infos:

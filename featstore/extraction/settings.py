@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS
 from featstore.store.moments.stored import MEMORY
 from featstore.text.plan import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_ROWS, DEFAULT_WINDOW_BYTES
+
+if TYPE_CHECKING:
+    from featstore.models.devices import DeviceMap
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Settings:
         sink_threshold: Norm over median beyond which a token is a sink.
         device: Where to run.
         dtype: Compute dtype.
-        attention: transformers' attention implementation.
+        device_map: Where the modules of models go, instead of one device.
+        attention: transformers' attention implementation; ``auto`` for sdpa where a model has it, else its own.
         seed: Order in which documents are taken; 0 is corpus order.
         layer_0: ``stored`` as rows like any other layer, or ``table``: one row for every token id that occurs.
         moments: ``none``, ``add`` (beside the rows) or ``only`` (no rows).
@@ -54,8 +59,9 @@ class Settings:
     layout: str = "hot"
     sink_threshold: float = 5.0
     device: str = "auto"
+    device_map: DeviceMap | None = None
     dtype: str = "auto"
-    attention: str = "sdpa"
+    attention: str = "auto"
     seed: int = 0
     layer_0: str = "stored"
     moments: str = "none"

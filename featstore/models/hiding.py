@@ -35,6 +35,7 @@ from torch import nn
 from featstore.errors import SpecError, UnsupportedArchitectureError
 from featstore.models import residual as sites
 from featstore.models.caches import cache_of, seen, stored
+from featstore.models.devices import input_device
 
 _MASK = "attention_mask"
 _IMPLEMENTATIONS = ("sdpa", "eager")
@@ -176,8 +177,10 @@ def _narrowed(mask: torch.Tensor | None, allowed: torch.Tensor, dtype: torch.dty
     """The model's mask and ours. None means causal attention over all keys; otherwise bool, or numbers to be added."""
     if mask is None and not adds:
         return allowed
-    if mask is not None and mask.dtype == torch.bool:
-        return mask & allowed
+    if mask is not None:
+        allowed = allowed.to(mask.device)  # under a device map, not where the stream is
+        if mask.dtype == torch.bool:
+            return mask & allowed
     given = torch.zeros((), dtype=dtype, device=allowed.device) if mask is None else mask
     return torch.where(allowed, given, torch.finfo(given.dtype).min)
 
@@ -209,7 +212,7 @@ def with_neutral_start(
     embedded = kwargs.get("inputs_embeds")
     if embedded is None:
         raise SpecError("the pass has neither input_ids nor inputs_embeds; call the model with one of them")
-    device = sites.input_device(stream.model)
+    device = input_device(stream.model)
     own = stream.model.get_input_embeddings()(torch.tensor([[stream.start]], device=device))
     begin = _beginning(start.to(embedded.device), embedded.shape[1])
     new = torch.where(begin[:, :, None], own.to(embedded.device, embedded.dtype), embedded)

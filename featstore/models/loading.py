@@ -6,31 +6,33 @@ A reference is a hub id, a local directory, or a GGUF file; all three go through
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from featstore.errors import GatedModelError, ModelLoadError, SpecError
-from featstore.models.references import ModelSpec
-from featstore.runtime.provenance import digest
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-#: Configuration entries that describe the file or the library rather than the model.
-_VOLATILE = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "quantization_config",
-    "use_cache",
+from featstore.errors import FeatstoreError, GatedModelError, ModelLoadError, SpecError, UnsupportedArchitectureError
+from featstore.models import configuration
+from featstore.models.adapters import apply_adapter, find_adapter, require_peft, tokenizer_place, without_adapter
+from featstore.models.devices import (
+    DeviceMap,
+    Modules,
+    Placement,
+    offload_folder,
+    place,
+    resolve_dtype,
+    whole_map,
 )
+from featstore.models.files import weight_files
+from featstore.models.references import ModelSpec
+from featstore.models.weights import check_ids, describe_weights, quantization_of, refuse_incomplete
+from featstore.runtime.provenance import digest
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,60 @@ class ModelInfo:
     Attributes:
         spec: Name and reference as given.
         family: ``model_type`` of the configuration (``llama``, ``mistral``, ...).
-        depth: Number of blocks L.
-        width: Hidden width d.
+        depth: Number of blocks L that the configuration claims; None where it names none.
+        width: Hidden width d that the configuration claims; None where it names none.
         vocabulary: Number of token ids.
-        context: Longest sequence the position encoding was made for.
+        context: Longest sequence the position encoding was made for; :data:`featstore.models.configuration.UNLIMITED`
+            where nothing limits it.
         config_hash: SHA-256 of the configuration without volatile entries.
         tokenizer_hash: SHA-256 of the tokenizer's full definition.
         tokenizer: A fast tokenizer (offsets are needed).
+        quantization: How the checkpoint is quantised, or None.
+        adapter: The adapter that is applied to the model, or None.
     """
 
     spec: ModelSpec
     family: str
-    depth: int
-    width: int
+    depth: int | None
+    width: int | None
     vocabulary: int
     context: int
     config_hash: str
     tokenizer_hash: str
     tokenizer: Any
+    quantization: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None
+
+    @property
+    def peculiarities(self) -> str:
+        """What is out of the ordinary about its weights, to follow the words that it is being loaded; often empty."""
+        return describe_weights(self.quantization, self.adapter)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks L, where something depends on it.
+
+        Raises:
+            UnsupportedArchitectureError: The configuration names none, and none was measured.
+        """
+        return self._known(self.depth, "number of blocks")
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width d, where something depends on it.
+
+        Raises:
+            UnsupportedArchitectureError: The configuration names none, and none was measured.
+        """
+        return self._known(self.width, "hidden width")
+
+    def _known(self, value: int | None, what: str) -> int:
+        if value is None:
+            raise UnsupportedArchitectureError(
+                f"model {self.spec.name!r} ({self.spec.ref}): the configuration of a {self.family} names no {what}, "
+                "and none was measured; use another model"
+            )
+        return value
 
     def describe(self) -> dict[str, Any]:
         """The entries recorded in stores and adapter cards."""
@@ -70,6 +108,8 @@ class ModelInfo:
             "vocabulary": self.vocabulary,
             "config_sha256": self.config_hash,
             "tokenizer_sha256": self.tokenizer_hash,
+            **({"quantization": self.quantization} if self.quantization else {}),
+            **({"adapter": self.adapter} if self.adapter else {}),
         }
 
 
@@ -82,141 +122,241 @@ def inspect_model(spec: ModelSpec) -> ModelInfo:
     Raises:
         ModelLoadError: Not found, no network, damaged, or without a fast tokenizer.
         GatedModelError: The licence must be accepted first.
+        MissingPackageError: An adapter lies beside it, and peft is not installed.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     with _loading(spec):
-        config = AutoConfig.from_pretrained(**_where(spec))
-        tokenizer = AutoTokenizer.from_pretrained(**_where(spec), use_fast=True)
+        adapter = find_adapter(spec)
+        if adapter:
+            require_peft(adapter)
+        base = adapter.base if adapter else spec
+        config = AutoConfig.from_pretrained(**_where(base))
+        tokenizer = AutoTokenizer.from_pretrained(**_where(tokenizer_place(spec, base)), use_fast=True)
     if not tokenizer.is_fast:
         raise ModelLoadError(
             f"model {spec.name!r} ({spec.ref}): its tokenizer gives no character offsets; a fast tokenizer is needed"
         )
-    values = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
-    text = config.get_text_config()
+    ids = configuration.vocabulary(config)
+    if ids is None:
+        raise ModelLoadError(
+            f"model {spec.name!r} ({spec.ref}): the configuration of a {config.model_type} names no vocabulary; give a "
+            "causal language model"
+        )
     definition = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
     return ModelInfo(
         spec=spec,
         family=str(config.model_type),
-        depth=int(text.num_hidden_layers),
-        width=int(text.hidden_size),
-        vocabulary=int(text.vocab_size),
-        context=int(getattr(text, "max_position_embeddings", 1 << 30)),
-        config_hash=digest(values),
+        depth=configuration.claimed_depth(config),
+        width=configuration.claimed_width(config),
+        vocabulary=ids,
+        context=configuration.context_length(config),
+        config_hash=digest(configuration.identity(config)),
         tokenizer_hash=digest(definition),
         tokenizer=tokenizer,
+        quantization=quantization_of(config, base.ref),
+        adapter=adapter.describe() if adapter else None,
     )
 
 
-def load_model(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto", attention: str = "sdpa") -> nn.Module:
+def load_model(
+    spec: ModelSpec,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "auto",
+    device_map: DeviceMap | None = None,
+) -> nn.Module:
     """Load a causal language model for inference.
 
     Args:
         spec: Name and reference.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
         dtype: ``auto`` (bfloat16 on CUDA, float32 on CPU), or a name.
-        attention: transformers' attention implementation.
+        attention: transformers' attention implementation; ``auto`` for sdpa where the model has it, else its own.
+        device_map: Where its modules go, instead of one device.
 
     Returns:
-        The model in eval mode on the device, gradients off.
+        The model in eval mode in its place, gradients off.
 
     Raises:
         ModelLoadError: As :func:`inspect_model`, or the weights are missing.
-        SpecError: Unknown dtype or device.
+        MissingPackageError: As :func:`inspect_model`.
+        SpecError: Unknown dtype or device, a map that does not fit, or an attention that the model does not have.
+        WeightsError: The checkpoint lacks tensors of the model, or holds others; or an adapter does not act.
     """
     from transformers import AutoModelForCausalLM
 
-    # A wrong word for either is no failure of the model, as which `_loading` would report it.
-    place = resolve_device(device)
-    chosen = resolve_dtype(dtype, place)
+    # A wrong word for any of these is no failure of the model, as which `_loading` would report it.
+    where = place(device, device_map, spec.name)
     with _loading(spec):
-        model = AutoModelForCausalLM.from_pretrained(**_where(spec), dtype=chosen, attn_implementation=attention)
-    model.to(place).eval()
+        adapter = find_adapter(spec)
+        if adapter:
+            require_peft(adapter)
+        base = adapter.base if adapter else spec
+        quantization = _quantization(base)
+    keywords: dict[str, Any] = {"dtype": resolve_dtype(dtype, where.device), **_attention_keywords(base, attention)}
+    modules = check_place(base, where)
+    packed = quantization is not None and not quantization.get("dequantized")
+    with offload_folder(where) as folder:
+        if modules is not None:
+            keywords |= {"device_map": modules, **folder.keywords()}
+        elif packed:
+            # Packed weights cannot be moved or cast afterwards: they are read to where they stay.
+            keywords["device_map"] = {"": str(where.device)}
+        with _loading(spec):
+            # What does not match is refused here, by name, rather than by transformers, which names nothing.
+            model, found = AutoModelForCausalLM.from_pretrained(
+                **_where(base),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **keywords,
+                **(without_adapter() if adapter else {}),
+            )
+            refuse_incomplete(f"model {spec.name!r} ({base.ref})", model, found)
+            if adapter:
+                of_adapter = apply_adapter(model, adapter, _where(spec))
+                refuse_incomplete(f"model {spec.name!r} ({spec.ref})", model, of_adapter, what="adapter")
+        folder.belongs_to(model)
+    if modules is None and not packed:
+        model.to(where.device)
+    model.eval()
     model.requires_grad_(requires_grad=False)
     return model
 
 
-def resolve_device(name: str) -> torch.device:
-    """Turn ``--device`` into a device.
+def check_place(spec: ModelSpec, where: Placement) -> str | Modules | None:
+    """Whether a device map fits a model, before its weights are read.
 
     Args:
-        name: ``auto`` or a torch device name.
+        spec: Name and reference.
+        where: From :func:`featstore.models.devices.place`.
+
+    Returns:
+        The map as transformers takes it.
 
     Raises:
-        SpecError: Not a device, or CUDA where there is none.
+        ModelLoadError: As :func:`inspect_model`.
+        SpecError: The model has no such module, or one of its modules has no device.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SpecError(f"device {name!r}: write auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SpecError(f"device {name!r}: this machine has no usable CUDA device; use --device cpu")
-    return device
+    by_module = isinstance(where.modules, dict)
+    return whole_map(where, skeleton(spec), _who(spec)) if by_module else where.modules
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn ``--dtype`` into a dtype.
+def running_attention(model: Any) -> str:
+    """The attention implementation that a model's text blocks run.
 
     Args:
-        name: ``auto`` or a dtype name.
-        device: Where the model will run.
+        model: A transformers causal language model, or a wrapper around one.
+    """
+    return str(model.config.get_text_config()._attn_implementation)  # noqa: SLF001 - the one place that says so
+
+
+def choose_attention(spec: ModelSpec, wanted: str = "auto") -> str:
+    """The attention implementation that a model will run, before its weights are read.
+
+    Args:
+        spec: Name and reference.
+        wanted: One of transformers' implementations; ``auto`` for sdpa where the model has it, else its own.
 
     Raises:
-        SpecError: Unknown name.
+        ModelLoadError: As :func:`inspect_model`.
+        SpecError: The model does not have it.
     """
-    if name == "auto":
-        # CPUs without AVX512-BF16 emulate bfloat16 products many times slower than float32.
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise SpecError(f"dtype {name!r}: choose one of auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if wanted == "auto":
+        return running_attention(skeleton(spec))
+    told = _attention_keywords(spec, wanted).get("attn_implementation")
+    return running_attention(skeleton(spec, told))
+
+
+def _attention_keywords(spec: ModelSpec, wanted: str) -> dict[str, str]:
+    """What ``from_pretrained`` is told, so that the text blocks of a model run an attention implementation."""
+    if wanted == "auto":
+        return {}  # transformers takes sdpa where a model has it, part by part
+    with suppress(ValueError, ImportError):
+        skeleton(spec, wanted)
+        return {"attn_implementation": wanted}
+    own = running_attention(skeleton(spec))
+    if own == wanted:
+        return {}  # the text blocks have it; another part of the model, such as a vision tower, does not
+    has = " and ".join(dict.fromkeys((own, "eager")))
+    raise SpecError(
+        f"attention {wanted!r}: {_who(spec)} does not have it here; it has {has}: use --attn auto or one of them"
+    )
+
+
+def skeleton(spec: ModelSpec, attention: str | None = None) -> Any:
+    """A model without weights, on torch's meta device: what it is made of, in a fraction of a second.
+
+    Args:
+        spec: Name and reference.
+        attention: transformers' attention implementation; None for the model's own choice.
+
+    Raises:
+        ModelLoadError: As :func:`inspect_model`, or no causal language model has this configuration.
+        ImportError: The attention needs a package that is not installed.
+        ValueError: The model does not have the attention.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    keywords = {} if attention is None else {"attn_implementation": attention}
+    with _loading(spec):
+        config = AutoConfig.from_pretrained(**_where(spec))
+    with _loading(spec, but=() if attention is None else (ImportError, ValueError)), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keywords)
 
 
 def weight_bytes(spec: ModelSpec) -> int | None:
-    """Size of a local model's weight files, or None where they are not on this disk yet.
+    """Size of a model's weight files, or None where they are not on this disk yet.
 
     Args:
         spec: Name and reference.
     """
-    path = Path(spec.ref).expanduser()
-    if path.is_file():
-        return path.stat().st_size
-    if not path.is_dir():
-        from huggingface_hub import scan_cache_dir
-        from huggingface_hub.errors import CacheNotFound
-
-        try:
-            repos = scan_cache_dir().repos
-        except CacheNotFound:
-            return None
-        files = {
-            file.blob_path: file.size_on_disk
-            for repo in repos
-            if repo.repo_id == spec.ref and repo.repo_type == "model"
-            for revision in repo.revisions
-            for file in revision.files
-            if file.file_name.endswith((".safetensors", ".bin"))
-        }
-        return sum(files.values()) or None
-    return sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    adapter = find_adapter(spec, local=True)
+    files = (*weight_files(adapter.base), *adapter.files) if adapter else weight_files(spec)
+    return sum(file.stat().st_size for file in files) or None
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of a fixed sample of the weights, to notice that a card's model is not the one at hand.
+def refuse_unknown_ids(info: ModelInfo, ids: NDArray[np.integer[Any]]) -> None:
+    """Refuse token ids that a model's embedding has no row for, before its weights are loaded.
 
     Args:
-        model: Loaded in any dtype; values are rounded to bfloat16 first, so that the dtype does not matter.
+        info: The model.
+        ids: Token ids of any shape.
 
-    Returns:
-        Hexadecimal digits.
+    Raises:
+        VocabularyError: The message names the token, its id, the embedding's rows and the remedy.
     """
-    words = []
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)[:8].to(torch.bfloat16).float().cpu().tolist()
-        words.append([name, struct.pack(f"<{len(flat)}f", *flat).hex()])
-    return digest(words)
+    if not ids.size or int(ids.max()) < info.vocabulary:
+        return
+    # Some embeddings have more rows than the configuration has token ids: only the model itself tells.
+    check_ids(info.spec.name, ids, max(info.vocabulary, _embedding_rows(info.spec)), info.tokenizer)
+
+
+def _embedding_rows(spec: ModelSpec) -> int:
+    """Rows of the embedding of a model that is built without memory for its weights; 0 where it cannot be built."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    adapter = find_adapter(spec, local=True)
+    try:
+        config = AutoConfig.from_pretrained(**_where(adapter.base if adapter else spec))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return int(model.get_input_embeddings().weight.shape[0])
+    except Exception:  # noqa: BLE001 - whatever prevents it: the configuration has to do
+        return 0
+
+
+def _quantization(base: ModelSpec) -> dict[str, Any] | None:
+    """How a checkpoint is quantised; a GGUF file is not opened for that, which takes seconds."""
+    from transformers import AutoConfig
+
+    config = None if base.ref.endswith(".gguf") else AutoConfig.from_pretrained(**_where(base))
+    return quantization_of(config, base.ref)
+
+
+def _who(spec: ModelSpec) -> str:
+    return f"model {spec.name!r} ({spec.ref})"
 
 
 def _where(spec: ModelSpec) -> dict[str, Any]:
@@ -241,19 +381,22 @@ def _where(spec: ModelSpec) -> dict[str, Any]:
 
 
 @contextmanager
-def _loading(spec: ModelSpec) -> Iterator[None]:
-    """Turn what transformers and the hub raise into one line about this model."""
+def _loading(spec: ModelSpec, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what transformers and the hub raise into one line about this model, but for some errors."""
     from huggingface_hub.errors import GatedRepoError
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    # A table of what does not match comes before the line that says so.
+    logging.set_verbosity_error()
     try:
         yield
-    except ModelLoadError:
-        raise
     except Exception as error:
+        if isinstance(error, (FeatstoreError, *but)):
+            raise
         chain = list(_causes(error))
-        name = f"model {spec.name!r} ({spec.ref})"
+        name = _who(spec)
         if any(isinstance(e, GatedRepoError) or "gated repo" in str(e).lower() for e in chain):
             raise GatedModelError(
                 f"{name} is gated: accept its licence at https://huggingface.co/{spec.ref}, then run `hf auth login`"
@@ -263,6 +406,8 @@ def _loading(spec: ModelSpec) -> Iterator[None]:
             f"{name} cannot be loaded: {reason} Check the name with `featstore doctor`, the network (HF_HUB_OFFLINE), "
             "or give a local directory or GGUF file"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

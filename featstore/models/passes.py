@@ -13,7 +13,8 @@ import torch
 
 from featstore.errors import UnsupportedArchitectureError
 from featstore.models.caches import copied, grows, returned_cache, selected, shared
-from featstore.models.residual import ResidualStream, accepted, input_device
+from featstore.models.devices import input_device
+from featstore.models.residual import ResidualStream, accepted
 
 
 class Passes:

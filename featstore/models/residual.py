@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from featstore.errors import LayerRangeError, UnsupportedArchitectureError
+from featstore.models.devices import input_device
 
 #: Sees hidden states ``(batch, tokens, width)``; returns a replacement of the same shape, or None to leave them.
 SiteFunction = Callable[[torch.Tensor], torch.Tensor | None]
@@ -218,15 +219,6 @@ class ResidualStream:
             ids = torch.tensor([[self.start]], device=input_device(self.model))
             self._starts[key] = capture(self, ids, [layer])[layer][0, 0]
         return self._starts[key]
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model's token ids go.
-
-    Args:
-        model: A causal language model.
-    """
-    return next(model.parameters()).device
 
 
 def forward(model: nn.Module, **inputs: Any) -> Any:

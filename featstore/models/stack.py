@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from featstore.errors import ModelLoadError, UnsupportedArchitectureError
-from featstore.models.residual import Axes, ResidualStream, forward, input_device
+from featstore.models.devices import input_device
+from featstore.models.residual import Axes, ResidualStream, forward
 
 #: Sequences and tokens of the pass that looks for the blocks: unlike each other and unlike common sizes.
 BATCH, TOKENS = 3, 13
