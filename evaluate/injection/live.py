@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from featstore.errors import LayerRangeError, SpecError
 from featstore.models import residual as sites
 from featstore.models.caches import cache_of, seen
-from featstore.models.hiding import check_attention, hiding, with_neutral_start, with_start_state
+from featstore.models.hiding import Progress, check_attention, hiding, with_neutral_start, with_start_state
 from featstore.models.injection import KEEP, Injection, aligned
 
 
@@ -199,6 +199,7 @@ class LiveInjection:
         self._called = True
         begun = seen(cache_of([*args, *kwargs.values()]))
         now = self._pass
+        now.progress.begun = begun
         if begun:
             if begun < now.tokens or not now.tokens:
                 raise SpecError(
@@ -223,7 +224,7 @@ class LiveInjection:
             readable = start.clone()
             for row, at in enumerate(now.places):
                 readable[row, torch.as_tensor(at)] = True
-            now.hidden.enter_context(hiding(self._stream, self.layer, readable, start))
+            now.hidden.enter_context(hiding(self._stream, self.layer, readable, start, now.progress))
             args, kwargs, now.foreign = with_neutral_start(self._stream, args, kwargs, start)
         return args, kwargs
 
@@ -245,5 +246,6 @@ class _Pass:
     def __init__(self) -> None:
         self.places: Sequence[NDArray[np.int64]] | None = None
         self.tokens = 0
+        self.progress = Progress()
         self.hidden = ExitStack()
         self.foreign: torch.Tensor | None = None

@@ -12,7 +12,7 @@ import torch
 
 from featstore.errors import SpecError, UnsupportedArchitectureError
 from featstore.models import residual as sites
-from featstore.models.hiding import _Hook, _Pass, hiding, with_neutral_start
+from featstore.models.hiding import Progress, _Hook, hiding, with_neutral_start
 from featstore.models.injection import Injection, aligned, inject, last
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
@@ -346,10 +346,10 @@ def test_a_mask_with_nothing_to_hide_is_left_as_it_is(model: Any) -> None:
     everything = torch.ones((2, 4), dtype=torch.bool)
     stream, block, given = residual_stream(model), torch.nn.Identity(), {"attention_mask": None}
     hidden = (torch.zeros(2, 4, 3),)
-    assert _Hook(stream, 0, everything, _Pass(), below=False)(block, hidden, given) is None
+    assert _Hook(stream, 0, everything, Progress(), below=False)(block, hidden, given) is None
     # Below the layer the whole prompt's pass is overwritten there.
-    assert _Hook(stream, 0, everything.tril(), _Pass(), below=True)(block, hidden, given) is None
-    _, new = _Hook(stream, 0, everything.tril(), _Pass(), below=False)(block, hidden, given)
+    assert _Hook(stream, 0, everything.tril(), Progress(), below=True)(block, hidden, given) is None
+    _, new = _Hook(stream, 0, everything.tril(), Progress(), below=False)(block, hidden, given)
     assert new["attention_mask"].shape == (2, 1, 4, 4)
 
 
