@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.support.architectures.configuration import Sizes, configuration
@@ -110,25 +110,18 @@ def save(name: str, directory: Path, tokenizer: Path, *, context: int = 1024, se
         NotBuiltError: As `build`.
     """
     words = AutoTokenizer.from_pretrained(tokenizer, use_fast=True)
-    model = build(name, Sizes(len(words), context), seed=seed)
     special = {f"{role}_token_id": getattr(words, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    for part in _parts(model.config):
-        for field, token in special.items():
-            if hasattr(part, field):
-                setattr(part, field, token)
+    sizes = Sizes(len(words), context, special)
+    model = build(name, sizes, seed=seed)
     if model.generation_config is not None:
         for field, token in special.items():
             setattr(model.generation_config, field, token)
     model.save_pretrained(directory)
+    if model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        # The causal class holds the text part of a configuration, and only the whole is a causal type.
+        configuration(name, sizes).save_pretrained(directory)
     words.save_pretrained(directory)
     return directory
-
-
-def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    yield config
-    text = config.get_text_config()
-    if text is not config:
-        yield text
 
 
 def _constructed(name: str, sizes: Sizes | None, seed: int) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -23,10 +23,12 @@ class Sizes:
     Attributes:
         vocabulary: Number of token ids.
         context: Longest sequence.
+        special: Ids of special tokens, by the field that has them.
     """
 
     vocabulary: int = 300
     context: int = 256
+    special: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
 
 
 def configuration(name: str, sizes: Sizes | None = None, **over: Any) -> PreTrainedConfig:
@@ -66,6 +68,8 @@ def _small(cls: type[PreTrainedConfig], own: Own, sizes: Sizes) -> dict[str, Any
         if name in known.small:
             if default is not None or name in known.small_though_null:
                 values[name] = known.small[name]
+        elif name in sizes.special:
+            values[name] = sizes.special[name]
         elif isinstance(default, bool) or not isinstance(default, (int, float)):
             continue
         elif any(part in name for part in _NO_DROPOUT):
