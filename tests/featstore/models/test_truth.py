@@ -59,8 +59,15 @@ def test_a_stack_that_is_plain_cannot_be_refuted():
 
 
 def test_several_streams_stand_end_to_end_in_a_row():
-    for name in ("deepseek_v4", "gemma3n_text", "qwen4_exp_text"):
-        assert expected_rows(build(name), name, IDS)[1].shape == (2, 24, 4 * 64)
+    for name, axes in {"deepseek_v4": (0, 1, 2), "gemma3n_text": (1, 2, 0)}.items():
+        model = build(name)
+        with torch.inference_mode():
+            shown = model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states[2]
+        row = expected_rows(model, name, IDS)[2][1, 17]
+        # The streams of token 17 of the second text, one after the other.
+        streams = shown.permute(*axes, 3)[1, 17]
+        assert torch.equal(row, torch.cat([streams[stream] for stream in range(4)]))
+    assert expected_rows(build("qwen4_exp_text"), "qwen4_exp_text", IDS)[1].shape == (2, 24, 4 * 64)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.support.architectures.configuration import Sizes, configuration
@@ -56,7 +56,14 @@ def variants() -> tuple[str, ...]:
     return tuple(settings().variants)
 
 
-def build(name: str, sizes: Sizes | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build(
+    name: str,
+    sizes: Sizes | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    with_images: bool = False,
+) -> nn.Module:
     """A tiny random model on the CPU, in eval mode, without gradients.
 
     Its attention is sdpa where the type has it, and what transformers chooses elsewhere: `attention` says which.
@@ -65,7 +72,9 @@ def build(name: str, sizes: Sizes | None = None, *, seed: int = 0, dtype: torch.
         name: A causal type, or ``type@variant``.
         sizes: Vocabulary and context.
         seed: Of all weights.
-        dtype: Of all weights; drawn in float32.
+        dtype: Of all parameters; drawn in float32. Buffers keep theirs, as when transformers loads a model.
+        with_images: Build what the type's checkpoints hold where that is more than its causal class reads: the image
+            part stands beside the text part.
 
     Raises:
         NotBuiltError: With the reason, if it is known; otherwise with what transformers raised.
@@ -73,7 +82,9 @@ def build(name: str, sizes: Sizes | None = None, *, seed: int = 0, dtype: torch.
     kind = name.partition("@")[0]
     try:
         with _quiet():
-            model = _constructed(name, sizes, seed)
+            model = _constructed(
+                name, sizes, seed, AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+            )
     except Exception as error:
         known = settings().unbuildable.get(kind)
         if known is not None and known.explains(error):
@@ -83,7 +94,9 @@ def build(name: str, sizes: Sizes | None = None, *, seed: int = 0, dtype: torch.
             f"nobody looked at {name!r} yet: it cannot be built as {place} has it: {described(error)}", looked_at=False
         ) from error
     _draw(model, seed)
-    return model.to(dtype).eval().requires_grad_(requires_grad=False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def attention(model: nn.Module) -> str:
@@ -91,7 +104,9 @@ def attention(model: nn.Module) -> str:
     return str(model.config.get_text_config()._attn_implementation)
 
 
-def save(name: str, directory: Path, tokenizer: Path, *, context: int = 1024, seed: int = 0) -> Path:
+def save(
+    name: str, directory: Path, tokenizer: Path, *, context: int = 1024, seed: int = 0, with_images: bool = False
+) -> Path:
     """Write a tiny model with an existing fast tokenizer, as a user has them.
 
     The model has as many token ids as the tokenizer, and its special tokens.
@@ -102,6 +117,7 @@ def save(name: str, directory: Path, tokenizer: Path, *, context: int = 1024, se
         tokenizer: Directory of a fast tokenizer.
         context: Longest sequence.
         seed: Of all weights.
+        with_images: As `build`.
 
     Returns:
         The directory.
@@ -112,7 +128,7 @@ def save(name: str, directory: Path, tokenizer: Path, *, context: int = 1024, se
     words = AutoTokenizer.from_pretrained(tokenizer, use_fast=True)
     special = {f"{role}_token_id": getattr(words, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     sizes = Sizes(len(words), context, special)
-    model = build(name, sizes, seed=seed)
+    model = build(name, sizes, seed=seed, with_images=with_images)
     if model.generation_config is not None:
         for field, token in special.items():
             setattr(model.generation_config, field, token)
@@ -124,16 +140,14 @@ def save(name: str, directory: Path, tokenizer: Path, *, context: int = 1024, se
     return directory
 
 
-def _constructed(name: str, sizes: Sizes | None, seed: int) -> nn.Module:
+def _constructed(name: str, sizes: Sizes | None, seed: int, auto: type) -> nn.Module:
     """The model with transformers' own initial weights; memory that it leaves as it was is NaN."""
     with torch.random.fork_rng(devices=[]), _marked_memory():
         for attention in ("sdpa", None):
             torch.manual_seed(seed)
             try:
                 # A configuration keeps the attention it was once asked for: each attempt has its own.
-                return AutoModelForCausalLM.from_config(
-                    configuration(name, sizes), dtype=torch.float32, attn_implementation=attention
-                )
+                return auto.from_config(configuration(name, sizes), dtype=torch.float32, attn_implementation=attention)
             except ValueError as error:
                 if attention is None or "does not support an attention implementation" not in str(error):
                     raise
