@@ -72,7 +72,7 @@ def build(
         name: A causal type, or ``type@variant``.
         sizes: Vocabulary and context.
         seed: Of all weights.
-        dtype: Of all parameters; drawn in float32. Buffers keep theirs, as when transformers loads a model.
+        dtype: As transformers takes it: some types keep some parameters in float32.
         with_images: Build what the type's checkpoints hold where that is more than its causal class reads: the image
             part stands beside the text part.
 
@@ -82,9 +82,8 @@ def build(
     kind = name.partition("@")[0]
     try:
         with _quiet():
-            model = _constructed(
-                name, sizes, seed, AutoModelForImageTextToText if with_images else AutoModelForCausalLM
-            )
+            auto = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+            model = _constructed(name, sizes, seed, auto, dtype)
     except Exception as error:
         known = settings().unbuildable.get(kind)
         if known is not None and known.explains(error):
@@ -94,8 +93,6 @@ def build(
             f"nobody looked at {name!r} yet: it cannot be built as {place} has it: {described(error)}", looked_at=False
         ) from error
     _draw(model, seed)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(requires_grad=False)
 
 
@@ -140,14 +137,14 @@ def save(
     return directory
 
 
-def _constructed(name: str, sizes: Sizes | None, seed: int, auto: type) -> nn.Module:
+def _constructed(name: str, sizes: Sizes | None, seed: int, auto: type, dtype: torch.dtype) -> nn.Module:
     """The model with transformers' own initial weights; memory that it leaves as it was is NaN."""
     with torch.random.fork_rng(devices=[]), _marked_memory():
         for attention in ("sdpa", None):
             torch.manual_seed(seed)
             try:
                 # A configuration keeps the attention it was once asked for: each attempt has its own.
-                return auto.from_config(configuration(name, sizes), dtype=torch.float32, attn_implementation=attention)
+                return auto.from_config(configuration(name, sizes), dtype=dtype, attn_implementation=attention)
             except ValueError as error:
                 if attention is None or "does not support an attention implementation" not in str(error):
                     raise
