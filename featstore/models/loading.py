@@ -177,8 +177,12 @@ def load_model(spec: ModelSpec, *, device: str = "auto", dtype: str = "auto", at
         if adapter:
             of_adapter = apply_adapter(model, adapter, _where(spec))
             refuse_incomplete(f"model {spec.name!r} ({spec.ref})", model, of_adapter, what="adapter")
-    if not packed:
-        model.to(place)
+        if packed:
+            # Some libraries unpack when the whole model runs for the first time; later passes run parts of it.
+            with torch.no_grad():
+                model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=place), use_cache=False)
+        else:
+            model.to(place)
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model
