@@ -136,7 +136,7 @@ MISSING = {
         lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()},
         {},
         (
-            r"lacks 30 tensors \(lm_head\.weight, model\.embed_tokens\.weight, \S+, \.\.\.\) of LlamaForCausalLM, .* random; "
+            r"lacks 30 tensors \(lm_head\.weight, model\.embed_tokens\.weight, \S+, \.\.\.\) of Llama.* random; "
             r".* holds 29 .* does not know\. The names in the checkpoint begin with '_orig_mod\.'"
         ),
     ),
