@@ -2,10 +2,11 @@
 
     python benchmarks/bench_fingerprint.py --gib 2
 
-The file is a safetensors checkpoint of random bfloat16 tensors in the shapes of a Llama block, warm in the page cache, so
-that hashing is timed and not the disk; `--cold` drops it from the cache before every call. `read` copies the file
-through one buffer of 4 MiB, the least that any hash of a file could cost; `sha256` hashes the same pieces of the same
-mapped file; `fingerprint` is ours, with no cache of hashes. CPU seconds over wall seconds say that it keeps to one core.
+The file is a safetensors checkpoint of random bfloat16 tensors in the shapes of a Llama block, warm in the page cache,
+so that hashing is timed and not the disk; `--cold` drops it from the cache before every call. `read` copies the file
+through one buffer of 4 MiB, the least that a hash of a file could cost; `sha256` hashes the same pieces of the same
+mapped file; `fingerprint` is ours, with no cache of hashes. The rate a core is by CPU seconds, which other processes on
+the machine do not lengthen as they do wall seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import hashlib
 import mmap
 import os
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -48,23 +50,24 @@ def main() -> None:
         taken = interleaved(
             contenders, arguments.runs, before=(lambda _: drop_from_cache(path)) if arguments.cold else None
         )
-        cpu, wall = time.process_time(), time.perf_counter()
-        contenders["fingerprint"]()
-        cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
+        rates = []
+        for _ in range(arguments.runs):
+            start = time.process_time()
+            contenders["fingerprint"]()
+            rates.append(gigabytes / (time.process_time() - start))
+        a_core = statistics.median(rates)
     rows = figures(taken, "read", gigabytes)
     state = "cold" if arguments.cold else "warm"
     print(table(f"{gigabytes:.2f} GB of safetensors, {state}, ratio to reading", rows, "GB/s"))
-    print(
-        f"  fingerprint over sha256: {rows['fingerprint']['ratio'] / rows['sha256']['ratio']:.2f}; cores: {cores:.2f}"
-    )
-    print(judged({"GB/s of the fingerprint": (rows["fingerprint"]["rate"], 1.0)}))
+    print(f"  fingerprint over sha256: {rows['fingerprint']['ratio'] / rows['sha256']['ratio']:.2f}")
+    print(judged({"GB/s a core of the fingerprint": (a_core, 1.0)}))
     if arguments.keep:
         result = {
             "machine": machine(),
             "versions": versions_of("blake3", "safetensors"),
             "gigabytes": gigabytes,
             "cache": state,
-            "cores": cores,
+            "gigabytes_a_core_second": a_core,
             "figures": rows,
         }
         print(keep("bench_fingerprint", result))

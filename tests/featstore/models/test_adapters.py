@@ -75,6 +75,8 @@ def merged(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.
     return logits(load_model(spec_of(by_hand), device="cpu"))
 
 
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
 WITHOUT_PEFT = """
 import importlib.util, sys
 find = importlib.util.find_spec
@@ -86,16 +88,15 @@ main()
 
 
 class TestAdapters:
-    @pytest.mark.parametrize("place", ["beside the model", "on its own", "with a configuration"])
+    @pytest.mark.parametrize("place", ["beside the model", "on its own", "with a tokenizer", "with a configuration"])
     def test_it_is_applied(
         self, place: str, model: Path, tiny_llama: Path, tmp_path: Path, merged: torch.Tensor
     ) -> None:
         own = model if place == "beside the model" else tmp_path / "own"
         lora(model, own)
-        if place == "with a configuration":
-            # As trainers save it: everything but the weights.
-            for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(model / name, own)
+        # As trainers save it: with a tokenizer, and with everything but the weights.
+        for name in {"with a configuration": ("config.json", *TOKENIZER), "with a tokenizer": TOKENIZER}.get(place, ()):
+            shutil.copy(model / name, own)
         loaded = load_model(spec_of(own), device="cpu")
         assert not torch.allclose(merged, logits(load_model(spec_of(tiny_llama), device="cpu")), atol=1e-2)
         torch.testing.assert_close(logits(loaded), merged, atol=1e-4, rtol=1e-4)

@@ -234,10 +234,13 @@ class TestRecorded:
         assert Weights.recorded(new.to_dict()) == new
         assert old.differ(new)
         assert not old.differ(Weights(f"{SCHEME}1", "a" * 64))
+        assert old.same(Weights(f"{SCHEME}1", "a" * 64))
 
     def test_whole_files_decide_where_both_are_known(self) -> None:
         one = Weights(f"{SCHEME}1", "a")
         assert not one.differ(Weights(f"{SCHEME}1", "b"))
         assert one.differ(Weights(f"{SCHEME}2", "a"))
+        assert one.same(Weights(f"{SCHEME}1", "b"))
         assert not one.differ(Weights())
+        assert not one.same(Weights())
         assert one.differ(Weights(None, "b"))
