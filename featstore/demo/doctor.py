@@ -111,7 +111,8 @@ def _access(spec: ModelSpec) -> dict[str, Any]:
     where = f"{human_bytes(weights)} of weights on this disk" if weights else "weights not on this disk yet"
     return _check(
         name,
-        f"{spec.ref}: {info.family}, {info.depth} blocks of width {info.width}, {info.vocabulary} token ids; {where}{info.peculiarities}",
+        f"{spec.ref}: {info.family}, {info.depth} blocks of width {info.width}, {info.vocabulary} token ids; "
+        f"{where}{info.peculiarities}",
     )
 
 
