@@ -182,8 +182,8 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     plan = _plan(settings, source, infos, recorded, quiet=quiet)
     for name, info in infos.items():
         # The store's tokens under a name that another model has now are refused as such, when the job is compared.
-        was = recorded.models.get(name, {}).get("tokenizer_sha256") if recorded else None
-        if was in (None, info.tokenizer_hash):
+        known = recorded.models.get(name, {}).get("tokenizer_sha256") if recorded else None
+        if known in (None, info.tokenizer_hash):
             models.refuse_unknown_ids(info, plan.models[name].ids)
     return Job(
         store=settings.store,
