@@ -15,7 +15,7 @@ from featstore.models import loading as models
 from featstore.models import residual as sites
 from featstore.models.devices import DeviceMap, check_models, input_device, place, resolve_dtype
 from featstore.models.fingerprint import SCHEME, UNKNOWN, Weights
-from featstore.models.probe.prove import Needs, Proven, further, prove
+from featstore.models.probe.prove import Needs, Proven, further, probe_key, prove
 from featstore.models.probe.refusals import refuse_continuing, refuse_hiding, refuse_injecting
 from featstore.models.references import ModelSpec, parse_layers, parse_models
 from featstore.models.stack import residual_stream
@@ -63,7 +63,7 @@ class Loaded:
 
     def __repr__(self) -> str:
         """One line; the model's own would fill a page."""
-        kind = f"{self.info.family}, {self.stream.depth} blocks of width {self.info.width}"
+        kind = f"{self.info.family}, {self.stream.depth} blocks of width {self.stream.width}"
         return f"Loaded({self.name!r}, {kind}, {str(self.model.dtype).removeprefix('torch.')} on {self.device})"
 
     @property
@@ -114,9 +114,9 @@ class Loaded:
 
         Raises:
             LayerRangeError: The model lacks a layer.
-            ProbeError: The model gives no finite states.
+            NonFiniteStateError: The model gives NaN or infinity on ordinary tokens.
         """
-        proven = further(Proven(self.stream, self.verdict, self.key), needs)
+        proven = further(Proven(self.stream, self.verdict, self.key, self.name), needs)
         return replace(self, stream=proven.stream, verdict=proven.verdict)
 
 
@@ -177,19 +177,14 @@ def _check_names(adapter: Adapter, names: Iterable[str]) -> None:
 
 
 def _known(adapter: Adapter, spec: ModelSpec) -> Known:
-    """Compare a model's configuration and tokenizer with the card."""
+    """Compare a model's configuration and tokenizer with the card; depth and width are measured once it is loaded."""
     info = models.inspect_model(spec)
-    _compare(
-        adapter,
-        spec,
-        {
-            # What a configuration does not claim is compared once the model is loaded.
-            **({} if info.depth is None else {"depth": info.depth}),
-            **({} if info.width is None else {"width": info.width}),
-            "configuration": info.config_hash,
-            "tokenizer": info.tokenizer_hash,
-        },
-    )
+    facts: dict[str, Any] = {"configuration": info.config_hash, "tokenizer": info.tokenizer_hash}
+    if info.config_hash != adapter.card["models"][spec.name]["config_sha256"]:
+        # Of another model, these say best that it is one.
+        claims = {"depth": info.depth, "width": info.width}
+        facts = {what: value for what, value in claims.items() if value is not None} | facts
+    _compare(adapter, spec, facts)
     return Known(spec, info)
 
 
@@ -331,10 +326,21 @@ def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights) -> Loa
     _check_weights(known.spec, weights, entry, model)
     medians = {int(k): float(v) for k, v in entry["median_norm"].items()}
     threshold = float(adapter.card["mask"]["sink_threshold"])
-    proven = prove(model)
+    proven = prove(model, key=_key(known.info, model, weights), name=known.spec.name)
     _compare(adapter, known.spec, {"depth": proven.verdict.blocks, "width": proven.verdict.width})
     return Loaded(
         known.spec.name, known.info, model, proven.stream, medians, threshold, weights, proven.verdict, proven.key
+    )
+
+
+def _key(info: models.ModelInfo, model: Any, weights: Weights) -> str | None:
+    """Under which name what is found out about a model is kept; None for one that lies nowhere on disk."""
+    return weights.whole and probe_key(
+        weights=weights.whole,
+        config=info.config_hash,
+        device=input_device(model).type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=models.running_attention(model),
     )
 
 
@@ -370,10 +376,9 @@ def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
         _check_weights(known.spec, Weights(None, sample), entry, model.model)
         return _loaded(adapter, known, model.model, Weights(model.weights.whole, sample))
     stream = residual_stream(model)
-    width = int(model.config.get_text_config().hidden_size)
     place = str(getattr(model, "name_or_path", "") or entry["reference"])
     spec = ModelSpec(name, place, entry.get("revision") if place == entry["reference"] else None)
-    _compare(adapter, spec, {"depth": stream.depth, "width": width})
+    _compare(adapter, spec, {"depth": stream.depth, "width": stream.width})
     return _loaded(adapter, _known(adapter, spec), model, Weights(None, sampled_fingerprint(model)))
 
 

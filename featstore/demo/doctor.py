@@ -114,7 +114,7 @@ def _access(spec: ModelSpec) -> dict[str, Any]:
     where = f"{human_bytes(weights)} of weights on this disk" if weights else "weights not on this disk yet"
     return _check(
         name,
-        f"{spec.ref}: {info.family}, {_size(info)}, {info.vocabulary} token ids; {where}",
+        f"{spec.ref}: {info.family}, {_size(info)}, {info.vocabulary} token ids; {where}{info.peculiarities}",
     )
 
 

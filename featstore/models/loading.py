@@ -24,6 +24,7 @@ from featstore.models.devices import (
     DeviceMap,
     Modules,
     Placement,
+    input_device,
     offload_folder,
     place,
     resolve_dtype,
@@ -218,7 +219,11 @@ def load_model(
                 of_adapter = apply_adapter(model, adapter, _where(spec))
                 refuse_incomplete(f"model {spec.name!r} ({spec.ref})", model, of_adapter, what="adapter")
         folder.belongs_to(model)
-    if modules is None and not packed:
+    if packed:
+        # Some libraries unpack when the whole model runs for the first time; later passes run parts of it.
+        with torch.no_grad(), _loading(spec):
+            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=input_device(model)), use_cache=False)
+    elif modules is None:
         model.to(where.device)
     model.eval()
     model.requires_grad_(requires_grad=False)

@@ -13,7 +13,6 @@ from torch import nn
 
 from featstore.errors import VocabularyError, WeightsError
 from featstore.models.adapters import find_adapter
-from featstore.models.devices import named_values
 from featstore.models.files import weight_files
 from featstore.models.fingerprint import Weights, fingerprint
 from featstore.models.references import ModelSpec

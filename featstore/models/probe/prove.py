@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from featstore.errors import CorruptDataError, FeatstoreError, ProbeError
+from featstore.errors import CorruptDataError, FeatstoreError, NonFiniteStateError
 from featstore.models.hiding import attention
 from featstore.models.probe.continuing import test_continuing
 from featstore.models.probe.hiding import test_hiding
@@ -52,11 +52,13 @@ class Proven:
         stream: Knows how its windows are batched, how it continues, and which blocks may be skipped.
         verdict: What was tested.
         key: Under which it is recalled; None where it is not.
+        name: The model's, for messages.
     """
 
     stream: ResidualStream
     verdict: Verdict
     key: str | None = None
+    name: str = ""
 
 
 def probe_key(*, weights: str, config: str, device: str, dtype: str, attention: str) -> str:
@@ -97,25 +99,26 @@ def _keep(key: str, verdict: Verdict) -> None:
         return  # a cache that cannot be written is no cache
 
 
-def prove(model: nn.Module, needs: Needs = Needs(), *, key: str | None = None) -> Proven:
+def prove(model: nn.Module, needs: Needs = Needs(), *, key: str | None = None, name: str = "") -> Proven:
     """Find a model's stream and run the tests that a command needs and that have not been run.
 
     Args:
         model: A causal language model in eval mode.
         needs: What the command is about to do.
         key: From :func:`probe_key`; None where the model lies nowhere on disk, and nothing is recalled.
+        name: The model's, for messages; its class by default.
 
     Raises:
         UnsupportedArchitectureError: As :func:`featstore.models.stack.residual_stream`.
         ModelLoadError: The model's forward pass raises.
         LayerRangeError: A layer the model does not have.
-        ProbeError: The model gives no finite states.
+        NonFiniteStateError: The model gives NaN or infinity on ordinary tokens.
     """
     stream = residual_stream(model)
     held = recalled(key) if key else None
     if held is not None and (held.stack, held.blocks, held.width) != (stream.path, stream.depth, stream.width):
         held = None
-    return further(Proven(stream, held or _first(stream), key), needs)
+    return further(Proven(stream, held or _first(stream), key, name or type(model).__name__), needs)
 
 
 def further(proven: Proven, needs: Needs) -> Proven:
@@ -127,7 +130,7 @@ def further(proven: Proven, needs: Needs) -> Proven:
 
     Raises:
         LayerRangeError: A layer the model does not have.
-        ProbeError: The model gives no finite states.
+        NonFiniteStateError: The model gives NaN or infinity on ordinary tokens.
     """
     stream, verdict = proven.stream, proven.verdict
     for layer in needs.layers:
@@ -136,10 +139,10 @@ def further(proven: Proven, needs: Needs) -> Proven:
     if verdict.reading is None:
         found["reading"] = test_reading(stream)
     reading = verdict.reading or found["reading"]
-    if reading.future is None:
-        raise ProbeError(
-            f"model {type(stream.model).__name__} gives NaN or infinity on ordinary tokens; try --dtype float32, or "
-            "check its weights"
+    if reading.not_finite is not None:
+        raise NonFiniteStateError(
+            f"model {proven.name!r}, layer {reading.not_finite} holds NaN or infinity on ordinary tokens; try --dtype "
+            "float32, or check the model's weights"
         )
     continuing = verdict.continuing
     if continuing is None and (needs.continuing or needs.hide):
@@ -163,7 +166,7 @@ def further(proven: Proven, needs: Needs) -> Proven:
         verdict = Verdict.parse({**verdict.content(), **plain})
         if proven.key:
             _keep(proven.key, verdict)
-    return Proven(stream, verdict, proven.key)
+    return replace(proven, stream=stream, verdict=verdict)
 
 
 def _hide_known(entry: LayerVerdict) -> bool:
