@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import nn
+
+from featstore.errors import NonFiniteStateError
 
 #: Relative difference of a token's states that another order of the same sums may cause. A float32 sum over thousands
 #: of terms keeps six digits, and a recurrence that starts anew can differ in the fourth; half precision keeps two, and
@@ -21,6 +24,23 @@ def rounding(dtype: torch.dtype) -> float:
         dtype: Of what is compared.
     """
     return _ROUNDING.get(dtype, _HALF)
+
+
+def check_finite(model: nn.Module, logits: torch.Tensor) -> None:
+    """Refuse logits that no test can compare.
+
+    Args:
+        model: What gave them.
+        logits: Of ordinary tokens.
+
+    Raises:
+        NonFiniteStateError: They hold NaN or infinity.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise NonFiniteStateError(
+            f"model {type(model).__name__} gives logits with NaN or infinity on ordinary tokens; try --dtype float32, "
+            "or check the weights of its last norm and its head"
+        )
 
 
 def apart(first: torch.Tensor, second: torch.Tensor) -> float:
