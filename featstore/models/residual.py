@@ -256,7 +256,9 @@ def accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """
     # accelerate puts its own forward on the instance; the class says what the model takes.
     names = inspect.signature(type(model).forward).parameters
-    return {name: value for name, value in inputs.items() if name in names or name in ("input_ids", "use_cache")}
+    # Some hand what says that they keep no cache on without naming it.
+    passed = {"input_ids", "use_cache"} if any(p.kind is p.VAR_KEYWORD for p in names.values()) else {"input_ids"}
+    return {name: value for name, value in inputs.items() if name in names or name in passed}
 
 
 @contextmanager
