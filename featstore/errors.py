@@ -32,6 +32,14 @@ class GatedModelError(ModelLoadError, PermissionError):
     """A model exists, but its licence must be accepted or a login is missing."""
 
 
+class WeightsError(ModelLoadError, ValueError):
+    """A checkpoint does not hold the weights of its model, or holds others besides."""
+
+
+class VocabularyError(FeatstoreError, IndexError):
+    """A tokenizer gives a token id that its model's embedding has no row for."""
+
+
 class UnsupportedArchitectureError(FeatstoreError, TypeError):
     """A model has no decoder blocks where a residual stream can be read."""
 

@@ -5,6 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=${VENV:-.venv}
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} PIP_DISABLE_PIP_VERSION_CHECK=1 MPLBACKEND=Agg
+# What commands keep between runs stays in the checkout, not in the home of whoever runs the tests.
+export FEATSTORE_CACHE=${FEATSTORE_CACHE:-$PWD/.cache/featstore}
 # What is installed outside the environment must not leak in.
 unset PYTHONPATH PYTHONHOME
 
@@ -71,7 +73,7 @@ install_for_checks() {
     if [ "$(cat "$light/.installed" 2>/dev/null)" != "$wanted" ]; then
         echo "installing what the checks need into $light" >&2
         "$light/bin/python" -m pip install -qq -c constraints.txt ruff mypy types-PyYAML pytest pytest-timeout hypothesis \
-            numpy array-api-compat pydantic zarr numcodecs google-crc32c typer rich pyyaml safetensors threadpoolctl jinja2
+            numpy array-api-compat blake3 pydantic zarr numcodecs google-crc32c typer rich pyyaml safetensors threadpoolctl jinja2
         echo "$wanted" >"$light/.installed"
     fi
     PATH=$(cd "$light/bin" && pwd):$PATH

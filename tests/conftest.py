@@ -47,6 +47,12 @@ TINY_CONTEXT = 1024
 TINY_SLIDING_WINDOW = 24
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_away_from_home(tmp_path_factory) -> None:
+    """What commands remember between runs goes to a directory of this process, for all they start as well."""
+    os.environ["FEATSTORE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def demo_models() -> SimpleNamespace:
     """The demo models' directories, built on first use; `build_pair` holds a lock, so workers wait for one builder."""

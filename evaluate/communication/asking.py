@@ -23,6 +23,7 @@ from evaluate.injection.continuing import check_speaker, left_padded, prompt_sta
 from evaluate.injection.loading import Loaded
 from featstore.models import residual as sites
 from featstore.models.injection import Injection, aligned, inject, last
+from featstore.models.loading import refuse_unknown_ids
 from featstore.models.passes import Passes
 from featstore.runtime.console import Tick
 from featstore.text import tokens
@@ -76,6 +77,7 @@ def prompts_of(loaded: Loaded, texts: Sequence[str], choices: Sequence[Sequence[
 
     Raises:
         SpecError: A prompt does not fit into the model.
+        VocabularyError: The model's embedding has no row for a token.
     """
     tokenizer = loaded.info.tokenizer
     read = [window.ids.tolist() for window in tokens.tokenize(tokenizer, texts)]
@@ -87,6 +89,7 @@ def prompts_of(loaded: Loaded, texts: Sequence[str], choices: Sequence[Sequence[
             # A tokenizer that joins the prompt's end with the choice gives the choice's own tokens instead.
             joined = whole[: len(ids)] != ids or len(whole) == len(ids)
             ends.append(tokenizer(f" {option}", add_special_tokens=False)["input_ids"] if joined else whole[len(ids) :])
+        refuse_unknown_ids(loaded.info, np.array([*ids, *(token for end in ends for token in end)]))
         result.append(Prompt(ids, [], tuple(ends)))
     extra = max([length, *(len(end) for prompt in result for end in prompt.choices)])
     check_context(loaded, max(len(prompt.ids) for prompt in result), extra, "the longest prompt")
@@ -116,7 +119,7 @@ def ask(
         NonFiniteStateError: A state holds NaN or infinity.
     """
     answers: dict[str, list[str | int]] = {name: [""] * len(prompts) for name in put_in}
-    for rows in _batches(prompts):
+    for rows in _batches(prompts, padded=loaded.stream.continuing.padding):
         batch = _batch(loaded, [prompts[row] for row in rows])
         given = {
             name: None if one is None else PutIn(one.layer, [one.states[row] for row in rows], one.how, one.keep)
@@ -134,14 +137,15 @@ def ask(
     return answers
 
 
-def _batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """Numbers of prompts whose rests are of one length, those of like length together."""
+def _batches(prompts: Sequence[Prompt], *, padded: bool) -> Iterator[list[int]]:
+    """Numbers of prompts whose rests are of one length, those of like length together; of one length unless padded."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].rest), len(prompts[i].ids)))
     batch: list[int] = []
     for i in order:
         # In this order the one that is added is the longest.
         full = len(batch) == _PROMPTS or (len(batch) + 1) * len(prompts[i].ids) > _TOKENS
-        if batch and (full or len(prompts[i].rest) != len(prompts[batch[0]].rest)):
+        unlike = not padded and len(prompts[i].ids) != len(prompts[batch[0]].ids) if batch else False
+        if batch and (full or unlike or len(prompts[i].rest) != len(prompts[batch[0]].rest)):
             yield batch
             batch = []
         batch.append(i)

@@ -39,6 +39,7 @@ from evaluate.injection.loading import Loaded, Models, check_card, choose
 from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.errors import SpecError
 from featstore.models.devices import DeviceMap
+from featstore.models.probe.prove import Needs
 from featstore.runtime.console import Tick, progress
 from featstore.store.format.elements import Format
 
@@ -122,6 +123,7 @@ def prepare(
     device_map: DeviceMap | None = None,
     seed: int = 0,
     models: Mapping[str, Loaded] | None = None,
+    allow_side_channel: bool = False,
     quiet: bool = False,
 ) -> Exchange:
     """Resolve a run for tasks: choose its maps and load its models.
@@ -141,10 +143,12 @@ def prepare(
         device_map: Where the modules of models go, instead of one device.
         seed: Of the controls.
         models: The run's models where they are loaded already.
+        allow_side_channel: Whether layers are taken that leak past the stream; the leak stands beside the figures.
         quiet: No progress.
 
     Raises:
         AdapterError: A map does not fit its card, or the card does not fit the models.
+        ProbeError: A layer has a side channel, or a model cannot go on from a prompt.
         SpecError: The run has no such layer, or the format cannot travel.
     """
     states_form = wire_format(form)
@@ -156,10 +160,24 @@ def prepare(
     # A map that does not fit its card is refused before the wait for the weights.
     wires = [wire(adapter, a) for a in chosen]
     names = [name for a in chosen for name in (a.pair.source, a.pair.target)]
-    needed = Models(
-        adapter, names, overrides, device=device, dtype=dtype, device_map=device_map, quiet=quiet, given=models
-    )
-    loaded = needed.load_all()
+    answering: dict[str, tuple[int, ...]] = {}
+    for a in chosen:
+        answering[a.pair.target] = (*answering.get(a.pair.target, ()), a.pair.target_layer)
+    loaded = Models(
+        adapter,
+        names,
+        overrides,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        quiet=quiet,
+        given=models,
+        needs={name: Needs(continuing=True, layers=answering.get(name, ())) for name in names},
+        allow_side_channel=allow_side_channel,
+    ).load_all()
+    # Where hiding fails, states for a whole context cannot be told from the context itself: those conditions are left
+    # out, with the reason, and the others run.
+    loaded = {name: model.tested(Needs(True, answering.get(name, ()), hide=True)) for name, model in loaded.items()}
     if itself:
         have = {a.pair.key for a in chosen}
         own = dict.fromkeys((a.pair.target, a.pair.target_layer) for a in chosen)
@@ -287,6 +305,10 @@ class _Direction:
                 used = text.taken[text.places]
                 rows[used] = received(rows[used], self.form)
             sent[True].append(to.states(rows, text, to.pieces(example.context)))
+        refused = self.target.verdict.layers[str(aligner.pair.target_layer)].hide_refused
+        if refused is not None:
+            reasons["aligned"] = f"--keep hide fails the two-prompt test: {refused}"
+            del sent[True]
         for whole, mapped in sent.items():
             new: dict[str | None, list[Rows]] = {None: mapped, "random": []}
             for x in mapped:

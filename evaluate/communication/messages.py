@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from evaluate.injection.loading import Loaded
 from featstore.errors import SpecError
 from featstore.models import residual as sites
+from featstore.models.loading import refuse_unknown_ids
 from featstore.store.format.elements import FORMATS, Format
 from featstore.text import tokens
 from featstore.text.tokens import TokenizedWindow
@@ -130,6 +131,12 @@ def check_context(loaded: Loaded, longest: int, extra: int, what: str) -> None:
             f"{what} has {longest} tokens; with {extra} new ones it exceeds the context of {loaded.name!r} "
             f"({loaded.info.context}); use shorter examples"
         )
+    switch = loaded.stream.batching.switch
+    if switch is not None and longest <= switch < longest + extra:
+        raise SpecError(
+            f"{what} has {longest} tokens; with {extra} new ones it passes {switch}, where {loaded.name!r} changes its "
+            "position encoding; use shorter examples"
+        )
 
 
 def read(
@@ -146,30 +153,36 @@ def read(
 
     Raises:
         SpecError: A prompt does not fit into the model, or has no position whose state could be sent.
+        VocabularyError: The model's embedding has no row for a token.
     """
     windows = tokens.tokenize(loaded.info.tokenizer, prompts)
+    for window in windows:
+        refuse_unknown_ids(loaded.info, window.ids)
     check_context(loaded, max(len(w.ids) for w in windows), 0, "the longest context")
     # Sinks show at any stored layer; all of them are captured to judge by the store's own rule.
     wanted = sorted(set(layers) | set(loaded.median_norm))
-    readings = []
+    readings: list[Reading | None] = [None] * len(windows)
     for first in range(0, len(windows), _BATCH):
-        batch = windows[first : first + _BATCH]
-        ids = np.zeros((len(batch), max(len(w.ids) for w in batch)), dtype=np.int64)
-        for row, window in enumerate(batch):
-            ids[row, : len(window.ids)] = window.ids
-        states = sites.capture(loaded.stream, torch.from_numpy(ids).to(loaded.device), wanted)
-        sinks = loaded.is_sink({k: states[k] for k in loaded.median_norm}).cpu().numpy()
-        kept = {layer: states[layer].float().cpu().numpy() for layer in layers}
-        for row, window in enumerate(batch):
-            count = len(window.ids)
-            sink = sinks[row, :count]
-            usable = np.flatnonzero(~window.special & ~sink)
-            if not usable.size:
-                raise SpecError(
-                    f"context {prompts[first + row][:40]!r}... gives {loaded.name!r} only special tokens and attention "
-                    "sinks, whose states say nothing; use longer contexts"
-                )
-            part = within(window, starts[first + row], sizes[first + row])
-            flat = {layer: hidden[row, :count] for layer, hidden in kept.items()}
-            readings.append(Reading(part, flat, sink, int(usable[-1])))
-    return readings
+        lengths = [len(window.ids) for window in windows[first : first + _BATCH]]
+        for group in loaded.stream.batching.groups(lengths):
+            places = [first + place for place in group]
+            batch = [windows[place] for place in places]
+            ids = np.zeros((len(batch), max(len(w.ids) for w in batch)), dtype=np.int64)
+            for row, window in enumerate(batch):
+                ids[row, : len(window.ids)] = window.ids
+            states = sites.capture(loaded.stream, torch.from_numpy(ids).to(loaded.device), wanted)
+            sinks = loaded.is_sink({k: states[k] for k in loaded.median_norm}).cpu().numpy()
+            kept = {layer: states[layer].float().cpu().numpy() for layer in layers}
+            for row, (place, window) in enumerate(zip(places, batch, strict=True)):
+                count = len(window.ids)
+                sink = sinks[row, :count]
+                usable = np.flatnonzero(~window.special & ~sink)
+                if not usable.size:
+                    raise SpecError(
+                        f"context {prompts[place][:40]!r}... gives {loaded.name!r} only special tokens and attention "
+                        "sinks, whose states say nothing; use longer contexts"
+                    )
+                part = within(window, starts[place], sizes[place])
+                flat = {layer: hidden[row, :count] for layer, hidden in kept.items()}
+                readings[place] = Reading(part, flat, sink, int(usable[-1]))
+    return [reading for reading in readings if reading is not None]

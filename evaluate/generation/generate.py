@@ -27,6 +27,7 @@ from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.errors import SpecError
 from featstore.models.devices import DeviceMap
 from featstore.models.injection import Injection, aligned
+from featstore.models.probe.prove import Needs
 from featstore.runtime.console import progress
 from featstore.text.tokens import TokenizedWindow
 
@@ -84,6 +85,7 @@ def generate(
     sample: Sampling | None = None,
     conditions: Sequence[str] = CONDITIONS,
     models: Mapping[str, Loaded] | None = None,
+    allow_side_channel: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Continue every prompt in every condition.
@@ -101,6 +103,7 @@ def generate(
         sample: How to draw tokens; None for the likeliest each time.
         conditions: Which of :data:`CONDITIONS` to write texts in, besides each model alone.
         models: The run's models where they are loaded already.
+        allow_side_channel: Whether layers are taken that leak past the stream; the leak stands beside the texts.
         quiet: No progress.
 
     Returns:
@@ -110,6 +113,7 @@ def generate(
     Raises:
         AdapterError: The run is damaged or does not fit a model.
         ModelLoadError: A model is not at hand.
+        ProbeError: A layer has a side channel, or a model cannot go on from a prompt.
         SpecError: A prompt has no tokens or is longer than a model's context, there is none, or no such layer.
     """
     if not prompts:
@@ -120,15 +124,26 @@ def generate(
     chosen = choose(adapter, layers)
     wires = [wire(adapter, aligner) for aligner in chosen]
     source, target = chosen[0].pair.source, chosen[0].pair.target
-    names = (source, target)
+    layers_of = {name: tuple(a.pair.target_layer for a in chosen if a.pair.target == name) for name in (source, target)}
     both = Models(
-        adapter, names, overrides, device=device, dtype=dtype, device_map=device_map, quiet=quiet, given=models
+        adapter,
+        (source, target),
+        overrides,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        quiet=quiet,
+        given=models,
+        needs={name: Needs(continuing=True, layers=own) for name, own in layers_of.items()},
+        allow_side_channel=allow_side_channel,
     )
     # Both models and all prompts are known to fit before the wait for the weights.
     shorten = "shorten it or use a smaller --max-new-tokens"
     windows = {name: tokenized(name, both.info(name), prompts, max_new_tokens, remedy=shorten) for name in both.names}
     loaded = both.load_all()
-    batches = [range(start, min(start + _BATCH, len(prompts))) for start in range(0, len(prompts), _BATCH)]
+    # Prompts share a batch where that changes nothing about any of them.
+    size = _BATCH if all(_batchable(model, windows[name]) for name, model in loaded.items()) else 1
+    batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
     reads = {
         name: [_read(model, [windows[name][i] for i in batch], chosen) for batch in batches]
         for name, model in loaded.items()
@@ -175,6 +190,14 @@ def generate(
         "likelihood": "nats per token of the receiving model's own continuation of the untouched prompt",
         "entries": entries,
     }
+
+
+def _batchable(loaded: Loaded, windows: Sequence[TokenizedWindow]) -> bool:
+    """Whether prompts may be padded beside each other."""
+    lengths = [len(window.ids) for window in windows]
+    switch = loaded.stream.batching.switch
+    apart = switch is not None and min(lengths) <= switch < max(lengths)
+    return (loaded.stream.continuing.padding or len(set(lengths)) == 1) and not apart
 
 
 def _read(loaded: Loaded, windows: list[TokenizedWindow], aligners: Sequence[Aligner]) -> Read:

@@ -260,12 +260,24 @@ def _prompt(
     if padding is not None:
         check_padding(padding, tuple(ids.shape))
         padding = padding if bool(padding.any()) else None
+    if padding is not None and not stream.continuing.padding:
+        raise SpecError(
+            "this model reads a prompt otherwise when it is padded at the left; give prompts of one length, or one at "
+            "a time"
+        )
     longest = ids.shape[1] if padding is None else int((~padding).sum(dim=1).max())
     context = context_length(model.config)
     if longest + extra > context:
         raise SpecError(
             f"a prompt of {longest} tokens with {extra} new ones exceeds the context of {context}; shorten it or ask "
             "for fewer"
+        )
+    switch = stream.batching.switch
+    shortest = longest if padding is None else int((~padding).sum(dim=1).min())
+    if switch is not None and shortest <= switch < longest + extra:
+        raise SpecError(
+            f"prompts of {shortest} tokens and more, with {extra} new ones, pass {switch} tokens, where this model "
+            "changes its position encoding; shorten them, or give those beyond it in a batch of their own"
         )
     if injection is not None:
         check_speaker(injection)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from featstore.errors import LayerRangeError, SpecError
 from featstore.models import residual as sites
 from featstore.models.caches import cache_of, seen
-from featstore.models.hiding import check_attention, hiding, with_neutral_start
+from featstore.models.hiding import check_attention, hiding, with_neutral_start, with_start_state
 from featstore.models.injection import KEEP, Injection, aligned
 
 
@@ -150,6 +150,7 @@ class LiveInjection:
         self._stream, self._placed = stream, placed
         self._hooks: ExitStack | None = None
         self._pass = _Pass()
+        self._neutral: torch.Tensor | None = None
         self._called = False
 
     def __repr__(self) -> str:
@@ -169,6 +170,8 @@ class LiveInjection:
         if self._hooks is not None:
             raise SpecError("this injection is entered already; make another one for a nested context")
         self.passes, self._pass, self._called = 0, _Pass(), False
+        # Before the hooks are set: it takes a pass of its own.
+        self._neutral = self._stream.start_state(self.layer) if self.keep == "hide" else None
         with ExitStack() as stack:
             stack.enter_context(sites.at_site(self._stream, self.layer, self._put))
             handle = self._stream.decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -220,7 +223,7 @@ class LiveInjection:
             for row, at in enumerate(now.places):
                 readable[row, torch.as_tensor(at)] = True
             now.hidden.enter_context(hiding(self._stream, self.layer, readable, start))
-            args, kwargs, _ = with_neutral_start(self._stream, args, kwargs, start)
+            args, kwargs, now.foreign = with_neutral_start(self._stream, args, kwargs, start)
         return args, kwargs
 
     def _put(self, current: torch.Tensor) -> torch.Tensor | None:
@@ -230,7 +233,9 @@ class LiveInjection:
         # Where padding lies has been looked at before the pass.
         new: Injection = aligned(current, self.states, now.places, layer=self.layer, keep=self.keep)
         self.passes += 1
-        return new.hidden
+        if now.foreign is None or self._neutral is None:
+            return new.hidden
+        return with_start_state(new.hidden, now.foreign & ~new.replaced.to(now.foreign.device), self._neutral)
 
 
 class _Pass:
@@ -240,3 +245,4 @@ class _Pass:
         self.places: Sequence[NDArray[np.int64]] | None = None
         self.tokens = 0
         self.hidden = ExitStack()
+        self.foreign: torch.Tensor | None = None

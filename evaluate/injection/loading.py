@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,13 @@ from featstore.errors import AdapterError, SpecError
 from featstore.models import loading as models
 from featstore.models import residual as sites
 from featstore.models.devices import DeviceMap, check_models, input_device, place, resolve_dtype
+from featstore.models.fingerprint import SCHEME, UNKNOWN, Weights
+from featstore.models.probe.prove import Needs, Proven, further, prove
+from featstore.models.probe.refusals import refuse_continuing, refuse_hiding, refuse_injecting
 from featstore.models.references import ModelSpec, parse_layers, parse_models
 from featstore.models.stack import residual_stream
+from featstore.models.verdict import Verdict
+from featstore.models.weights import sampled_fingerprint, weights_fingerprint, weights_of
 from featstore.runtime.console import err
 
 #: What injecting needs of a card, and of its entry for every model of a map.
@@ -41,6 +46,9 @@ class Loaded:
         stream: Its residual stream.
         median_norm: Median norm by layer, from the store's pilot.
         sink_threshold: Multiple of the median beyond which a token is a sink.
+        weights: Fingerprints of the weights it was loaded with; none for a model that was made in memory.
+        verdict: What was tested on the model.
+        key: Under which the verdict is recalled.
     """
 
     name: str
@@ -49,6 +57,9 @@ class Loaded:
     stream: sites.ResidualStream
     median_norm: dict[int, float]
     sink_threshold: float
+    weights: Weights = UNKNOWN
+    verdict: Verdict = field(default_factory=Verdict)
+    key: str | None = None
 
     def __repr__(self) -> str:
         """One line; the model's own would fill a page."""
@@ -75,6 +86,38 @@ class Loaded:
         ]
         # Under a device map, layers come from several devices.
         return torch.stack([flag.to(flags[0].device) for flag in flags]).any(dim=0)
+
+    def ready(self, needs: Needs, *, allow_side_channel: bool = False) -> Loaded:
+        """The model with the tests that a command needs, which it has passed.
+
+        Args:
+            needs: What the command is about to do.
+            allow_side_channel: Whether layers are taken that leak past the stream.
+
+        Raises:
+            LayerRangeError: The model lacks a layer.
+            ProbeError: A test fails.
+        """
+        loaded = self.tested(needs)
+        refuse_injecting(self.name, loaded.verdict, needs.layers, allow_side_channel=allow_side_channel)
+        if needs.continuing:
+            refuse_continuing(self.name, loaded.verdict)
+        if needs.hide:
+            refuse_hiding(self.name, loaded.verdict, needs.layers)
+        return loaded
+
+    def tested(self, needs: Needs) -> Loaded:
+        """The model with the tests that a command needs, passed or not.
+
+        Args:
+            needs: What the command is about to do.
+
+        Raises:
+            LayerRangeError: The model lacks a layer.
+            ProbeError: The model gives no finite states.
+        """
+        proven = further(Proven(self.stream, self.verdict, self.key), needs)
+        return replace(self, stream=proven.stream, verdict=proven.verdict)
 
 
 @dataclass(frozen=True)
@@ -173,6 +216,8 @@ class Models:
         device_map: Where their modules are to go, instead of one device.
         quiet: Do not say that weights are being loaded.
         given: Those that are loaded already, by name.
+        needs: By name what is about to be done with a model; the tests that this needs are run when it is loaded.
+        allow_side_channel: Whether layers are taken that leak past the stream.
 
     Raises:
         AdapterError: A model at hand is not the one the adapter was fitted to.
@@ -191,7 +236,10 @@ class Models:
         device_map: DeviceMap | None = None,
         quiet: bool = False,
         given: Mapping[str, Loaded] | None = None,
+        needs: Mapping[str, Needs] | None = None,
+        allow_side_channel: bool = False,
     ) -> None:
+        self._needs, self._allow = needs or {}, allow_side_channel
         self._adapter, self._quiet = adapter, quiet
         self._device, self._dtype, self._device_map = device, dtype, device_map
         self._given = given or {}
@@ -202,6 +250,10 @@ class Models:
             for name in self.names
             if name not in self._given
         }
+        for name, known in self._known.items():
+            entry = adapter.card["models"][name]
+            if Weights.recorded(entry).whole:
+                _check_weights(known.spec, Weights(weights_fingerprint(known.spec, quiet=quiet)), entry)
 
     def info(self, name: str) -> models.ModelInfo:
         """A model's configuration and tokenizer."""
@@ -213,8 +265,9 @@ class Models:
         Raises:
             AdapterError: Its weights are not those the adapter was fitted to.
             ModelLoadError: They cannot be loaded.
+            ProbeError: A test fails that what is to be done with the model needs.
         """
-        return self._given.get(name) or _load(
+        loaded = self._given.get(name) or _load(
             self._adapter,
             self._known[name],
             device=self._device,
@@ -222,6 +275,7 @@ class Models:
             device_map=self._device_map,
             quiet=self._quiet,
         )
+        return loaded.ready(self._needs.get(name, Needs()), allow_side_channel=self._allow)
 
     def load_all(self) -> dict[str, Loaded]:
         """All of them, by name."""
@@ -260,7 +314,7 @@ def _load(
 ) -> Loaded:
     entry = adapter.card["models"][known.spec.name]
     if not quiet:
-        err.print(f"loading {known.spec.name}")
+        err.print(f"loading {known.spec.name}{known.info.peculiarities}")
     model = models.load_model(
         known.spec,
         device=device,
@@ -268,22 +322,26 @@ def _load(
         attention=entry.get("attention", "auto"),
         device_map=device_map,
     )
-    _check_weights(known.spec, model, entry)
-    return _loaded(adapter, known, model)
+    return _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet))
 
 
-def _loaded(adapter: Adapter, known: Known, model: Any) -> Loaded:
+def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights) -> Loaded:
     """A model whose weights are those of the card, with what the card says of its states."""
     entry = adapter.card["models"][known.spec.name]
-    _check_weights(known.spec, model, entry)
+    _check_weights(known.spec, weights, entry, model)
     medians = {int(k): float(v) for k, v in entry["median_norm"].items()}
     threshold = float(adapter.card["mask"]["sink_threshold"])
-    return Loaded(known.spec.name, known.info, model, residual_stream(model), medians, threshold)
+    proven = prove(model)
+    _compare(adapter, known.spec, {"depth": proven.verdict.blocks, "width": proven.verdict.width})
+    return Loaded(
+        known.spec.name, known.info, model, proven.stream, medians, threshold, weights, proven.verdict, proven.key
+    )
 
 
 def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
     """Take a model that is loaded already, and check it as one that is loaded here.
 
+    Of weights in memory a sample is compared; of a :class:`Loaded` also the fingerprint of the files it came from.
     Its tokenizer is read from where the model came from; of a model that came from nowhere, from where the card says.
 
     Args:
@@ -307,34 +365,49 @@ def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
             known.spec,
             {"configuration": info.config_hash, "tokenizer": info.tokenizer_hash},
         )
-        return _loaded(adapter, known, model.model)
+        # The files may be those of the card, and the weights in memory edited since.
+        sample = sampled_fingerprint(model.model)
+        _check_weights(known.spec, Weights(None, sample), entry, model.model)
+        return _loaded(adapter, known, model.model, Weights(model.weights.whole, sample))
     stream = residual_stream(model)
     width = int(model.config.get_text_config().hidden_size)
     place = str(getattr(model, "name_or_path", "") or entry["reference"])
     spec = ModelSpec(name, place, entry.get("revision") if place == entry["reference"] else None)
     _compare(adapter, spec, {"depth": stream.depth, "width": width})
-    return _loaded(adapter, _known(adapter, spec), model)
+    return _loaded(adapter, _known(adapter, spec), model, Weights(None, sampled_fingerprint(model)))
 
 
-def _check_weights(spec: ModelSpec, model: Any, entry: Mapping[str, Any]) -> None:
+def _check_weights(spec: ModelSpec, weights: Weights, entry: Mapping[str, Any], model: Any = None) -> None:
     """Refuse a fine-tune: its configuration and tokenizer are those of the model it came from.
 
-    It takes milliseconds: :func:`featstore.models.loading.weights_fingerprint` hashes a few values of every tensor. A
-    card whose store recorded no fingerprint passes.
+    A card whose store recorded no fingerprint passes, and so does one whose fingerprint cannot be compared with what is
+    known of the model at hand.
+
+    Args:
+        spec: Name and reference.
+        weights: Of the model at hand.
+        entry: The card's entry for the model.
+        model: As loaded; None before that.
+
+    Raises:
+        AdapterError: The weights are others than the card's.
     """
-    wanted = entry.get("weights_fingerprint")
-    dtypes = {entry.get("compute_dtype"), str(next(model.parameters()).dtype).removeprefix("torch.")}
-    # A fingerprint rounds to bfloat16, which undoes what bfloat16 and float32 do to the same weights. What float16 has
-    # rounded near zero, it cannot undo.
-    if wanted is None or ("float16" in dtypes and len(dtypes) > 1):
+    recorded = Weights.recorded(entry)
+    compared = recorded.against(weights)
+    if compared is None or compared[0] == compared[1]:
         return
-    at_hand = models.weights_fingerprint(model)
-    if at_hand != wanted:
-        raise AdapterError(
-            f"model {spec.name!r} ({spec.ref}) has weights {at_hand[:12]}, the adapter was fitted to "
-            f"{str(wanted)[:12]} under the same configuration; point to the right model with --model {spec.name}=REF, "
-            "or extract and train again with this one"
-        )
+    wanted, at_hand = (value.removeprefix(SCHEME)[:12] for value in compared)
+    if not compared[0].startswith(SCHEME) and model is not None:
+        # A sample is rounded to bfloat16, which undoes what bfloat16 and float32 do to the same weights. What float16
+        # has rounded near zero, it cannot undo.
+        dtypes = {entry.get("compute_dtype"), str(next(model.parameters()).dtype).removeprefix("torch.")}
+        if "float16" in dtypes and len(dtypes) > 1:
+            return
+    raise AdapterError(
+        f"model {spec.name!r} ({spec.ref}) has weights {at_hand}, the adapter was fitted to {wanted} under the same "
+        f"configuration; point to the right model with --model {spec.name}=REF, or extract and train again with this "
+        "one"
+    )
 
 
 def choose(adapter: Adapter, layers: str | None) -> list[Aligner]:

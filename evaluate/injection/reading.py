@@ -13,7 +13,7 @@ from evaluate.injection.continuing import left_padded, prompt_states
 from evaluate.injection.loading import Loaded
 from evaluate.injection.wire import Rows
 from featstore.errors import SpecError
-from featstore.models.loading import ModelInfo
+from featstore.models.loading import ModelInfo, refuse_unknown_ids
 from featstore.text import tokens
 
 
@@ -60,11 +60,14 @@ def tokenized(
 
     Raises:
         SpecError: A prompt has no tokens, is no valid Unicode or, with what follows, exceeds the model's context.
+        VocabularyError: The model's embedding has no row for a token.
     """
     for prompt in prompts:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise SpecError(f"prompt {prompt[:40]!r} holds half of a surrogate pair; give valid Unicode")
     windows = tokens.tokenize(info.tokenizer, list(prompts))
+    for window in windows:
+        refuse_unknown_ids(info, window.ids)
     for prompt, window in zip(prompts, windows, strict=True):
         if not len(window.ids):
             raise SpecError(f"prompt {prompt!r} has no tokens under the tokenizer of {name!r}; give it a word at least")

@@ -24,6 +24,7 @@ from featstore.errors import AdapterError, PairingError, SpecError
 from featstore.models import residual as sites
 from featstore.models.devices import DeviceMap
 from featstore.models.injection import KEEP, aligned, inject
+from featstore.models.probe.prove import Needs
 from featstore.runtime.console import progress
 from featstore.store import Store
 from featstore.text.corpus import SPLITS, TEST
@@ -114,6 +115,7 @@ def stitch(
     controls: Sequence[str] = CONTROLS,
     seed: int = 0,
     models: Mapping[str, Loaded] | None = None,
+    allow_side_channel: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Stitched loss of every map of a run, with controls and intervals.
@@ -137,6 +139,7 @@ def stitch(
             the text.
         seed: Of the random controls.
         models: The run's models where they are loaded already.
+        allow_side_channel: Whether layers are taken that leak past the stream; the leak stands beside the figures.
         quiet: No progress.
 
     Returns:
@@ -146,6 +149,7 @@ def stitch(
         AdapterError: The adapter was fitted from another store, does not fit a model, or is damaged.
         ModelLoadError: A model is not at hand.
         PairingError: As :func:`scored_windows`.
+        ProbeError: A layer has a side channel, or ``hide`` does not hide there.
         SpecError: No such layer, or ``keep`` is unknown.
     """
     if keep not in KEEP:
@@ -168,8 +172,21 @@ def stitch(
     sources = [run.source for run in runs] if source_alone else []
     # The second model is known to fit before the first one has worked for an hour.
     names = [*(run.target for run in runs), *sources]
+    needs: dict[str, Needs] = {}
+    for a in chosen:
+        before = needs.get(a.pair.target, Needs())
+        needs[a.pair.target] = Needs(layers=(*before.layers, a.pair.target_layer), hide=keep == "hide")
     needed = Models(
-        adapter, names, overrides, device=device, dtype=dtype, device_map=device_map, quiet=quiet, given=models
+        adapter,
+        names,
+        overrides,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        quiet=quiet,
+        given=models,
+        needs=needs,
+        allow_side_channel=allow_side_channel,
     )
     # A model is loaded once, does all it is needed for, and is released before the next.
     for name in needed.names:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from featstore.errors import NonFiniteStateError
 from featstore.models import residual as sites
 from featstore.models.devices import input_device
+from featstore.models.fingerprint import UNKNOWN, Weights
 from featstore.store.format.elements import Encoded, Format
 from featstore.text.plan import Plan
 
@@ -32,10 +33,10 @@ class BatchReader:
         stream: The model's residual stream.
         plan: The plan.
         name: The model's name in the plan.
-        weights: Fingerprint of the model's weights.
+        weights: Fingerprints of the model's weights.
     """
 
-    def __init__(self, stream: sites.ResidualStream, plan: Plan, name: str, weights: str = "") -> None:
+    def __init__(self, stream: sites.ResidualStream, plan: Plan, name: str, weights: Weights = UNKNOWN) -> None:
         self.plan, self.name, self.weights = plan, name, weights
         self.planned = plan.models[name]
         self._stream = stream
@@ -62,6 +63,22 @@ class BatchReader:
         """
         starts = self.planned.row_start
         lengths = starts[batch + 1] - starts[batch]
+        groups = self._stream.batching.groups(lengths.tolist())
+        if len(groups) == 1:
+            return self._pass(batch, lengths, layers)
+        parts = [self._pass(batch[group], lengths[group], layers) for group in groups]
+        # Rows came group by group; they leave window by window.
+        first = np.concatenate([[0], np.cumsum(lengths)])
+        rows = np.concatenate([np.arange(first[w], first[w + 1]) for group in groups for w in group])
+        order = torch.from_numpy(np.argsort(rows))
+        found = {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
+        return {layer: states[order.to(states.device)] for layer, states in found.items()}
+
+    def _pass(
+        self, batch: NDArray[np.int64], lengths: NDArray[np.int64], layers: Sequence[int]
+    ) -> dict[int, torch.Tensor]:
+        """One forward pass over windows that may share it, padded at the right."""
+        starts = self.planned.row_start
         ids = torch.zeros((len(batch), int(lengths.max())), dtype=torch.long)
         for i, w in enumerate(batch):
             ids[i, : lengths[i]] = torch.from_numpy(self.planned.ids[starts[w] : starts[w + 1]].astype(np.int64))

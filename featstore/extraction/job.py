@@ -199,6 +199,11 @@ def prepare(settings: Settings, *, quiet: bool = False) -> Job:
         tokens.probe(info.tokenizer, name)
     compute = _compute(settings, infos, recorded)
     plan = _plan(settings, source, infos, recorded, quiet=quiet)
+    for name, info in infos.items():
+        # The store's tokens under a name that another model has now are refused as such, when the job is compared.
+        was = recorded.models.get(name, {}).get("tokenizer_sha256") if recorded else None
+        if was in (None, info.tokenizer_hash):
+            models.refuse_unknown_ids(info, plan.models[name].ids)
     return Job(
         store=settings.store,
         infos=infos,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import NonFiniteStateError
 from featstore.extraction.forward import BatchReader
+from featstore.models.fingerprint import Weights
 from featstore.runtime.provenance import read_json
 from featstore.store.conversion.pilot_rows import pilot_windows, without_sinks
 from featstore.store.format.elements import Format, column_scale_of
@@ -41,16 +43,24 @@ def pilot_unit(model: str, layer: int) -> str:
     return f"models/{model}/pilot-{layer}"
 
 
-def recorded_weights(writer: StoreWriter, model: str, layers: Sequence[int]) -> str | None:
-    """Fingerprint of the weights that a pilot of the store was made with; None before there is one.
+def recorded_weights(writer: StoreWriter, model: str, layers: Sequence[int]) -> Weights:
+    """Fingerprints of the weights that the store's pilots were made with; none before there is a pilot.
 
     Args:
         writer: The store's writer.
         model: Model name.
         layers: Layers that may have a pilot.
     """
-    entries = (writer.entry(pilot_unit(model, layer)) for layer in layers)
-    return next((str(entry["weights"]) for entry in entries if entry and "weights" in entry), None)
+    entries = [writer.entry(pilot_unit(model, layer)) or {} for layer in layers]
+    found = [
+        Weights.recorded({"weights_fingerprint": entry.get("weights"), "weights_sample": entry.get("weights_sample")})
+        for entry in entries
+    ]
+    # A layer added later may know more than the first: stores from before had the sample alone.
+    return Weights(
+        next((weights.whole for weights in found if weights.whole), None),
+        next((weights.sample for weights in found if weights.sample), None),
+    )
 
 
 def read_pilot(writer: StoreWriter, model: str, layers: Sequence[int]) -> Pilot | None:
@@ -96,6 +106,8 @@ def write_pilot(writer: StoreWriter, reader: BatchReader, layers: Sequence[int],
                     "the model's weights"
                 )
             parts[layer].append(rows)
+    known = {"weights": reader.weights.whole, "weights_sample": reader.weights.sample}
+    facts: dict[str, Any] = {key: value for key, value in known.items() if value is not None}
     for layer in wanted:
         ordinary, median = without_sinks(np.concatenate(parts[layer]))
         base = f"models/{name}"
@@ -105,4 +117,4 @@ def write_pilot(writer: StoreWriter, reader: BatchReader, layers: Sequence[int],
         }
         if form.column_scaled:
             arrays[f"{base}/column_scale/{layer}"] = column_scale_of(ordinary)
-        writer.vectors(pilot_unit(name, layer), arrays, weights=reader.weights)
+        writer.vectors(pilot_unit(name, layer), arrays, **facts)

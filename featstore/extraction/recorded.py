@@ -25,6 +25,8 @@ from featstore.text.plan import PlannedCorpus, PlannedModel
 TEXT_FIELDS = ("dataset", "text_field", "max_tokens", "max_documents", "max_document_bytes", "window_bytes", "seed")
 #: Model attributes that may differ between an extraction and a later addition to it.
 _MAY_DIFFER = ("versions", "device_type")
+#: Model attributes that say of the weights what their fingerprint decides; older stores lack them.
+_TOLD_BY_WEIGHTS = ("quantization", "adapter")
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
     if growing and not recorded.complete:
         changed.append("corpus")
     # An addition may come from another machine or a newer library; a half-done extraction may not go on there.
-    ignored = {"layers", "additions"}
+    ignored = {"layers", "additions", *_TOLD_BY_WEIGHTS}
     ignored |= {"rows", "tokens_sha256"} if growing else set()
     ignored |= set(_MAY_DIFFER) if recorded.complete else set()
     for name, values in models.items():

@@ -26,6 +26,7 @@ from featstore.models import loading as models
 from featstore.models import references as spec
 from featstore.models.devices import DeviceMap
 from featstore.models.stack import residual_stream
+from featstore.models.weights import weights_of
 from featstore.runtime.console import Tick, err, progress
 from featstore.runtime.provenance import versions
 from featstore.store import Store, open_store
@@ -280,7 +281,7 @@ def _reextract_model(
     plan = _original_plan(store, job.plan, name)
     batches = planned_batches(plan, name, count, seed)
     if not quiet:
-        err.print(f"loading {name} ({info.spec.ref})")
+        err.print(f"loading {name} ({info.spec.ref}){info.peculiarities}")
     model = models.load_model(
         info.spec,
         device=job.compute.device,
@@ -288,8 +289,9 @@ def _reextract_model(
         attention=str(attributes["attention"]),
         device_map=job.compute.device_map,
     )
-    weights = models.weights_fingerprint(model)
-    if recorded_weights(StoreWriter(store.directory), name, layers) not in (None, weights):
+    # This is a check: hashes that were kept are made again.
+    weights = weights_of(info.spec, model, fresh=True, quiet=quiet)
+    if recorded_weights(StoreWriter(store.directory), name, layers).differ(weights):
         return {}, [f"{name}: {info.spec.ref} has other weights than the model that this store was made with"]
     reader = BatchReader(residual_stream(model), plan, name, weights)
     chain = sum(_ROUNDING[link["models"][name]["format"]] for link in _links(store) if name in link["models"])

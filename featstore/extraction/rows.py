@@ -18,7 +18,9 @@ from featstore.extraction.forward import BatchReader, HostCopier, HostCopy, pack
 from featstore.extraction.job import Job
 from featstore.extraction.pilot import Pilot, read_pilot, recorded_weights, write_pilot
 from featstore.models import loading as models
+from featstore.models.fingerprint import Weights
 from featstore.models.stack import residual_stream
+from featstore.models.weights import weights_fingerprint, weights_of
 from featstore.runtime.background import Background
 from featstore.runtime.console import Tick, err, progress
 from featstore.runtime.processes import Ranks
@@ -45,7 +47,7 @@ def open_reader(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quiet
     """
     spec, compute = job.infos[name].spec, job.compute
     if not quiet:
-        err.print(f"loading {name} ({spec.ref})")
+        err.print(f"loading {name} ({spec.ref}){job.infos[name].peculiarities}")
     model = models.load_model(
         spec,
         device=ranks.device(compute.device),
@@ -53,13 +55,34 @@ def open_reader(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quiet
         attention=compute.attention[name],
         device_map=compute.device_map,
     )
-    weights = models.weights_fingerprint(model)
-    if recorded_weights(writer, name, job.layers[name]) not in (None, weights):
-        raise StoreStateError(
-            f"model {name!r} ({spec.ref}) has other weights than those that {writer.path} was made with; use the same "
-            "model, or choose another name or --store"
-        )
+    weights = weights_of(spec, model, quiet=quiet)
+    _refuse_other_weights(writer, job, name, weights)
     return BatchReader(residual_stream(model), job.plan, name, weights)
+
+
+def refuse_other_weights(writer: StoreWriter, job: Job, *, quiet: bool) -> None:
+    """Compare the weights on disk with those that a store was made with, before anything is loaded or written.
+
+    Args:
+        writer: The store's writer.
+        job: From :func:`featstore.extraction.job.prepare`.
+        quiet: No progress.
+
+    Raises:
+        StoreStateError: The store has states of other weights under a model's name.
+    """
+    for name, info in job.infos.items():
+        # What was recorded before there were fingerprints of whole files is compared once the model is loaded.
+        if recorded_weights(writer, name, job.layers[name]).whole:
+            _refuse_other_weights(writer, job, name, Weights(weights_fingerprint(info.spec, quiet=quiet)))
+
+
+def _refuse_other_weights(writer: StoreWriter, job: Job, name: str, weights: Weights) -> None:
+    if recorded_weights(writer, name, job.layers[name]).differ(weights):
+        raise StoreStateError(
+            f"model {name!r} ({job.infos[name].spec.ref}) has other weights than those that {writer.path} was made "
+            "with; use the same model, or choose another name or --store"
+        )
 
 
 def extract_rows(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quiet: bool) -> None:

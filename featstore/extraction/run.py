@@ -21,7 +21,7 @@ from featstore.extraction.job import Job
 from featstore.extraction.moments_only import sum_moments
 from featstore.extraction.pilot import recorded_weights
 from featstore.extraction.recorded import read_recorded, refuse_contradictions
-from featstore.extraction.rows import extract_rows
+from featstore.extraction.rows import extract_rows, refuse_other_weights
 from featstore.runtime.console import err
 from featstore.runtime.processes import Ranks
 from featstore.runtime.provenance import read_json
@@ -65,6 +65,8 @@ def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dic
         writer = StoreWriter(path)
         if ranks.first:
             job = replace(job, recorded=read_recorded(path))
+            if not is_done(job):
+                refuse_other_weights(writer, job, quiet=quiet)
             _begin(writer, job)
         ranks.wait()  # until the store is open
         if not ranks.first:
@@ -146,7 +148,7 @@ def _finish(writer: StoreWriter, job: Job, *, quiet: bool) -> None:
     writer.group("", {"featstore": root})
     for name in job.infos:
         weights = recorded_weights(writer, name, job.layers[name])
-        writer.group(f"models/{name}", {"featstore": model_attributes(job, name) | {"weights_fingerprint": weights}})
+        writer.group(f"models/{name}", {"featstore": model_attributes(job, name) | weights.to_dict()})
     for name in root["models"]:
         _refuse_unfinished(writer, writer.view.model(name).attributes, name)
     for name in job.infos:

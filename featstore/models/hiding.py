@@ -219,6 +219,17 @@ def with_neutral_start(
     return args, {**kwargs, "inputs_embeds": new}, begin[:, : start.shape[1]]
 
 
+def with_start_state(hidden: torch.Tensor, places: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """A stream with the start token's own state at some places.
+
+    Args:
+        hidden: ``(batch, tokens, width)``.
+        places: bool ``(batch, tokens)``.
+        state: ``(width,)``.
+    """
+    return torch.where(places[:, :, None].to(hidden.device), state.to(hidden.device, hidden.dtype), hidden)
+
+
 def _beginning(start: torch.Tensor, tokens: int) -> torch.Tensor:
     """``start`` for a pass of more tokens."""
     return torch.nn.functional.pad(start, (0, tokens - start.shape[1]))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from featstore.errors import NonFiniteStateError, SpecError
 from featstore.models import residual as sites
 from featstore.models.caches import cache_of, seen
-from featstore.models.hiding import hiding, with_neutral_start
+from featstore.models.hiding import hiding, with_neutral_start, with_start_state
 
 #: What later tokens may read of the prompt besides the injected states.
 KEEP = ("own", "hide")
@@ -235,8 +235,7 @@ def inject(stream: sites.ResidualStream, injection: Injection, *, whole: bool) -
             )
         new = hidden.to(current.device, current.dtype)
         if foreign is not None and neutral is not None:
-            own = (foreign & ~injection.replaced.to(foreign.device)).to(current.device)
-            new = torch.where(own[:, :, None], neutral.to(current.device, current.dtype), new)
+            new = with_start_state(new, foreign & ~injection.replaced.to(foreign.device), neutral)
         return torch.cat([new, current[:, tokens:]], dim=1) if current.shape[1] > tokens else new
 
     with ExitStack() as stack:

@@ -6,29 +6,32 @@ A reference is a hub id, a local directory, or a GGUF file; all three go through
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from featstore.errors import GatedModelError, ModelLoadError, SpecError, UnsupportedArchitectureError
+from featstore.errors import FeatstoreError, GatedModelError, ModelLoadError, SpecError, UnsupportedArchitectureError
 from featstore.models import configuration
+from featstore.models.adapters import apply_adapter, find_adapter, require_peft, tokenizer_place, without_adapter
 from featstore.models.devices import (
     DeviceMap,
     Modules,
     Placement,
-    named_values,
     offload_folder,
     place,
     resolve_dtype,
     whole_map,
 )
+from featstore.models.files import weight_files
 from featstore.models.references import ModelSpec
+from featstore.models.weights import check_ids, describe_weights, quantization_of, refuse_incomplete
 from featstore.runtime.provenance import digest
 
 
@@ -47,6 +50,8 @@ class ModelInfo:
         config_hash: SHA-256 of the configuration without volatile entries.
         tokenizer_hash: SHA-256 of the tokenizer's full definition.
         tokenizer: A fast tokenizer (offsets are needed).
+        quantization: How the checkpoint is quantised, or None.
+        adapter: The adapter that is applied to the model, or None.
     """
 
     spec: ModelSpec
@@ -58,6 +63,13 @@ class ModelInfo:
     config_hash: str
     tokenizer_hash: str
     tokenizer: Any
+    quantization: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None
+
+    @property
+    def peculiarities(self) -> str:
+        """What is out of the ordinary about its weights, to follow the words that it is being loaded; often empty."""
+        return describe_weights(self.quantization, self.adapter)
 
     @property
     def blocks(self) -> int:
@@ -96,6 +108,8 @@ class ModelInfo:
             "vocabulary": self.vocabulary,
             "config_sha256": self.config_hash,
             "tokenizer_sha256": self.tokenizer_hash,
+            **({"quantization": self.quantization} if self.quantization else {}),
+            **({"adapter": self.adapter} if self.adapter else {}),
         }
 
 
@@ -108,12 +122,17 @@ def inspect_model(spec: ModelSpec) -> ModelInfo:
     Raises:
         ModelLoadError: Not found, no network, damaged, or without a fast tokenizer.
         GatedModelError: The licence must be accepted first.
+        MissingPackageError: An adapter lies beside it, and peft is not installed.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     with _loading(spec):
-        config = AutoConfig.from_pretrained(**_where(spec))
-        tokenizer = AutoTokenizer.from_pretrained(**_where(spec), use_fast=True)
+        adapter = find_adapter(spec)
+        if adapter:
+            require_peft(adapter)
+        base = adapter.base if adapter else spec
+        config = AutoConfig.from_pretrained(**_where(base))
+        tokenizer = AutoTokenizer.from_pretrained(**_where(tokenizer_place(spec, base)), use_fast=True)
     if not tokenizer.is_fast:
         raise ModelLoadError(
             f"model {spec.name!r} ({spec.ref}): its tokenizer gives no character offsets; a fast tokenizer is needed"
@@ -135,6 +154,8 @@ def inspect_model(spec: ModelSpec) -> ModelInfo:
         config_hash=digest(configuration.identity(config)),
         tokenizer_hash=digest(definition),
         tokenizer=tokenizer,
+        quantization=quantization_of(config, base.ref),
+        adapter=adapter.describe() if adapter else None,
     )
 
 
@@ -160,21 +181,44 @@ def load_model(
 
     Raises:
         ModelLoadError: As :func:`inspect_model`, or the weights are missing.
+        MissingPackageError: As :func:`inspect_model`.
         SpecError: Unknown dtype or device, a map that does not fit, or an attention that the model does not have.
+        WeightsError: The checkpoint lacks tensors of the model, or holds others; or an adapter does not act.
     """
     from transformers import AutoModelForCausalLM
 
     # A wrong word for any of these is no failure of the model, as which `_loading` would report it.
     where = place(device, device_map, spec.name)
-    keywords: dict[str, Any] = {"dtype": resolve_dtype(dtype, where.device), **_attention_keywords(spec, attention)}
-    modules = check_place(spec, where)
+    with _loading(spec):
+        adapter = find_adapter(spec)
+        if adapter:
+            require_peft(adapter)
+        base = adapter.base if adapter else spec
+        quantization = _quantization(base)
+    keywords: dict[str, Any] = {"dtype": resolve_dtype(dtype, where.device), **_attention_keywords(base, attention)}
+    modules = check_place(base, where)
+    packed = quantization is not None and not quantization.get("dequantized")
     with offload_folder(where) as folder:
         if modules is not None:
             keywords |= {"device_map": modules, **folder.keywords()}
+        elif packed:
+            # Packed weights cannot be moved or cast afterwards: they are read to where they stay.
+            keywords["device_map"] = {"": str(where.device)}
         with _loading(spec):
-            model = AutoModelForCausalLM.from_pretrained(**_where(spec), **keywords)
+            # What does not match is refused here, by name, rather than by transformers, which names nothing.
+            model, found = AutoModelForCausalLM.from_pretrained(
+                **_where(base),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **keywords,
+                **(without_adapter() if adapter else {}),
+            )
+            refuse_incomplete(f"model {spec.name!r} ({base.ref})", model, found)
+            if adapter:
+                of_adapter = apply_adapter(model, adapter, _where(spec))
+                refuse_incomplete(f"model {spec.name!r} ({spec.ref})", model, of_adapter, what="adapter")
         folder.belongs_to(model)
-    if modules is None:
+    if modules is None and not packed:
         model.to(where.device)
     model.eval()
     model.requires_grad_(requires_grad=False)
@@ -263,48 +307,52 @@ def skeleton(spec: ModelSpec, attention: str | None = None) -> Any:
 
 
 def weight_bytes(spec: ModelSpec) -> int | None:
-    """Size of a local model's weight files, or None where they are not on this disk yet.
+    """Size of a model's weight files, or None where they are not on this disk yet.
 
     Args:
         spec: Name and reference.
     """
-    path = Path(spec.ref).expanduser()
-    if path.is_file():
-        return path.stat().st_size
-    if not path.is_dir():
-        from huggingface_hub import scan_cache_dir
-        from huggingface_hub.errors import CacheNotFound
-
-        try:
-            repos = scan_cache_dir().repos
-        except CacheNotFound:
-            return None
-        files = {
-            file.blob_path: file.size_on_disk
-            for repo in repos
-            if repo.repo_id == spec.ref and repo.repo_type == "model"
-            for revision in repo.revisions
-            for file in revision.files
-            if file.file_name.endswith((".safetensors", ".bin"))
-        }
-        return sum(files.values()) or None
-    return sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    adapter = find_adapter(spec, local=True)
+    files = (*weight_files(adapter.base), *adapter.files) if adapter else weight_files(spec)
+    return sum(file.stat().st_size for file in files) or None
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of a fixed sample of the weights, to notice that a card's model is not the one at hand.
+def refuse_unknown_ids(info: ModelInfo, ids: NDArray[np.integer[Any]]) -> None:
+    """Refuse token ids that a model's embedding has no row for, before its weights are loaded.
 
     Args:
-        model: Loaded in any dtype; values are rounded to bfloat16 first, so that the dtype does not matter.
+        info: The model.
+        ids: Token ids of any shape.
 
-    Returns:
-        Hexadecimal digits.
+    Raises:
+        VocabularyError: The message names the token, its id, the embedding's rows and the remedy.
     """
-    words = []
-    for name, parameter in named_values(model):
-        flat = parameter.detach().reshape(-1)[:8].to(torch.bfloat16).float().cpu().tolist()
-        words.append([name, struct.pack(f"<{len(flat)}f", *flat).hex()])
-    return digest(sorted(words))
+    if not ids.size or int(ids.max()) < info.vocabulary:
+        return
+    # Some embeddings have more rows than the configuration has token ids: only the model itself tells.
+    check_ids(info.spec.name, ids, max(info.vocabulary, _embedding_rows(info.spec)), info.tokenizer)
+
+
+def _embedding_rows(spec: ModelSpec) -> int:
+    """Rows of the embedding of a model that is built without memory for its weights; 0 where it cannot be built."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    adapter = find_adapter(spec, local=True)
+    try:
+        config = AutoConfig.from_pretrained(**_where(adapter.base if adapter else spec))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return int(model.get_input_embeddings().weight.shape[0])
+    except Exception:  # noqa: BLE001 - whatever prevents it: the configuration has to do
+        return 0
+
+
+def _quantization(base: ModelSpec) -> dict[str, Any] | None:
+    """How a checkpoint is quantised; a GGUF file is not opened for that, which takes seconds."""
+    from transformers import AutoConfig
+
+    config = None if base.ref.endswith(".gguf") else AutoConfig.from_pretrained(**_where(base))
+    return quantization_of(config, base.ref)
 
 
 def _who(spec: ModelSpec) -> str:
@@ -339,10 +387,13 @@ def _loading(spec: ModelSpec, but: tuple[type[Exception], ...] = ()) -> Iterator
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    # A table of what does not match comes before the line that says so.
+    logging.set_verbosity_error()
     try:
         yield
     except Exception as error:
-        if isinstance(error, (ModelLoadError, *but)):
+        if isinstance(error, (FeatstoreError, *but)):
             raise
         chain = list(_causes(error))
         name = _who(spec)
@@ -355,6 +406,8 @@ def _loading(spec: ModelSpec, but: tuple[type[Exception], ...] = ()) -> Iterator
             f"{name} cannot be loaded: {reason} Check the name with `featstore doctor`, the network (HF_HUB_OFFLINE), "
             "or give a local directory or GGUF file"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

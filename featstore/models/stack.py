@@ -9,9 +9,10 @@ tensor that has an axis of sequences and an axis of tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -113,10 +114,45 @@ class _List:
         return self.called == list(range(len(self.members)))
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where a model's stream is, without holding the model."""
+
+    decoder: str
+    blocks: str
+    depth: int
+    axes: Axes
+    dtype: torch.dtype
+    entry: int | str
+    exit: int | None
+    weights: torch.dtype
+
+    def of(self, model: nn.Module) -> ResidualStream:
+        blocks = model.get_submodule(self.blocks)
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) != self.depth:
+            raise AttributeError(f"{self.blocks} is no longer the list of blocks that it was")
+        return ResidualStream(
+            model=model,
+            decoder=model.get_submodule(self.decoder),
+            blocks=blocks,
+            path=self.blocks,
+            axes=self.axes,
+            dtype=self.dtype,
+            entry=self.entry,
+            exit=self.exit,
+            start=start_id(model),
+        )
+
+
+#: What was found, as long as the model lives: looking again would run into the hooks of whoever is using it.
+_FOUND: WeakKeyDictionary[nn.Module, _Layout] = WeakKeyDictionary()
+
+
 def residual_stream(model: nn.Module) -> ResidualStream:
     """Find the blocks of a causal language model and the layout of its stream.
 
-    It takes one pass of :data:`BATCH` x :data:`TOKENS` random tokens, two where the sizes of a stream are ambiguous.
+    It takes one pass of :data:`BATCH` x :data:`TOKENS` random tokens, two where the sizes of a stream are ambiguous. A
+    model that was looked at before is not run again.
 
     Args:
         model: A transformers causal language model.
@@ -128,6 +164,11 @@ def residual_stream(model: nn.Module) -> ResidualStream:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedArchitectureError(f"{type(model).__name__} is no torch module; give a causal language model")
+    dtype = next(model.parameters()).dtype
+    held = _FOUND.get(model)
+    if held is not None and held.weights == dtype:
+        with suppress(AttributeError):
+            return held.of(model)
     lists, called = _one_pass(model, BATCH, TOKENS)
     found = _stack(lists)
     if found is None:
@@ -153,17 +194,18 @@ def residual_stream(model: nn.Module) -> ResidualStream:
         )
     batch, tokens = min(candidates)
     sizes = tuple(size for axis, size in enumerate(native.shape) if axis not in (batch, tokens))
-    return ResidualStream(
-        model=model,
-        decoder=_owner(model, found.path, called),
-        blocks=found.members,
-        path=found.path,
+    layout = _Layout(
+        decoder=_owner(found.path, called),
+        blocks=found.path,
+        depth=len(found.members),
         axes=Axes(batch, tokens, sizes),
         dtype=native.dtype,
         entry=entry,
         exit=_exit(found, native),
-        start=start_id(model),
+        weights=dtype,
     )
+    _FOUND[model] = layout
+    return layout.of(model)
 
 
 def _one_pass(model: nn.Module, batch: int, tokens: int) -> tuple[list[_List], set[str]]:
@@ -295,10 +337,10 @@ def _exit(seen: _List, native: torch.Tensor) -> int | None:
     return next(i for i, t in enumerate(output) if _floating(t) and t.shape == native.shape)
 
 
-def _owner(model: nn.Module, path: str, called: set[str]) -> nn.Module:
-    """The innermost module around the list that is given the tokens, as ids or embedded."""
+def _owner(path: str, called: set[str]) -> str:
+    """The innermost module around the list that is given the tokens, as ids or embedded; the model is, in any case."""
     while path:
         path = path.rpartition(".")[0]
         if path in called:
-            return model.get_submodule(path)
-    return model
+            return path
+    return ""

@@ -51,10 +51,12 @@ class Proven:
     Attributes:
         stream: Knows how its windows are batched, how it continues, and which blocks may be skipped.
         verdict: What was tested.
+        key: Under which it is recalled; None where it is not.
     """
 
     stream: ResidualStream
     verdict: Verdict
+    key: str | None = None
 
 
 def probe_key(*, weights: str, config: str, device: str, dtype: str, attention: str) -> str:
@@ -113,14 +115,11 @@ def prove(model: nn.Module, needs: Needs = Needs(), *, key: str | None = None) -
     held = recalled(key) if key else None
     if held is not None and (held.stack, held.blocks, held.width) != (stream.path, stream.depth, stream.width):
         held = None
-    proven = further(Proven(stream, held or _first(stream)), needs)
-    if key and proven.verdict is not held:
-        _keep(key, proven.verdict)
-    return proven
+    return further(Proven(stream, held or _first(stream), key), needs)
 
 
 def further(proven: Proven, needs: Needs) -> Proven:
-    """Run those tests that a command needs and that a verdict lacks.
+    """Run those tests that a command needs and that a verdict lacks, and keep what comes out.
 
     Args:
         proven: A stream and what is known of it.
@@ -162,7 +161,9 @@ def further(proven: Proven, needs: Needs) -> Proven:
     if found:
         plain = {name: value.content() if hasattr(value, "content") else value for name, value in found.items()}
         verdict = Verdict.parse({**verdict.content(), **plain})
-    return Proven(stream, verdict)
+        if proven.key:
+            _keep(proven.key, verdict)
+    return Proven(stream, verdict, proven.key)
 
 
 def _hide_known(entry: LayerVerdict) -> bool:

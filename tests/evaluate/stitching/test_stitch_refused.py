@@ -20,8 +20,9 @@ from evaluate.generation.generate import generate
 from evaluate.injection.loading import Loaded, check, choose, load
 from evaluate.stitching.stitch import scored_windows, stitch
 from featstore.errors import AdapterError, ModelLoadError, SpecError, StoreStateError
-from featstore.models.loading import load_model, weights_fingerprint
+from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
+from featstore.models.weights import sampled_fingerprint
 from featstore.store import open_store
 from tests.support.commands import call
 
@@ -136,6 +137,8 @@ def test_models_at_hand_are_neither_looked_for_nor_loaded(
 def with_fingerprint(adapter: Adapter, model: str, fingerprint: str, dtype: str = "float32") -> Adapter:
     """The adapter as a store that recorded the weights would have it."""
     entry = {**adapter.card["models"][model], "weights_fingerprint": fingerprint, "compute_dtype": dtype}
+    # As cards were before there was a fingerprint of whole files: the sample has the name by itself.
+    del entry["weights_sample"]
     models = {**adapter.card["models"], model: entry}
     return Adapter(adapter.directory, {**adapter.card, "models": models}, adapter.aligners)
 
@@ -155,7 +158,7 @@ def tuned(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_fine_tune_of_the_model_is_refused(pair: SimpleNamespace, tiny_mistral: Path, tuned: Path) -> None:
     spec = ModelSpec("mistral", str(tiny_mistral))
-    fingerprint = weights_fingerprint(load_model(spec, device="cpu", dtype="float32"))
+    fingerprint = sampled_fingerprint(load_model(spec, device="cpu", dtype="float32"))
     fitted = with_fingerprint(pair.adapter, "mistral", fingerprint)
     override = (f"mistral={tuned}",)
     words = r"model 'mistral' \(.*\) has weights .* fitted to .* point to the right model with --model mistral=REF"
@@ -173,7 +176,7 @@ def test_a_fine_tune_of_the_model_is_refused(pair: SimpleNamespace, tiny_mistral
 def test_weights_are_compared_only_where_both_sides_know_them(pair: SimpleNamespace, tuned: Path) -> None:
     override = (f"mistral={tuned}",)
     card = pair.adapter.card["models"]["mistral"]
-    unrecorded = {**card, "weights_fingerprint": None}
+    unrecorded = {**card, "weights_fingerprint": None, "weights_sample": None}
     old = Adapter(pair.run, {**pair.adapter.card, "models": {"mistral": unrecorded}}, pair.adapter.aligners)
     assert load(old, "mistral", override, device="cpu").name == "mistral"
     # float16 loses what bfloat16 keeps of the smallest weights: between the two nothing can be said.

@@ -450,10 +450,7 @@ class TestDryRun:
 
     def test_a_hub_models_weights_count_only_once_they_are_here(self, tmp_path, monkeypatch):
         """Its configuration is fetched before the dry run; taking that for the weights would download them."""
-        import huggingface_hub
-
-        scan = huggingface_hub.scan_cache_dir
-        monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: scan(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         spec = ModelSpec("m", "o/r")
         assert weight_bytes(spec) is None
         repository = tmp_path / "hub" / "models--o--r"
@@ -467,11 +464,16 @@ class TestDryRun:
             (repository / "blobs" / name).write_bytes(bytes(size))
             (snapshot / name).symlink_to(repository / "blobs" / name)
 
-        add("config.json", 10)
+        (snapshot / "config.json").write_text("{}")
         add("tokenizer.json", 1000)
         assert weight_bytes(spec) is None
-        add("model-00001-of-00002.safetensors", 300)
-        add("model-00002-of-00002.safetensors", 200)
+        shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+        (snapshot / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": dict(zip("abc", (*shards, shards[1]), strict=True))})
+        )
+        add(shards[0], 300)
+        assert weight_bytes(spec) is None
+        add(shards[1], 200)
         assert weight_bytes(spec) == 500
         assert weight_bytes(ModelSpec("m", "o/other")) is None
 
