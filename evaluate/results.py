@@ -174,9 +174,9 @@ class Stitched(Record):
     start: Table[StartToken] = EMPTY
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row for every layer pair and condition that was run: ``pair``, ``condition`` and the figures."""
+        """One row for every layer pair and condition that was run: ``pair``, ``condition``, its figures, ``leak``."""
         return frame(
-            {"pair": key, "condition": name, **flat(losses)}
+            {"pair": key, "condition": name, **flat(losses), "leak": None if name == "clean" else pair.leak}
             for key, pair in self.pairs.items()
             for name, losses in pair.conditions.items()
             if losses is not None
@@ -256,9 +256,9 @@ class Generations(Record):
     verified: Table[Verdict] = EMPTY
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row for every text: ``prompt``, ``model``, ``pair``, ``condition``, ``text`` and ``nats_per_token``.
+        """One row for every text: ``prompt``, ``model``, ``pair``, ``condition``, ``text``, ``nats_per_token``.
 
-        ``condition`` of a model's own continuation is ``alone``, and it has no pair.
+        ``leak`` is that of the pair. ``condition`` of a model's own continuation is ``alone``, and it has no pair.
         """
         rows = []
         for entry in self.entries:
@@ -285,6 +285,7 @@ class Generations(Record):
                         "condition": name,
                         "text": text,
                         "nats_per_token": value,
+                        "leak": None if key is None else self.leaks.get(key),
                     }
                     for key, name, text, value in said
                 ]
@@ -417,12 +418,21 @@ class Communication(Record):
     start: Table[StartToken] = EMPTY
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row for every task and condition: ``task``, ``chance``, ``condition``, ``pair`` and the figures."""
+        """One row for every task and condition: ``task``, ``chance``, ``condition``, ``pair``, the figures, ``leak``."""
         return frame(
-            {"task": name, "chance": task.chance, **flat(answers)}
+            {
+                "task": name,
+                "chance": task.chance,
+                **flat(answers),
+                "leak": task.pairs.get(answers.pair or "", _UNKNOWN).leak,
+            }
             for name, task in self.tasks.items()
             for answers in task.conditions.values()
         )
+
+
+#: Of conditions without states.
+_UNKNOWN = MapSize()
 
 
 # Readers and writers -----------------------------------------------------------------------------------------------
