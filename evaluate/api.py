@@ -100,6 +100,7 @@ def inject(
     text: str | Sequence[str] | None = None,
     source: Any = None,
     keep: str = "own",
+    allow_side_channel: bool = False,
 ) -> LiveInjection:
     """Put states of another model into the forward passes of a target, in a loop of one's own.
 
@@ -144,15 +145,17 @@ def inject(
         keep: What later blocks read of positions that take no state: ``own``, the target's own states, or ``hide``,
             nothing (the start token excepted). Under ``hide`` the token from which generation starts must take a state;
             otherwise its own state tells what is hidden.
+        allow_side_channel: Inject at a layer although later blocks learn of the text past the stream there.
 
     Returns:
-        A context; it says what was put where (``key``, ``layer``, ``states``, ``positions``) and how many passes took
-        it (``passes``). It warns on exit if none did.
+        A context; it says what was put where (``key``, ``layer``, ``states``, ``positions``), how many passes took it
+        (``passes``), and what the swap test found at the layer (``leak``). It warns on exit if none did.
 
     Raises:
         AdapterError: States have another width than the map takes, the map reads windows, or a model is not the run's.
         LayerRangeError: The model has no such layer.
         NonFiniteStateError: During a pass: a state holds NaN or infinity.
+        ProbeError: The layer has a side channel, or ``hide`` does not hide there.
         SpecError: An unknown key, arguments that do not fit each other, or, during a pass, a position outside it.
         UnsupportedArchitectureError: The model has no decoder blocks, or with ``hide`` no mask can reach them.
     """
@@ -168,6 +171,7 @@ def inject(
         text=text,
         source=source,
         keep=keep,
+        allow_side_channel=allow_side_channel,
     )
 
 
@@ -180,6 +184,7 @@ def stitch(
     max_tokens: str | int | None = "20k",
     keep: str = "own",
     source_alone: bool = False,
+    allow_side_channel: bool = False,
     models: ModelsGiven | None = None,
     device: str = "auto",
     device_map: DeviceMap | None = None,
@@ -207,6 +212,8 @@ def stitch(
         keep: What later blocks read of positions that take no state: ``own``, the target's own states, or ``hide``,
             nothing.
         source_alone: Also load the source model and score it by itself.
+        allow_side_channel: Take layers at which later blocks learn of the text past the stream; the leak stands beside
+            every figure.
         models: ``NAME=REF`` for models that moved, or a mapping from names to references or to models that are loaded.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
@@ -221,6 +228,7 @@ def stitch(
         AdapterError: The run was fitted from another store, does not fit a model, or is damaged.
         ModelLoadError: A model is not at hand.
         PairingError: The split has no window to score.
+        ProbeError: A layer has a side channel, or ``hide`` does not hide there.
         SpecError: An argument is outside its range.
     """
     from evaluate.notebook.stitched import StitchResult
@@ -251,6 +259,7 @@ def stitch(
         source_alone=source_alone,
         seed=seed,
         models=given,
+        allow_side_channel=typed("allow_side_channel", allow_side_channel, "bool"),
         quiet=quiet,
     )
     record = StitchResult.parse(jsonable(result))
@@ -266,6 +275,7 @@ def generate(
     sample: bool = False,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    allow_side_channel: bool = False,
     models: ModelsGiven | None = None,
     device: str = "auto",
     device_map: DeviceMap | None = None,
@@ -285,6 +295,8 @@ def generate(
         sample: Draw tokens instead of taking the likeliest.
         temperature: Divides the logits; needs ``sample``.
         top_p: Draw from the fewest likeliest tokens that together have this probability; needs ``sample``.
+        allow_side_channel: Take layers at which later blocks learn of the text past the stream; the leak stands beside
+            every figure.
         models: ``NAME=REF`` for models that moved, or a mapping from names to references or to models that are loaded.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
@@ -298,6 +310,7 @@ def generate(
     Raises:
         AdapterError: The run is damaged or does not fit a model.
         ModelLoadError: A model is not at hand.
+        ProbeError: A layer has a side channel, or a model cannot go on from a prompt.
         SpecError: An argument is outside its range, or a prompt is empty or longer than a model's context.
     """
     from evaluate.generation import generate as generating
@@ -327,6 +340,7 @@ def generate(
         dtype=dtype,
         seed=seed,
         models=given,
+        allow_side_channel=typed("allow_side_channel", allow_side_channel, "bool"),
         quiet=quiet,
     )
     record = GenerateResult.parse(jsonable(result))
@@ -343,6 +357,7 @@ def communicate(
     format: str = "bfloat16",  # noqa: A002 (the flag's name)
     summary_tokens: int = 16,
     max_new_tokens: int = 8,
+    allow_side_channel: bool = False,
     models: ModelsGiven | None = None,
     device: str = "auto",
     device_map: DeviceMap | None = None,
@@ -366,6 +381,8 @@ def communicate(
             compressed run travel as they are.
         summary_tokens: Length of the source's summaries.
         max_new_tokens: Length of each free answer.
+        allow_side_channel: Take layers at which later blocks learn of the text past the stream; the leak stands beside
+            every figure.
         models: ``NAME=REF`` for models that moved, or a mapping from names to references or to models that are loaded.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
@@ -379,6 +396,7 @@ def communicate(
     Raises:
         AdapterError: The run is damaged or does not fit a model.
         ModelLoadError: A model is not at hand.
+        ProbeError: A layer has a side channel, or a model cannot go on from a prompt.
         SpecError: An argument is outside its range, or an example does not fit into a model.
     """
     from evaluate.communication.communicate import prepare
@@ -412,13 +430,16 @@ def communicate(
         dtype=dtype,
         seed=seed,
         models=given,
+        allow_side_channel=typed("allow_side_channel", allow_side_channel, "bool"),
         quiet=quiet,
     )
     tasks: dict[str, Any] = {}
+    starts: dict[str, Any] = {}
     for each in asked:
         found = jsonable(exchange.result(each))
         tasks |= found["tasks"]
-        record = CommunicateResult.parse({**found, "tasks": tasks})
+        starts |= found.get("start", {})
+        record = CommunicateResult.parse({**found, "tasks": tasks, **({"start": starts} if starts else {})})
         if write:
             # After each task, so that an interruption costs one task.
             record.at(write_communication(_place(adapter, out), record))

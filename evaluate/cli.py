@@ -28,6 +28,13 @@ Places = Annotated[
         help="Spread a model over devices: auto, balanced, or a JSON file with {MODULE: DEVICE}; instead of --device.",
     ),
 ]
+SideChannel = Annotated[
+    bool,
+    typer.Option(
+        "--allow-side-channel",
+        help="Take layers at which later blocks learn of the text past the stream; the leak stands beside figures.",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16 or float32.")]
 
 
@@ -46,6 +53,7 @@ def stitch(
     source_alone: Annotated[
         bool, typer.Option("--source-alone", help="Also load the source model and score it by itself.")
     ] = False,
+    allow_side_channel: SideChannel = False,
     model: Models = None,
     device: Device = "auto",
     device_map: Places = None,
@@ -66,6 +74,7 @@ def stitch(
         max_tokens=max_tokens,
         keep=keep,
         source_alone=source_alone,
+        allow_side_channel=allow_side_channel,
         models=model,
         device=device,
         device_map=device_map,
@@ -91,6 +100,7 @@ def generate(
     top_p: Annotated[
         float, typer.Option("--top-p", help="Draw from the smallest set of this total probability; needs --sample.")
     ] = 1.0,
+    allow_side_channel: SideChannel = False,
     model: Models = None,
     device: Device = "auto",
     device_map: Places = None,
@@ -113,6 +123,7 @@ def generate(
         sample=sample,
         temperature=temperature,
         top_p=top_p,
+        allow_side_channel=allow_side_channel,
         models=model,
         device=device,
         device_map=device_map,
@@ -143,6 +154,7 @@ def communicate(
     ] = "bfloat16",
     summary_tokens: Annotated[int, typer.Option(min=1, help="Length of the source's summaries in tokens.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each free answer in tokens.")] = 8,
+    allow_side_channel: SideChannel = False,
     model: Models = None,
     device: Device = "auto",
     device_map: Places = None,
@@ -166,6 +178,7 @@ def communicate(
         format=form,
         summary_tokens=summary_tokens,
         max_new_tokens=max_new_tokens,
+        allow_side_channel=allow_side_channel,
         models=model,
         device=device,
         device_map=device_map,

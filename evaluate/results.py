@@ -10,10 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from align.results import Findings, Rate
+from featstore.models.verdict import Verdict
 from featstore.runtime.records import EMPTY, Flag, Interval, Number, Record, Table, Whole, flat, frame, read, write
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class StartToken(Record):
+    """The token that stands for the first one of a prompt that is hidden.
+
+    Attributes:
+        id: Its number.
+        token: As the tokenizer writes it; null where it knows none of that number.
+    """
+
+    id: Whole | None = None
+    token: str | None = None
 
 
 # stitch.json -------------------------------------------------------------------------------------------------------
@@ -115,6 +128,10 @@ class StitchedPair(Record):
         recovered_best_control: The same from the control with the lowest loss.
         alone: Both models by themselves.
         rate: What a compressed run sends.
+        leak: What the swap test found at the target's layer: how much later blocks learn of the text past the stream,
+            as a share of what another text does to the logits; 0 where nothing leaks, null where it is no finite
+            number.
+        warnings: What stands against reading the figures as those of the injected states.
     """
 
     n_documents: Whole | None = None
@@ -127,6 +144,8 @@ class StitchedPair(Record):
     recovered_best_control: ControlShare = ControlShare()
     alone: Alone = Alone()
     rate: Rate | None = None
+    leak: Number | None = None
+    warnings: Findings = ()
 
 
 class Stitched(Record):
@@ -138,6 +157,8 @@ class Stitched(Record):
         keep: What later blocks read of positions that take no state: ``own`` or ``hide``.
         seed: Of the random controls.
         pairs: By layer pair.
+        verified: What was tested on the models, by name.
+        start: With ``hide`` the start token, by target.
     """
 
     file: ClassVar[str] = "stitch.json"
@@ -149,11 +170,13 @@ class Stitched(Record):
     keep: str | None = None
     seed: Whole | None = None
     pairs: Table[StitchedPair] = EMPTY
+    verified: Table[Verdict] = EMPTY
+    start: Table[StartToken] = EMPTY
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row for every layer pair and condition that was run: ``pair``, ``condition`` and the figures."""
+        """One row for every layer pair and condition that was run: ``pair``, ``condition``, its figures, ``leak``."""
         return frame(
-            {"pair": key, "condition": name, **flat(losses)}
+            {"pair": key, "condition": name, **flat(losses), "leak": None if name == "clean" else pair.leak}
             for key, pair in self.pairs.items()
             for name, losses in pair.conditions.items()
             if losses is not None
@@ -213,6 +236,10 @@ class Generations(Record):
         seed: Of the random controls.
         likelihood: What the figures of that name are, in words.
         entries: One a prompt.
+        leaks: By layer pair what the swap test found at the target's layer; 0 where nothing leaks, null where it is no
+            finite number.
+        warnings: What stands against reading the texts as those of the injected states.
+        verified: What was tested on the models, by name.
     """
 
     file: ClassVar[str] = "generations.json"
@@ -224,11 +251,14 @@ class Generations(Record):
     seed: Whole | None = None
     likelihood: str | None = None
     entries: tuple[PromptTexts, ...] = ()
+    leaks: Table[Number | None] = EMPTY
+    warnings: Findings = ()
+    verified: Table[Verdict] = EMPTY
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row for every text: ``prompt``, ``model``, ``pair``, ``condition``, ``text`` and ``nats_per_token``.
+        """One row for every text: ``prompt``, ``model``, ``pair``, ``condition``, ``text``, ``nats_per_token``.
 
-        ``condition`` of a model's own continuation is ``alone``, and it has no pair.
+        ``leak`` is that of the pair. ``condition`` of a model's own continuation is ``alone``, and it has no pair.
         """
         rows = []
         for entry in self.entries:
@@ -255,6 +285,7 @@ class Generations(Record):
                         "condition": name,
                         "text": text,
                         "nats_per_token": value,
+                        "leak": None if key is None else self.leaks.get(key),
                     }
                     for key, name, text, value in said
                 ]
@@ -287,15 +318,17 @@ class Answers(Record):
 
 
 class MapSize(Record):
-    """What the receiver holds of a map.
+    """What the receiver holds of a map, and what else reaches it.
 
     Attributes:
         map_numbers: Numbers in the map; 0 for the identity.
         rate: What a compressed run sends for all contexts together.
+        leak: What the swap test found at the target's layer; 0 where nothing leaks, null where it is no finite number.
     """
 
     map_numbers: Whole | None = None
     rate: Rate | None = None
+    leak: Number | None = None
 
 
 class Question(Record):
@@ -365,6 +398,8 @@ class Communication(Record):
         decoding: How answers are chosen.
         interval: Which intervals these are, in words.
         tasks: By name; with both directions a name ends in ``(<source>-><target>)``.
+        verified: What was tested on the models, by name.
+        start: The start token of ``aligned`` answers, by target; of those that gave some.
     """
 
     file: ClassVar[str] = "communicate.json"
@@ -379,14 +414,25 @@ class Communication(Record):
     decoding: str | None = None
     interval: str | None = None
     tasks: Table[TaskAnswers] = EMPTY
+    verified: Table[Verdict] = EMPTY
+    start: Table[StartToken] = EMPTY
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row for every task and condition: ``task``, ``chance``, ``condition``, ``pair`` and the figures."""
+        """One row for every task and condition: ``task``, ``chance``, ``condition``, ``pair``, figures, ``leak``."""
         return frame(
-            {"task": name, "chance": task.chance, **flat(answers)}
+            {
+                "task": name,
+                "chance": task.chance,
+                **flat(answers),
+                "leak": task.pairs.get(answers.pair or "", _UNKNOWN).leak,
+            }
             for name, task in self.tasks.items()
             for answers in task.conditions.values()
         )
+
+
+#: Of conditions without states.
+_UNKNOWN = MapSize()
 
 
 # Readers and writers -----------------------------------------------------------------------------------------------

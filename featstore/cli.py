@@ -298,14 +298,30 @@ def moments(
 
 @app.command()
 def doctor(
-    model: Annotated[list[str] | None, typer.Option(help="NAME=REF to check access to; may be repeated.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="NAME=REF of a model to examine; may be repeated.")] = None,
     store: Annotated[Path, typer.Option(help="Where the store would go.")] = Path("wt103.zarr"),
+    quick: Annotated[bool, typer.Option("--quick", help="Only check access to the models; load none.")] = False,
+    device: Annotated[str, typer.Option(help="Where a model is tested: auto, cpu, cuda, cuda:N.")] = "auto",
+    device_map: DeviceMap = None,
+    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")] = "auto",
+    attn: Annotated[
+        str, typer.Option(help="transformers' attention implementation; auto for sdpa where the model has it.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Check this machine: versions, device, disk, the import clash, and access to the models, before any download."""
-    from featstore.demo.doctor import describe_checks, examine
+    """Check this machine, and every model that is named: what its states, its layers and its cache are right for.
 
-    result = examine(tuple(model) if model else DEFAULT_MODELS, store)
+    A model whose weights lie on this disk is loaded and tested; nothing is downloaded. Exit 1 if the machine lacks
+    something, or if a model cannot be read or its states not be stored; that a layer takes no injection, or that
+    nothing can be hidden from it, is said and is no failure.
+    """
+    from featstore.demo.doctor import describe_checks, examine
+    from featstore.models.devices import parse_device_map
+
+    options = {"device": device, "device_map": parse_device_map(device_map), "dtype": dtype, "attention": attn}
+    # Models that nobody named are not loaded: they may be large.
+    probe = bool(model) and not quick
+    result = examine(tuple(model) if model else DEFAULT_MODELS, store, probe=probe, **options)
     emit(result, describe_checks(result), as_json=as_json)
     if not result["ok"]:
         raise typer.Exit(1)

@@ -36,6 +36,7 @@ from evaluate.communication.tasks.base import Example, Task, is_right
 from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name, describe, figures, gain, warnings_of
 from evaluate.injection.controls import control_states
 from evaluate.injection.loading import Loaded, Models, check_card, choose
+from evaluate.injection.verified import leak_at, recorded, side_channels, start_token
 from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.errors import SpecError
 from featstore.models.devices import DeviceMap
@@ -62,6 +63,7 @@ class Exchange:
         max_new_tokens: Length of B's free answers.
         seed: Of the controls.
         quiet: No progress.
+        verified: What was tested on the models, by name.
     """
 
     adapter_type: str
@@ -72,6 +74,7 @@ class Exchange:
     max_new_tokens: int
     seed: int
     quiet: bool
+    verified: Mapping[str, Any]
 
     def result(self, task: Task) -> dict[str, Any]:
         """Put a task to the models in every condition.
@@ -94,7 +97,10 @@ class Exchange:
             for source, target in directions:
                 maps = [w for w in self.wires if (w.aligner.pair.source, w.aligner.pair.target) == (source, target)]
                 lengths = (self.summary_tokens, self.max_new_tokens)
-                run = _Direction(task, self.loaded[source], self.loaded[target], self.form, lengths, self.seed, tick)
+                leaks = {w.aligner.pair.key: leak_at(self.verified, target, w.aligner.pair.target_layer) for w in maps}
+                run = _Direction(
+                    task, self.loaded[source], self.loaded[target], self.form, lengths, self.seed, tick, leaks
+                )
                 key = task.name if len(directions) == 1 else f"{task.name} ({source}->{target})"
                 entries[key] = run.entry(maps)
         return {
@@ -106,7 +112,18 @@ class Exchange:
             "decoding": "greedy",
             "interval": "accuracies: Wilson, 95 %; gains: 95 % of 1000 resamples of the examples",
             "tasks": entries,
+            "verified": dict(self.verified),
+            **({"start": starts} if (starts := self._starts(entries)) else {}),
         }
+
+    def _starts(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """The start token of every model that answered with its prompt hidden."""
+        hidden = {
+            entry["target"]: None
+            for entry in entries.values()
+            if any(block["condition"] == "aligned" for block in entry["conditions"].values())
+        }
+        return {name: start_token(self.loaded[name]) for name in hidden}
 
 
 def prepare(
@@ -177,14 +194,16 @@ def prepare(
     ).load_all()
     # Where hiding fails, states for a whole context cannot be told from the context itself: those conditions are left
     # out, with the reason, and the others run.
-    loaded = {name: model.tested(Needs(True, answering.get(name, ()), hide=True)) for name, model in loaded.items()}
+    needs = {name: Needs(continuing=True, layers=answering.get(name, ()), hide=True) for name in loaded}
+    loaded = {name: model.tested(needs[name]) for name, model in loaded.items()}
+    verified = {name: recorded(model, needs[name]) for name, model in loaded.items()}
     if itself:
         have = {a.pair.key for a in chosen}
         own = dict.fromkeys((a.pair.target, a.pair.target_layer) for a in chosen)
         new = [identity(name, layer, loaded[name].info.hidden) for name, layer in own]
         wires += [wire(adapter, a) for a in new if a.pair.key not in have]
     return Exchange(
-        adapter.card["type"], tuple(wires), loaded, states_form, summary_tokens, max_new_tokens, seed, quiet
+        adapter.card["type"], tuple(wires), loaded, states_form, summary_tokens, max_new_tokens, seed, quiet, verified
     )
 
 
@@ -213,6 +232,7 @@ class _Direction:
     lengths: tuple[int, int]
     seed: int
     tick: Tick
+    leaks: Mapping[str, float | None]
 
     def entry(self, maps: Sequence[Wire]) -> dict[str, Any]:
         """The direction's part of ``communicate.json``."""
@@ -378,6 +398,7 @@ class _Direction:
             pairs[to.aligner.pair.key] = {"map_numbers": 0 if own else to.aligner.shipped}
             if (rate := self._rate(to)) is not None:
                 pairs[to.aligner.pair.key]["rate"] = rate
+            pairs[to.aligner.pair.key]["leak"] = self.leaks[to.aligner.pair.key]
         return {
             "task": task.name,
             "source": self.source.name,
@@ -390,7 +411,7 @@ class _Direction:
             "gains": gains,
             "pairs": pairs,
             "reasons": reasons,
-            "warnings": warnings_of(right, keys, task.chance, gains),
+            "warnings": [*side_channels(self.leaks), *warnings_of(right, keys, task.chance, gains)],
             "examples": [
                 {
                     "context": e.context,

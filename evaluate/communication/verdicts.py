@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.metrics import document_bootstrap
+from evaluate.injection.verified import leak_mark, leak_words
 from featstore.runtime.console import human_bytes
 
 METHODS = ("replace", "sum", "mean", "aligned")
@@ -165,18 +166,23 @@ def describe(result: Mapping[str, Any]) -> str:
             f"{key}: {entry['source']} reads, {entry['target']} answers; {entry['n']} examples, "
             f"chance {entry['chance']:.1%} ({entry['chance_is']})"
         )
-        pair = None
+        pair, beside = None, ""
         for block in entry["conditions"].values():
             if block["pair"] != pair:
                 pair = block["pair"]
                 about = entry["pairs"][pair]
                 rate = f"; {describe_rate(about['rate'])}" if "rate" in about else ""
                 lines.append(f"  {pair}, {about['map_numbers']} numbers in the map{rate}")
+                leak, known = about.get("leak"), "leak" in about
+                if told := leak_words(leak, known=known):
+                    lines.append(f"    {told}")
+                mark = leak_mark(leak, known=known)
+                beside = f"  [{mark}]" if mark else ""
             low, high = block["ci95"]
             indent = "  " if pair is None else "    "
             lines.append(
                 f"{indent}{block['condition']:{20 - len(indent)}} {block['accuracy']:6.1%}  "
-                f"({low:.1%} .. {high:.1%})  {human_bytes(block['bytes']):>8}"
+                f"({low:.1%} .. {high:.1%})  {human_bytes(block['bytes']):>8}{beside}"
             )
         lines += [f"  {name}: not run, {reason}" for name, reason in entry["reasons"].items()]
         lines += [f"  warning: {warning['message']}" for warning in entry["warnings"]]

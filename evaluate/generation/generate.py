@@ -23,6 +23,7 @@ from evaluate.injection.continuing import Sampling, continue_from, score_continu
 from evaluate.injection.controls import control_states
 from evaluate.injection.loading import Loaded, Models, check_card, choose
 from evaluate.injection.reading import Read, read, tokenized
+from evaluate.injection.verified import leak_at, leak_mark, leak_words, recorded, side_channels
 from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.errors import SpecError
 from featstore.models.devices import DeviceMap
@@ -125,6 +126,7 @@ def generate(
     wires = [wire(adapter, aligner) for aligner in chosen]
     source, target = chosen[0].pair.source, chosen[0].pair.target
     layers_of = {name: tuple(a.pair.target_layer for a in chosen if a.pair.target == name) for name in (source, target)}
+    needs = {name: Needs(continuing=True, layers=own) for name, own in layers_of.items()}
     both = Models(
         adapter,
         (source, target),
@@ -134,7 +136,7 @@ def generate(
         device_map=device_map,
         quiet=quiet,
         given=models,
-        needs={name: Needs(continuing=True, layers=own) for name, own in layers_of.items()},
+        needs=needs,
         allow_side_channel=allow_side_channel,
     )
     # Both models and all prompts are known to fit before the wait for the weights.
@@ -183,12 +185,17 @@ def generate(
                         for block, figure in ((entries[i], text), (entries[i]["likelihood"], value)):
                             block[role].setdefault(pair.key, {})[condition] = figure if there else None
                     tick(len(batch))
+    verified = {name: recorded(model, needs[name]) for name, model in loaded.items()}
+    leaks = {a.pair.key: leak_at(verified, a.pair.target, a.pair.target_layer) for a in chosen}
     return {
         "max_new_tokens": max_new_tokens,
         "decoding": "greedy" if sample is None else _sampling(sample),
         "seed": seed,
         "likelihood": "nats per token of the receiving model's own continuation of the untouched prompt",
         "entries": entries,
+        "leaks": leaks,
+        "warnings": side_channels(leaks),
+        "verified": verified,
     }
 
 
@@ -308,6 +315,7 @@ def describe(result: dict[str, Any]) -> str:
     Args:
         result: From :func:`generate`.
     """
+    marks = {key: leak_mark(leak) for key, leak in result.get("leaks", {}).items()}
     lines = []
     for entry in result["entries"]:
         nats = entry["likelihood"]
@@ -319,13 +327,15 @@ def describe(result: dict[str, Any]) -> str:
         for role in ("source_to_target", "target_to_source"):
             for key, texts in entry[role].items():
                 own = nats[role][key]
-                lines.append(f"  {key}: {texts['mapped']!r}{_likelihood(own['mapped'])}")
+                beside = f"  [{marks[key]}]" if marks.get(key) else ""
+                lines.append(f"  {key}: {texts['mapped']!r}{_likelihood(own['mapped'])}{beside}")
                 lines += [
-                    f"    {name}: {texts[name]!r}{_likelihood(own[name])}"
+                    f"    {name}: {texts[name]!r}{_likelihood(own[name])}{beside}"
                     for name in CONTROLS
                     if texts[name] is not None
                 ]
-    if lines:
+    lines += [f"{key}: {leak_words(leak)}" for key, leak in result.get("leaks", {}).items() if leak != 0]
+    if result["entries"]:
         lines.append("in brackets: nats per token of the receiving model's own text under that condition")
     return "\n".join(lines)
 

@@ -24,8 +24,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from evaluate.injection.verified import leak_mark
 from featstore.errors import LayerRangeError, SpecError
 from featstore.models import residual as sites
+from featstore.models.aside import aside
 from featstore.models.caches import cache_of, seen
 from featstore.models.hiding import Progress, check_attention, hiding, with_neutral_start, with_start_state
 from featstore.models.injection import KEEP, Injection, aligned
@@ -108,6 +110,7 @@ class LiveInjection:
         keep: ``own`` or ``hide``.
         inputs: What to call the model with, where the injection was made for a text; else empty.
         passes: Passes that took the states so far.
+        leak: What the swap test found at the layer; 0 where the stream is all that later blocks know of the text.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class LiveInjection:
         self.states, self.positions = placed.states, placed.positions
         self.inputs = inputs or {}
         self.passes = 0
+        self.leak: float | None = 0.0
         self._stream, self._placed = stream, placed
         self._hooks: ExitStack | None = None
         self._pass = _Pass()
@@ -157,9 +161,10 @@ class LiveInjection:
     def __repr__(self) -> str:
         """One line: where the states go and how many passes took them."""
         counts = ", ".join(str(len(at)) for at in self.positions[:4]) + (", ..." if len(self.positions) > 4 else "")
+        mark = leak_mark(self.leak)
         return (
             f"LiveInjection({self.key or 'layer'} at layer {self.layer}, {counts} positions, keep={self.keep!r}, "
-            f"passes={self.passes})"
+            f"passes={self.passes}{f', {mark}' if mark else ''})"
         )
 
     def __enter__(self) -> Self:
@@ -171,12 +176,13 @@ class LiveInjection:
         if self._hooks is not None:
             raise SpecError("this injection is entered already; make another one for a nested context")
         self.passes, self._pass, self._called = 0, _Pass(), False
-        # Before the hooks are set: it takes a pass of its own.
-        self._neutral = self._stream.start_state(self.layer) if self.keep == "hide" else None
+        if self.keep == "hide":
+            # A pass of its own, which those who inject into the model already are not to see.
+            with aside(self._stream.model):
+                self._neutral = self._stream.start_state(self.layer)
         with ExitStack() as stack:
             stack.enter_context(sites.at_site(self._stream, self.layer, self._put))
-            handle = self._stream.decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.enter_context(sites.at_beginning(self._stream, self._begin))
             stack.callback(self._pass.hidden.close)
             self._hooks = stack.pop_all()
         return self
@@ -194,7 +200,7 @@ class LiveInjection:
                 stacklevel=2,
             )
 
-    def _begin(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Look at a pass before its blocks run: whether it begins a sequence, its shape and its padding."""
         self._called = True
         begun = seen(cache_of([*args, *kwargs.values()]))

@@ -15,13 +15,14 @@ from featstore.models import loading as models
 from featstore.models import residual as sites
 from featstore.models.devices import DeviceMap, check_models, input_device, place, resolve_dtype
 from featstore.models.fingerprint import SCHEME, UNKNOWN, Weights
-from featstore.models.probe.prove import Needs, Proven, further, probe_key, prove
+from featstore.models.probe.prove import Needs, Proven, further, key_of, prove
 from featstore.models.probe.refusals import refuse_continuing, refuse_hiding, refuse_injecting
 from featstore.models.references import ModelSpec, parse_layers, parse_models
-from featstore.models.stack import residual_stream
+from featstore.models.stack import embedding_rows, residual_stream
 from featstore.models.verdict import Verdict
 from featstore.models.weights import sampled_fingerprint, weights_fingerprint, weights_of
 from featstore.runtime.console import err
+from featstore.text import tokens
 
 #: What injecting needs of a card, and of its entry for every model of a map.
 _CARD = (("type",), ("store", "fingerprint"), ("mask", "sink_threshold"))
@@ -317,31 +318,32 @@ def _load(
         attention=entry.get("attention", "auto"),
         device_map=device_map,
     )
-    return _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet))
+    return _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet), fresh=True)
 
 
-def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights) -> Loaded:
-    """A model whose weights are those of the card, with what the card says of its states."""
+def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights, *, fresh: bool = False) -> Loaded:
+    """A model whose weights are those of the card, with what the card says of its states.
+
+    ``fresh`` says that it has just been read from the files with these weights.
+    """
     entry = adapter.card["models"][known.spec.name]
     _check_weights(known.spec, weights, entry, model)
     medians = {int(k): float(v) for k, v in entry["median_norm"].items()}
     threshold = float(adapter.card["mask"]["sink_threshold"])
-    proven = prove(model, key=_key(known.info, model, weights), name=known.spec.name)
+    # A model in memory may have been edited since it was read; only a fresh one is known by its files.
+    key = key_of(model, weights=weights.whole, config=known.info.config_hash) if fresh else None
+    proven = prove(model, key=key, name=known.spec.name)
     _compare(adapter, known.spec, {"depth": proven.verdict.blocks, "width": proven.verdict.width})
-    return Loaded(
-        known.spec.name, known.info, model, proven.stream, medians, threshold, weights, proven.verdict, proven.key
-    )
+    stream = _started(proven.stream, known.info)
+    return Loaded(known.spec.name, known.info, model, stream, medians, threshold, weights, proven.verdict, proven.key)
 
 
-def _key(info: models.ModelInfo, model: Any, weights: Weights) -> str | None:
-    """Under which name what is found out about a model is kept; None for one that lies nowhere on disk."""
-    return weights.whole and probe_key(
-        weights=weights.whole,
-        config=info.config_hash,
-        device=input_device(model).type,
-        dtype=str(model.dtype).removeprefix("torch."),
-        attention=models.running_attention(model),
-    )
+def _started(stream: sites.ResidualStream, info: models.ModelInfo) -> sites.ResidualStream:
+    """A stream whose start token is the one that its tokenizer puts first; the configuration's where it puts none."""
+    [window] = tokens.tokenize(info.tokenizer, ["a"])
+    if not len(window.ids) or not window.special[0] or int(window.ids[0]) >= embedding_rows(stream.model):
+        return stream
+    return replace(stream, start=int(window.ids[0]))
 
 
 def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:

@@ -12,9 +12,13 @@ from numpy.typing import NDArray
 from align.maps.fitted import Adapter, Aligner
 from evaluate.injection.live import LiveInjection, Placed
 from evaluate.injection.loading import Loaded, adopt, check_card, choose
-from evaluate.injection.reading import read, tokenized
+from evaluate.injection.reading import Read, read, tokenized
 from evaluate.injection.wire import crossing, wire
 from featstore.errors import AdapterError, SpecError
+from featstore.models.aside import aside
+from featstore.models.probe.prove import Needs, prove
+from featstore.models.probe.refusals import refuse_hiding, refuse_injecting
+from featstore.models.residual import ResidualStream
 from featstore.models.stack import residual_stream
 from featstore.runtime.arguments import several, shown, typed
 
@@ -51,6 +55,7 @@ def live_injection(
     text: str | Sequence[str] | None = None,
     source: Any = None,
     keep: str = "own",
+    allow_side_channel: bool = False,
 ) -> LiveInjection:
     """Resolve an injection into a loop of one's own; the arguments are those of :func:`evaluate.api.inject`.
 
@@ -64,10 +69,12 @@ def live_injection(
         text: Texts, in place of states and positions.
         source: The source model, with texts.
         keep: ``own`` or ``hide``.
+        allow_side_channel: Whether a layer is taken that leaks past the stream.
 
     Raises:
         AdapterError: The states do not fit the map, or a model is not the run's.
         LayerRangeError: The model lacks the layer.
+        ProbeError: The layer has a side channel, or ``hide`` does not hide there.
         SpecError: Anything else that does not fit.
     """
     given = {name for name, value in (("states", states), ("mapped", mapped), ("text", text)) if value is not None}
@@ -76,7 +83,7 @@ def live_injection(
         raise SpecError(f"inject() got {', '.join(named) or 'nothing to inject'}; {_WAYS}")
     aligner = pick(adapter, key)
     if text is not None:
-        return _from_text(model, adapter, aligner, _texts(text), source, keep)
+        return _from_text(model, adapter, aligner, _texts(text), source, keep, allow_side_channel)
     places = _positions(positions)
     if mapped is not None:
         values = tuple(_tensor(each) for each in _by_prompt(mapped, places))
@@ -84,7 +91,26 @@ def live_injection(
         values = tuple(_through(aligner, each) for each in _by_prompt(states, places))
     at = tuple(places if isinstance(places, list) else [places])
     stream = model.stream if isinstance(model, Loaded) else residual_stream(model)
-    return LiveInjection(stream, Placed(aligner.pair.target_layer, values, at, keep), key=aligner.pair.key)
+    # What cannot be put in at all is refused before the model is tested.
+    injection = LiveInjection(stream, Placed(aligner.pair.target_layer, values, at, keep), key=aligner.pair.key)
+    injection.leak = _leak(stream, aligner.pair.target, injection, allow_side_channel=allow_side_channel)
+    return injection
+
+
+def _leak(stream: ResidualStream, name: str, injection: LiveInjection, *, allow_side_channel: bool) -> float | None:
+    """What the swap test finds at the injection's layer, where the model passes the tests that it needs."""
+    layers, hide = (injection.layer,), injection.keep == "hide"
+    verdict = prove(stream.model, Needs(layers=layers, hide=hide)).verdict
+    refuse_injecting(
+        name,
+        verdict,
+        layers,
+        allow_side_channel=typed("allow_side_channel", allow_side_channel, "bool"),
+        remedy="inject at another layer, or give allow_side_channel=True: the injection's leak then says how much",
+    )
+    if hide:
+        refuse_hiding(name, verdict, layers)
+    return verdict.layers[str(injection.layer)].leak
 
 
 def _texts(given: Any) -> list[str]:
@@ -151,7 +177,13 @@ def _through(aligner: Aligner, values: Any) -> torch.Tensor:
 
 
 def _from_text(
-    model: Any, adapter: Adapter, aligner: Aligner, texts: Sequence[str], source: Any, keep: str
+    model: Any,
+    adapter: Adapter,
+    aligner: Aligner,
+    texts: Sequence[str],
+    source: Any,
+    keep: str,
+    allow_side_channel: bool,
 ) -> LiveInjection:
     """States of the source over texts, at the target's positions of the same texts."""
     check_card(adapter)
@@ -163,7 +195,7 @@ def _from_text(
     target = adopt(adapter, pair.target, model)
     reader = target if source is None else adopt(adapter, pair.source, source)
     there, here = (
-        read(loaded, tokenized(loaded.name, loaded.info, texts, 0, remedy="shorten it"), layers)
+        _read(loaded, texts, layers)
         for loaded, layers in ((reader, pair.source_layers), (target, (pair.target_layer,)))
     )
     states, places = [], []
@@ -172,7 +204,16 @@ def _from_text(
         states.append(torch.from_numpy(to.states(there.rows(row, pair.source_layers), crossed, to.pieces(text))))
         places.append(here.first(row) + crossed.places)
     placed = Placed(pair.target_layer, tuple(states), tuple(places), keep)
-    return LiveInjection(target.stream, placed, key=pair.key, inputs=_inputs(here.ids, here.padding, target.device))
+    inputs = _inputs(here.ids, here.padding, target.device)
+    injection = LiveInjection(target.stream, placed, key=pair.key, inputs=inputs)
+    injection.leak = _leak(target.stream, pair.target, injection, allow_side_channel=allow_side_channel)
+    return injection
+
+
+def _read(loaded: Loaded, texts: Sequence[str], layers: Sequence[int]) -> Read:
+    """Texts as a model reads them by itself, whatever is being injected into it."""
+    with aside(loaded.model):
+        return read(loaded, tokenized(loaded.name, loaded.info, texts, 0, remedy="shorten it"), layers)
 
 
 def _inputs(ids: torch.Tensor, padding: torch.Tensor | None, device: torch.device) -> dict[str, torch.Tensor]:

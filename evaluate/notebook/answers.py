@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name
+from evaluate.injection.verified import leak_mark
 from evaluate.notebook.shown import ShownResult, height_of, interval
 from evaluate.results import Answers, Communication, TaskAnswers
 from featstore.runtime.console import human_bytes
@@ -24,6 +25,7 @@ class CommunicateResult(ShownResult, Communication):
         """One table for each task: accuracy and bytes under every condition."""
         result = []
         for name, task in self.tasks.items():
+            marks = _marks(task)
             rows = [
                 (
                     answers.condition or NONE,
@@ -31,6 +33,7 @@ class CommunicateResult(ShownResult, Communication):
                     number(answers.accuracy, ".1%"),
                     interval(answers.ci95, ".1%"),
                     NONE if answers.bytes is None else human_bytes(answers.bytes),
+                    *([marks.get(answers.pair or "") or NONE] if any(marks.values()) else []),
                 )
                 for _, answers in _answers(task)
             ]
@@ -38,7 +41,14 @@ class CommunicateResult(ShownResult, Communication):
             notes += [f"{condition}: not run, {reason}" for condition, reason in task.reasons.items()]
             notes += [f"warning: {warning.message}" for warning in task.warnings]
             title = f"{name}: {task.source} reads, {task.target} answers; {task.n} examples"
-            columns = ("condition", "layer pair", "accuracy", "95 %", "bytes")
+            columns = (
+                "condition",
+                "layer pair",
+                "accuracy",
+                "95 %",
+                "bytes",
+                *(["leak"] if any(marks.values()) else []),
+            )
             result.append(Sheet(title, columns, tuple(rows), tuple(notes)))
         return result
 
@@ -51,8 +61,11 @@ class CommunicateResult(ShownResult, Communication):
         )
         for axes, task in zip(axes_of, self.tasks.values(), strict=True):
             points, controls = [], []
+            marks = _marks(task)
             for key, answers in _answers(task):
                 name = key if len(task.pairs) > 1 else answers.condition or key
+                mark = marks.get(answers.pair or "")
+                name += f", {mark}" if mark else ""
                 points.append((name, answers.accuracy, answers.ci95))
                 if (answers.condition or "").endswith(CONTROLS):
                     controls.append(name)
@@ -65,6 +78,11 @@ class CommunicateResult(ShownResult, Communication):
 
     def _summary(self) -> str:
         return f"{', '.join(self.tasks)}, states as {self.format}"
+
+
+def _marks(task: TaskAnswers) -> dict[str, str]:
+    """What stands beside the figures of each layer pair."""
+    return {key: leak_mark(pair.leak, known=pair.has("leak")) for key, pair in task.pairs.items()}
 
 
 def _answers(task: TaskAnswers) -> list[tuple[str, Answers]]:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from evaluate.injection.controls import CONTROLS
+from evaluate.injection.verified import leak_mark, leak_words
 from evaluate.notebook.shown import ShownResult, height_of, interval, ordered
 from evaluate.results import Losses, Stitched
-from featstore.runtime.sheets import Sheet, counted, number
+from featstore.runtime.sheets import NONE, Sheet, counted, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +24,7 @@ class StitchResult(ShownResult, Stitched):
         """One table for each layer pair: loss, divergence and agreement under every condition."""
         result = []
         for key, pair in self.pairs.items():
+            mark = leak_mark(pair.leak, known=pair.has("leak"))
             rows = [
                 (
                     name,
@@ -31,6 +33,7 @@ class StitchResult(ShownResult, Stitched):
                     number(losses.bits_per_byte, ".3f"),
                     number(losses.kl, ".3f"),
                     number(losses.top1, ".0%"),
+                    *([NONE if name == "clean" else mark] if mark else []),
                 )
                 for name, losses in _measured(pair.conditions)
             ]
@@ -39,12 +42,14 @@ class StitchResult(ShownResult, Stitched):
             recovered = [
                 f"{number(x.value, '.1%')} {interval(x.ci95, '.1%')} against {control}" for x, control in shares
             ]
-            notes = [f"recovered {', '.join(recovered)}"]
+            notes = [f"recovered {', '.join(recovered)}{f' ({mark})' if mark else ''}"]
             notes += [f"{name}: not run, {reason}" for name, reason in pair.reasons.items()]
+            if told := leak_words(pair.leak, known=pair.has("leak")):
+                notes.append(told)
             if pair.self_bit_identical is False:
                 notes.append("warning: self-injection changed the logits; do not trust these figures")
             title = f"{key}: {pair.n_tokens} tokens of {pair.n_documents} documents"
-            columns = ("condition", "nats/token", "95 %", "bits/byte", "KL", "top-1")
+            columns = ("condition", "nats/token", "95 %", "bits/byte", "KL", "top-1", *(["leak"] if mark else []))
             result.append(Sheet(title, columns, tuple(rows), tuple(notes)))
         return result
 
@@ -52,8 +57,10 @@ class StitchResult(ShownResult, Stitched):
         """Draw the stitched loss under every condition with its 95 % interval, one panel for each layer pair."""
         from featstore.runtime.drawing import draw_points, panels
 
+        marks = {key: leak_mark(pair.leak, known=pair.has("leak")) for key, pair in self.pairs.items()}
         figure, axes_of = panels(
-            list(self.pairs), height=height_of(len(pair.conditions) for pair in self.pairs.values())
+            [f"{key}, {mark}" if mark else key for key, mark in marks.items()],
+            height=height_of(len(pair.conditions) for pair in self.pairs.values()),
         )
         for axes, pair in zip(axes_of, self.pairs.values(), strict=True):
             points = [(name, losses.nats_per_token, losses.ci95) for name, losses in _measured(pair.conditions)]

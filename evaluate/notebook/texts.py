@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evaluate.injection.controls import CONTROLS
+from evaluate.injection.verified import leak_mark, leak_words
 from evaluate.notebook.shown import ShownResult, height_of, ordered
 from evaluate.results import Generations
 from featstore.runtime.sheets import NONE, Sheet, counted, number
@@ -37,14 +38,20 @@ class GenerateResult(ShownResult, Generations):
                 (entry.target_to_source, nats.target_to_source),
             ):
                 rows += [
-                    ("mapped", key, repr(conditions["mapped"]), number(values.get(key, {}).get("mapped"), ".2f"))
+                    (
+                        "mapped",
+                        key,
+                        repr(conditions["mapped"]),
+                        number(values.get(key, {}).get("mapped"), ".2f") + self._beside(key),
+                    )
                     for key, conditions in texts.items()
                     if conditions.get("mapped") is not None
                 ]
             result.append(Sheet(repr(entry.prompt), ("condition", "layer pair", "text", "nats/token"), tuple(rows)))
         if result:
             note = f"nats/token: {self.likelihood}; the controls are in to_pandas()"
-            result[-1] = replace(result[-1], notes=(note,))
+            leaks = [f"{key}: {leak_words(leak)}" for key, leak in self.leaks.items() if leak != 0]
+            result[-1] = replace(result[-1], notes=(note, *leaks))
         return result
 
     def plot(self) -> Figure:
@@ -62,7 +69,7 @@ class GenerateResult(ShownResult, Generations):
                             found.setdefault(key, {}).setdefault(name, []).append(value)
         from featstore.runtime.drawing import draw_points, panels
 
-        figure, axes_of = panels(list(found), height=height_of(map(len, found.values())))
+        figure, axes_of = panels([key + self._beside(key) for key in found], height=height_of(map(len, found.values())))
         for axes, unordered in zip(axes_of, found.values(), strict=True):
             values = {name: unordered[name] for name in ordered(unordered, _CONDITIONS)}
             for place, dots in enumerate(values.values()):
@@ -71,6 +78,10 @@ class GenerateResult(ShownResult, Generations):
             draw_points(axes, means, controls=CONTROLS)
             axes.set_xlabel("receiving model's own text (nats/token)")
         return figure
+
+    def _beside(self, key: str) -> str:
+        mark = leak_mark(self.leaks.get(key), known=key in self.leaks)
+        return f", {mark}" if mark else ""
 
     def _summary(self) -> str:
         return f"{counted(len(self.entries), 'prompt')}, {self.max_new_tokens} new tokens, {self.decoding}"

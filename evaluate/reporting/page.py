@@ -18,7 +18,18 @@ from markupsafe import Markup
 
 from evaluate.reporting.prose import abstract, notes, words
 from evaluate.reporting.reading.inputs import Run, read_runs
-from evaluate.reporting.sections import cka, communicate, curves, rates, sections, stitched, tables, texts, training
+from evaluate.reporting.sections import (
+    cka,
+    communicate,
+    curves,
+    rates,
+    sections,
+    stitched,
+    tables,
+    texts,
+    training,
+    verified,
+)
 from featstore.errors import SpecError
 from featstore.runtime.provenance import write_atomic
 
@@ -115,6 +126,8 @@ def _render(runs: Sequence[Run]) -> str:
             headline=abstract.headline(runs, judged),
             sentences=abstract.sentences(runs, judged, warned),
             facts=sections.compared(runs),
+            verified=verified.verified(runs),
+            verified_columns=verified.COLUMNS,
             runs=runs,
             verdicts=_folded(judged),
             warnings=warned,

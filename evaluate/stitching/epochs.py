@@ -14,6 +14,8 @@ from align.maps.fitted import Adapter, Aligner
 from evaluate.generation.generate import PROMPTS, generate
 from evaluate.injection.loading import Loaded, load
 from evaluate.stitching.stitch import stitch
+from featstore.models.probe.prove import Needs
+from featstore.models.probe.refusals import refuse_injecting
 from featstore.store import Store
 from featstore.text.corpus import VALIDATION
 
@@ -54,12 +56,18 @@ class EpochEvaluation:
         Raises:
             AdapterError: A model at hand is not the one that the store was made with, or the map cannot be injected.
             ModelLoadError: A model cannot be loaded.
+            ProbeError: The target's layer has a side channel.
         """
         key = aligner.pair.key
         adapter = Adapter(Path(), self._card, {key: aligner})
         for name in dict.fromkeys((aligner.pair.source, aligner.pair.target)):
             if name not in self._models:
                 self._models[name] = load(adapter, name, (), device=self._device, quiet=self._quiet)
+        pair = aligner.pair
+        target = self._models[pair.target].tested(Needs(continuing=True, layers=(pair.target_layer,)))
+        refuse_injecting(
+            pair.target, target.verdict, (pair.target_layer,), remedy="leave --eval-models out or choose other --layers"
+        )
         shared: dict[str, Any] = {"models": self._models, "seed": self._seed, "quiet": True}
         stitched = stitch(self._store, adapter, split=VALIDATION, max_tokens=_TOKENS, controls=_CONTROLS, **shared)
         texts = generate(adapter, PROMPTS, max_new_tokens=_NEW_TOKENS, conditions=("mapped",), **shared)

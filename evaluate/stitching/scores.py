@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from align.metrics import document_bootstrap
+from evaluate.injection.verified import leak_mark, leak_words
 from featstore.text.tokens import TokenizedWindow
 
 #: The first token whose prediction counts: the first ones are read off the start of the text alone.
@@ -206,6 +207,11 @@ def describe(result: dict[str, Any]) -> str:
             f"{key}: {entry['n_tokens']} tokens of {entry['n_documents']} documents, "
             f"{entry['replaced_share']:.0%} of positions replaced{', the others hidden' if hidden else ''}"
         )
+        leak, known = entry.get("leak"), "leak" in entry
+        if told := leak_words(leak, known=known):
+            lines.append(f"  {told}")
+        beside = leak_mark(leak, known=known)
+        beside = f"  [{beside}]" if beside else ""
         for name, block in entry["conditions"].items():
             if block is None:
                 lines.append(f"  {name:16} -  ({entry['reasons'].get(name, 'not run')})")
@@ -214,12 +220,12 @@ def describe(result: dict[str, Any]) -> str:
                     f"  {name:16} {_number(block['nats_per_token'], '7.3f')} nats/token "
                     f"{_interval(block['ci95'], '.2f')}  {_number(block['bits_per_byte'], '6.3f')} bits/byte  "
                     f"KL {_number(block['kl'], '6.3f')}  top-1 {_number(block['top1'], '4.0%')}"
+                    f"{'' if name == 'clean' else beside}"
                 )
         best = entry["recovered_best_control"]
         for name, block in (("mean", entry["recovered"]), (best["control"], best)):
-            lines.append(
-                f"  recovered {_number(block['value'], '6.1%')} against {name} {_interval(block['ci95'], '.1%')}"
-            )
+            share = f"{_number(block['value'], '6.1%')} against {name} {_interval(block['ci95'], '.1%')}"
+            lines.append(f"  recovered {share}{beside}")
         lines += _alone_lines(entry)
         if entry.get("rate"):
             rate = entry["rate"]

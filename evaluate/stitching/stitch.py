@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from align.maps.fitted import Adapter, Aligner
 from evaluate.injection.controls import CONTROLS, control_states
 from evaluate.injection.loading import Loaded, Models, check_card, choose
+from evaluate.injection.verified import leak_at, recorded, side_channels, start_token
 from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from evaluate.stitching.scores import FIRST_SCORED, Tally, add_window, alone, describe, figures, recovered
 from featstore.errors import AdapterError, PairingError, SpecError
@@ -188,9 +189,14 @@ def stitch(
         needs=needs,
         allow_side_channel=allow_side_channel,
     )
+    verified: dict[str, Any] = {}
+    starts: dict[str, Any] = {}
     # A model is loaded once, does all it is needed for, and is released before the next.
     for name in needed.names:
         loaded = needed.load(name)
+        verified[name] = recorded(loaded, needs.get(name, Needs()))
+        if keep == "hide" and name in needs:
+            starts[name] = start_token(loaded)
         for run in runs:
             if run.target == name:
                 with progress(f"stitch {run.source}->{name}", run.work, "tok", quiet=quiet) as tick:
@@ -207,7 +213,9 @@ def stitch(
         "split": SPLITS[split],
         "keep": keep,
         "seed": seed,
-        "pairs": {w.aligner.pair.key: run.entry(w) for run in runs for w in run.wires},
+        "pairs": {w.aligner.pair.key: run.entry(w, verified) for run in runs for w in run.wires},
+        "verified": verified,
+        **({"start": starts} if starts else {}),
     }
 
 
@@ -330,8 +338,8 @@ class _Stitcher:
     ) -> None:
         add_window(self._tallies.setdefault((key, condition), Tally()), window.document, window.target, logits, clean)
 
-    def entry(self, to: Wire) -> dict[str, Any]:
-        """The pair's part of ``stitch.json``."""
+    def entry(self, to: Wire, verified: Mapping[str, Any]) -> dict[str, Any]:
+        """The pair's part of ``stitch.json``, given what was tested on each model."""
         key, pair = to.aligner.pair.key, to.aligner.pair
         tables = {name: self._tallies[key, name].table() for name in CONDITIONS if (key, name) in self._tallies}
         ordinary = sum(int((~w.target.special).sum()) for w in self.windows)
@@ -354,6 +362,8 @@ class _Stitcher:
         entry["alone"] = {"source": None if by_itself is None else alone(by_itself), "target": alone(tables["clean"])}
         if (rate := to.rate([w.size for w in self.windows])) is not None:
             entry["rate"] = rate
+        entry["leak"] = leak_at(verified, pair.target, pair.target_layer)
+        entry["warnings"] = side_channels({key: entry["leak"]})
         return entry
 
 

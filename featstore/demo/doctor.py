@@ -1,4 +1,4 @@
-"""Look before anything is downloaded: versions, device, disk, the import clash, access to the models."""
+"""Look before anything is downloaded: versions, device, disk, the import clash, and what the models are right for."""
 
 from __future__ import annotations
 
@@ -22,22 +22,34 @@ if TYPE_CHECKING:
     from featstore.models.loading import ModelInfo
 
 
-def examine(models: Sequence[str], store: Path) -> dict[str, Any]:
+def examine(models: Sequence[str], store: Path, *, probe: bool = False, **options: Any) -> dict[str, Any]:
     """Run all checks.
 
     Args:
         models: ``NAME=REF`` values to check access to.
         store: Where the store would go.
+        probe: Load those whose weights lie on this disk and run every test of the instrument on them.
+        options: How they are loaded, of :func:`featstore.demo.trial.try_model`.
 
     Returns:
-        ``{"ok": bool, "checks": [{"name", "ok", "finding", "remedy"}]}``.
+        ``ok``, ``versions``, ``checks`` (each with ``name``, ``ok``, ``finding``, ``remedy``, and of a tested model
+        ``lines``), and ``verified``: by model what was tested. A model is ok where its states can be stored; a layer
+        that takes no injection, or a prompt that cannot be hidden, is a finding and no failure.
 
     Raises:
-        SpecError: A model value does not parse.
+        SpecError: A model value does not parse, or an option is unknown.
     """
     checks = [_python(), _torch(), _clash(), _disk("store", store), _disk("model cache", _cache())]
-    checks += [_access(spec) for spec in parse_models(models)]
-    return {"ok": all(check["ok"] for check in checks), "versions": versions(), "checks": checks}
+    verified: dict[str, Any] = {}
+    for spec in parse_models(models):
+        access, info = _access(spec)
+        checks.append(access)
+        if probe and info is not None:
+            tested, verdict = _tested(info, options)
+            checks.append(tested)
+            verified |= {} if verdict is None else {spec.name: verdict}
+    ok = all(check["ok"] for check in checks)
+    return {"ok": ok, "versions": versions(), "checks": checks, "verified": verified}
 
 
 def _check(name: str, finding: str, *, ok: bool = True, remedy: str = "") -> dict[str, Any]:
@@ -101,21 +113,33 @@ def _cache() -> Path:
     return Path(HF_HUB_CACHE)
 
 
-def _access(spec: ModelSpec) -> dict[str, Any]:
-    """Whether a model's configuration and tokenizer can be read; its weights are not touched."""
+def _tested(info: ModelInfo, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The probe on a model whose weights are at hand; and its verdict, None where there is none."""
+    from featstore.demo.trial import trial
+    from featstore.models.loading import weight_bytes
+
+    name = f"tests of {info.spec.name}"
+    if not weight_bytes(info.spec):
+        return _check(name, "not run: the weights are not on this disk, and nothing is downloaded here"), None
+    found = trial(info, **options)
+    if not found["ok"]:
+        return _check(name, found["error"], ok=False, remedy="see the finding"), None
+    return {**_check(name, "its states can be stored"), "lines": found["lines"]}, found["verified"]
+
+
+def _access(spec: ModelSpec) -> tuple[dict[str, Any], ModelInfo | None]:
+    """Whether a model's configuration and tokenizer can be read, and these; its weights are not touched."""
     from featstore.models.loading import inspect_model, weight_bytes
 
     name = f"model {spec.name}"
     try:
         info = inspect_model(spec)
     except FeatstoreError as error:
-        return _check(name, " ".join(str(error).split()), ok=False, remedy="see the finding")
+        return _check(name, " ".join(str(error).split()), ok=False, remedy="see the finding"), None
     weights = weight_bytes(spec)
     where = f"{human_bytes(weights)} of weights on this disk" if weights else "weights not on this disk yet"
-    return _check(
-        name,
-        f"{spec.ref}: {info.family}, {_size(info)}, {info.vocabulary} token ids; {where}{info.peculiarities}",
-    )
+    finding = f"{spec.ref}: {info.family}, {_size(info)}, {info.vocabulary} token ids; {where}{info.peculiarities}"
+    return _check(name, finding), info
 
 
 def _size(info: ModelInfo) -> str:
@@ -134,6 +158,7 @@ def describe_checks(result: dict[str, Any]) -> str:
     for check in result["checks"]:
         mark = "[green]ok[/green]  " if check["ok"] else "[red]bad[/red] "
         lines.append(f"{mark} {check['name']}: {escape(check['finding'])}")
+        lines += [f"     {escape(line)}" for line in check.get("lines", ())]
         if check["remedy"]:
             lines.append(f"     -> {escape(check['remedy'])}")
     return "\n".join(lines)

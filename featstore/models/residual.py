@@ -37,6 +37,8 @@ from featstore.models.devices import input_device
 
 #: Sees hidden states ``(batch, tokens, width)``; returns a replacement of the same shape, or None to leave them.
 SiteFunction = Callable[[torch.Tensor], torch.Tensor | None]
+#: Sees the arguments of a pass; returns others, or None to leave them.
+ArgumentsFunction = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
 
 
 class _ForwardDone(Exception):  # noqa: N818 - a signal, not an error
@@ -278,6 +280,25 @@ def at_site(stream: ResidualStream, layer: int, function: SiteFunction) -> Itera
         handle = stream.blocks[layer].register_forward_pre_hook(_entering(stream, function), with_kwargs=True)
     else:
         handle = stream.blocks[-1].register_forward_hook(_leaving(stream, function))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def at_beginning(stream: ResidualStream, function: ArgumentsFunction) -> Iterator[None]:
+    """Call a function on the arguments of the decoder at the beginning of every forward pass in the context.
+
+    Args:
+        stream: The model's.
+        function: Sees positional and keyword arguments; a returned pair of both replaces them.
+    """
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return function(args, kwargs)
+
+    handle = stream.decoder.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:

@@ -8,8 +8,8 @@ from markupsafe import Markup
 
 from evaluate.reporting.prose.notes import Note
 from evaluate.reporting.prose.words import Verdict, best_control, between_models
-from evaluate.reporting.reading.inputs import Node, Pair, Run
-from evaluate.reporting.reading.names import control_name, share
+from evaluate.reporting.reading.inputs import Pair, Run
+from evaluate.reporting.reading.names import control_name, leak_of, share
 from evaluate.reporting.reading.numbers import count, interval, percent, percent_number, say, score, show
 from evaluate.reporting.sections import cka, communicate
 from evaluate.reporting.sections.gains import beats_all
@@ -44,7 +44,7 @@ def headline(runs: Sequence[Run], judged: Sequence[Verdict]) -> Markup:
         )
     unclear = sum(v.kind == "open" for v in tested)
     best = tested[0]
-    figure = share(_recovered(best))
+    figure = _share(best)
     if not good:
         lead = "The map does not beat" if len(tested) == 1 else f"None of {len(tested)} maps beats"
         if unclear:
@@ -58,9 +58,7 @@ def headline(runs: Sequence[Run], judged: Sequence[Verdict]) -> Markup:
     verb = "beats" if len(good) == 1 else "beat"
     lead = f"{len(good)} of {len(tested)} injected maps {verb} every control"
     lead += f"; {rest} more were fitted, not injected." if rest else "."
-    return say(
-        "{} The best, {}, recovers {} {}{}.", lead, good[0].title, share(_recovered(good[0])), _SPAN, _on(good[0])
-    )
+    return say("{} The best, {}, recovers {} {}{}.", lead, good[0].title, _share(good[0]), _SPAN, _on(good[0]))
 
 
 def sentences(runs: Sequence[Run], judged: Sequence[Verdict], notes: Sequence[Note]) -> list[Markup]:
@@ -108,7 +106,7 @@ def _ceiling(judged: Sequence[Verdict]) -> Markup:
         return say("")
     worst = min(own, key=lambda verdict: verdict.rank)
     text = "The ceiling, a model mapped to itself, recovers {}{}."
-    return say(text, "at least " if len(own) > 1 else "", share(_recovered(worst)))
+    return say(text, "at least " if len(own) > 1 else "", _share(worst))
 
 
 def _answers(runs: Sequence[Run]) -> Markup:
@@ -118,11 +116,12 @@ def _answers(runs: Sequence[Run]) -> Markup:
     best, task = found[0], found[0].task
     way, _, key = best.condition.partition(" ")
     words = say(
-        "Asked what only the source has read ({}), the target answers {} {} of {} questions right from mapped states "
+        "Asked what only the source has read ({}), the target answers {} {}{} of {} questions right from mapped states "
         "({}{} of {})",
         task.get("task").text or "a task",
         show(best.block.get("accuracy"), percent),
         interval(best.block.get("ci95"), percent_number),
+        best.leak.tag,
         show(task.get("n"), count),
         control_name(way),
         key and f" at {Pair.parse(key)}",
@@ -178,5 +177,6 @@ def _without_maps(runs: Sequence[Run]) -> Markup:
     )
 
 
-def _recovered(verdict: Verdict) -> Node:
-    return verdict.run.file("stitch.json").get("pairs", verdict.pair.key, "recovered")
+def _share(verdict: Verdict) -> Markup:
+    stitched = verdict.run.file("stitch.json").get("pairs", verdict.pair.key)
+    return share(stitched.get("recovered"), leak_of(stitched).tag)

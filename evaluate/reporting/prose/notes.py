@@ -19,7 +19,7 @@ FEW_DOCUMENTS = 10
 
 #: What says that a result is none comes before what makes it smaller.
 _FIRST = (
-    *("self-injection", "different stores", "sinks-kept", "sinks kept", "after-final-norm"),
+    *("self-injection", "side-channel", "different stores", "sinks-kept", "sinks kept", "after-final-norm"),
     *("no-better-than-controls", "no-better-than-control", "retrieval-at-chance", "infonce-at-chance"),
     *("text-near-chance", "text-no-better-than-silent", "failed cell", "unfinished run", "torn log"),
 )
@@ -155,12 +155,25 @@ def _all(runs: Sequence[Run]) -> Iterator[Found]:
         for key, stitched in run.file("stitch.json").get("pairs").items():
             for code, text in _stitch_warnings(stitched):
                 yield Found(code, text, run.label, key)
+            yield from (_own(warning, run, [key]) for warning in stitched.get("warnings"))
+        texts = run.file("generations.json")
+        yield from (_own(w, run, [key for key, _ in texts.get("leaks").items()]) for w in texts.get("warnings"))
         for code, told, where, key in communicate.warnings(run):
             yield Found(code, say("{}", told), run.label, key, where)
         for code, said in run.notes:
             yield Found(code, say("{}", said), run.label)
         if run.torn_log:
             yield Found("torn log", say("log.jsonl ends in half a line: training was cut short or runs."), run.label)
+
+
+def _own(warning: Node, run: Run, keys: Sequence[str]) -> Found:
+    """A finding of a file, with the layer pair that its text opens with."""
+    text = warning.get("message").text or warning.text
+    key = next((key for key in keys if text.startswith(f"{key}: ")), "")
+    level = "note" if warning.get("level").text == "note" else "warning"
+    return Found(
+        warning.get("code").text or "warning", say("{}", text.removeprefix(f"{key}: ")), run.label, key, level=level
+    )
 
 
 def _note(group: Sequence[Found]) -> Note:

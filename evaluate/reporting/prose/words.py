@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from evaluate.reporting.prose.notes import is_neutral
 from evaluate.reporting.reading.inputs import Node, Pair, Run
-from evaluate.reporting.reading.names import control_name, share, type_name
+from evaluate.reporting.reading.names import control_name, leak_of, share, type_name
 from evaluate.reporting.reading.numbers import nats, percent, say, show
 
 #: Below this, two R2 are called equal in words; the table shows both.
@@ -85,13 +85,14 @@ def _judge(run: Run, pair: Pair) -> Verdict:
 def _stitched(stitched: Node) -> tuple[Kind, str, list[Markup]]:
     loss = {c: stitched.get("conditions", c, "nats_per_token") for c in ("clean", "mapped", "mean")}
     recovered, best = stitched.get("recovered"), stitched.get("recovered_best_control")
+    leak = leak_of(stitched)
     value = recovered.get("value").number or 0.0
     text = (
         "Recovers {} of the loss between the mean state ({} nats/token) and the clean run ({})."
         if value > 0
         else "No better than the mean state: recovers {} of the loss between it ({} nats/token) and the clean run ({})."
     )
-    sentences = [say(text, share(recovered), show(loss["mean"], nats), show(loss["clean"], nats))]
+    sentences = [say(text, share(recovered, leak.tag), show(loss["mean"], nats), show(loss["clean"], nats))]
     gain, low = best.get("value"), best.get("ci95", 0).number
     control = best.get("control").text
     reached = stitched.get("conditions", control, "nats_per_token")
@@ -102,18 +103,18 @@ def _stitched(stitched: Node) -> tuple[Kind, str, list[Markup]]:
         kind, tag = _against_conditions(stitched)
     elif gain.number <= 0 or value <= 0:
         text = "Does not beat its best control {}: it reaches {} nats/token, {} of the way from there."
-        sentences.append(say(text, against, show(loss["mapped"], nats), share(best)))
+        sentences.append(say(text, against, show(loss["mapped"], nats), share(best, leak.tag)))
         kind, tag = "poor", "does not beat its controls"
     elif low is None:
         text = "Counted from its best control {}, {}, without an interval: that may be chance."
-        sentences.append(say(text, against, share(best)))
+        sentences.append(say(text, against, share(best, leak.tag)))
         kind, tag = "open", "not clearly above its controls"
     elif low <= 0:
         text = "Counted from its best control {}, {}: that interval includes zero, so no gain is shown."
-        sentences.append(say(text, against, share(best)))
+        sentences.append(say(text, against, share(best, leak.tag)))
         kind, tag = "open", "not clearly above its controls"
     else:
-        sentences.append(say("Counted from its best control {}, {}.", against, share(best)))
+        sentences.append(say("Counted from its best control {}, {}.", against, share(best, leak.tag)))
         kind, tag = "good", "beats every control"
     if 0 < value < 0.5:
         sentences.append(say("Most of that loss remains."))
@@ -122,6 +123,10 @@ def _stitched(stitched: Node) -> tuple[Kind, str, list[Markup]]:
             say("But putting the target’s own states back is not neutral, so none of this can be trusted.")
         )
         kind, tag = "open", "self-injection fails"
+    elif leak.words:
+        sentences.append(say("At this layer a side channel is open ({}).", leak.words))
+        if kind == "good":
+            kind, tag = "open", "with a side channel"
     return kind, tag, sentences
 
 

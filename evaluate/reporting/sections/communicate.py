@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from evaluate.reporting.drawing.svg import Dots, dot_plot
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
-from evaluate.reporting.reading.names import control_name
+from evaluate.reporting.reading.names import NO_LEAK, Leak, control_name, leak_of
 from evaluate.reporting.reading.numbers import count, dash, exact, fixed, interval, percent, percent_number, say, show
 from evaluate.reporting.sections.gains import Gains, beats_all, gains, standing
 from evaluate.reporting.sections.stitched import mark_of
@@ -65,7 +65,7 @@ def exchanges(run: Run) -> list[Exchange]:
                 control_name(condition if several else condition.partition(" ")[0]),
                 _meaning(condition),
                 condition_kind(condition),
-                show(block.get("accuracy"), percent),
+                show(block.get("accuracy"), percent) + _leak(task, condition).tag,
                 interval(block.get("ci95"), percent_number) or dash("no interval is given"),
                 show(block.get("bytes"), _size),
             )
@@ -90,12 +90,13 @@ def warnings(run: Run) -> list[tuple[str, str, str, str]]:
     found = []
     for name, task in run.file("communicate.json").get("tasks").items():
         ways = [way.partition(" ") for way, _ in task.get("gains").items()]
+        places = {f"{key}, {method}: ": (f"{name}, {control_name(method)}", key) for method, _, key in ways}
+        places |= {f"{key}: ": (name, key) for key, _ in task.get("pairs").items()}
         for code, text in _warnings(task):
             # A text that opens with its place is the same warning as the one of the next place.
-            for method, _, key in ways:
-                start = f"{key}, {method}: "
+            for start, (where, key) in places.items():
                 if text.startswith(start):
-                    found.append((code, text.removeprefix(start), f"{name}, {control_name(method)}", key))
+                    found.append((code, text.removeprefix(start), where, key))
                     break
             else:
                 found.append((code, text, name, ""))
@@ -130,7 +131,8 @@ def _plots(run: Run, name: str, task: Node) -> tuple[tuple[str, Markup], ...]:
                 lines.append(Dots(short, [], "–", "no accuracy is given"))
                 continue
             mark = mark_of(accuracy, block.get("ci95"), control_name(condition), condition_kind(condition))
-            lines.append(Dots(short, [mark], percent(accuracy.number)))
+            leak = _leak(task, condition).text
+            lines.append(Dots(short, [mark], ", ".join(part for part in (percent(accuracy.number), leak) if part)))
         title = str(Pair.parse(pair)) if pair else ""
         plot = dot_plot(
             lines,
@@ -165,6 +167,10 @@ def _pair(condition: str) -> str:
     return condition.partition(" ")[2]
 
 
+def _leak(task: Node, condition: str) -> Leak:
+    return leak_of(task.get("pairs", pair)) if (pair := _pair(condition)) else NO_LEAK
+
+
 @dataclass(frozen=True)
 class Best:
     """The way of sending states with the most right answers in one task of one run.
@@ -189,6 +195,11 @@ class Best:
     def block(self) -> Node:
         """The accuracy and what belongs to it."""
         return self.task.get("conditions", self.condition)
+
+    @property
+    def leak(self) -> Leak:
+        """What leaks at its layer beside the states."""
+        return _leak(self.task, self.condition)
 
     @property
     def against(self) -> Node:
@@ -231,7 +242,7 @@ def _words(task: Node) -> Markup:
     controls = [name for name in known if condition_kind(name) == "control" or _word(name) == "silent"]
     rival = max(controls, key=lambda name: _accuracy(known[name]), default="")
     sentences = say(
-        "Best of the maps is {}: {} of {} questions right", *_named(known, best), show(task.get("n"), exact)
+        "Best of the maps is {}: {} of {} questions right", *_named(task, known, best), show(task.get("n"), exact)
     )
     ends = interval(known[best].get("ci95"), percent_number)
     sentences += say(" {}", ends) if ends else say("")
@@ -256,7 +267,7 @@ def _words(task: Node) -> Markup:
         text = " That is clearly above every control; the highest is {} ({})."
     else:
         text = " That is not clearly above the control {} ({})."
-    return sentences + say(text, *_named(known, rival))
+    return sentences + say(text, *_named(task, known, rival))
 
 
 def _paired(best: str, against: dict[str, Node], task: Node) -> Markup:
@@ -283,8 +294,8 @@ def _paired(best: str, against: dict[str, Node], task: Node) -> Markup:
     return words
 
 
-def _named(known: dict[str, Node], name: str) -> tuple[str, Markup]:
-    return control_name(name), show(known[name].get("accuracy"), percent)
+def _named(task: Node, known: dict[str, Node], name: str) -> tuple[str, Markup]:
+    return control_name(name), show(known[name].get("accuracy"), percent) + _leak(task, name).tag
 
 
 def _accuracy(block: Node) -> float:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from evaluate.reporting.drawing.svg import Mark, Series, chart_key, line_chart
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
-from evaluate.reporting.reading.names import control_name, type_name
+from evaluate.reporting.reading.names import control_name, leak_of, type_name
 from evaluate.reporting.sections.stitched import SHARES, mark_of
 
 #: A line through fewer layers shows no course.
@@ -111,11 +111,16 @@ def _share(name: str, block: Node) -> tuple[Node, Node]:
 
 def _points(blocks: dict[Pair, Node], name: str, find: Callable[[Node], tuple[Node, Node]]) -> list[tuple[float, Mark]]:
     points = [
-        (float(pair.source_layer), mark_of(*find(block), f"{control_name(name)}, {pair}", ""))
+        (float(pair.source_layer), mark_of(*find(block), _named(f"{control_name(name)}, {pair}", block), ""))
         for pair, block in blocks.items()
     ]
     known = [point for point in points if point[1].value is not None]
     return sorted(known, key=lambda point: point[0]) if len(known) >= _LAYERS else []
+
+
+def _named(words: str, stitched: Node) -> str:
+    leak = leak_of(stitched).text
+    return f"{words}, {leak}" if leak else words
 
 
 def _ways(run: Run) -> dict[tuple[str, str], list[Pair]]:
@@ -127,6 +132,11 @@ def _ways(run: Run) -> dict[tuple[str, str], list[Pair]]:
     return {way: pairs for way, pairs in found.items() if len({pair.source_layer for pair in pairs}) == len(pairs)}
 
 
+def _title(run: Run, pair: Pair, file: str) -> str:
+    words = f"{run.label}, {pair}"
+    return _named(words, run.file(file).get("pairs", pair.key)) if file == "stitch.json" else words
+
+
 def _of_runs(
     runs: Sequence[Run], title: str, axis: str, file: str, find: Callable[[Run, Pair], tuple[Node, Node]]
 ) -> Chart | None:
@@ -135,7 +145,7 @@ def _of_runs(
     for run in runs:
         for way, pairs in _ways(run).items():
             points = [
-                (float(pair.source_layer), mark_of(*find(run, pair), f"{run.label}, {pair}", "")) for pair in pairs
+                (float(pair.source_layer), mark_of(*find(run, pair), _title(run, pair, file), "")) for pair in pairs
             ]
             known = sorted((p for p in points if p[1].value is not None), key=lambda point: point[0])
             if len(known) >= _LAYERS:

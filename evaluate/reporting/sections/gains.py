@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from evaluate.reporting.drawing.svg import Mark, coordinate, point
 from evaluate.reporting.reading.inputs import Node, Pair
-from evaluate.reporting.reading.names import control_name
+from evaluate.reporting.reading.names import control_name, leak_of
 from evaluate.reporting.reading.numbers import dash, interval, percent, percent_number, say, show
 from evaluate.reporting.sections.stitched import mark_of
 from evaluate.reporting.sections.tables import Cell
@@ -106,7 +106,8 @@ def _row(
     cells = [Cell(say("{}", control_name(way)), way)]
     if several:
         cells.append(_layers(key))
-    cells.append(Cell(show(accuracy, percent), _sort(accuracy), "num"))
+    leak = leak_of(task.get("pairs", key)).tag
+    cells.append(Cell(show(accuracy, percent) + leak, _sort(accuracy), "num"))
     above = [standing(against.get(control)) == "above" for control in controls]
     all_of = beats_all(against)
     count = f"{sum(above)} of {len(controls)}"

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from evaluate.reporting.drawing.svg import Mark, Series, chart_key, line_chart
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
-from evaluate.reporting.reading.names import control_name, share
+from evaluate.reporting.reading.names import control_name, leak_of, share
 from evaluate.reporting.reading.numbers import count, dash, interval, nats, percent, percent_number, say, score, show
 from evaluate.reporting.sections.sent import Sent, accuracy_charts, rate_style, reference_rate, sent
 from evaluate.reporting.sections.stitched import mark_of, why_not
@@ -120,8 +120,10 @@ def _charts(
 ) -> list[tuple[str, Markup, Markup]]:
     drawn = [point for point in points if point.x > 0]
 
-    def line(words: str, style: int | None, find: Callable[[_Point], tuple[Node, Node]]) -> Series | None:
-        marks = [(p.x, mark_of(*find(p), _named(p, words), "")) for p in drawn]
+    def line(
+        words: str, style: int | None, find: Callable[[_Point], tuple[Node, Node]], *, injected: bool = True
+    ) -> Series | None:
+        marks = [(p.x, mark_of(*find(p), _named(p, words, injected=injected), "")) for p in drawn]
         return Series(words, marks, style) if any(mark.value is not None for _, mark in marks) else None
 
     def apart(words: str, find: Callable[[_Point], tuple[Node, Node]]) -> Series | None:
@@ -133,7 +135,7 @@ def _charts(
         return Series(words, found, _WHOLE) if found else None
 
     as_they_are = "states as they are"
-    held = [line(control_name(name), _STYLES.get(name), _held(name)) for name in codecs]
+    held = [line(control_name(name), _STYLES.get(name), _held(name), injected=False) for name in codecs]
     held.append(apart(as_they_are, lambda p: (p.test.get("r2"), p.test.get("r2_ci95"))))
     recovered = [line(words, style, _shared(name)) for name, (words, style) in _SHARES.items()]
     recovered.append(apart(as_they_are, _shared("recovered")))
@@ -208,8 +210,9 @@ def _token_ids(points: Sequence[_Point]) -> list[tuple[float, str]]:
     return []
 
 
-def _named(point: _Point, name: str) -> str:
-    return f"{point.run.label}, {name}, {_shape(point)}"
+def _named(point: _Point, name: str, *, injected: bool) -> str:
+    leak = leak_of(point.stitched).text if injected else ""
+    return ", ".join(part for part in (point.run.label, name, _shape(point), leak) if part)
 
 
 def _shape(point: _Point) -> str:
@@ -276,10 +279,10 @@ def _text_rows(answers: Sequence[Sent], tasks: Sequence[str], codecs: int) -> li
 def _stitched_cells(point: _Point) -> tuple[Cell, Cell]:
     why = "there is no stitch.json" if point.stitched.value is None else why_not(point.stitched, "mapped", "not given")
     loss, recovered = _loss(point, "mapped")[0], point.stitched.get("recovered")
-    known = recovered.get("value").number is not None
+    known, leak = recovered.get("value").number is not None, leak_of(point.stitched).tag
     return (
-        _number(loss, show(loss, nats, why)),
-        _number(recovered.get("value"), share(recovered) if known else dash(why)),
+        _number(loss, show(loss, nats, why) + (leak if loss.number is not None else Markup(""))),
+        _number(recovered.get("value"), share(recovered, leak) if known else dash(why)),
     )
 
 
@@ -293,7 +296,7 @@ def _accuracy(entry: Sent | None, rate: float | None = None) -> Cell:
     if entry is None:
         return _none("not asked with this; evaluate communicate asks")
     accuracy = entry.block.get("accuracy")
-    html = say("{} {}", show(accuracy, percent), interval(entry.block.get("ci95"), percent_number))
+    html = say("{} {}{}", show(accuracy, percent), interval(entry.block.get("ci95"), percent_number), entry.leak.tag)
     if rate is not None and abs(entry.rate - rate) > _SAME_RATE * rate:
         html += say(' <span class="ci">at {}</span>', entry.shown)
     return _number(accuracy, html)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from evaluate.reporting.drawing.svg import Mark, Series, chart_key, line_chart
 from evaluate.reporting.reading.inputs import Node, Pair, Run
-from evaluate.reporting.reading.names import control_name
+from evaluate.reporting.reading.names import NO_LEAK, Leak, control_name, leak_of
 from evaluate.reporting.reading.numbers import exact, fixed, say, show
 from evaluate.reporting.sections.communicate import condition_kind
 from evaluate.reporting.sections.stitched import mark_of
@@ -38,6 +38,7 @@ class Sent:
         way: The condition without its layer pair.
         rate: Bytes on the wire for a byte of text, above zero.
         shown: The rate with its origin.
+        leak: What leaks beside the states; nothing beside a text.
     """
 
     run: Run
@@ -47,11 +48,13 @@ class Sent:
     block: Node
     rate: float
     shown: Markup
+    leak: Leak = NO_LEAK
 
     @property
     def mark(self) -> Mark:
         """The accuracy and its interval."""
         words = f"{self.run.label}, {control_name(self.way)} at {exact(self.rate)} bytes per byte of text, {self.task}"
+        words += f", {self.leak.text}" if self.leak.text else ""
         return mark_of(self.block.get("accuracy"), self.block.get("ci95"), words, "")
 
 
@@ -77,7 +80,8 @@ def sent(run: Run, key: str, *, compressed: bool) -> list[Sent]:
             own = rate if pair and compressed and rate.number is not None else None
             value, shown = _rate(block, length, own)
             if value is not None:
-                found.append(Sent(run, name.partition(" (")[0], kind, way, block, value, shown))
+                leak = leak_of(task.get("pairs", key)) if pair else NO_LEAK
+                found.append(Sent(run, name.partition(" (")[0], kind, way, block, value, shown, leak))
     return found
 
 

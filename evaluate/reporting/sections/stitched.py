@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from evaluate.reporting.drawing.svg import Dots, Mark, dot_plot
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
-from evaluate.reporting.reading.names import control_name, share, type_name
+from evaluate.reporting.reading.names import NO_LEAK, Leak, control_name, leak_of, share, type_name
 from evaluate.reporting.reading.numbers import Style, count, dash, interval, nats, percent, say, score, show
 
 #: Conditions of a stitched run and what each puts into the target, in the order they are drawn.
@@ -66,7 +66,8 @@ def forest(runs: Sequence[Run]) -> Markup | None:
                 for (block, name), kind in zip(blocks, ("mapped", "hollow"), strict=True)
             ]
             value = marks[0].value
-            text = percent(value) if value is not None else ""
+            leak = leak_of(stitched).text
+            text = ", ".join(part for part in (percent(value), leak) if part) if value is not None else ""
             note = "" if text else why_not(stitched, "recovered", "no figure in stitch.json")
             lines.append(Dots(title, marks, text, note))
     if not lines:
@@ -93,6 +94,7 @@ def stitched_losses(run: Run) -> list[Stitched]:
         names = [*CONDITIONS, *(n for n, _ in pair.get("conditions").items() if n not in CONDITIONS)]
         conditions = {name: pair.get("conditions", name) for name in names}
         why = {name: why_not(pair, name, f"{name} is not in stitch.json") for name in names}
+        leak = leak_of(pair)
         caption = say(
             "Split {}: {} documents, {} tokens, {} of positions replaced. Counted from the best "
             "control ({}) the map recovers {}.",
@@ -101,9 +103,13 @@ def stitched_losses(run: Run) -> list[Stitched]:
             show(pair.get("n_tokens"), count),
             show(pair.get("replaced_share"), percent),
             control_name(pair.get("recovered_best_control", "control").text) or "not named",
-            share(pair.get("recovered_best_control")),
+            share(pair.get("recovered_best_control"), leak.tag),
         )
-        lines = [_condition_line(name, conditions[name], why[name]) for name in names]
+        if leak.words:
+            caption += say(" <b>{}</b>.", leak.words.capitalize())
+        # Where nothing is put in, nothing can leak.
+        beside = {name: NO_LEAK if name == "clean" else leak for name in names}
+        lines = [_condition_line(name, conditions[name], why[name], beside[name]) for name in names]
         clean = conditions["clean"].get("nats_per_token").number
         plot = dot_plot(
             lines,
@@ -119,7 +125,7 @@ def stitched_losses(run: Run) -> list[Stitched]:
             (
                 control_name(name),
                 kind_of(name),
-                show(conditions[name].get("nats_per_token"), nats, why[name]),
+                show(conditions[name].get("nats_per_token"), nats, why[name]) + beside[name].tag,
                 interval(conditions[name].get("ci95")) or dash(why[name]),
                 show(conditions[name].get("bits_per_byte"), score, why[name]),
                 tuple(show(conditions[name].get(key), style, why[name]) for key, _, style in more),
@@ -128,20 +134,20 @@ def stitched_losses(run: Run) -> list[Stitched]:
         )
         title = f"{type_name(run)}, {Pair.parse(key)}"
         source = run.origin("stitch.json")
-        recovered = share(pair.get("recovered"))
+        recovered = share(pair.get("recovered"), leak.tag)
         blocks.append(
             Stitched(title, run.label, source, recovered, caption, plot, tuple(figure[1] for figure in more), rows)
         )
     return blocks
 
 
-def _condition_line(name: str, block: Node, why: str) -> Dots:
+def _condition_line(name: str, block: Node, why: str, leak: Leak) -> Dots:
     loss = block.get("nats_per_token")
     mark = mark_of(loss, block.get("ci95"), control_name(name), kind_of(name))
     if loss.number is None:
         # Long reasons would run out of the drawing; the table has them whole.
         return Dots(control_name(name), [], "–", why if len(why) <= 40 else why[:39] + "…")
-    return Dots(control_name(name), [mark], nats(loss.number))
+    return Dots(control_name(name), [mark], ", ".join(part for part in (nats(loss.number), leak.text) if part))
 
 
 def mark_of(value: Node, ci: Node, name: str, kind: str) -> Mark:

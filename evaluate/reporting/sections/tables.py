@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 from evaluate.reporting.reading.inputs import Node, Pair, Run
-from evaluate.reporting.reading.names import control_name, share, type_name
+from evaluate.reporting.reading.names import control_name, leak_of, share, type_name
 from evaluate.reporting.reading.numbers import Style, count, dash, interval, percent, say, score, show
 from evaluate.reporting.sections.stitched import SHARES, why_not
 
@@ -143,7 +143,7 @@ def _cells(entry: _Entry) -> Iterator[Cell]:
     for name, _ in SHARES:
         block = stitched.get(name) if is_map else Node()
         why = why_not(stitched, name, _missing(run, "stitch.json")) if is_map else "only maps are injected"
-        html = share(block) if block.get("value").number is not None else dash(why)
+        html = share(block, leak_of(stitched).tag) if block.get("value").number is not None else dash(why)
         yield Cell(html, _sort(block.get("value")), "num")
     for _, _, key, style in _FIGURES[1:]:
         yield _figure(entry, metrics, key, style)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from markupsafe import Markup
 
 from evaluate.reporting.reading.inputs import Node, Pair, Run
-from evaluate.reporting.reading.names import control_name
+from evaluate.reporting.reading.names import control_name, leak_of
 from evaluate.reporting.reading.numbers import exact, nats, say, show
 
 #: A stretch of text, and whether it differs from what it was compared with.
@@ -129,8 +129,9 @@ def _gather(prompt: Prompt, run: Run, entry: Node) -> None:
 
 def _mapped(pair: Pair, run: Run, prompt: str, texts: Node, writer: Node, costs: Node) -> Text:
     mapped = texts.get("mapped")
+    leak = leak_of(run.file("generations.json").get("leaks"), pair.key).words
     others = [(name, node) for name, node in texts.items() if name != "mapped"]
-    notes = []
+    notes = [("caution", leak)] if leak else []
     if mapped.text and mapped.text == writer.text:
         notes.append(("plain", "the same as without injection"))
     twins = [control_name(n) for n, node in others if n != "self" and node.text == mapped.text]

@@ -6,13 +6,18 @@ tested on a model is not tested again by the next command.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from featstore.errors import CorruptDataError, FeatstoreError, NonFiniteStateError
+from featstore.models.aside import aside
+from featstore.models.devices import input_device
 from featstore.models.hiding import attention
 from featstore.models.probe.continuing import test_continuing
 from featstore.models.probe.hiding import test_hiding
@@ -22,11 +27,15 @@ from featstore.models.residual import Batching, Continuing, ResidualStream
 from featstore.models.stack import embedding_rows, residual_stream
 from featstore.models.verdict import ContinuingVerdict, LayerVerdict, ReadingVerdict, Verdict
 from featstore.runtime.caches import cache_directory
+from featstore.runtime.console import Tick
 from featstore.runtime.provenance import digest, read_json, versions, write_json
 
 #: Raised when a test changes: what it found before is looked for again.
 _VERSION = 1
 _LIBRARIES = ("torch", "transformers")
+
+#: What was found out about the models of this process, and how they were run then.
+_REMEMBERED: WeakKeyDictionary[nn.Module, tuple[Any, Verdict]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,21 @@ class Needs:
     continuing: bool = False
     layers: tuple[int, ...] = ()
     hide: bool = False
+
+    @property
+    def tests(self) -> int:
+        """How many tests that makes at most; :func:`further` ticks after each."""
+        layers = len(set(self.layers))
+        return 1 + (self.continuing or self.hide) + bool(layers) + layers * (1 + self.hide)
+
+
+def everything(stream: ResidualStream) -> Needs:
+    """All that can be tested on a model.
+
+    Args:
+        stream: Its residual stream.
+    """
+    return Needs(continuing=True, layers=tuple(range(stream.depth + 1)), hide=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +99,27 @@ def probe_key(*, weights: str, config: str, device: str, dtype: str, attention: 
     return digest([_VERSION, weights, config, device, dtype, attention, libraries])
 
 
+def key_of(model: nn.Module, *, weights: str | None, config: str) -> str | None:
+    """The name under which what is found out about a loaded model is kept; None where its weights have none.
+
+    Args:
+        model: A transformers causal language model, as loaded from the files with these weights.
+        weights: Fingerprint over every byte of the files.
+        config: Hash of the configuration.
+    """
+    if weights is None:
+        return None
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    places = {parameter.device.type for parameter in model.parameters()} | {input_device(model).type}
+    return probe_key(
+        weights=weights,
+        config=config,
+        device="+".join(sorted(places)),
+        dtype="+".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)),
+        attention=str(attention(residual_stream(model))),
+    )
+
+
 def recalled(key: str) -> Verdict | None:
     """What earlier commands found out under a key, or None.
 
@@ -99,14 +144,24 @@ def _keep(key: str, verdict: Verdict) -> None:
         return  # a cache that cannot be written is no cache
 
 
-def prove(model: nn.Module, needs: Needs = Needs(), *, key: str | None = None, name: str = "") -> Proven:
+def prove(
+    model: nn.Module,
+    needs: Needs = Needs(),
+    *,
+    key: str | None = None,
+    name: str = "",
+    tick: Tick = lambda _: None,
+) -> Proven:
     """Find a model's stream and run the tests that a command needs and that have not been run.
 
+    What has been tested on a model in this process is remembered as long as the model lives.
+
     Args:
-        model: A causal language model in eval mode.
+        model: A causal language model; tests leave training mode for their passes.
         needs: What the command is about to do.
-        key: From :func:`probe_key`; None where the model lies nowhere on disk, and nothing is recalled.
+        key: From :func:`key_of`; None where the model lies nowhere on disk, and nothing is recalled from there.
         name: The model's, for messages; its class by default.
+        tick: Called after each test, of which there are ``needs.tests`` at most.
 
     Raises:
         UnsupportedArchitectureError: As :func:`featstore.models.stack.residual_stream`.
@@ -115,29 +170,63 @@ def prove(model: nn.Module, needs: Needs = Needs(), *, key: str | None = None, n
         NonFiniteStateError: The model gives NaN or infinity on ordinary tokens.
     """
     stream = residual_stream(model)
-    held = recalled(key) if key else None
-    if held is not None and (held.stack, held.blocks, held.width) != (stream.path, stream.depth, stream.width):
-        held = None
-    return further(Proven(stream, held or _first(stream), key, name or type(model).__name__), needs)
+    held = _remembered(stream)
+    if held is None and key:
+        held = recalled(key)
+        if held is not None and (held.stack, held.blocks, held.width) != (stream.path, stream.depth, stream.width):
+            held = None
+    return further(Proven(stream, held or _first(stream), key, name or type(model).__name__), needs, tick=tick)
 
 
-def further(proven: Proven, needs: Needs) -> Proven:
+def further(proven: Proven, needs: Needs, *, tick: Tick = lambda _: None) -> Proven:
     """Run those tests that a command needs and that a verdict lacks, and keep what comes out.
+
+    States that are being injected into the model are not in the way, and do not notice.
 
     Args:
         proven: A stream and what is known of it.
         needs: What the command is about to do.
+        tick: As of :func:`prove`.
 
     Raises:
         LayerRangeError: A layer the model does not have.
         NonFiniteStateError: The model gives NaN or infinity on ordinary tokens.
     """
-    stream, verdict = proven.stream, proven.verdict
     for layer in needs.layers:
-        stream.check(layer)
+        proven.stream.check(layer)
+    held = _remembered(proven.stream)
+    verdict = proven.verdict if held is None else _joined(proven.verdict, held)
+    with aside(proven.stream.model), _evaluating(proven.stream.model):
+        found, stream = _tested(proven, verdict, needs, tick)
+    if found:
+        plain = {name: value.content() if hasattr(value, "content") else value for name, value in found.items()}
+        verdict = Verdict.parse({**verdict.content(), **plain})
+        if proven.key:
+            _keep(proven.key, verdict)
+    _REMEMBERED[stream.model] = (_circumstances(stream), verdict)
+    return replace(proven, stream=stream, verdict=verdict)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Leave training mode for the tests: dropout would be taken for noise of the model."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tested(proven: Proven, verdict: Verdict, needs: Needs, tick: Tick) -> tuple[dict[str, Any], ResidualStream]:
+    """What the missing tests find, and the stream that knows all of it."""
+    stream = proven.stream
     found: dict[str, Any] = {}
     if verdict.reading is None:
         found["reading"] = test_reading(stream)
+    tick(1)
     reading = verdict.reading or found["reading"]
     if reading.not_finite is not None:
         raise NonFiniteStateError(
@@ -145,28 +234,72 @@ def further(proven: Proven, needs: Needs) -> Proven:
             "float32, or check the model's weights"
         )
     continuing = verdict.continuing
-    if continuing is None and (needs.continuing or needs.hide):
-        found["continuing"] = continuing = test_continuing(stream) or ContinuingVerdict(kind="none")
+    if needs.continuing or needs.hide:
+        if continuing is None:
+            found["continuing"] = continuing = test_continuing(stream) or ContinuingVerdict(kind="none")
+        tick(1)
     stream = _knowing(stream, reading, continuing, verdict.layers.items())
     layers = dict(verdict.layers)
-    missing = [k for k in needs.layers if str(k) not in layers or (needs.hide and not _hide_known(layers[str(k)]))]
+    wanted = tuple(dict.fromkeys(needs.layers))
+    missing = [k for k in wanted if str(k) not in layers or (needs.hide and not _hide_known(layers[str(k)]))]
+    tick((len(wanted) - len(missing)) * (1 + needs.hide))
     if missing:
         texts = two_texts(stream)
+        tick(1)
         found["repeats"] = texts.repeats
         for layer in missing:
             entry = layers.get(str(layer)) or test_injecting(stream, texts, layer)
+            tick(1)
             stream = _knowing(stream, reading, continuing, [(str(layer), entry)])
             if needs.hide:
                 hidden = test_hiding(stream, texts, layer).content()
                 entry = LayerVerdict.parse({**entry.content(), **hidden})
+                tick(1)
             layers[str(layer)] = entry
         found["layers"] = {name: each.content() for name, each in sorted(layers.items(), key=lambda item: int(item[0]))}
-    if found:
-        plain = {name: value.content() if hasattr(value, "content") else value for name, value in found.items()}
-        verdict = Verdict.parse({**verdict.content(), **plain})
-        if proven.key:
-            _keep(proven.key, verdict)
-    return replace(proven, stream=stream, verdict=verdict)
+    return found, stream
+
+
+def asked(verdict: Verdict, needs: Needs) -> Verdict:
+    """The part of a verdict that a command asked for, which does not depend on what other commands had tested before.
+
+    Args:
+        verdict: All that is known of a model.
+        needs: What the command did with it.
+    """
+    content = verdict.content()
+    layers = {str(layer): verdict.layers[str(layer)].content() for layer in sorted(set(needs.layers))}
+    for entry in layers.values() if not needs.hide else ():
+        for name in [name for name in entry if name.startswith("hide")]:
+            del entry[name]
+    content["layers"] = layers
+    if not layers:
+        content.pop("repeats", None)
+    if not (needs.continuing or needs.hide):
+        content.pop("continuing", None)
+    return Verdict.parse(content)
+
+
+def _circumstances(stream: ResidualStream) -> Any:
+    """What may change about a model while it lives, and with it what tests find."""
+    weights = next(stream.model.parameters()).dtype
+    return stream.path, stream.depth, stream.width, weights, input_device(stream.model).type, attention(stream)
+
+
+def _remembered(stream: ResidualStream) -> Verdict | None:
+    circumstances, verdict = _REMEMBERED.get(stream.model, (None, None))
+    return verdict if circumstances == _circumstances(stream) else None
+
+
+def _joined(own: Verdict, held: Verdict) -> Verdict:
+    """What two verdicts on one model say together; where both say something, the first one counts."""
+    layers = dict(held.layers)
+    for name, entry in own.layers.items():
+        if name not in layers or _hide_known(entry) or not _hide_known(layers[name]):
+            layers[name] = entry
+    said = {name: value for name, value in own.content().items() if value is not None}
+    plain = {name: layers[name].content() for name in sorted(layers, key=int)}
+    return Verdict.parse({**held.content(), **said, "layers": plain} if plain else {**held.content(), **said})
 
 
 def _hide_known(entry: LayerVerdict) -> bool:

@@ -28,7 +28,14 @@ def refuse_storing(name: str, verdict: Verdict, *, table: bool) -> None:
         )
 
 
-def refuse_injecting(name: str, verdict: Verdict, layers: Sequence[int], *, allow_side_channel: bool) -> None:
+def refuse_injecting(
+    name: str,
+    verdict: Verdict,
+    layers: Sequence[int],
+    *,
+    allow_side_channel: bool = False,
+    remedy: str = "choose other --layers, or type --allow-side-channel to have the leak beside every figure",
+) -> None:
     """Refuse to inject where figures would not be about the injected states.
 
     Args:
@@ -36,6 +43,7 @@ def refuse_injecting(name: str, verdict: Verdict, layers: Sequence[int], *, allo
         verdict: With these layers.
         layers: Where states are to be put in.
         allow_side_channel: The user has typed that a leak is known and wanted.
+        remedy: What to do about a leak.
 
     Raises:
         ProbeError: The message names the test, the layer and the figure.
@@ -56,8 +64,7 @@ def refuse_injecting(name: str, verdict: Verdict, layers: Sequence[int], *, allo
         if entry.leak != 0 and not allow_side_channel:
             raise ProbeError(
                 f"model {name!r}, layer {layer}: the swap test leaks {_figure(entry.leak)} (later blocks learn of the "
-                "text past the residual stream), so figures would not be about the injected states; choose other "
-                "--layers, or type --allow-side-channel to have the leak beside every figure"
+                f"text past the residual stream), so figures would not be about the injected states; {remedy}"
             )
 
 
