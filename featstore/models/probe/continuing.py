@@ -50,7 +50,7 @@ def test_continuing(stream: ResidualStream) -> ContinuingVerdict | None:
     ids = ordinary_ids(stream.model, 2, _THEN[-1], seed=2)
     whole = forward(stream.model, input_ids=ids).logits
     check_finite(stream.model, whole)
-    limit = rounding(whole.dtype)
+    limit = rounding(stream.model, whole.dtype)
     for way in _WAYS:
         difference = _difference(replace(stream, continuing=way), ids, whole)
         if difference <= limit:
