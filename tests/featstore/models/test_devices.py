@@ -111,7 +111,6 @@ def test_states_put_in_are_read_and_blocks_below_them_are_skipped(pair: tuple[An
         assert not torch.equal(outputs[0], clean)
     # The hooks of skipped blocks are back in their place.
     assert [vars(block).get("forward") for block in blocks] == forwards
-    assert any(forwards)
     assert torch.equal(mapped(ids).logits, clean)
 
 
