@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from evaluate.communication.messages import check_context
 from evaluate.injection.continuing import check_speaker, left_padded, prompt_states
 from evaluate.injection.loading import Loaded
+from featstore.errors import SpecError
 from featstore.models import residual as sites
 from featstore.models.injection import Injection, aligned, inject, last
 from featstore.models.loading import refuse_unknown_ids
@@ -114,18 +115,23 @@ def ask(
         its tokens' log-probabilities).
 
     Raises:
-        SpecError: States do not fit the prompts; or, with ``hide``, a prompt without a rest whose last token takes no
-            state: the answer would begin with what is to be hidden.
+        SpecError: States do not fit the prompts; with ``hide``, a prompt without a rest has a last token that takes no
+            state: the answer would begin with what is to be hidden; or a prompt and its answer pass the length where
+            the model changes its position encoding.
         NonFiniteStateError: A state holds NaN or infinity.
     """
+    _check_lengths(loaded, prompts, length)
+    how = loaded.stream.continuing
+    # What is read again is read without what was put in: prompts are read once only where their cache is gone on from.
+    once = how.kind != "recomputed" and how.branching != "reread"
     answers: dict[str, list[str | int]] = {name: [""] * len(prompts) for name in put_in}
-    for rows in _batches(prompts, padded=loaded.stream.continuing.padding):
+    for rows in _batches(prompts, padded=how.padding, switch=loaded.stream.batching.switch):
         batch = _batch(loaded, [prompts[row] for row in rows])
         given = {
             name: None if one is None else PutIn(one.layer, [one.states[row] for row in rows], one.how, one.keep)
             for name, one in put_in.items()
         }
-        for names, at_end in _stacks(given, batch.ids):
+        for names, at_end in _stacks(given, batch.ids, once=once):
             stack = [given[name] for name in names]
             with ExitStack() as context:
                 passes = batch.at_end(stack) if at_end else batch.begun(stack, context)
@@ -137,14 +143,34 @@ def ask(
     return answers
 
 
-def _batches(prompts: Sequence[Prompt], *, padded: bool) -> Iterator[list[int]]:
-    """Numbers of prompts whose rests are of one length, those of like length together; of one length unless padded."""
+def _check_lengths(loaded: Loaded, prompts: Sequence[Prompt], length: int) -> None:
+    """Refuse a text that is read in passes under two position encodings."""
+    switch = loaded.stream.batching.switch
+    if switch is None:
+        return
+    for prompt in prompts:
+        end = len(prompt.ids) + len(prompt.rest) + max([length, *map(len, prompt.choices)])
+        if len(prompt.ids) <= switch < end:
+            raise SpecError(
+                f"a prompt of {len(prompt.ids)} tokens is read on to {end}; at {switch} {loaded.name!r} changes its "
+                "position encoding; use shorter examples"
+            )
+
+
+def _batches(prompts: Sequence[Prompt], *, padded: bool, switch: int | None) -> Iterator[list[int]]:
+    """Numbers of prompts that may share a batch, those of like length together.
+
+    Their rests are of one length, they themselves too unless they may be padded, and all are on one side of a switch.
+    """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].rest), len(prompts[i].ids)))
     batch: list[int] = []
     for i in order:
         # In this order the one that is added is the longest.
         full = len(batch) == _PROMPTS or (len(batch) + 1) * len(prompts[i].ids) > _TOKENS
-        unlike = not padded and len(prompts[i].ids) != len(prompts[batch[0]].ids) if batch else False
+        unlike = False
+        if batch:
+            one, other = len(prompts[i].ids), len(prompts[batch[0]].ids)
+            unlike = (not padded and one != other) or (switch is not None and other <= switch < one)
         if batch and (full or unlike or len(prompts[i].rest) != len(prompts[batch[0]].rest)):
             yield batch
             batch = []
@@ -153,11 +179,14 @@ def _batches(prompts: Sequence[Prompt], *, padded: bool) -> Iterator[list[int]]:
         yield batch
 
 
-def _stacks(given: Mapping[str, PutIn | None], ids: torch.Tensor) -> Iterator[tuple[list[str], bool]]:
-    """Conditions whose rows make one batch, and whether they differ in the prompts' last token alone."""
+def _stacks(given: Mapping[str, PutIn | None], ids: torch.Tensor, *, once: bool) -> Iterator[tuple[list[str], bool]]:
+    """Conditions whose rows make one batch, and whether they differ in the prompts' last token alone.
+
+    Without ``once`` no two conditions share what comes before it.
+    """
     end = [name for name, one in given.items() if one is None or (one.how != "aligned" and one.keep == "own")]
     # A prompt of one token has nothing before it to share, and one condition nobody to share with.
-    shared = set(end) if len(end) > 1 and ids.shape[1] > 1 else set()
+    shared = set(end) if once and len(end) > 1 and ids.shape[1] > 1 else set()
     alike: dict[object, list[str]] = {}
     for name, one in given.items():
         key: object = "end" if name in shared else None if one is None else (one.layer, one.keep)

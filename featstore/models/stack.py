@@ -254,7 +254,7 @@ def _one_pass(model: nn.Module, batch: int, tokens: int) -> tuple[list[_List], s
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelLoadError(
                 f"model {type(model).__name__} cannot be run on {tokens} ordinary tokens: {type(error).__name__}: "
-                f"{reason} Check that it is a causal language model that reads text alone"
+                f"{reason.rstrip('.')}; check that it is a causal language model that reads text alone"
             ) from error
     return lists, reached
 
