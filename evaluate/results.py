@@ -418,7 +418,7 @@ class Communication(Record):
     start: Table[StartToken] = EMPTY
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row for every task and condition: ``task``, ``chance``, ``condition``, ``pair``, the figures, ``leak``."""
+        """One row for every task and condition: ``task``, ``chance``, ``condition``, ``pair``, figures, ``leak``."""
         return frame(
             {
                 "task": name,

@@ -1,4 +1,4 @@
-"""The whole probe on one model, whose weights lie on this disk: what it is right for, before anything is made with it."""
+"""The whole probe on one model whose weights lie on this disk: what it is right for, before anything is made of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from featstore.models.devices import DeviceMap
 from featstore.models.loading import ModelInfo, load_model
 from featstore.models.probe.prove import everything, key_of, prove
 from featstore.models.probe.words import lines
-from featstore.models.references import ModelSpec
 from featstore.models.stack import residual_stream
 from featstore.models.verdict import Verdict
 from featstore.models.weights import weights_fingerprint
