@@ -139,7 +139,8 @@ def extract(
         "moments_memory": moments_memory,
     }
     first = Ranks.from_environment().first
-    job = prepare(parse_settings(given, moments=moments, moments_only=moments_only), quiet=not first)
+    settings = parse_settings(given, moments=moments, moments_only=moments_only)
+    job = prepare(settings, quiet=not first, load=not dry_run)
     if dry_run:
         result = estimate.dry_run(job)
         emit(result, estimate.describe(result), as_json=as_json)

@@ -23,6 +23,7 @@ from align.similarity.scan.streaming import BATCH, stream
 from align.similarity.scan.terms import check_estimator, effective_rank, similarity
 from align.similarity.tables import Twice, compare
 from featstore.errors import PairingError, SpecError
+from featstore.models.fingerprint import Weights
 from featstore.runtime.console import progress
 from featstore.store import open_store
 from featstore.store.moments.stored import SPLITS, StoredMoments, has_rows
@@ -319,10 +320,10 @@ class Comparison:
     def _read_again(self, model: str) -> str | None:
         """Another name in the store for the same weights, which read the same tokens."""
         own = self.store.model(model)
-        weights = own.attributes.get("weights_fingerprint")
+        weights = Weights.recorded(own.attributes)
         for name in self.store.models:
             other = self.store.model(name)
-            if name == model or weights is None or other.attributes.get("weights_fingerprint") != weights:
+            if name == model or not weights.same(Weights.recorded(other.attributes)):
                 continue
             tokens = self.store.tokens(model).id, self.store.tokens(name).id
             held = set(self.layers[model]) <= set(other.layers)

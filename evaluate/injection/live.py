@@ -3,7 +3,8 @@
 An :class:`~featstore.models.injection.Injection` belongs to one prompt whose stream is known beforehand. Here the pass
 itself brings its stream: a hook at the layer takes what arrives, replaces the chosen positions, and passes the rest on.
 The logits are those of :func:`~featstore.models.injection.inject` to the bit, because both put the same tensor at the
-same place.
+same place. With ``keep="hide"`` that holds of every position that took a state and of all that comes after the prompt:
+what an injection prepared beforehand holds at the others had read the prompt's own first word, and nobody reads it.
 
 Every pass that begins a sequence takes the states; a pass that continues from a cache takes none, so that text can be
 generated. The hooks let gradients through: to the blocks below the layer at positions that keep their own state, and to
@@ -28,7 +29,7 @@ from featstore.errors import LayerRangeError, SpecError
 from featstore.models import residual as sites
 from featstore.models.aside import aside
 from featstore.models.caches import cache_of, seen
-from featstore.models.hiding import check_attention, hiding, with_neutral_start, with_start_state
+from featstore.models.hiding import Progress, check_attention, hiding, with_neutral_start, with_start_state
 from featstore.models.injection import KEEP, Injection, aligned
 
 
@@ -204,6 +205,7 @@ class LiveInjection:
         self._called = True
         begun = seen(cache_of([*args, *kwargs.values()]))
         now = self._pass
+        now.progress.begun = begun
         if begun:
             if begun < now.tokens or not now.tokens:
                 raise SpecError(
@@ -228,7 +230,7 @@ class LiveInjection:
             readable = start.clone()
             for row, at in enumerate(now.places):
                 readable[row, torch.as_tensor(at)] = True
-            now.hidden.enter_context(hiding(self._stream, self.layer, readable, start))
+            now.hidden.enter_context(hiding(self._stream, self.layer, readable, start, now.progress))
             args, kwargs, now.foreign = with_neutral_start(self._stream, args, kwargs, start)
         return args, kwargs
 
@@ -250,5 +252,6 @@ class _Pass:
     def __init__(self) -> None:
         self.places: Sequence[NDArray[np.int64]] | None = None
         self.tokens = 0
+        self.progress = Progress()
         self.hidden = ExitStack()
         self.foreign: torch.Tensor | None = None

@@ -64,7 +64,7 @@ class Loaded:
 
     def __repr__(self) -> str:
         """One line; the model's own would fill a page."""
-        kind = f"{self.info.family}, {self.stream.depth} blocks of width {self.info.width}"
+        kind = f"{self.info.family}, {self.stream.depth} blocks of width {self.stream.width}"
         return f"Loaded({self.name!r}, {kind}, {str(self.model.dtype).removeprefix('torch.')} on {self.device})"
 
     @property
@@ -115,9 +115,9 @@ class Loaded:
 
         Raises:
             LayerRangeError: The model lacks a layer.
-            ProbeError: The model gives no finite states.
+            NonFiniteStateError: The model gives NaN or infinity on ordinary tokens.
         """
-        proven = further(Proven(self.stream, self.verdict, self.key), needs)
+        proven = further(Proven(self.stream, self.verdict, self.key, self.name), needs)
         return replace(self, stream=proven.stream, verdict=proven.verdict)
 
 
@@ -178,19 +178,14 @@ def _check_names(adapter: Adapter, names: Iterable[str]) -> None:
 
 
 def _known(adapter: Adapter, spec: ModelSpec) -> Known:
-    """Compare a model's configuration and tokenizer with the card."""
+    """Compare a model's configuration and tokenizer with the card; depth and width are measured once it is loaded."""
     info = models.inspect_model(spec)
-    _compare(
-        adapter,
-        spec,
-        {
-            # What a configuration does not claim is compared once the model is loaded.
-            **({} if info.depth is None else {"depth": info.depth}),
-            **({} if info.width is None else {"width": info.width}),
-            "configuration": info.config_hash,
-            "tokenizer": info.tokenizer_hash,
-        },
-    )
+    facts: dict[str, Any] = {"configuration": info.config_hash, "tokenizer": info.tokenizer_hash}
+    if info.config_hash != adapter.card["models"][spec.name]["config_sha256"]:
+        # Of another model, these say best that it is one.
+        claims = {"depth": info.depth, "width": info.width}
+        facts = {what: value for what, value in claims.items() if value is not None} | facts
+    _compare(adapter, spec, facts)
     return Known(spec, info)
 
 
@@ -337,7 +332,7 @@ def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights, *, fre
     threshold = float(adapter.card["mask"]["sink_threshold"])
     # A model in memory may have been edited since it was read; only a fresh one is known by its files.
     key = key_of(model, weights=weights.whole, config=known.info.config_hash) if fresh else None
-    proven = prove(model, key=key)
+    proven = prove(model, key=key, name=known.spec.name)
     _compare(adapter, known.spec, {"depth": proven.verdict.blocks, "width": proven.verdict.width})
     stream = _started(proven.stream, known.info)
     return Loaded(known.spec.name, known.info, model, stream, medians, threshold, weights, proven.verdict, proven.key)
@@ -383,10 +378,9 @@ def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
         _check_weights(known.spec, Weights(None, sample), entry, model.model)
         return _loaded(adapter, known, model.model, Weights(model.weights.whole, sample))
     stream = residual_stream(model)
-    width = int(model.config.get_text_config().hidden_size)
     place = str(getattr(model, "name_or_path", "") or entry["reference"])
     spec = ModelSpec(name, place, entry.get("revision") if place == entry["reference"] else None)
-    _compare(adapter, spec, {"depth": stream.depth, "width": width})
+    _compare(adapter, spec, {"depth": stream.depth, "width": stream.width})
     return _loaded(adapter, _known(adapter, spec), model, Weights(None, sampled_fingerprint(model)))
 
 

@@ -138,7 +138,7 @@ def _access(spec: ModelSpec) -> tuple[dict[str, Any], ModelInfo | None]:
         return _check(name, " ".join(str(error).split()), ok=False, remedy="see the finding"), None
     weights = weight_bytes(spec)
     where = f"{human_bytes(weights)} of weights on this disk" if weights else "weights not on this disk yet"
-    finding = f"{spec.ref}: {info.family}, {_size(info)}, {info.vocabulary} token ids; {where}"
+    finding = f"{spec.ref}: {info.family}, {_size(info)}, {info.vocabulary} token ids; {where}{info.peculiarities}"
     return _check(name, finding), info
 
 

@@ -1,4 +1,4 @@
-"""The whole probe on one model whose weights lie on this disk: what it is right for, before anything is made of it."""
+"""The whole probe on one model whose weights lie on this disk: what it is right for, before anything is made."""
 
 from __future__ import annotations
 

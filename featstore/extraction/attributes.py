@@ -78,6 +78,8 @@ def model_attributes(job: Job, name: str) -> dict[str, Any]:
         "site_convention": SITE_CONVENTION,
         "versions": versions(),
     }
+    if name in job.verdicts:
+        values["verified"] = job.verdicts[name].content()
     held = job.recorded.models.get(name, {}) if job.recorded else {}
     added = [k for k in job.layers[name] if k not in held.get("layers", job.layers[name])]
     if held and job.recorded and job.recorded.complete and added:

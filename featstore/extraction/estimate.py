@@ -7,8 +7,8 @@ from typing import Any
 
 from featstore.extraction.forward import BatchReader
 from featstore.extraction.job import Job
+from featstore.extraction.proof import tested
 from featstore.models import loading as models
-from featstore.models.stack import residual_stream
 from featstore.runtime.console import human, human_bytes, human_seconds
 from featstore.store.write.writer import free_bytes
 
@@ -46,14 +46,8 @@ def dry_run(job: Job) -> dict[str, Any]:
 
 
 def _probe_seconds(job: Job, name: str) -> float:
-    model = models.load_model(
-        job.infos[name].spec,
-        device=job.compute.device,
-        dtype=job.compute.dtype,
-        attention=job.compute.attention[name],
-        device_map=job.compute.device_map,
-    )
-    reader = BatchReader(residual_stream(model), job.plan, name)
+    stream = tested(job.infos[name], job.compute, name, device=job.compute.device).stream
+    reader = BatchReader(stream, job.plan, name)
     batches = job.plan.batches(name, *next(job.plan.groups(name)))
     # The longest batch once to warm up, then a typical one.
     reader.states(batches[0], job.layers[name])

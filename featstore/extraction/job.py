@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from featstore.errors import SpecError, StoreStateError
+from featstore.extraction.compute import Compute
+from featstore.extraction.proof import measured, verdicts
 from featstore.extraction.recorded import TEXT_FIELDS, Recorded, inherit, read_recorded
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
-from featstore.models.devices import DeviceMap, Placement, check_models, place, resolve_dtype
+from featstore.models.devices import check_models
+from featstore.models.verdict import Verdict
 from featstore.runtime.console import progress
 from featstore.runtime.provenance import read_json
 from featstore.store.format.elements import parse_format
@@ -26,39 +29,6 @@ from featstore.store.moments.stored import SPLITS
 from featstore.store.write.writer import free_bytes
 from featstore.text import corpus, tokens
 from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How models are run.
-
-    Attributes:
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        dtype: ``auto`` or a number type.
-        device_map: Where the modules of models go, instead of one device; None for the device.
-        attention: transformers' attention implementation that each model runs, by name.
-    """
-
-    device: str
-    dtype: str
-    device_map: DeviceMap | None
-    attention: dict[str, str]
-
-    def placement(self, name: str) -> Placement:
-        """Where a model goes.
-
-        Args:
-            name: Model.
-        """
-        return place(self.device, self.device_map, name)
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        """The number type that a model computes in.
-
-        Args:
-            name: Model.
-        """
-        return resolve_dtype(self.dtype, self.placement(name).device)
 
 
 @dataclass(frozen=True)
@@ -77,6 +47,7 @@ class Job:
         moments: ``none``, ``add`` (beside the rows) or ``only`` (no rows).
         moments_memory: Bytes that summing moments may take.
         recorded: What the store says about itself, or None where there is none yet.
+        verdicts: What was found out about the models by running them; one on which nothing was is left out.
     """
 
     store: Path
@@ -90,6 +61,7 @@ class Job:
     moments: str
     moments_memory: int
     recorded: Recorded | None = None
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
 
     def row_layers(self, name: str) -> tuple[int, ...]:
         """Layers stored row by row: all but a layer 0 that is a table; none where only moments are kept.
@@ -157,12 +129,16 @@ class Job:
         return f"--max-tokens {fit} would fit, or fewer --layers, or another disk with --store"
 
 
-def prepare(settings: Settings, *, quiet: bool = False) -> Job:
-    """Load configurations and tokenizers, check every flag, read the text and make the plan. Writes nothing.
+def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Job:
+    """Load configurations and tokenizers, check every flag, test new models, read the text and make the plan.
+
+    Nothing is written to the store.
 
     Args:
         settings: As given.
         quiet: No progress.
+        load: Load models that have not been tested yet even if that means to download them; without it the
+            configurations of such models are believed.
 
     Raises:
         FeatstoreError: Anything wrong with models, layers, text, flags or the store that is there.
@@ -187,6 +163,14 @@ def prepare(settings: Settings, *, quiet: bool = False) -> Job:
         raise SpecError(f"--layer-0 {settings.layer_0!r}: choose stored or table")
     source = corpus.parse_source(settings.dataset, settings.text_field)
     infos = {s.name: models.inspect_model(s) for s in spec.parse_models(settings.model)}
+    claimed = {name: info.depth for name, info in infos.items() if info.depth is not None}
+    if settings.was_given("layers") and len(claimed) == len(infos):
+        spec.parse_layers(settings.layers, claimed)  # what cannot be right is said before the wait for the weights
+    for name, info in infos.items():
+        tokens.probe(info.tokenizer, name)
+    compute = _compute(settings, infos, recorded)
+    found = verdicts(infos, compute, recorded, table=settings.layer_0 == "table", quiet=quiet, load=load)
+    infos = {name: measured(info, found.get(name)) for name, info in infos.items()}
     depths = {name: info.blocks for name, info in infos.items()}
     held = {name: a["layers"] for name, a in recorded.models.items()} if recorded else {}
     texts = settings.layers if settings.was_given("layers") else _held_layers(settings.layers, held, infos)
@@ -195,14 +179,11 @@ def prepare(settings: Settings, *, quiet: bool = False) -> Job:
     layers = {name: tuple(sorted({*wanted[name], *stored.get(name, ())})) for name in infos}
     if settings.moments == "only" and len(infos) < 2:
         raise SpecError("--moments-only sums over pairs of two models; name a second one with --model")
-    for name, info in infos.items():
-        tokens.probe(info.tokenizer, name)
-    compute = _compute(settings, infos, recorded)
     plan = _plan(settings, source, infos, recorded, quiet=quiet)
     for name, info in infos.items():
         # The store's tokens under a name that another model has now are refused as such, when the job is compared.
-        was = recorded.models.get(name, {}).get("tokenizer_sha256") if recorded else None
-        if was in (None, info.tokenizer_hash):
+        known = recorded.models.get(name, {}).get("tokenizer_sha256") if recorded else None
+        if known in (None, info.tokenizer_hash):
             models.refuse_unknown_ids(info, plan.models[name].ids)
     return Job(
         store=settings.store,
@@ -216,6 +197,7 @@ def prepare(settings: Settings, *, quiet: bool = False) -> Job:
         moments=settings.moments,
         moments_memory=settings.moments_memory,
         recorded=recorded,
+        verdicts=found,
     )
 
 

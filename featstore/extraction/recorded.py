@@ -14,6 +14,7 @@ import numpy as np
 
 from featstore.errors import CorruptDataError, StoreFormatError, StoreStateError
 from featstore.extraction.settings import Settings
+from featstore.models.verdict import Verdict
 from featstore.runtime.provenance import read_json
 from featstore.store import Store, open_store
 from featstore.store.format.version import FORMAT_VERSION
@@ -26,7 +27,7 @@ TEXT_FIELDS = ("dataset", "text_field", "max_tokens", "max_documents", "max_docu
 #: Model attributes that may differ between an extraction and a later addition to it.
 _MAY_DIFFER = ("versions", "device_type")
 #: Model attributes that say of the weights what their fingerprint decides; older stores lack them.
-_TOLD_BY_WEIGHTS = ("quantization", "adapter")
+_TOLD_BY_WEIGHTS = ("quantization", "adapter", "verified")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,18 @@ class Recorded:
     def attention(self) -> dict[str, str]:
         """The attention implementation that each model ran."""
         return {name: str(attributes["attention"]) for name, attributes in self.models.items()}
+
+    def verified(self, name: str) -> Verdict | None:
+        """What was found out about a model when it was stored, or None where the store does not say.
+
+        Args:
+            name: Model.
+
+        Raises:
+            CorruptDataError: The verdict is damaged.
+        """
+        held = self.models.get(name, {}).get("verified")
+        return Verdict.parse(held, f"{self.path}/models/{name}/zarr.json") if held and self.begun(name) else None
 
     def references(self) -> dict[str, str]:
         """``--model`` values by model."""

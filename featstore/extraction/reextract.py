@@ -21,11 +21,11 @@ from featstore.errors import FeatstoreError, OffsetError, SpecError, StoreStateE
 from featstore.extraction.forward import BatchReader, pack, unpacked
 from featstore.extraction.job import Job, prepare
 from featstore.extraction.pilot import read_pilot, recorded_weights
+from featstore.extraction.proof import tested
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
 from featstore.models.devices import DeviceMap
-from featstore.models.stack import residual_stream
 from featstore.models.weights import weights_of
 from featstore.runtime.console import Tick, err, progress
 from featstore.runtime.provenance import versions
@@ -282,18 +282,13 @@ def _reextract_model(
     batches = planned_batches(plan, name, count, seed)
     if not quiet:
         err.print(f"loading {name} ({info.spec.ref}){info.peculiarities}")
-    model = models.load_model(
-        info.spec,
-        device=job.compute.device,
-        dtype=dtype,
-        attention=str(attributes["attention"]),
-        device_map=job.compute.device_map,
-    )
+    compute = replace(job.compute, dtype=dtype, attention={name: str(attributes["attention"])})
+    stream = tested(info, compute, name, device=compute.device).stream
     # This is a check: hashes that were kept are made again.
-    weights = weights_of(info.spec, model, fresh=True, quiet=quiet)
+    weights = weights_of(info.spec, stream.model, fresh=True, quiet=quiet)
     if recorded_weights(StoreWriter(store.directory), name, layers).differ(weights):
         return {}, [f"{name}: {info.spec.ref} has other weights than the model that this store was made with"]
-    reader = BatchReader(residual_stream(model), plan, name, weights)
+    reader = BatchReader(stream, plan, name, weights)
     chain = sum(_ROUNDING[link["models"][name]["format"]] for link in _links(store) if name in link["models"])
     compared: dict[int, list[_Rows]] = {layer: [] for layer in layers}
     with progress(f"extract {name} again", sum(map(reader.tokens_in, batches)), "tok", quiet=quiet) as tick:

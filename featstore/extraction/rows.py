@@ -17,9 +17,8 @@ from featstore.errors import StoreStateError
 from featstore.extraction.forward import BatchReader, HostCopier, HostCopy, pack, unpacked
 from featstore.extraction.job import Job
 from featstore.extraction.pilot import Pilot, read_pilot, recorded_weights, write_pilot
-from featstore.models import loading as models
+from featstore.extraction.proof import tested
 from featstore.models.fingerprint import Weights
-from featstore.models.stack import residual_stream
 from featstore.models.weights import weights_fingerprint, weights_of
 from featstore.runtime.background import Background
 from featstore.runtime.console import Tick, err, progress
@@ -48,16 +47,10 @@ def open_reader(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quiet
     spec, compute = job.infos[name].spec, job.compute
     if not quiet:
         err.print(f"loading {name} ({spec.ref}){job.infos[name].peculiarities}")
-    model = models.load_model(
-        spec,
-        device=ranks.device(compute.device),
-        dtype=compute.dtype,
-        attention=compute.attention[name],
-        device_map=compute.device_map,
-    )
-    weights = weights_of(spec, model, quiet=quiet)
+    proven = tested(job.infos[name], compute, name, device=ranks.device(compute.device))
+    weights = weights_of(spec, proven.stream.model, quiet=quiet)
     _refuse_other_weights(writer, job, name, weights)
-    return BatchReader(residual_stream(model), job.plan, name, weights)
+    return BatchReader(proven.stream, job.plan, name, weights)
 
 
 def refuse_other_weights(writer: StoreWriter, job: Job, *, quiet: bool) -> None:

@@ -100,7 +100,7 @@ def _begin(writer: StoreWriter, job: Job) -> None:
         if is_done(job):
             return
         for name in recorded.root["models"]:
-            if name not in root["models"]:
+            if not recorded.begun(name):  # what an earlier command wished for, which nothing has come of
                 writer.drop(f"models/{name}/tokens")
                 shutil.rmtree(writer.path / "models" / name, ignore_errors=True)
     adding = bool(recorded and recorded.complete and recorded.root["plan"] == root["plan"])

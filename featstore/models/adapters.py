@@ -94,7 +94,7 @@ def find_adapter(spec: ModelSpec, *, local: bool = False) -> Adapter | None:
 
 
 def tokenizer_place(spec: ModelSpec, base: ModelSpec) -> ModelSpec:
-    """Where a model's tokenizer is: with its adapter if one was saved there, as for chat, else with its base.
+    """Where a model's tokenizer is: with the adapter if one was saved there, else with its base.
 
     Args:
         spec: Name and reference as given.

@@ -81,6 +81,15 @@ class Weights:
         compared = self.against(other)
         return compared is not None and compared[0] != compared[1]
 
+    def same(self, other: Weights) -> bool:
+        """Whether the weights are known to be the same.
+
+        Args:
+            other: Of another model.
+        """
+        compared = self.against(other)
+        return compared is not None and compared[0] == compared[1]
+
 
 #: Of a model of which nothing is known.
 UNKNOWN = Weights()

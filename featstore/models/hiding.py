@@ -27,6 +27,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,7 +70,13 @@ def attention(stream: sites.ResidualStream) -> str | None:
 
 
 @contextmanager
-def hiding(stream: sites.ResidualStream, layer: int, readable: torch.Tensor, start: torch.Tensor) -> Iterator[None]:
+def hiding(
+    stream: sites.ResidualStream,
+    layer: int,
+    readable: torch.Tensor,
+    start: torch.Tensor,
+    progress: Progress | None = None,
+) -> Iterator[None]:
     """Hide a prompt from what comes after it, during all passes in the context.
 
     Args:
@@ -77,6 +84,8 @@ def hiding(stream: sites.ResidualStream, layer: int, readable: torch.Tensor, sta
         layer: 0..L; the blocks from there on read ``readable``, those below ``start``.
         readable: bool ``(batch, tokens)``, prompt positions whose states at the layer may be read.
         start: bool ``(batch, tokens)``, the start tokens.
+        progress: Kept up to date by somebody who sees every pass before its blocks do; None to look here. Who enters
+            the context while a pass begins has to give it: hooks of the decoder must not come and go then.
 
     Raises:
         SpecError: The attention implementation takes no mask of positions; or, during a pass, the batch is another.
@@ -84,14 +93,15 @@ def hiding(stream: sites.ResidualStream, layer: int, readable: torch.Tensor, sta
             axes, or the cache keeps its keys in another order than that of the text.
     """
     check_attention(stream)
-    now = _Pass()
+    now = progress or Progress()
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Once a pass: blocks that fill several layers of the cache would be taken to have begun earlier.
         now.begun = seen(cache_of([*args, *kwargs.values()]))
 
     with ExitStack() as stack:
-        stack.callback(stream.decoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        if progress is None:
+            stack.callback(stream.decoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for number, block in enumerate(stream.blocks):
             below = number < layer
             hook = _Hook(stream, number, start if below else readable, now, below=below)
@@ -99,17 +109,22 @@ def hiding(stream: sites.ResidualStream, layer: int, readable: torch.Tensor, sta
         yield
 
 
-class _Pass:
-    """What is known of the pass that is running: the tokens before it."""
+@dataclass
+class Progress:
+    """What is known of the pass that is running.
 
-    begun = 0
+    Attributes:
+        begun: Tokens before it.
+    """
+
+    begun: int = 0
 
 
 class _Hook:
     """Narrows the attention mask that one block gets."""
 
     def __init__(
-        self, stream: sites.ResidualStream, number: int, seen: torch.Tensor, now: _Pass, *, below: bool
+        self, stream: sites.ResidualStream, number: int, seen: torch.Tensor, now: Progress, *, below: bool
     ) -> None:
         self.stream, self.now = stream, now
         self.number = number

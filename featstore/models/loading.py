@@ -24,6 +24,7 @@ from featstore.models.devices import (
     DeviceMap,
     Modules,
     Placement,
+    input_device,
     offload_folder,
     place,
     resolve_dtype,
@@ -196,7 +197,7 @@ def load_model(
         base = adapter.base if adapter else spec
         quantization = _quantization(base)
     keywords: dict[str, Any] = {"dtype": resolve_dtype(dtype, where.device), **_attention_keywords(base, attention)}
-    modules = check_place(base, where)
+    modules = check_place(spec, where)
     packed = quantization is not None and not quantization.get("dequantized")
     with offload_folder(where) as folder:
         if modules is not None:
@@ -218,7 +219,11 @@ def load_model(
                 of_adapter = apply_adapter(model, adapter, _where(spec))
                 refuse_incomplete(f"model {spec.name!r} ({spec.ref})", model, of_adapter, what="adapter")
         folder.belongs_to(model)
-    if modules is None and not packed:
+    if packed:
+        # Some libraries unpack when the whole model runs for the first time; later passes run parts of it.
+        with torch.no_grad(), _loading(spec):
+            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=input_device(model)), use_cache=False)
+    elif modules is None:
         model.to(where.device)
     model.eval()
     model.requires_grad_(requires_grad=False)
@@ -237,8 +242,18 @@ def check_place(spec: ModelSpec, where: Placement) -> str | Modules | None:
 
     Raises:
         ModelLoadError: As :func:`inspect_model`.
-        SpecError: The model has no such module, or one of its modules has no device.
+        SpecError: The model has no such module, one of its modules has no device, or an adapter lies beside it.
     """
+    if where.modules is None:
+        return None
+    with _loading(spec):
+        adapter = find_adapter(spec)
+    if adapter:
+        # peft wraps modules whose weights accelerate then brings to other places: the adapter would act wrongly.
+        raise SpecError(
+            f"--device-map {where.name}: {_who(spec)} has an adapter, which cannot be spread; merge it into its model "
+            "with peft (merge_and_unload) and use the result, or leave the map out"
+        )
     by_module = isinstance(where.modules, dict)
     return whole_map(where, skeleton(spec), _who(spec)) if by_module else where.modules
 
@@ -288,6 +303,8 @@ def _attention_keywords(spec: ModelSpec, wanted: str) -> dict[str, str]:
 def skeleton(spec: ModelSpec, attention: str | None = None) -> Any:
     """A model without weights, on torch's meta device: what it is made of, in a fraction of a second.
 
+    An adapter adds nothing to it.
+
     Args:
         spec: Name and reference.
         attention: transformers' attention implementation; None for the model's own choice.
@@ -301,7 +318,8 @@ def skeleton(spec: ModelSpec, attention: str | None = None) -> Any:
 
     keywords = {} if attention is None else {"attn_implementation": attention}
     with _loading(spec):
-        config = AutoConfig.from_pretrained(**_where(spec))
+        adapter = find_adapter(spec)
+        config = AutoConfig.from_pretrained(**_where(adapter.base if adapter else spec))
     with _loading(spec, but=() if attention is None else (ImportError, ValueError)), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keywords)
 

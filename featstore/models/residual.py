@@ -23,6 +23,7 @@ model where this does not hold, the probe says so (:class:`Batching`).
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -219,8 +220,23 @@ class ResidualStream:
         key = (self.start, layer)
         if key not in self._starts:
             ids = torch.tensor([[self.start]], device=input_device(self.model))
-            self._starts[key] = capture(self, ids, [layer])[layer][0, 0]
+            with _unhooked(self.decoder, *self.blocks):
+                self._starts[key] = capture(self, ids, [layer])[layer][0, 0]
         return self._starts[key]
+
+
+@contextmanager
+def _unhooked(*modules: nn.Module) -> Iterator[None]:
+    """Take the hooks of modules off: a pass in the context is the model's own, whoever injects into it at the time."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    held = [(module, kind, getattr(module, kind)) for module in modules for kind in kinds]
+    for module, kind, _ in held:
+        setattr(module, kind, OrderedDict())
+    try:
+        yield
+    finally:
+        for module, kind, hooks in held:
+            setattr(module, kind, hooks)
 
 
 def forward(model: nn.Module, **inputs: Any) -> Any:

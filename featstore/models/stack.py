@@ -164,7 +164,9 @@ def residual_stream(model: nn.Module) -> ResidualStream:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedArchitectureError(f"{type(model).__name__} is no torch module; give a causal language model")
-    dtype = next(model.parameters()).dtype
+    dtype = next((parameter.dtype for parameter in model.parameters()), None)
+    if dtype is None:
+        raise UnsupportedArchitectureError(f"model {type(model).__name__} has no weights; give a causal language model")
     held = _FOUND.get(model)
     if held is not None and held.weights == dtype:
         with suppress(AttributeError):

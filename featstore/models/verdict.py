@@ -12,6 +12,7 @@ class ReadingVerdict(Record):
     """Whether a stored row is a function of its own text.
 
     Attributes:
+        not_finite: First layer that holds NaN or infinity; null for none.
         future: Change of states when the tokens after them change; 0 up to rounding in a causal model.
         padding: Change of states when their text is padded at the right beside a longer one.
         neighbours: Change of states when other texts of the same length share the pass.
@@ -24,6 +25,7 @@ class ReadingVerdict(Record):
         layer_0_is_table: Whether layer 0 depends on the token id alone.
     """
 
+    not_finite: Whole | None = None
     future: Number | None = None
     padding: Number | None = None
     neighbours: Number | None = None
@@ -111,3 +113,8 @@ class Verdict(Record):
     continuing: ContinuingVerdict | None = None
     layers: Table[LayerVerdict] = EMPTY
     versions: Table[str] = EMPTY
+
+    def for_storing(self) -> Verdict:
+        """What a store records: the stream and the tests that reading it needs, whatever else is known by now."""
+        kept = self.content()
+        return Verdict.parse({k: v for k, v in kept.items() if k not in ("layers", "continuing", "repeats")})

@@ -57,10 +57,10 @@ def sampled_fingerprint(model: nn.Module) -> str | None:
         model: Loaded in any dtype; values are rounded to bfloat16 first, so that the dtype does not matter.
 
     Returns:
-        Hexadecimal digits, or None where the values cannot be read (offloaded, or in a quantised layout).
+        Hexadecimal digits, or None where the values cannot be read (in a quantised layout).
     """
     words = []
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in named_values(model):
         # What is packed may be unpacked by the first pass, so that a sample would depend on when it is taken.
         if parameter.is_meta or not parameter.is_floating_point():
             return None
@@ -69,7 +69,7 @@ def sampled_fingerprint(model: nn.Module) -> str | None:
         except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
             return None
         words.append([name, struct.pack(f"<{len(flat)}f", *flat).hex()])
-    return digest(words)
+    return digest(sorted(words))
 
 
 def weights_of(spec: ModelSpec, model: nn.Module, *, fresh: bool = False, quiet: bool = False) -> Weights:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from featstore.errors import CorruptDataError, FeatstoreError, ProbeError
+from featstore.errors import CorruptDataError, FeatstoreError, NonFiniteStateError
 from featstore.models.aside import aside
 from featstore.models.devices import input_device
 from featstore.models.hiding import attention
@@ -76,11 +76,13 @@ class Proven:
         stream: Knows how its windows are batched, how it continues, and which blocks may be skipped.
         verdict: What was tested.
         key: Under which it is recalled; None where it is not.
+        name: The model's, for messages.
     """
 
     stream: ResidualStream
     verdict: Verdict
     key: str | None = None
+    name: str = ""
 
 
 def probe_key(*, weights: str, config: str, device: str, dtype: str, attention: str) -> str:
@@ -142,7 +144,14 @@ def _keep(key: str, verdict: Verdict) -> None:
         return  # a cache that cannot be written is no cache
 
 
-def prove(model: nn.Module, needs: Needs = Needs(), *, key: str | None = None, tick: Tick = lambda _: None) -> Proven:
+def prove(
+    model: nn.Module,
+    needs: Needs = Needs(),
+    *,
+    key: str | None = None,
+    name: str = "",
+    tick: Tick = lambda _: None,
+) -> Proven:
     """Find a model's stream and run the tests that a command needs and that have not been run.
 
     What has been tested on a model in this process is remembered as long as the model lives.
@@ -151,13 +160,14 @@ def prove(model: nn.Module, needs: Needs = Needs(), *, key: str | None = None, t
         model: A causal language model; tests leave training mode for their passes.
         needs: What the command is about to do.
         key: From :func:`key_of`; None where the model lies nowhere on disk, and nothing is recalled from there.
+        name: The model's, for messages; its class by default.
         tick: Called after each test, of which there are ``needs.tests`` at most.
 
     Raises:
         UnsupportedArchitectureError: As :func:`featstore.models.stack.residual_stream`.
         ModelLoadError: The model's forward pass raises.
         LayerRangeError: A layer the model does not have.
-        ProbeError: The model gives no finite states.
+        NonFiniteStateError: The model gives NaN or infinity on ordinary tokens.
     """
     stream = residual_stream(model)
     held = _remembered(stream)
@@ -165,7 +175,7 @@ def prove(model: nn.Module, needs: Needs = Needs(), *, key: str | None = None, t
         held = recalled(key)
         if held is not None and (held.stack, held.blocks, held.width) != (stream.path, stream.depth, stream.width):
             held = None
-    return further(Proven(stream, held or _first(stream), key), needs, tick=tick)
+    return further(Proven(stream, held or _first(stream), key, name or type(model).__name__), needs, tick=tick)
 
 
 def further(proven: Proven, needs: Needs, *, tick: Tick = lambda _: None) -> Proven:
@@ -180,21 +190,21 @@ def further(proven: Proven, needs: Needs, *, tick: Tick = lambda _: None) -> Pro
 
     Raises:
         LayerRangeError: A layer the model does not have.
-        ProbeError: The model gives no finite states.
+        NonFiniteStateError: The model gives NaN or infinity on ordinary tokens.
     """
     for layer in needs.layers:
         proven.stream.check(layer)
     held = _remembered(proven.stream)
     verdict = proven.verdict if held is None else _joined(proven.verdict, held)
     with aside(proven.stream.model), _evaluating(proven.stream.model):
-        found, stream = _tested(proven.stream, verdict, needs, tick)
+        found, stream = _tested(proven, verdict, needs, tick)
     if found:
         plain = {name: value.content() if hasattr(value, "content") else value for name, value in found.items()}
         verdict = Verdict.parse({**verdict.content(), **plain})
         if proven.key:
             _keep(proven.key, verdict)
     _REMEMBERED[stream.model] = (_circumstances(stream), verdict)
-    return Proven(stream, verdict, proven.key)
+    return replace(proven, stream=stream, verdict=verdict)
 
 
 @contextmanager
@@ -210,19 +220,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _tested(
-    stream: ResidualStream, verdict: Verdict, needs: Needs, tick: Tick
-) -> tuple[dict[str, Any], ResidualStream]:
+def _tested(proven: Proven, verdict: Verdict, needs: Needs, tick: Tick) -> tuple[dict[str, Any], ResidualStream]:
     """What the missing tests find, and the stream that knows all of it."""
+    stream = proven.stream
     found: dict[str, Any] = {}
     if verdict.reading is None:
         found["reading"] = test_reading(stream)
     tick(1)
     reading = verdict.reading or found["reading"]
-    if reading.future is None:
-        raise ProbeError(
-            f"model {type(stream.model).__name__} gives NaN or infinity on ordinary tokens; try --dtype float32, or "
-            "check its weights"
+    if reading.not_finite is not None:
+        raise NonFiniteStateError(
+            f"model {proven.name!r}, layer {reading.not_finite} holds NaN or infinity on ordinary tokens; try --dtype "
+            "float32, or check the model's weights"
         )
     continuing = verdict.continuing
     if needs.continuing or needs.hide:

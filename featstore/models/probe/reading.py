@@ -48,7 +48,9 @@ def test_reading(stream: ResidualStream) -> ReadingVerdict:
     far = _far(stream, ids)
     layer_0 = max(spread(together[0][0, 2], together[0][0, 11]), spread(together[0][0, 2], together[0][1, 5]))
     batching = _batching(stream, padding, neighbours, far, limit)
+    bad = [layer for layer, hidden in alone.items() if not bool(torch.isfinite(hidden).all())]
     return ReadingVerdict(
+        not_finite=min(bad, default=None),
         future=_number(future),
         padding=_number(padding),
         neighbours=_number(neighbours),

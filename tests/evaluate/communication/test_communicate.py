@@ -30,6 +30,7 @@ from evaluate.injection.positions import source_positions
 from featstore.errors import SpecError
 from featstore.models.loading import inspect_model, load_model
 from featstore.models.references import ModelSpec
+from featstore.models.residual import Batching
 from featstore.models.stack import residual_stream
 from featstore.runtime.console import jsonable
 from featstore.text import tokens
@@ -130,7 +131,7 @@ def test_a_choice_is_what_follows_the_prompt(monkeypatch: pytest.MonkeyPatch) ->
     ids = {"A b": [1, 7, 8], "A c": [1, 9], "A d": [1, 7], " b": [5, 8], " c": [5, 6, 4], " d": [5, 3]}
     info = SimpleNamespace(tokenizer=lambda text, **_: {"input_ids": ids[text]}, context=5)
     monkeypatch.setattr(tokens, "tokenize", lambda *_: [SimpleNamespace(ids=np.array([1, 7]))])
-    loaded: Any = SimpleNamespace(name="a", info=info)
+    loaded: Any = SimpleNamespace(name="a", info=info, stream=SimpleNamespace(batching=Batching()))
     [prompt] = prompts_of(loaded, ["A"], [("b", "c", "d")], 1)
     assert prompt == Prompt([1, 7], [], ([8], [5, 6, 4], [5, 3]))
     info.context = 4

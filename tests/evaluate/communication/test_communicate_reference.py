@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +12,11 @@ import torch
 
 import evaluate.communication.asking as module
 from evaluate.communication.asking import Prompt, PutIn, ask
-from evaluate.injection.continuing import left_padded
 from evaluate.injection.loading import Loaded
-from featstore.errors import SpecError, UnsupportedArchitectureError
+from featstore.errors import SpecError
 from featstore.models import residual as sites
 from featstore.models.injection import aligned, inject, last
 from featstore.models.loading import inspect_model, load_model
-from featstore.models.passes import Passes
 from featstore.models.references import ModelSpec
 from featstore.models.stack import residual_stream
 
@@ -188,36 +185,3 @@ def test_a_hidden_prompt_needs_a_rest_or_a_state_at_its_end(loaded: Loaded) -> N
                 ask(loaded, asked, hidden, length=8, tick=lambda _: None)
         open_ = {"x": PutIn(1, states, "aligned", "own")}
         assert len(ask(loaded, asked, open_, length=8, tick=lambda _: None)["x"]) == 2
-
-
-# Passes that branch.
-
-
-def test_a_branch_leaves_its_origin_as_it_is(loaded: Loaded) -> None:
-    ids, padding = left_padded([p.ids for p in prompts()[:4]])
-    more, other = torch.arange(12).reshape(4, 3) + 50, torch.arange(9).reshape(3, 3) + 700
-    with torch.inference_mode():
-        alone, origin = Passes(loaded.model), Passes(loaded.model)
-        for passes in (alone, origin):
-            passes.read(ids, padding)
-        rows = torch.tensor([3, 1, 3])
-        branch, twin = origin.branch(rows), origin.branch()
-        said = branch.read(other, keep=2)
-        wanted = alone.read(more, keep=3)
-        assert torch.equal(twin.read(more, keep=3), wanted)
-        assert torch.equal(origin.read(more, keep=3), wanted)
-        assert torch.equal(origin.logits, wanted)
-        again = Passes(loaded.model)
-        again.read(ids[rows], padding[rows])
-        torch.testing.assert_close(said, again.read(other, keep=2), rtol=1e-4, atol=1e-4)
-        # On from there: both know how much each row has read.
-        torch.testing.assert_close(branch.read(other), again.read(other), rtol=1e-4, atol=1e-4)
-    assert said.shape == (3, 2, loaded.model.config.vocab_size)
-
-
-def test_two_cannot_go_on_from_a_cache_that_is_written_in_place() -> None:
-    past = SimpleNamespace(is_compileable=True, layers=[])
-    passes = Passes(lambda **_: SimpleNamespace(logits=torch.zeros(1, 1, 4), past_key_values=past))
-    passes.read(torch.zeros((1, 2), dtype=torch.long))
-    with pytest.raises(UnsupportedArchitectureError, match="two texts cannot go on from one SimpleNamespace"):
-        passes.branch()

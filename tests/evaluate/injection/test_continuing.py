@@ -153,9 +153,10 @@ def test_hiding_gives_padded_prompts_the_text_they_have_alone(model: Any) -> Non
     layer, places = 2, [[32, 20], [32, 28, 27], [32, 31]]
     assert padding is not None
     for i, at in enumerate(places):
-        # Other prompts of the same lengths and start tokens.
+        # Other prompts of the same lengths, the first word included.
         begin = int(padding[i].sum())
-        other[i, begin + 1 :] = other[i, begin + 1 :].flip(0)
+        other[i, begin:] = other[i, begin:].flip(0)
+        assert other[i, begin] != ids[i, begin]
         assert min(at) > begin
     width = model.config.hidden_size
     states = [torch.randn(len(at), width, generator=torch.Generator().manual_seed(i)) for i, at in enumerate(places)]
@@ -257,14 +258,19 @@ def test_tokens_are_drawn_with_their_probabilities(sample: Sampling, wanted: lis
 
         config = SimpleNamespace(get_text_config=SimpleNamespace)
 
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = torch.nn.Linear(1, 1)
+
         def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
             logits = torch.log(torch.tensor([0.15, 0.5, 0.05, 0.3]))
             return SimpleNamespace(logits=logits.expand(*input_ids.shape, 4), past_key_values=None)
 
-    decoder = torch.nn.Linear(1, 1)
-    stream = sites.ResidualStream(decoder, torch.nn.ModuleList())
+    model = Fixed()
+    blocks, axes = torch.nn.ModuleList(), sites.Axes(0, 1, (1,))
+    stream = sites.ResidualStream(model, model.decoder, blocks, "decoder", axes, torch.float32)
     rows = continue_from(
-        Fixed(), torch.zeros((400, 1), dtype=torch.long), stream=stream, length=10, stops=(), sample=sample
+        model, torch.zeros((400, 1), dtype=torch.long), stream=stream, length=10, stops=(), sample=sample
     )
     # Every step draws anew.
     assert sum(len(set(row)) > 1 for row in rows) > 300
@@ -341,8 +347,10 @@ def test_a_last_token_that_has_read_the_prompt_cannot_be_hidden_from(llama: Any)
         with pytest.raises(SpecError, match="row 1: the prompt's last token took no state"):
             call()
     assert texts(llama, ids, injection=aligned(own, states, [[9], [8]], layer=1))
+    # A prompt of one token goes on as the start token does, whatever word it was.
     start = aligned(own[:, :1], [own[0, :0]] * 2, [[], []], layer=1, keep="hide")
-    assert texts(llama, ids[:, :1], injection=start) == texts(llama, ids[:, :1])
+    neutral = torch.full_like(ids[:, :1], residual_stream(llama).start)
+    assert texts(llama, ids[:, :1], injection=start) == texts(llama, neutral)
 
 
 @pytest.mark.parametrize(

@@ -58,14 +58,27 @@ def test_the_logits_are_those_of_a_prepared_injection_to_the_bit(
     model: Any, ids: torch.Tensor, keep: str, cache: bool
 ) -> None:
     stream, states = residual_stream(model), noise(model)
-    for layer, own in sites.capture(stream, ids, range(stream.depth + 1)).items():
-        with torch.inference_mode():
-            with inject(stream, aligned(own, states, PLACES, layer=layer, keep=keep), whole=not cache):
-                wanted = model(input_ids=ids, use_cache=cache).logits
-            with live(model, layer, states, keep=keep) as injection:
-                found = model(input_ids=ids, use_cache=cache).logits
-        assert torch.equal(found, wanted), layer
-        assert injection.passes == 1
+    begun = ids.clone()
+    begun[:, 0] = stream.start
+    new = ids[:, 5:8]
+    for rows in (ids, begun):
+        for layer, own in sites.capture(stream, rows, range(stream.depth + 1)).items():
+            prepared = aligned(own, states, PLACES, layer=layer, keep=keep)
+            with torch.inference_mode():
+                with inject(stream, prepared, whole=not cache):
+                    wanted = model(input_ids=rows, use_cache=cache)
+                    after = model(input_ids=new, past_key_values=wanted.past_key_values).logits if cache else None
+                with live(model, layer, states, keep=keep) as injection:
+                    found = model(input_ids=rows, use_cache=cache)
+                    later = model(input_ids=new, past_key_values=found.past_key_values).logits if cache else None
+            # A prepared injection's own states had read the first word, which `hide` takes out of the live pass.
+            reading = torch.ones_like(prepared.replaced)
+            if keep == "hide" and rows is ids:
+                reading = prepared.replaced | prepared.start
+            assert torch.equal(found.logits[reading], wanted.logits[reading]), layer
+            assert cache == (after is not None)
+            assert after is None or torch.equal(after, later), layer
+            assert injection.passes == 1
     assert hooks(model) == 0
 
 
@@ -226,6 +239,22 @@ def test_what_cannot_be_injected_is_refused_before_a_pass(model: Any) -> None:
         live(model, 1, noise(model), [PLACES[0], [1]])
     with pytest.raises(SpecError, match="states for 2 prompts and positions for 1"):
         live(model, 1, noise(model), PLACES[:1])
+
+
+def test_the_first_word_is_hidden_from_what_reads_the_states(model: Any, ids: torch.Tensor) -> None:
+    other, states = ids.clone(), noise(model, ([3, 20], [2, 20]))
+    other[:, 0] += 1
+    for layer in range(residual_stream(model).depth + 1):
+        found = []
+        with torch.no_grad():
+            for rows in (ids, other):
+                # As token ids and as their embeddings.
+                for given in ({"input_ids": rows}, {"inputs_embeds": model.get_input_embeddings()(rows)}):
+                    with live(model, layer, states, ([3, 20], [2, 20]), keep="hide"):
+                        output = model(**given, use_cache=True)
+                        after = model(input_ids=ids[:, :2], past_key_values=output.past_key_values).logits
+                    found.append(torch.cat([output.logits[:, [0, 20]], after], dim=1))
+        assert all(torch.equal(found[0], each) for each in found[1:]), layer
 
 
 def test_attention_without_a_mask_of_positions_cannot_hide(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

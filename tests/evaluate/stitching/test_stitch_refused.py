@@ -17,13 +17,14 @@ from align.maps.fitted import Adapter, Aligner, load_adapter
 from align.runs.train import train
 from align.settings import Settings
 from evaluate.generation.generate import generate
-from evaluate.injection.loading import Loaded, check, choose, load
+from evaluate.injection.loading import Loaded, Models, adopt, check, choose, load
 from evaluate.stitching.stitch import scored_windows, stitch
 from featstore.errors import AdapterError, ModelLoadError, SpecError, StoreStateError
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
-from featstore.models.weights import sampled_fingerprint
+from featstore.models.weights import sampled_fingerprint, weights_fingerprint
 from featstore.store import open_store
+from tests.support.checkpoints import edit, silence_a_head, spec_of
 from tests.support.commands import call
 
 
@@ -171,6 +172,56 @@ def test_a_fine_tune_of_the_model_is_refused(pair: SimpleNamespace, tiny_mistral
         load(fitted, "mistral", override, device="cpu", dtype="bfloat16")
     # The other model of the run is not meant.
     assert load(fitted, "llama", (), device="cpu").name == "llama"
+
+
+@pytest.fixture(scope="module")
+def silenced(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Mistral without one of its heads: no value of a sample tells."""
+    return edit(shutil.copytree(tiny_mistral, tmp_path_factory.mktemp("silenced") / "mistral"), silence_a_head)
+
+
+def test_an_edited_head_is_refused_before_the_wait_for_weights(
+    pair: SimpleNamespace, tiny_mistral: Path, silenced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = {sampled_fingerprint(load_model(spec_of(p), device="cpu")) for p in (tiny_mistral, silenced)}
+    assert samples == {pair.adapter.card["models"]["mistral"]["weights_sample"]}
+    monkeypatch.setattr("featstore.models.loading.load_model", None)
+    words = r"model 'mistral' \(.*\) has weights [0-9a-f]{12}, the adapter was fitted to [0-9a-f]{12} under the same"
+    with pytest.raises(AdapterError, match=words):
+        Models(pair.adapter, ["llama", "mistral"], (f"mistral={silenced}",), device="cpu", quiet=True)
+
+
+def test_weights_that_arrive_only_with_loading_are_compared_then(
+    pair: SimpleNamespace, silenced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a hub model that is downloaded when it is loaded."""
+    monkeypatch.setattr("evaluate.injection.loading.weights_fingerprint", lambda *_, **__: None)
+    with pytest.raises(AdapterError, match="has weights"):
+        load(pair.adapter, "mistral", (f"mistral={silenced}",), device="cpu", quiet=True)
+
+
+def test_a_loaded_model_that_is_handed_over_is_compared(
+    pair: SimpleNamespace, tiny_mistral: Path, tuned: Path, silenced: Path
+) -> None:
+    loaded = load(pair.adapter, "mistral", (), device="cpu", quiet=True)
+    assert loaded.weights.whole == weights_fingerprint(spec_of(tiny_mistral))
+    assert adopt(pair.adapter, "mistral", loaded).weights == loaded.weights
+    # Loaded for a run that does not know the weights, then handed to one that does.
+    card = {**pair.adapter.card["models"]["mistral"], "weights_fingerprint": None, "weights_sample": None}
+    unaware = with_card(pair.adapter, models={**pair.adapter.card["models"], "mistral": card})
+    for place in (tuned, silenced):
+        other = load(unaware, "mistral", (f"mistral={place}",), device="cpu", quiet=True)
+        with pytest.raises(AdapterError, match="has weights"):
+            adopt(pair.adapter, "mistral", other)
+    # A module has no files: its sample is compared.
+    assert adopt(pair.adapter, "mistral", load_model(spec_of(tiny_mistral), device="cpu")).weights.whole is None
+    with pytest.raises(AdapterError, match="has weights"):
+        adopt(pair.adapter, "mistral", load_model(spec_of(tuned), device="cpu"))
+    # Weights that were edited in memory are none of the files'.
+    with torch.no_grad():
+        loaded.model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(AdapterError, match="has weights"):
+        adopt(pair.adapter, "mistral", loaded)
 
 
 def test_weights_are_compared_only_where_both_sides_know_them(pair: SimpleNamespace, tuned: Path) -> None:

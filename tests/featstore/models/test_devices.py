@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from featstore.errors import SpecError
 from featstore.models import residual as sites
@@ -25,9 +26,10 @@ from featstore.models.devices import (
     resolve_device,
     resolve_dtype,
 )
-from featstore.models.loading import check_place, load_model, weights_fingerprint
+from featstore.models.loading import check_place, choose_attention, load_model
 from featstore.models.references import ModelSpec
 from featstore.models.stack import residual_stream
+from featstore.models.weights import sampled_fingerprint
 from tests.support import spread as spreads
 
 LAYERS = range(4)
@@ -113,7 +115,7 @@ def test_parameters_have_their_values_wherever_they_lie(pair: tuple[Any, Any]) -
     wanted, found = dict(named_values(plain)), dict(named_values(mapped))
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name].cpu(), found[name].cpu()) for name in wanted)
-    assert weights_fingerprint(plain) == weights_fingerprint(mapped)
+    assert sampled_fingerprint(plain) == sampled_fingerprint(mapped) is not None
 
 
 def test_weights_that_have_to_be_written_again_are_removed_with_the_model(
@@ -241,6 +243,21 @@ def test_a_map_of_another_model_is_one_line(llama: ModelSpec, value: Any, said: 
     assert "\n" not in str(caught.value)
     with pytest.raises(SpecError, match=said):
         load_model(llama, device_map=parse_device_map(value))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
+def test_an_adapter_is_not_spread(llama: ModelSpec, tmp_path: Path) -> None:
+    """Under accelerate's hooks it would act on other weights than its own."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(llama.ref)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    spec = ModelSpec("llama", str(tmp_path))
+    assert choose_attention(spec) == "sdpa"
+    assert check_place(spec, place("cpu", None, "llama")) is None
+    for value in ("auto", {"": "disk"}):
+        for ask in (check_place, lambda spec, _, value=value: load_model(spec, device_map=parse_device_map(value))):
+            with pytest.raises(SpecError, match="has an adapter, which cannot be spread; merge it"):
+                ask(spec, place_of(value))
 
 
 def test_a_map_names_every_module_once_it_is_filled_in(llama: ModelSpec) -> None:

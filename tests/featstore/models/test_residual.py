@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from transformers import (
-    BertConfig,
-    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -16,7 +16,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from featstore.errors import LayerRangeError, UnsupportedArchitectureError
+from featstore.errors import LayerRangeError
 from featstore.models.residual import ResidualStream, at_site, capture, skipping_below
 from featstore.models.stack import residual_stream
 
@@ -69,6 +69,12 @@ def model(request):
 @pytest.fixture(scope="module")
 def stream(model) -> ResidualStream:
     return residual_stream(model)
+
+
+@pytest.fixture
+def skipping(stream) -> ResidualStream:
+    """The stream of a model that was seen to do without the blocks below any layer."""
+    return replace(stream, skips=frozenset(range(DEPTH + 1)))
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +233,7 @@ class TestInjection:
                     assert not torch.allclose(changed[k], plain[k], atol=1e-3)
 
     @pytest.mark.parametrize("layer", range(DEPTH + 1))
-    def test_skipping_the_blocks_below_is_bit_identical(self, model, stream, ids, layer):
+    def test_skipping_the_blocks_below_is_bit_identical(self, model, stream, skipping, ids, layer):
         own = capture(stream, ids, [layer])[layer]
         counts: dict[str, int] = {}
         handles = [counted(next(block.children()), counts, str(i)) for i, block in enumerate(stream.blocks)]
@@ -237,8 +243,7 @@ class TestInjection:
             with at_site(stream, layer, lambda _, states=states: states):
                 full = logits(model, ids)
                 counts.clear()
-                with skipping_below(stream, layer):
-                    counts.clear()  # finding out what blocks return runs one token
+                with skipping_below(skipping, layer):
                     results.append((full, logits(model, ids)))
                 assert counts == {str(i): 1 for i in range(layer, DEPTH)}
         for handle in handles:
@@ -248,8 +253,21 @@ class TestInjection:
         assert not torch.equal(results[0][0], results[1][0])
         assert not any("forward" in vars(block) for block in stream.blocks)
 
-    def test_skipping_gives_a_wrapped_forward_back(self, stream, ids):
-        block = stream.blocks[0]
+    def test_where_that_was_not_seen_every_block_runs(self, model, stream, ids):
+        seen = replace(stream, skips=frozenset([1, 3]))
+        counts: dict[str, int] = {}
+        handles = [counted(next(block.children()), counts, str(i)) for i, block in enumerate(stream.blocks)]
+        for layer in range(DEPTH + 1):
+            counts.clear()
+            with skipping_below(seen, layer):
+                assert any("forward" in vars(block) for block in stream.blocks) == (layer in seen.skips)
+                logits(model, ids)
+            assert counts == {str(i): 1 for i in range(layer if layer in seen.skips else 0, DEPTH)}, layer
+        for handle in handles:
+            handle.remove()
+
+    def test_skipping_gives_a_wrapped_forward_back(self, skipping, ids):
+        block = skipping.blocks[0]
         original = block.forward
 
         def wrapped(*args, **kwargs):
@@ -257,7 +275,7 @@ class TestInjection:
 
         block.forward = wrapped
         try:
-            with skipping_below(stream, 2):
+            with skipping_below(skipping, 2):
                 assert block.forward is not wrapped
             assert block.forward is wrapped
         finally:
@@ -291,34 +309,3 @@ def test_the_sliding_window_is_applied_without_a_mask_from_us(ids):
     a, b = capture(stream, ids, [1])[1], capture(stream, other, [1])[1]
     moved = (a - b).abs().amax(dim=(0, 2)) > 1e-7
     assert moved.tolist() == [3 <= position < 3 + WINDOW for position in range(ids.shape[1])]
-
-
-class TestUnknownArchitectures:
-    def test_an_encoder_with_a_head_says_what_was_looked_for(self):
-        config = BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=16,
-            is_decoder=True,
-        )
-        with pytest.raises(
-            UnsupportedArchitectureError,
-            match=r"model BertLMHeadModel: looked for 2 decoder blocks .* found a decoder BertModel without one",
-        ):
-            residual_stream(BertLMHeadModel(config))
-
-    def test_a_plain_module_has_no_decoder(self):
-        with pytest.raises(
-            UnsupportedArchitectureError,
-            match=r"model Linear: looked for decoder blocks in .* found no decoder without",
-        ):
-            residual_stream(nn.Linear(2, 2))
-
-    def test_a_list_of_another_length_is_not_taken_for_the_blocks(self):
-        torch.manual_seed(0)
-        model = BUILDERS["llama"]()
-        model.config.num_hidden_layers = DEPTH + 1
-        with pytest.raises(UnsupportedArchitectureError, match=f"looked for {DEPTH + 1} decoder blocks"):
-            residual_stream(model)

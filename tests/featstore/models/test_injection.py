@@ -1,101 +1,21 @@
-"""Which target position takes which source state, and what an injected forward pass gives."""
+"""What a pass with injected states gives, and which injections cannot be meant."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-import evaluate.injection.controls
-from align.layers import LayerPair
-from align.maps.fitted import Aligner
-from evaluate.injection.controls import CONTROLS, control_states
-from evaluate.injection.positions import source_positions
 from featstore.errors import LayerRangeError, NonFiniteStateError, SpecError
 from featstore.models import residual as sites
 from featstore.models.injection import COMBINE, Injection, aligned, inject, last
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
 from featstore.models.stack import residual_stream
-from featstore.text.tokens import TokenizedWindow
-
-
-def window(ends: list[int], special: list[bool] | None = None) -> TokenizedWindow:
-    flags = np.array(special if special is not None else [False] * len(ends), dtype=bool)
-    return TokenizedWindow(np.zeros(len(ends), np.int32), np.array(ends, np.int32), flags)
-
-
-@st.composite
-def windows(draw: st.DrawFn) -> TokenizedWindow:
-    """Non-decreasing byte ends, some shared; special tokens anywhere, whose byte end is 0."""
-    ends = sorted(draw(st.lists(st.integers(1, 20), max_size=15)))
-    special = draw(st.lists(st.booleans(), min_size=len(ends), max_size=len(ends)))
-    return window([0 if s else e for e, s in zip(ends, special, strict=True)], special)
-
-
-def slow_positions(source: TokenizedWindow, target: TokenizedWindow) -> list[int]:
-    readers = [s for s in range(len(source.ids)) if not source.special[s]]
-    taken = []
-    for t, end in enumerate(target.byte_end):
-        sharing = [u for u in range(len(target.ids)) if not target.special[u] and target.byte_end[u] == end]
-        there = [s for s in readers if source.byte_end[s] == end]
-        if target.special[t]:
-            taken.append(-1)
-        elif len(there) == len(sharing):
-            taken.append(there[sharing.index(t)])
-        else:
-            # Only the last of those that share an end has read up to it.
-            read = [s for s in readers if source.byte_end[s] < end or (t == sharing[-1] and s in there)]
-            taken.append(read[-1] if read else -1)
-    return taken
-
-
-@given(source=windows(), target=windows())
-def test_positions_equal_the_slow_search(source: TokenizedWindow, target: TokenizedWindow) -> None:
-    assert source_positions(source, target).tolist() == slow_positions(source, target)
-
-
-@given(source=windows())
-def test_a_window_takes_exactly_its_own_states(source: TokenizedWindow) -> None:
-    own = np.where(source.special, -1, np.arange(len(source.ids)))
-    np.testing.assert_array_equal(source_positions(source, source), own)
-
-
-@given(source=windows(), target=windows())
-def test_no_position_is_told_what_comes_after_it(source: TokenizedWindow, target: TokenizedWindow) -> None:
-    taken = source_positions(source, target)
-    ends = target.byte_end
-    for position in np.flatnonzero(taken >= 0):
-        assert source.byte_end[taken[position]] <= ends[position]
-        later = [p for p in range(position + 1, len(ends)) if not target.special[p] and ends[p] == ends[position]]
-        if later and source.byte_end[taken[position]] == ends[position]:
-            # In the middle of a character: the source token must be in its middle, too.
-            assert taken[position] < taken[later[0]]
-
-
-def test_tokens_that_share_a_character_correspond_one_by_one_or_not_at_all() -> None:
-    # A three-byte character after "a", as one, two and three tokens.
-    one, two, three = window([1, 4, 5]), window([1, 4, 4, 5]), window([1, 4, 4, 4, 5])
-    assert source_positions(three, three).tolist() == [0, 1, 2, 3, 4]
-    assert source_positions(three, one).tolist() == [0, 3, 4]
-    assert source_positions(one, three).tolist() == [0, 0, 0, 1, 2]
-    assert source_positions(two, three).tolist() == [0, 0, 0, 2, 3]
-
-
-def test_the_state_is_that_of_the_last_token_ending_at_or_before() -> None:
-    # Source reads "ab|cde|f", target "a|bc|d|ef"; the target's first token ends before any source token does.
-    assert source_positions(window([2, 5, 6]), window([1, 3, 4, 6])).tolist() == [-1, 0, 0, 2]
-
-
-def test_no_source_token_means_every_target_token_keeps_its_own() -> None:
-    assert source_positions(window([0], [True]), window([1, 2])).tolist() == [-1, -1]
-    assert source_positions(window([]), window([1])).tolist() == [-1]
-    assert source_positions(window([1]), window([])).tolist() == []
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
@@ -143,12 +63,25 @@ def test_other_states_change_what_comes_after_them_and_nothing_before(model: Any
 
 def test_skipping_what_is_overwritten_changes_no_bit(model: Any) -> None:
     stream, ids = residual_stream(model), prompt(model)
+    skipping = replace(stream, skips=frozenset(range(stream.depth + 1)))
+    run: list[int] = []
+    attention = [block.self_attn for block in stream.blocks]
+    handles = [a.register_forward_hook(lambda *_, i=i: run.append(i)) for i, a in enumerate(attention)]
     for layer in range(stream.depth + 1):
         hidden = torch.randn(2, 40, model.config.hidden_size, generator=torch.Generator().manual_seed(layer))
         everywhere = Injection(layer, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
         with torch.inference_mode(), inject(stream, everywhere, whole=False):
             slow = model(input_ids=ids, use_cache=False).logits
+        run.clear()
+        with torch.inference_mode(), inject(skipping, everywhere, whole=True):
+            fast = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(fast, slow), layer
+        assert run == list(range(layer, stream.depth))
+        # What a model was not seen to do without is run.
         assert torch.equal(logits_with(model, ids, layer, hidden, whole=True), slow), layer
+        assert run == [*range(layer, stream.depth), *range(stream.depth)]
+    for handle in handles:
+        handle.remove()
 
 
 # Injections.
@@ -303,82 +236,3 @@ def test_a_state_that_is_no_number_is_refused_where_it_is_injected() -> None:
     assert aligned(own, [OWN[0, :1]] * 2, [[0], [1]], layer=0).replaced.sum() == 2
     with pytest.raises(NonFiniteStateError, match="at layer 3 holds NaN"):
         aligned(OWN, [own[0, 1:2]] * 2, [[0], [1]], layer=3)
-
-
-# Controls.
-
-
-def map_of(d_source: int = 6, d_target: int = 6) -> Aligner:
-    rng = np.random.default_rng(0)
-    shapes = {
-        "weight": (d_source, d_target),
-        "mean_source": (d_source,),
-        "mean_target": (d_target,),
-        "control_mean_source": (d_source,),
-        "control_mean": (d_target,),
-    }
-    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    return Aligner(LayerPair("a", (1,), "b", 1), tensors)
-
-
-def states(name: str, aligner: Aligner, n: int = 40, seed: int = 0, rng_seed: int = 0) -> Any:
-    rng = np.random.default_rng(1)
-    width = len(aligner.tensors["mean_source"])
-    source, other = (rng.normal(size=(n, width)).astype(np.float32) for _ in range(2))
-    result = control_states(name, aligner, source, other, np.random.default_rng(rng_seed), seed)
-    if not isinstance(result, str):
-        assert result.shape == (n, len(aligner.tensors["mean_target"]))
-        assert result.dtype == np.float32
-    return source, other, result
-
-
-def test_mean_and_zero_hold_nothing_of_the_source() -> None:
-    aligner = map_of()
-    np.testing.assert_array_equal(states("mean", aligner)[2], np.tile(aligner.tensors["control_mean"], (40, 1)))
-    assert not states("zero", aligner)[2].any()
-
-
-def test_random_vectors_have_the_mapped_states_length_and_no_direction_of_theirs() -> None:
-    aligner = map_of()
-    source, _, noise = states("random_norm", aligner, n=4000)
-    mapped = aligner.apply(source)
-    np.testing.assert_allclose(np.linalg.norm(noise, axis=1), np.linalg.norm(mapped, axis=1), rtol=1e-4)
-    cosine = (noise * mapped).sum(1) / np.linalg.norm(mapped, axis=1) ** 2
-    assert abs(cosine.mean()) < 0.03
-    np.testing.assert_array_equal(noise, states("random_norm", aligner, n=4000)[2])
-    assert (noise != states("random_norm", aligner, n=4000, rng_seed=1)[2]).any()
-
-
-def test_a_random_rotation_keeps_distances_and_follows_its_seed_alone() -> None:
-    aligner = map_of()
-    source, _, rotated = states("random_rotation", aligner)
-    own = source - aligner.tensors["control_mean_source"]
-    turned = rotated - aligner.tensors["control_mean"]
-    np.testing.assert_allclose(np.linalg.norm(turned, axis=1), np.linalg.norm(own, axis=1), rtol=1e-4)
-    np.testing.assert_allclose(turned @ turned.T, own @ own.T, atol=1e-4)
-    assert np.abs(turned - own).max() > 0.1
-    # A rerun is another process, which draws it again.
-    evaluate.injection.controls._rotation.cache_clear()
-    np.testing.assert_array_equal(rotated, states("random_rotation", aligner, rng_seed=5)[2])
-    assert np.abs(rotated - states("random_rotation", aligner, seed=1)[2]).max() > 0.1
-
-
-def test_shuffled_states_are_mapped_states_of_other_text() -> None:
-    aligner = map_of()
-    _, other, shuffled = states("shuffled", aligner)
-    np.testing.assert_array_equal(shuffled, aligner.apply(other))
-    rng = np.random.default_rng(0)
-    assert "no other text" in control_states("shuffled", aligner, other, None, rng, 0)
-
-
-def test_raw_states_need_equal_widths() -> None:
-    source, _, raw = states("raw", map_of())
-    np.testing.assert_array_equal(raw, source)
-    assert states("raw", map_of(6, 8))[2] == "widths differ (6 and 8)"
-
-
-@pytest.mark.parametrize("name", CONTROLS)
-def test_no_positions_give_no_states(name: str) -> None:
-    states(name, map_of(), n=0)
-    if name != "raw":
-        states(name, map_of(6, 8), n=3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from featstore.errors import SpecError, UnsupportedArchitectureError
 from featstore.models import residual as sites
-from featstore.models.hiding import _Hook, hiding
+from featstore.models.hiding import Progress, _Hook, hiding, with_neutral_start
 from featstore.models.injection import Injection, aligned, inject, last
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
@@ -33,8 +35,9 @@ def tokens(model: Any, count: int, seed: int, rows: int = 2) -> torch.Tensor:
 
 
 def prompt(model: Any, seed: int = 3) -> torch.Tensor:
+    """A prompt without a start token: its first token is a word, another one under another seed."""
     ids = tokens(model, TOKENS, seed)
-    ids[:, 0] = 7
+    assert (ids[:, 0] != residual_stream(model).start).all()
     return ids
 
 
@@ -72,6 +75,7 @@ def later(model: Any, *counts: int) -> list[torch.Tensor]:
 
 def test_two_prompts_with_the_same_states_give_the_same_answer(model: Any) -> None:
     one, two = prompt(model, 3), prompt(model, 4)
+    assert (one[:, 0] != two[:, 0]).all()
     new = later(model, 1, 3, 1)
     for layer in layers(model):
         hidden, kept = (
@@ -82,6 +86,54 @@ def test_two_prompts_with_the_same_states_give_the_same_answer(model: Any) -> No
         # The answers right after the prompt: a short sliding window soon forgets it by itself.
         change = (kept[0] - kept[1])[:, 0 if layer < layers(model)[-1] else 1].abs().amax(dim=-1)
         assert (change > 1e-3).all(), layer
+
+
+def test_the_first_word_is_hidden_to_the_bit(model: Any) -> None:
+    # Nothing but the first token differs, so every row that is computed is the same row.
+    one, two = prompt(model), prompt(model)
+    two[:, 0] += 1
+    new = later(model, 1, 3, 1)
+    stream = residual_stream(model)
+    for layer in layers(model):
+        cached, in_one_pass = [], []
+        for ids in (one, two):
+            injection = injection_into(model, ids, layer, "hide")
+            cached.append(answers(model, ids, injection, new))
+            with torch.inference_mode(), inject(stream, injection, whole=True):
+                in_one_pass.append(model(input_ids=ids, use_cache=False).logits)
+        reading = injection.replaced | injection.start
+        assert torch.equal(cached[0], cached[1]), layer
+        assert torch.equal(in_one_pass[0][reading], in_one_pass[1][reading]), layer
+        # With `own` the first word is read; a short sliding window forgets it before the prompt ends.
+        kept = []
+        for ids in (one, two):
+            with torch.inference_mode(), inject(stream, injection_into(model, ids, layer, "own"), whole=True):
+                kept.append(model(input_ids=ids, use_cache=False).logits[injection.replaced])
+        assert torch.equal(kept[0], kept[1]) == (layer == layers(model)[-1]), layer
+
+
+def test_the_first_token_of_a_padded_prompt_is_replaced_where_it_stands(model: Any) -> None:
+    stream, ids = residual_stream(model), prompt(model)
+    padding = torch.zeros_like(ids, dtype=torch.bool)
+    padding[1, :4] = True
+    start = Injection(1, torch.zeros(2, TOKENS, 1), padding & False, "hide", padding).start
+    args, kwargs, foreign = with_neutral_start(stream, (), {"input_ids": ids}, start)
+    wanted = ids.clone()
+    wanted[0, 0] = wanted[1, 4] = stream.start
+    assert args == ()
+    assert torch.equal(kwargs["input_ids"], wanted)
+    assert torch.equal(foreign, start)
+    # As a positional argument, with more tokens after those of the prompt, and where it is the start token already.
+    longer = torch.cat([wanted, ids], dim=1)
+    (given,), _, foreign = with_neutral_start(stream, (longer,), {}, start)
+    assert torch.equal(given, longer)
+    assert not foreign.any()
+    embeddings = model.get_input_embeddings()
+    _, kwargs, foreign = with_neutral_start(stream, (), {"inputs_embeds": embeddings(ids)}, start)
+    assert torch.equal(kwargs["inputs_embeds"], embeddings(wanted))
+    assert torch.equal(foreign, start)
+    with pytest.raises(SpecError, match="neither input_ids nor inputs_embeds"):
+        with_neutral_start(stream, (), {"attention_mask": ids}, start)
 
 
 def test_attention_sinks_that_took_no_state_are_hidden_too(model: Any) -> None:
@@ -117,11 +169,13 @@ def test_what_is_injected_is_not_hidden(model: Any) -> None:
 
 
 @torch.inference_mode()
-def deleted(
-    model: Any, start: torch.Tensor, states: torch.Tensor, places: list[int], layer: int, new: torch.Tensor
-) -> Any:
-    """The answers by another road: no cache, no prompt, nothing masked but the future; only positions are given."""
+def deleted(model: Any, states: torch.Tensor, places: list[int], layer: int, new: torch.Tensor) -> Any:
+    """The answers by another road: no cache, no prompt, nothing masked but the future; only positions are given.
+
+    In front of all stands the model's start token, whatever word the prompt began with.
+    """
     decoder, blocks = model.model, residual_stream(model).blocks
+    start = torch.tensor([model.config.bos_token_id])
     window = getattr(model.config, "sliding_window", None)
 
     def run(hidden: torch.Tensor, positions: torch.Tensor, some: Any) -> torch.Tensor:
@@ -148,9 +202,7 @@ def test_hiding_is_the_same_as_deleting(model: Any) -> None:
         injection = injection_into(model, ids, layer, "hide")
         found = answers(model, ids, injection, new)
         for row, places in enumerate(PLACES):
-            wanted = deleted(
-                model, ids[row, :1], injection.hidden[row, places], places, layer, torch.cat(new, dim=1)[row]
-            )
+            wanted = deleted(model, injection.hidden[row, places], places, layer, torch.cat(new, dim=1)[row])
             torch.testing.assert_close(found[row], wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -162,14 +214,15 @@ def test_a_hidden_position_still_reads_itself(model: Any) -> None:
         with torch.inference_mode(), inject(residual_stream(model), injection, whole=True):
             found = model(input_ids=ids, use_cache=False).logits[row, 27]
         states, nothing = injection.hidden[row, places], ids[row, :0]
-        wanted = deleted(model, ids[row, :1], states, places, layer, nothing)[0]
+        wanted = deleted(model, states, places, layer, nothing)[0]
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_one_pass_over_prompt_and_answer_is_the_same_as_many(model: Any) -> None:
-    ids, new = prompt(model), later(model, 1, 4, 1)
+    stream, new = residual_stream(model), later(model, 1, 4, 1)
+    ids = prompt(model)
+    ids[:, 0] = stream.start
     everything = torch.cat([ids, *new], dim=1)
-    stream = residual_stream(model)
     for layer in layers(model):
         injection = injection_into(model, ids, layer, "hide")
 
@@ -186,15 +239,36 @@ def test_one_pass_over_prompt_and_answer_is_the_same_as_many(model: Any) -> None
         torch.testing.assert_close(logits[:, TOKENS - 1 :], answers(model, ids, injection, new), rtol=1e-4, atol=1e-4)
 
 
+def test_a_text_that_is_passed_again_and_again_is_the_same_as_a_cached_one(model: Any) -> None:
+    # Without a cache the prompt is the beginning of every pass, and takes its states in each.
+    stream = replace(residual_stream(model), continuing=sites.Continuing(kind="recomputed"))
+    ids, new = prompt(model), later(model, 1, 4, 1)
+    for layer in layers(model):
+        injection = injection_into(model, ids, layer, "hide")
+        wanted, given, found = answers(model, ids, injection, new), ids, []
+        with torch.inference_mode(), inject(stream, injection, whole=False):
+            for more in (ids[:, :0], *new):
+                given = torch.cat([given, more], dim=1)
+                logits = model(input_ids=given, use_cache=False).logits
+                found.append(logits[:, -max(1, more.shape[1]) :])
+        torch.testing.assert_close(torch.cat(found, dim=1), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_replaced_start_token_is_read_as_replaced(model: Any) -> None:
-    ids, new = prompt(model), later(model, 1, 2)
+    stream, ids, new = residual_stream(model), prompt(model), later(model, 1, 2)
     places = [[0, 10, 39], [0, 39]]
     injection = injection_into(model, ids, 1, "hide", places)
-    other = ids.clone()
-    other[:, 1:] = prompt(model, 4)[:, 1:]
     torch.testing.assert_close(
-        answers(model, ids, injection, new), answers(model, other, injection, new), rtol=0, atol=1e-5
+        answers(model, ids, injection, new), answers(model, prompt(model, 4), injection, new), rtol=0, atol=1e-5
     )
+    changed = injection.hidden.clone()
+    changed[:, 0] += 1.0
+    logits = []
+    for hidden in (injection.hidden, changed):
+        with torch.inference_mode(), inject(stream, Injection(1, hidden, injection.replaced, "hide"), whole=True):
+            logits.append(model(input_ids=ids, use_cache=False).logits)
+    # At a place that a short sliding window lets read it.
+    assert (logits[0] - logits[1])[0, 10].abs().max() > 1e-4
 
 
 def test_injected_positions_do_not_read_hidden_ones_in_the_prompts_own_pass(model: Any) -> None:
@@ -267,23 +341,25 @@ def test_hooks_leave_with_the_context(model: Any) -> None:
     assert not stream.decoder._forward_pre_hooks
 
 
-def test_a_mask_with_nothing_to_hide_is_left_as_it_is() -> None:
+def test_a_mask_with_nothing_to_hide_is_left_as_it_is(model: Any) -> None:
     # Another mask would mean another kernel, whose rounding differs.
     everything = torch.ones((2, 4), dtype=torch.bool)
-    block, given = torch.nn.Identity(), {"attention_mask": None}
-    assert _Hook(0, everything, below=False)(block, (torch.zeros(2, 4, 3),), given) is None
+    stream, block, given = residual_stream(model), torch.nn.Identity(), {"attention_mask": None}
+    hidden = (torch.zeros(2, 4, 3),)
+    assert _Hook(stream, 0, everything, Progress(), below=False)(block, hidden, given) is None
     # Below the layer the whole prompt's pass is overwritten there.
-    assert _Hook(0, everything.tril(), below=True)(block, (torch.zeros(2, 4, 3),), given) is None
-    _, new = _Hook(0, everything.tril(), below=False)(block, (torch.zeros(2, 4, 3),), given)
+    assert _Hook(stream, 0, everything.tril(), Progress(), below=True)(block, hidden, given) is None
+    _, new = _Hook(stream, 0, everything.tril(), Progress(), below=False)(block, hidden, given)
     assert new["attention_mask"].shape == (2, 1, 4, 4)
 
 
 def test_attention_without_a_mask_of_positions_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = prompt(model)
+    ids, stream = prompt(model), residual_stream(model)
+    stream.start_state(1)
     monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
     with (
         pytest.raises(SpecError, match=r"attention 'flash_attention_2' takes no mask .* sdpa or eager"),
-        inject(residual_stream(model), injection_into_own(model, ids), whole=False),
+        inject(stream, injection_into_own(model, ids), whole=False),
     ):
         pass
 
@@ -313,11 +389,12 @@ def test_blocks_that_get_no_mask_are_named() -> None:
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return hidden_states
 
-    class Decoder(torch.nn.Module):
-        config = type("Config", (), {"_attn_implementation": "sdpa"})()
-
     block = Block()
-    stream = sites.ResidualStream(Decoder(), torch.nn.ModuleList([block]))
+    blocks = torch.nn.ModuleList([block])
+    stream = sites.ResidualStream(
+        torch.nn.Module(), torch.nn.Module(), blocks, "layers", sites.Axes(0, 1, (3,)), torch.float32
+    )
+    stream.decoder.config = SimpleNamespace(_attn_implementation="sdpa")
     flags = torch.tensor([[True, False]])
     with (
         hiding(stream, 0, flags, flags),
