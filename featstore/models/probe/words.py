@@ -57,8 +57,8 @@ def extraction(reading: ReadingVerdict | None) -> str:
     """
     if reading is None:
         return _UNTESTED
-    if reading.future is None:
-        return "refused: the states are NaN or infinite"
+    if reading.not_finite is not None:
+        return f"refused: layer {reading.not_finite} holds NaN or infinity"
     words = f"right, {batching(reading)}"
     if reading.causal is False:
         words += f"; the model reads ahead (states change by {figure(reading.future)} when only later tokens change)"
