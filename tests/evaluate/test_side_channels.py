@@ -122,7 +122,7 @@ def test_training_says_so_where_models_are_asked_every_epoch(world: SimpleNamesp
 
     evaluation = EpochEvaluation(open_store(world.store), adapter.card, device="cpu", quiet=True)
     evaluation._models.update(world.models)
-    with pytest.raises(ProbeError, match="swap test leaks .*; leave --eval-models out or choose other --layers"):
+    with pytest.raises(ProbeError, match=r"swap test leaks .*; leave --eval-models out or choose other --layers"):
         evaluation(adapter.aligners[LEAKS])
     figures = evaluation(adapter.aligners[CLEAN])
     assert figures["stitched"]["leak"] == 0

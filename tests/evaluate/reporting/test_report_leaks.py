@@ -109,7 +109,7 @@ def test_files_of_earlier_versions_say_nothing(tmp_path: Path) -> None:
 
 def test_what_was_verified_is_a_row_for_every_model(tmp_path: Path) -> None:
     found = files()
-    found["adapter.json"]["models"]["smol"]["verified"] = {k: v for k, v in VERDICT.items() if k not in ("layers",)}
+    found["adapter.json"]["models"]["smol"]["verified"] = {k: v for k, v in VERDICT.items() if k != "layers"}
     hidden = {**LAYER, "hide": 0.5, "hide_cached": 0.25, "hide_refused": "blocks 0 keep a recurrent state"}
     found["communicate.json"]["verified"] = {"twin": {**VERDICT, "layers": {"15": hidden}}}
     shown = page(write(tmp_path / "run", found, made.log()))

@@ -154,27 +154,29 @@ def test_tests_stand_aside_of_hooks_and_leave_the_mode_as_it_was() -> None:
 def test_hooks_come_back_in_their_order_after_an_error() -> None:
     model = build("llama")
     stream = residual_stream(model)
+    block = model.get_submodule("model.layers.1")
     order: list[int] = []
 
     def note(number: int) -> Any:
-        return lambda _: order.append(number)
+        return lambda *_: order.append(number)
 
-    handles = []
-    with pytest.raises(ValueError, match="inside"), sites.at_site(stream, 1, note(0)):
-        block = model.get_submodule("model.layers.1")
-        handles.append(block.register_forward_pre_hook(lambda *_: order.append(1)))
-        with sites.at_site(stream, 1, note(2)):
-            with pytest.raises(ValueError, match="inside"), aside(model):
-                handles.append(block.register_forward_pre_hook(lambda *_: order.append(3)))
-                raise ValueError("inside")
+    def fail() -> None:
+        with aside(model):
+            handles.append(block.register_forward_pre_hook(note(3)))
             model(torch.tensor([[5, 6]]))
-            assert order == [0, 1, 2, 3]
-        raise ValueError("inside")
-    order.clear()
-    model(torch.tensor([[5, 6]]))
-    assert order == [1, 3]
-    for handle in handles:
-        handle.remove()
-    order.clear()
-    model(torch.tensor([[5, 6]]))
-    assert order == []
+            raise ValueError("inside")
+
+    with sites.at_site(stream, 1, note(0)):
+        handles = [block.register_forward_pre_hook(note(1))]
+        with sites.at_site(stream, 1, note(2)):
+            with pytest.raises(ValueError, match="inside"):
+                fail()
+            assert order == [1, 3]
+            model(torch.tensor([[5, 6]]))
+            assert order[2:] == [0, 1, 2, 3]
+    for left in ([1, 3], [3], []):
+        order.clear()
+        model(torch.tensor([[5, 6]]))
+        assert order == left
+        if handles:
+            handles.pop(0).remove()
