@@ -175,7 +175,6 @@ class LiveInjection:
         if self._hooks is not None:
             raise SpecError("this injection is entered already; make another one for a nested context")
         self.passes, self._pass, self._called = 0, _Pass(), False
-        # Before the hooks are set: it takes a pass of its own.
         self._neutral = self._stream.start_state(self.layer) if self.keep == "hide" else None
         with ExitStack() as stack:
             stack.enter_context(sites.at_site(self._stream, self.layer, self._put))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from featstore.errors import CorruptDataError, FeatstoreError, NonFiniteStateError
@@ -109,15 +110,18 @@ def key_of(model: nn.Module, *, weights: str | None, config: str) -> str | None:
     """
     if weights is None:
         return None
-    kinds = {parameter.dtype for parameter in model.parameters()}
-    places = {parameter.device.type for parameter in model.parameters()} | {input_device(model).type}
     return probe_key(
         weights=weights,
         config=config,
-        device="+".join(sorted(places)),
-        dtype="+".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)),
+        device=input_device(model).type,
+        dtype=str(_dtype(model)).removeprefix("torch."),
         attention=str(attention(residual_stream(model))),
     )
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The number type of a model's first weights."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def recalled(key: str) -> Verdict | None:
@@ -282,8 +286,8 @@ def asked(verdict: Verdict, needs: Needs) -> Verdict:
 
 def _circumstances(stream: ResidualStream) -> Any:
     """What may change about a model while it lives, and with it what tests find."""
-    weights = next(stream.model.parameters()).dtype
-    return stream.path, stream.depth, stream.width, weights, input_device(stream.model).type, attention(stream)
+    place, kind = input_device(stream.model).type, _dtype(stream.model)
+    return stream.path, stream.depth, stream.width, kind, place, attention(stream)
 
 
 def _remembered(stream: ResidualStream) -> Verdict | None:

@@ -14,11 +14,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import featstore
 from featstore.errors import ModelLoadError, SpecError, StoreStateError
+from featstore.extraction.estimate import dry_run
 from featstore.extraction.job import prepare
 from featstore.extraction.reextract import reextract
 from featstore.extraction.run import extract
 from featstore.extraction.settings import Settings
 from featstore.models.devices import parse_device_map
+from featstore.models.loading import load_model
 from featstore.store.inspect.verify import verify_store
 from tests.support.commands import Outcome, call
 from tests.support.store_fixtures import tree_bytes
@@ -59,6 +61,20 @@ def hollow(tiny_llama: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "hollow"
     shutil.copytree(tiny_llama, copy, ignore=shutil.ignore_patterns("*.safetensors"))
     return copy
+
+
+@pytest.fixture
+def spread(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every model that is loaded, whether some of its weights are offloaded."""
+    seen: list[bool] = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        model = load_model(*args, **kwargs)
+        seen.append(any(p.is_meta for p in model.parameters()))
+        return model
+
+    monkeypatch.setattr("featstore.models.loading.load_model", load)
+    return seen
 
 
 def typed(capsys: Any, store: Path, *words: object) -> Outcome:
@@ -127,7 +143,7 @@ def test_a_model_that_joins_takes_its_own_attention_where_it_lacks_the_others(
 # Device maps ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_map_changes_no_bit(tiny_llama: Path, texts: Path, tmp_path: Path) -> None:
+def test_a_device_map_changes_no_bit(tiny_llama: Path, texts: Path, tmp_path: Path, spread: list[bool]) -> None:
     stores = {name: tmp_path / f"{name}.zarr" for name in ("plain", "spread")}
     given: dict[str, Any] = {"models": {"llama": tiny_llama}, "layers": [0, 2], "dataset": f"jsonl:{texts}"}
     # Where there is no GPU, both compute on the CPU.
@@ -137,19 +153,29 @@ def test_a_device_map_changes_no_bit(tiny_llama: Path, texts: Path, tmp_path: Pa
     # A map is not on record: a store goes on under another one, or none.
     featstore.extract(store=stores["plain"], layers=[3], device_map={"": "disk"}, quiet=True)
     featstore.extract(store=stores["spread"], layers=[3], device="cpu", quiet=True)
+    assert spread == [False, True, True, False]
     assert tree_bytes(stores["plain"]) == tree_bytes(stores["spread"])
 
 
-def test_rows_are_computed_again_under_a_map(tiny_store: Path, tmp_path: Path, capsys: Any) -> None:
+def test_rows_are_computed_again_under_a_map(tiny_store: Path, tmp_path: Path, capsys: Any, spread: list[bool]) -> None:
     (tmp_path / "map.json").write_text(json.dumps({"llama": SPREAD, "mistral": {"": "disk"}}))
     verified = call(
         capsys, "featstore", "verify", tiny_store, "--reextract", 1, "--device-map", tmp_path / "map.json", "--json"
     ).json
     assert not verified["damage"]
+    assert spread == [True, True]
     for found in verified["reextract"]["models"].values():
         assert all(layer["identical"] == layer["rows"] > 0 for layer in found["layers"].values())
     result = reextract(tiny_store, 1, device_map=parse_device_map("auto"), quiet=True)
     assert set(result["models"]) == {"llama", "mistral"}
+
+
+def test_a_dry_run_measures_the_model_under_its_map(
+    tiny_llama: Path, texts: Path, tmp_path: Path, spread: list[bool]
+) -> None:
+    asked = settings(tmp_path / "s.zarr", tiny_llama, texts, device="auto", device_map=parse_device_map(SPREAD))
+    assert dry_run(prepare(asked, quiet=True))["models"]["m"]["seconds"] > 0
+    assert spread == [True]
 
 
 def test_one_map_of_two_families_is_refused_by_name(tiny_llama: Path, texts: Path, tmp_path: Path) -> None:
