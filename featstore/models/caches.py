@@ -14,6 +14,8 @@ import torch
 
 #: Where an output may have its cache, and under which name it goes back in.
 NAMES = ("past_key_values", "cache_params", "state", "past_buckets_states")
+#: Tokens that a cache has seen which does not count them: more than any prompt.
+UNCOUNTED = 1 << 30
 
 
 def cache_of(values: Iterable[Any] | Mapping[str, Any]) -> Any:
@@ -44,24 +46,32 @@ def returned_cache(output: Any) -> tuple[str, Any]:
 
 
 def seen(past: Any) -> int:
-    """Tokens that a cache has seen.
+    """Tokens that a cache has seen; :data:`UNCOUNTED` where it keeps recurrent states alone, which count nothing.
 
     Args:
         past: A cache or None.
     """
-    return int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+    if not hasattr(past, "get_seq_length"):
+        return 0
+    if getattr(past, "layers", ()) and len(recurrent_blocks(past, alone=True)) == len(past.layers):
+        return UNCOUNTED if past.has_previous_state() else 0
+    return int(past.get_seq_length())
 
 
-def recurrent_blocks(past: Any) -> list[int]:
+def recurrent_blocks(past: Any, *, alone: bool = False) -> list[int]:
     """Numbers of a cache's layers that keep a recurrent or convolution state, which no attention mask can hide.
 
     Args:
         past: A cache of any kind.
+        alone: Only those that keep no keys and values beside it.
     """
-    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+    from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-    layers = getattr(past, "layers", ())
-    return [number for number, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)]
+    return [
+        number
+        for number, layer in enumerate(getattr(past, "layers", ()))
+        if isinstance(layer, LinearAttentionCacheLayerMixin) and not (alone and isinstance(layer, CacheLayerMixin))
+    ]
 
 
 def stored(past: Any, block: int) -> int:

@@ -148,6 +148,15 @@ class _Layout:
 _FOUND: WeakKeyDictionary[nn.Module, _Layout] = WeakKeyDictionary()
 
 
+def forget(model: nn.Module) -> None:
+    """Look for a model's blocks again when its stream is next asked for.
+
+    Args:
+        model: A model whose blocks or weights were exchanged.
+    """
+    _FOUND.pop(model, None)
+
+
 def residual_stream(model: nn.Module) -> ResidualStream:
     """Find the blocks of a causal language model and the layout of its stream.
 
