@@ -200,7 +200,7 @@ def prepare(
     if itself:
         have = {a.pair.key for a in chosen}
         own = dict.fromkeys((a.pair.target, a.pair.target_layer) for a in chosen)
-        new = [identity(name, layer, loaded[name].info.hidden) for name, layer in own]
+        new = [identity(name, layer, loaded[name].stream.width) for name, layer in own]
         wires += [wire(adapter, a) for a in new if a.pair.key not in have]
     return Exchange(
         adapter.card["type"], tuple(wires), loaded, states_form, summary_tokens, max_new_tokens, seed, quiet, verified

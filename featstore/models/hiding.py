@@ -147,7 +147,9 @@ class _Hook:
             raise SpecError(f"a pass of {hidden.shape[0]} rows with an injection of {self.seen.shape[0]}")
         past, mask, queries = cache_of([*args, *kwargs.values()]), _at(args, kwargs, place), hidden.shape[1]
         # A mask says how many keys there are, of every kind of cache; without one the keys are those of this block.
-        keys = stored(past, self.number) + queries if mask is None else int(mask.shape[-1])
+        # Where blocks fill several layers of the cache, the one of this number may hold this pass's tokens already.
+        held = min(stored(past, self.number), self.now.begun)
+        keys = held + queries if mask is None else int(mask.shape[-1])
         if getattr(past, "is_compileable", False) or (mask is not None and (mask.ndim != 4 or keys < queries)):
             shape = None if mask is None else tuple(mask.shape)
             raise UnsupportedArchitectureError(

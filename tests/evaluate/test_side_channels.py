@@ -1,7 +1,8 @@
 """Layers that leak, and prompts that cannot be hidden: refused, or shown beside every figure, on real tiny models.
 
-The target ``gemma`` mixes embeddings of the token ids into every block, so its stream is not all that later blocks
-know; only at its last layer it is. The target ``lfm`` has convolutions, from which no mask hides a prompt.
+The target ``gemma`` mixes embeddings of the token ids into every block, so its stream, four side by side in a row, is
+not all that later blocks know; only at its last layer it is. The target ``lfm`` has convolutions, from which no mask
+hides a prompt.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ REFUSED = r"model 'gemma', layer 2: the swap test leaks 0\.\d+ .* type --allow-s
 def world(tiny_llama: Path, short_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A store of three models, and maps into both targets."""
     root = tmp_path_factory.mktemp("leaks")
-    gemma = save("gemma4_text", root / "gemma", tiny_llama)
+    gemma = save("gemma3n_text", root / "gemma", tiny_llama)
     lfm = save("lfm2", root / "lfm", tiny_llama)
     settings = Extraction(
         model=(f"llama={tiny_llama}", f"gemma={gemma}", f"lfm={lfm}"),
@@ -260,10 +261,20 @@ def test_answers_from_a_context_that_cannot_be_hidden_are_left_out(
 
 def test_answers_name_the_start_token_where_a_context_was_hidden(world: SimpleNamespace) -> None:
     answers = evaluate.communicate(
-        world.mixed, "lookup:2", layers=3, examples=2, max_new_tokens=2, models=world.models, write=False, quiet=True
+        world.mixed,
+        "lookup:2",
+        layers=3,
+        itself=True,
+        examples=2,
+        max_new_tokens=2,
+        models=world.models,
+        write=False,
+        quiet=True,
     )
-    [task] = answers.tasks.values()
+    task, own = answers.tasks.values()
     assert f"aligned {CLEAN}" in task.conditions
+    assert "aligned gemma:6->gemma:6" in own.conditions
+    assert own.pairs["gemma:6->gemma:6"].leak == 0
     assert {name: start.token for name, start in answers.start.items()} == {"gemma": "<|im_start|>"}
 
 
