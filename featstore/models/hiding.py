@@ -224,10 +224,19 @@ def _narrowed(mask: torch.Tensor | None, allowed: torch.Tensor, dtype: torch.dty
     if mask is not None:
         allowed = allowed.to(mask.device)  # under a device map, not where the stream is
         if mask.dtype == torch.bool:
-            # Every token sees itself, by which a mask that is True where it hides (MPT's) is known.
-            return mask & allowed if bool(mask[..., -1, -1].all()) else mask | ~allowed
+            return mask | ~allowed if _hides_where_true(mask) else mask & allowed
     given = torch.zeros((), dtype=dtype, device=allowed.device) if mask is None else mask
     return torch.where(allowed, given, torch.finfo(given.dtype).min)
+
+
+def _hides_where_true(mask: torch.Tensor) -> bool:
+    """Whether a bool mask is True where nothing is seen (MPT's).
+
+    Nobody sees what comes later, and a token that is read by itself is no padding and sees itself.
+    """
+    if mask.shape[-2] > 1:
+        return bool(mask[..., 0, -1].all())
+    return not bool(mask[..., -1, -1].any())
 
 
 def with_neutral_start(

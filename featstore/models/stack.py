@@ -274,7 +274,10 @@ def _stack(lists: Sequence[_List]) -> _List | None:
     outer = [
         seen
         for seen in lists
-        if seen.in_order and _streams(seen) and seen.passes_on and not any(seen.path.startswith(path) for path in called)
+        if seen.in_order
+        and _streams(seen)
+        and seen.passes_on
+        and not any(seen.path.startswith(path) for path in called)
     ]
     return max(outer, key=lambda seen: len(seen.members), default=None)
 

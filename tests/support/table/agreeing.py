@@ -45,7 +45,9 @@ def checked(name: str, model: nn.Module, proven: Proven | None, refused: str) ->
     if proven.verdict.reading.causal:
         checks |= {"injection": _injection, "leaks": _leaks, "going on": _going_on, "padding": _padding, "hide": _hide}
     try:
-        return list(checks), [f"{what}: {wrong}" for what, check in checks.items() for wrong in check(name, model, proven)]
+        return list(checks), [
+            f"{what}: {wrong}" for what, check in checks.items() for wrong in check(name, model, proven)
+        ]
     except truth.NoRowsError as error:
         return [], [f"rows: there are none for each token and layer: {error}"]
 
