@@ -67,11 +67,16 @@ def recurrent_blocks(past: Any, *, alone: bool = False) -> list[int]:
     """
     from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-    return [
+    found = {
         number
         for number, layer in enumerate(getattr(past, "layers", ()))
         if isinstance(layer, LinearAttentionCacheLayerMixin) and not (alone and isinstance(layer, CacheLayerMixin))
-    ]
+    }
+    if not alone:
+        # MiniMax keeps the states of its linear attention in a list beside its layers.
+        beside = enumerate(getattr(past, "linear_cache", ()))
+        found |= {number for number, state in beside if isinstance(state, torch.Tensor)}
+    return sorted(found)
 
 
 def stored(past: Any, block: int) -> int:

@@ -108,6 +108,8 @@ class _List:
     members: nn.ModuleList
     called: list[int] = field(default_factory=list)
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
+    given: Any = None
+    passes_on: bool = True
 
     @property
     def in_order(self) -> bool:
@@ -188,7 +190,7 @@ def residual_stream(model: nn.Module) -> ResidualStream:
     if entry is None:
         raise UnsupportedArchitectureError(
             f"model {type(model).__name__}: the blocks in {found.path} get no tensor with an axis of {BATCH} sequences "
-            f"and one of {TOKENS} tokens; such a stream cannot be cut into token states"
+            f"and one of {TOKENS} tokens, but {_instead(found)}; such a stream cannot be cut into token states"
         )
     native = _at(found.calls[0], entry)
     candidates = _layouts(native, (BATCH, TOKENS))
@@ -235,6 +237,8 @@ def _one_pass(model: nn.Module, batch: int, tokens: int) -> tuple[list[_List], s
 
     def begin(seen: _List, number: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if seen.called:
+                seen.passes_on &= _passed_on(seen.given, [*args, *kwargs.values()])
             seen.called.append(number)
             # Two calls say all there is to know; keeping each would keep every state alive.
             if len(seen.calls) < 2:
@@ -244,6 +248,7 @@ def _one_pass(model: nn.Module, batch: int, tokens: int) -> tuple[list[_List], s
 
     def end(seen: _List) -> Any:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            seen.given = output
             if len(seen.calls) == 1 and seen.calls[0][2] is None:
                 seen.calls[0] = (*seen.calls[0][:2], output)
 
@@ -278,7 +283,10 @@ def _stack(lists: Sequence[_List]) -> _List | None:
     outer = [
         seen
         for seen in lists
-        if seen.in_order and _streams(seen) and not any(seen.path.startswith(path) for path in called)
+        if seen.in_order
+        and _streams(seen)
+        and seen.passes_on
+        and not any(seen.path.startswith(path) for path in called)
     ]
     return max(outer, key=lambda seen: len(seen.members), default=None)
 
@@ -289,6 +297,18 @@ def _streams(seen: _List) -> bool:
     shapes = {tuple(t.shape) for t in (*args, *kwargs.values()) if _floating(t) and t.ndim > 2}
     given = output if isinstance(output, tuple | list) else [output]
     return any(_floating(t) and tuple(t.shape) in shapes for t in given)
+
+
+def _passed_on(given: Any, arguments: Sequence[Any]) -> bool:
+    """Whether the next member is given what one gave back; parts of blocks leave the sum to others."""
+    tensors = [t for t in (given if isinstance(given, tuple | list) else [given]) if _floating(t)]
+    return any(
+        _floating(argument)
+        and argument.shape == tensor.shape
+        and (argument is tensor or torch.equal(argument, tensor.to(argument.device)))
+        for tensor in tensors
+        for argument in arguments
+    )
 
 
 def _floating(value: Any) -> bool:
@@ -302,7 +322,9 @@ def _refusal(model: nn.Module, lists: Sequence[_List]) -> str:
         return f"model {name}: one pass over ordinary tokens calls no list of blocks; it has no residual stream to read"
     seen = max(called, key=lambda each: (len(each.members), len(each.called)))
     missing = sorted(set(range(len(seen.members))) - set(seen.called))
-    if seen.in_order:
+    if seen.in_order and _streams(seen):
+        what = "does not pass on what its members give back"
+    elif seen.in_order:
         what = "gives back no tensor of the shape it gets"
     elif missing:
         what = f"does not run {'block' if len(missing) == 1 else 'blocks'} {', '.join(map(str, missing[:8]))} on text"
@@ -314,6 +336,17 @@ def _refusal(model: nn.Module, lists: Sequence[_List]) -> str:
         f"model {name}: {seen.path} {what}; layers are defined where blocks run once each, in order, and pass on one "
         "stream"
     )
+
+
+def _instead(seen: _List) -> str:
+    """What blocks get and give back that is no stream of tokens: a text in pieces or slots, or two streams at once."""
+    args, kwargs, output = seen.calls[0]
+    shapes = {tuple(t.shape) for t in (output if isinstance(output, tuple | list) else [output]) if _floating(t)}
+    got = [tuple(t.shape) for t in (*args, *kwargs.values()) if _floating(t) and tuple(t.shape) in shapes]
+    what = f"{'one' if len(got) == 1 else len(got)} of shape {got[0]}"
+    if len(got[0]) > 2 and got[0][0] == BATCH:
+        what += f": {TOKENS} tokens became {got[0][1]} positions"
+    return what
 
 
 def _at(call: tuple[tuple[Any, ...], dict[str, Any], Any], place: int | str) -> torch.Tensor:

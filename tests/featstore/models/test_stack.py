@@ -349,10 +349,34 @@ def test_a_stack_of_another_kind_says_what_it_does(run: Any, message: str) -> No
     [
         ("hrm_text", "model HrmTextForCausalLM: model.L_module.layers runs its 4 blocks 24 times in one pass;"),
         ("mllama", "model MllamaForCausalLM: model.layers does not run block 3 on text;"),
+        # Its attentions stand in a list; what they give back is added to the stream outside of it.
+        ("xlm", "model XLMWithLMHeadModel: transformer.attentions does not pass on what its members give back;"),
     ],
 )
 def test_real_stacks_of_another_kind(name: str, message: str) -> None:
     assert refusal(small(name)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("cpmant", "one of shape (3, 45, 64): 13 tokens became 45 positions"),
+        ("reformer", "2 of shape (3, 16, 64): 13 tokens became 16 positions"),
+        ("prophetnet", "one of shape (3, 39, 64): 13 tokens became 39 positions"),
+        ("blt", ": 13 tokens became "),
+    ],
+)
+def test_streams_of_something_else_than_tokens_say_what_the_tokens_became(name: str, instead: str) -> None:
+    assert instead in refusal(small(name))
+
+
+def test_what_is_changed_between_blocks_is_no_stream() -> None:
+    def run(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        return hidden
+
+    assert refusal(toy(run)).startswith("model Toy: layers does not pass on what its members give back;")
 
 
 def test_blocks_that_give_back_something_else_are_no_stream() -> None:
