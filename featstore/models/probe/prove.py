@@ -25,6 +25,7 @@ from featstore.models.probe.injecting import test_injecting, two_texts
 from featstore.models.probe.reading import test_reading
 from featstore.models.residual import Batching, Continuing, ResidualStream
 from featstore.models.stack import embedding_rows, residual_stream
+from featstore.models.unread import left_out
 from featstore.models.verdict import ContinuingVerdict, LayerVerdict, ReadingVerdict, Verdict
 from featstore.runtime.caches import cache_directory
 from featstore.runtime.console import Tick
@@ -318,6 +319,7 @@ def _first(stream: ResidualStream) -> Verdict:
             "stream_dtype": str(stream.dtype).removeprefix("torch."),
             "embeddings": embedding_rows(stream.model),
             "attention": attention(stream),
+            "left_out": left_out(stream.model),
             "versions": libraries,
         }
     )
