@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from evaluate.communication.messages import check_context
 from evaluate.injection.continuing import check_speaker, left_padded, prompt_states
 from evaluate.injection.loading import Loaded
+from featstore.errors import SpecError
 from featstore.models import residual as sites
 from featstore.models.injection import Injection, aligned, inject, last
 from featstore.models.loading import refuse_unknown_ids
@@ -92,7 +93,7 @@ def prompts_of(loaded: Loaded, texts: Sequence[str], choices: Sequence[Sequence[
         refuse_unknown_ids(loaded.info, np.array([*ids, *(token for end in ends for token in end)]))
         result.append(Prompt(ids, [], tuple(ends)))
     extra = max([length, *(len(end) for prompt in result for end in prompt.choices)])
-    check_context(loaded, max(len(prompt.ids) for prompt in result), extra, "the longest prompt")
+    check_context(loaded, [len(prompt.ids) for prompt in result], extra, "the longest prompt")
     return result
 
 
@@ -115,11 +116,14 @@ def ask(
 
     Raises:
         SpecError: States do not fit the prompts; or, with ``hide``, a prompt without a rest whose last token takes no
-            state: the answer would begin with what is to be hidden.
+            state: the answer would begin with what is to be hidden; or the model changes its position encoding within
+            a prompt that is read in two passes.
         NonFiniteStateError: A state holds NaN or infinity.
     """
     answers: dict[str, list[str | int]] = {name: [""] * len(prompts) for name in put_in}
-    for rows in _batches(prompts, padded=loaded.stream.continuing.padding):
+    switch = loaded.stream.batching.switch
+    _refuse_parted(loaded.name, prompts, switch)
+    for rows in _batches(prompts, padded=loaded.stream.continuing.padding, switch=switch):
         batch = _batch(loaded, [prompts[row] for row in rows])
         given = {
             name: None if one is None else PutIn(one.layer, [one.states[row] for row in rows], one.how, one.keep)
@@ -137,14 +141,31 @@ def ask(
     return answers
 
 
-def _batches(prompts: Sequence[Prompt], *, padded: bool) -> Iterator[list[int]]:
-    """Numbers of prompts whose rests are of one length, those of like length together; of one length unless padded."""
+def _refuse_parted(name: str, prompts: Sequence[Prompt], switch: int | None) -> None:
+    """Refuse prompts whose first pass would have another position encoding than one pass over the whole of them."""
+    for prompt in prompts if switch is not None else ():
+        # Without a rest, the last token may come in a pass of its own.
+        first, whole = len(prompt.ids) - (not prompt.rest), len(prompt.ids) + len(prompt.rest)
+        if first <= switch < whole:
+            raise SpecError(
+                f"a prompt of {whole} tokens is read in two passes, the first of {first}; {name!r} changes its position "
+                f"encoding at {switch}, between them: use shorter examples, or longer ones"
+            )
+
+
+def _batches(prompts: Sequence[Prompt], *, padded: bool, switch: int | None = None) -> Iterator[list[int]]:
+    """Numbers of prompts whose rests are of one length, those of like length together; of one length unless padded.
+
+    Prompts on either side of the switch never share a batch.
+    """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].rest), len(prompts[i].ids)))
     batch: list[int] = []
     for i in order:
         # In this order the one that is added is the longest.
         full = len(batch) == _PROMPTS or (len(batch) + 1) * len(prompts[i].ids) > _TOKENS
         unlike = not padded and len(prompts[i].ids) != len(prompts[batch[0]].ids) if batch else False
+        if batch and switch is not None:
+            unlike |= len(prompts[batch[0]].ids) <= switch < len(prompts[i].ids)
         if batch and (full or unlike or len(prompts[i].rest) != len(prompts[batch[0]].rest)):
             yield batch
             batch = []

@@ -122,11 +122,11 @@ def inspect_model(spec: ModelSpec) -> ModelInfo:
         spec: Name and reference.
 
     Raises:
-        ModelLoadError: Not found, no network, damaged, or without a fast tokenizer.
+        ModelLoadError: Not found, no network, damaged, no causal language model, or without a fast tokenizer.
         GatedModelError: The licence must be accepted first.
         MissingPackageError: An adapter lies beside it, and peft is not installed.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
     with _loading(spec):
         adapter = find_adapter(spec)
@@ -144,6 +144,11 @@ def inspect_model(spec: ModelSpec) -> ModelInfo:
         raise ModelLoadError(
             f"model {spec.name!r} ({spec.ref}): the configuration of a {config.model_type} names no vocabulary; give a "
             "causal language model"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelLoadError(
+            f"model {spec.name!r} ({spec.ref}): transformers has no causal language model for a {config.model_type}; "
+            "give one, or the text model inside this one"
         )
     definition = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
     return ModelInfo(
