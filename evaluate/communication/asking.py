@@ -93,7 +93,7 @@ def prompts_of(loaded: Loaded, texts: Sequence[str], choices: Sequence[Sequence[
         refuse_unknown_ids(loaded.info, np.array([*ids, *(token for end in ends for token in end)]))
         result.append(Prompt(ids, [], tuple(ends)))
     extra = max([length, *(len(end) for prompt in result for end in prompt.choices)])
-    check_context(loaded, max(len(prompt.ids) for prompt in result), extra, "the longest prompt")
+    check_context(loaded, [len(prompt.ids) for prompt in result], extra, "the longest prompt")
     return result
 
 
@@ -149,10 +149,12 @@ def _check_lengths(loaded: Loaded, prompts: Sequence[Prompt], length: int) -> No
     if switch is None:
         return
     for prompt in prompts:
+        # Without a rest, the last token may come in a pass of its own.
+        first = len(prompt.ids) - (not prompt.rest)
         end = len(prompt.ids) + len(prompt.rest) + max([length, *map(len, prompt.choices)])
-        if len(prompt.ids) <= switch < end:
+        if first <= switch < end:
             raise SpecError(
-                f"a prompt of {len(prompt.ids)} tokens is read on to {end}; at {switch} {loaded.name!r} changes its "
+                f"a prompt of {first} tokens is read on to {end}; at {switch} {loaded.name!r} changes its "
                 "position encoding; use shorter examples"
             )
 

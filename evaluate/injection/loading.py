@@ -318,7 +318,10 @@ def _load(
         attention=entry.get("attention", "auto"),
         device_map=device_map,
     )
-    return _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet), fresh=True)
+    loaded = _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet), fresh=True)
+    if loaded.verdict.left_out and not quiet:
+        err.print(f"{known.spec.name} is read without its {loaded.verdict.left_out}")
+    return loaded
 
 
 def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights, *, fresh: bool = False) -> Loaded:
