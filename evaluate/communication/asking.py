@@ -122,7 +122,9 @@ def ask(
     """
     answers: dict[str, list[str | int]] = {name: [""] * len(prompts) for name in put_in}
     switch = loaded.stream.batching.switch
-    _refuse_parted(loaded.name, prompts, switch)
+    why = parted(prompts, switch) if put_in else None
+    if why is not None:
+        raise SpecError(f"{loaded.name!r}: {why}; use shorter examples, or longer ones")
     for rows in _batches(prompts, padded=loaded.stream.continuing.padding, switch=switch):
         batch = _batch(loaded, [prompts[row] for row in rows])
         given = {
@@ -141,16 +143,25 @@ def ask(
     return answers
 
 
-def _refuse_parted(name: str, prompts: Sequence[Prompt], switch: int | None) -> None:
-    """Refuse prompts whose first pass would have another position encoding than one pass over the whole of them."""
+def parted(prompts: Sequence[Prompt], switch: int | None) -> str | None:
+    """Whether a prompt's first pass would have another position encoding than one pass over the whole of it.
+
+    Args:
+        prompts: Those to be asked.
+        switch: Length at which the model changes its position encoding; None for none.
+
+    Returns:
+        Which it is, in words; None for none.
+    """
     for prompt in prompts if switch is not None else ():
         # Without a rest, the last token may come in a pass of its own.
         first, whole = len(prompt.ids) - (not prompt.rest), len(prompt.ids) + len(prompt.rest)
         if first <= switch < whole:
-            raise SpecError(
-                f"a prompt of {whole} tokens is read in two passes, the first of {first}; {name!r} changes its position "
-                f"encoding at {switch}, between them: use shorter examples, or longer ones"
+            return (
+                f"a prompt of {whole} tokens is read in two passes, the first of {first} tokens, and the position "
+                f"encoding changes at {switch}, between them"
             )
+    return None
 
 
 def _batches(prompts: Sequence[Prompt], *, padded: bool, switch: int | None = None) -> Iterator[list[int]]:
