@@ -153,7 +153,9 @@ def parted(prompts: Sequence[Prompt], switch: int | None) -> str | None:
     Returns:
         Which it is, in words; None for none.
     """
-    for prompt in prompts if switch is not None else ():
+    if switch is None:
+        return None
+    for prompt in prompts:
         # Without a rest, the last token may come in a pass of its own.
         first, whole = len(prompt.ids) - (not prompt.rest), len(prompt.ids) + len(prompt.rest)
         if first <= switch < whole:

@@ -255,7 +255,8 @@ def _one_pass(model: nn.Module, who: str, batch: int, tokens: int) -> tuple[list
         except Exception as error:
             reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
             raise ModelLoadError(
-                f"{who} cannot be run on {tokens} ordinary tokens: {type(error).__name__}: {reason}. Check that it is a causal language model that reads text alone"
+                f"{who} cannot be run on {tokens} ordinary tokens: {type(error).__name__}: {reason}. "
+                "Check that it is a causal language model that reads text alone"
             ) from error
     return lists, reached
 
@@ -301,10 +302,7 @@ def _refusal(who: str, lists: Sequence[_List]) -> str:
         what = f"runs its {len(seen.members)} blocks {len(seen.called)} times in one pass"
     else:
         what = f"runs its blocks in the order {', '.join(map(str, seen.called[:8]))}"
-    return (
-        f"{who}: {seen.path} {what}; layers are defined where blocks run once each, in order, and pass on one "
-        "stream"
-    )
+    return f"{who}: {seen.path} {what}; layers are defined where blocks run once each, in order, and pass on one stream"
 
 
 def _at(call: tuple[tuple[Any, ...], dict[str, Any], Any], place: int | str) -> torch.Tensor:

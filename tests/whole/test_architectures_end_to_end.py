@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluate.communication.tasks.named import make
 from featstore import open_store
 from tests.support.architectures.building import save
+from tests.support.architectures.kinds import some_ids
 from tests.support.commands import Outcome, called, strict_json
-from tests.support.truth import expected_rows
+from tests.support.truth import expected_rows, swap_leaks
 
 #: One short text and one long one: under LongRoPE they have different position encodings, which no pass may mix.
 PROMPTS = ("The capital of France is", "In the year 2050, humanity will look back at this one long line and wonder why")
@@ -198,9 +200,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, sample_texts: list[str], re
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(kind, id=kind.id, marks=() if kind.quick else pytest.mark.thorough) for kind in KINDS
-    ],
+    params=[pytest.param(kind, id=kind.id, marks=() if kind.quick else pytest.mark.thorough) for kind in KINDS],
 )
 def road(request: Any, places: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
     kind: Kind = request.param
@@ -252,7 +252,9 @@ def test_a_map_of_a_model_to_itself_is_exact(road: Road) -> None:
     turned = road.trained("turned", "--source", "x", "--target", "x", "--layers", "2", type_="procrustes")
     for run in (road.own, turned):
         assert strict_json((run / "metrics.json").read_text())["pairs"][OWN]["test"]["r2"] == pytest.approx(1, abs=1e-6)
-    assert strict_json((road.own / "adapter.json").read_text())["models"]["x"]["verified"] == road.attributes["verified"]
+    assert (
+        strict_json((road.own / "adapter.json").read_text())["models"]["x"]["verified"] == road.attributes["verified"]
+    )
     entry = road.evaluated("stitch", road.own).json["pairs"][OWN]
     nats = {name: block["nats_per_token"] for name, block in entry["conditions"].items() if block}
     assert entry["self_bit_identical"]
@@ -386,13 +388,8 @@ def test_a_layer_that_leaks_is_refused_and_the_leak_stands_beside_its_figures(ro
 
 def _leak(road: Road, layer: int) -> float:
     """What plain hooks on transformers' own model say of a layer."""
-    from tests.support.architectures.kinds import some_ids
-    from tests.support.truth import swap_leaks
-
     return swap_leaks(road.model("x"), road.kind.name, some_ids(1), some_ids(2))[layer]
 
 
 def _matches(pattern: str, text: str) -> bool:
-    import re
-
     return re.search(pattern, text) is not None
