@@ -272,8 +272,8 @@ def _refuse_logits(proven: Proven) -> None:
         logits = forward(proven.stream.model, input_ids=ordinary_ids(proven.stream.model, 1, _TOKENS)).logits
     if not bool(logits.isfinite().all()):
         raise NonFiniteStateError(
-            f"model {proven.name!r}: the logits hold NaN or infinity on ordinary tokens; try --dtype float32, or check the "
-            "weights of its head"
+            f"model {proven.name!r}: the logits hold NaN or infinity on ordinary tokens; try --dtype float32, or check "
+            "the weights of its head"
         )
 
 
