@@ -120,7 +120,7 @@ def ask(
             the model changes its position encoding.
         NonFiniteStateError: A state holds NaN or infinity.
     """
-    why = parted(prompts, loaded.stream.batching.switch, length)
+    why = parted(prompts, loaded.stream.batching.switch, length) if put_in else None
     if why is not None:
         raise SpecError(f"{loaded.name!r}: {why}; use shorter examples, or longer ones")
     how = loaded.stream.continuing
@@ -164,8 +164,7 @@ def parted(prompts: Sequence[Prompt], switch: int | None, length: int) -> str | 
         end = len(prompt.ids) + len(prompt.rest) + max([length, *map(len, prompt.choices)])
         if first <= switch < end:
             return (
-                f"a prompt of {len(prompt.ids) + len(prompt.rest)} tokens is read from its first {first} on to {end}, and "
-                f"the position encoding changes at {switch}, between them"
+                f"a prompt is read from its first {first} tokens on to {end}; the position encoding changes at {switch}"
             )
     return None
 
