@@ -32,7 +32,7 @@ from featstore.models.devices import (
 )
 from featstore.models.files import weight_files
 from featstore.models.references import ModelSpec
-from featstore.models.unread import beside_text, leave_out
+from featstore.models.unread import Unread, beside_text, leave_out
 from featstore.models.weights import check_ids, describe_weights, quantization_of, refuse_incomplete
 from featstore.runtime.provenance import digest
 
@@ -222,8 +222,8 @@ def load_model(
             )
             without = _without(base, found["unexpected_keys"])
             if without:
-                leave_out(model, without)
-                found = {**found, "unexpected_keys": ()}
+                leave_out(model, str(without))
+                found = {**found, "unexpected_keys": set(found["unexpected_keys"]) - without.names}
             refuse_incomplete(f"model {spec.name!r} ({base.ref})", model, found)
             if adapter:
                 of_adapter = apply_adapter(model, adapter, _where(spec))
@@ -383,8 +383,8 @@ def _quantization(base: ModelSpec) -> dict[str, Any] | None:
     return quantization_of(config, base.ref)
 
 
-def _without(base: ModelSpec, unexpected: Collection[str]) -> str | None:
-    """What a model of the text part of a checkpoint is complete without, in words; None for nothing."""
+def _without(base: ModelSpec, unexpected: Collection[str]) -> Unread | None:
+    """What a model of the text part of a checkpoint is complete without; None for nothing."""
     from transformers import AutoConfig
 
     if not unexpected or base.ref.endswith(".gguf"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,7 +28,7 @@ def leave_out(model: nn.Module, words: str) -> None:
 
     Args:
         model: As loaded.
-        words: From :func:`beside_text`.
+        words: What :func:`beside_text` found, in words.
     """
     _LEFT_OUT[model] = words
 
@@ -41,15 +42,34 @@ def left_out(model: nn.Module) -> str | None:
     return _LEFT_OUT.get(model)
 
 
-def beside_text(config: Any, unexpected: Collection[str]) -> str | None:
-    """Whether tensors that a causal model does not know are whole parts of its checkpoint which read no text.
+@dataclass(frozen=True)
+class Unread:
+    """Tensors of a checkpoint that read no text.
+
+    Attributes:
+        names: As the checkpoint has them.
+        kinds: What they read instead, in words.
+    """
+
+    names: frozenset[str]
+    kinds: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """In words, such as ``554 tensors for images``."""
+        number = f"{len(self.names)} tensors" if len(self.names) > 1 else "1 tensor"
+        return f"{number} for {' and '.join(self.kinds)}"
+
+
+def beside_text(config: Any, unexpected: Collection[str]) -> Unread | None:
+    """Tensors that a causal model does not know because they are whole parts of its checkpoint which read no text.
 
     Args:
         config: transformers' configuration of the checkpoint.
         unexpected: Names of the tensors in the checkpoint.
 
     Returns:
-        What they are, such as ``554 tensors for images``; None where one of them is anything else.
+        They, without those that nobody knows; None where there are none, or one is in the text part, or a part is not
+        whole.
     """
     import transformers
 
@@ -63,16 +83,19 @@ def beside_text(config: Any, unexpected: Collection[str]) -> str | None:
         model, lacking, unknown = _built(whole, config, unexpected)
     except Exception:  # noqa: BLE001 - whatever prevents it: then nobody knows these tensors
         return None
-    branches = None if unknown else _branches(model, config, everything - lacking)
-    if not branches or any(_within(name, branches) for name in lacking):
+    known = frozenset(unexpected) - unknown
+    if not known or not unknown <= set(unexpected):  # an architecture may report names under which it looked for them
+        return None
+    branches = _branches(model, config, everything - lacking)
+    # A part with a misspelt name is not whole; then it is that name that is to be refused.
+    if not branches or (not unknown and any(_within(name, branches) for name in lacking)):
         return None
     found = {
         kinds[type(module.config)]
         for path, module in model.named_modules()
         if _within(path, branches) and type(getattr(module, "config", None)) in kinds
     }
-    number = f"{len(unexpected)} tensors" if len(unexpected) > 1 else "1 tensor"
-    return f"{number} for {' and '.join(sorted(found))}" if found else None
+    return Unread(known, tuple(sorted(found))) if found else None
 
 
 def _other_kinds(config: Any) -> dict[type, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,12 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluate.communication.tasks.named import make
 from featstore import open_store
 from tests.support.architectures.building import save
+from tests.support.architectures.kinds import some_ids
 from tests.support.commands import Outcome, called, strict_json
-from tests.support.truth import expected_rows
+from tests.support.truth import expected_rows, swap_leaks
 
 #: One short text and one long one: under LongRoPE they have different position encodings, which no pass may mix.
 PROMPTS = ("The capital of France is", "In the year 2050, humanity will look back at this one long line and wonder why")
-NEW, ANSWER, EXAMPLES = 6, 4, 3
+NEW, ANSWER, EXAMPLES, TASK = 6, 4, 3, "lookup:2"
 LAYERS = (0, 2, 4)
 KEY, BACK, OWN = "llama:2->x:2", "x:2->llama:2", "x:2->x:2"
 #: Far above rounding in float32, far below what a fault does.
@@ -145,13 +147,13 @@ class Road:
     def own(self) -> Path:
         return self.trained("own", "--source", "x", "--target", "x", "--layers", "2")
 
-    def evaluated(self, command: str, run: Path, *words: object) -> Outcome:
+    def evaluated(self, command: str, run: Path, *words: object, task: str = TASK) -> Outcome:
         """A command of `evaluate` on a run, its result beside the run's own files."""
         more: dict[str, tuple[object, ...]] = {
             "stitch": ("--store", self.store, "--max-tokens", 300),
             "generate": ("--prompts", self.prompts, "--max-new-tokens", NEW),
             "communicate": (
-                *("--task", "lookup:1", "--examples", EXAMPLES),
+                *("--task", task, "--examples", EXAMPLES),
                 *("--max-new-tokens", ANSWER, "--summary-tokens", ANSWER),
             ),
         }
@@ -322,7 +324,7 @@ def test_texts_are_those_of_whole_passes(road: Road) -> None:
 
 def test_answers_are_those_of_whole_passes_and_a_condition_that_cannot_be_says_why(road: Road) -> None:
     result = road.evaluated("communicate", road.both).json
-    task = make("lookup:1", EXAMPLES)
+    task = make(TASK, EXAMPLES)
     there, back = (result["tasks"][f"lookup ({pair})"] for pair in ("llama->x", "x->llama"))
     for entry, name in ((there, "x"), (back, "llama")):
         assert entry["target"] == name
@@ -345,6 +347,18 @@ def test_answers_are_those_of_whole_passes_and_a_condition_that_cannot_be_says_w
     else:
         assert there["reasons"] == {}
     assert back["reasons"] == {}
+
+
+def test_a_prompt_is_never_read_in_passes_of_two_position_encodings(road: Road) -> None:
+    if road.kind.switch is None:
+        pytest.skip("it has one")
+    # The context is short, the whole prompt is not: what is hidden cannot come in a pass of its own.
+    run = road.trained("parted", "--source", "llama", "--target", "x", "--layers", "2")
+    [entry] = road.evaluated("communicate", run, task="lookup:1").json["tasks"].values()
+    assert {block["condition"] for block in entry["conditions"].values()} >= {"silent", "text", "replace"}
+    [(name, reason)] = entry["reasons"].items()
+    assert name == f"aligned {KEY}"
+    assert _matches(r"^a prompt of \d+ tokens is read in two passes, .* the position encoding changes at 16", reason)
 
 
 def test_a_layer_that_leaks_is_refused_and_the_leak_stands_beside_its_figures(road: Road) -> None:
@@ -374,13 +388,8 @@ def test_a_layer_that_leaks_is_refused_and_the_leak_stands_beside_its_figures(ro
 
 def _leak(road: Road, layer: int) -> float:
     """What plain hooks on transformers' own model say of a layer."""
-    from tests.support.architectures.kinds import some_ids
-    from tests.support.truth import swap_leaks
-
     return swap_leaks(road.model("x"), road.kind.name, some_ids(1), some_ids(2))[layer]
 
 
 def _matches(pattern: str, text: str) -> bool:
-    import re
-
     return re.search(pattern, text) is not None
