@@ -115,23 +115,25 @@ def ask(
         its tokens' log-probabilities).
 
     Raises:
-        SpecError: States do not fit the prompts; or, with ``hide``, a prompt without a rest whose last token takes no
-            state: the answer would begin with what is to be hidden; or the model changes its position encoding within
-            a prompt that is read in two passes.
+        SpecError: States do not fit the prompts; with ``hide``, a prompt without a rest has a last token that takes no
+            state: the answer would begin with what is to be hidden; or a prompt and its answer pass the length where
+            the model changes its position encoding.
         NonFiniteStateError: A state holds NaN or infinity.
     """
-    answers: dict[str, list[str | int]] = {name: [""] * len(prompts) for name in put_in}
-    switch = loaded.stream.batching.switch
-    why = parted(prompts, switch) if put_in else None
+    why = parted(prompts, loaded.stream.batching.switch, length) if put_in else None
     if why is not None:
-        raise SpecError(f"{loaded.name!r}: {why}; use shorter examples, or longer ones")
-    for rows in _batches(prompts, padded=loaded.stream.continuing.padding, switch=switch):
+        raise SpecError(f"model {loaded.name!r}: {why}; use shorter examples, or longer ones")
+    how = loaded.stream.continuing
+    # What is read again is read without what was put in: prompts are read once only where their cache is gone on from.
+    once = how.kind != "recomputed" and how.branching != "reread"
+    answers: dict[str, list[str | int]] = {name: [""] * len(prompts) for name in put_in}
+    for rows in _batches(prompts, padded=how.padding, switch=loaded.stream.batching.switch):
         batch = _batch(loaded, [prompts[row] for row in rows])
         given = {
             name: None if one is None else PutIn(one.layer, [one.states[row] for row in rows], one.how, one.keep)
             for name, one in put_in.items()
         }
-        for names, at_end in _stacks(given, batch.ids):
+        for names, at_end in _stacks(given, batch.ids, once=once):
             stack = [given[name] for name in names]
             with ExitStack() as context:
                 passes = batch.at_end(stack) if at_end else batch.begun(stack, context)
@@ -143,42 +145,42 @@ def ask(
     return answers
 
 
-def parted(prompts: Sequence[Prompt], switch: int | None) -> str | None:
-    """Whether a prompt's first pass would have another position encoding than one pass over the whole of it.
+def parted(prompts: Sequence[Prompt], switch: int | None, length: int) -> str | None:
+    """Whether a prompt and its answer are read in passes under two position encodings.
 
     Args:
         prompts: Those to be asked.
         switch: Length at which the model changes its position encoding; None for none.
+        length: New tokens of a free answer.
 
     Returns:
-        Which it is, in words; None for none.
+        Which prompt, in words; None for none.
     """
     if switch is None:
         return None
     for prompt in prompts:
         # Without a rest, the last token may come in a pass of its own.
-        first, whole = len(prompt.ids) - (not prompt.rest), len(prompt.ids) + len(prompt.rest)
-        if first <= switch < whole:
-            return (
-                f"a prompt of {whole} tokens is read in two passes, the first of {first} tokens, and the position "
-                f"encoding changes at {switch}, between them"
-            )
+        first = len(prompt.ids) - (not prompt.rest)
+        end = len(prompt.ids) + len(prompt.rest) + max([length, *map(len, prompt.choices)])
+        if first <= switch < end:
+            return f"a prompt of {first} tokens is read on to {end}, and the position encoding changes at {switch}"
     return None
 
 
-def _batches(prompts: Sequence[Prompt], *, padded: bool, switch: int | None = None) -> Iterator[list[int]]:
-    """Numbers of prompts whose rests are of one length, those of like length together; of one length unless padded.
+def _batches(prompts: Sequence[Prompt], *, padded: bool, switch: int | None) -> Iterator[list[int]]:
+    """Numbers of prompts that may share a batch, those of like length together.
 
-    Prompts on either side of the switch never share a batch.
+    Their rests are of one length, they themselves too unless they may be padded, and all are on one side of a switch.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].rest), len(prompts[i].ids)))
     batch: list[int] = []
     for i in order:
         # In this order the one that is added is the longest.
         full = len(batch) == _PROMPTS or (len(batch) + 1) * len(prompts[i].ids) > _TOKENS
-        unlike = not padded and len(prompts[i].ids) != len(prompts[batch[0]].ids) if batch else False
-        if batch and switch is not None:
-            unlike |= len(prompts[batch[0]].ids) <= switch < len(prompts[i].ids)
+        unlike = False
+        if batch:
+            one, other = len(prompts[i].ids), len(prompts[batch[0]].ids)
+            unlike = (not padded and one != other) or (switch is not None and other <= switch < one)
         if batch and (full or unlike or len(prompts[i].rest) != len(prompts[batch[0]].rest)):
             yield batch
             batch = []
@@ -187,11 +189,14 @@ def _batches(prompts: Sequence[Prompt], *, padded: bool, switch: int | None = No
         yield batch
 
 
-def _stacks(given: Mapping[str, PutIn | None], ids: torch.Tensor) -> Iterator[tuple[list[str], bool]]:
-    """Conditions whose rows make one batch, and whether they differ in the prompts' last token alone."""
+def _stacks(given: Mapping[str, PutIn | None], ids: torch.Tensor, *, once: bool) -> Iterator[tuple[list[str], bool]]:
+    """Conditions whose rows make one batch, and whether they differ in the prompts' last token alone.
+
+    Without ``once`` no two conditions share what comes before it.
+    """
     end = [name for name, one in given.items() if one is None or (one.how != "aligned" and one.keep == "own")]
     # A prompt of one token has nothing before it to share, and one condition nobody to share with.
-    shared = set(end) if len(end) > 1 and ids.shape[1] > 1 else set()
+    shared = set(end) if once and len(end) > 1 and ids.shape[1] > 1 else set()
     alike: dict[object, list[str]] = {}
     for name, one in given.items():
         key: object = "end" if name in shared else None if one is None else (one.layer, one.keep)

@@ -200,7 +200,7 @@ def prepare(
     if itself:
         have = {a.pair.key for a in chosen}
         own = dict.fromkeys((a.pair.target, a.pair.target_layer) for a in chosen)
-        new = [identity(name, layer, loaded[name].info.hidden) for name, layer in own]
+        new = [identity(name, layer, loaded[name].stream.width) for name, layer in own]
         wires += [wire(adapter, a) for a in new if a.pair.key not in have]
     return Exchange(
         adapter.card["type"], tuple(wires), loaded, states_form, summary_tokens, max_new_tokens, seed, quiet, verified
@@ -327,7 +327,7 @@ class _Direction:
             sent[True].append(to.states(rows, text, to.pieces(example.context)))
         refused = self.target.verdict.layers[str(aligner.pair.target_layer)].hide_refused
         why = f"--keep hide fails the two-prompt test: {refused}" if refused is not None else None
-        why = why or parted(prompts, self.target.stream.batching.switch)
+        why = why or parted(prompts, self.target.stream.batching.switch, self.lengths[1])
         if why is not None:
             reasons["aligned"] = why
             del sent[True]

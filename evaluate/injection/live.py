@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 from evaluate.injection.verified import leak_mark
 from featstore.errors import LayerRangeError, SpecError
 from featstore.models import residual as sites
-from featstore.models.aside import aside
-from featstore.models.caches import Tokens
+from featstore.models.caches import cache_of, seen
 from featstore.models.hiding import Progress, check_attention, hiding, with_neutral_start, with_start_state
 from featstore.models.injection import KEEP, Injection, aligned
 
@@ -176,10 +175,7 @@ class LiveInjection:
         if self._hooks is not None:
             raise SpecError("this injection is entered already; make another one for a nested context")
         self.passes, self._pass, self._called = 0, _Pass(), False
-        if self.keep == "hide":
-            # A pass of its own, which those who inject into the model already are not to see.
-            with aside(self._stream.model):
-                self._neutral = self._stream.start_state(self.layer)
+        self._neutral = self._stream.start_state(self.layer) if self.keep == "hide" else None
         with ExitStack() as stack:
             stack.enter_context(sites.at_site(self._stream, self.layer, self._put))
             stack.enter_context(sites.at_beginning(self._stream, self._begin))
@@ -203,8 +199,8 @@ class LiveInjection:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Look at a pass before its blocks run: whether it begins a sequence, its shape and its padding."""
         self._called = True
+        begun = seen(cache_of([*args, *kwargs.values()]))
         now = self._pass
-        begun = now.read.before(args, kwargs)
         now.progress.begun = begun
         if begun:
             if begun < now.tokens or not now.tokens:
@@ -252,7 +248,6 @@ class _Pass:
     def __init__(self) -> None:
         self.places: Sequence[NDArray[np.int64]] | None = None
         self.tokens = 0
-        self.read = Tokens()
         self.progress = Progress()
         self.hidden = ExitStack()
         self.foreign: torch.Tensor | None = None

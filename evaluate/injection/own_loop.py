@@ -212,8 +212,10 @@ def _from_text(
 
 def _read(loaded: Loaded, texts: Sequence[str], layers: Sequence[int]) -> Read:
     """Texts as a model reads them by itself, whatever is being injected into it."""
+    # A prompt is the beginning of a text that goes on; how to read it whole is known once that was tested.
+    ready = loaded.ready(Needs(continuing=True))
     with aside(loaded.model):
-        return read(loaded, tokenized(loaded.name, loaded.info, texts, 0, remedy="shorten it"), layers)
+        return read(ready, tokenized(loaded.name, loaded.info, texts, 0, remedy="shorten it"), layers)
 
 
 def _inputs(ids: torch.Tensor, padding: torch.Tensor | None, device: torch.device) -> dict[str, torch.Tensor]:

@@ -213,7 +213,7 @@ def stitch(
         "split": SPLITS[split],
         "keep": keep,
         "seed": seed,
-        "pairs": {w.aligner.pair.key: run.entry(w, verified) for run in runs for w in run.wires},
+        "pairs": {w.aligner.pair.key: run.entry(w) | _leak(w, verified) for run in runs for w in run.wires},
         "verified": verified,
         **({"start": starts} if starts else {}),
     }
@@ -338,8 +338,8 @@ class _Stitcher:
     ) -> None:
         add_window(self._tallies.setdefault((key, condition), Tally()), window.document, window.target, logits, clean)
 
-    def entry(self, to: Wire, verified: Mapping[str, Any]) -> dict[str, Any]:
-        """The pair's part of ``stitch.json``, given what was tested on each model."""
+    def entry(self, to: Wire) -> dict[str, Any]:
+        """The pair's part of ``stitch.json``, less what was tested on its target."""
         key, pair = to.aligner.pair.key, to.aligner.pair
         tables = {name: self._tallies[key, name].table() for name in CONDITIONS if (key, name) in self._tallies}
         ordinary = sum(int((~w.target.special).sum()) for w in self.windows)
@@ -362,9 +362,14 @@ class _Stitcher:
         entry["alone"] = {"source": None if by_itself is None else alone(by_itself), "target": alone(tables["clean"])}
         if (rate := to.rate([w.size for w in self.windows])) is not None:
             entry["rate"] = rate
-        entry["leak"] = leak_at(verified, pair.target, pair.target_layer)
-        entry["warnings"] = side_channels({key: entry["leak"]})
         return entry
+
+
+def _leak(to: Wire, verified: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands beside the figures of a pair."""
+    pair = to.aligner.pair
+    leak = leak_at(verified, pair.target, pair.target_layer)
+    return {"leak": leak, "warnings": side_channels({pair.key: leak})}
 
 
 def _ids(tokens: TokenizedWindow, model: Loaded) -> torch.Tensor:

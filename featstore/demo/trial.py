@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from featstore.errors import FeatstoreError
+from featstore.errors import FeatstoreError, SpecError
 from featstore.models.devices import DeviceMap
 from featstore.models.loading import ModelInfo, load_model
 from featstore.models.probe.prove import everything, key_of, prove
@@ -59,9 +59,14 @@ def trial(info: ModelInfo, **options: Any) -> dict[str, Any]:
     Returns:
         ``ok``, whether its states can be stored; ``lines`` for people; ``verified``, the verdict, None where there is
         none; and ``error``, one line, where there is none.
+
+    Raises:
+        SpecError: An option is unknown, or the model does not have it.
     """
     try:
         verdict = try_model(info, **options)
+    except SpecError:
+        raise  # wrong words for how to load it, and nothing about the model
     except FeatstoreError as error:
         return _failed(str(error))
     except (torch.OutOfMemoryError, MemoryError):

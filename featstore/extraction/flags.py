@@ -40,8 +40,6 @@ def parse_settings(given: Mapping[str, Any], *, moments: bool = False, moments_o
     """
     chosen = {name: _PARSERS[name](name, value) for name, value in given.items() if value is not None}
     always = {name: chosen.pop(name) for name in ("store", "device", "device_map", "moments_memory") if name in chosen}
-    if chosen.get("attention") == "auto":
-        del chosen["attention"]  # the model's own choice, or what a store says was run
     if moments or moments_only:
         chosen["moments"] = "only" if moments_only else "add"
     # Where to write, where to compute and with how much memory is never taken from a store.

@@ -42,11 +42,11 @@ def claimed_depth(config: Any) -> int | None:
     Args:
         config: Of a language model, or of a wrapper around one.
     """
-    # Where a type declares two counts and they differ, one counts the parts of blocks: blocks are the fewer.
+    # What a type declares says more than what it derives: one counts attentions, of which its blocks have two each.
     text = config.get_text_config()
     declared = {*getattr(type(text), "__dataclass_fields__", ()), *getattr(type(text), "attribute_map", {})}
-    found = list(_numbers(text, [name for name in _DEPTH if name in declared])) or list(_numbers(text, _DEPTH))
-    return min(found, default=None)
+    names = sorted(_DEPTH, key=lambda name: name not in declared)
+    return next(_numbers(text, names), None)
 
 
 def claimed_width(config: Any) -> int | None:

@@ -35,7 +35,7 @@ from torch import nn
 
 from featstore.errors import SpecError, UnsupportedArchitectureError
 from featstore.models import residual as sites
-from featstore.models.caches import Tokens, cache_of, stored
+from featstore.models.caches import cache_of, seen, stored
 from featstore.models.devices import input_device
 
 _MASK = "attention_mask"
@@ -93,11 +93,11 @@ def hiding(
             axes, or the cache keeps its keys in another order than that of the text.
     """
     check_attention(stream)
-    now, read = progress or Progress(), Tokens()
+    now = progress or Progress()
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Once a pass: blocks that fill several layers of the cache would be taken to have begun earlier.
-        now.begun = read.before(args, kwargs)
+        now.begun = seen(cache_of([*args, *kwargs.values()]))
 
     with ExitStack() as stack:
         if progress is None:
@@ -115,9 +115,11 @@ class Progress:
 
     Attributes:
         begun: Tokens before it.
+        held: Keys that each layer of the cache held when it began.
     """
 
     begun: int = 0
+    held: tuple[int, ...] = ()
 
 
 class _Hook:
@@ -135,6 +137,10 @@ class _Hook:
         self.adds = attention(stream) != "sdpa"
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.number == 0:
+            # Before any block adds its own: some read the keys that another one keeps.
+            past = cache_of([*args, *kwargs.values()])
+            self.now.held = tuple(stored(past, layer) for layer in range(len(getattr(past, "layers", ()))))
         if self.complete:
             return None
         place = _mask_place(block, args, kwargs)
@@ -146,8 +152,8 @@ class _Hook:
         if hidden.shape[0] != self.seen.shape[0]:
             raise SpecError(f"a pass of {hidden.shape[0]} rows with an injection of {self.seen.shape[0]}")
         past, mask, queries = cache_of([*args, *kwargs.values()]), _at(args, kwargs, place), hidden.shape[1]
-        # A mask says how many keys there are, of every kind of cache; without one the keys are those of this block.
-        keys = stored(past, self.number) + queries if mask is None else int(mask.shape[-1])
+        # A mask says how many keys there are, of every kind of cache.
+        keys = self._held(block) + queries if mask is None else int(mask.shape[-1])
         if getattr(past, "is_compileable", False) or (mask is not None and (mask.ndim != 4 or keys < queries)):
             shape = None if mask is None else tuple(mask.shape)
             raise UnsupportedArchitectureError(
@@ -161,6 +167,29 @@ class _Hook:
         if isinstance(place, int):
             return (*args[:place], narrowed, *args[place + 1 :]), kwargs
         return args, {**kwargs, place: narrowed}
+
+    def _held(self, block: nn.Module) -> int:
+        """Keys of earlier passes that a block reads.
+
+        Raises:
+            UnsupportedArchitectureError: Layers of the cache hold several numbers of keys, and which one the block
+                reads is not known.
+        """
+        held, depth = self.now.held, self.stream.depth
+        if not held:
+            return self.now.begun
+        found = {held[self.number]} - {0} if len(held) == depth else set()
+        if not found:
+            # Its keys lie in other layers: those of a block of its kind that it shares, or several of its own.
+            kinds = getattr(getattr(self.stream.decoder, "config", None), "layer_types", None) or ()
+            kind = kinds[self.number] if len(held) <= depth == len(kinds) else None
+            found = {keys for layer, keys in enumerate(held) if kind is None or kinds[layer] == kind} - {0}
+        if len(found) > 1:
+            raise UnsupportedArchitectureError(
+                f"{type(block).__name__} {self.number} gets no attention mask, and the {len(held)} layers of its cache "
+                f"hold {' or '.join(map(str, sorted(found)))} keys, so nothing can be hidden from it; use keep='own'"
+            )
+        return next(iter(found), 0)
 
     def _allowed(self, begun: int, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
         """Give bool ``(batch, 1, queries, keys)``, causal; None where the pass may see all it ever does."""
@@ -195,9 +224,19 @@ def _narrowed(mask: torch.Tensor | None, allowed: torch.Tensor, dtype: torch.dty
     if mask is not None:
         allowed = allowed.to(mask.device)  # under a device map, not where the stream is
         if mask.dtype == torch.bool:
-            return mask & allowed
+            return mask | ~allowed if _hides_where_true(mask) else mask & allowed
     given = torch.zeros((), dtype=dtype, device=allowed.device) if mask is None else mask
     return torch.where(allowed, given, torch.finfo(given.dtype).min)
+
+
+def _hides_where_true(mask: torch.Tensor) -> bool:
+    """Whether a bool mask is True where nothing is seen (MPT's).
+
+    Nobody sees what comes later, and a token that is read by itself is no padding and sees itself.
+    """
+    if mask.shape[-2] > 1:
+        return bool(mask[..., 0, -1].all())
+    return not bool(mask[..., -1, -1].any())
 
 
 def with_neutral_start(

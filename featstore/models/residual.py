@@ -23,7 +23,6 @@ model where this does not hold, the probe says so (:class:`Batching`).
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ import torch
 from torch import nn
 
 from featstore.errors import LayerRangeError, UnsupportedArchitectureError
+from featstore.models.aside import aside
 from featstore.models.devices import input_device
 
 #: Sees hidden states ``(batch, tokens, width)``; returns a replacement of the same shape, or None to leave them.
@@ -220,23 +220,10 @@ class ResidualStream:
         key = (self.start, layer)
         if key not in self._starts:
             ids = torch.tensor([[self.start]], device=input_device(self.model))
-            with _unhooked(self.decoder, *self.blocks):
+            # The model's own, whoever injects into it at the time.
+            with aside(self.model):
                 self._starts[key] = capture(self, ids, [layer])[layer][0, 0]
         return self._starts[key]
-
-
-@contextmanager
-def _unhooked(*modules: nn.Module) -> Iterator[None]:
-    """Take the hooks of modules off: a pass in the context is the model's own, whoever injects into it at the time."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks")
-    held = [(module, kind, getattr(module, kind)) for module in modules for kind in kinds]
-    for module, kind, _ in held:
-        setattr(module, kind, OrderedDict())
-    try:
-        yield
-    finally:
-        for module, kind, hooks in held:
-            setattr(module, kind, hooks)
 
 
 def forward(model: nn.Module, **inputs: Any) -> Any:
@@ -258,7 +245,9 @@ def accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """
     # accelerate puts its own forward on the instance; the class says what the model takes.
     names = inspect.signature(type(model).forward).parameters
-    return {name: value for name, value in inputs.items() if name in names or name in ("input_ids", "use_cache")}
+    # Some hand what says that they keep no cache on without naming it.
+    passed = {"input_ids", "use_cache"} if any(p.kind is p.VAR_KEYWORD for p in names.values()) else {"input_ids"}
+    return {name: value for name, value in inputs.items() if name in names or name in passed}
 
 
 @contextmanager

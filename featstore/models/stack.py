@@ -108,6 +108,8 @@ class _List:
     members: nn.ModuleList
     called: list[int] = field(default_factory=list)
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
+    given: Any = None
+    passes_on: bool = True
 
     @property
     def in_order(self) -> bool:
@@ -148,6 +150,15 @@ class _Layout:
 _FOUND: WeakKeyDictionary[nn.Module, _Layout] = WeakKeyDictionary()
 
 
+def forget(model: nn.Module) -> None:
+    """Look for a model's blocks again when its stream is next asked for.
+
+    Args:
+        model: A model whose blocks or weights were exchanged.
+    """
+    _FOUND.pop(model, None)
+
+
 def residual_stream(model: nn.Module, name: str = "") -> ResidualStream:
     """Find the blocks of a causal language model and the layout of its stream.
 
@@ -180,8 +191,8 @@ def residual_stream(model: nn.Module, name: str = "") -> ResidualStream:
     entry = _entry(found, (BATCH, TOKENS))
     if entry is None:
         raise UnsupportedArchitectureError(
-            f"{who}: the blocks in {found.path} get no tensor with an axis of {BATCH} sequences "
-            f"and one of {TOKENS} tokens; such a stream cannot be cut into token states"
+            f"{who}: the blocks in {found.path} get no tensor with an axis of {BATCH} sequences and one of {TOKENS} "
+            f"tokens, but {_instead(found)}; such a stream cannot be cut into token states"
         )
     native = _at(found.calls[0], entry)
     candidates = _layouts(native, (BATCH, TOKENS))
@@ -228,6 +239,8 @@ def _one_pass(model: nn.Module, who: str, batch: int, tokens: int) -> tuple[list
 
     def begin(seen: _List, number: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if seen.called:
+                seen.passes_on &= _passed_on(seen.given, [*args, *kwargs.values()])
             seen.called.append(number)
             # Two calls say all there is to know; keeping each would keep every state alive.
             if len(seen.calls) < 2:
@@ -237,6 +250,7 @@ def _one_pass(model: nn.Module, who: str, batch: int, tokens: int) -> tuple[list
 
     def end(seen: _List) -> Any:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            seen.given = output
             if len(seen.calls) == 1 and seen.calls[0][2] is None:
                 seen.calls[0] = (*seen.calls[0][:2], output)
 
@@ -255,8 +269,8 @@ def _one_pass(model: nn.Module, who: str, batch: int, tokens: int) -> tuple[list
         except Exception as error:
             reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
             raise ModelLoadError(
-                f"{who} cannot be run on {tokens} ordinary tokens: {type(error).__name__}: {reason}. "
-                "Check that it is a causal language model that reads text alone"
+                f"{who} cannot be run on {tokens} ordinary tokens: {type(error).__name__}: {reason}; check that it is "
+                "a causal language model that reads text alone"
             ) from error
     return lists, reached
 
@@ -271,7 +285,10 @@ def _stack(lists: Sequence[_List]) -> _List | None:
     outer = [
         seen
         for seen in lists
-        if seen.in_order and _streams(seen) and not any(seen.path.startswith(path) for path in called)
+        if seen.in_order
+        and _streams(seen)
+        and seen.passes_on
+        and not any(seen.path.startswith(path) for path in called)
     ]
     return max(outer, key=lambda seen: len(seen.members), default=None)
 
@@ -284,6 +301,18 @@ def _streams(seen: _List) -> bool:
     return any(_floating(t) and tuple(t.shape) in shapes for t in given)
 
 
+def _passed_on(given: Any, arguments: Sequence[Any]) -> bool:
+    """Whether the next member is given what one gave back; parts of blocks leave the sum to others."""
+    tensors = [t for t in (given if isinstance(given, tuple | list) else [given]) if _floating(t)]
+    return any(
+        _floating(argument)
+        and argument.shape == tensor.shape
+        and (argument is tensor or torch.equal(argument, tensor.to(argument.device)))
+        for tensor in tensors
+        for argument in arguments
+    )
+
+
 def _floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
@@ -294,7 +323,9 @@ def _refusal(who: str, lists: Sequence[_List]) -> str:
         return f"{who}: one pass over ordinary tokens calls no list of blocks; it has no residual stream to read"
     seen = max(called, key=lambda each: (len(each.members), len(each.called)))
     missing = sorted(set(range(len(seen.members))) - set(seen.called))
-    if seen.in_order:
+    if seen.in_order and _streams(seen):
+        what = "does not pass on what its members give back"
+    elif seen.in_order:
         what = "gives back no tensor of the shape it gets"
     elif missing:
         what = f"does not run {'block' if len(missing) == 1 else 'blocks'} {', '.join(map(str, missing[:8]))} on text"
@@ -303,6 +334,17 @@ def _refusal(who: str, lists: Sequence[_List]) -> str:
     else:
         what = f"runs its blocks in the order {', '.join(map(str, seen.called[:8]))}"
     return f"{who}: {seen.path} {what}; layers are defined where blocks run once each, in order, and pass on one stream"
+
+
+def _instead(seen: _List) -> str:
+    """What blocks get and give back that is no stream of tokens: a text in pieces or slots, or two streams at once."""
+    args, kwargs, output = seen.calls[0]
+    shapes = {tuple(t.shape) for t in (output if isinstance(output, tuple | list) else [output]) if _floating(t)}
+    got = [tuple(t.shape) for t in (*args, *kwargs.values()) if _floating(t) and tuple(t.shape) in shapes]
+    what = f"{'one' if len(got) == 1 else len(got)} of shape {got[0]}"
+    if len(got[0]) > 2 and got[0][0] == BATCH:
+        what += f": {TOKENS} tokens became {got[0][1]} positions"
+    return what
 
 
 def _at(call: tuple[tuple[Any, ...], dict[str, Any], Any], place: int | str) -> torch.Tensor:

@@ -1,8 +1,11 @@
-"""Tiny models on disk."""
+"""Tiny models on disk and in memory."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+
+from torch import nn
 
 
 def save_with_tokenizer(model, directory: Path, tokenizer) -> Path:
@@ -10,3 +13,15 @@ def save_with_tokenizer(model, directory: Path, tokenizer) -> Path:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@cache
+def small(name: str) -> nn.Module:
+    """A tiny random model of a type, built once a process; whoever changes it builds one of his own.
+
+    Args:
+        name: A causal type, or ``type@variant``, as of :func:`tests.support.architectures.building.build`.
+    """
+    from tests.support.architectures.building import build
+
+    return build(name)

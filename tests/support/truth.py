@@ -30,9 +30,10 @@ class Place:
         blocks: Path of its list of blocks.
         arrives: Path of the module that takes in the stream after the last block; None where that is only added up,
             divided or multiplied in the model's own ``forward``.
-        axes: Axes of the stream: batch, token, stream, width.
+        axes: Axes of the stream in their order, of batch, token, stream and width.
         ahead: ``output_hidden_states[k]`` is the stream after block k + ahead, for k < L.
         none: Why there is no row for each token and layer.
+        shown: Axes of ``output_hidden_states`` where they are others.
     """
 
     blocks: str = "model.layers"
@@ -40,6 +41,7 @@ class Place:
     axes: str = "btw"
     ahead: int = 0
     none: str = ""
+    shown: str = ""
 
 
 def _places() -> Iterator[tuple[str, Place]]:
@@ -80,6 +82,7 @@ def _places() -> Iterator[tuple[str, Place]]:
     yield from at("rwkv", "rwkv.blocks", "ln_out", ahead=1)
     yield from at("xlstm", "backbone.blocks", "out_norm")
     yield from at("git", "git.encoder.layer", None)
+    yield from at("xlnet", "transformer.layer", None, axes="tbw", shown="btw")
 
     decoder = "model.decoder.layers"
     yield from at("blenderbot mbart pegasus whisper", decoder, "layer_norm")
@@ -105,7 +108,6 @@ def _places() -> Iterator[tuple[str, Place]]:
         "prophetnet": ("prophetnet.decoder.layers", "its stream holds three positions for each token"),
         "reformer": ("reformer.encoder.layers", "its blocks are reversible: two streams go through them"),
         "xlm": ("transformer.attentions", "its blocks are no modules, only their parts are"),
-        "xlnet": ("transformer.layer", "its stream has tokens before texts"),
     }.items():
         yield name, Place(path, None, none=none)
 
@@ -150,7 +152,7 @@ def transformers_rows(model: nn.Module, name: str, ids: torch.Tensor) -> dict[in
     shown = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     depth = len(model.get_submodule(place.blocks))
     layers = range(place.ahead, depth)
-    return {layer: _as_rows(shown[layer - place.ahead], place.axes) for layer in layers}
+    return {layer: _as_rows(shown[layer - place.ahead], place.shown or place.axes) for layer in layers}
 
 
 @torch.inference_mode()
@@ -220,6 +222,26 @@ def _leaks(
     return leaks
 
 
+@torch.inference_mode()
+def logits_of(model: nn.Module, name: str, ids: torch.Tensor, layer: int, rows: torch.Tensor) -> torch.Tensor:
+    """What a model says to a text whose whole stream at a layer is another.
+
+    Args:
+        model: A tiny model.
+        name: Its type.
+        ids: ``(batch, tokens)``.
+        layer: 0..L.
+        rows: ``(batch, tokens, streams x width)``.
+
+    Raises:
+        NoRowsError: There is no stream.
+    """
+    place = place_of(name)
+    with _at(model, place, layer, lambda stream: _as_stream(rows, place.axes, stream)):
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
 def looks_ahead(model: nn.Module, name: str, ids: torch.Tensor, kept: int) -> dict[int, float]:
     """How far rows move when what follows them is another text, for every layer.
 
@@ -282,15 +304,41 @@ def decoding_error(model: nn.Module, ids: torch.Tensor, new: int = 6) -> float:
     Raises:
         Exception: Whatever ``generate`` raises.
     """
-    made = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-        output_logits=True, return_dict_in_generate=True, use_cache=True, pad_token_id=0,
-    )  # fmt: skip
-    start, worst = ids.shape[1], 0.0
+    made, start, worst = _generated(model, ids, torch.ones_like(ids), new), ids.shape[1], 0.0
     for step, logits in enumerate(made.logits):
         plain = model(input_ids=made.sequences[:, : start + step], use_cache=False).logits[:, -1]
         worst = max(worst, _apart(plain, logits))
     return worst
+
+
+@torch.inference_mode()
+def padded_decoding_error(model: nn.Module, ids: torch.Tensor, padding: int, new: int = 4) -> float:
+    """How far ``generate``'s logits move when padding stands before the prompts, and the mask says so.
+
+    Args:
+        model: A tiny model.
+        ids: The prompts ``(batch, tokens)``, all of the same length.
+        padding: How much.
+        new: Steps.
+
+    Returns:
+        The largest relative difference over all steps.
+
+    Raises:
+        Exception: Whatever ``generate`` raises.
+    """
+    padded = torch.cat([torch.full((len(ids), padding), 3), ids], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :padding] = 0
+    plain, after = _generated(model, ids, torch.ones_like(ids), new), _generated(model, padded, mask, new)
+    return max(_apart(one, other) for one, other in zip(plain.logits, after.logits, strict=True))
+
+
+def _generated(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, new: int) -> Any:
+    return model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+        output_logits=True, return_dict_in_generate=True, use_cache=True, pad_token_id=0,
+    )  # fmt: skip
 
 
 def _streams(model: nn.Module, place: Place, ids: torch.Tensor, **inputs: Any) -> dict[int, torch.Tensor]:
@@ -325,6 +373,13 @@ def _as_rows(stream: torch.Tensor, axes: str) -> torch.Tensor:
     """A stream with its axes in the order batch, token, stream, width and the last two folded."""
     order = [axes.index(axis) for axis in "btsw" if axis in axes]
     return stream.permute(order).flatten(2)
+
+
+def _as_stream(rows: torch.Tensor, axes: str, like: torch.Tensor) -> torch.Tensor:
+    """Rows as a model carries them: `_as_rows` the other way round."""
+    ordered = "".join(axis for axis in "btsw" if axis in axes)
+    sizes = [like.shape[axes.index(axis)] for axis in ordered[2:]]
+    return rows.unflatten(2, sizes).permute([ordered.index(axis) for axis in axes]).contiguous()
 
 
 def _apart(reference: torch.Tensor, other: torch.Tensor) -> float:

@@ -108,7 +108,8 @@ def stitched_losses(run: Run) -> list[Stitched]:
         if leak.words:
             caption += say(" <b>{}</b>.", leak.words.capitalize())
         # Where nothing is put in, nothing can leak.
-        beside = {name: NO_LEAK if name == "clean" else leak for name in names}
+        known = {name for name in names if conditions[name].get("nats_per_token").number is not None}
+        beside = {name: leak if name in known - {"clean"} else NO_LEAK for name in names}
         lines = [_condition_line(name, conditions[name], why[name], beside[name]) for name in names]
         clean = conditions["clean"].get("nats_per_token").number
         plot = dot_plot(

@@ -9,7 +9,7 @@ from typing import Any
 
 from evaluate.reporting.reading.inputs import Node, Origin, Run
 from featstore.errors import CorruptDataError
-from featstore.models.probe.words import batching, continuing, figure, hide, numbers, padding
+from featstore.models.probe.words import batching, by_number, continuing, figure, hide, numbers, padding
 from featstore.models.verdict import LayerVerdict, Verdict
 from featstore.runtime.records import Record
 
@@ -100,8 +100,7 @@ def _row(name: str, verdict: Verdict) -> tuple[str, ...]:
 def _leaks(layers: Mapping[str, LayerVerdict]) -> str:
     """Layers of one leak together, the clean ones first."""
     found: dict[str, list[int]] = {}
-    for name, entry in layers.items():
-        if name.isdecimal():
-            found.setdefault(figure(entry.leak), []).append(int(name))
+    for layer, entry in by_number(layers).items():
+        found.setdefault(figure(entry.leak), []).append(layer)
     order = sorted(found, key=lambda leak: (leak != "0", found[leak]))
     return "; ".join(f"{leak} at {numbers(found[leak])}" for leak in order) or "not tested"

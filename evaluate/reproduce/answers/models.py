@@ -153,7 +153,7 @@ def communication(evidence: Evidence) -> Answer:
         answer.tables.append(
             Table(title, ("condition", "layers", "right", "sent", *(f"more than {c}" for c in _AGAINST)), rows)
         )
-        if entry.source == entry.target:
+        if entry.source == entry.target and entry.gains:
             right = {name: _accuracy(entry.conditions[name]) for name in entry.gains}
             own = max(right, key=right.__getitem__)
             answer.words.append(f"The ceiling, {entry.source} with itself: {arrow(own)}, {right[own]:.0%} right.")

@@ -111,14 +111,20 @@ def _one_pass(stream: ResidualStream, texts: Texts, layer: int, which: int) -> t
 
 
 def _cached(stream: ResidualStream, texts: Texts, layer: int, which: int) -> torch.Tensor:
-    """Logits after the prompt, of four tokens in two passes, and of a branch."""
-    padded = stream.continuing.padding
-    injection = _injection(texts, layer, which, 2 if padded else 1)
-    ids = texts.ids[which].repeat(len(injection.hidden), 1)
-    more = ordinary_ids(stream.model, 1, 4, seed=6).repeat(len(ids), 1)
-    with inject(stream, injection, whole=False):
-        passes = Passes(stream)
-        found = [passes.read(ids, injection.padding)]
-        branch = passes.branch()
-        found += [branch.read(more.flip(1)[:, :2], keep=2), passes.read(more[:, :3], keep=3), passes.read(more[:, 3:])]
-    return torch.cat(found, dim=1)
+    """Logits after the prompt, of tokens one at a time and several at once, and of a branch.
+
+    A prompt alone, for which most models make no mask once a single token follows, and beside a padded one.
+    """
+    found = []
+    for rows in (1, 2) if stream.continuing.padding else (1,):
+        injection = _injection(texts, layer, which, rows)
+        ids = texts.ids[which].repeat(rows, 1)
+        more = ordinary_ids(stream.model, 1, 5, seed=6).repeat(rows, 1)
+        with inject(stream, injection, whole=False):
+            passes = Passes(stream)
+            read = [passes.read(ids, injection.padding)]
+            branch = passes.branch()
+            read += [passes.read(more[:, :1]), branch.read(more.flip(1)[:, :2], keep=2)]
+            read += [passes.read(more[:, 1:4], keep=3), passes.read(more[:, 4:])]
+        found.append(torch.cat(read, dim=1).flatten(0, 1))
+    return torch.cat(found)

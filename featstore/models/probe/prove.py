@@ -113,15 +113,18 @@ def key_of(model: nn.Module, *, weights: str | None, config: str) -> str | None:
     """
     if weights is None:
         return None
-    kinds = {parameter.dtype for parameter in model.parameters()}
-    places = {parameter.device.type for parameter in model.parameters()} | {input_device(model).type}
     return probe_key(
         weights=weights,
         config=config,
-        device="+".join(sorted(places)),
-        dtype="+".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)),
+        device=input_device(model).type,
+        dtype=str(_dtype(model)).removeprefix("torch."),
         attention=str(attention(residual_stream(model))),
     )
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The number type of a model's first weights."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def recalled(key: str) -> Verdict | None:
@@ -272,8 +275,8 @@ def _refuse_logits(proven: Proven) -> None:
         logits = forward(proven.stream.model, input_ids=ordinary_ids(proven.stream.model, 1, _TOKENS)).logits
     if not bool(logits.isfinite().all()):
         raise NonFiniteStateError(
-            f"model {proven.name!r}: the logits hold NaN or infinity on ordinary tokens; try --dtype float32, or check "
-            "the weights of its head"
+            f"model {proven.name!r}: the logits hold NaN or infinity on ordinary tokens; try --dtype float32, or "
+            "check the weights of its head"
         )
 
 
@@ -299,8 +302,8 @@ def asked(verdict: Verdict, needs: Needs) -> Verdict:
 
 def _circumstances(stream: ResidualStream) -> Any:
     """What may change about a model while it lives, and with it what tests find."""
-    weights = next(stream.model.parameters()).dtype
-    return stream.path, stream.depth, stream.width, weights, input_device(stream.model).type, attention(stream)
+    place, kind = input_device(stream.model).type, _dtype(stream.model)
+    return stream.path, stream.depth, stream.width, kind, place, attention(stream)
 
 
 def _remembered(stream: ResidualStream) -> Verdict | None:

@@ -58,8 +58,8 @@ def extraction(reading: ReadingVerdict | None) -> str:
     """
     if reading is None:
         return _UNTESTED
-    if reading.future is None:
-        return "refused: the states are NaN or infinite"
+    if reading.not_finite is not None:
+        return f"refused: layer {reading.not_finite} holds NaN or infinity"
     words = f"right, {batching(reading)}"
     if reading.causal is False:
         words += f"; the model reads ahead (states change by {figure(reading.future)} when only later tokens change)"
@@ -99,7 +99,7 @@ def injection(verdict: Verdict) -> str:
     Args:
         verdict: What was tested.
     """
-    layers = {int(name): entry for name, entry in verdict.layers.items()}
+    layers = by_number(verdict.layers)
     if not layers:
         return _UNTESTED
     if verdict.reading is not None and verdict.reading.causal is False:
@@ -125,7 +125,7 @@ def hide(layers: Mapping[str, LayerVerdict]) -> str:
     Args:
         layers: What was tested, by layer.
     """
-    found = {int(name): entry for name, entry in layers.items()}
+    found = by_number(layers)
     held = [k for k, entry in found.items() if entry.hide_refused is None and entry.hide is not None]
     refused: dict[str, list[int]] = {}
     for k, entry in found.items():
@@ -185,6 +185,15 @@ def figure(value: float | None) -> str:
         value: None where it is no finite number.
     """
     return "without bound" if value is None else f"{value:.2g}"
+
+
+def by_number(layers: Mapping[str, LayerVerdict]) -> dict[int, LayerVerdict]:
+    """What was tested by the number of the layer, in order; a damaged file may have names that are none.
+
+    Args:
+        layers: By name.
+    """
+    return {int(name): layers[name] for name in sorted(filter(str.isdecimal, layers), key=int)}
 
 
 def numbers(values: Iterable[int]) -> str:

@@ -19,7 +19,7 @@ from align.maps.registry import map_types
 from align.runs.train import default_directory, describe, train
 from align.settings import LoopSettings, Settings, check, load_settings
 from featstore.errors import FitError, SpecError
-from featstore.store import Store, StoredModel
+from featstore.store import Store, StoredModel, open_store
 from tests.support.commands import call, strict_json
 from tests.support.planted import TEST, VAL, Planted, leaky, only, plant, rotation, spectrum_rows, trained
 from tests.support.tiers import tiered
@@ -618,3 +618,16 @@ def test_a_bad_loss_is_refused_before_anything_is_read(tmp_path: Path) -> None:
             Settings(str(tmp_path / "no-store"), "lora", loop=LoopSettings(loss="bogus")), tmp_path / "run", quiet=True
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_card_says_of_the_models_what_the_store_says(tiny_store: Path, small: Planted, tmp_path: Path) -> None:
+    store = open_store(tiny_store)
+    train(Settings(str(tiny_store), "procrustes", layers="2"), tmp_path / "run", quiet=True)
+    card = strict_json((tmp_path / "run" / "adapter.json").read_text())
+    for name in ("llama", "mistral"):
+        verified = card["models"][name]["verified"]
+        assert verified == store.model(name).attributes["verified"]
+        assert verified["reading"]["causal"] is True
+    # A store from before there were verdicts.
+    train(Settings(str(small.path), "procrustes"), tmp_path / "old", quiet=True)
+    assert "verified" not in strict_json((tmp_path / "old" / "adapter.json").read_text())["models"]["a"]

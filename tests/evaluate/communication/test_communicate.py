@@ -27,7 +27,7 @@ from evaluate.communication.tasks.named import make
 from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name
 from evaluate.injection.loading import Loaded, load
 from evaluate.injection.positions import source_positions
-from featstore.errors import SpecError
+from featstore.errors import SpecError, VocabularyError
 from featstore.models.loading import inspect_model, load_model
 from featstore.models.probe.prove import Needs, prove
 from featstore.models.references import ModelSpec
@@ -158,7 +158,7 @@ def test_prompts_on_either_side_of_a_switch_never_share_a_pass(monkeypatch: pyte
 def test_a_choice_is_what_follows_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     # The tokenizer adds to a text of its own; it joins the second choice with the prompt and swallows the third.
     ids = {"A b": [1, 7, 8], "A c": [1, 9], "A d": [1, 7], " b": [5, 8], " c": [5, 6, 4], " d": [5, 3]}
-    info = SimpleNamespace(tokenizer=lambda text, **_: {"input_ids": ids[text]}, context=5)
+    info = SimpleNamespace(tokenizer=lambda text, **_: {"input_ids": ids[text]}, context=5, vocabulary=10)
     monkeypatch.setattr(tokens, "tokenize", lambda *_: [SimpleNamespace(ids=np.array([1, 7]))])
     loaded: Any = SimpleNamespace(name="a", info=info, stream=SimpleNamespace(batching=Batching()))
     [prompt] = prompts_of(loaded, ["A"], [("b", "c", "d")], 1)
@@ -166,6 +166,24 @@ def test_a_choice_is_what_follows_the_prompt(monkeypatch: pytest.MonkeyPatch) ->
     info.context = 4
     with pytest.raises(SpecError, match=r"the longest prompt has 2 tokens; with 3 new ones it exceeds"):
         prompts_of(loaded, ["A"], [("b", "c", "d")], 1)
+
+
+def test_tokens_without_a_row_in_the_embedding_are_refused(pair: SimpleNamespace, tmp_path: Path) -> None:
+    """In what the source reads, in what the answerer reads, and in what it may choose from."""
+    for name in ("llama", "mistral"):
+        loaded = pair.models[name]
+        [whole] = tokenize(loaded.info.tokenizer, ["a lighthouse"])
+        rows = int(whole.ids.max())
+        small = replace(
+            loaded, info=replace(loaded.info, vocabulary=rows, spec=ModelSpec(name, str(tmp_path / "none")))
+        )
+        message = rf"model '{name}': token .* has id {rows}, the embedding has {rows} rows"
+        with pytest.raises(VocabularyError, match=message):
+            read(small, ["a lighthouse"], [0], [3], [0])
+        with pytest.raises(VocabularyError, match=message):
+            prompts_of(small, ["a lighthouse"], [()], 1)
+        with pytest.raises(VocabularyError, match=message):
+            prompts_of(small, ["a"], [("lighthouse",)], 1)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(pair: SimpleNamespace) -> None:

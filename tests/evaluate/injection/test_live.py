@@ -110,6 +110,28 @@ def test_every_pass_takes_them_and_positions_may_count_from_the_end(model: Any, 
                 assert torch.equal(model(ids[:1, :tokens]).logits, found)
 
 
+def test_every_pass_of_a_context_hides(model: Any, ids: torch.Tensor) -> None:
+    new = ids[:, 5:8]
+
+    def answers(rows: torch.Tensor) -> torch.Tensor:
+        past = model(input_ids=rows, use_cache=True).past_key_values
+        return model(input_ids=new, past_key_values=past).logits
+
+    places = ([3, 39], [2, 39])
+    states = noise(model, places)
+    with torch.no_grad():
+        alone = []
+        for rows in (ids, ids[:, 20:]):
+            with live(model, 1, states, ([3, -1], [2, -1]), keep="hide"):
+                alone.append(answers(rows))
+        with live(model, 1, states, ([3, -1], [2, -1]), keep="hide") as injection:
+            together = [answers(rows) for rows in (ids, ids[:, 20:], ids)]
+    assert injection.passes == 3
+    assert torch.equal(together[0], alone[0])
+    assert torch.equal(together[1], alone[1])
+    assert torch.equal(together[2], alone[0])
+
+
 def test_the_model_is_as_it_was_after_an_error(model: Any, ids: torch.Tensor) -> None:
     with torch.no_grad():
         clean = model(ids).logits
@@ -200,6 +222,30 @@ def test_contexts_at_two_layers_go_together(model: Any, ids: torch.Tensor) -> No
             both = model(ids).logits
     assert below.passes == 1
     assert not torch.equal(alone, both)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("outer", ["own", "hide"])
+def test_a_start_is_the_models_own_inside_of_another_context(model: Any, ids: torch.Tensor, outer: str) -> None:
+    # A prompt of one row with a state at its last place: a pass of one token would take it, too.
+    rows, first, second = ids[:1], noise(model, [[0]], seed=1), noise(model, [[0]], seed=2)
+    stream = residual_stream(model)
+    with torch.no_grad():
+        with live(model, 1, first, [[-1]], keep=outer) as below, live(model, 2, second, [[-1]], keep="hide") as above:
+            assert above._neutral is not None
+            assert torch.equal(above._neutral, stream.start_state(2))
+            model(rows)
+        assert (below.passes, above.passes) == (1, 1)
+        # Where a pass is prepared while somebody injects.
+        own = torch.zeros(1, 40, model.config.hidden_size)
+        prepared = aligned(own, second, [[39]], layer=2, keep="hide")
+        with live(model, 1, first, [[-1]], keep=outer) as below:
+            again = residual_stream(model)
+            with inject(again, prepared, whole=False):
+                pass
+            assert torch.equal(again.start_state(2), stream.start_state(2))
+            assert below.passes == 0
+            model(rows)
     assert hooks(model) == 0
 
 

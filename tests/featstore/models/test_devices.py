@@ -7,6 +7,7 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,8 @@ def test_states_put_in_are_read_and_blocks_below_them_are_skipped(pair: tuple[An
     ids = ids_of(plain)
     states = sites.capture(residual_stream(plain), ids, LAYERS)
     clean = plain(ids).logits
+    blocks = residual_stream(mapped).blocks
+    forwards = [vars(block).get("forward") for block in blocks]
     for layer in LAYERS:
         outputs = []
         for model in pair:
@@ -107,6 +110,7 @@ def test_states_put_in_are_read_and_blocks_below_them_are_skipped(pair: tuple[An
         assert torch.equal(*outputs)
         assert not torch.equal(outputs[0], clean)
     # The hooks of skipped blocks are back in their place.
+    assert [vars(block).get("forward") for block in blocks] == forwards
     assert torch.equal(mapped(ids).logits, clean)
 
 
@@ -153,6 +157,24 @@ class _Bare(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(2, 2)
+
+
+def test_inputs_follow_the_hook_of_the_embedding() -> None:
+    """Its weights may lie on the CPU, and other modules be computed on other devices."""
+    model = _Bare()
+    model.get_input_embeddings = lambda: model.inner  # type: ignore[assignment]
+    model._hf_hook = SimpleNamespace(execution_device=0)  # type: ignore[assignment]
+    assert input_device(model) == torch.device("cpu")
+    for hook in (
+        SimpleNamespace(execution_device=1),
+        SimpleNamespace(execution_device="cuda:1"),
+        SimpleNamespace(hooks=(SimpleNamespace(), SimpleNamespace(execution_device=torch.device("cuda", 1)))),
+    ):
+        model.inner._hf_hook = hook  # type: ignore[assignment]
+        assert input_device(model) == torch.device("cuda", 1)
+    del model.inner._hf_hook
+    model.inner.to("meta")
+    assert input_device(model) == torch.device("cuda", 0)
 
 
 def test_inputs_of_any_module_have_a_device() -> None:

@@ -15,8 +15,11 @@ from featstore.models import residual as sites
 from featstore.models.hiding import Progress, _Hook, hiding, with_neutral_start
 from featstore.models.injection import Injection, aligned, inject, last
 from featstore.models.loading import load_model
+from featstore.models.passes import Passes
+from featstore.models.probe.prove import Needs, prove
 from featstore.models.references import ModelSpec
-from featstore.models.stack import residual_stream
+from featstore.models.stack import ordinary_ids, residual_stream
+from tests.support.architectures.building import build
 
 TOKENS = 40
 #: Ordinary places, some of them near the end and the last one, which gives the first answer.
@@ -401,3 +404,73 @@ def test_blocks_that_get_no_mask_are_named() -> None:
         pytest.raises(UnsupportedArchitectureError, match="Block gets no attention_mask"),
     ):
         block(torch.zeros(1, 2, 3))
+
+
+@torch.inference_mode()
+def test_blocks_that_fill_several_layers_of_the_cache_hide_without_a_mask_of_their_own() -> None:
+    """A longcat block has two attentions: the cache layer of its number may hold the tokens of the pass already."""
+    double = build("longcat_flash")
+    stream = residual_stream(double)
+    said = []
+    for seed in (1, 2):
+        ids, more = tokens(double, 12, seed), tokens(double, 5, 9)
+        own = sites.capture(stream, ids, [2])[2]
+        states = torch.randn(2, 2, own.shape[2], generator=torch.Generator().manual_seed(0))
+        with inject(stream, aligned(own, list(states), [[3, 11]] * 2, layer=2, keep="hide"), whole=False):
+            passes = Passes(stream)
+            said.append(torch.cat([passes.read(ids), passes.read(more[:, :3], keep=3), passes.read(more[:, 3:])], 1))
+    assert torch.allclose(*said, rtol=0, atol=1e-5 * float(said[0].abs().max()))
+    assert said[0].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        # The last two blocks read keys that earlier ones keep, of a window and of the whole text.
+        ("gemma4_unified_text", 2),
+        # Each block fills two layers of the cache.
+        ("longcat_flash", 1),
+        # Its mask is True where nothing is seen.
+        ("mpt", 1),
+        # Windows, and none.
+        ("gemma3_text", 1),
+    ],
+)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_keys_that_lie_elsewhere_are_hidden_token_by_token(name: str, layer: int, padding: int) -> None:
+    model = build(name)
+    stream = prove(model, Needs(continuing=True)).stream
+    one, two, third = (ordinary_ids(model, 1, 14, seed=seed) for seed in (1, 2, 3))
+    assert not bool((one == two).all())
+    states = sites.capture(stream, third, [layer])[layer][0, 6:9]
+    padded = torch.zeros((1, 14), dtype=torch.bool)
+    padded[:, :padding] = True
+    kept = {}
+    for keep in ("own", "hide"):
+        said = []
+        for ids in (one, two):
+            own = sites.capture(stream, ids, [layer])[layer]
+            with inject(
+                stream, aligned(own, [states], [[6, 9, 13]], layer=layer, keep=keep, padding=padded), whole=False
+            ):
+                passes = Passes(stream)
+                read = [passes.read(ids, padded if padding else None)]
+                read += [passes.read(ordinary_ids(model, 1, count, seed=count), keep=count) for count in (1, 1, 3, 1)]
+            said.append(torch.cat(read, dim=1))
+        kept[keep] = float((said[0] - said[1]).abs().max())
+    assert kept["hide"] < 1e-5 * float(said[0].abs().max())
+    assert kept["own"] > 0.01
+
+
+def test_a_block_whose_keys_are_not_known_is_named() -> None:
+    model = build("gemma4_unified_text")
+    stream = residual_stream(model)
+    now, some = Progress(begun=14, held=(7, 14, 7, 14, 0, 0)), torch.tensor([[True, *[False] * 13]])
+    hook, given = _Hook(stream, 5, some, now, below=False), {"attention_mask": None}
+    hidden = (torch.zeros(1, 1, stream.width),)
+    _, narrowed = hook(stream.blocks[5], hidden, given)
+    # A block of its kind holds the whole text.
+    assert narrowed["attention_mask"].shape[-1] == 15
+    model.config.layer_types = None
+    with pytest.raises(UnsupportedArchitectureError, match="hold 7 or 14 keys, so nothing can be hidden from it"):
+        hook(stream.blocks[5], hidden, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from featstore.models.loading import load_model
 from featstore.models.passes import Passes
 from featstore.models.probe.prove import Needs, prove
 from featstore.models.references import ModelSpec
-from featstore.models.stack import residual_stream
+from featstore.models.stack import ordinary_ids, residual_stream
 from tests.support.architectures.building import build as architecture
 from tests.support.architectures.kinds import some_ids
+from tests.support.tiny_models import small
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
@@ -194,6 +196,46 @@ def test_a_step_after_a_prompt_of_one_token_is_no_prompt(model: Any) -> None:
             past = model(input_ids=ids, use_cache=True).past_key_values
         outside = model(input_ids=ids, past_key_values=past).logits
     assert torch.equal(inside, outside)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt_neox", "bamba", "mamba", "jamba", "lfm2", "rwkv", "openai-gpt", "gemma4_text", "gemma3n_text", "deepseek_v4"],
+)
+@torch.inference_mode()
+def test_a_text_goes_on_from_injected_states_however_a_model_goes_on(name: str) -> None:
+    stream = prove(small(name), Needs(continuing=True)).stream
+    # Above it there are blocks whose keys, shared or not, and states are made of what is put in.
+    layer = 1
+    ids, more = ordinary_ids(stream.model, 2, 9, seed=3), ordinary_ids(stream.model, 2, 4, seed=4)
+
+    def said(injection: Injection | None) -> list[torch.Tensor]:
+        """Logits of the prompt's end, of a branch, and of four tokens in two passes."""
+        with nullcontext() if injection is None else inject(stream, injection, whole=False):
+            passes = Passes(stream)
+            found = [passes.read(ids)]
+            # With the rows of both, so that what is read again is the injection's batch.
+            branch = passes.branch(torch.tensor([0, 1]))
+            found.append(branch.read(more.flip(1), keep=4))
+            return [*found, passes.read(more[:, :3], keep=3), passes.read(more[:, 3:])]
+
+    with sites.watching(stream, [layer]) as states:
+        Passes(stream).read(ids)
+    own = states[layer]
+    everywhere = [own[0], own[1]], [range(9)] * 2
+    clean = said(None)
+    for injection in (aligned(own, *everywhere, layer=layer), last(own, own[:, -1], layer=layer)):
+        for found, wanted in zip(said(injection), clean, strict=True):
+            assert torch.equal(found, wanted)
+    moved = said(last(own, own[:, -1].flip(0), layer=layer))
+    for found, wanted in zip(moved, clean, strict=True):
+        assert ((found - wanted).abs().amax(dim=(1, 2)) > 1e-3).all()
+    # However what follows is cut.
+    whole = last(own, own[:, -1].flip(0), layer=layer)
+    with inject(stream, whole, whole=False):
+        passes = Passes(stream)
+        found = torch.cat([passes.read(ids), passes.read(more, keep=4)], dim=1)
+    torch.testing.assert_close(found, torch.cat([moved[0], *moved[2:]], dim=1), rtol=1e-3, atol=1e-4)
 
 
 OWN = torch.zeros(2, 4, 3)
