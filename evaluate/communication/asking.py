@@ -122,7 +122,7 @@ def ask(
     """
     why = parted(prompts, loaded.stream.batching.switch, length) if put_in else None
     if why is not None:
-        raise SpecError(f"{loaded.name!r}: {why}; use shorter examples, or longer ones")
+        raise SpecError(f"model {loaded.name!r}: {why}; use shorter examples, or longer ones")
     how = loaded.stream.continuing
     # What is read again is read without what was put in: prompts are read once only where their cache is gone on from.
     once = how.kind != "recomputed" and how.branching != "reread"
@@ -154,7 +154,7 @@ def parted(prompts: Sequence[Prompt], switch: int | None, length: int) -> str | 
         length: New tokens of a free answer.
 
     Returns:
-        Which it is, in words; None for none.
+        Which prompt, in words; None for none.
     """
     if switch is None:
         return None
@@ -163,9 +163,7 @@ def parted(prompts: Sequence[Prompt], switch: int | None, length: int) -> str | 
         first = len(prompt.ids) - (not prompt.rest)
         end = len(prompt.ids) + len(prompt.rest) + max([length, *map(len, prompt.choices)])
         if first <= switch < end:
-            return (
-                f"a prompt is read from its first {first} tokens on to {end}; the position encoding changes at {switch}"
-            )
+            return f"a prompt of {first} tokens is read on to {end}, and the position encoding changes at {switch}"
     return None
 
 

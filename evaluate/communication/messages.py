@@ -136,8 +136,8 @@ def check_context(loaded: Loaded, lengths: Sequence[int], extra: int, what: str)
     passing = [length for length in lengths if switch is not None and length <= switch < length + extra]
     if passing:
         raise SpecError(
-            f"a prompt has {passing[0]} tokens; with {extra} new ones it passes {switch}, where {loaded.name!r} has "
-            "another position encoding; use shorter examples, or longer ones"
+            f"a prompt has {passing[0]} tokens; with {extra} new ones it passes {switch}, where {loaded.name!r} "
+            "changes its position encoding; use shorter examples, or longer ones"
         )
 
 
