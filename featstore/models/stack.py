@@ -291,7 +291,7 @@ def _streams(seen: _List) -> bool:
 
 
 def _passed_on(given: Any, arguments: Sequence[Any]) -> bool:
-    """Whether what a member gave back is among the arguments of the next one: parts of blocks leave the sum to others."""
+    """Whether what a member gave back is among the arguments of the next; parts of blocks leave the sum to others."""
     tensors = [t for t in (given if isinstance(given, tuple | list) else [given]) if _floating(t)]
     return any(
         _floating(argument)
