@@ -33,10 +33,10 @@ _COLUMNS = """| column | says |
 | attn | the implementation that ran: sdpa where the type has it, otherwise its own choice |
 | extract | ✓ rows are those of the stream, each a function of its own text; or why there are none |
 | layer 0 | *table*: what enters the first block depends on the token alone; *rows*: on the position too |
-| inject | where states can be put in (`stitch`, `generate`, `communicate`): the model's own to the bit, and later blocks \
-know nothing of the text past the stream. A layer that leaks is refused unless `--allow-side-channel` is typed |
-| goes on | how a text is continued so that it has the logits of one pass: from a cache, from a cache token by token, or \
-the whole text anew |
+| inject | where states can be put in (`stitch`, `generate`, `communicate`): the model's own to the bit, and later \
+blocks know nothing of the text past the stream. A layer that leaks is refused unless `--allow-side-channel` is typed |
+| goes on | how a text is continued so that it has the logits of one pass: from a cache, from a cache token by token, \
+or the whole text anew |
 | pad | ✓ prompts of several lengths share a batch, padded at the left; ✗ they do not, and go one by one |
 | hide | where the prompt can be hidden (`--keep hide`): two prompts with the same states put in give the same answer |
 """
@@ -46,8 +46,8 @@ _AHEAD = (
     "are stored, window by window, and not put in: "
 )
 _CHANNELS = (
-    "**Injection: side channels.** At these layers later blocks learn of the text past the stream. The leak is the part "
-    "of the difference between two texts that is left when the whole stream of one is put into the other.\n"
+    "**Injection: side channels.** At these layers later blocks learn of the text past the stream. The leak is the "
+    "part of the difference between two texts that is left when the whole stream of one is put into the other.\n"
 )
 _PADDING = (
     "\n**Left padding.** It changes what follows by this much, so prompts of several lengths do not share a batch: "
