@@ -151,7 +151,7 @@ def test_prompts_on_either_side_of_a_switch_never_share_a_pass(monkeypatch: pyte
             ask(loaded, [prompt], {"one": None}, length=NEW, tick=quiet)
     info.context, info.vocabulary = 256, 300
     monkeypatch.setattr(tokens, "tokenize", lambda *_: [SimpleNamespace(ids=np.array(row)) for row in rows[1:3]])
-    with pytest.raises(SpecError, match=r"a prompt has 12 tokens; with 5 new ones it passes 16, where 'x' has another"):
+    with pytest.raises(SpecError, match=r"a prompt has 12 tokens; with 5 new ones it passes 16, where 'x' changes its"):
         prompts_of(loaded, ["long", "short"], [(), ()], 5)
 
 
