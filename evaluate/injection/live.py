@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from evaluate.injection.verified import leak_mark
 from featstore.errors import LayerRangeError, SpecError
 from featstore.models import residual as sites
-from featstore.models.caches import cache_of, seen
+from featstore.models.caches import Tokens
 from featstore.models.hiding import Progress, check_attention, hiding, with_neutral_start, with_start_state
 from featstore.models.injection import KEEP, Injection, aligned
 
@@ -199,8 +199,8 @@ class LiveInjection:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Look at a pass before its blocks run: whether it begins a sequence, its shape and its padding."""
         self._called = True
-        begun = seen(cache_of([*args, *kwargs.values()]))
         now = self._pass
+        begun = now.read.before(args, kwargs)
         now.progress.begun = begun
         if begun:
             if begun < now.tokens or not now.tokens:
@@ -248,6 +248,7 @@ class _Pass:
     def __init__(self) -> None:
         self.places: Sequence[NDArray[np.int64]] | None = None
         self.tokens = 0
+        self.read = Tokens()
         self.progress = Progress()
         self.hidden = ExitStack()
         self.foreign: torch.Tensor | None = None

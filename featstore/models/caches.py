@@ -6,7 +6,7 @@ A cache is found by type, not by name: transformers' families pass it as ``past_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from typing import Any
 
@@ -14,8 +14,6 @@ import torch
 
 #: Where an output may have its cache, and under which name it goes back in.
 NAMES = ("past_key_values", "cache_params", "state", "past_buckets_states")
-#: Tokens that a cache has seen which does not count them: more than any prompt.
-UNCOUNTED = 1 << 30
 
 
 def cache_of(values: Iterable[Any] | Mapping[str, Any]) -> Any:
@@ -45,17 +43,57 @@ def returned_cache(output: Any) -> tuple[str, Any]:
     return "", None
 
 
-def seen(past: Any) -> int:
-    """Tokens that a cache has seen; :data:`UNCOUNTED` where it keeps recurrent states alone, which count nothing.
+def seen(past: Any) -> int | None:
+    """Tokens that a cache has seen; None where it holds some and does not count them.
 
     Args:
-        past: A cache or None.
+        past: A cache, another memory that :func:`memory_of` finds, or None.
     """
-    if not hasattr(past, "get_seq_length"):
+    if past is None:
         return 0
-    if getattr(past, "layers", ()) and len(recurrent_blocks(past, alone=True)) == len(past.layers):
-        return UNCOUNTED if past.has_previous_state() else 0
-    return int(past.get_seq_length())
+    if hasattr(past, "get_seq_length"):
+        if getattr(past, "layers", ()) and len(recurrent_blocks(past, alone=True)) == len(past.layers):
+            return None if past.has_previous_state() else 0
+        return int(past.get_seq_length())
+    counted = getattr(past, "seqlen_offset", None)
+    return None if counted is None else int(counted)
+
+
+def memory_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the arguments of a module hold of earlier tokens: a cache, or a state that is no cache; else None.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+    past = cache_of([*args, *kwargs.values()])
+    return past if past is not None else next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+
+
+class Tokens:
+    """Counts the tokens before every pass over a sequence, whether or not the model's cache does."""
+
+    def __init__(self) -> None:
+        """Begin with nothing read."""
+        self._read = 0
+
+    def before(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """Tokens that a pass goes on from; 0 for one that begins a sequence.
+
+        A state that does not count its tokens is taken to be that of the last pass; one from elsewhere holds 1 at
+        least.
+
+        Args:
+            args: Positional arguments of the decoder.
+            kwargs: Its keyword arguments.
+        """
+        begun = seen(memory_of(args, kwargs))
+        if begun is None:
+            begun = max(self._read, 1)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if ids is None else ids
+        self._read = begun + (int(given.shape[1]) if given is not None else 0)
+        return begun
 
 
 def recurrent_blocks(past: Any, *, alone: bool = False) -> list[int]:

@@ -35,7 +35,7 @@ from torch import nn
 
 from featstore.errors import SpecError, UnsupportedArchitectureError
 from featstore.models import residual as sites
-from featstore.models.caches import cache_of, seen, stored
+from featstore.models.caches import Tokens, cache_of, stored
 from featstore.models.devices import input_device
 
 _MASK = "attention_mask"
@@ -93,11 +93,11 @@ def hiding(
             axes, or the cache keeps its keys in another order than that of the text.
     """
     check_attention(stream)
-    now = progress or Progress()
+    now, read = progress or Progress(), Tokens()
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Once a pass: blocks that fill several layers of the cache would be taken to have begun earlier.
-        now.begun = seen(cache_of([*args, *kwargs.values()]))
+        now.begun = read.before(args, kwargs)
 
     with ExitStack() as stack:
         if progress is None:

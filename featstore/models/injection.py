@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from featstore.errors import NonFiniteStateError, SpecError
 from featstore.models import residual as sites
-from featstore.models.caches import cache_of, seen
+from featstore.models.caches import Tokens
 from featstore.models.hiding import hiding, with_neutral_start, with_start_state
 
 #: What later tokens may read of the prompt besides the injected states.
@@ -208,11 +208,11 @@ def inject(stream: sites.ResidualStream, injection: Injection, *, whole: bool) -
     # Without a cache every pass begins anew, and the prompt is the beginning of each.
     grows = stream.continuing.kind == "recomputed" and not whole
     neutral = stream.start_state(injection.layer) if hides else None
-    begun, foreign = 0, None
+    begun, foreign, read = 0, None, Tokens()
 
     def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal begun, foreign
-        begun = seen(cache_of([*args, *kwargs.values()]))
+        begun = read.before(args, kwargs)
         if begun and (whole or begun < tokens):
             raise SpecError(
                 f"the pass goes on from {begun} cached tokens, the injection is for a prompt of {tokens} "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from featstore.errors import UnsupportedArchitectureError
-from featstore.models.caches import UNCOUNTED, copied, grows, returned_cache, seen, selected, shared
+from featstore.models.caches import copied, grows, returned_cache, seen, selected, shared
 from featstore.models.devices import input_device
 from featstore.models.residual import ResidualStream, accepted
 
@@ -71,7 +71,7 @@ class Passes:
             extra["position_ids"] = places[:, -given.shape[1] :]
         if self._padded:
             # A cache that counts nothing has taken in what came before, and its blocks mask the tokens they are given.
-            told = given.shape[1] if seen(self._past) == UNCOUNTED else self._real.shape[1]
+            told = given.shape[1] if seen(self._past) is None else self._real.shape[1]
             extra["attention_mask"] = self._real[:, -told:].long()
         if not self._how.whole_logits:
             extra["logits_to_keep"] = keep

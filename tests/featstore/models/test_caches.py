@@ -11,7 +11,6 @@ from transformers import StaticCache
 from transformers.cache_utils import DynamicCache
 
 from featstore.models.caches import (
-    UNCOUNTED,
     cache_of,
     copied,
     grows,
@@ -51,7 +50,8 @@ def test_a_cache_is_found_under_its_name_and_says_what_it_keeps(name: str) -> No
     called, past = read(name)
     assert (called, recurrent_blocks(past)) == KEPT[name]
     assert (past is None) == (name == "openai-gpt")
-    assert seen(past) == {"mamba": UNCOUNTED, "rwkv": 0, "openai-gpt": 0}.get(name, 12)
+    # Recurrent states alone do not count what they have read.
+    assert seen(past) == {"mamba": None, "rwkv": None, "openai-gpt": 0}.get(name, 12)
     assert grows(past) == (name in ("llama", "gpt_neox"))
 
 
@@ -162,7 +162,7 @@ def test_a_recurrent_cache_that_was_made_beforehand_has_seen_nothing_yet() -> No
     assert seen(past) == 0
     with torch.inference_mode():
         model(input_ids=ordinary_ids(model, 1, 3), cache_params=past, use_cache=True)
-    assert seen(past) == UNCOUNTED
+    assert seen(past) is None
 
 
 def test_a_cache_of_fixed_size_does_not_grow() -> None:

@@ -193,27 +193,24 @@ def test_a_mask_that_is_true_where_it_hides_is_seen_where_it_is_taken_for_anothe
 def test_steps_that_are_taken_for_the_beginning_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = going_on("llama")
     texts = two_texts(stream)
-    monkeypatch.setattr(hiding, "seen", lambda _: 0)
+    monkeypatch.setattr(hiding.Tokens, "before", lambda *_: 0)
     verdict = probe.test_hiding(stream, texts, 2)
     assert verdict.hide == 0
     assert verdict.hide_refused is not None
 
 
-def test_a_cache_that_is_looked_for_by_one_name_is_not_found_and_that_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The blocks of gpt_neox are given theirs as layer_past.
+def test_hiding_holds_where_blocks_are_given_the_cache_by_another_name() -> None:
+    # Those of gpt_neox get theirs as layer_past.
     stream = going_on("gpt_neox")
-    texts = two_texts(stream)
-    given: list[bool] = []
+    given: list[set[str]] = []
     handle = stream.blocks[0].register_forward_pre_hook(
-        lambda _, args, kwargs: given.append("past_key_values" in kwargs), with_kwargs=True
+        lambda _, __, kwargs: given.append(set(kwargs)), with_kwargs=True
     )
-    assert probe.test_hiding(stream, texts, 2).hide_refused is None
+    verdict = probe.test_hiding(stream, two_texts(stream), 2)
     handle.remove()
-    assert not any(given)
-    monkeypatch.setattr(hiding, "cache_of", lambda _: None)
-    verdict = probe.test_hiding(stream, texts, 2)
-    assert verdict.hide == 0
-    assert verdict.hide_refused is not None
+    assert (verdict.hide, verdict.hide_cached, verdict.hide_refused) == (0, 0, None)
+    assert all("past_key_values" not in names for names in given)
+    assert any("layer_past" in names for names in given)
 
 
 def test_blocks_below_that_show_the_prompt_to_what_comes_later_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
