@@ -93,7 +93,7 @@ def prompts_of(loaded: Loaded, texts: Sequence[str], choices: Sequence[Sequence[
         refuse_unknown_ids(loaded.info, np.array([*ids, *(token for end in ends for token in end)]))
         result.append(Prompt(ids, [], tuple(ends)))
     extra = max([length, *(len(end) for prompt in result for end in prompt.choices)])
-    check_context(loaded, max(len(prompt.ids) for prompt in result), extra, "the longest prompt")
+    check_context(loaded, [len(prompt.ids) for prompt in result], extra, "the longest prompt")
     return result
 
 
@@ -120,7 +120,9 @@ def ask(
             the model changes its position encoding.
         NonFiniteStateError: A state holds NaN or infinity.
     """
-    _check_lengths(loaded, prompts, length)
+    why = parted(prompts, loaded.stream.batching.switch, length) if put_in else None
+    if why is not None:
+        raise SpecError(f"model {loaded.name!r}: {why}; use shorter examples, or longer ones")
     how = loaded.stream.continuing
     # What is read again is read without what was put in: prompts are read once only where their cache is gone on from.
     once = how.kind != "recomputed" and how.branching != "reread"
@@ -143,18 +145,26 @@ def ask(
     return answers
 
 
-def _check_lengths(loaded: Loaded, prompts: Sequence[Prompt], length: int) -> None:
-    """Refuse a text that is read in passes under two position encodings."""
-    switch = loaded.stream.batching.switch
+def parted(prompts: Sequence[Prompt], switch: int | None, length: int) -> str | None:
+    """Whether a prompt and its answer are read in passes under two position encodings.
+
+    Args:
+        prompts: Those to be asked.
+        switch: Length at which the model changes its position encoding; None for none.
+        length: New tokens of a free answer.
+
+    Returns:
+        Which prompt, in words; None for none.
+    """
     if switch is None:
-        return
+        return None
     for prompt in prompts:
+        # Without a rest, the last token may come in a pass of its own.
+        first = len(prompt.ids) - (not prompt.rest)
         end = len(prompt.ids) + len(prompt.rest) + max([length, *map(len, prompt.choices)])
-        if len(prompt.ids) <= switch < end:
-            raise SpecError(
-                f"a prompt of {len(prompt.ids)} tokens is read on to {end}; at {switch} {loaded.name!r} changes its "
-                "position encoding; use shorter examples"
-            )
+        if first <= switch < end:
+            return f"a prompt of {first} tokens is read on to {end}, and the position encoding changes at {switch}"
+    return None
 
 
 def _batches(prompts: Sequence[Prompt], *, padded: bool, switch: int | None) -> Iterator[list[int]]:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner
-from evaluate.communication.asking import Prompt, PutIn, ask, prompts_of
+from evaluate.communication.asking import Prompt, PutIn, ask, parted, prompts_of
 from evaluate.communication.messages import Reading, read, received, state_bytes, text_bytes, wire_format
 from evaluate.communication.tasks.base import Example, Task, is_right
 from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name, describe, figures, gain, warnings_of
@@ -200,7 +200,7 @@ def prepare(
     if itself:
         have = {a.pair.key for a in chosen}
         own = dict.fromkeys((a.pair.target, a.pair.target_layer) for a in chosen)
-        new = [identity(name, layer, loaded[name].info.hidden) for name, layer in own]
+        new = [identity(name, layer, loaded[name].stream.width) for name, layer in own]
         wires += [wire(adapter, a) for a in new if a.pair.key not in have]
     return Exchange(
         adapter.card["type"], tuple(wires), loaded, states_form, summary_tokens, max_new_tokens, seed, quiet, verified
@@ -258,7 +258,7 @@ class _Direction:
         alone: dict[str, PutIn | None] = {"silent": None}
         for to in maps:
             key = to.aligner.pair.key
-            states, why = self._states(to, readings, texts_read)
+            states, why = self._states(to, readings, texts_read, prompts)
             reasons |= {f"{name} {key}": reason for name, reason in why.items()}
             put = {f"{name} {key}": given for name, given in states.items()}
             sizes |= {name: self._size(to, given.how, texts_read) for name, given in put.items()}
@@ -303,7 +303,7 @@ class _Direction:
         return crossings, prompts
 
     def _states(
-        self, to: Wire, readings: Sequence[Reading], texts: Sequence[Crossing]
+        self, to: Wire, readings: Sequence[Reading], texts: Sequence[Crossing], prompts: Sequence[Prompt]
     ) -> tuple[dict[str, PutIn], dict[str, str]]:
         """What each condition of a layer pair puts in, and why some cannot be."""
         aligner, layers = to.aligner, to.aligner.pair.source_layers
@@ -326,8 +326,10 @@ class _Direction:
                 rows[used] = received(rows[used], self.form)
             sent[True].append(to.states(rows, text, to.pieces(example.context)))
         refused = self.target.verdict.layers[str(aligner.pair.target_layer)].hide_refused
-        if refused is not None:
-            reasons["aligned"] = f"--keep hide fails the two-prompt test: {refused}"
+        why = f"--keep hide fails the two-prompt test: {refused}" if refused is not None else None
+        why = why or parted(prompts, self.target.stream.batching.switch, self.lengths[1])
+        if why is not None:
+            reasons["aligned"] = why
             del sent[True]
         for whole, mapped in sent.items():
             new: dict[str | None, list[Rows]] = {None: mapped, "random": []}

@@ -114,28 +114,30 @@ def within(window: TokenizedWindow, start: int, size: int) -> TokenizedWindow:
     return TokenizedWindow(window.ids, np.where(special, 0, ends).astype(np.int32), special)
 
 
-def check_context(loaded: Loaded, longest: int, extra: int, what: str) -> None:
+def check_context(loaded: Loaded, lengths: Sequence[int], extra: int, what: str) -> None:
     """Refuse prompts that do not fit into a model.
 
     Args:
         loaded: The model.
-        longest: Tokens of the longest prompt.
+        lengths: Tokens of every prompt.
         extra: Tokens that come after it.
-        what: Which prompt, for the message.
+        what: What the longest prompt is, for the message.
 
     Raises:
         SpecError: It does not fit.
     """
+    longest = max(lengths)
     if longest + extra > loaded.info.context:
         raise SpecError(
             f"{what} has {longest} tokens; with {extra} new ones it exceeds the context of {loaded.name!r} "
             f"({loaded.info.context}); use shorter examples"
         )
     switch = loaded.stream.batching.switch
-    if switch is not None and longest <= switch < longest + extra:
+    passing = [length for length in lengths if switch is not None and length <= switch < length + extra]
+    if passing:
         raise SpecError(
-            f"{what} has {longest} tokens; with {extra} new ones it passes {switch}, where {loaded.name!r} changes its "
-            "position encoding; use shorter examples"
+            f"a prompt has {passing[0]} tokens; with {extra} new ones it passes {switch}, where {loaded.name!r} "
+            "changes its position encoding; use shorter examples, or longer ones"
         )
 
 
@@ -158,7 +160,7 @@ def read(
     windows = tokens.tokenize(loaded.info.tokenizer, prompts)
     for window in windows:
         refuse_unknown_ids(loaded.info, window.ids)
-    check_context(loaded, max(len(w.ids) for w in windows), 0, "the longest context")
+    check_context(loaded, [len(w.ids) for w in windows], 0, "the longest context")
     # Sinks show at any stored layer; all of them are captured to judge by the store's own rule.
     wanted = sorted(set(layers) | set(loaded.median_norm))
     readings: list[Reading | None] = [None] * len(windows)

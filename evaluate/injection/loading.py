@@ -318,7 +318,10 @@ def _load(
         attention=entry.get("attention", "auto"),
         device_map=device_map,
     )
-    return _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet), fresh=True)
+    loaded = _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet), fresh=True)
+    if loaded.verdict.left_out and not quiet:
+        err.print(f"{known.spec.name} is read without its {loaded.verdict.left_out}")
+    return loaded
 
 
 def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights, *, fresh: bool = False) -> Loaded:
@@ -454,13 +457,14 @@ def _check_maps(adapter: Adapter, aligners: Sequence[Aligner]) -> None:
 
 
 def check_card(adapter: Adapter) -> None:
-    """Check that a run's card says what injecting its maps needs.
+    """Check that a run's card says what injecting its maps needs, and that its sources do not read ahead.
 
     Args:
         adapter: The run's adapter.
 
     Raises:
         AdapterError: It lacks something.
+        ProbeError: The states of a source know the text after them.
     """
     pairs = [aligner.pair for aligner in adapter.aligners.values()]
     names = dict.fromkeys(name for pair in pairs for name in (pair.source, pair.target))
@@ -470,3 +474,7 @@ def check_card(adapter: Adapter) -> None:
             if not isinstance(at, Mapping) or key not in at:
                 raise AdapterError(f"the card of {adapter.directory} lacks {'.'.join(path)}; train it again")
             at = at[key]
+    for name in dict.fromkeys(pair.source for pair in pairs):
+        verified = adapter.card["models"][name].get("verified")
+        if verified is not None:
+            refuse_injecting(name, Verdict.parse(verified, f"the card of {adapter.directory}"), ())

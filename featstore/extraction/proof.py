@@ -67,6 +67,8 @@ def verdicts(
         if verdict is None:
             continue
         refuse_storing(name, verdict, table=table)
+        if verdict.left_out and held is None and not quiet:
+            err.print(f"{name} is read without its {verdict.left_out}")
         found[name] = verdict.for_storing()
         reading = verdict.reading
         if reading is not None and reading.causal is False and held is None and not quiet:

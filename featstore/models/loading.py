@@ -6,7 +6,7 @@ A reference is a hub id, a local directory, or a GGUF file; all three go through
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from featstore.models.devices import (
 )
 from featstore.models.files import weight_files
 from featstore.models.references import ModelSpec
+from featstore.models.unread import Unread, beside_text, leave_out
 from featstore.models.weights import check_ids, describe_weights, quantization_of, refuse_incomplete
 from featstore.runtime.provenance import digest
 
@@ -121,11 +122,11 @@ def inspect_model(spec: ModelSpec) -> ModelInfo:
         spec: Name and reference.
 
     Raises:
-        ModelLoadError: Not found, no network, damaged, or without a fast tokenizer.
+        ModelLoadError: Not found, no network, damaged, no causal language model, or without a fast tokenizer.
         GatedModelError: The licence must be accepted first.
         MissingPackageError: An adapter lies beside it, and peft is not installed.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
     with _loading(spec):
         adapter = find_adapter(spec)
@@ -143,6 +144,11 @@ def inspect_model(spec: ModelSpec) -> ModelInfo:
         raise ModelLoadError(
             f"model {spec.name!r} ({spec.ref}): the configuration of a {config.model_type} names no vocabulary; give a "
             "causal language model"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelLoadError(
+            f"model {spec.name!r} ({spec.ref}): transformers has no causal language model for a {config.model_type}; "
+            "give one, or the text model inside this one"
         )
     definition = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
     return ModelInfo(
@@ -214,6 +220,10 @@ def load_model(
                 **keywords,
                 **(without_adapter() if adapter else {}),
             )
+            without = _without(base, found["unexpected_keys"])
+            if without:
+                leave_out(model, str(without))
+                found = {**found, "unexpected_keys": set(found["unexpected_keys"]) - without.names}
             refuse_incomplete(f"model {spec.name!r} ({base.ref})", model, found)
             if adapter:
                 of_adapter = apply_adapter(model, adapter, _where(spec))
@@ -371,6 +381,15 @@ def _quantization(base: ModelSpec) -> dict[str, Any] | None:
 
     config = None if base.ref.endswith(".gguf") else AutoConfig.from_pretrained(**_where(base))
     return quantization_of(config, base.ref)
+
+
+def _without(base: ModelSpec, unexpected: Collection[str]) -> Unread | None:
+    """What a model of the text part of a checkpoint is complete without; None for nothing."""
+    from transformers import AutoConfig
+
+    if not unexpected or base.ref.endswith(".gguf"):
+        return None
+    return beside_text(AutoConfig.from_pretrained(**_where(base)), unexpected)
 
 
 def _who(spec: ModelSpec) -> str:

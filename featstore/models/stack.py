@@ -150,7 +150,16 @@ class _Layout:
 _FOUND: WeakKeyDictionary[nn.Module, _Layout] = WeakKeyDictionary()
 
 
-def residual_stream(model: nn.Module) -> ResidualStream:
+def forget(model: nn.Module) -> None:
+    """Look for a model's blocks again when its stream is next asked for.
+
+    Args:
+        model: A model whose blocks or weights were exchanged.
+    """
+    _FOUND.pop(model, None)
+
+
+def residual_stream(model: nn.Module, name: str = "") -> ResidualStream:
     """Find the blocks of a causal language model and the layout of its stream.
 
     It takes one pass of :data:`BATCH` x :data:`TOKENS` random tokens, two where the sizes of a stream are ambiguous. A
@@ -158,6 +167,7 @@ def residual_stream(model: nn.Module) -> ResidualStream:
 
     Args:
         model: A transformers causal language model.
+        name: The model's, for messages; its class stands there in any case.
 
     Raises:
         UnsupportedArchitectureError: No list of blocks is called once each, in order, with a stream; the message says
@@ -173,26 +183,27 @@ def residual_stream(model: nn.Module) -> ResidualStream:
     if held is not None and held.weights == dtype:
         with suppress(AttributeError):
             return held.of(model)
-    lists, called = _one_pass(model, BATCH, TOKENS)
+    who = f"model {name!r}: {type(model).__name__}" if name else f"model {type(model).__name__}"
+    lists, called = _one_pass(model, who, BATCH, TOKENS)
     found = _stack(lists)
     if found is None:
-        raise UnsupportedArchitectureError(_refusal(model, lists))
+        raise UnsupportedArchitectureError(_refusal(who, lists))
     entry = _entry(found, (BATCH, TOKENS))
     if entry is None:
         raise UnsupportedArchitectureError(
-            f"model {type(model).__name__}: the blocks in {found.path} get no tensor with an axis of {BATCH} sequences "
-            f"and one of {TOKENS} tokens, but {_instead(found)}; such a stream cannot be cut into token states"
+            f"{who}: the blocks in {found.path} get no tensor with an axis of {BATCH} sequences and one of {TOKENS} "
+            f"tokens, but {_instead(found)}; such a stream cannot be cut into token states"
         )
     native = _at(found.calls[0], entry)
     candidates = _layouts(native, (BATCH, TOKENS))
     if len(candidates) > 1:
-        again, _ = _one_pass(model, *_AGAIN)
+        again, _ = _one_pass(model, who, *_AGAIN)
         other = _stack(again)
         second = _layouts(_at(other.calls[0], entry), _AGAIN) if other else set()
         candidates &= second
     if not candidates:
         raise UnsupportedArchitectureError(
-            f"model {type(model).__name__}: the stream in {found.path} has shape {tuple(native.shape)} for {BATCH} "
+            f"{who}: the stream in {found.path} has shape {tuple(native.shape)} for {BATCH} "
             f"sequences of {TOKENS} tokens and another layout for {_AGAIN[0]} of {_AGAIN[1]}; it cannot be cut into "
             "token states"
         )
@@ -212,7 +223,7 @@ def residual_stream(model: nn.Module) -> ResidualStream:
     return layout.of(model)
 
 
-def _one_pass(model: nn.Module, batch: int, tokens: int) -> tuple[list[_List], set[str]]:
+def _one_pass(model: nn.Module, who: str, batch: int, tokens: int) -> tuple[list[_List], set[str]]:
     """Every list of modules with what a pass did with it, and the paths of modules that got the tokens."""
     lists = [_List(path, module) for path, module in model.named_modules() if _is_list(module)]
     reached: set[str] = set()
@@ -251,15 +262,17 @@ def _one_pass(model: nn.Module, batch: int, tokens: int) -> tuple[list[_List], s
             stack.callback(module.register_forward_pre_hook(note(path), with_kwargs=True).remove)
         for seen in lists:
             for number, member in enumerate(seen.members):
-                stack.callback(member.register_forward_pre_hook(begin(seen, number), with_kwargs=True).remove)
+                # First of all hooks: what others put into a block is not what the one before it gave back.
+                handle = member.register_forward_pre_hook(begin(seen, number), with_kwargs=True, prepend=True)
+                stack.callback(handle.remove)
                 stack.callback(member.register_forward_hook(end(seen)).remove)
         try:
             forward(model, input_ids=ids)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
             raise ModelLoadError(
-                f"model {type(model).__name__} cannot be run on {tokens} ordinary tokens: {type(error).__name__}: "
-                f"{reason.rstrip('.')}; check that it is a causal language model that reads text alone"
+                f"{who} cannot be run on {tokens} ordinary tokens: {type(error).__name__}: {reason}; check that it is "
+                "a causal language model that reads text alone"
             ) from error
     return lists, reached
 
@@ -291,7 +304,7 @@ def _streams(seen: _List) -> bool:
 
 
 def _passed_on(given: Any, arguments: Sequence[Any]) -> bool:
-    """Whether what a member gave back is among the arguments of the next; parts of blocks leave the sum to others."""
+    """Whether the next member is given what one gave back; parts of blocks leave the sum to others."""
     tensors = [t for t in (given if isinstance(given, tuple | list) else [given]) if _floating(t)]
     return any(
         _floating(argument)
@@ -306,11 +319,10 @@ def _floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _refusal(model: nn.Module, lists: Sequence[_List]) -> str:
-    name = type(model).__name__
+def _refusal(who: str, lists: Sequence[_List]) -> str:
     called = [seen for seen in lists if seen.called]
     if not called:
-        return f"model {name}: one pass over ordinary tokens calls no list of blocks; it has no residual stream to read"
+        return f"{who}: one pass over ordinary tokens calls no list of blocks; it has no residual stream to read"
     seen = max(called, key=lambda each: (len(each.members), len(each.called)))
     missing = sorted(set(range(len(seen.members))) - set(seen.called))
     if seen.in_order and _streams(seen):
@@ -323,10 +335,7 @@ def _refusal(model: nn.Module, lists: Sequence[_List]) -> str:
         what = f"runs its {len(seen.members)} blocks {len(seen.called)} times in one pass"
     else:
         what = f"runs its blocks in the order {', '.join(map(str, seen.called[:8]))}"
-    return (
-        f"model {name}: {seen.path} {what}; layers are defined where blocks run once each, in order, and pass on one "
-        "stream"
-    )
+    return f"{who}: {seen.path} {what}; layers are defined where blocks run once each, in order, and pass on one stream"
 
 
 def _instead(seen: _List) -> str:

@@ -94,6 +94,8 @@ class Verdict(Record):
         stream_dtype: Number type of the stream.
         embeddings: Token ids that have a vector.
         attention: Implementation of attention that ran; null where the model names none.
+        left_out: Tensors of the checkpoint that the model was loaded without, because their part reads no text; null
+            for none.
         repeats: Difference between the logits of two passes over the same tokens.
         reading: What storing states needs.
         continuing: What generating from a prompt needs; null where it was not tested.
@@ -108,6 +110,7 @@ class Verdict(Record):
     stream_dtype: str = "float32"
     embeddings: Whole = 0
     attention: str | None = None
+    left_out: str | None = None
     repeats: Number | None = None
     reading: ReadingVerdict | None = None
     continuing: ContinuingVerdict | None = None

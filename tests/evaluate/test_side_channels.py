@@ -1,13 +1,15 @@
 """Layers that leak, and prompts that cannot be hidden: refused, or shown beside every figure, on real tiny models.
 
-The target ``gemma`` mixes embeddings of the token ids into every block, so its stream is not all that later blocks
-know; only at its last layer it is. The target ``lfm`` has convolutions, from which no mask hides a prompt.
+The target ``gemma`` mixes embeddings of the token ids into every block, so its stream, four side by side in a row, is
+not all that later blocks know; only at its last layer it is. The target ``lfm`` has convolutions, from which no mask
+hides a prompt.
 """
 
 from __future__ import annotations
 
 import re
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ from align.settings import LoopSettings, Settings
 from evaluate.communication.verdicts import describe as describe_answers
 from evaluate.generation.generate import describe as describe_texts
 from evaluate.injection.loading import Loaded
+from evaluate.injection.own_loop import _read
 from evaluate.reporting import build_report
 from evaluate.results import read_communication, read_generations, read_stitch
 from evaluate.stitching.epochs import EpochEvaluation
@@ -30,8 +33,11 @@ from featstore.errors import ProbeError, SpecError
 from featstore.extraction.job import prepare
 from featstore.extraction.run import extract
 from featstore.extraction.settings import Settings as Extraction
+from featstore.models.residual import capture
 from featstore.models.stack import residual_stream
-from tests.support.architectures.building import save
+from featstore.models.verdict import Verdict
+from tests.support.architectures.building import build, save
+from tests.support.architectures.configuration import Sizes
 from tests.support.commands import call
 from tests.support.report_fixtures import Page
 
@@ -44,7 +50,7 @@ REFUSED = r"model 'gemma', layer 2: the swap test leaks 0\.\d+ .* type --allow-s
 def world(tiny_llama: Path, short_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A store of three models, and maps into both targets."""
     root = tmp_path_factory.mktemp("leaks")
-    gemma = save("gemma4_text", root / "gemma", tiny_llama)
+    gemma = save("gemma3n_text", root / "gemma", tiny_llama)
     lfm = save("lfm2", root / "lfm", tiny_llama)
     settings = Extraction(
         model=(f"llama={tiny_llama}", f"gemma={gemma}", f"lfm={lfm}"),
@@ -260,10 +266,20 @@ def test_answers_from_a_context_that_cannot_be_hidden_are_left_out(
 
 def test_answers_name_the_start_token_where_a_context_was_hidden(world: SimpleNamespace) -> None:
     answers = evaluate.communicate(
-        world.mixed, "lookup:2", layers=3, examples=2, max_new_tokens=2, models=world.models, write=False, quiet=True
+        world.mixed,
+        "lookup:2",
+        layers=3,
+        itself=True,
+        examples=2,
+        max_new_tokens=2,
+        models=world.models,
+        write=False,
+        quiet=True,
     )
-    [task] = answers.tasks.values()
+    task, own = answers.tasks.values()
     assert f"aligned {CLEAN}" in task.conditions
+    assert "aligned gemma:6->gemma:6" in own.conditions
+    assert own.pairs["gemma:6->gemma:6"].leak == 0
     assert {name: start.token for name, start in answers.start.items()} == {"gemma": "<|im_start|>"}
 
 
@@ -306,6 +322,20 @@ def test_inject_of_a_text_refuses_as_well(world: SimpleNamespace) -> None:
     with torch.no_grad(), injection:
         _model(world)(**injection.inputs)
     assert injection.passes == 1
+
+
+def test_a_text_is_read_whole_by_a_model_whose_cached_prompt_is_not(world: SimpleNamespace) -> None:
+    """Blocks that share keys get one token of a prompt unless the logits of all are asked for."""
+    like = world.models["gemma"]
+    model = build("gemma4_text", Sizes(len(like.info.tokenizer), 64))
+    stream = residual_stream(model)
+    loaded = replace(like, model=model, stream=stream, verdict=Verdict(), median_norm={2: 9.0, 6: 9.0})
+    read = _read(loaded, PROMPTS[:1], (2, 6))
+    count = len(read.windows[0].ids)
+    assert count > 2
+    wanted = capture(stream, read.ids, [6])[6]
+    assert read.states[6].shape == wanted.shape == (1, count, 64)
+    torch.testing.assert_close(read.states[6], wanted)
 
 
 @pytest.mark.parametrize("keep", ["own", "hide"])

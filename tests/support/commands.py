@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,17 +62,28 @@ def strict_json(text: str) -> Any:
 
 def call(capsys: pytest.CaptureFixture[str], command: str, *args: object) -> Outcome:
     """Run `featstore`, `align` or `evaluate` in this process."""
-    import importlib
-
-    main = importlib.import_module(f"{command}.cli").main
     capsys.readouterr()
+    code = _in_process(command, args)
+    captured = capsys.readouterr()
+    return Outcome(code, captured.out, captured.err)
+
+
+def _in_process(command: str, args: Sequence[object]) -> int:
+    """The exit code of a command that is run in this process."""
+    main = importlib.import_module(f"{command}.cli").main
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [command, *map(str, args)])
         patch.setenv("COLUMNS", "200")
         try:
             main()
-            code = 0
         except SystemExit as stop:
-            code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return Outcome(code, captured.out, captured.err)
+            return int(stop.code or 0)
+    return 0
+
+
+def called(command: str, *args: object) -> Outcome:
+    """Run a command in this process where there is no `capsys`: in a fixture that several tests share."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = _in_process(command, args)
+    return Outcome(code, out.getvalue(), err.getvalue())

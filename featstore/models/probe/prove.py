@@ -24,8 +24,9 @@ from featstore.models.probe.continuing import test_continuing
 from featstore.models.probe.hiding import test_hiding
 from featstore.models.probe.injecting import test_injecting, two_texts
 from featstore.models.probe.reading import test_reading
-from featstore.models.residual import Batching, Continuing, ResidualStream
-from featstore.models.stack import embedding_rows, residual_stream
+from featstore.models.residual import Batching, Continuing, ResidualStream, forward
+from featstore.models.stack import embedding_rows, ordinary_ids, residual_stream
+from featstore.models.unread import left_out
 from featstore.models.verdict import ContinuingVerdict, LayerVerdict, ReadingVerdict, Verdict
 from featstore.runtime.caches import cache_directory
 from featstore.runtime.console import Tick
@@ -34,6 +35,8 @@ from featstore.runtime.provenance import digest, read_json, versions, write_json
 #: Raised when a test changes: what it found before is looked for again.
 _VERSION = 2
 _LIBRARIES = ("torch", "transformers")
+#: Of the pass whose logits are looked at.
+_TOKENS = 16
 
 #: What was found out about the models of this process, and how they were run then.
 _REMEMBERED: WeakKeyDictionary[nn.Module, tuple[Any, Verdict]] = WeakKeyDictionary()
@@ -173,7 +176,7 @@ def prove(
         LayerRangeError: A layer the model does not have.
         NonFiniteStateError: The model gives NaN or infinity on ordinary tokens.
     """
-    stream = residual_stream(model)
+    stream = residual_stream(model, name)
     held = _remembered(stream)
     if held is None and key:
         held = recalled(key)
@@ -238,14 +241,16 @@ def _tested(proven: Proven, verdict: Verdict, needs: Needs, tick: Tick) -> tuple
             "float32, or check the model's weights"
         )
     continuing = verdict.continuing
+    layers = dict(verdict.layers)
+    wanted = tuple(dict.fromkeys(needs.layers))
+    missing = [k for k in wanted if str(k) not in layers or (needs.hide and not _hide_known(layers[str(k)]))]
+    if missing or ((needs.continuing or needs.hide) and continuing is None):
+        _refuse_logits(proven)
     if needs.continuing or needs.hide:
         if continuing is None:
             found["continuing"] = continuing = test_continuing(stream) or ContinuingVerdict(kind="none")
         tick(1)
     stream = _knowing(stream, reading, continuing, verdict.layers.items())
-    layers = dict(verdict.layers)
-    wanted = tuple(dict.fromkeys(needs.layers))
-    missing = [k for k in wanted if str(k) not in layers or (needs.hide and not _hide_known(layers[str(k)]))]
     tick((len(wanted) - len(missing)) * (1 + needs.hide))
     if missing:
         texts = two_texts(stream)
@@ -262,6 +267,17 @@ def _tested(proven: Proven, verdict: Verdict, needs: Needs, tick: Tick) -> tuple
             layers[str(layer)] = entry
         found["layers"] = {name: each.content() for name, each in sorted(layers.items(), key=lambda item: int(item[0]))}
     return found, stream
+
+
+def _refuse_logits(proven: Proven) -> None:
+    """Refuse a model whose states are whole and whose head gives no numbers: reading it is right, and nothing else."""
+    with torch.inference_mode():
+        logits = forward(proven.stream.model, input_ids=ordinary_ids(proven.stream.model, 1, _TOKENS)).logits
+    if not bool(logits.isfinite().all()):
+        raise NonFiniteStateError(
+            f"model {proven.name!r}: the logits hold NaN or infinity on ordinary tokens; try --dtype float32, or "
+            "check the weights of its head"
+        )
 
 
 def asked(verdict: Verdict, needs: Needs) -> Verdict:
@@ -322,6 +338,7 @@ def _first(stream: ResidualStream) -> Verdict:
             "stream_dtype": str(stream.dtype).removeprefix("torch."),
             "embeddings": embedding_rows(stream.model),
             "attention": attention(stream),
+            "left_out": left_out(stream.model),
             "versions": libraries,
         }
     )

@@ -46,7 +46,8 @@ def _model(verdict: Verdict) -> str:
     hidden = verdict.width // max(verdict.streams, 1)
     streams = f", {verdict.streams} streams of {hidden} side by side" if verdict.streams > 1 else ""
     blocks = "1 block" if verdict.blocks == 1 else f"{verdict.blocks} blocks"
-    return f"{blocks} in {verdict.stack}, rows of width {verdict.width}{streams}, {verdict.stream_dtype}"
+    without = f"; loaded without its {verdict.left_out}" if verdict.left_out else ""
+    return f"{blocks} in {verdict.stack}, rows of width {verdict.width}{streams}, {verdict.stream_dtype}{without}"
 
 
 def extraction(reading: ReadingVerdict | None) -> str:

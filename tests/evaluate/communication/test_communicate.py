@@ -29,12 +29,15 @@ from evaluate.injection.loading import Loaded, load
 from evaluate.injection.positions import source_positions
 from featstore.errors import SpecError, VocabularyError
 from featstore.models.loading import inspect_model, load_model
+from featstore.models.probe.prove import Needs, prove
 from featstore.models.references import ModelSpec
 from featstore.models.residual import Batching
 from featstore.models.stack import residual_stream
 from featstore.runtime.console import jsonable
 from featstore.text import tokens
 from featstore.text.tokens import tokenize
+from tests.support.architectures.building import build
+from tests.support.architectures.kinds import some_ids
 from tests.support.commands import strict_json
 
 NEW = 4
@@ -124,6 +127,32 @@ def test_the_choice_is_that_of_the_highest_likelihood(pair: SimpleNamespace, nam
             scores.append(sum(float(said[i - 1, ids[0, i]]) for i in own))
         assert at == int(np.argmax(scores))
     assert len(set(found)) > 1
+
+
+def test_prompts_on_either_side_of_a_switch_never_share_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LongRoPE: the position encoding of a pass is that of its longest prompt."""
+    model = build("phi3@longrope")
+    stream = prove(model, Needs(continuing=True)).stream
+    assert stream.batching.switch == 16
+    info = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda row, **_: " ".join(map(str, row))))
+    loaded: Any = SimpleNamespace(name="x", model=model, stream=stream, info=info, device=torch.device("cpu"))
+    rows = [some_ids(seed, tokens)[0].tolist() for seed, tokens in ((1, 9), (2, 30), (3, 12), (4, 18))]
+    found = ask(loaded, [Prompt(row, []) for row in rows], {"one": None, "two": None}, length=NEW, tick=quiet)
+    expected = []
+    with torch.inference_mode():
+        for row in rows:
+            ids = torch.tensor([row])
+            for _ in range(NEW):
+                ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(dim=-1)], dim=1)
+            expected.append(" ".join(map(str, ids[0, len(row) :].tolist())))
+    assert found == {"one": expected, "two": expected}
+    for prompt in (Prompt(rows[0], rows[1]), Prompt(rows[1][:17], [])):
+        with pytest.raises(SpecError, match=r"'x': a prompt of \d+ tokens is read on to \d+, and .* changes at 16"):
+            ask(loaded, [prompt], {"one": None}, length=NEW, tick=quiet)
+    info.context, info.vocabulary = 256, 300
+    monkeypatch.setattr(tokens, "tokenize", lambda *_: [SimpleNamespace(ids=np.array(row)) for row in rows[1:3]])
+    with pytest.raises(SpecError, match=r"a prompt has 12 tokens; with 5 new ones it passes 16, where 'x' changes its"):
+        prompts_of(loaded, ["long", "short"], [(), ()], 5)
 
 
 def test_a_choice_is_what_follows_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,53 @@ def test_what_conditions_share_is_read_once(loaded: Loaded, monkeypatch: pytest.
     monkeypatch.setattr(loaded.model, "forward", counted)
     ask(loaded, asked, given, length=2, tick=lambda _: None)
     assert seen == [(2, 19), (8, 1), (8, 1)]
+
+
+@pytest.mark.parametrize("choices", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [
+        sites.Continuing(kind="recomputed"),
+        sites.Continuing(branching="reread"),
+        sites.Continuing(kind="stepwise"),
+        sites.Continuing(padding=False),
+    ],
+    ids=["recomputed", "reread", "stepwise", "not padded"],
+)
+def test_answers_are_the_same_however_a_model_goes_on(loaded: Loaded, how: sites.Continuing, choices: bool) -> None:
+    # Two prompts of each length: those that may not be padded have company, too.
+    asked = prompts((*SIZES[:4], *SIZES[:4], *SIZES[-2:]), choices=choices)
+    given = conditions(asked, loaded)
+    other = replace(loaded, stream=replace(loaded.stream, continuing=how))
+    found, wanted = taken(other, asked, given), taken(loaded, asked, given)
+    for name, answers in wanted.items():
+        assert found[name] == answers, name
+
+
+def test_prompts_on_either_side_of_a_switch_share_no_batch(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = prompts(((7, 0), (12, 0), (20, 0), (30, 0), (2, 3), (20, 3)))
+    switching = replace(loaded, stream=replace(loaded.stream, batching=sites.Batching("padded", 15)))
+    seen = []
+    forward = loaded.model.forward
+
+    def counted(*args: object, **kwargs: object) -> object:
+        if "past_key_values" not in kwargs:
+            seen.append(tuple(kwargs["input_ids"].shape))
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loaded.model, "forward", counted)
+        found = taken(switching, asked, {"none": None})
+    assert seen == [(2, 12), (2, 30), (1, 2), (1, 20)]
+    assert found == taken(loaded, asked, {"none": None})
+    # Of 13 tokens, which with three new ones pass 15; of 5 with a rest of 8; and one whose longest choice passes it.
+    for prompt in (Prompt([1] * 13, []), Prompt([1] * 5, [7] * 8), Prompt([1] * 10, [], ([5], [6] * 6))):
+        first = len(prompt.ids) - (not prompt.rest)
+        message = rf"a prompt of {first} tokens is read on to 16, and the position encoding changes at 15"
+        with pytest.raises(SpecError, match=message):
+            ask(switching, [prompt], {"none": None}, length=NEW, tick=lambda _: None)
+        assert ask(loaded, [prompt], {"none": None}, length=NEW, tick=lambda _: None)
+    assert ask(switching, [Prompt([1] * 12, [])], {"none": None}, length=NEW, tick=lambda _: None)
 
 
 # A prompt out of which nothing hidden may speak.

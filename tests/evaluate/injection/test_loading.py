@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 import evaluate
+from align.maps.fitted import load_adapter
 from align.runs.train import train
 from align.settings import Settings
-from evaluate.injection.loading import Loaded
-from featstore.errors import SpecError
+from evaluate.injection.loading import Loaded, check_card
+from featstore.errors import ProbeError, SpecError
 from featstore.models.devices import parse_device_map
 from featstore.models.loading import load_model, running_attention
 from featstore.models.residual import capture
@@ -138,3 +140,14 @@ def test_a_model_of_ones_own_may_be_under_a_map(run: Path, models: dict[str, Loa
     asked: dict[str, Any] = {"max_new_tokens": 2, "write": False, "quiet": True}
     found = evaluate.generate(run, PROMPTS, models={"llama": model, "mistral": models["mistral"]}, **asked)
     assert found.content() == evaluate.generate(run, PROMPTS, device="cpu", **asked).content()
+
+
+def test_states_of_a_source_that_reads_ahead_are_not_injected(run: Path) -> None:
+    adapter = load_adapter(run)
+    check_card(adapter)
+    verified = adapter.card["models"]["llama"]["verified"]
+    reading = {**verified["reading"], "causal": False, "future": 0.9}
+    entry = {**adapter.card["models"]["llama"], "verified": {**verified, "reading": reading}}
+    ahead = replace(adapter, card={**adapter.card, "models": {**adapter.card["models"], "llama": entry}})
+    with pytest.raises(ProbeError, match=r"model 'llama' reads ahead .*0\.9"):
+        check_card(ahead)

@@ -406,6 +406,23 @@ def test_blocks_that_get_no_mask_are_named() -> None:
         block(torch.zeros(1, 2, 3))
 
 
+@torch.inference_mode()
+def test_blocks_that_fill_several_layers_of_the_cache_hide_without_a_mask_of_their_own() -> None:
+    """A longcat block has two attentions: the cache layer of its number may hold the tokens of the pass already."""
+    double = build("longcat_flash")
+    stream = residual_stream(double)
+    said = []
+    for seed in (1, 2):
+        ids, more = tokens(double, 12, seed), tokens(double, 5, 9)
+        own = sites.capture(stream, ids, [2])[2]
+        states = torch.randn(2, 2, own.shape[2], generator=torch.Generator().manual_seed(0))
+        with inject(stream, aligned(own, list(states), [[3, 11]] * 2, layer=2, keep="hide"), whole=False):
+            passes = Passes(stream)
+            said.append(torch.cat([passes.read(ids), passes.read(more[:, :3], keep=3), passes.read(more[:, 3:])], 1))
+    assert torch.allclose(*said, rtol=0, atol=1e-5 * float(said[0].abs().max()))
+    assert said[0].abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("name", "layer"),
     [

@@ -13,12 +13,15 @@ import torch
 
 from featstore.errors import LayerRangeError, NonFiniteStateError, SpecError
 from featstore.models import residual as sites
+from featstore.models.caches import Tokens, returned_cache
 from featstore.models.injection import COMBINE, Injection, aligned, inject, last
 from featstore.models.loading import load_model
 from featstore.models.passes import Passes
 from featstore.models.probe.prove import Needs, prove
 from featstore.models.references import ModelSpec
 from featstore.models.stack import ordinary_ids, residual_stream
+from tests.support.architectures.building import build as architecture
+from tests.support.architectures.kinds import some_ids
 from tests.support.tiny_models import small
 
 
@@ -280,3 +283,48 @@ def test_a_state_that_is_no_number_is_refused_where_it_is_injected() -> None:
     assert aligned(own, [OWN[0, :1]] * 2, [[0], [1]], layer=0).replaced.sum() == 2
     with pytest.raises(NonFiniteStateError, match="at layer 3 holds NaN"):
         aligned(OWN, [own[0, 1:2]] * 2, [[0], [1]], layer=3)
+
+
+# Models whose memory is no cache of keys.
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "lfm2"])
+def test_a_recurrent_model_goes_on_from_its_own_states_as_it_does_from_its_prompt(name: str) -> None:
+    model, ids = architecture(name), some_ids(1, 9, 2)
+    stream = prove(model, Needs(continuing=True)).stream
+    layer = stream.depth // 2
+    more = some_ids(2, 3, 2)
+    with torch.inference_mode():
+        whole = model(input_ids=torch.cat([ids, more], dim=1), use_cache=False).logits[:, 8:]
+    own = sites.capture(stream, ids, [layer])[layer]
+    injection = aligned(own, [own[0, [3, 8]], own[1, [5]]], [[3, 8], [5]], layer=layer)
+    with torch.inference_mode(), inject(stream, injection, whole=False):
+        passes = Passes(stream)
+        # A second text begins within the context, after the first one has gone on.
+        for _ in range(2):
+            read = [passes.read(ids), *(passes.read(more[:, step : step + 1]) for step in range(3))]
+            torch.testing.assert_close(torch.cat(read, dim=1), whole, atol=1e-4, rtol=1e-4)
+            passes = Passes(stream)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "llama"])
+def test_a_memory_from_outside_is_refused_whether_or_not_it_counts(name: str) -> None:
+    model, ids = architecture(name), some_ids(1, 9)
+    stream = residual_stream(model)
+    injection = last(sites.capture(stream, ids, [2])[2], torch.zeros(1, 64), layer=2)
+    with torch.inference_mode():
+        key, past = returned_cache(model(input_ids=ids[:, :4], use_cache=True))
+        with inject(stream, injection, whole=False), pytest.raises(SpecError, match=r"goes on from [14] cached tokens"):
+            model(input_ids=ids[:, 4:5], use_cache=True, **{key: past})
+
+
+def test_tokens_are_counted_where_a_memory_does_not_count_them() -> None:
+    ids, state = torch.zeros((1, 5), dtype=torch.long), [torch.zeros(1, 2)]
+    count = Tokens()
+    assert count.before((), {"input_ids": ids}) == 0
+    assert count.before((), {"input_ids": ids[:, :2], "state": state}) == 5
+    assert count.before((ids[:, :1],), {"state": state}) == 7
+    assert count.before((), {"inputs_embeds": torch.zeros(1, 3, 8)}) == 0
+    assert count.before((), {"input_ids": ids[:, :1], "state": state}) == 3
+    # What was read elsewhere is more than nothing.
+    assert Tokens().before((), {"input_ids": ids, "state": state}) == 1
