@@ -326,7 +326,7 @@ def _refusal(who: str, lists: Sequence[_List]) -> str:
     seen = max(called, key=lambda each: (len(each.members), len(each.called)))
     missing = sorted(set(range(len(seen.members))) - set(seen.called))
     if seen.in_order and _streams(seen):
-        what = "does not pass on what its members give back"
+        what = "hands each member something else than the one before gave back"
     elif seen.in_order:
         what = "gives back no tensor of the shape it gets"
     elif missing:

@@ -362,7 +362,10 @@ def test_a_stack_of_another_kind_says_what_it_does(run: Any, message: str) -> No
         ("hrm_text", "model HrmTextForCausalLM: model.L_module.layers runs its 4 blocks 24 times in one pass;"),
         ("mllama", "model MllamaForCausalLM: model.layers does not run block 3 on text;"),
         # Its attentions stand in a list; what they give back is added to the stream outside of it.
-        ("xlm", "model XLMWithLMHeadModel: transformer.attentions does not pass on what its members give back;"),
+        (
+            "xlm",
+            "model XLMWithLMHeadModel: transformer.attentions hands each member something else than the one before",
+        ),
     ],
 )
 def test_real_stacks_of_another_kind(name: str, message: str) -> None:
@@ -388,7 +391,9 @@ def test_what_is_changed_between_blocks_is_no_stream() -> None:
             hidden = hidden + layer(hidden)
         return hidden
 
-    assert refusal(toy(run)).startswith("model Toy: layers does not pass on what its members give back;")
+    assert refusal(toy(run)).startswith(
+        "model Toy: layers hands each member something else than the one before gave back;"
+    )
 
 
 def test_blocks_that_give_back_something_else_are_no_stream() -> None:

@@ -65,7 +65,10 @@ def _refusal(name: str, model: nn.Module, refused: str) -> Iterator[str]:
         _same_number(r"13 tokens became (\d+) positions", refused, r"its stream at layer 0 is \(3, (\d+), ", seen)
         or _runs_often(refused, seen)
         or _does_not_run(refused, seen)
-        or ("does not pass on what its members give back" in refused and "swapping its stream at layer 0 leaks" in seen)
+        or (
+            "hands each member something else than the one before gave back" in refused
+            and "swapping its stream at layer 0 leaks" in seen
+        )
     ):
         yield f"the refusal says {refused!r}, and it is seen that {seen}"
 

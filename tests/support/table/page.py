@@ -19,8 +19,8 @@ when a command first meets a model ([why](decisions/0023-the-instrument-proves-i
 measures the same; where the two disagree, this page is not made.
 
 `scripts/models` builds and measures all of them, in a few minutes, and writes `docs/models.json` (a line a test) and
-this page. A type that a newer transformers brings and nobody looked at fails the tests. A model of yours is tested when
-a command first meets it: its weights and settings decide, not its type.
+this page. A type that a newer transformers brings and nobody looked at fails the tests. `featstore doctor --model
+NAME=REF` says the same of a model of yours: its weights and settings decide, not its type.
 
 Figures have one digit and differences that are rounding are 0, so that another processor gives the same page. Widths
 and numbers of blocks are those of the tiny models.
@@ -29,12 +29,12 @@ and numbers of blocks are those of the tiny models.
 _COLUMNS = """| column | says |
 |---|---|
 | blocks | where the model keeps its stack of blocks |
-| stream | its axes; where a token has several streams, they stand end to end in one row |
+| stream | its axes where they are not batch × token × width; streams of one token stand end to end in a row |
 | attn | the implementation that ran: sdpa where the type has it, otherwise its own choice |
 | extract | ✓ rows are those of the stream, each a function of its own text; or why there are none |
 | layer 0 | *table*: what enters the first block depends on the token alone; *rows*: on the position too |
-| inject | where states can be put in (`stitch`, `generate`, `communicate`): the model's own to the bit, and later \
-blocks know nothing of the text past the stream. A layer that leaks is refused unless `--allow-side-channel` is typed |
+| inject | where states can be put in: the model's own to the bit, and later blocks know nothing else of the text. \
+A layer that leaks is refused unless `--allow-side-channel` is typed |
 | goes on | how a text is continued so that it has the logits of one pass: from a cache, from a cache token by token, \
 or the whole text anew |
 | pad | ✓ prompts of several lengths share a batch, padded at the left; ✗ they do not, and go one by one |
@@ -49,13 +49,14 @@ _CHANNELS = (
     "**Injection: side channels.** At these layers later blocks learn of the text past the stream. The leak is the "
     "part of the difference between two texts that is left when the whole stream of one is put into the other.\n"
 )
-_PADDING = (
-    "\n**Left padding.** It changes what follows by this much, so prompts of several lengths do not share a batch: "
-)
+_PADDING = "\n**Left padding.** It changes what follows by this much, so prompts of several lengths go one by one: "
 _NO_CACHE = (
     "**No cache.** What follows from a cache is not what one pass over the whole text says, or there is no cache; the "
     "whole text is passed again for each token, which is slow and right: "
 )
+
+#: How the reason begins where there is only a figure.
+_APART = "two prompts with the same injected states differ by up to "
 
 
 def page(versions: Mapping[str, str], rows: Mapping[str, Row]) -> str:
@@ -107,7 +108,7 @@ def _table(rows: Mapping[str, Row]) -> str:
         if "not_built" in row:
             lines.append(f"| `{name}` | not built" + " |" * 9)
         elif "refused" in row:
-            lines.append(f"| `{name}` | | | | ✗ {_short(row)}" + " |" * 6)
+            lines.append(f"| `{name}` | | | | ✗ {_shorter(row)}" + " |" * 6)
         else:
             cells = [f"`{row['stack']}`", _stream(row), row["attention"] or "", _extract(row), _layer_0(row)]
             cells += [_inject(row), _goes_on(row), _pad(row), _hide(row)]
@@ -121,8 +122,16 @@ def _short(row: Row) -> str:
     return words.partition("; ")[0].replace("|", "\\|")
 
 
+def _shorter(row: Row) -> str:
+    """A refusal for a cell."""
+    words = _short(row)
+    return words.rpartition(": ")[2] if "tokens became" in words else words
+
+
 def _stream(row: Row) -> str:
     axes = row["axes"]
+    if axes[:2] == ["batch", "tokens"] and len(axes) == 3:
+        return ""
     last = max(place for place, axis in enumerate(axes) if isinstance(axis, int))
     words = ["token" if axis == "tokens" else "width" if place == last else axis for place, axis in enumerate(axes)]
     return " × ".join(map(str, words))
@@ -134,9 +143,9 @@ def _extract(row: Row) -> str:
     if not reading["causal"]:
         words.append("reads ahead")
     if reading["batching"] == "equal":
-        words.append("windows of one length share a pass")
+        words.append("windows of one length")
     elif reading["batching"] == "single":
-        words.append("each window in a pass of its own")
+        words.append("each window by itself")
     elif reading["switch"] is not None:
         words.append(f"windows up to {reading['switch']} tokens and longer ones apart")
     return words[0] + (f" {', '.join(words[1:])}" if words[1:] else "")
@@ -217,22 +226,30 @@ def _leak(name: str, row: Row) -> str:
 
 
 def _figures(rows: Mapping[str, Row], holds: Callable[[Row], bool]) -> list[str]:
-    return [f"{name} ({row['continuing']['padding'] or 'it raises'})" for name, row in rows.items() if holds(row)]
+    return [f"{name} ({_figure(row['continuing']['padding'])})" for name, row in rows.items() if holds(row)]
+
+
+def _figure(value: float | None) -> str:
+    return "it raises" if value is None else f"{value:g}"
 
 
 def _by_reason(rows: Mapping[str, Row]) -> list[str]:
-    recurrent, other = [], list[str]()
+    recurrent, other, apart = list[str](), list[str](), list[str]()
     for name, row in rows.items():
         for entry in row["layers"]["hide_refused"]:
-            reason = entry["reason"]
-            if "keep a recurrent" in reason or "keeps a recurrent" in reason:
+            reason = entry["reason"].partition("; use ")[0]
+            layers = _every(row, entry["layers"]).replace("✓", "every layer")
+            if "a recurrent or convolution state" in reason:
                 recurrent.append(name)
+            elif reason.startswith(_APART):
+                apart.append(f"`{name}` ({layers}: {reason.removeprefix(_APART).partition(' ')[0]})")
             else:
-                layers = _every(row, entry["layers"])
-                at = "every layer" if layers == "✓" else layers
-                other.append(f"- `{name}`, {at}: {reason.partition('; use ')[0]}.")
-    first = "- Blocks keep a recurrent or convolution state, which no attention mask can hide: "
-    return [first + _names(dict.fromkeys(recurrent)) + ".", *other]
+                other.append(f"- `{name}`, {layers}: {reason}.")
+    return [
+        f"- Blocks keep a recurrent or convolution state, which no attention mask can hide: {_names(recurrent)}.",
+        f"- The answers differ by up to this much of the largest logit: {', '.join(apart)}.",
+        *other,
+    ]
 
 
 def _names(values: Iterable[str]) -> str:
