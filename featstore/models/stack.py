@@ -262,7 +262,9 @@ def _one_pass(model: nn.Module, who: str, batch: int, tokens: int) -> tuple[list
             stack.callback(module.register_forward_pre_hook(note(path), with_kwargs=True).remove)
         for seen in lists:
             for number, member in enumerate(seen.members):
-                stack.callback(member.register_forward_pre_hook(begin(seen, number), with_kwargs=True).remove)
+                # First of all hooks: what others put into a block is not what the one before it gave back.
+                handle = member.register_forward_pre_hook(begin(seen, number), with_kwargs=True, prepend=True)
+                stack.callback(handle.remove)
                 stack.callback(member.register_forward_hook(end(seen)).remove)
         try:
             forward(model, input_ids=ids)

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from featstore.errors import NonFiniteStateError
-
 #: Relative difference of a token's states that another order of the same sums may cause. A float32 sum over thousands
 #: of terms keeps six digits, and a recurrence that starts anew can differ in the fourth; half precision keeps two, and
 #: loses one of them over some dozens of blocks.
@@ -32,23 +30,6 @@ def rounding(model: nn.Module, *dtypes: torch.dtype, same_shape: bool = False) -
     if computed <= _ROUNDING.keys():
         return max(_ROUNDING[dtype] for dtype in computed)
     return _HALF_SAME_SHAPE if same_shape else _HALF
-
-
-def check_finite(model: nn.Module, logits: torch.Tensor) -> None:
-    """Refuse logits that no test can compare.
-
-    Args:
-        model: What gave them.
-        logits: Of ordinary tokens.
-
-    Raises:
-        NonFiniteStateError: They hold NaN or infinity.
-    """
-    if not bool(torch.isfinite(logits).all()):
-        raise NonFiniteStateError(
-            f"model {type(model).__name__} gives logits with NaN or infinity on ordinary tokens; try --dtype float32, "
-            "or check the weights of its last norm and its head"
-        )
 
 
 def apart(first: torch.Tensor, second: torch.Tensor) -> float:

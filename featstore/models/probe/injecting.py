@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from featstore.models.probe.differences import check_finite, spread
+from featstore.models.probe.differences import spread
 from featstore.models.residual import ResidualStream, at_site, forward, skipping_below, watching
 from featstore.models.stack import ordinary_ids
 from featstore.models.verdict import LayerVerdict
@@ -47,9 +47,6 @@ def two_texts(stream: ResidualStream) -> Texts:
 
     Args:
         stream: The model's residual stream.
-
-    Raises:
-        NonFiniteStateError: The model gives NaN or infinity.
     """
     first = ordinary_ids(stream.model, 1, _TOKENS, seed=3)
     second = ordinary_ids(stream.model, 1, _TOKENS, seed=4)
@@ -61,7 +58,6 @@ def two_texts(stream: ResidualStream) -> Texts:
     for ids in (first, second):
         with watching(stream, range(stream.depth + 1)) as states:
             logits.append(forward(stream.model, input_ids=ids).logits)
-        check_finite(stream.model, logits[-1])
         streams.append(states)
     repeats = spread(logits[0], forward(stream.model, input_ids=first).logits)
     beside = forward(stream.model, input_ids=torch.cat([first, second])).logits[:1]

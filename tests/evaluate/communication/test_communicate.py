@@ -147,11 +147,11 @@ def test_prompts_on_either_side_of_a_switch_never_share_a_pass(monkeypatch: pyte
             expected.append(" ".join(map(str, ids[0, len(row) :].tolist())))
     assert found == {"one": expected, "two": expected}
     for prompt in (Prompt(rows[0], rows[1]), Prompt(rows[1][:17], [])):
-        with pytest.raises(SpecError, match=r"'x': a prompt of \d+ tokens is read on to \d+, .* changes at 16"):
+        with pytest.raises(SpecError, match=r"'x': a prompt of \d+ tokens is read on to \d+, and .* changes at 16"):
             ask(loaded, [prompt], {"one": None}, length=NEW, tick=quiet)
     info.context, info.vocabulary = 256, 300
     monkeypatch.setattr(tokens, "tokenize", lambda *_: [SimpleNamespace(ids=np.array(row)) for row in rows[1:3]])
-    with pytest.raises(SpecError, match=r"a prompt has 12 tokens; with 5 new ones it passes 16, where 'x' changes"):
+    with pytest.raises(SpecError, match=r"a prompt has 12 tokens; with 5 new ones it passes 16, where 'x' changes its"):
         prompts_of(loaded, ["long", "short"], [(), ()], 5)
 
 

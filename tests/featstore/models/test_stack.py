@@ -116,6 +116,18 @@ class TestFound:
         assert residual_stream(model).depth == 2
         assert calls == [1, 1, 1]
 
+    @pytest.mark.parametrize("at", ["register_forward_pre_hook", "register_forward_hook"])
+    def test_hooks_of_others_are_a_part_of_the_model(self, at):
+        model = build("llama")
+
+        def steer(_, args, output=None):
+            return (args[0] + 1,) if output is None else output + 1
+
+        for block in model.model.layers:
+            getattr(block, at)(steer)
+        stream = residual_stream(model)
+        assert (stream.path, stream.depth) == ("model.layers", 4)
+
     def test_no_hook_is_left_behind(self):
         model = build("gpt2")
         residual_stream(model)

@@ -148,7 +148,7 @@ def _layer_0(name: str, model: nn.Module, proven: Proven) -> Iterator[str]:
 
 
 def _injection(name: str, model: nn.Module, proven: Proven) -> Iterator[str]:
-    """What the model says with another's stream put in, by `inject`, with the blocks below left out where they may be."""
+    """What a model says with another's stream put in by `inject`, the blocks below left out where they may be."""
     rows = truth.expected_rows(model, name, _THIRD)
     everywhere = torch.ones_like(_IDS, dtype=torch.bool)
     for layer, states in rows.items():

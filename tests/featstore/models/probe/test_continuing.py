@@ -23,7 +23,7 @@ FOUND = {
     "deepseek_v4": ("cached", False, False, False, "shared"),
     "bamba": ("cached", True, False, True, "shared"),
     "gemma4_text": ("cached", False, True, True, "shared"),
-    "mamba": ("stepwise", False, False, False, "reread"),
+    "mamba": ("stepwise", False, False, True, "reread"),
     "jamba": ("stepwise", False, False, True, "shared"),
     "openai-gpt": ("recomputed", False, False, True, "shared"),
     "rwkv": ("recomputed", False, False, False, "shared"),

@@ -24,6 +24,7 @@ EXACT = (
     "gpt_bigcode",
     "ctrl",
     "bloom",
+    "mpt",
     "gemma3",
     "mistral",
     "phi3@longrope",
@@ -124,8 +125,9 @@ def test_a_first_words_own_keys_are_seen_where_they_are_read(
 # What leaks, and what cannot be tried.
 
 
-def test_a_mask_that_is_true_where_it_masks_is_refused() -> None:
-    stream = going_on("mpt")
+def test_keys_of_several_tokens_that_no_mask_reaches_are_seen() -> None:
+    # Blocks that attend to summaries of the prompt beside its keys.
+    stream = going_on("deepseek_v4@scored")
     for verdict in everywhere(stream, two_texts(stream)):
         assert verdict.hide_refused is not None
         assert verdict.hide_refused.startswith("two prompts with the same injected states differ by ")
@@ -172,6 +174,17 @@ def test_attention_without_a_mask_of_positions_is_named(monkeypatch: pytest.Monk
     verdict = probe.test_hiding(stream, texts, 1)
     assert verdict.hide_refused is not None
     assert "attention 'flash_attention_2' takes no mask of positions" in verdict.hide_refused
+
+
+def test_a_mask_that_is_true_where_it_hides_is_seen_where_it_is_taken_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = going_on("mpt")
+    texts = two_texts(stream)
+    monkeypatch.setattr(hiding, "_hides_where_true", lambda _: False)
+    for verdict in everywhere(stream, texts):
+        assert verdict.hide_refused is not None
+        assert verdict.hide_refused.startswith("two prompts with the same injected states differ by ")
 
 
 # Mistakes that one pass does not show.

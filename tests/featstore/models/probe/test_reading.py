@@ -83,7 +83,7 @@ def test_where_no_switch_is_named_windows_of_one_length_share_a_pass(monkeypatch
 def test_neighbours_that_are_read_are_kept_out() -> None:
     model = build("llama")
     block: Any = model.model.layers[1]  # type: ignore[index, union-attr]
-    block.register_forward_pre_hook(lambda _, args: (args[0] + 0.1 * args[0].mean(dim=0, keepdim=True),))
+    block.register_forward_hook(lambda _, __, output: output + 0.1 * output.mean(dim=0, keepdim=True))
     verdict = found(model)
     assert (verdict.batching, verdict.causal) == ("single", True)
     assert (verdict.neighbours or 0) > 1e-3
@@ -93,7 +93,7 @@ def test_a_shift_of_one_token_is_reading_ahead() -> None:
     model = build("llama")
     block: Any = model.model.layers[2]  # type: ignore[index, union-attr]
     # A thousandth of the next token's state.
-    block.register_forward_pre_hook(lambda _, args: (args[0] + 1e-3 * args[0].roll(-1, dims=1),))
+    block.register_forward_hook(lambda _, __, output: output + 1e-3 * output.roll(-1, dims=1))
     verdict = found(model)
     assert (verdict.causal, verdict.batching) == (False, "equal")
 
@@ -139,8 +139,8 @@ def test_logits_that_are_no_numbers_are_named(needs: Needs) -> None:
     with torch.no_grad():
         model.lm_head.weight[7] = torch.inf  # type: ignore[union-attr]
     assert prove(model).verdict.reading is not None
-    with pytest.raises(NonFiniteStateError, match="model LlamaForCausalLM gives logits with NaN or infinity") as caught:
-        prove(model, needs)
+    with pytest.raises(NonFiniteStateError, match="model 'a': the logits hold NaN or infinity on ordinary") as caught:
+        prove(model, needs, name="a")
     assert "\n" not in str(caught.value)
 
 

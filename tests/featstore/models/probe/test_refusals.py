@@ -79,7 +79,7 @@ def test_states_that_do_not_come_back_identical_are_refused_whatever_is_allowed(
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mpt", r"two prompts with the same injected states differ by \d"),
+        ("deepseek_v4@scored", r"two prompts with the same injected states differ by \d"),
         ("lfm2", "blocks 0, 1, 3 keep a recurrent or convolution state, which no attention mask can hide"),
         ("rwkv", "RwkvBlock gets no attention_mask"),
     ],
