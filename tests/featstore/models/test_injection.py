@@ -13,7 +13,6 @@ import torch
 
 from featstore.errors import LayerRangeError, NonFiniteStateError, SpecError
 from featstore.models import residual as sites
-from featstore.models.caches import Tokens, returned_cache
 from featstore.models.injection import COMBINE, Injection, aligned, inject, last
 from featstore.models.loading import load_model
 from featstore.models.passes import Passes
@@ -305,26 +304,3 @@ def test_a_recurrent_model_goes_on_from_its_own_states_as_it_does_from_its_promp
             read = [passes.read(ids), *(passes.read(more[:, step : step + 1]) for step in range(3))]
             torch.testing.assert_close(torch.cat(read, dim=1), whole, atol=1e-4, rtol=1e-4)
             passes = Passes(stream)
-
-
-@pytest.mark.parametrize("name", ["mamba2", "llama"])
-def test_a_memory_from_outside_is_refused_whether_or_not_it_counts(name: str) -> None:
-    model, ids = architecture(name), some_ids(1, 9)
-    stream = residual_stream(model)
-    injection = last(sites.capture(stream, ids, [2])[2], torch.zeros(1, 64), layer=2)
-    with torch.inference_mode():
-        key, past = returned_cache(model(input_ids=ids[:, :4], use_cache=True))
-        with inject(stream, injection, whole=False), pytest.raises(SpecError, match=r"goes on from [14] cached tokens"):
-            model(input_ids=ids[:, 4:5], use_cache=True, **{key: past})
-
-
-def test_tokens_are_counted_where_a_memory_does_not_count_them() -> None:
-    ids, state = torch.zeros((1, 5), dtype=torch.long), [torch.zeros(1, 2)]
-    count = Tokens()
-    assert count.before((), {"input_ids": ids}) == 0
-    assert count.before((), {"input_ids": ids[:, :2], "state": state}) == 5
-    assert count.before((ids[:, :1],), {"state": state}) == 7
-    assert count.before((), {"inputs_embeds": torch.zeros(1, 3, 8)}) == 0
-    assert count.before((), {"input_ids": ids[:, :1], "state": state}) == 3
-    # What was read elsewhere is more than nothing.
-    assert Tokens().before((), {"input_ids": ids, "state": state}) == 1

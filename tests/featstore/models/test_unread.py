@@ -112,6 +112,9 @@ def test_an_architecture_that_nobody_can_build_knows_nothing(saved: Path) -> Non
     assert found is not None
     assert (found.names, found.kinds, str(found)) == (names, ("images",), f"{len(names)} tensors for images")
     assert beside_text(config, ()) is None
+    # A whole module of the text part, which a causal class could lack.
+    for name in ("language_model.lm_head.weight", TEXT):
+        assert beside_text(config, {*names, name}) is None
     for architectures in (["Llama4ForNothing"], ["Llama4ForCausalLM"], ["AutoConfig"], None):
         config.architectures = architectures
         assert beside_text(config, names) is None
@@ -123,8 +126,13 @@ def test_names_are_those_of_the_checkpoint_whatever_the_architecture_calls_them(
     path = save("dots3_note", tmp_path / "model", saved.parent / "words", with_images=True)
     heads = {name.partition(".")[0] for name in load_file(path / WEIGHTS)}
     assert {"audio_encoder", "vision_encoder"} <= heads
-    loaded = load_model(spec_of(path), device="cpu")
-    assert str(left_out(loaded)).endswith(" tensors for images and sound")
+    words = left_out(load_model(spec_of(path), device="cpu"))
+    others = {name for name in load_file(path / WEIGHTS) if name.startswith(("audio_", "vision_"))}
+    assert words == f"{len(others)} tensors for images and sound"
+    config = AutoConfig.from_pretrained(path)
+    assert str(beside_text(config, others)) == words
+    # The head stands beside the text part here.
+    assert beside_text(config, {*others, "lm_head.weight"}) is None
 
 
 def test_a_quantised_checkpoint_is_asked_without_its_packing(model: Path) -> None:
