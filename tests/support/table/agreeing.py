@@ -226,16 +226,17 @@ def _padding(name: str, model: nn.Module, proven: Proven) -> Iterator[str]:
 
 def _hide(name: str, model: nn.Module, proven: Proven) -> Iterator[str]:
     """Two prompts say the same where hiding holds, something else where it is refused, and without hiding anyway."""
-    hidden = prompts_apart(model, name, proven.stream, "hide")
-    shown = prompts_apart(model, name, proven.stream, "own")
+    depth = proven.stream.depth
+    hidden = prompts_apart(model, name, proven.stream, "hide", range(depth + 1))
+    # Without hiding, where there are blocks below and above.
+    if (shown := prompts_apart(model, name, proven.stream, "own", [depth // 2])[depth // 2]) <= _HIDDEN:
+        yield f"nothing is to be hidden at layer {depth // 2}: two prompts are {shown:.2g} apart without hiding"
     for layer, apart in hidden.items():
         refused = proven.verdict.layers[str(layer)].hide_refused
         if refused is None and apart > _HIDDEN:
             yield f"the probe says that it holds at layer {layer}, and two prompts are {apart:.2g} apart"
         if refused is not None and apart <= _HIDDEN:
             yield f"the probe says at layer {layer}: {refused}; and two prompts are {apart:.2g} apart"
-        if shown[layer] <= _HIDDEN:
-            yield f"nothing is to be hidden at layer {layer}"
 
 
 def _apart(reference: torch.Tensor, other: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ Nothing of the probe or of `Passes` is used: the model is called as its own ``ge
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ _PLACES = [2, 5, 6, 9, 13]
 
 
 @torch.inference_mode()
-def prompts_apart(model: nn.Module, name: str, stream: ResidualStream, keep: str) -> dict[int, float]:
+def prompts_apart(
+    model: nn.Module, name: str, stream: ResidualStream, keep: str, layers: Iterable[int]
+) -> dict[int, float]:
     """How far what follows two prompts is apart that have no word in common and take the same states.
 
     Args:
@@ -29,6 +32,7 @@ def prompts_apart(model: nn.Module, name: str, stream: ResidualStream, keep: str
         name: Its type.
         stream: Its residual stream, which knows how the model goes on.
         keep: ``hide`` or ``own``.
+        layers: Where states are put in.
 
     Returns:
         ``{layer: difference of the logits, relative to the largest}``: at the places in one pass, and of the prompt's
@@ -38,7 +42,7 @@ def prompts_apart(model: nn.Module, name: str, stream: ResidualStream, keep: str
     second = torch.where(first == second, 3 + second % 286, second)
     rows = [expected_rows(model, name, ids) for ids in (first, second, third)]
     found = {}
-    for layer in range(stream.depth + 1):
+    for layer in layers:
         said = []
         for ids, own in ((first, rows[0]), (second, rows[1])):
             hidden, replaced = own[layer].clone(), torch.zeros((1, _TOKENS), dtype=torch.bool)
