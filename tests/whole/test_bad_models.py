@@ -100,7 +100,7 @@ def encoder_and_decoder(vocabulary: int) -> Any:
 BAD = {
     "raises": (
         raises,
-        r"model 'x': GPT2LMHeadModel cannot be run on 13 ordinary tokens: IndexError: index out of range in self; ",
+        r"model 'x': GPT2LMHeadModel cannot be run on 13 ordinary tokens: IndexError: index out of range in self;",
     ),
     "NaN": (
         states_are_nan,
