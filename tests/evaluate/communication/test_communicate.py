@@ -251,9 +251,13 @@ def test_a_rotated_twin_answers_from_rotated_states(pair: SimpleNamespace, demo_
             assert one["given"][name] == two["given"][name]
         for name in (n for n in NAMES if "random" not in n):
             assert one["given"][f"{name} {own.pair.key}"] == two["given"][f"{name} {across.pair.key}"], name
-    # What is put in counts: with another's states the answers are others.
-    key = across.pair.key
-    assert any(e["given"][f"aligned {key}"] != e["given"][f"aligned_shuffled {key}"] for e in other)
+    # What is put in counts: with random states the answers are others.
+    key, ways = across.pair.key, ("replace", "mean", "aligned")
+    assert any(
+        e["given"][condition_name(way, None) + f" {key}"] != e["given"][condition_name(way, "random") + f" {key}"]
+        for e in other
+        for way in ways
+    )
 
 
 def test_b_reads_the_context_through_the_states_alone(pair: SimpleNamespace) -> None:
