@@ -23,7 +23,8 @@ _LAYERS = f"K,K,... for every model, NAME=K,... for one, or depths: 0%,50%,100%.
 DeviceMap = Annotated[
     str | None,
     typer.Option(
-        help="Spread a model over devices: auto, balanced, or a JSON file with {MODULE: DEVICE}; instead of --device."
+        help="Spread a model over devices, instead of --device: auto, balanced, or a JSON file with {MODULE: DEVICE}; "
+        "by default none."
     ),
 ]
 StorePath = Annotated[Path, typer.Argument(help="Path of the store.")]
@@ -83,7 +84,7 @@ def extract(
     attn: Annotated[
         str | None,
         typer.Option(
-            help="transformers' attention implementation; by default auto: sdpa where the model has it, else its own."
+            help="transformers' attention implementation; auto: sdpa where a model has it, else its own; by default auto."
         ),
     ] = None,
     seed: Annotated[

@@ -100,7 +100,8 @@ def _begin(writer: StoreWriter, job: Job) -> None:
         if is_done(job):
             return
         for name in recorded.root["models"]:
-            if not recorded.begun(name):  # what an earlier command wished for, which nothing has come of
+            # What an earlier command wished for, which nothing has come of; the same wish goes on where it stopped.
+            if not recorded.begun(name) and recorded.models.get(name) != attributes.get(name):
                 writer.drop(f"models/{name}/tokens")
                 shutil.rmtree(writer.path / "models" / name, ignore_errors=True)
     adding = bool(recorded and recorded.complete and recorded.root["plan"] == root["plan"])

@@ -242,7 +242,7 @@ class TestHash:
         )
         base = prepare(settings, quiet=True).plan.hash
         for change in (
-            {"device": "cuda", "dtype": "bfloat16", "attention": "eager"},
+            {"device": "cpu", "dtype": "bfloat16", "attention": "eager"},
             {"layers": ("1,2",), "store": tmp_path / "y.zarr", "form": "float32", "layout": "archive"},
             {"batch_tokens": 100, "shard_rows": 1024, "sink_threshold": 9.0},
         ):
