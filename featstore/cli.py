@@ -84,7 +84,7 @@ def extract(
     attn: Annotated[
         str | None,
         typer.Option(
-            help="transformers' attention implementation; auto: sdpa where it exists, else the model's own; by default auto."
+            help="transformers' attention: auto (sdpa where it exists, else the model's own), eager, sdpa; by default auto."
         ),
     ] = None,
     seed: Annotated[
