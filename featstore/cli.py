@@ -83,9 +83,7 @@ def extract(
     ] = None,
     attn: Annotated[
         str | None,
-        typer.Option(
-            help="transformers' attention: auto (sdpa where it exists, else the model's own), eager, sdpa; by default auto."
-        ),
+        typer.Option(help="transformers' attention: auto (sdpa where it exists), eager, sdpa, ...; by default auto."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; by default 0.")
