@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:  # the checks run without torch
+    from torch import nn
 
 
 def save_with_tokenizer(model, directory: Path, tokenizer) -> Path:
