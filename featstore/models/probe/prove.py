@@ -135,9 +135,10 @@ def recalled(key: str) -> Verdict | None:
     """
     path = _path(key)
     try:
-        return Verdict.parse(read_json(path), str(path)) if path.is_file() else None
+        found = Verdict.parse(read_json(path), str(path)) if path.is_file() else None
     except (CorruptDataError, OSError):
         return None  # it can be found out again
+    return found if found is not None and all(map(str.isdecimal, found.layers)) else None
 
 
 def _path(key: str) -> Path:

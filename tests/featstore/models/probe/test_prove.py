@@ -217,6 +217,7 @@ def damages() -> Iterator[tuple[str, bytes]]:
     yield "a list", b"[]"
     yield "a number of the wrong kind", b'{"blocks": "four"}'
     yield "a layer that is none", b'{"blocks": 4, "layers": {"1": 7}}'
+    yield "a layer named by a word", b'{"blocks": 4, "layers": {"one": {"leak": 0}}}'
     yield "NaN", b'{"blocks": 4, "repeats": NaN}'
 
 
