@@ -1,6 +1,6 @@
 """Passes over a batch of prompts, each of which goes on from what was read before.
 
-How a model goes on is a property of the model that is measured (:class:`~featstore.models.residual.Continuing`): most
+How a model goes on is a property of the model that is measured (:class:`~featstore.models.layout.Continuing`): most
 read any number of new tokens from a cache; some need to be told the positions; recurrent ones of the first generation
 start anew unless tokens come one at a time; some have no cache at all, and the whole text is passed again.
 """

@@ -17,7 +17,7 @@ Where the blocks are and what their stream looks like is found by running the mo
 
 Inputs are right-padded and no attention mask is passed: attention is causal, so a real token never sees the padding
 after it, and the unmasked path is faster and independent of the padding. States of pad positions are meaningless. For a
-model where this does not hold, the probe says so (:class:`Batching`).
+model where this does not hold, the probe says so (:class:`~featstore.models.layout.Batching`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import nn
 from featstore.errors import LayerRangeError, UnsupportedArchitectureError
 from featstore.models.aside import aside
 from featstore.models.devices import input_device
+from featstore.models.layout import Axes, Batching, Continuing
 
 #: Sees hidden states ``(batch, tokens, width)``; returns a replacement of the same shape, or None to leave them.
 SiteFunction = Callable[[torch.Tensor], torch.Tensor | None]
@@ -43,112 +44,6 @@ ArgumentsFunction = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any,
 
 class _ForwardDone(Exception):  # noqa: N818 - a signal, not an error
     """Raised inside the forward pass once the last wanted layer is reached."""
-
-
-@dataclass(frozen=True)
-class Axes:
-    """How a model lays out its stream.
-
-    Attributes:
-        batch: Axis of sequences.
-        tokens: Axis of tokens.
-        sizes: Sizes of the other axes, in their order; the last one is the hidden size.
-    """
-
-    batch: int
-    tokens: int
-    sizes: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        """Width of a row."""
-        width = 1
-        for size in self.sizes:
-            width *= size
-        return width
-
-    @property
-    def streams(self) -> int:
-        """Streams side by side that a row folds."""
-        return self.width // self.sizes[-1]
-
-    def rows(self, native: torch.Tensor) -> torch.Tensor:
-        """The stream as rows.
-
-        Args:
-            native: In the model's own axes.
-
-        Returns:
-            ``(batch, tokens, width)``; a view where the model has that layout.
-        """
-        if (self.batch, self.tokens, len(self.sizes)) == (0, 1, 1):
-            return native
-        return native.movedim((self.batch, self.tokens), (0, 1)).flatten(2)
-
-    def native(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows as the stream that the model expects.
-
-        Args:
-            rows: ``(batch, tokens, width)``.
-        """
-        if (self.batch, self.tokens, len(self.sizes)) == (0, 1, 1):
-            return rows
-        return rows.unflatten(2, self.sizes).movedim((0, 1), (self.batch, self.tokens)).contiguous()
-
-
-@dataclass(frozen=True)
-class Batching:
-    """Which windows may share a forward pass without changing each other's states.
-
-    Attributes:
-        kind: ``padded`` (any, padded at the right), ``equal`` (windows of one length, without padding) or ``single``.
-        switch: Windows on either side of this length never share a pass, or None: the model chooses its position
-            encoding by the longest sequence of a batch (LongRoPE).
-    """
-
-    kind: str = "padded"
-    switch: int | None = None
-
-    def groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Split a batch into passes.
-
-        Args:
-            lengths: Tokens of every window.
-
-        Returns:
-            Places in ``lengths`` that go together, each once.
-        """
-        keys: list[Any]
-        if self.kind == "single":
-            keys = list(range(len(lengths)))
-        elif self.kind == "equal":
-            keys = list(lengths)
-        else:
-            keys = [self.switch is not None and length > self.switch for length in lengths]
-        groups: dict[Any, list[int]] = {}
-        for place, key in enumerate(keys):
-            groups.setdefault(key, []).append(place)
-        return list(groups.values())
-
-
-@dataclass(frozen=True)
-class Continuing:
-    """How a model goes on from what it has read.
-
-    Attributes:
-        kind: ``cached`` (any number of tokens at once), ``stepwise`` (one at a time) or ``recomputed`` (no usable
-            cache: the whole text is passed again).
-        positions: Whether it must be told the positions of new tokens.
-        whole_logits: Whether it must compute the logits of all tokens for its stream to be whole.
-        padding: Whether prompts of several lengths may share a batch, padded at the left.
-        branching: ``shared`` (two may go on from one cache), ``copied`` (from copies of it) or ``reread``.
-    """
-
-    kind: str = "cached"
-    positions: bool = False
-    whole_logits: bool = False
-    padding: bool = True
-    branching: str = "shared"
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,8 +75,8 @@ class ResidualStream:
     entry: int | str = 0
     exit: int | None = None
     start: int = 0
-    batching: Batching = Batching()
-    continuing: Continuing = Continuing()
+    batching: Batching = field(default_factory=Batching)
+    continuing: Continuing = field(default_factory=Continuing)
     skips: frozenset[int] = frozenset()
     _starts: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
 

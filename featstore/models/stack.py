@@ -19,7 +19,8 @@ from torch import nn
 
 from featstore.errors import ModelLoadError, UnsupportedArchitectureError
 from featstore.models.devices import input_device
-from featstore.models.residual import Axes, ResidualStream, forward
+from featstore.models.layout import Axes
+from featstore.models.residual import ResidualStream, forward
 
 #: Sequences and tokens of the pass that looks for the blocks: unlike each other and unlike common sizes.
 BATCH, TOKENS = 3, 13

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from featstore.models.layout import Batching
 from featstore.models.probe.prove import Proven
-from featstore.models.residual import Batching
 from featstore.models.verdict import Verdict
 from tests.support import ROOT
 from tests.support.architectures import building

@@ -10,9 +10,10 @@ from dataclasses import replace
 import torch
 
 from featstore.errors import FeatstoreError
+from featstore.models.layout import Continuing
 from featstore.models.passes import Passes
 from featstore.models.probe.differences import apart, rounding
-from featstore.models.residual import Continuing, ResidualStream, forward, watching
+from featstore.models.residual import ResidualStream, forward, watching
 from featstore.models.stack import ordinary_ids
 from featstore.models.verdict import ContinuingVerdict
 

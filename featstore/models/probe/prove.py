@@ -20,11 +20,12 @@ from featstore.errors import CorruptDataError, FeatstoreError, NonFiniteStateErr
 from featstore.models.aside import aside
 from featstore.models.devices import input_device
 from featstore.models.hiding import attention
+from featstore.models.layout import Batching, Continuing
 from featstore.models.probe.continuing import test_continuing
 from featstore.models.probe.hiding import test_hiding
 from featstore.models.probe.injecting import test_injecting, two_texts
 from featstore.models.probe.reading import test_reading
-from featstore.models.residual import Batching, Continuing, ResidualStream, forward
+from featstore.models.residual import ResidualStream, forward
 from featstore.models.stack import embedding_rows, ordinary_ids, residual_stream
 from featstore.models.unread import left_out
 from featstore.models.verdict import ContinuingVerdict, LayerVerdict, ReadingVerdict, Verdict

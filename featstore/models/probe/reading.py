@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from featstore.models.layout import Batching
 from featstore.models.probe.differences import furthest, rounding, spread
-from featstore.models.residual import Batching, ResidualStream, accepted, capture, forward, watching
+from featstore.models.residual import ResidualStream, accepted, capture, forward, watching
 from featstore.models.stack import ordinary_ids
 from featstore.models.verdict import ReadingVerdict
 

@@ -28,10 +28,10 @@ from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name
 from evaluate.injection.loading import Loaded, load
 from evaluate.injection.positions import source_positions
 from featstore.errors import SpecError, VocabularyError
+from featstore.models.layout import Batching
 from featstore.models.loading import inspect_model, load_model
 from featstore.models.probe.prove import Needs, prove
 from featstore.models.references import ModelSpec
-from featstore.models.residual import Batching
 from featstore.models.stack import residual_stream
 from featstore.runtime.console import jsonable
 from featstore.text import tokens

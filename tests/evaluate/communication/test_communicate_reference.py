@@ -17,6 +17,7 @@ from evaluate.injection.loading import Loaded
 from featstore.errors import SpecError
 from featstore.models import residual as sites
 from featstore.models.injection import aligned, inject, last
+from featstore.models.layout import Batching, Continuing
 from featstore.models.loading import inspect_model, load_model
 from featstore.models.references import ModelSpec
 from featstore.models.stack import residual_stream
@@ -173,14 +174,14 @@ def test_what_conditions_share_is_read_once(loaded: Loaded, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "how",
     [
-        sites.Continuing(kind="recomputed"),
-        sites.Continuing(branching="reread"),
-        sites.Continuing(kind="stepwise"),
-        sites.Continuing(padding=False),
+        Continuing(kind="recomputed"),
+        Continuing(branching="reread"),
+        Continuing(kind="stepwise"),
+        Continuing(padding=False),
     ],
     ids=["recomputed", "reread", "stepwise", "not padded"],
 )
-def test_answers_are_the_same_however_a_model_goes_on(loaded: Loaded, how: sites.Continuing, choices: bool) -> None:
+def test_answers_are_the_same_however_a_model_goes_on(loaded: Loaded, how: Continuing, choices: bool) -> None:
     # Two prompts of each length: those that may not be padded have company, too.
     asked = prompts((*SIZES[:4], *SIZES[:4], *SIZES[-2:]), choices=choices)
     given = conditions(asked, loaded)
@@ -192,7 +193,7 @@ def test_answers_are_the_same_however_a_model_goes_on(loaded: Loaded, how: sites
 
 def test_prompts_on_either_side_of_a_switch_share_no_batch(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = prompts(((7, 0), (12, 0), (20, 0), (30, 0), (2, 3), (20, 3)))
-    switching = replace(loaded, stream=replace(loaded.stream, batching=sites.Batching("padded", 15)))
+    switching = replace(loaded, stream=replace(loaded.stream, batching=Batching("padded", 15)))
     seen = []
     forward = loaded.model.forward
 

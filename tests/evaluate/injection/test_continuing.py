@@ -14,6 +14,7 @@ from evaluate.injection.continuing import Sampling, continue_from, left_padded, 
 from featstore.errors import SpecError
 from featstore.models import residual as sites
 from featstore.models.injection import Injection, aligned, last
+from featstore.models.layout import Axes
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
 from featstore.models.stack import residual_stream
@@ -267,7 +268,7 @@ def test_tokens_are_drawn_with_their_probabilities(sample: Sampling, wanted: lis
             return SimpleNamespace(logits=logits.expand(*input_ids.shape, 4), past_key_values=None)
 
     model = Fixed()
-    blocks, axes = torch.nn.ModuleList(), sites.Axes(0, 1, (1,))
+    blocks, axes = torch.nn.ModuleList(), Axes(0, 1, (1,))
     stream = sites.ResidualStream(model, model.decoder, blocks, "decoder", axes, torch.float32)
     rows = continue_from(
         model, torch.zeros((400, 1), dtype=torch.long), stream=stream, length=10, stops=(), sample=sample

@@ -14,8 +14,9 @@ from featstore.extraction.forward import BatchReader
 from featstore.extraction.job import prepare
 from featstore.extraction.run import extract
 from featstore.extraction.settings import Settings
+from featstore.models.layout import Batching
 from featstore.models.probe.prove import prove
-from featstore.models.residual import Batching, ResidualStream, capture
+from featstore.models.residual import ResidualStream, capture
 from featstore.models.stack import ordinary_ids, residual_stream
 from featstore.text.plan import Plan, PlannedCorpus, PlannedModel
 from tests.support.architectures.building import save

@@ -14,6 +14,7 @@ from featstore.errors import SpecError, UnsupportedArchitectureError
 from featstore.models import residual as sites
 from featstore.models.hiding import Progress, _Hook, hiding, with_neutral_start
 from featstore.models.injection import Injection, aligned, inject, last
+from featstore.models.layout import Axes, Continuing
 from featstore.models.loading import load_model
 from featstore.models.passes import Passes
 from featstore.models.probe.prove import Needs, prove
@@ -244,7 +245,7 @@ def test_one_pass_over_prompt_and_answer_is_the_same_as_many(model: Any) -> None
 
 def test_a_text_that_is_passed_again_and_again_is_the_same_as_a_cached_one(model: Any) -> None:
     # Without a cache the prompt is the beginning of every pass, and takes its states in each.
-    stream = replace(residual_stream(model), continuing=sites.Continuing(kind="recomputed"))
+    stream = replace(residual_stream(model), continuing=Continuing(kind="recomputed"))
     ids, new = prompt(model), later(model, 1, 4, 1)
     for layer in layers(model):
         injection = injection_into(model, ids, layer, "hide")
@@ -395,7 +396,7 @@ def test_blocks_that_get_no_mask_are_named() -> None:
     block = Block()
     blocks = torch.nn.ModuleList([block])
     stream = sites.ResidualStream(
-        torch.nn.Module(), torch.nn.Module(), blocks, "layers", sites.Axes(0, 1, (3,)), torch.float32
+        torch.nn.Module(), torch.nn.Module(), blocks, "layers", Axes(0, 1, (3,)), torch.float32
     )
     stream.decoder.config = SimpleNamespace(_attn_implementation="sdpa")
     flags = torch.tensor([[True, False]])

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from featstore.errors import UnsupportedArchitectureError
+from featstore.models.layout import Continuing
 from featstore.models.loading import load_model
 from featstore.models.passes import Passes
 from featstore.models.references import ModelSpec
-from featstore.models.residual import Continuing, ResidualStream, forward, watching
+from featstore.models.residual import ResidualStream, forward, watching
 from featstore.models.stack import ordinary_ids, residual_stream
 from tests.support.tiny_models import small
 

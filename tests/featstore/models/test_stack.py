@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from featstore.errors import ModelLoadError, UnsupportedArchitectureError
-from featstore.models.residual import Axes, at_site, capture
+from featstore.models.layout import Axes
+from featstore.models.residual import at_site, capture
 from featstore.models.stack import (
     BATCH,
     TOKENS,

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from featstore.errors import FeatstoreError, ProbeError, UnsupportedArchitectureError
+from featstore.models.layout import Axes
 from featstore.models.probe.prove import Proven, everything, prove
 from featstore.models.probe.refusals import refuse_continuing, refuse_hiding, refuse_injecting, refuse_storing
-from featstore.models.residual import Axes
 from featstore.models.stack import residual_stream
 from featstore.models.verdict import Verdict
 from tests.support.architectures.building import NotBuiltError, build, causal_types

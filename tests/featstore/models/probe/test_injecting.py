@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from featstore.models.layout import Axes
 from featstore.models.probe import injecting
 from featstore.models.probe.injecting import Texts, two_texts
-from featstore.models.residual import Axes, ResidualStream, at_site
+from featstore.models.residual import ResidualStream, at_site
 from featstore.models.stack import residual_stream
 from featstore.models.verdict import LayerVerdict
 from tests.support.architectures.building import build

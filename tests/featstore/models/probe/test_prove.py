@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from featstore.errors import LayerRangeError
+from featstore.models.layout import Batching, Continuing
 from featstore.models.probe import prove as module
 from featstore.models.probe.prove import Needs, asked, everything, further, key_of, probe_key, prove, recalled
-from featstore.models.residual import Batching, Continuing, at_site, capture
+from featstore.models.residual import at_site, capture
 from featstore.models.stack import ordinary_ids, residual_stream
 from featstore.models.verdict import Verdict
 from tests.support.architectures.building import build

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from featstore.errors import NonFiniteStateError
+from featstore.models.layout import Batching
 from featstore.models.probe import reading
 from featstore.models.probe.differences import apart, furthest, rounding, spread
 from featstore.models.probe.prove import Needs, prove
-from featstore.models.residual import Batching, capture
+from featstore.models.residual import capture
 from featstore.models.stack import ordinary_ids, residual_stream
 from featstore.models.verdict import ReadingVerdict
 from tests.support.architectures.building import build
