@@ -85,8 +85,8 @@ def scored_windows(
             continue
         if chosen and max_tokens is not None and total + (b.stop - b.start) > max_tokens:
             break
-        first = TokenizedWindow(table_a.id[a], table_a.byte_end[a], table_a.special[a])
-        second = TokenizedWindow(table_b.id[b], table_b.byte_end[b], table_b.special[b])
+        first = TokenizedWindow(table_a.id[a], table_a.byte_end[a], table_a.special[a], table_a.exact[a])
+        second = TokenizedWindow(table_b.id[b], table_b.byte_end[b], table_b.special[b], table_b.exact[b])
         text = crossing(first, second, table_a.sink[a], table_b.sink[b])
         size = int(corpus.window_end[w] - corpus.window_start[w])
         chosen.append(

@@ -9,7 +9,7 @@ import numpy as np
 from featstore.extraction.job import Job
 from featstore.runtime.provenance import versions
 from featstore.store.format.version import FORMAT_VERSION
-from featstore.text import corpus
+from featstore.text import corpus, tokens
 
 SITE_CONVENTION = "layer k = residual stream after k blocks; 0 = embedding output; L = before the final norm"
 
@@ -67,6 +67,7 @@ def model_attributes(job: Job, name: str) -> dict[str, Any]:
         **job.infos[name].describe(),
         "rows": job.plan.models[name].rows,
         "tokens_sha256": job.plan.models[name].hash,
+        "byte_ends": tokens.ends_from(job.infos[name].tokenizer),
         "layers": list(job.layers[name]),
         "states": "moments" if job.moments == "only" else "rows",
         "layer_0": "table" if job.table else "stored",

@@ -167,7 +167,7 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     if settings.was_given("layers") and len(claimed) == len(infos):
         spec.parse_layers(settings.layers, claimed)  # what cannot be right is said before the wait for the weights
     for name, info in infos.items():
-        tokens.probe(info.tokenizer, name)
+        tokens.prove(info.tokenizer, name)
     compute = _compute(settings, infos, recorded)
     found = verdicts(infos, compute, recorded, table=settings.layer_0 == "table", quiet=quiet, load=load)
     infos = {name: measured(info, found.get(name)) for name, info in infos.items()}

@@ -18,6 +18,7 @@ from featstore.models.verdict import Verdict
 from featstore.runtime.provenance import read_json
 from featstore.store import Store, open_store
 from featstore.store.format.version import FORMAT_VERSION
+from featstore.store.read.records import TOKEN_COLUMNS
 from featstore.store.write.writer import StoreWriter
 from featstore.text.corpus import Source
 from featstore.text.plan import PlannedCorpus, PlannedModel
@@ -143,10 +144,10 @@ class Recorded:
         tables = {}
         for name in self.models:
             if writer.has(f"models/{name}/tokens"):
-                columns = self.store.columns(name, "id", "byte_end", "window", "special")
+                columns = self.store.columns(name, *TOKEN_COLUMNS)
                 counts = np.bincount(columns["window"], minlength=len(held.window_document))
                 starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-                table = PlannedModel(starts, columns["id"], columns["byte_end"], columns["special"])
+                table = PlannedModel(starts, columns["id"], columns["byte_end"], columns["special"], columns["exact"])
                 if table.hash == self.models[name]["tokens_sha256"]:
                     tables[name] = table
         return planned, tables

@@ -48,6 +48,16 @@ class PlannedCorpus:
     window_end: NDArray[np.int64]
 
     @property
+    def window_offset(self) -> NDArray[np.int64]:
+        """Where each window begins in ``text``."""
+        return self.document_start[self.window_document] + self.window_start
+
+    @property
+    def window_stop(self) -> NDArray[np.int64]:
+        """Where each window ends in ``text``."""
+        return self.document_start[self.window_document] + self.window_end
+
+    @property
     def hash(self) -> str:
         """SHA-256 over text, document boundaries and windows."""
         total = hashlib.sha256()
@@ -87,12 +97,14 @@ class PlannedModel:
         ids: int32 ``(n,)``.
         byte_end: int32 ``(n,)``, within the window.
         special: bool ``(n,)``.
+        exact: bool ``(n,)``, whether the token has read these bytes and no others.
     """
 
     row_start: NDArray[np.int64]
     ids: NDArray[np.int32]
     byte_end: NDArray[np.int32]
     special: NDArray[np.bool_]
+    exact: NDArray[np.bool_]
 
     @property
     def rows(self) -> int:
@@ -103,7 +115,7 @@ class PlannedModel:
     def hash(self) -> str:
         """SHA-256 of all that decides which row is which token."""
         total = hashlib.sha256()
-        for array in (self.row_start, self.ids, self.byte_end, self.special):
+        for array in (self.row_start, self.ids, self.byte_end, self.special, self.exact):
             total.update(np.ascontiguousarray(array).tobytes())
         return total.hexdigest()
 
@@ -262,8 +274,7 @@ def plan_model(planned: PlannedCorpus, tokenizer: Any, name: str, context: int) 
         OffsetError: The tokenizer's offsets do not rebuild the text.
         SpecError: A window is longer than the model's context.
     """
-    base = planned.document_start[planned.window_document]
-    cuts = list(zip((base + planned.window_start).tolist(), (base + planned.window_end).tolist(), strict=True))
+    cuts = list(zip(planned.window_offset.tolist(), planned.window_stop.tolist(), strict=True))
     parts: list[tokens.TokenizedWindow] = []
     for at in range(0, len(cuts), _TOKENIZE_BATCH):
         texts = [planned.text[start:end].tobytes().decode() for start, end in cuts[at : at + _TOKENIZE_BATCH]]
@@ -283,6 +294,7 @@ def _planned_model(parts: Sequence[tokens.TokenizedWindow]) -> PlannedModel:
         ids=np.concatenate([part.ids for part in parts]),
         byte_end=np.concatenate([part.byte_end for part in parts]),
         special=np.concatenate([part.special for part in parts]),
+        exact=np.concatenate([part.exact for part in parts]),
     )
 
 

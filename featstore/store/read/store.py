@@ -29,7 +29,7 @@ from featstore.store.format.version import FORMAT_VERSION, MANIFEST, METADATA_UN
 from featstore.store.read.files import LocalFiles, StoreFiles, parse_entry
 from featstore.store.read.pairs import Pairs, check_policy
 from featstore.store.read.portable import Location, store_files
-from featstore.store.read.records import StoredCorpus, StoredModel, Tokens, field
+from featstore.store.read.records import TOKEN_COLUMNS, StoredCorpus, StoredModel, Tokens, field
 from featstore.store.read.rows import RowReader
 from featstore.store.read.shown import html_table, one_line
 from featstore.store.read.tables import TableReader
@@ -426,7 +426,7 @@ class Store:
         """
         self.model(model)
         if model not in self._tokens:
-            self._tokens[model] = Tokens(**self.columns(model, "id", "byte_end", "window", "special", "sink"))
+            self._tokens[model] = Tokens(**self.columns(model, *TOKEN_COLUMNS, "sink"))
         return self._tokens[model]
 
     def columns(self, model: str, *names: str) -> dict[str, NDArray[Any]]:
@@ -436,7 +436,11 @@ class Store:
             model: Model name.
             names: Columns.
         """
-        return {name: self.vector(f"models/{model}/tokens/{name}") for name in names}
+        base = f"models/{model}/tokens"
+        # Stores of version 1 have no column that says which ends are exact: to them all were.
+        absent = {name for name in names if name == "exact" and not self.has(f"{base}/{name}")}
+        found = {name: self.vector(f"{base}/{name}") for name in names if name not in absent}
+        return found | {name: np.ones(self.model(model).rows, dtype=bool) for name in absent}
 
     @cached_property
     def _tokens(self) -> dict[str, Tokens]:
@@ -461,7 +465,7 @@ class Store:
         Args:
             source: Model name.
             target: Model name.
-            policy: ``end`` or ``word``.
+            policy: ``end``, ``word`` or ``byte``.
 
         Raises:
             PairingError: The store has no index for these models and policy.
@@ -524,7 +528,7 @@ class Store:
         prefixes = ["corpus/"]
         for name, chosen in layers.items():
             base = f"models/{name}"
-            prefixes += [f"{base}/tokens/{column}/" for column in ("id", "byte_end", "window", "special")]
+            prefixes += [f"{base}/tokens/{column}/" for column in TOKEN_COLUMNS]
             prefixes += [f"{base}/{kind}/{k}/" for k in chosen for kind in ("resid", "norm")] + [
                 f"{base}/embedding/"
             ] * (0 in chosen)

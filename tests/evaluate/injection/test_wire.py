@@ -34,7 +34,9 @@ KEY = "llama:2->mistral:2"
 
 
 def tokens(ends: list[int], special: int = 0) -> TokenizedWindow:
-    return TokenizedWindow(np.arange(len(ends)), np.array(ends, np.int32), np.arange(len(ends)) < special)
+    return TokenizedWindow(
+        np.arange(len(ends)), np.array(ends, np.int32), np.arange(len(ends)) < special, np.ones(len(ends), bool)
+    )
 
 
 def text_of(source: list[int], target: list[int], sinks: tuple[int, ...] = (), target_special: int = 0) -> Crossing:
