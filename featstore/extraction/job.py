@@ -27,8 +27,10 @@ from featstore.store.format.encoding import Encoding
 from featstore.store.format.shards import parse_layout
 from featstore.store.moments.stored import SPLITS
 from featstore.store.write.writer import free_bytes
-from featstore.text import corpus, tokens
+from featstore.text import tokens
+from featstore.text.documents import documents
 from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
+from featstore.text.sources import Source, iter_texts, parse_source, shuffled
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
         )
     if settings.layer_0 not in ("stored", "table"):
         raise SpecError(f"--layer-0 {settings.layer_0!r}: choose stored or table")
-    source = corpus.parse_source(settings.dataset, settings.text_field)
+    source = parse_source(settings.dataset, settings.text_field)
     infos = {s.name: models.inspect_model(s) for s in spec.parse_models(settings.model)}
     claimed = {name: info.depth for name, info in infos.items() if info.depth is not None}
     if settings.was_given("layers") and len(claimed) == len(infos):
@@ -235,7 +237,7 @@ def _held_layers(
 
 def _plan(
     settings: Settings,
-    source: corpus.Source,
+    source: Source,
     infos: dict[str, models.ModelInfo],
     recorded: Recorded | None,
     *,
@@ -299,7 +301,7 @@ def _grown(
     return replace(fresh, segments=(*recorded.segments, len(planned.window_document)))
 
 
-def _text_settings(settings: Settings, source: corpus.Source) -> dict[str, Any]:
+def _text_settings(settings: Settings, source: Source) -> dict[str, Any]:
     return {
         "source": source.to_dict(),
         "max_tokens": settings.max_tokens,
@@ -309,15 +311,15 @@ def _text_settings(settings: Settings, source: corpus.Source) -> dict[str, Any]:
     }
 
 
-def _read_source(settings: Settings, source: corpus.Source, infos: dict[str, models.ModelInfo], *, quiet: bool) -> Plan:
-    documents = corpus.documents(
-        corpus.shuffled(corpus.iter_texts(source), settings.seed),
+def _read_source(settings: Settings, source: Source, infos: dict[str, models.ModelInfo], *, quiet: bool) -> Plan:
+    read = documents(
+        shuffled(iter_texts(source), settings.seed),
         max_documents=settings.max_documents,
         max_bytes=settings.max_document_bytes,
     )
     with progress("tokenise", settings.max_tokens, "tok", quiet=quiet) as tick:
         return make_plan(
-            documents,
+            read,
             {name: info.tokenizer for name, info in infos.items()},
             max_tokens=settings.max_tokens,
             window_bytes=settings.window_bytes,

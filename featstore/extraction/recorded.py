@@ -19,8 +19,8 @@ from featstore.runtime.provenance import read_json
 from featstore.store import Store, open_store
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.store.write.writer import StoreWriter
-from featstore.text.corpus import Source
 from featstore.text.plan import PlannedCorpus, PlannedModel
+from featstore.text.sources import Source
 
 #: Settings that decide which text is read.
 TEXT_FIELDS = ("dataset", "text_field", "max_tokens", "max_documents", "max_document_bytes", "window_bytes", "seed")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from featstore.errors import OffsetError
 from featstore.store.read.pairs import last_at_each_end
-from featstore.text.corpus import windows
 from featstore.text.tokens import PROBE, TokenizedWindow, byte_offsets, check_offsets, probe, tokenize
+from featstore.text.windows import windows
 from tests.support.tokenizers import train_byte_level, train_with_start_token
 
 HARD = [
