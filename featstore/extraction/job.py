@@ -29,6 +29,7 @@ from featstore.store.moments.stored import SPLITS
 from featstore.store.write.writer import free_bytes
 from featstore.text import tokens
 from featstore.text.documents import documents
+from featstore.text.normalisation import check_choice, normalised, normalises
 from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
 from featstore.text.sources import Source, iter_texts, parse_source, shuffled
 
@@ -163,8 +164,12 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
         )
     if settings.layer_0 not in ("stored", "table"):
         raise SpecError(f"--layer-0 {settings.layer_0!r}: choose stored or table")
+    check_choice(settings.normalise)
     source = parse_source(settings.dataset, settings.text_field)
     infos = {s.name: models.inspect_model(s) for s in spec.parse_models(settings.model)}
+    if settings.normalise == "auto":
+        wanted = any(normalises(info.tokenizer) for info in infos.values())
+        settings = replace(settings, normalise="nfc" if wanted else "none")
     claimed = {name: info.depth for name, info in infos.items() if info.depth is not None}
     if settings.was_given("layers") and len(claimed) == len(infos):
         spec.parse_layers(settings.layers, claimed)  # what cannot be right is said before the wait for the weights
@@ -276,6 +281,9 @@ def _plan(
     )
 
 
+_CHANGED_TEXT = "the text itself has changed, or an older featstore read it otherwise and cut its windows elsewhere"
+
+
 def _grown(
     settings: Settings,
     recorded: Recorded,
@@ -288,7 +296,7 @@ def _grown(
         used = recorded.settings()
         changed = [name for name in TEXT_FIELDS if used[name] != getattr(settings, name)]
         raise StoreStateError(
-            f"{recorded.path} was made with other settings ({', '.join(changed) or 'the text itself has changed'}); "
+            f"{recorded.path} was made with other settings ({', '.join(changed) or _CHANGED_TEXT}); "
             "use the same command, a larger --max-tokens or --max-documents to add documents, or choose another --store"
         )
     absent = [name for name in recorded.models if name not in infos]
@@ -304,6 +312,7 @@ def _grown(
 def _text_settings(settings: Settings, source: Source) -> dict[str, Any]:
     return {
         "source": source.to_dict(),
+        "normalise": settings.normalise,
         "max_tokens": settings.max_tokens,
         "max_documents": settings.max_documents,
         "max_document_bytes": settings.max_document_bytes,
@@ -313,7 +322,7 @@ def _text_settings(settings: Settings, source: Source) -> dict[str, Any]:
 
 def _read_source(settings: Settings, source: Source, infos: dict[str, models.ModelInfo], *, quiet: bool) -> Plan:
     read = documents(
-        shuffled(iter_texts(source), settings.seed),
+        normalised(shuffled(iter_texts(source), settings.seed), settings.normalise),
         max_documents=settings.max_documents,
         max_bytes=settings.max_document_bytes,
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from featstore.errors import CorpusError, SpecError
-from featstore.text.windows import last_cut
+from featstore.text.windows import space_cut
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def documents(
             ) from error
         identity = hashlib.sha256(raw).digest()
         if max_bytes is not None and len(raw) > max_bytes:
-            text = raw[: last_cut(raw, 0, max_bytes)].decode()
+            text = raw[: space_cut(raw, max_bytes)].decode()
             if not text.strip():
                 continue
         yield Document(text, identity)

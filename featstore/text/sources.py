@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import random
 import re
 import zlib
@@ -94,17 +95,29 @@ def iter_texts(source: Source) -> Iterator[str]:
 
 
 def _text_files(source: Source) -> Iterator[str]:
-    paths = sorted(Path(p) for p in glob.glob(source.location, recursive=True))  # noqa: PTH207 - absolute globs
-    files = [path for path in paths if path.is_file()]
+    files = _matching(source.location)
     if not files:
         raise CorpusError(f"no file matches {source.location!r}; give an existing path or a glob such as 'texts/*.txt'")
     for path in files:
         try:
-            yield path.read_text(encoding="utf-8")
+            yield path.read_bytes().decode()  # not as text, which would drop carriage returns
         except UnicodeDecodeError as error:
             raise CorpusError(
                 f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it first"
             ) from error
+
+
+def _matching(location: str) -> list[Path]:
+    """The files that a path or glob means, sorted; what exists under the very name comes before what it matches."""
+    if os.path.isfile(location):  # noqa: PTH113 - a pattern may be longer than a name may be
+        return [Path(location)]
+    # A directory may have brackets in its name: the longest part that exists is no pattern.
+    literal = location.rpartition("/")[0]
+    while literal and not os.path.isdir(literal):  # noqa: PTH112 - as above
+        literal = literal.rpartition("/")[0]
+    pattern = glob.escape(literal) + location[len(literal) :]
+    paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute globs
+    return [path for path in paths if path.is_file()]
 
 
 def _json_lines(source: Source) -> Iterator[str]:
