@@ -146,6 +146,7 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     Raises:
         FeatstoreError: Anything wrong with models, layers, text, flags or the store that is there.
     """
+    check_choice(settings.normalise)
     recorded = read_recorded(settings.store)
     if recorded:
         settings = inherit(settings, recorded)
@@ -164,12 +165,11 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
         )
     if settings.layer_0 not in ("stored", "table"):
         raise SpecError(f"--layer-0 {settings.layer_0!r}: choose stored or table")
-    check_choice(settings.normalise)
     source = parse_source(settings.dataset, settings.text_field)
     infos = {s.name: models.inspect_model(s) for s in spec.parse_models(settings.model)}
     if settings.normalise == "auto":
-        wanted = any(normalises(info.tokenizer) for info in infos.values())
-        settings = replace(settings, normalise="nfc" if wanted else "none")
+        any_does = any(normalises(info.tokenizer) for info in infos.values())
+        settings = replace(settings, normalise="nfc" if any_does else "none")
     claimed = {name: info.depth for name, info in infos.items() if info.depth is not None}
     if settings.was_given("layers") and len(claimed) == len(infos):
         spec.parse_layers(settings.layers, claimed)  # what cannot be right is said before the wait for the weights

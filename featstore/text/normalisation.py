@@ -37,7 +37,7 @@ def check_choice(text: str) -> None:
 def normalises(tokenizer: Any) -> bool:
     """Whether a tokenizer brings text into a Unicode normal form before it cuts it into tokens.
 
-    Steps such as ``Replace``, ``Prepend``, ``Lowercase`` and ``Nmt`` are none: they leave decomposed characters as they are.
+    Steps such as ``Replace``, ``Prepend``, ``Lowercase`` and ``Nmt`` do not: decomposed characters stay as they are.
 
     Args:
         tokenizer: A transformers tokenizer; one that is not backed by the tokenizers library has no steps to tell.

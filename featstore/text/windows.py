@@ -57,9 +57,9 @@ def windows(raw: bytes, size: int) -> list[tuple[int, int]]:
     """Cut a document's bytes into windows of at most ``size`` bytes.
 
     A window ends, in this order, after a blank line, after a sentence, before whitespace (which opens the next window),
-    or between two grapheme clusters. The first three are looked for in the last quarter of the allowed stretch; where it
-    has none of them, the last one before that quarter is taken, of whichever kind. Only a cluster that is longer than a
-    window is cut, between whole characters.
+    or between two grapheme clusters. The first three are looked for in the last quarter of the allowed stretch; where
+    it has none of them, the last one before that quarter is taken, of whichever kind. A no-break space will do where
+    there is nothing else. Only a cluster that is longer than a window is cut, between whole characters.
 
     Args:
         raw: UTF-8 bytes of the document.
@@ -101,7 +101,7 @@ def space_cut(raw: bytes, limit: int) -> int:
         Bytes to keep: up to the last whitespace; without any, up to the last whole grapheme cluster; of a single
         cluster, up to the last whole character.
     """
-    end = _best_cut(raw, 0, 0, limit, _KINDS[2:])
+    end = _best_cut(raw, 0, 0, limit, (_spaces,))
     return _character_cut(raw, limit) if end is None else end
 
 
@@ -114,6 +114,8 @@ def _best_cut(raw: bytes, start: int, whole: int, limit: int, kinds: tuple[_Kind
     found = next((at for kind in kinds if (at := _last(kind, text, near - _BEHIND, end)) >= near), -1)
     if found < 0:
         found = max(_last(kind, text, 0, end) for kind in kinds)
+    if found < least:
+        found = _last(_no_break_spaces, text, 0, end)
     if found < least:
         found = _last_cluster(text, end)
     return whole + len(text[:found].encode()) if found >= least else None
@@ -156,7 +158,7 @@ def _no_break_spaces(text: str, start: int) -> Iterator[int]:
     return (match.start() for match in _JOINING.finditer(text, start))
 
 
-_KINDS: tuple[_Kind, ...] = (_blank_lines, _sentences, _spaces, _no_break_spaces)
+_KINDS: tuple[_Kind, ...] = (_blank_lines, _sentences, _spaces)
 
 
 def _last_cluster(text: str, end: int) -> int:
