@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,8 @@ from featstore.errors import CorpusError, SpecError
 from featstore.text.documents import documents
 from featstore.text.splits import split_of
 
-SPACES = b" \t\n\r\v\f"
+#: Unicode's, and the zero-width space.
+SPACE = regex.compile(r"[\p{White_Space}\u200b]")
 #: Text rich in the cases that matter: spaces, runs without any, characters of one to four bytes.
 TEXTS = st.text(st.sampled_from("ab c\n\té東🙂\u0301\u00a0"), max_size=120) | st.text(
     st.characters(codec="utf-8"), max_size=60
@@ -33,13 +35,18 @@ class TestDocuments:
     def test_a_byte_budget_cuts_back_to_a_boundary_and_keeps_the_id(self, text, limit):
         made = list(documents([text], max_bytes=limit))
         if not made:
-            assert not text.encode()[: limit + 1].decode(errors="ignore").strip() or not text[:1].strip()
+            assert not text.encode()[: limit + 1].decode(errors="ignore").strip() or SPACE.match(text)
             return
         raw, kept = text.encode(), made[0].text.encode()
         assert raw.startswith(kept)
         assert len(kept) <= limit
         assert made[0].id == hashlib.sha256(raw).digest()
-        assert len(kept) == len(raw) or raw[len(kept)] in SPACES or limit - len(kept) < 4
+        after = text[len(made[0].text) :]
+        clusters = regex.findall(r"\X", text)
+        # Else it is the last cluster, or the last character of a longer one.
+        longest = max(len(cluster.encode()) for cluster in clusters)
+        assert not after or SPACE.match(after) or limit - len(kept) < max(longest, 4)
+        assert not (made[0].text.endswith("\r") and after.startswith("\n"))
         assert made[0].text.strip()
 
     def test_a_budget_under_one_character_is_refused(self):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from featstore.errors import CorpusError, SpecError
@@ -82,6 +83,72 @@ class TestTextFiles:
         path.write_bytes("caf\xe9".encode("latin-1"))
         with pytest.raises(CorpusError, match=r"latin\.txt is not UTF-8 .* at byte 3"):
             list(iter_texts(parse_source(f"text:{path}")))
+
+    @given(raw=st.text(st.sampled_from("a\r\n\ufeffé東 ") | st.characters(codec="utf-8")).map(str.encode))
+    @example(raw=b"one\r\ntwo\rthree\n\r\n")
+    def test_a_file_is_read_as_its_bytes_are(self, tmp_path_factory, raw):
+        path = tmp_path_factory.mktemp("bytes") / "x.txt"
+        path.write_bytes(raw)
+        assert next(iter_texts(parse_source(f"text:{path}"))).encode() == raw
+
+    def test_files_and_lines_of_the_same_text_are_the_same_documents(self, tmp_path):
+        texts = [f"Line one of {i}.\r\nLine two\rand three.\r\n" for i in range(3)]
+        for i, text in enumerate(texts):
+            (tmp_path / f"{i}.txt").write_bytes(text.encode())
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        files, lines = (
+            list(documents(iter_texts(parse_source(f"{q}"))))
+            for q in (f"text:{tmp_path}/*.txt", f"jsonl:{tmp_path}/x.jsonl")
+        )
+        assert files == lines
+        assert [document.id for document in files] == [hashlib.sha256(text.encode()).digest() for text in texts]
+
+
+class TestBrackets:
+    @pytest.fixture
+    def place(self, tmp_path, monkeypatch):
+        for name in (
+            "run[1]/a.txt",
+            "run[1]/b[2].txt",
+            "run[1]/sub/c.txt",
+            "run1/d.txt",
+            "b2.txt",
+            "*.txt",
+            "x[/e.txt",
+        ):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(name)
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("location", "files"),
+        [
+            ("run[1]/a.txt", ["run[1]/a.txt"]),
+            ("run[1]/b[2].txt", ["run[1]/b[2].txt"]),  # a file that exists is that file
+            ("*.txt", ["*.txt"]),
+            ("[*]*.txt", ["*.txt"]),
+            ("b[2].txt", ["b2.txt"]),  # none of that name: a pattern
+            ("run[1]/*.txt", ["run[1]/a.txt", "run[1]/b[2].txt"]),
+            ("./run[1]/*.txt", ["run[1]/a.txt", "run[1]/b[2].txt"]),
+            ("run[1]//*.txt", ["run[1]/a.txt", "run[1]/b[2].txt"]),
+            ("run[1]/**/*.txt", ["run[1]/a.txt", "run[1]/b[2].txt", "run[1]/sub/c.txt"]),
+            ("run[1]/s[tu]b/*.txt", ["run[1]/sub/c.txt"]),
+            ("run[12]/*.txt", ["run1/d.txt"]),  # no directory of that name
+            ("x[/*.txt", ["x[/e.txt"]),
+        ],
+    )
+    def test_what_exists_under_the_name_comes_before_what_it_matches(self, place, location, files):
+        assert list(iter_texts(parse_source(f"text:{location}"))) == files
+        if not location.startswith("."):
+            assert list(iter_texts(parse_source(f"text:{place}/{location}"))) == files
+
+    @pytest.mark.parametrize(
+        "location", ["run[1]", "run[1]/", "run[1]/*.md", "run[1]/c.txt/d", "q" * 300 + "[1]", "\0"]
+    )
+    def test_what_is_no_file_is_said(self, place, location):
+        with pytest.raises(CorpusError, match="no file matches"):
+            list(iter_texts(parse_source(f"text:{location}")))
 
 
 class TestJsonLines:
