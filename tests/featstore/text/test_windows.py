@@ -58,7 +58,8 @@ class TestAnyText:
         assert not any(a.endswith("\r") and b.startswith("\n") for a, b in pairwise(pieces))
 
     @given(
-        st.lists(st.sampled_from(["ab", "c", " ", "\n", ". ", "x" * 9]), max_size=60).map("".join), st.integers(4, 40)
+        st.lists(st.sampled_from(["ab", "A", " ", "\n", ".", ". ", "x" * 9]), max_size=60).map("".join),
+        st.integers(4, 40),
     )
     def test_a_cut_is_the_best_one_of_a_plain_search(self, text, size):
         """Every place of a short alphabet judged on its own, without a pattern that runs backwards."""
@@ -103,6 +104,12 @@ class TestBlankLines:
     def test_a_single_line_end_is_no_blank_line(self):
         assert cut("A sentence ends. One line\r\nand two more", 28)[0] == "A sentence ends. One line"
 
+    @pytest.mark.parametrize(("place", "taken"), [(15, True), (16, True), (14, False), (13, False)])
+    def test_the_last_quarter_is_what_counts_as_near(self, place, taken):
+        first = cut("x" * (place - 2) + "\n\n" + "a b c d e f g h", 20)[0]
+        assert first.endswith("\n\n") == taken
+        assert len(first) == place if taken else len(first) > 18
+
     def test_one_far_from_the_end_does_not_shorten_the_window(self):
         assert cut("One\n\ntwo three four five six seven", 24)[0] == "One\n\ntwo three four five"
 
@@ -146,6 +153,11 @@ class TestSentences:
     def test_a_point_that_ends_none_is_no_better_than_a_space(self, text):
         first = cut(text, len(text.encode()) - 1)[0]
         assert not first.endswith((".", "．"))
+
+    def test_a_mark_upon_the_sentence_end_stays_with_it(self):
+        text = "सभी हैं।\u0301उन्हें"
+        assert cut(text, len("सभी हैं।\u0301".encode()))[0] == "सभी"
+        assert cut("aaaa ‼\ufe0faaaa", 12)[0] == "aaaa"
 
     def test_what_follows_the_window_decides(self):
         """The window ends right after the mark, and the next character lies beyond it."""
