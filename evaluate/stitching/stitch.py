@@ -28,7 +28,7 @@ from featstore.models.injection import KEEP, aligned, inject
 from featstore.models.probe.prove import Needs
 from featstore.runtime.console import progress
 from featstore.store import Store
-from featstore.text.corpus import SPLITS, TEST
+from featstore.text.splits import SPLITS, TEST
 from featstore.text.tokens import TokenizedWindow
 
 __all__ = ["CONDITIONS", "Window", "describe", "scored_windows", "stitch"]

@@ -20,11 +20,20 @@ from featstore.store import Store, open_store
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.store.read.records import TOKEN_COLUMNS
 from featstore.store.write.writer import StoreWriter
-from featstore.text.corpus import Source
 from featstore.text.plan import PlannedCorpus, PlannedModel
+from featstore.text.sources import Source
 
 #: Settings that decide which text is read.
-TEXT_FIELDS = ("dataset", "text_field", "max_tokens", "max_documents", "max_document_bytes", "window_bytes", "seed")
+TEXT_FIELDS = (
+    "dataset",
+    "text_field",
+    "normalise",
+    "max_tokens",
+    "max_documents",
+    "max_document_bytes",
+    "window_bytes",
+    "seed",
+)
 #: Model attributes that may differ between an extraction and a later addition to it.
 _MAY_DIFFER = ("versions", "device_type")
 #: Model attributes that say of the weights what their fingerprint decides; older stores lack them.
@@ -56,6 +65,18 @@ class Recorded:
         return bool(self.root.get("complete"))
 
     @property
+    def normalise(self) -> str:
+        """The form that the text was brought into when it was read; older stores have it as it was.
+
+        Raises:
+            CorruptDataError: No such form.
+        """
+        form = self.root["corpus"].get("normalise", "none")
+        if form not in ("none", "nfc"):
+            raise CorruptDataError(f"{self.path}/zarr.json: corpus.normalise is {form!r}, neither none nor nfc")
+        return str(form)
+
+    @property
     def segments(self) -> tuple[int, ...]:
         """Window counts at which earlier plans ended."""
         return tuple(self.root.get("segments", ()))
@@ -84,6 +105,7 @@ class Recorded:
         found: dict[str, Any] = {
             "dataset": source.text,
             "text_field": source.field,
+            "normalise": self.normalise,
             **{name: corpus[name] for name in ("max_tokens", "max_documents", "max_document_bytes", "seed")},
             "window_bytes": self.root["window_bytes"],
             "sink_threshold": self.root["mask"]["sink_threshold"],
@@ -194,6 +216,7 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
 
     Raises:
         CorruptDataError: The account lacks something.
+        StoreStateError: The text is to be read in another Unicode form than the store's.
     """
     try:
         used, references = recorded.settings(), recorded.references()
@@ -204,6 +227,14 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
         for field in fields(settings)
         if field.name in used and not settings.was_given(field.name)
     }
+    wish = settings.normalise if settings.was_given("normalise") else "auto"
+    if wish == "auto":
+        changes["normalise"] = recorded.normalise  # what suits a model that joins later does not change the text
+    elif wish != recorded.normalise and not recorded.empty:
+        raise StoreStateError(
+            f"{recorded.path} holds text that was read with --normalise {recorded.normalise}, not {wish}; "
+            "leave --normalise out, or choose another --store"
+        )
     if not settings.was_given("model") and references:
         changes["model"] = tuple(references.values())
     return replace(settings, **changes)
@@ -212,6 +243,11 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
 def _without_budgets(value: Any) -> Any:
     """An attribute without the budgets: where a larger one finds no more text, the text is the same."""
     return {k: v for k, v in value.items() if not k.startswith("max_")} if isinstance(value, dict) else value
+
+
+def _text_of(root: dict[str, Any]) -> dict[str, Any]:
+    """Root attributes, with what older stores do not say of the text."""
+    return {**root, "corpus": {"normalise": "none", **root["corpus"]}}
 
 
 def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
@@ -228,11 +264,12 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
     growing = root["plan"] != recorded.root["plan"]
     if recorded.empty:
         return
+    recorded_root = _text_of(recorded.root)
     free = {"complete", "models", "moments"} | ({"corpus", "split", "plan", "segments"} if growing else set())
     changed = [
         key
         for key in root
-        if key not in free and _without_budgets(recorded.root.get(key)) != _without_budgets(root[key])
+        if key not in free and _without_budgets(recorded_root.get(key)) != _without_budgets(root[key])
     ]
     if growing and not recorded.complete:
         changed.append("corpus")

@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 
 from featstore.errors import CorpusError, SpecError
 from featstore.runtime.provenance import digest
-from featstore.text import corpus, tokens
+from featstore.text import tokens
+from featstore.text.documents import Document
+from featstore.text.splits import split_of
+from featstore.text.windows import windows
 
 DEFAULT_WINDOW_BYTES = 2048
 DEFAULT_BATCH_TOKENS = 8192
@@ -210,7 +213,7 @@ class Plan:
 
 
 def make_plan(
-    documents: Iterable[corpus.Document],
+    documents: Iterable[Document],
     tokenizers: dict[str, Any],
     *,
     max_tokens: int | None,
@@ -298,12 +301,10 @@ def _planned_model(parts: Sequence[tokens.TokenizedWindow]) -> PlannedModel:
     )
 
 
-def _window_stream(
-    documents: Iterable[corpus.Document], window_bytes: int
-) -> Iterator[tuple[corpus.Document, bytes, int, int]]:
+def _window_stream(documents: Iterable[Document], window_bytes: int) -> Iterator[tuple[Document, bytes, int, int]]:
     for document in documents:
         raw = document.text.encode()
-        for start, end in corpus.windows(raw, window_bytes):
+        for start, end in windows(raw, window_bytes):
             yield document, raw, start, end
 
 
@@ -313,7 +314,7 @@ class _Builder:
     def __init__(self, names: Sequence[str]) -> None:
         self.full = False
         self._names = names
-        self._documents: list[corpus.Document] = []
+        self._documents: list[Document] = []
         self._raw: list[bytes] = []
         self._windows: list[tuple[int, int, int]] = []
         self._parts: dict[str, list[tokens.TokenizedWindow]] = {name: [] for name in names}
@@ -321,7 +322,7 @@ class _Builder:
 
     def add(
         self,
-        document: corpus.Document,
+        document: Document,
         raw: bytes,
         start: int,
         end: int,
@@ -355,7 +356,7 @@ class _Builder:
             text=np.frombuffer(b"".join(self._raw), dtype=np.uint8),
             document_start=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
             document_id=np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(-1, 32),
-            document_split=corpus.split_of(ids),
+            document_split=split_of(ids),
             window_document=table[:, 0].astype(np.int32),
             window_start=table[:, 1],
             window_end=table[:, 2],

@@ -26,9 +26,9 @@ from evaluate.injection.wire import Crossing, crossing, wire
 from evaluate.stitching.stitch import CONDITIONS, describe, scored_windows, stitch
 from featstore.errors import AdapterError, SpecError
 from featstore.store import open_store
-from featstore.text.corpus import TEST
-from featstore.text.corpus import windows as cut
+from featstore.text.splits import TEST
 from featstore.text.tokens import TokenizedWindow
+from featstore.text.windows import windows as cut
 
 KEY = "llama:2->mistral:2"
 

@@ -18,9 +18,10 @@ from featstore.errors import CorpusError, SpecError
 from featstore.extraction.job import prepare
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
-from featstore.text import corpus
-from featstore.text.corpus import documents
+from featstore.text.documents import documents
 from featstore.text.plan import Plan, PlannedCorpus, PlannedModel, make_plan
+from featstore.text.splits import split_of
+from featstore.text.windows import windows
 
 TEXTS = [f"document {i}: " + "some more words " * (i % 5 + 1) for i in range(12)]
 
@@ -54,7 +55,7 @@ class TestTables:
         assert text == "".join(TEXTS)
         np.testing.assert_array_equal(np.diff(made.corpus.document_start), [len(t) for t in TEXTS])
         expected = [
-            (d, start, end) for d, t in enumerate(TEXTS) for start, end in corpus.windows(t.encode(), made.window_bytes)
+            (d, start, end) for d, t in enumerate(TEXTS) for start, end in windows(t.encode(), made.window_bytes)
         ]
         c = made.corpus
         assert list(zip(c.window_document, c.window_start, c.window_end, strict=True)) == expected
@@ -72,7 +73,7 @@ class TestTables:
         made = plan()
         ids = [d.id for d in documents(TEXTS)]
         assert made.corpus.document_id.tobytes() == b"".join(ids)
-        np.testing.assert_array_equal(made.corpus.document_split, corpus.split_of(ids))
+        np.testing.assert_array_equal(made.corpus.document_split, split_of(ids))
 
     def test_more_windows_than_a_tokenising_batch(self):
         texts = [f"{i} " + "x " * 400 for i in range(20)]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore.errors import OffsetError
-from featstore.text.corpus import windows
 from featstore.text.tokens import PROBE, TokenizedWindow, prove, tokenize
+from featstore.text.windows import windows
 from tests.support.tokenizers import train_byte_level, train_with_start_token
 
 HARD = [
