@@ -97,9 +97,8 @@ def vector_document(array: NDArray[Any], chunk_rows: int) -> dict[str, Any]:
         array: Any boolean, integer or float array.
         chunk_rows: Chunk length along the first axis.
     """
-    single = array.dtype.itemsize == 1
-    first = {"name": "bytes"} if single else _BYTES
-    return _zarr_array(array.shape, array.dtype.name, (chunk_rows, *array.shape[1:]), [first, _CRC])
+    # With a byte order even for single bytes, where it means nothing: the zarrita package of PyPI asks for one.
+    return _zarr_array(array.shape, array.dtype.name, (chunk_rows, *array.shape[1:]), [_BYTES, _CRC])
 
 
 def dimension_names(path: str, axes: int) -> tuple[str, ...]:
@@ -132,20 +131,36 @@ def named(path: str, document: Mapping[str, Any]) -> dict[str, Any]:
     return {**document, "dimension_names": list(dimension_names(path, len(document["shape"])))}
 
 
+def upgraded(document: Mapping[str, Any]) -> dict[str, Any]:
+    """An array's document of format version 1 as this version writes it, but for the names of its dimensions.
+
+    Args:
+        document: Its ``zarr.json``.
+    """
+    codecs = [_BYTES if codec == {"name": "bytes"} else codec for codec in document["codecs"]]
+    return {**document, "codecs": codecs}
+
+
 def consolidated(documents: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Consolidated metadata, as the root's document carries it.
 
     A reader that does not know one data type in it refuses the whole store, so arrays of other types than
-    :data:`CORE_TYPES` are left out; their own documents stay where they are.
+    :data:`CORE_TYPES` are left out; their own documents stay where they are. A group says that it lists no more than
+    this, as in what zarr-python writes: of one that lists nothing zarr-python would look for members in the store.
 
     Args:
         documents: Documents of all groups and arrays below the root, by path.
     """
-    held = {
-        name: document
-        for name, document in documents.items()
-        if document["node_type"] != "array" or document["data_type"] in CORE_TYPES
-    }
+    held = {}
+    for name, document in documents.items():
+        if document["node_type"] == "group":
+            held[name] = document | {"consolidated_metadata": _inline({})}
+        elif document["data_type"] in CORE_TYPES:
+            held[name] = document
+    return _inline(held)
+
+
+def _inline(held: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "inline", "must_understand": False, "metadata": held}
 
 

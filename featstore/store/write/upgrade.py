@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from featstore.runtime.provenance import read_json
+from featstore.store.format import documents
 from featstore.store.format.version import FORMAT_VERSION, REBUILDING
 from featstore.store.write.writer import StoreWriter
 
@@ -35,7 +36,8 @@ def upgrade_metadata(writer: StoreWriter, changes: Mapping[str, Any] | None = No
     for path in sorted(writer.path.rglob("zarr.json")):
         document = read_json(path)
         if document.get("node_type") == "array":
-            writer.describe({path.parent.relative_to(writer.path).as_posix(): document})
+            name = path.parent.relative_to(writer.path).as_posix()
+            writer.describe({name: documents.upgraded(document)})
     own = {key: value for key, value in _own(writer).items() if key != REBUILDING}
     own |= dict(changes or {}) | {"format_version": FORMAT_VERSION, "complete": True}
     writer.seal({"featstore": own})
