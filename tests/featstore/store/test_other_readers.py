@@ -160,7 +160,12 @@ def test_the_zarrita_of_pypi_reads_all_but_booleans_and_floats_of_16_and_8_bits(
     # It knows "bool" by name, and looks for numpy's type of it under another.
     names = names_of(stores, CORE_TYPES - {"float16", "bool"})
     read, _ = readers.read_with("zarrita_pypi", tmp_path, stores, names)
-    assert flat(names) == read.keys() >= SOME - {"hot-bfloat16:models/b/tokens/special"} | {"archive-float32:models/a/resid/3", "hot-int8:models/b/resid/0"}
+    assert (
+        flat(names)
+        == read.keys()
+        >= SOME - {"hot-bfloat16:models/b/tokens/special"}
+        | {"archive-float32:models/a/resid/3", "hot-int8:models/b/resid/0"}
+    )
     compare(read, expected)
 
 
@@ -203,7 +208,9 @@ def test_the_zarrita_of_npm_lists_a_store_and_reads_it(stores, expected, tmp_pat
         assert result["version"] == 2
         contents = {(entry["path"].strip("/"), entry["kind"]) for entry in result["contents"]}
         assert {path for path, kind in contents if kind == "array"} == set(listed[store])
-        assert {"", "models/a", "models/a/resid", "pairs/a__b/end"} <= {path for path, kind in contents if kind == "group"}
+        assert {"", "models/a", "models/a/resid", "pairs/a__b/end"} <= {
+            path for path, kind in contents if kind == "group"
+        }
         assert result["read"].keys() == set(names[store])
         for path, array in result["read"].items():
             values = np.array(array["data"], np.float64).reshape(array["shape"])
