@@ -268,7 +268,7 @@ def run_app(app: typer.Typer, name: str) -> None:
 
 
 def _warn_in_lines(name: str) -> None:
-    """Let the command say what it warns of as it says what went wrong: each in one line, once, without a place in code."""
+    """Let the command warn as it says what went wrong: in one line, once, without a place in the code."""
     others, said = warnings.showwarning, set[str]()
 
     def show(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:

@@ -6,10 +6,10 @@
         --store old.zarr --device cpu --window-bytes 256 --shard-rows 1024 --moments
     featstore pair old.zarr --policy word
 
-``text/`` has six passages of the Universal Declaration of Human Rights: three in Burmese, two in Hebrew, one in English.
-``a`` and ``b`` are random Llamas, of 2 blocks and width 8 and of 3 blocks and width 12. Their byte-level tokenizers were
-trained apart, on other articles; b puts ``<s>`` before a text. Tokens of both end inside characters, where version 1
-recorded the end of the character: see :data:`TRUTH`.
+``text/`` has six passages of the Universal Declaration of Human Rights: three in Burmese, two in Hebrew, one in
+English. ``a`` and ``b`` are random Llamas, of 2 blocks and width 8 and of 3 blocks and width 12. Their byte-level
+tokenizers were trained on different articles of it; b puts ``<s>`` before a text. Tokens of both end inside characters,
+where version 1 recorded the end of the character: see :data:`TRUTH`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A store of an older format version made one of this: what a rebuild does before and after it derives tables and pairs.
+"""A store of an older format version becomes one of this: what a rebuild does around deriving tables and pairs again.
 
-:func:`begin_rebuild`, the new units, :func:`upgrade_metadata`. From the first to the last of them nobody reads the store;
-killed in between, it is rebuilt again from where text, ids and states are what they were.
+:func:`begin_rebuild`, the new units, :func:`upgrade_metadata`. From the first to the last nobody reads the store. A
+rebuild that is killed in between is run again: text, token ids and states are what they were.
 """
 
 from __future__ import annotations

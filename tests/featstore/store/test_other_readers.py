@@ -1,4 +1,4 @@
-"""Other people's readers, without our package: a store lists, and all in it but states of unusual types reads, the same.
+"""Other people's readers, without our package: they list a store and read all but states of types they do not know.
 
 Each reader runs in a process in which ``featstore`` cannot be imported; see ``tests/support/readers``.
 """
@@ -36,7 +36,7 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory) -> dict[str, Path]:
-    """A store of every format and layout, one with layer 0 as a table, and one of version 1 that was brought up to 2."""
+    """A store of every format and layout, one with layer 0 as a table, one of version 1 that was brought up to 2."""
     root = tmp_path_factory.mktemp("stores")
     found = {name: write_quickly(root / f"{name}.zarr", recipe) for name, recipe in RECIPES.items()}
     recipe = Recipe(form="fp8", layout="hot", shard_rows=1024)

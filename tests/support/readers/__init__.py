@@ -1,7 +1,7 @@
 """Other people's readers, each a program of its own in whose process ``featstore`` cannot be imported.
 
-A program takes a file of JSON, ``{"stores": {name: path}, "arrays": {name: [path within the store, ...]}}``, and a path for
-what it read: a numpy archive with ``<store>:<path>`` for every array.
+A program takes a file of JSON, ``{"stores": {name: path}, "arrays": {name: [path within the store, ...]}}``, and a path
+for what it read: a numpy archive with ``<store>:<path>`` for every array.
 """
 
 from __future__ import annotations

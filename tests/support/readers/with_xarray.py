@@ -22,4 +22,4 @@ for store, path in stores.items():
                 np.testing.assert_array_equal(alone[name].values, array.values)
                 said[f"{store}:{key}"] = list(array.dims)
 np.savez(sys.argv[2], **read)
-print(json.dumps(said))
+sys.stdout.write(json.dumps(said))

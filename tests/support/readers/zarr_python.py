@@ -33,4 +33,4 @@ for store, path in stores.items():
             for name, node in looking[below].arrays():
                 np.testing.assert_array_equal(node[...], read[f"{store}:{below}/{name}"])
 np.savez(sys.argv[2], **read)
-print(json.dumps(said))
+sys.stdout.write(json.dumps(said))
