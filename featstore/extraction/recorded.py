@@ -16,9 +16,9 @@ from featstore.errors import CorruptDataError, StoreFormatError, StoreStateError
 from featstore.extraction.settings import Settings
 from featstore.models.verdict import Verdict
 from featstore.runtime.provenance import read_json
-from featstore.store import Store, open_store
-from featstore.store.format.version import FORMAT_VERSION
+from featstore.store.read.files import LocalFiles
 from featstore.store.read.records import TOKEN_COLUMNS
+from featstore.store.read.store import Store, open_files
 from featstore.store.write.writer import StoreWriter
 from featstore.text.plan import PlannedCorpus, PlannedModel
 from featstore.text.sources import Source
@@ -183,6 +183,7 @@ def read_recorded(path: Path) -> Recorded | None:
 
     Raises:
         StoreFormatError: Something else is there.
+        StoreStateError: A store of an older format version, to which this one does not add.
         CorruptDataError: The store's metadata is damaged.
     """
     taken = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
@@ -195,10 +196,9 @@ def read_recorded(path: Path) -> Recorded | None:
         if strangers and strangers != ["manifest"]:
             raise StoreFormatError(f"--store {path} exists and is not a feature store; choose another path")
         return None
-    store = open_store(path, allow_incomplete=True)
+    store = open_files(LocalFiles(path), allow_incomplete=True)
+    store.require_current()
     root = store.attributes
-    if root["format_version"] != FORMAT_VERSION:
-        raise StoreFormatError(f"{path} has format version {root['format_version']}; this featstore writes another")
     models = {}
     for name in root["models"]:
         group = path / "models" / name / "zarr.json"
