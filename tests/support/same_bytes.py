@@ -1,0 +1,150 @@
+"""Which tokens of two tokenizers have read the same bytes: in truth, and by the rule of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.store.read.pairs import match
+from tests.support.real_tokenizers import FAMILIES, PIECES, STAND_INS
+from tests.support.token_bytes import spelled_by_pieces, spelled_by_stand_ins, true_ends, true_keys
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a tokenizer's ids spell bytes.
+
+    Attributes:
+        tokens: Bytes by id.
+        form: Unicode form that it brings a text to, or None.
+        space: What stands for a space.
+    """
+
+    tokens: dict[int, bytes]
+    form: str | None
+    space: str
+
+    @classmethod
+    def of(cls, tokenizer: Any, kind: str, form: str | None = None) -> Spelling:
+        """Of a vocabulary of one of the two kinds of :mod:`tests.support.real_tokenizers`."""
+        read = {STAND_INS: spelled_by_stand_ins, PIECES: spelled_by_pieces}[kind]
+        return cls(read(tokenizer), form, {STAND_INS: " ", PIECES: "▁"}[kind])
+
+    @classmethod
+    def of_family(cls, name: str, tokenizer: Any) -> Spelling:
+        """Of a real tokenizer."""
+        return cls.of(tokenizer, FAMILIES[name].spelling, FAMILIES[name].form) if name in FAMILIES else cls.of(tokenizer, STAND_INS)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a tokenizer reads in some windows, in truth.
+
+    Attributes:
+        ids: Token ids of every window.
+        special: Which of them the tokenizer added.
+        ends: Bytes of the window read once each is.
+        keys: int64 ``window * 2^32 + end`` of the ends at which a token may pair.
+        rows: int64, the token of each, counted over all windows.
+    """
+
+    ids: list[list[int]]
+    special: list[NDArray[np.bool_]]
+    ends: list[Ints]
+    keys: Ints
+    rows: Ints
+
+
+def read(tokenizer: Any, spelling: Spelling, windows: Sequence[str]) -> Reading:
+    """Tokenise windows and reconstruct what every token has read.
+
+    Raises:
+        AssertionError: The tokens of a window do not spell it.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    ids, special, ends, keys, rows, row = [], [], [], [], [], 0
+    for number, (text, encoding) in enumerate(zip(windows, backend.encode_batch(list(windows)), strict=True)):
+        ids.append(encoding.ids)
+        special.append(np.array(encoding.special_tokens_mask, dtype=bool))
+        tokens = [spelling.tokens[i] for i in encoding.ids]
+        ends.append(true_ends(text, tokens, special[-1], form=spelling.form, space=spelling.space))
+        end, at = true_keys(text, ends[-1])
+        keys.append((number << 32) | end)
+        rows.append(at + row)
+        row += len(encoding.ids)
+    return Reading(ids, special, ends, np.concatenate(keys), np.concatenate(rows))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Pairs that a rule makes, beside those that are right.
+
+    Attributes:
+        made: How many it makes.
+        right: How many are right: two tokens that are the last of each side to end at a byte, at a character's end.
+        wrong: How many of those made join tokens that have not read the same bytes.
+        beside: How many of those made have read the same bytes and are not right: they end inside a character.
+        lost: How many right ones it does not make.
+    """
+
+    made: int
+    right: int
+    wrong: int
+    beside: int
+    lost: int
+
+
+def judge(first: Reading, second: Reading, made: tuple[Ints, Ints]) -> Verdict:
+    """Compare pairs of rows with the truth.
+
+    Args:
+        first: What one tokenizer reads.
+        second: What the other reads in the same windows.
+        made: Rows of the first and of the second.
+    """
+    _, row_a, row_b = match(first.keys, first.rows, second.keys, second.rows)
+    count = sum(map(len, second.ids))
+    right, claimed = row_a * count + row_b, made[0] * count + made[1]
+    end_a, end_b = (np.concatenate(reading.ends) for reading in (first, second))
+    same = (end_a[made[0]] == end_b[made[1]]) & (end_a[made[0]] > 0)
+    return Verdict(
+        made=len(claimed),
+        right=len(right),
+        wrong=int((~same).sum()),
+        beside=int((same & ~np.isin(claimed, right)).sum()),
+        lost=int((~np.isin(right, claimed)).sum()),
+    )
+
+
+# The former rule -------------------------------------------------------------------------------------------------------
+
+
+def former_keys(tokenizer: Any, windows: Sequence[str]) -> tuple[Ints, Ints]:
+    """Keys and rows by character offsets, the last ordinary token at each end: the rule before format version 2."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    keys, rows, row = [], [], 0
+    for number, (text, encoding) in enumerate(zip(windows, backend.encode_batch(list(windows)), strict=True)):
+        bytes_before = np.r_[0, np.cumsum([len(character.encode()) for character in text], dtype=np.int64)]
+        ordinary = np.flatnonzero(~np.array(encoding.special_tokens_mask, dtype=bool))
+        end = bytes_before[np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[ordinary, 1]]
+        last = np.r_[np.diff(end) != 0, True][: len(end)]
+        keys.append((number << 32) | end[last])
+        rows.append(ordinary[last] + row)
+        row += len(encoding.ids)
+    return np.concatenate(keys), np.concatenate(rows)
+
+
+def store_keys(tokenizer: Any, windows: Sequence[str]) -> tuple[Ints, Ints]:
+    """Keys and rows by the rule of the store under policy ``end``."""
+    raise NotImplementedError
+
+
+Rule = Callable[[Any, Sequence[str]], tuple[Ints, Ints]]
