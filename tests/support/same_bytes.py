@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.store.read.pairs import match
+from featstore.store.read.pairs import last_at_each_end, match, match_ends
+from featstore.text.tokens import TokenizedWindow
 from tests.support.real_tokenizers import FAMILIES, PIECES, STAND_INS
 from tests.support.token_bytes import spelled_by_pieces, spelled_by_stand_ins, true_ends, true_keys
 
@@ -26,7 +27,7 @@ class Spelling:
         space: What stands for a space.
     """
 
-    tokens: dict[int, bytes]
+    tokens: dict[int, bytes] = field(repr=False)
     form: str | None
     space: str
 
@@ -48,7 +49,8 @@ class Reading:
 
     Attributes:
         ids: Token ids of every window.
-        special: Which of them the tokenizer added.
+        special: Which of them the tokenizer added, or are control tokens all the same: some models read one in a text
+            that quotes its name, whatever they are told. None of these pairs.
         ends: Bytes of the window read once each is.
         keys: int64 ``window * 2^32 + end`` of the ends at which a token may pair.
         rows: int64, the token of each, counted over all windows.
@@ -69,12 +71,15 @@ def read(tokenizer: Any, spelling: Spelling, windows: Sequence[str]) -> Reading:
     """
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
+    controls = [i for i, token in backend.get_added_tokens_decoder().items() if token.special]
     ids, special, ends, keys, rows, row = [], [], [], [], [], 0
     for number, (text, encoding) in enumerate(zip(windows, backend.encode_batch(list(windows)), strict=True)):
         ids.append(encoding.ids)
-        special.append(np.array(encoding.special_tokens_mask, dtype=bool))
+        added = np.array(encoding.special_tokens_mask, dtype=bool)
+        special.append(added | np.isin(encoding.ids, controls))
         tokens = [spelling.tokens[i] for i in encoding.ids]
-        ends.append(true_ends(text, tokens, special[-1], form=spelling.form, space=spelling.space))
+        read_so_far = true_ends(text, tokens, added, form=spelling.form, space=spelling.space)
+        ends.append(np.where(special[-1], 0, read_so_far))
         end, at = true_keys(text, ends[-1])
         keys.append((number << 32) | end)
         rows.append(at + row)
@@ -142,9 +147,28 @@ def former_keys(tokenizer: Any, windows: Sequence[str]) -> tuple[Ints, Ints]:
     return np.concatenate(keys), np.concatenate(rows)
 
 
-def store_keys(tokenizer: Any, windows: Sequence[str]) -> tuple[Ints, Ints]:
-    """Keys and rows by the rule of the store under policy ``end``."""
-    raise NotImplementedError
+# The store's rule ------------------------------------------------------------------------------------------------------
 
 
-Rule = Callable[[Any, Sequence[str]], tuple[Ints, Ints]]
+def keys_of(tokenized: Sequence[TokenizedWindow]) -> tuple[Ints, Ints]:
+    """Keys and rows of tokenised windows, as the store finds them in its token table."""
+    window = np.repeat(np.arange(len(tokenized), dtype=np.int32), [len(one.ids) for one in tokenized])
+    columns = ("byte_end", "special", "exact")
+    return last_at_each_end(window, *(np.concatenate([getattr(one, name) for one in tokenized]) for name in columns))
+
+
+def store_pairs(
+    first: tuple[Ints, Ints], second: tuple[Ints, Ints], windows: Sequence[str], policy: str = "end"
+) -> tuple[Ints, Ints]:
+    """Rows that the store pairs.
+
+    Args:
+        first: From :func:`keys_of`.
+        second: The other tokenizer's.
+        windows: What both have read.
+        policy: As ``--policy``.
+    """
+    stop = np.cumsum([len(text.encode()) for text in windows], dtype=np.int64)
+    text = np.frombuffer("".join(windows).encode(), dtype=np.uint8)
+    _, row_a, row_b = match_ends(first, second, policy, np.r_[0, stop[:-1]], stop, text)
+    return row_a, row_b

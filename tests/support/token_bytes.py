@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterator
 from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
 #: No token ends here.
 NOWHERE = -1
@@ -82,7 +81,7 @@ def places(text: str, form: str | None, space: str) -> tuple[bytes, NDArray[np.i
     """
     normal, place, read = "", [np.zeros(1, dtype=np.int64)], 0
     for segment in _segments(text, form):
-        changed = segment if form is None else unicodedata.normalize(form, segment)
+        changed = segment if form is None else _normalise(form, segment)
         normal += changed
         size = len(segment.encode())
         ends = np.arange(size + 1) if changed == segment else _places_in_changed(segment, changed, form)
@@ -104,7 +103,7 @@ def _places_in_changed(segment: str, changed: str, form: str | None) -> NDArray[
     ends = np.full(len(content) + 1, NOWHERE, dtype=np.int64)
     before = NOWHERE
     for count, bound in enumerate(bounds):
-        head, tail = (unicodedata.normalize(form, part) for part in (segment[:count], segment[count:]))
+        head, tail = (_normalise(form, part) for part in (segment[:count], segment[count:]))
         at = len(head.encode()) if head + tail == changed else NOWHERE
         if at != NOWHERE:
             ends[at] = bound
@@ -114,9 +113,15 @@ def _places_in_changed(segment: str, changed: str, form: str | None) -> NDArray[
     return ends
 
 
+def _normalise(form: str, text: str) -> str:
+    """As tokenizers do: their tables of Unicode are older than Python's."""
+    result: str = getattr(normalizers, form)().normalize_str(text)
+    return result
+
+
 def _segments(text: str, form: str | None) -> Iterator[str]:
     """Stretches that normalise without regard to each other: they begin at ASCII characters."""
-    if form is None or unicodedata.normalize(form, text) == text:
+    if form is None or _normalise(form, text) == text:
         yield text
     else:
         yield from re.findall(r"[\x00-\x7f][^\x00-\x7f]*|[^\x00-\x7f]+", text)
@@ -142,14 +147,32 @@ def true_ends(
         AssertionError: What the tokens spell is not the text.
     """
     expected, place = places(text, form, space)
-    lengths = np.where(special, 0, [len(token) for token in tokens]).astype(np.int64)
-    spelled = b"".join(token for token, apart in zip(tokens, special, strict=True) if not apart)
-    prefix = len(spelled) - len(expected)
+    ordinary = [b"" if apart else token for token, apart in zip(tokens, special, strict=True)]
+    spelled = b"".join(ordinary)
+    if spelled[max(len(spelled) - len(expected), 0) :] != expected:
+        ordinary = _quoting(ordinary, expected, space.encode())
+        spelled = b"".join(ordinary)
+    prefix = max(len(spelled) - len(expected), 0)
     if spelled[prefix:] != expected or spelled[:prefix] not in (b"", space.encode()):
         at = next((i for i, (a, b) in enumerate(zip(spelled, expected, strict=False)) if a != b), len(expected))
-        raise AssertionError(f"tokens spell {spelled[max(at - 20, 0) : at + 20]!r}, not {expected[max(at - 20, 0) : at + 20]!r}")
-    ends: NDArray[np.int64] = place[np.maximum(np.cumsum(lengths) - prefix, 0)]
+        raise AssertionError(f"tokens spell {spelled[at : at + 40]!r} and the text is {expected[at : at + 40]!r}")
+    read = np.cumsum([len(token) for token in ordinary], dtype=np.int64) - prefix
+    ends: NDArray[np.int64] = place[np.maximum(read, 0)]
     return np.where(special, 0, ends)
+
+
+def _quoting(tokens: list[bytes], expected: bytes, space: bytes) -> list[bytes]:
+    """Tokens of one byte that stand for a quotation of themselves: Unigram models read "<0x41>" in a text as one."""
+    result, read = list(tokens), 0
+    for i, token in enumerate(tokens):
+        quoted = f"<0x{token[0]:02X}>".encode() if len(token) == 1 else token
+        if not expected.startswith(token, read):
+            if expected.startswith(quoted, read):
+                result[i] = quoted
+            elif not read and token.startswith(space):
+                read -= len(space)
+        read += len(result[i])
+    return result
 
 
 def character_ends(text: str) -> NDArray[np.bool_]:
