@@ -16,7 +16,7 @@ from featstore.errors import SpecError
 from featstore.runtime.arguments import Layers, as_path, layers_text, several, shown, typed, whole
 from featstore.runtime.console import check_directory, jsonable
 from featstore.runtime.quantities import parse_budget
-from featstore.text.corpus import SPLITS
+from featstore.text.splits import SPLITS
 
 if TYPE_CHECKING:
     from align.maps.fitted import Adapter

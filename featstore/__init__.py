@@ -1,7 +1,8 @@
 """Two language models read a corpus; their residual streams land in a Zarr v3 store, paired across tokenizers.
 
 Importing this package teaches zarr-python the ``bfloat16`` and ``float8_e4m3fn`` data types, so that
-``zarr.open_group(store)`` works too. Reading needs numpy and zarr only; what needs more is imported when it is called.
+``zarr.open_array(f"{store}/models/llama/resid/16")`` works too. Reading needs numpy and zarr only; what needs more is
+imported when it is called.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -41,6 +41,10 @@ def extract(
         ),
     ] = None,
     text_field: Annotated[str | None, typer.Option(help="Field that holds the text; by default text.")] = None,
+    normalise: Annotated[
+        str | None,
+        typer.Option(help="none, nfc, or auto: nfc where a model's tokenizer normalises; by default auto."),
+    ] = None,
     store: Annotated[Path, typer.Option(help="Where to write, or what to add to.")] = Path("wt103.zarr"),
     max_tokens: Annotated[
         str | None, typer.Option(help="Token budget per model: a number, 200k, 1M, or all; by default 1M.")
@@ -119,6 +123,7 @@ def extract(
         "layers": layers or None,
         "dataset": dataset,
         "text_field": text_field,
+        "normalise": normalise,
         "store": store,
         "max_tokens": max_tokens,
         "max_documents": max_documents,

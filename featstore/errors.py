@@ -109,3 +109,7 @@ class MissingPackageError(FeatstoreError, ImportError):
 
 class StoreAccessError(FeatstoreError, OSError):
     """A store's place cannot be reached, or refuses."""
+
+
+class OldStoreWarning(UserWarning):
+    """A store of an older format version was opened: it reads, but not all in it is what a new one would hold."""

@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 #: Tests are marked by what they ask for, so that none is forgotten: a download, or a browser.
-MARKS = {"demo_models": "demo_pair", "browser": "thorough"}
+MARKS = {"demo_models": "demo_pair", "browser": "thorough", "zarrita_npm": "thorough"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

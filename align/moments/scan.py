@@ -24,7 +24,7 @@ from featstore.store.moments import stored as kept
 from featstore.store.moments.stored import MEMORY, Site, SitePair, StoredMoments, has_rows
 from featstore.store.moments.sums import Block, BlockSums, Multiply, assemble
 from featstore.store.read.pairs import Pairs
-from featstore.text.corpus import TRAIN, VALIDATION
+from featstore.text.splits import TRAIN, VALIDATION
 
 #: Fewest train pairs: below, no fit is worth the name.
 MINIMUM_PAIRS = 8

@@ -19,7 +19,7 @@ from align.runs.plan import MapPlan, Sharing
 from align.runs.rundir import RunDirectory
 from align.scoring.rows import Epoch, batches_of
 from featstore.runtime.console import err, progress
-from featstore.text.corpus import TRAIN, VALIDATION
+from featstore.text.splits import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
     from align.training.plan import TrainingPlan

@@ -22,7 +22,7 @@ from align.runs.job import Data, Direction
 from align.runs.judge import Judge
 from align.runs.plan import MapPlan
 from featstore.runtime.console import progress
-from featstore.text.corpus import TEST, TRAIN, VALIDATION
+from featstore.text.splits import TEST, TRAIN, VALIDATION
 
 
 def compress(

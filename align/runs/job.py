@@ -17,7 +17,7 @@ from featstore.runtime.provenance import versions
 from featstore.store import Store, open_store
 from featstore.store.moments.stored import StoredMoments
 from featstore.store.read.pairs import Pairs
-from featstore.text.corpus import TRAIN
+from featstore.text.splits import TRAIN
 
 
 @dataclass(frozen=True)

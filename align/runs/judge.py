@@ -17,7 +17,7 @@ from align.scoring.moments import NEEDS_ROWS, score_moments
 from align.scoring.rows import TRAIN_ROWS, batches_of, score_all
 from featstore.store.moments.stored import has_rows
 from featstore.store.read.pairs import Pairs
-from featstore.text.corpus import TEST, TRAIN, VALIDATION
+from featstore.text.splits import TEST, TRAIN, VALIDATION
 
 
 @dataclass(frozen=True)

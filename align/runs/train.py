@@ -25,7 +25,7 @@ from featstore.errors import MissingPackageError, SpecError
 from featstore.runtime.console import check_directory, err, progress
 from featstore.runtime.processes import Ranks
 from featstore.store.moments.stored import MEMORY
-from featstore.text.corpus import TEST
+from featstore.text.splits import TEST
 
 if TYPE_CHECKING:
     from align.training.tracking import Tracker

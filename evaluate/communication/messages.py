@@ -111,7 +111,7 @@ def within(window: TokenizedWindow, start: int, size: int) -> TokenizedWindow:
     """
     ends = window.byte_end - start
     special = window.special | (ends <= 0) | (ends > size)
-    return TokenizedWindow(window.ids, np.where(special, 0, ends).astype(np.int32), special)
+    return TokenizedWindow(window.ids, np.where(special, 0, ends).astype(np.int32), special, window.exact | special)
 
 
 def check_context(loaded: Loaded, lengths: Sequence[int], extra: int, what: str) -> None:

@@ -20,8 +20,8 @@ from align.compress.resampler import Resampler
 from align.maps.fitted import Adapter, Aligner
 from evaluate.injection.positions import source_positions
 from featstore.errors import AdapterError, FitError
-from featstore.text.corpus import windows as cut
 from featstore.text.tokens import TokenizedWindow
+from featstore.text.windows import windows as cut
 
 Rows = NDArray[np.float32]
 _T = TypeVar("_T")
@@ -110,7 +110,7 @@ class Wire:
         return self._windowed(self._module, x, text, ends)
 
     def pieces(self, text: str) -> list[int]:
-        """Byte ends of the windows in which this map reads a text, cut as :func:`featstore.text.corpus.windows` does.
+        """Byte ends of the windows in which this map reads a text, cut as :func:`featstore.text.windows.windows` does.
 
         Args:
             text: The text.

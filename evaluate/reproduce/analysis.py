@@ -16,7 +16,7 @@ from evaluate.reproduce.plots import draw_all
 from featstore.runtime.console import human, human_seconds
 from featstore.runtime.provenance import write_json
 from featstore.store import Store
-from featstore.text.corpus import SPLITS
+from featstore.text.splits import SPLITS
 
 NAME = "ANALYSIS.md"
 

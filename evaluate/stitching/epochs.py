@@ -17,7 +17,7 @@ from evaluate.stitching.stitch import stitch
 from featstore.models.probe.prove import Needs
 from featstore.models.probe.refusals import refuse_injecting
 from featstore.store import Store
-from featstore.text.corpus import VALIDATION
+from featstore.text.splits import VALIDATION
 
 #: Enough for a trend; the figure to report is `evaluate stitch` on the test split.
 _TOKENS = 1000

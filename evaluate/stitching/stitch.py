@@ -28,7 +28,7 @@ from featstore.models.injection import KEEP, aligned, inject
 from featstore.models.probe.prove import Needs
 from featstore.runtime.console import progress
 from featstore.store import Store
-from featstore.text.corpus import SPLITS, TEST
+from featstore.text.splits import SPLITS, TEST
 from featstore.text.tokens import TokenizedWindow
 
 __all__ = ["CONDITIONS", "Window", "describe", "scored_windows", "stitch"]
@@ -85,8 +85,8 @@ def scored_windows(
             continue
         if chosen and max_tokens is not None and total + (b.stop - b.start) > max_tokens:
             break
-        first = TokenizedWindow(table_a.id[a], table_a.byte_end[a], table_a.special[a])
-        second = TokenizedWindow(table_b.id[b], table_b.byte_end[b], table_b.special[b])
+        first = TokenizedWindow(table_a.id[a], table_a.byte_end[a], table_a.special[a], table_a.exact[a])
+        second = TokenizedWindow(table_b.id[b], table_b.byte_end[b], table_b.special[b], table_b.exact[b])
         text = crossing(first, second, table_a.sink[a], table_b.sink[b])
         size = int(corpus.window_end[w] - corpus.window_start[w])
         chosen.append(

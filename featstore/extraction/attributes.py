@@ -9,7 +9,8 @@ import numpy as np
 from featstore.extraction.job import Job
 from featstore.runtime.provenance import versions
 from featstore.store.format.version import FORMAT_VERSION
-from featstore.text import corpus
+from featstore.text import tokens
+from featstore.text.splits import SPLITS
 
 SITE_CONVENTION = "layer k = residual stream after k blocks; 0 = embedding output; L = before the final norm"
 
@@ -41,7 +42,7 @@ def root_attributes(job: Job) -> dict[str, Any]:
         "segments": list(plan.segments),
         "split": {
             "rule": "u = first 8 bytes of the document's SHA-256 / 2^64; test u < 0.1, validation u < 0.2",
-            "documents": dict(zip(corpus.SPLITS, counts.tolist(), strict=True)),
+            "documents": dict(zip(SPLITS, counts.tolist(), strict=True)),
         },
         "moments": job.moments != "none",
         "mask": {"sink_threshold": job.sink_threshold},
@@ -67,6 +68,7 @@ def model_attributes(job: Job, name: str) -> dict[str, Any]:
         **job.infos[name].describe(),
         "rows": job.plan.models[name].rows,
         "tokens_sha256": job.plan.models[name].hash,
+        "byte_ends": tokens.ends_from(job.infos[name].tokenizer),
         "layers": list(job.layers[name]),
         "states": "moments" if job.moments == "only" else "rows",
         "layer_0": "table" if job.table else "stored",

@@ -36,6 +36,7 @@ def dry_run(job: Job) -> dict[str, Any]:
             "weights_on_disk": weights is not None,
             "seconds": None if weights is None else _probe_seconds(job, name),
         }
+    result["normalise"] = job.plan.settings["normalise"]
     result["moment_bytes"] = job.moment_bytes()
     result["bytes"] = job.state_bytes() + job.moment_bytes()
     result["bytes_to_write"] = job.bytes_to_write()
@@ -75,6 +76,8 @@ def describe(result: dict[str, Any]) -> str:
             f"{name}: {human(model['tokens'])} tokens x {len(model['layers'])} layers = {human_bytes(model['bytes'])} "
             f"({human_bytes(model['bytes_per_layer'])} a layer of rows{table}), {time}"
         )
+    if result["normalise"] == "nfc":
+        lines.append("the text is read in the Unicode form NFC (--normalise none would leave it as it is)")
     if result["moment_bytes"]:
         lines.append(f"moments (and norms, where there are no rows): {human_bytes(result['moment_bytes'])}")
     verdict = "fits" if result["fits"] else f"[bold]does not fit[/bold]: {result['remedy']}"

@@ -27,8 +27,11 @@ from featstore.store.format.encoding import Encoding
 from featstore.store.format.shards import parse_layout
 from featstore.store.moments.stored import SPLITS
 from featstore.store.write.writer import free_bytes
-from featstore.text import corpus, tokens
+from featstore.text import tokens
+from featstore.text.documents import documents
+from featstore.text.normalisation import check_choice, normalised, normalises
 from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
+from featstore.text.sources import Source, iter_texts, parse_source, shuffled
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     Raises:
         FeatstoreError: Anything wrong with models, layers, text, flags or the store that is there.
     """
+    check_choice(settings.normalise)
     recorded = read_recorded(settings.store)
     if recorded:
         settings = inherit(settings, recorded)
@@ -161,13 +165,16 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
         )
     if settings.layer_0 not in ("stored", "table"):
         raise SpecError(f"--layer-0 {settings.layer_0!r}: choose stored or table")
-    source = corpus.parse_source(settings.dataset, settings.text_field)
+    source = parse_source(settings.dataset, settings.text_field)
     infos = {s.name: models.inspect_model(s) for s in spec.parse_models(settings.model)}
+    if settings.normalise == "auto":
+        any_does = any(normalises(info.tokenizer) for info in infos.values())
+        settings = replace(settings, normalise="nfc" if any_does else "none")
     claimed = {name: info.depth for name, info in infos.items() if info.depth is not None}
     if settings.was_given("layers") and len(claimed) == len(infos):
         spec.parse_layers(settings.layers, claimed)  # what cannot be right is said before the wait for the weights
     for name, info in infos.items():
-        tokens.probe(info.tokenizer, name)
+        tokens.prove(info.tokenizer, name)
     compute = _compute(settings, infos, recorded)
     found = verdicts(infos, compute, recorded, table=settings.layer_0 == "table", quiet=quiet, load=load)
     infos = {name: measured(info, found.get(name)) for name, info in infos.items()}
@@ -235,7 +242,7 @@ def _held_layers(
 
 def _plan(
     settings: Settings,
-    source: corpus.Source,
+    source: Source,
     infos: dict[str, models.ModelInfo],
     recorded: Recorded | None,
     *,
@@ -274,6 +281,9 @@ def _plan(
     )
 
 
+_CHANGED_TEXT = "the text itself has changed, or an older featstore read it otherwise and cut its windows elsewhere"
+
+
 def _grown(
     settings: Settings,
     recorded: Recorded,
@@ -286,7 +296,7 @@ def _grown(
         used = recorded.settings()
         changed = [name for name in TEXT_FIELDS if used[name] != getattr(settings, name)]
         raise StoreStateError(
-            f"{recorded.path} was made with other settings ({', '.join(changed) or 'the text itself has changed'}); "
+            f"{recorded.path} was made with other settings ({', '.join(changed) or _CHANGED_TEXT}); "
             "use the same command, a larger --max-tokens or --max-documents to add documents, or choose another --store"
         )
     absent = [name for name in recorded.models if name not in infos]
@@ -299,9 +309,10 @@ def _grown(
     return replace(fresh, segments=(*recorded.segments, len(planned.window_document)))
 
 
-def _text_settings(settings: Settings, source: corpus.Source) -> dict[str, Any]:
+def _text_settings(settings: Settings, source: Source) -> dict[str, Any]:
     return {
         "source": source.to_dict(),
+        "normalise": settings.normalise,
         "max_tokens": settings.max_tokens,
         "max_documents": settings.max_documents,
         "max_document_bytes": settings.max_document_bytes,
@@ -309,15 +320,15 @@ def _text_settings(settings: Settings, source: corpus.Source) -> dict[str, Any]:
     }
 
 
-def _read_source(settings: Settings, source: corpus.Source, infos: dict[str, models.ModelInfo], *, quiet: bool) -> Plan:
-    documents = corpus.documents(
-        corpus.shuffled(corpus.iter_texts(source), settings.seed),
+def _read_source(settings: Settings, source: Source, infos: dict[str, models.ModelInfo], *, quiet: bool) -> Plan:
+    read = documents(
+        normalised(shuffled(iter_texts(source), settings.seed), settings.normalise),
         max_documents=settings.max_documents,
         max_bytes=settings.max_document_bytes,
     )
     with progress("tokenise", settings.max_tokens, "tok", quiet=quiet) as tick:
         return make_plan(
-            documents,
+            read,
             {name: info.tokenizer for name, info in infos.items()},
             max_tokens=settings.max_tokens,
             window_bytes=settings.window_bytes,

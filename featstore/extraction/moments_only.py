@@ -34,7 +34,7 @@ from featstore.store.moments.stored import (
     missing_blocks,
 )
 from featstore.store.moments.sums import BlockSums
-from featstore.store.read.pairs import last_at_each_end, match
+from featstore.store.read.pairs import last_at_each_end, match_ends
 from featstore.store.write.index import write_pairs, write_sinks
 from featstore.store.write.writer import StoreWriter
 
@@ -169,9 +169,9 @@ class _Joined:
         for name in (first, second):
             planned = job.plan.models[name]
             window = np.repeat(np.arange(len(planned.row_start) - 1, dtype=np.int32), np.diff(planned.row_start))
-            sides.append(last_at_each_end(window, planned.byte_end, planned.special))
-        keys, row_a, row_b = match(*sides[0], *sides[1])
+            sides.append(last_at_each_end(window, planned.byte_end, planned.special, planned.exact))
         text = job.plan.corpus
+        keys, row_a, row_b = match_ends(sides[0], sides[1], "end", text.window_offset, text.window_stop, text.text)
         split = text.document_split[text.window_document[keys >> 32]]
         return cls(keys >> 32, {first: row_a, second: row_b}, split)
 

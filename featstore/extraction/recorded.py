@@ -16,14 +16,24 @@ from featstore.errors import CorruptDataError, StoreFormatError, StoreStateError
 from featstore.extraction.settings import Settings
 from featstore.models.verdict import Verdict
 from featstore.runtime.provenance import read_json
-from featstore.store import Store, open_store
-from featstore.store.format.version import FORMAT_VERSION
+from featstore.store.read.files import LocalFiles
+from featstore.store.read.records import TOKEN_COLUMNS
+from featstore.store.read.store import Store, open_files
 from featstore.store.write.writer import StoreWriter
-from featstore.text.corpus import Source
 from featstore.text.plan import PlannedCorpus, PlannedModel
+from featstore.text.sources import Source
 
 #: Settings that decide which text is read.
-TEXT_FIELDS = ("dataset", "text_field", "max_tokens", "max_documents", "max_document_bytes", "window_bytes", "seed")
+TEXT_FIELDS = (
+    "dataset",
+    "text_field",
+    "normalise",
+    "max_tokens",
+    "max_documents",
+    "max_document_bytes",
+    "window_bytes",
+    "seed",
+)
 #: Model attributes that may differ between an extraction and a later addition to it.
 _MAY_DIFFER = ("versions", "device_type")
 #: Model attributes that say of the weights what their fingerprint decides; older stores lack them.
@@ -55,6 +65,18 @@ class Recorded:
         return bool(self.root.get("complete"))
 
     @property
+    def normalise(self) -> str:
+        """The form that the text was brought into when it was read; older stores have it as it was.
+
+        Raises:
+            CorruptDataError: No such form.
+        """
+        form = self.root["corpus"].get("normalise", "none")
+        if form not in ("none", "nfc"):
+            raise CorruptDataError(f"{self.path}/zarr.json: corpus.normalise is {form!r}, neither none nor nfc")
+        return str(form)
+
+    @property
     def segments(self) -> tuple[int, ...]:
         """Window counts at which earlier plans ended."""
         return tuple(self.root.get("segments", ()))
@@ -83,6 +105,7 @@ class Recorded:
         found: dict[str, Any] = {
             "dataset": source.text,
             "text_field": source.field,
+            "normalise": self.normalise,
             **{name: corpus[name] for name in ("max_tokens", "max_documents", "max_document_bytes", "seed")},
             "window_bytes": self.root["window_bytes"],
             "sink_threshold": self.root["mask"]["sink_threshold"],
@@ -143,10 +166,10 @@ class Recorded:
         tables = {}
         for name in self.models:
             if writer.has(f"models/{name}/tokens"):
-                columns = self.store.columns(name, "id", "byte_end", "window", "special")
+                columns = self.store.columns(name, *TOKEN_COLUMNS)
                 counts = np.bincount(columns["window"], minlength=len(held.window_document))
                 starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-                table = PlannedModel(starts, columns["id"], columns["byte_end"], columns["special"])
+                table = PlannedModel(starts, columns["id"], columns["byte_end"], columns["special"], columns["exact"])
                 if table.hash == self.models[name]["tokens_sha256"]:
                     tables[name] = table
         return planned, tables
@@ -160,6 +183,7 @@ def read_recorded(path: Path) -> Recorded | None:
 
     Raises:
         StoreFormatError: Something else is there.
+        StoreStateError: A store of an older format version, to which this one does not add.
         CorruptDataError: The store's metadata is damaged.
     """
     taken = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
@@ -172,10 +196,9 @@ def read_recorded(path: Path) -> Recorded | None:
         if strangers and strangers != ["manifest"]:
             raise StoreFormatError(f"--store {path} exists and is not a feature store; choose another path")
         return None
-    store = open_store(path, allow_incomplete=True)
+    store = open_files(LocalFiles(path), allow_incomplete=True)
+    store.require_current()
     root = store.attributes
-    if root["format_version"] != FORMAT_VERSION:
-        raise StoreFormatError(f"{path} has format version {root['format_version']}; this featstore writes another")
     models = {}
     for name in root["models"]:
         group = path / "models" / name / "zarr.json"
@@ -193,6 +216,7 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
 
     Raises:
         CorruptDataError: The account lacks something.
+        StoreStateError: The text is to be read in another Unicode form than the store's.
     """
     try:
         used, references = recorded.settings(), recorded.references()
@@ -203,6 +227,14 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
         for field in fields(settings)
         if field.name in used and not settings.was_given(field.name)
     }
+    wish = settings.normalise if settings.was_given("normalise") else "auto"
+    if wish == "auto":
+        changes["normalise"] = recorded.normalise  # what suits a model that joins later does not change the text
+    elif wish != recorded.normalise and not recorded.empty:
+        raise StoreStateError(
+            f"{recorded.path} holds text that was read with --normalise {recorded.normalise}, not {wish}; "
+            "leave --normalise out, or choose another --store"
+        )
     if not settings.was_given("model") and references:
         changes["model"] = tuple(references.values())
     return replace(settings, **changes)
@@ -211,6 +243,11 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
 def _without_budgets(value: Any) -> Any:
     """An attribute without the budgets: where a larger one finds no more text, the text is the same."""
     return {k: v for k, v in value.items() if not k.startswith("max_")} if isinstance(value, dict) else value
+
+
+def _text_of(root: dict[str, Any]) -> dict[str, Any]:
+    """Root attributes, with what older stores do not say of the text."""
+    return {**root, "corpus": {"normalise": "none", **root["corpus"]}}
 
 
 def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
@@ -227,11 +264,12 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
     growing = root["plan"] != recorded.root["plan"]
     if recorded.empty:
         return
+    recorded_root = _text_of(recorded.root)
     free = {"complete", "models", "moments"} | ({"corpus", "split", "plan", "segments"} if growing else set())
     changed = [
         key
         for key in root
-        if key not in free and _without_budgets(recorded.root.get(key)) != _without_budgets(root[key])
+        if key not in free and _without_budgets(recorded_root.get(key)) != _without_budgets(root[key])
     ]
     if growing and not recorded.complete:
         changed.append("corpus")

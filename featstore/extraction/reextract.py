@@ -32,6 +32,7 @@ from featstore.runtime.provenance import versions
 from featstore.store import Store, open_store
 from featstore.store.format.elements import Format
 from featstore.store.moments.stored import has_rows
+from featstore.store.read.records import TOKEN_COLUMNS
 from featstore.store.read.tables import TableReader
 from featstore.store.write.writer import StoreWriter
 from featstore.text import tokens
@@ -104,7 +105,7 @@ def _references(store: Store, model: Sequence[str]) -> dict[str, str]:
 
 def _first_difference(store: Store, name: str, tokenizer: Any, *, quiet: bool) -> str | None:
     """The first window whose tokens are not those in the store, in words."""
-    text, table = store.corpus, store.columns(name, "id", "byte_end", "window", "special")
+    text, table = store.corpus, store.columns(name, *TOKEN_COLUMNS)
     count = len(text.window_document)
     starts = np.searchsorted(table["window"], np.arange(count + 1))
     with progress(f"tokenise {name}", count, "windows", quiet=quiet) as tick:
@@ -116,7 +117,12 @@ def _first_difference(store: Store, name: str, tokenizer: Any, *, quiet: bool) -
                 return f"{name}: windows {numbers.start}..{numbers.stop - 1} cannot be tokenised: {error}"
             for window, part in zip(numbers, parts, strict=True):
                 rows = slice(int(starts[window]), int(starts[window + 1]))
-                for column, expected in (("id", part.ids), ("byte_end", part.byte_end), ("special", part.special)):
+                for column, expected in (
+                    ("id", part.ids),
+                    ("byte_end", part.byte_end),
+                    ("special", part.special),
+                    ("exact", part.exact),
+                ):
                     if not np.array_equal(table[column][rows], expected):
                         return f"{name}: tokens/{column} of window {window} are not those of its text"
             tick(len(numbers))

@@ -138,7 +138,13 @@ def _write_plan(writer: StoreWriter, plan: Plan) -> None:
         unit = f"models/{name}/tokens"
         if (writer.entry(unit) or {}).get("sha256") != model.hash:
             window = np.repeat(np.arange(len(model.row_start) - 1, dtype=np.int32), np.diff(model.row_start))
-            columns = {"id": model.ids, "byte_end": model.byte_end, "window": window, "special": model.special}
+            columns = {
+                "id": model.ids,
+                "byte_end": model.byte_end,
+                "window": window,
+                "special": model.special,
+                "exact": model.exact,
+            }
             writer.vectors(unit, {f"{unit}/{key}": column for key, column in columns.items()}, sha256=model.hash)
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -31,7 +32,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from featstore.errors import FeatstoreError, SpecError
+from featstore.errors import FeatstoreError, OldStoreWarning, SpecError
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False)
@@ -240,6 +241,7 @@ def run_app(app: typer.Typer, name: str) -> None:
         app: The application.
         name: The command's name, shown before an error.
     """
+    _warn_in_lines(name)
     # Libraries announce retries and fallbacks; what went wrong reaches the user in our own line.
     for library in ("huggingface_hub", "transformers", "datasets", "distributed"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -263,6 +265,21 @@ def run_app(app: typer.Typer, name: str) -> None:
         err.print(f"{name}: interrupted; what was committed so far is kept")
     if code:
         raise SystemExit(code)
+
+
+def _warn_in_lines(name: str) -> None:
+    """Let the command warn as it says what went wrong: in one line, once, without a place in the code."""
+    others, said = warnings.showwarning, set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
+        line = " ".join(str(message).split())
+        if not issubclass(category, OldStoreWarning):
+            others(message, category, *more, **named)
+        elif line not in said:
+            said.add(line)
+            sys.stderr.write(f"{name}: {line}\n")
+
+    warnings.showwarning = show
 
 
 def _refuse(name: str, error: Any) -> NoReturn:

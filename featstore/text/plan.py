@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 
 from featstore.errors import CorpusError, SpecError
 from featstore.runtime.provenance import digest
-from featstore.text import corpus, tokens
+from featstore.text import tokens
+from featstore.text.documents import Document
+from featstore.text.splits import split_of
+from featstore.text.windows import windows
 
 DEFAULT_WINDOW_BYTES = 2048
 DEFAULT_BATCH_TOKENS = 8192
@@ -46,6 +49,16 @@ class PlannedCorpus:
     window_document: NDArray[np.int32]
     window_start: NDArray[np.int64]
     window_end: NDArray[np.int64]
+
+    @property
+    def window_offset(self) -> NDArray[np.int64]:
+        """Where each window begins in ``text``."""
+        return self.document_start[self.window_document] + self.window_start
+
+    @property
+    def window_stop(self) -> NDArray[np.int64]:
+        """Where each window ends in ``text``."""
+        return self.document_start[self.window_document] + self.window_end
 
     @property
     def hash(self) -> str:
@@ -87,12 +100,14 @@ class PlannedModel:
         ids: int32 ``(n,)``.
         byte_end: int32 ``(n,)``, within the window.
         special: bool ``(n,)``.
+        exact: bool ``(n,)``, whether the token has read these bytes and no others.
     """
 
     row_start: NDArray[np.int64]
     ids: NDArray[np.int32]
     byte_end: NDArray[np.int32]
     special: NDArray[np.bool_]
+    exact: NDArray[np.bool_]
 
     @property
     def rows(self) -> int:
@@ -103,7 +118,7 @@ class PlannedModel:
     def hash(self) -> str:
         """SHA-256 of all that decides which row is which token."""
         total = hashlib.sha256()
-        for array in (self.row_start, self.ids, self.byte_end, self.special):
+        for array in (self.row_start, self.ids, self.byte_end, self.special, self.exact):
             total.update(np.ascontiguousarray(array).tobytes())
         return total.hexdigest()
 
@@ -198,7 +213,7 @@ class Plan:
 
 
 def make_plan(
-    documents: Iterable[corpus.Document],
+    documents: Iterable[Document],
     tokenizers: dict[str, Any],
     *,
     max_tokens: int | None,
@@ -262,8 +277,7 @@ def plan_model(planned: PlannedCorpus, tokenizer: Any, name: str, context: int) 
         OffsetError: The tokenizer's offsets do not rebuild the text.
         SpecError: A window is longer than the model's context.
     """
-    base = planned.document_start[planned.window_document]
-    cuts = list(zip((base + planned.window_start).tolist(), (base + planned.window_end).tolist(), strict=True))
+    cuts = list(zip(planned.window_offset.tolist(), planned.window_stop.tolist(), strict=True))
     parts: list[tokens.TokenizedWindow] = []
     for at in range(0, len(cuts), _TOKENIZE_BATCH):
         texts = [planned.text[start:end].tobytes().decode() for start, end in cuts[at : at + _TOKENIZE_BATCH]]
@@ -283,15 +297,14 @@ def _planned_model(parts: Sequence[tokens.TokenizedWindow]) -> PlannedModel:
         ids=np.concatenate([part.ids for part in parts]),
         byte_end=np.concatenate([part.byte_end for part in parts]),
         special=np.concatenate([part.special for part in parts]),
+        exact=np.concatenate([part.exact for part in parts]),
     )
 
 
-def _window_stream(
-    documents: Iterable[corpus.Document], window_bytes: int
-) -> Iterator[tuple[corpus.Document, bytes, int, int]]:
+def _window_stream(documents: Iterable[Document], window_bytes: int) -> Iterator[tuple[Document, bytes, int, int]]:
     for document in documents:
         raw = document.text.encode()
-        for start, end in corpus.windows(raw, window_bytes):
+        for start, end in windows(raw, window_bytes):
             yield document, raw, start, end
 
 
@@ -301,7 +314,7 @@ class _Builder:
     def __init__(self, names: Sequence[str]) -> None:
         self.full = False
         self._names = names
-        self._documents: list[corpus.Document] = []
+        self._documents: list[Document] = []
         self._raw: list[bytes] = []
         self._windows: list[tuple[int, int, int]] = []
         self._parts: dict[str, list[tokens.TokenizedWindow]] = {name: [] for name in names}
@@ -309,7 +322,7 @@ class _Builder:
 
     def add(
         self,
-        document: corpus.Document,
+        document: Document,
         raw: bytes,
         start: int,
         end: int,
@@ -343,7 +356,7 @@ class _Builder:
             text=np.frombuffer(b"".join(self._raw), dtype=np.uint8),
             document_start=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
             document_id=np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(-1, 32),
-            document_split=corpus.split_of(ids),
+            document_split=split_of(ids),
             window_document=table[:, 0].astype(np.int32),
             window_start=table[:, 1],
             window_end=table[:, 2],

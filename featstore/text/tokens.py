@@ -1,12 +1,12 @@
 """Windows to token ids, with the byte at which every token ends.
 
-Tokenizers report offsets in characters; two tokenizers meet in UTF-8 bytes. Offsets are known to lie (empty spans,
-byte-fallback tokens that share a character), so every window is checked: the spans must run forward and cover the text.
+A token's end is the number of bytes of the text that the model has read once it has read this token. It comes from the
+tokens' own bytes (:mod:`featstore.text.alignment`); a window that its tokens do not spell is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import OffsetError
+from featstore.text.alignment import byte_ends
+from featstore.text.bytes import TokenBytes, token_bytes
 
-#: Whitespace, one- to four-byte characters, combining marks: what offsets tend to get wrong.
-PROBE = "The naïve café costs 5 € in 東京 — नमस्ते 🙂\n\tend  of\u00a0line."
+#: Whitespace, one- to four-byte characters, combining marks, spellings that are not normalised: what goes wrong.
+PROBE = "The naïve café costs 5 € in 東京 — नमस्ते ကမ္ဘာ 🙂, e\u0301 and ▁\n\tend  of\u00a0line."
 
 
 @dataclass(frozen=True)
@@ -25,104 +27,95 @@ class TokenizedWindow:
 
     Attributes:
         ids: int32 ``(tokens,)``.
-        byte_end: int32 ``(tokens,)``, UTF-8 bytes of the window read once this token is; 0 for a special token.
+        byte_end: int32 ``(tokens,)``, UTF-8 bytes of the window read once this token is; 0 for a special token, and for
+            one that reads nothing of the text, such as a space put before it.
         special: bool ``(tokens,)``.
+        exact: bool ``(tokens,)``, whether the token has read these bytes and no others. Where it is false it ends
+            inside a character that the tokenizer rewrote, or whose bytes it does not tell: it has read ``byte_end``
+            bytes and something of what follows.
     """
 
     ids: NDArray[np.int32]
     byte_end: NDArray[np.int32]
     special: NDArray[np.bool_]
+    exact: NDArray[np.bool_]
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[TokenizedWindow]:
-    """Tokenise windows and convert character offsets to byte ends.
+    """Tokenise windows and tell where every token ends.
+
+    Control tokens that are quoted in a text are read as text or kept, as ``tokenizer.split_special_tokens`` says; those
+    that are kept are special.
 
     Args:
         tokenizer: A fast transformers tokenizer.
         texts: Window texts.
 
     Raises:
-        OffsetError: The offsets do not rebuild a window; the message shows where.
+        OffsetError: The tokens do not rebuild a window; the message shows where.
     """
+    vocabulary = token_bytes(tokenizer)
     batch = tokenizer(
         list(texts),
         add_special_tokens=True,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
         return_attention_mask=False,
+        return_token_type_ids=False,
         truncation=False,
         verbose=False,
     )
-    result = []
-    for text, ids, spans, mask in zip(
-        texts,
-        batch["input_ids"],
-        batch["offset_mapping"],
-        batch["special_tokens_mask"],
-        strict=True,
-    ):
-        span = np.array(spans, dtype=np.int64).reshape(-1, 2)
-        special = np.array(mask, dtype=bool)
-        check_offsets(text, span[~special])
-        ends = np.where(special, 0, byte_offsets(text)[span[:, 1]])
-        result.append(TokenizedWindow(np.array(ids, dtype=np.int32), ends.astype(np.int32), special))
-    return result
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    normalise = str if normalizer is None else normalizer.normalize_str
+    return [
+        _window(vocabulary, normalise, text, encoding)
+        for text, encoding in zip(texts, batch.encodings or (), strict=True)
+    ]
 
 
-def byte_offsets(text: str) -> NDArray[np.int64]:
-    """UTF-8 byte offset of every character boundary.
-
-    Args:
-        text: Any text without lone surrogates.
-
-    Returns:
-        int64 ``(len(text) + 1,)``; entry i is the number of bytes of ``text[:i]``.
-    """
-    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    lengths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
-    return np.concatenate(([0], np.cumsum(lengths)))
-
-
-def check_offsets(text: str, spans: NDArray[np.int64]) -> None:
-    """Prove that token spans rebuild a text: in range, running forward, and together covering all but whitespace.
-
-    Args:
-        text: What was tokenised.
-        spans: int64 ``(tokens, 2)``, character start and end of each token that is not special.
-
-    Raises:
-        OffsetError: They do not.
-    """
-    start, end = spans[:, 0], spans[:, 1]
-    if spans.size and (start.min() < 0 or end.max() > len(text) or (end < start).any() or (np.diff(end) < 0).any()):
-        at = int(np.flatnonzero(np.r_[False, np.diff(end) < 0] | (end < start) | (start < 0) | (end > len(text)))[0])
-        raise OffsetError(
-            f"token {at} spans characters {start[at]}..{end[at]} of a text of {len(text)}, before its neighbour: "
-            "this tokenizer's offsets cannot be used for pairing; update `tokenizers` or use another tokenizer"
+def _window(vocabulary: TokenBytes, normalise: Callable[[str], str], text: str, encoding: Any) -> TokenizedWindow:
+    ids, added = np.array(encoding.ids, dtype=np.int32), np.array(encoding.special_tokens_mask, dtype=bool)
+    # A text that quotes its own start token begins with two of them: the quoted one is enough.
+    first = int(len(ids) > 1 and added[0] and not added[1] and ids[0] == ids[1] and vocabulary.control[ids[1]])
+    ids, added = ids[first:], added[first:]
+    special = added | vocabulary.control[ids]
+    byte_end, exact = np.zeros(len(ids), dtype=np.int32), np.ones(len(ids), dtype=bool)
+    read = np.flatnonzero(~added)
+    if len(read):
+        byte_end[read], exact[read] = byte_ends(
+            vocabulary, normalise, text, ids[read], lambda: _spans(encoding)[first:][read]
         )
-    depth = np.zeros(len(text) + 1, dtype=np.int64)
-    np.add.at(depth, start, 1)
-    np.add.at(depth, end, -1)
-    for position in map(int, np.flatnonzero(np.cumsum(depth[:-1]) == 0)):
-        if not text[position].isspace():
-            around = text[max(position - 10, 0) : position + 10]
-            raise OffsetError(
-                f"no token covers character {position} ({text[position]!r}, in {around!r}): this tokenizer's offsets "
-                "cannot be used for pairing; clean the text, update `tokenizers` or use another tokenizer"
-            )
+    byte_end[special], exact[special] = 0, True
+    return TokenizedWindow(ids, byte_end, special, exact)
 
 
-def probe(tokenizer: Any, name: str) -> None:
-    """Check a tokenizer's offsets on a text chosen to trip it, before any work is done.
+def _spans(encoding: Any) -> NDArray[np.int64]:
+    """Offsets in characters, ``(tokens, 2)``: made only where they are needed, as it takes longer than tokenising."""
+    return np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+
+def prove(tokenizer: Any, name: str) -> TokenBytes:
+    """Read a tokenizer's vocabulary as bytes, and tokenise a text chosen to trip it, before any work is done.
 
     Args:
         tokenizer: A fast transformers tokenizer.
         name: The model's name, for the message.
 
+    Returns:
+        Its vocabulary.
+
     Raises:
-        OffsetError: As :func:`check_offsets`.
+        OffsetError: Its tokens do not rebuild that text.
     """
     try:
         tokenize(tokenizer, [PROBE])
     except OffsetError as error:
         raise OffsetError(f"model {name!r}: {error}") from error
+    return token_bytes(tokenizer)
+
+
+def ends_from(tokenizer: Any) -> str:
+    """What the byte ends of a tokenizer's tokens come from, as stores record it: ``bytes`` or ``offsets``.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+    """
+    return "bytes" if token_bytes(tokenizer).told else "offsets"

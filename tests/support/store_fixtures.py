@@ -21,7 +21,8 @@ from featstore.store.format.version import FORMAT_VERSION
 from featstore.store.write.index import sink_mask, write_pairs
 from featstore.store.write.row_writer import RowArrays, RowWriter, write_groups
 from featstore.store.write.writer import StoreWriter, exclusive
-from featstore.text import corpus
+from featstore.text.splits import SPLITS, split_of
+from featstore.text.windows import windows as cut_windows
 
 MODELS = ("a", "b")
 SINK_THRESHOLD = 5.0
@@ -103,16 +104,16 @@ def write_store(path: Path, recipe: Recipe | None = None) -> Path:
 
 def _write(writer: StoreWriter, recipe: Recipe) -> None:
     raw = texts(recipe)
-    windows = [(d, *cut) for d, text in enumerate(raw) for cut in corpus.windows(text, recipe.window_bytes)]
+    windows = [(d, *cut) for d, text in enumerate(raw) for cut in cut_windows(text, recipe.window_bytes)]
     ids = [hashlib.sha256(text).digest() for text in raw]
-    split = corpus.split_of(ids)
+    split = split_of(ids)
     attributes: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "complete": False,
         "models": list(MODELS),
         "corpus": {"documents": len(raw), "windows": len(windows), "bytes": sum(map(len, raw))},
         "window_bytes": recipe.window_bytes,
-        "split": {"documents": dict(zip(corpus.SPLITS, np.bincount(split, minlength=3).tolist(), strict=True))},
+        "split": {"documents": dict(zip(SPLITS, np.bincount(split, minlength=3).tolist(), strict=True))},
         "mask": {"sink_threshold": SINK_THRESHOLD},
     }
     if (writer.attributes() or {}).get("featstore", {}).get("complete"):

@@ -179,7 +179,7 @@ batches = PairBatches(store.rows("a", 0), store.rows("b", 0), pairs)
 x, y = next(batches.shuffled(64, seed=0, epoch=1))
 assert x.shape == y.shape == (64, 8) and x.dtype == np.float32
 assert len(store.corpus.window_text(0)) > 10 and store.norms("a", 3).all()
-assert zarr.open_group(sys.argv[1], mode="r")["models/a/resid/0"].dtype == np.uint16
+assert zarr.open_group(sys.argv[1], mode="r", use_consolidated=False)["models/a/resid/0"].dtype == np.uint16
 assert verify_store(sys.argv[1], quiet=True)["damage"] == []
 add_pairs(Path(sys.argv[1]), "word")
 print(len(pairs), sorted(set(sys.modules) & Blocked.names))

@@ -27,8 +27,9 @@ from featstore.store.format.encoding import Encoding
 from featstore.store.format.shards import Layout, file_checksum, parse_layout
 from featstore.store.format.version import MANIFEST, METADATA_UNIT
 from featstore.store.moments.stored import has_rows
+from featstore.store.read.portable import store_files
 from featstore.store.read.rows import RowReader
-from featstore.store.read.store import Store, open_store
+from featstore.store.read.store import Store, open_files
 from featstore.store.read.tables import TableReader
 from featstore.store.write.row_writer import RowArrays, RowWriter, rows_unit, write_groups
 from featstore.store.write.table import table_unit, write_table
@@ -70,13 +71,15 @@ def convert(
     Raises:
         SpecError: No such format or layout, nothing would change, or the new store would lie in the old one.
         StoreFormatError: Something else is at ``out``.
-        StoreStateError: Another store is at ``out``, or the store holds moments without rows.
+        StoreStateError: Another store is at ``out``, or the store holds moments without rows or is of an older format
+            version.
         StoreBusyError: Another process writes to ``out``.
         NoSpaceError: The disk cannot hold it.
         NonFiniteStateError: A value that float16 cannot hold.
         CorruptDataError: The store is damaged.
     """
-    source = open_store(path)
+    source = open_files(store_files(path))
+    source.require_current()
     before = {name: _encoding_of(source, name) for name in source.models}
     wanted = (
         None if form is None else parse_format(form),

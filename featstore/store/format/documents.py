@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
@@ -11,6 +12,36 @@ from featstore.store.format.shards import BLOSC_BLOCK, Layout
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC = {"name": "crc32c"}
+
+#: Data types that the Zarr v3 core specification has and a store uses: every reader knows them.
+CORE_TYPES = frozenset(
+    ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64")
+)
+
+#: Dimension names by the last parts of an array's path, the longest that fits. No name has two lengths in one group or
+#: in a group and one above it: xarray takes a group, or the whole tree, for datasets.
+_DIMENSIONS = {
+    "corpus/text": ("byte",),
+    "document/start": ("document_edge",),
+    "document/id": ("document", "digest_byte"),
+    "document/*": ("document",),
+    "window/*": ("window",),
+    "tokens/*": ("row",),
+    "resid/*": ("row", "width"),
+    "norm/*": ("row",),
+    "row_scale/*": ("row",),
+    "median_norm/*": ("layer",),
+    "origin/*": ("width",),
+    "column_scale/*": ("width",),
+    "embedding/state": ("entry", "width"),
+    "embedding/*": ("entry",),
+    "*/row_a": ("pair",),
+    "*/row_b": ("pair",),
+    "*/product": ("width_x", "width_y"),
+    "*/x": ("sum", "width_x"),
+    "*/y": ("sum", "width_y"),
+    "*/totals": ("total",),
+}
 
 
 def _zarr_array(shape: tuple[int, ...], data_type: str, grid: tuple[int, ...], codecs: list[Any]) -> dict[str, Any]:
@@ -66,9 +97,71 @@ def vector_document(array: NDArray[Any], chunk_rows: int) -> dict[str, Any]:
         array: Any boolean, integer or float array.
         chunk_rows: Chunk length along the first axis.
     """
-    single = array.dtype.itemsize == 1
-    first = {"name": "bytes"} if single else _BYTES
-    return _zarr_array(array.shape, array.dtype.name, (chunk_rows, *array.shape[1:]), [first, _CRC])
+    # With a byte order even for single bytes, where it means nothing: the zarrita package of PyPI asks for one.
+    return _zarr_array(array.shape, array.dtype.name, (chunk_rows, *array.shape[1:]), [_BYTES, _CRC])
+
+
+def dimension_names(path: str, axes: int) -> tuple[str, ...]:
+    """Names of an array's dimensions, for readers that need some, such as xarray.
+
+    Args:
+        path: The array's path within the store.
+        axes: Number of its dimensions.
+
+    Returns:
+        As many names; for an array that this module does not know, names after the array itself.
+    """
+    parent, name = path.split("/")[-2:] if "/" in path else ("", path)
+    for pattern in (f"{parent}/{name}", f"{parent}/*", f"*/{name}"):
+        names = _DIMENSIONS.get(pattern, ())
+        if len(names) == axes:
+            return names
+    return tuple(f"{name}_{axis}" for axis in range(axes))
+
+
+def named(path: str, document: Mapping[str, Any]) -> dict[str, Any]:
+    """An array's document with the names of its dimensions; a group's as it is.
+
+    Args:
+        path: The path within the store.
+        document: Its ``zarr.json``.
+    """
+    if document.get("node_type") != "array":
+        return dict(document)
+    return {**document, "dimension_names": list(dimension_names(path, len(document["shape"])))}
+
+
+def upgraded(document: Mapping[str, Any]) -> dict[str, Any]:
+    """An array's document of format version 1 as this version writes it, but for the names of its dimensions.
+
+    Args:
+        document: Its ``zarr.json``.
+    """
+    codecs = [_BYTES if codec == {"name": "bytes"} else codec for codec in document["codecs"]]
+    return {**document, "codecs": codecs}
+
+
+def consolidated(documents: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Consolidated metadata, as the root's document carries it.
+
+    A reader that does not know one data type in it refuses the whole store, so arrays of other types than
+    :data:`CORE_TYPES` are left out; their own documents stay where they are. A group says that it lists no more than
+    this, as in what zarr-python writes: of one that lists nothing zarr-python would look for members in the store.
+
+    Args:
+        documents: Documents of all groups and arrays below the root, by path.
+    """
+    held = {}
+    for name, document in documents.items():
+        if document["node_type"] == "group":
+            held[name] = document | {"consolidated_metadata": _inline({})}
+        elif document["data_type"] in CORE_TYPES:
+            held[name] = document
+    return _inline(held)
+
+
+def _inline(held: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "inline", "must_understand": False, "metadata": held}
 
 
 def group_document(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def summary(store: Store) -> dict[str, Any]:
         "fingerprint": store.fingerprint,
         "documents": store.attributes["split"]["documents"],
         "corpus_bytes": store.attributes["corpus"]["bytes"],
+        "normalise": store.attributes["corpus"].get("normalise", "none"),
         "bytes": sum(record["bytes"] for record in store.manifest.values()),
         "models": {},
         "pairs": {},
@@ -66,7 +67,8 @@ def describe(result: dict[str, Any]) -> str:
         f"[bold]{result['store']}[/bold]: {human_bytes(result['bytes'])}, fingerprint {result['fingerprint'][:12]}"
     ]
     documents = ", ".join(f"{count} {split}" for split, count in result["documents"].items())
-    lines.append(f"  text     {human_bytes(result['corpus_bytes'])}, documents: {documents}")
+    form = " in Unicode form NFC" if result["normalise"] == "nfc" else ""
+    lines.append(f"  text     {human_bytes(result['corpus_bytes'])}{form}, documents: {documents}")
     for name, model in result["models"].items():
         layers = ",".join(map(str, model["layers"]))
         lines.append(

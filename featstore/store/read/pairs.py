@@ -1,9 +1,11 @@
 """Which token states of two models belong together.
 
 The state of a causal model at a token that ends at byte e summarises the window up to e, whatever the tokenizer. Two
-states pair when their windows are the same and their byte ends are equal. Where several tokens of one model end at the
-same byte (byte fallback), the last one has read the whole character and is the one that pairs. Special tokens never
-pair.
+states pair when their windows are the same and their byte ends are equal: both have read the same bytes. Ends are those
+of the tokens' own bytes, so one that ends inside a character pairs only with one that ends at the same byte of it, and
+only where that is asked for (policy ``byte``). Where several tokens of one model end at the same byte, the last one
+pairs. Special tokens never pair, nor do tokens that have read nothing yet, or of which nobody can tell what they have
+read.
 """
 
 from __future__ import annotations
@@ -15,8 +17,15 @@ from numpy.typing import NDArray
 
 from featstore.errors import PairingError, SpecError
 
-POLICIES = ("end", "word")
-_SPACES = np.frombuffer(b" \t\n\r\v\f", dtype=np.uint8)
+#: Every character that both have read whole; of those the ends of words; also bytes inside a character.
+POLICIES = ("end", "word", "byte")
+#: Unicode's White_Space.
+_SPACES = [
+    character.encode()
+    for character in "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+    + "".join(map(chr, range(0x2000, 0x200B)))
+]
+_LONGEST_SPACE = 3
 
 
 @dataclass(frozen=True)
@@ -91,19 +100,23 @@ class Pairs:
 
 
 def last_at_each_end(
-    window: NDArray[np.int32], byte_end: NDArray[np.int32], special: NDArray[np.bool_]
+    window: NDArray[np.int32],
+    byte_end: NDArray[np.int32],
+    special: NDArray[np.bool_],
+    exact: NDArray[np.bool_],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For every (window, byte end) the last ordinary token that ends there.
+    """For every (window, byte end) the last ordinary token that has read the window up to there and nothing else.
 
     Args:
         window: int32 ``(n,)``, non-decreasing.
-        byte_end: int32 ``(n,)``, non-decreasing within a window among ordinary tokens.
+        byte_end: int32 ``(n,)``, non-decreasing within a window among ordinary tokens; 0 has read nothing.
         special: bool ``(n,)``.
+        exact: bool ``(n,)``.
 
     Returns:
         ``(keys, rows)``: sorted int64 keys ``window * 2^32 + byte_end`` and the row of each.
     """
-    rows = np.flatnonzero(~special)
+    rows = np.flatnonzero(~special & exact & (byte_end > 0))
     keys = (window[rows].astype(np.int64) << 32) | byte_end[rows].astype(np.int64)
     last = np.r_[keys[1:] != keys[:-1], True] if len(keys) else np.zeros(0, dtype=bool)
     return keys[last], rows[last].astype(np.int64)
@@ -130,13 +143,41 @@ def match(
     return keys, rows_a[at_a], rows_b[at_b]
 
 
-def ends_a_word(
+def match_ends(
+    first: tuple[NDArray[np.int64], NDArray[np.int64]],
+    second: tuple[NDArray[np.int64], NDArray[np.int64]],
+    policy: str,
+    window_offset: NDArray[np.int64],
+    window_stop: NDArray[np.int64],
+    text: NDArray[np.uint8],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Join two models' tokens under a policy.
+
+    Args:
+        first: Keys and rows of the first model, from :func:`last_at_each_end`.
+        second: Those of the other.
+        policy: ``end``, ``word`` or ``byte``.
+        window_offset: int64 ``(windows,)``, where each window begins in ``text``.
+        window_stop: int64 ``(windows,)``, where it ends.
+        text: uint8 corpus bytes.
+
+    Returns:
+        ``(keys, row_a, row_b)`` in document order.
+    """
+    keys, row_a, row_b = match(*first, *second)
+    if policy == "byte":
+        return keys, row_a, row_b
+    keep = (ends_a_word if policy == "word" else ends_a_character)(keys, window_offset, window_stop, text)
+    return keys[keep], row_a[keep], row_b[keep]
+
+
+def ends_a_character(
     keys: NDArray[np.int64],
     window_offset: NDArray[np.int64],
     window_stop: NDArray[np.int64],
     text: NDArray[np.uint8],
 ) -> NDArray[np.bool_]:
-    """Which of the keys' byte ends are followed by whitespace or the end of their window (policy ``word``).
+    """Which of the keys' byte ends are not inside a character.
 
     Args:
         keys: ``window * 2^32 + byte_end``.
@@ -144,12 +185,41 @@ def ends_a_word(
         window_stop: int64 ``(windows,)``, where it ends.
         text: uint8 corpus bytes.
     """
+    position, inside = _positions(keys, window_offset, window_stop)
+    following: NDArray[np.uint8] = text[np.minimum(position, len(text) - 1)]
+    result: NDArray[np.bool_] = ~inside | (following & 0xC0 != 0x80)
+    return result
+
+
+def ends_a_word(
+    keys: NDArray[np.int64],
+    window_offset: NDArray[np.int64],
+    window_stop: NDArray[np.int64],
+    text: NDArray[np.uint8],
+) -> NDArray[np.bool_]:
+    """Which of the keys' byte ends are followed by whitespace or the end of their window.
+
+    Args:
+        keys: ``window * 2^32 + byte_end``.
+        window_offset: int64 ``(windows,)``, where each window begins in ``text``.
+        window_stop: int64 ``(windows,)``, where it ends.
+        text: uint8 corpus bytes.
+    """
+    position, inside = _positions(keys, window_offset, window_stop)
+    following = [text[np.minimum(position + ahead, len(text) - 1)] for ahead in range(_LONGEST_SPACE)]
+    result = ~inside
+    for space in _SPACES:
+        result |= np.logical_and.reduce([following[ahead] == byte for ahead, byte in enumerate(space)])
+    return result
+
+
+def _positions(
+    keys: NDArray[np.int64], window_offset: NDArray[np.int64], window_stop: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where in the corpus's bytes the keys' tokens end, and whether their windows go on there."""
     window = keys >> 32
     position = window_offset[window] + (keys & 0xFFFFFFFF)
-    inside = position < window_stop[window]
-    following = text[np.minimum(position, len(text) - 1)]
-    result: NDArray[np.bool_] = ~inside | np.isin(following, _SPACES)
-    return result
+    return position, position < window_stop[window]
 
 
 def check_policy(policy: str) -> str:

@@ -77,6 +77,10 @@ class StoredModel:
         )
 
 
+#: Columns that follow from text and tokenizer alone.
+TOKEN_COLUMNS = ("id", "byte_end", "window", "special", "exact")
+
+
 @dataclass(frozen=True)
 class Tokens:
     """One model's token table.
@@ -86,6 +90,7 @@ class Tokens:
         byte_end: int32 ``(n,)``, within the window.
         window: int32 ``(n,)``.
         special: bool ``(n,)``.
+        exact: bool ``(n,)``, whether the token has read ``byte_end`` bytes and no others.
         sink: bool ``(n,)``, norm beyond the threshold at any stored layer.
     """
 
@@ -93,6 +98,7 @@ class Tokens:
     byte_end: NDArray[np.int32]
     window: NDArray[np.int32]
     special: NDArray[np.bool_]
+    exact: NDArray[np.bool_]
     sink: NDArray[np.bool_]
 
 
@@ -131,6 +137,11 @@ class StoredCorpus:
     def window_offset(self) -> NDArray[np.int64]:
         """Where each window begins in ``text``."""
         return self.document_start[self.window_document] + self.window_start
+
+    @property
+    def window_stop(self) -> NDArray[np.int64]:
+        """Where each window ends in ``text``."""
+        return self.document_start[self.window_document] + self.window_end
 
     @property
     def window_split(self) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,17 +20,25 @@ from featstore.errors import (
     CorruptDataError,
     FeatstoreError,
     LayerRangeError,
+    OldStoreWarning,
     PairingError,
     StoreFormatError,
     StoreStateError,
 )
 from featstore.runtime.provenance import digest, parse_json
 from featstore.store.format.shards import file_checksum
-from featstore.store.format.version import FORMAT_VERSION, MANIFEST, METADATA_UNIT
+from featstore.store.format.version import (
+    FORMAT_VERSION,
+    MANIFEST,
+    METADATA_UNIT,
+    REBUILDING,
+    old_store,
+    rebuild_command,
+)
 from featstore.store.read.files import LocalFiles, StoreFiles, parse_entry
 from featstore.store.read.pairs import Pairs, check_policy
 from featstore.store.read.portable import Location, store_files
-from featstore.store.read.records import StoredCorpus, StoredModel, Tokens, field
+from featstore.store.read.records import TOKEN_COLUMNS, StoredCorpus, StoredModel, Tokens, field
 from featstore.store.read.rows import RowReader
 from featstore.store.read.shown import html_table, one_line
 from featstore.store.read.tables import TableReader
@@ -44,7 +53,8 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool = False) -> Store:
     """Open a store for reading.
 
-    A directory is mapped. Anything else is read through zarr-python: the same numbers, without views.
+    A directory is mapped. Anything else is read through zarr-python: the same numbers, without views. A store of an
+    older format version is read as well, with an :class:`featstore.errors.OldStoreWarning`.
 
     Args:
         path: The store's directory, a URL such as ``s3://bucket/wt103.zarr``, or an open zarr-python store. A URL takes
@@ -61,11 +71,15 @@ def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool
         CorruptDataError: Its metadata is damaged.
         MissingPackageError: The package that speaks the URL's protocol is not installed.
     """
-    return open_files(store_files(path, portable=portable), allow_incomplete=allow_incomplete)
+    store = open_files(store_files(path, portable=portable), allow_incomplete=allow_incomplete)
+    if store.version < FORMAT_VERSION:
+        # At one place, whoever called: Python then shows a line once a process for each store.
+        warnings.warn(old_store(store.path, store.version), OldStoreWarning, stacklevel=1)
+    return store
 
 
 def open_files(files: StoreFiles, *, allow_incomplete: bool = False) -> Store:
-    """Open a store whose files have been found.
+    """Open a store whose files have been found; an older format version is not announced.
 
     Args:
         files: The store's files.
@@ -91,23 +105,25 @@ def open_files(files: StoreFiles, *, allow_incomplete: bool = False) -> Store:
         raise StoreFormatError(
             f"{where} has format version {version}, this featstore reads up to {FORMAT_VERSION}; upgrade it"
         )
+    if own.get(REBUILDING) and not allow_incomplete:
+        raise StoreStateError(f"{where} is half rebuilt; run {rebuild_command(files.location)} again to complete it")
     if not own.get("complete") and not allow_incomplete:
         raise StoreStateError(f"{where} is unfinished; run the same `featstore extract` command again to complete it")
     return Store(files, own, file_checksum(document))
 
 
 def _reopen(origin: Any, portable: bool, checksum: str) -> Store:
-    """Open in this process what was open in another."""
+    """Open in this process what was open in another, which has announced an older version."""
     if isinstance(origin, str):
         return _reopened(origin, portable, checksum)
-    return open_store(origin, allow_incomplete=True)
+    return open_files(store_files(origin), allow_incomplete=True)
 
 
 @lru_cache(maxsize=16)
 def _reopened(origin: str, portable: bool, checksum: str) -> Store:
     """A store for all the tasks of a worker; a store that has been sealed anew since is another."""
     del checksum
-    return open_store(origin, allow_incomplete=True, portable=portable)
+    return open_files(store_files(origin, portable=portable), allow_incomplete=True)
 
 
 def _sealed_documents(files: StoreFiles, attributes: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -154,6 +170,7 @@ class Store:
         files: The store's files, wherever they are.
         attributes: The root's attributes.
         models: Short names, in store order.
+        version: Format version of what is there.
     """
 
     def __init__(self, files: StoreFiles, attributes: dict[str, Any], checksum: str) -> None:
@@ -170,6 +187,7 @@ class Store:
                     f"{where} names a model {name!r}, which is not a safe path; do not trust this store"
                 )
         self.models: tuple[str, ...] = tuple(names)
+        self.version = int(attributes["format_version"])
         self._readers: dict[tuple[str, int], RowReader | TableReader] = {}
 
     @property
@@ -182,6 +200,26 @@ class Store:
         if not isinstance(self.path, Path):
             raise StoreStateError(f"{self.path} is not a directory on this machine; copy the store here for that")
         return self.path
+
+    def require_current(self) -> None:
+        """Refuse to add to a store of an older format version: what is there and what would be added differ.
+
+        Raises:
+            StoreStateError: It is of an older version, or half way from one.
+        """
+        command = rebuild_command(self.path)
+        if self.attributes.get(REBUILDING):
+            raise StoreStateError(f"{self.path} is half rebuilt; run {command} again to complete it")
+        if self.version < FORMAT_VERSION and not self.attributes.get("complete"):
+            raise StoreStateError(
+                f"{self.path} is unfinished and has format version {self.version}, this featstore writes "
+                f"{FORMAT_VERSION}; remove it, or choose another --store"
+            )
+        if self.version < FORMAT_VERSION:
+            raise StoreStateError(
+                f"{self.path} has format version {self.version}, this featstore writes {FORMAT_VERSION}; run {command} "
+                "first, which derives token tables and pairs again, without running a model"
+            )
 
     def __repr__(self) -> str:
         try:
@@ -426,7 +464,7 @@ class Store:
         """
         self.model(model)
         if model not in self._tokens:
-            self._tokens[model] = Tokens(**self.columns(model, "id", "byte_end", "window", "special", "sink"))
+            self._tokens[model] = Tokens(**self.columns(model, *TOKEN_COLUMNS, "sink"))
         return self._tokens[model]
 
     def columns(self, model: str, *names: str) -> dict[str, NDArray[Any]]:
@@ -436,7 +474,11 @@ class Store:
             model: Model name.
             names: Columns.
         """
-        return {name: self.vector(f"models/{model}/tokens/{name}") for name in names}
+        base = f"models/{model}/tokens"
+        # Stores of version 1 have no column that says which ends are exact: to them all were.
+        absent = {name for name in names if name == "exact" and not self.has(f"{base}/{name}")}
+        found = {name: self.vector(f"{base}/{name}") for name in names if name not in absent}
+        return found | {name: np.ones(self.model(model).rows, dtype=bool) for name in absent}
 
     @cached_property
     def _tokens(self) -> dict[str, Tokens]:
@@ -461,7 +503,7 @@ class Store:
         Args:
             source: Model name.
             target: Model name.
-            policy: ``end`` or ``word``.
+            policy: ``end``, ``word`` or ``byte``.
 
         Raises:
             PairingError: The store has no index for these models and policy.
@@ -524,7 +566,7 @@ class Store:
         prefixes = ["corpus/"]
         for name, chosen in layers.items():
             base = f"models/{name}"
-            prefixes += [f"{base}/tokens/{column}/" for column in ("id", "byte_end", "window", "special")]
+            prefixes += [f"{base}/tokens/{column}/" for column in TOKEN_COLUMNS]
             prefixes += [f"{base}/{kind}/{k}/" for k in chosen for kind in ("resid", "norm")] + [
                 f"{base}/embedding/"
             ] * (0 in chosen)

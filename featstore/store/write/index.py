@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.store.read.pairs import check_policy, ends_a_word, last_at_each_end, match
+from featstore.store.read.pairs import check_policy, last_at_each_end, match_ends
 from featstore.store.read.store import Store
 from featstore.store.write.writer import StoreWriter, adding_to
 
@@ -52,7 +52,7 @@ def pairs_unit(first: str, second: str, policy: str) -> str:
     Args:
         first: Model earlier in store order.
         second: The other.
-        policy: ``end`` or ``word``.
+        policy: ``end``, ``word`` or ``byte``.
     """
     return f"pairs/{first}__{second}/{policy}"
 
@@ -64,7 +64,7 @@ def pair_rows(store: Store, first: str, second: str, policy: str) -> tuple[NDArr
         store: With both models' tokens.
         first: Model earlier in store order.
         second: The other.
-        policy: ``end`` or ``word``.
+        policy: ``end``, ``word`` or ``byte``.
 
     Returns:
         int64 ``(m,)`` rows of the first model and of the second, in document order.
@@ -72,13 +72,9 @@ def pair_rows(store: Store, first: str, second: str, policy: str) -> tuple[NDArr
     sides = []
     for name in (first, second):
         table = store.tokens(name)
-        sides.append(last_at_each_end(table.window, table.byte_end, table.special))
-    keys, row_a, row_b = match(*sides[0], *sides[1])
-    if policy == "word":
-        text = store.corpus
-        stop = text.window_offset + (text.window_end - text.window_start)
-        keep = ends_a_word(keys, text.window_offset, stop, text.text)
-        row_a, row_b = row_a[keep], row_b[keep]
+        sides.append(last_at_each_end(table.window, table.byte_end, table.special, table.exact))
+    text = store.corpus
+    _, row_a, row_b = match_ends(sides[0], sides[1], policy, text.window_offset, text.window_stop, text.text)
     return row_a, row_b
 
 
@@ -89,7 +85,7 @@ def write_pairs(writer: StoreWriter, first: str, second: str, policy: str) -> No
         writer: The store's writer; text and tokens of both are committed.
         first: Model earlier in store order.
         second: The other.
-        policy: ``end`` or ``word``.
+        policy: ``end``, ``word`` or ``byte``.
     """
     store, base = writer.view, f"pairs/{first}__{second}"
     unit = pairs_unit(first, second, policy)
@@ -109,7 +105,7 @@ def add_pairs(path: Path, policy: str) -> dict[str, Any]:
 
     Args:
         path: The store.
-        policy: ``end`` or ``word``.
+        policy: ``end``, ``word`` or ``byte``.
 
     Returns:
         ``{"pairs": {"a__b": {"pairs": count}}}``.

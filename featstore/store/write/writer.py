@@ -24,13 +24,14 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import NoSpaceError, StoreAccessError, StoreBusyError
+from featstore.errors import NoSpaceError, StoreAccessError, StoreBusyError, StoreStateError
 from featstore.runtime.provenance import digest, fsync_directory, json_text, read_json, write_atomic, write_json
 from featstore.store.format import documents
 from featstore.store.format.shards import Buffer, file_checksum, seal
-from featstore.store.format.version import MANIFEST, METADATA_UNIT
+from featstore.store.format.version import MANIFEST, METADATA_UNIT, REBUILDING
 from featstore.store.read.files import LocalFiles, parse_entry
-from featstore.store.read.store import Store, open_files, open_store
+from featstore.store.read.portable import store_files
+from featstore.store.read.store import Store, open_files
 
 _LOCK = ".writer.lock"
 #: Of these a reader keeps nothing: every look goes to the files.
@@ -80,24 +81,35 @@ def _lock_file(path: Path) -> TextIO:
 
 
 @contextmanager
-def adding_to(path: Path) -> Iterator[StoreWriter]:
+def adding_to(path: Path, *, rebuild: bool = False) -> Iterator[StoreWriter]:
     """Hold the lock of a complete store on this machine, to add to it what follows from its rows.
 
     Args:
         path: The store.
+        rebuild: To derive token tables and pairs again: the store may be of an older format version, or half rebuilt.
 
     Yields:
         Its writer, whose view is the store as it is now that nobody else writes.
 
     Raises:
         StoreNotFoundError: No such store.
-        StoreStateError: It is unfinished, or not on this machine.
+        StoreStateError: It is unfinished, of an older format version, or not on this machine.
         StoreAccessError: It cannot be written to.
         StoreBusyError: Another process writes to it.
     """
-    with exclusive(open_store(path).directory):
+    with exclusive(_to_add_to(path, rebuild=rebuild).directory):
         # Only now: what another process added while we waited to begin belongs to it.
-        yield StoreWriter(path, open_store(path))
+        yield StoreWriter(path, _to_add_to(path, rebuild=rebuild))
+
+
+def _to_add_to(path: Path, *, rebuild: bool) -> Store:
+    """A store as :func:`adding_to` asks for it; an older version is not announced, but accepted or refused."""
+    store = open_files(store_files(path), allow_incomplete=rebuild)
+    if not rebuild:
+        store.require_current()
+    elif not store.attributes.get("complete") and not store.attributes.get(REBUILDING):
+        raise StoreStateError(f"{path} is unfinished; run the same `featstore extract` command again to complete it")
+    return store
 
 
 def read_entry(path: Path, unit: str) -> dict[str, Any]:
@@ -253,10 +265,11 @@ class StoreWriter:
         """Write the ``zarr.json`` of arrays, before the commit of the unit they belong to.
 
         Args:
-            described: Documents by path within the store; those that are there already are left alone.
+            described: Documents by path within the store, without the names of dimensions, which are added; those
+                that are there already are left alone.
         """
         for name, document in described.items():
-            path, text = self.path / name / "zarr.json", json_text(document)
+            path, text = self.path / name / "zarr.json", json_text(documents.named(name, document))
             if not path.is_file() or path.read_bytes() != text.encode():
                 self._changed(name)
                 write_atomic(path, text)
@@ -301,11 +314,7 @@ class StoreWriter:
             if name != ".":
                 held[name] = read_json(path)
         root = documents.group_document(attributes)
-        root["consolidated_metadata"] = {
-            "kind": "inline",
-            "must_understand": False,
-            "metadata": held,
-        }
+        root["consolidated_metadata"] = documents.consolidated(held)
         texts = {f"{name}/zarr.json": json_text(document) for name, document in held.items()}
         texts["zarr.json"] = json_text(root)
         record = {

@@ -326,7 +326,10 @@ def test_states_arrive_rounded(name: str) -> None:
 
 def test_a_part_of_a_text_has_its_own_bytes() -> None:
     window = TokenizedWindow(
-        np.arange(6, dtype=np.int32), np.array([0, 2, 4, 7, 9, 12], np.int32), np.array([True] + [False] * 5)
+        np.arange(6, dtype=np.int32),
+        np.array([0, 2, 4, 7, 9, 12], np.int32),
+        np.array([True] + [False] * 5),
+        np.ones(6, bool),
     )
     part = within(window, 2, 6)
     # Up to byte 2 is before it; 12 lies after it, as does 9, which straddles its end at 8.
@@ -352,7 +355,7 @@ def test_the_state_sent_alone_is_of_the_last_ordinary_token(tiny_llama: Path, mo
     def with_end(*args: Any) -> list[TokenizedWindow]:
         [window] = tokenize(*args)
         special = np.arange(len(window.ids)) == len(window.ids) - 1
-        return [TokenizedWindow(window.ids, window.byte_end, special)]
+        return [TokenizedWindow(window.ids, window.byte_end, special, window.exact)]
 
     # Of a tokenizer that closes every text with a token of its own.
     monkeypatch.setattr(tokens, "tokenize", with_end)

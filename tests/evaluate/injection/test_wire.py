@@ -26,15 +26,17 @@ from evaluate.injection.wire import Crossing, crossing, wire
 from evaluate.stitching.stitch import CONDITIONS, describe, scored_windows, stitch
 from featstore.errors import AdapterError, SpecError
 from featstore.store import open_store
-from featstore.text.corpus import TEST
-from featstore.text.corpus import windows as cut
+from featstore.text.splits import TEST
 from featstore.text.tokens import TokenizedWindow
+from featstore.text.windows import windows as cut
 
 KEY = "llama:2->mistral:2"
 
 
 def tokens(ends: list[int], special: int = 0) -> TokenizedWindow:
-    return TokenizedWindow(np.arange(len(ends)), np.array(ends, np.int32), np.arange(len(ends)) < special)
+    return TokenizedWindow(
+        np.arange(len(ends)), np.array(ends, np.int32), np.arange(len(ends)) < special, np.ones(len(ends), bool)
+    )
 
 
 def text_of(source: list[int], target: list[int], sinks: tuple[int, ...] = (), target_special: int = 0) -> Crossing:

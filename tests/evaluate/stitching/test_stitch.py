@@ -24,7 +24,7 @@ from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
 from featstore.runtime.console import jsonable
 from featstore.store import Store, open_store
-from featstore.text.corpus import TEST
+from featstore.text.splits import TEST
 from tests.support.commands import call, strict_json
 
 

@@ -44,7 +44,8 @@ def tokens_of(ids: Any, special: Any = None) -> TokenizedWindow:
     """A window in which every token is a byte long."""
     numbers = np.asarray(ids, dtype=np.int32)
     ends = np.arange(1, len(numbers) + 1, dtype=np.int32)
-    return TokenizedWindow(numbers, ends, np.zeros(len(numbers), bool) if special is None else special)
+    special = np.zeros(len(numbers), bool) if special is None else special
+    return TokenizedWindow(numbers, ends, special, np.ones(len(numbers), bool))
 
 
 def stitcher(run: SimpleNamespace, to: Any = None, *, seed: int = 0, windows: list[Window] | None = None) -> Any:

@@ -134,7 +134,9 @@ def test_a_window_is_scored_as_the_formulas_say() -> None:
     special[[0, 150]] = True
     ends = np.sort(rng.integers(1, 900, size=count)).astype(np.int32)
     tally = Tally()
-    add_window(tally, 3, TokenizedWindow(ids, ends, special), torch.from_numpy(q), torch.from_numpy(p))
+    add_window(
+        tally, 3, TokenizedWindow(ids, ends, special, np.ones(len(ids), bool)), torch.from_numpy(q), torch.from_numpy(p)
+    )
     log_q, log_p = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (q, p))
     at = np.array([t for t in range(2, count) if not special[t]])
     nats = -log_q[at - 1, ids[at]].sum()
@@ -145,7 +147,7 @@ def test_a_window_is_scored_as_the_formulas_say() -> None:
     # The untouched predictions do not diverge from themselves, whether they are given twice or once.
     for clean in (None, torch.from_numpy(q).clone()):
         other = Tally()
-        add_window(other, 3, TokenizedWindow(ids, ends, special), torch.from_numpy(q), clean)
+        add_window(other, 3, TokenizedWindow(ids, ends, special, np.ones(len(ids), bool)), torch.from_numpy(q), clean)
         assert other.sums[3][3:].tolist() == [0, len(at)]
 
 
@@ -170,7 +172,9 @@ def test_nothing_is_recovered_where_the_control_does_no_harm() -> None:
 def test_a_window_whose_scored_tokens_are_all_special_counts_for_nothing() -> None:
     special = np.array([False, False, True, True])
     tally = Tally()
-    add_window(tally, 0, TokenizedWindow(np.arange(4), np.array([1, 4, 0, 0]), special), torch.randn(4, 7))
+    add_window(
+        tally, 0, TokenizedWindow(np.arange(4), np.array([1, 4, 0, 0]), special, np.ones(4, bool)), torch.randn(4, 7)
+    )
     assert tally.sums[0].tolist() == [0, 0, 0, 0, 0]
 
 
@@ -178,14 +182,16 @@ def test_special_tokens_at_the_end_take_no_bytes() -> None:
     # A special token's end is 0: the bytes are those up to the last token that has any.
     special = np.array([True, False, False, False, True])
     tally = Tally()
-    add_window(tally, 0, TokenizedWindow(np.arange(5), np.array([0, 2, 5, 9, 0]), special), torch.zeros(5, 8))
+    add_window(
+        tally, 0, TokenizedWindow(np.arange(5), np.array([0, 2, 5, 9, 0]), special, np.ones(5, bool)), torch.zeros(5, 8)
+    )
     assert tally.sums[0] == pytest.approx([2 * math.log(8), 2, 7, 0, 2])
 
 
 def test_half_precision_logits_are_scored_in_float32() -> None:
     logits = (8 * torch.randn(40, 300, generator=torch.Generator().manual_seed(0))).bfloat16()
     clean = logits.roll(1, dims=0)
-    tokens = TokenizedWindow(np.arange(40), np.arange(1, 41), np.zeros(40, bool))
+    tokens = TokenizedWindow(np.arange(40), np.arange(1, 41), np.zeros(40, bool), np.ones(40, bool))
     half, full = Tally(), Tally()
     add_window(half, 0, tokens, logits, clean)
     add_window(full, 0, tokens, logits.float(), clean.float())

@@ -33,7 +33,7 @@ from featstore.extraction.settings import Settings
 from featstore.models.loading import inspect_model, weight_bytes
 from featstore.models.references import ModelSpec
 from featstore.store.inspect.verify import verify_store
-from featstore.text.corpus import windows
+from featstore.text.windows import windows
 from tests.support.commands import call, command_environment, command_line
 from tests.support.store_fixtures import tree_bytes
 from tests.support.tiny_models import save_with_tokenizer

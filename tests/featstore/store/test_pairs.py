@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from featstore import open_store
 from featstore.errors import PairingError, SpecError
-from featstore.store.read.pairs import Pairs, check_policy, ends_a_word, last_at_each_end, match
+from featstore.store.read.pairs import Pairs, check_policy, ends_a_word, last_at_each_end, match, match_ends
 from featstore.store.write.index import add_pairs
 from tests.support.store_fixtures import write_store
 
@@ -26,14 +26,15 @@ def table(windows):
     window = [w for w, tokens in enumerate(windows) for _ in tokens]
     end = [0 if special else e for tokens in windows for e, special in tokens]
     special = [s for tokens in windows for _, s in tokens]
-    return np.array(window, np.int32), np.array(end, np.int32), np.array(special, bool)
+    exact = np.ones(len(window), bool)
+    return np.array(window, np.int32), np.array(end, np.int32), np.array(special, bool), exact
 
 
 def reference(windows_a, windows_b):
     """Pairs of rows: the last ordinary token of either model at each byte end both have in a window."""
     result, row_a, row_b = [], 0, 0
     for tokens_a, tokens_b in zip(windows_a, windows_b, strict=True):
-        for end in range(13):
+        for end in range(1, 13):
             at_a = [row_a + i for i, (e, special) in enumerate(tokens_a) if e == end and not special]
             at_b = [row_b + i for i, (e, special) in enumerate(tokens_b) if e == end and not special]
             if at_a and at_b:
@@ -86,8 +87,8 @@ class TestEqualByteEnds:
 
     def test_ends_beyond_31_bits_of_window_and_end_do_not_collide(self):
         window = np.array([0, 1, 2**31 - 1], np.int32)
-        end = np.array([2**31 - 1, 0, 2**31 - 1], np.int32)
-        keys, rows = last_at_each_end(window, end, np.zeros(3, bool))
+        end = np.array([2**31 - 1, 1, 2**31 - 1], np.int32)
+        keys, rows = last_at_each_end(window, end, np.zeros(3, bool), np.ones(3, bool))
         assert (np.diff(keys) > 0).all()
         assert rows.tolist() == [0, 1, 2]
         assert (keys >> 32).tolist() == window.tolist()
@@ -98,8 +99,41 @@ class TestEqualByteEnds:
         assert pair_rows([[]], [[(1, False)]]) == []
 
 
+class TestInsideCharacters:
+    #: "é" (2 bytes) and "東" (3 bytes) between letters, in one window after another.
+    TEXT = np.frombuffer("aéb東".encode(), np.uint8)
+
+    @pytest.mark.parametrize(
+        ("policy", "ends"), [("end", [1, 3, 4, 7]), ("word", [7]), ("byte", [1, 2, 3, 4, 5, 6, 7])]
+    )
+    def test_they_pair_where_that_is_asked_for(self, policy, ends):
+        every = [[(end, False) for end in range(1, 8)]]
+        side = last_at_each_end(*table(every))
+        keys, row_a, row_b = match_ends(side, side, policy, np.array([0]), np.array([7]), self.TEXT)
+        assert (keys & 0xFFFFFFFF).tolist() == ends
+        assert row_a.tolist() == row_b.tolist() == [end - 1 for end in ends]
+
+    def test_a_token_that_has_read_something_more_never_pairs(self):
+        window, end, special, exact = table([[(1, False), (3, False), (4, False)]])
+        exact[1] = False
+        _, rows = last_at_each_end(window, end, special, exact)
+        assert rows.tolist() == [0, 2]
+
+    def test_nor_does_one_that_has_read_nothing(self):
+        assert pair_rows([[(0, False), (1, False)]], [[(0, False), (1, False)]]) == [(1, 1)]
+
+    def test_the_index_of_a_store_leaves_them_out_unless_asked(self, tmp_path):
+        path = write_store(tmp_path / "s.zarr")
+        store = open_store(path)
+        added = add_pairs(path, "byte")["pairs"]["a__b"]["pairs"]
+        assert added >= len(store.pairs("a", "b"))
+
+
 class TestWordPolicy:
-    @given(st.lists(st.text(st.sampled_from("ab \n\t.é"), min_size=1, max_size=8), min_size=1, max_size=5), st.data())
+    @given(
+        st.lists(st.text(st.sampled_from("ab \n\t.é\u3000\u00a0。"), min_size=1, max_size=8), min_size=1, max_size=5),
+        st.data(),
+    )
     def test_an_end_counts_where_whitespace_or_the_windows_end_follows(self, texts, data):
         raw = [text.encode() for text in texts]
         keys = [
@@ -114,7 +148,13 @@ class TestWordPolicy:
             offset[1:],
             np.frombuffer(b"".join(raw), np.uint8),
         )
-        expected = [end == len(raw[w]) or raw[w][end : end + 1].isspace() for w, end in keys]
+
+        def follows_space(part: bytes, end: int) -> bool:
+            if part[end] & 0xC0 == 0x80:
+                return False
+            return part[end:].decode()[0].isspace()
+
+        expected = [end == len(raw[w]) or follows_space(raw[w], end) for w, end in keys]
         assert found.tolist() == expected
 
     def test_in_a_store_it_keeps_the_ends_of_words(self, tmp_path):
@@ -140,7 +180,7 @@ class TestWordPolicy:
 
     def test_an_unknown_policy_is_quoted(self):
         assert check_policy("end") == "end"
-        with pytest.raises(SpecError, match="pair policy 'start': choose one of end, word"):
+        with pytest.raises(SpecError, match="pair policy 'start': choose one of end, word, byte"):
             check_policy("start")
 
 
@@ -158,10 +198,19 @@ class TestInAStore:
         store = open_store(tiny_store)
         tables = [store.tokens(name) for name in store.models]
         last = [
-            {(w, e): row for row, (w, e, s) in enumerate(zip(t.window, t.byte_end, t.special, strict=True)) if not s}
+            {
+                (w, e): row
+                for row, (w, e, s, x) in enumerate(zip(t.window, t.byte_end, t.special, t.exact, strict=True))
+                if x and e and not s
+            }
             for t in tables
         ]
-        expected = sorted((row, last[1][key]) for key, row in last[0].items() if key in last[1])
+        texts = [store.corpus.window_text(w).encode() + b" " for w in range(len(store.corpus.window_document))]
+        expected = sorted(
+            (row, last[1][window, end])
+            for (window, end), row in last[0].items()
+            if (window, end) in last[1] and texts[window][end] & 0xC0 != 0x80
+        )
         pairs = store.pairs("llama", "mistral")
         assert list(zip(pairs.row_source, pairs.row_target, strict=True)) == expected
         ordinary = [int((~t.special).sum()) for t in tables]

@@ -80,14 +80,14 @@ class TestEveryReaderAgrees:
 
     def test_zarr_python_reads_the_same(self, stores, name):
         store, form = open_store(stores[name]), RECIPES[name].form
-        for consolidated in (True, False):
-            group = zarr.open_group(stores[name], mode="r", use_consolidated=consolidated)
-            for model in MODELS:
-                array = group[f"models/{model}/resid/{LAYER}"]
-                whole = store.rows(model, LAYER).stored(slice(None))
-                np.testing.assert_array_equal(as_stored(array[:], form), whole)
-                np.testing.assert_array_equal(as_stored(array[700:900], form), whole[700:900])
-                np.testing.assert_array_equal(as_stored(array.oindex[[5, 1030, 2]], form), whole[[5, 1030, 2]])
+        # Consolidated metadata leaves out what only some readers know; test_other_readers.py has the rest.
+        group = zarr.open_group(stores[name], mode="r", use_consolidated=False)
+        for model in MODELS:
+            array = group[f"models/{model}/resid/{LAYER}"]
+            whole = store.rows(model, LAYER).stored(slice(None))
+            np.testing.assert_array_equal(as_stored(array[:], form), whole)
+            np.testing.assert_array_equal(as_stored(array[700:900], form), whole[700:900])
+            np.testing.assert_array_equal(as_stored(array.oindex[[5, 1030, 2]], form), whole[[5, 1030, 2]])
 
     def test_tensorstore_reads_the_same(self, stores, name):
         store, form = open_store(stores[name]), RECIPES[name].form
@@ -252,7 +252,7 @@ class TestOpening:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"format_version": 2}, StoreFormatError, "format version 2, this featstore reads up to 1; upgrade"),
+            ({"format_version": 3}, StoreFormatError, "format version 3, this featstore reads up to 2; upgrade"),
             ({"format_version": 0}, CorruptDataError, "format version 0"),
             ({"format_version": "1"}, CorruptDataError, "format version '1'"),
             ({"complete": False}, StoreStateError, "unfinished; run the same `featstore extract` command again"),

@@ -5,43 +5,46 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from featstore.errors import CorpusError, SpecError
 from featstore.extraction.job import prepare
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
-from featstore.text import corpus
-from featstore.text.corpus import documents
+from featstore.text.documents import documents
 from featstore.text.plan import Plan, PlannedCorpus, PlannedModel, make_plan
-
-
-class Pieces:
-    """A tokenizer in a few lines: a token for every run of up to `size` characters, after `starts` special ones."""
-
-    def __init__(self, size: int, starts: int = 0) -> None:
-        self.size, self.starts = size, starts
-
-    def __call__(self, texts, **_):
-        spans = [[(0, 0)] * self.starts + [m.span() for m in re.finditer(f"(?s).{{1,{self.size}}}", t)] for t in texts]
-        both = list(zip(texts, spans, strict=True))
-        return {
-            "input_ids": [[zlib.crc32(t[a:b].encode()) % 1000 for a, b in one] for t, one in both],
-            "offset_mapping": spans,
-            "special_tokens_mask": [[i < self.starts for i in range(len(one))] for one in spans],
-        }
-
+from featstore.text.splits import split_of
+from featstore.text.windows import windows
 
 TEXTS = [f"document {i}: " + "some more words " * (i % 5 + 1) for i in range(12)]
 
 
+@functools.cache
+def pieces(size: int, starts: int = 0) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for every run of up to `size` characters, after `starts` special ones."""
+    run = rf"[\s\S]{{1,{size}}}"
+    runs = sorted({found for text in TEXTS for found in re.findall(run, text)})
+    names = ["[UNK]", *(f"[{i}]" for i in range(starts)), *runs]
+    tokenizer = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(run), "isolated")
+    if starts:
+        first = [f"[{i}]" for i in range(starts)]
+        tokenizer.add_special_tokens(first)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*first, "$A"], special_tokens=[(name, names.index(name)) for name in first]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
 def plan(texts=TEXTS, tokenizers=None, max_tokens=None, **options) -> Plan:
-    tokenizers = tokenizers or {"a": Pieces(3), "b": Pieces(5, starts=1)}
+    tokenizers = tokenizers or {"a": pieces(3), "b": pieces(5, starts=1)}
     return make_plan(documents(texts), tokenizers, max_tokens=max_tokens, window_bytes=32, **options)
 
 
@@ -52,7 +55,7 @@ class TestTables:
         assert text == "".join(TEXTS)
         np.testing.assert_array_equal(np.diff(made.corpus.document_start), [len(t) for t in TEXTS])
         expected = [
-            (d, start, end) for d, t in enumerate(TEXTS) for start, end in corpus.windows(t.encode(), made.window_bytes)
+            (d, start, end) for d, t in enumerate(TEXTS) for start, end in windows(t.encode(), made.window_bytes)
         ]
         c = made.corpus
         assert list(zip(c.window_document, c.window_start, c.window_end, strict=True)) == expected
@@ -70,7 +73,7 @@ class TestTables:
         made = plan()
         ids = [d.id for d in documents(TEXTS)]
         assert made.corpus.document_id.tobytes() == b"".join(ids)
-        np.testing.assert_array_equal(made.corpus.document_split, corpus.split_of(ids))
+        np.testing.assert_array_equal(made.corpus.document_split, split_of(ids))
 
     def test_more_windows_than_a_tokenising_batch(self):
         texts = [f"{i} " + "x " * 400 for i in range(20)]
@@ -106,7 +109,7 @@ class TestBudget:
             assert cumulated[fitting] > budget
 
     def test_either_model_can_be_the_one_that_stops_it(self):
-        for tokenizers in ({"a": Pieces(1), "b": Pieces(9)}, {"a": Pieces(9), "b": Pieces(1)}):
+        for tokenizers in ({"a": pieces(1), "b": pieces(9)}, {"a": pieces(9), "b": pieces(1)}):
             made = plan(tokenizers=tokenizers, max_tokens=200)
             assert 150 < max(m.rows for m in made.models.values()) <= 200
 
@@ -149,7 +152,7 @@ def planned(lengths: list[int], batch_tokens: int, shard_rows: int) -> Plan:
     """A plan that holds only what batching looks at."""
     none = np.zeros(0, np.int64)
     text = PlannedCorpus(none, none, none, none, none, none, none)
-    model = PlannedModel(np.concatenate(([0], np.cumsum(lengths))).astype(np.int64), none, none, none)
+    model = PlannedModel(np.concatenate(([0], np.cumsum(lengths))).astype(np.int64), none, none, none, none)
     return Plan(text, {"m": model}, 32, batch_tokens, shard_rows, {})
 
 
@@ -206,20 +209,20 @@ class TestHash:
             "order": plan(TEXTS[::-1]).hash,
             "budget": plan(max_tokens=150).hash,
             "windows": make_plan(
-                documents(TEXTS), {"a": Pieces(3), "b": Pieces(5, starts=1)}, max_tokens=None, window_bytes=31
+                documents(TEXTS), {"a": pieces(3), "b": pieces(5, starts=1)}, max_tokens=None, window_bytes=31
             ).hash,
         }
         assert base not in changed.values()
         assert len(set(changed.values())) == len(changed)
         # Whose tokens they are is another hash: a model that joins a store leaves its plan as it was.
-        assert plan(tokenizers={"a": Pieces(4), "c": Pieces(5)}).hash == base
+        assert plan(tokenizers={"a": pieces(4), "c": pieces(5)}).hash == base
 
     def test_a_models_hash_is_a_function_of_its_tokens(self):
         base = plan().models["b"].hash
         assert base == plan(batch_tokens=7).models["b"].hash
         changed = {
-            plan(tokenizers={"a": Pieces(3), "b": Pieces(4, starts=1)}).models["b"].hash,
-            plan(tokenizers={"a": Pieces(3), "b": Pieces(5)}).models["b"].hash,
+            plan(tokenizers={"a": pieces(3), "b": pieces(4, starts=1)}).models["b"].hash,
+            plan(tokenizers={"a": pieces(3), "b": pieces(5)}).models["b"].hash,
             plan(max_tokens=150).models["b"].hash,
         }
         assert len(changed - {base}) == 3

@@ -10,13 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore.errors import OffsetError
-from featstore.store.read.pairs import last_at_each_end
-from featstore.text.corpus import windows
-from featstore.text.tokens import PROBE, TokenizedWindow, byte_offsets, check_offsets, probe, tokenize
+from featstore.text.tokens import PROBE, TokenizedWindow, prove, tokenize
+from featstore.text.windows import windows
 from tests.support.tokenizers import train_byte_level, train_with_start_token
 
 HARD = [
-    PROBE,
+    PROBE.replace("▁", "_"),
     "plain words, and a number: 1,234.5",
     "e\u0301 ne\u0303 a\u0308",  # combining marks
     "👨\u200d👩\u200d👧 and 🇫🇷",  # joined emoji
@@ -28,7 +27,7 @@ HARD = [
     "\U0010ffff\ue000", "ﬁ ½ Ⅷ İ ß",
     "def f(x):\n\treturn x**2  # ok",
     "مرحبا بالعالم", "שלום",
-    "<s>not a start</s>",
+    "not a <start> nor an </end>",
 ]  # fmt: skip
 
 #: Characters of every length. "▁" is SentencePiece's space, so it has no byte of its own to compare with; six control
@@ -67,8 +66,8 @@ class SentencePiece:
         return piece.replace("▁", " ").encode()
 
     def prefix(self, text: str) -> bytes:
-        """The space put before a text that does not begin with one, or with a special token."""
-        return b"" if text.startswith((" ", "<s>")) else b" "
+        """The space put before a text that does not begin with one."""
+        return b"" if text.startswith(" ") else b" "
 
 
 class Tokenizers(dict):
@@ -103,23 +102,19 @@ def check_window(tokenizer, pieces, text: str) -> TokenizedWindow:
     (window,) = tokenize(tokenizer, [text])
     raw, names = text.encode(), tokenizer.convert_ids_to_tokens(window.ids.tolist())
     assert window.ids.dtype == window.byte_end.dtype == np.int32
-    assert window.special.dtype == bool
-    assert len(window.ids) == len(window.byte_end) == len(window.special)
+    assert window.special.dtype == window.exact.dtype == bool
+    assert len(window.ids) == len(window.byte_end) == len(window.special) == len(window.exact)
     assert (window.byte_end[window.special] == 0).all()
     ordinary = np.flatnonzero(~window.special)
     ends = window.byte_end[ordinary]
     assert (np.diff(ends) >= 0).all()
     assert ends[-1] == len(raw)
-    _, last = last_at_each_end(np.zeros(len(names), np.int32), window.byte_end, window.special)
     read, prefix = b"", pieces.prefix(text)
     for row in ordinary:
         read += pieces.bytes_of(names[row])
-        end = window.byte_end[row]
-        raw[:end].decode()  # a byte end is a character's end
-        if row in last:
-            assert read == prefix + raw[:end], (names, row)
-        else:  # has read a part of the character that ends there
-            assert (prefix + raw[:end]).startswith(read)
+        # A lone space before the text has read nothing of it.
+        assert window.exact[row]
+        assert read.removeprefix(prefix) == raw[: window.byte_end[row]], (names, row)
     return window
 
 
@@ -147,7 +142,7 @@ class TestByteEnds:
                 np.testing.assert_array_equal(vars(window)[key], value)
 
     def test_the_probe_passes(self, tokenizers, name):
-        probe(tokenizers[name][0], name)
+        assert prove(tokenizers[name][0], name).told
 
 
 @pytest.mark.parametrize("kind", ["trained", pytest.param("real", marks=pytest.mark.demo_pair)])
@@ -176,64 +171,45 @@ class TestSpecialTokens:
     def test_a_tokenizer_without_start_token_gets_none(self, tokenizers):
         assert not tokenize(tokenizers["smollm2"][0], ["Hello"])[0].special.any()
 
-    def test_byte_fallback_tokens_share_their_characters_end(self, tokenizers):
+    def test_byte_fallback_tokens_end_at_their_own_bytes(self, tokenizers):
         (window,) = tokenize(tokenizers["mistral"][0], ["The🇫"])
-        assert window.byte_end.tolist() == [0, 3, 7, 7, 7, 7]
+        assert window.byte_end.tolist() == [0, 3, 4, 5, 6, 7]
+
+    def test_a_space_put_before_the_text_has_read_nothing_of_it(self, start_token_tokenizer):
+        (window,) = tokenize(start_token_tokenizer, ["🇫"])
+        assert start_token_tokenizer.convert_ids_to_tokens(window.ids.tolist())[:2] == ["<s>", "▁"]
+        assert window.byte_end.tolist() == [0, 0, 1, 2, 3, 4]
+        assert window.special.tolist() == [True, False, False, False, False, False]
 
 
-class Lying:
-    """A real tokenizer whose spans are bent before they are returned."""
+class TestQuotedControlTokens:
+    @pytest.fixture
+    def quoting(self, start_token_tokenizer):
+        yield start_token_tokenizer
+        start_token_tokenizer.split_special_tokens = False
 
-    def __init__(self, tokenizer, bend) -> None:
-        self.tokenizer, self.bend = tokenizer, bend
+    def test_they_are_text(self, quoting):
+        quoting.split_special_tokens = True
+        text = "<s>so</s> it ends"
+        (window,) = tokenize(quoting, [text])
+        assert window.special.tolist() == [True] + [False] * (len(window.ids) - 1)
+        assert not np.isin(window.ids[1:], [0, 1, 2]).any()
+        assert window.byte_end[-1] == len(text)
 
-    def __call__(self, texts, **options):
-        batch = self.tokenizer(texts, **options)
-        batch["offset_mapping"] = [
-            [self.bend(i, start, end) for i, (start, end) in enumerate(spans)] for spans in batch["offset_mapping"]
-        ]
-        return batch
+    def test_or_kept_and_then_special_and_the_text_after_them_keeps_its_ends(self, quoting):
+        quoting.split_special_tokens = False
+        text = "it ends</s> it begins"
+        (window,) = tokenize(quoting, [text])
+        kept = window.ids == 2
+        assert kept.sum() == 1
+        assert window.special[kept].all()
+        assert not window.byte_end[kept].any()
+        assert window.byte_end[~window.special][-1] == len(text)
+        assert len("it ends</s>") not in window.byte_end
 
-
-class TestLyingOffsets:
-    @pytest.mark.parametrize(
-        ("bend", "message"),
-        [
-            (lambda i, start, end: (end, end), "no token covers character 0 \\('T'"),  # (6, 6), as Llama 3's once did
-            (lambda i, start, end: (start, start), "no token covers"),
-            (lambda i, start, end: (start, start + 1), "no token covers"),
-            (lambda i, start, end: (0, 0) if i == 3 else (start, end), "token 3 spans characters 0..0"),
-            (lambda i, start, end: (start + 1, end + 1), "no token covers|token [0-9]+ spans"),
-            (lambda i, start, end: (start - 1, end - 1), "token 0 spans characters -1"),
-            (lambda i, start, end: (start, end + 500), "of a text of"),
-            (lambda i, start, end: (end, start), "token 0 spans"),
-        ],
-    )
-    def test_they_are_caught_and_shown(self, tokenizers, bend, message):
-        lying = Lying(tokenizers["smollm2"][0], bend)
-        with pytest.raises(OffsetError, match=message):
-            tokenize(lying, [PROBE])
-        with pytest.raises(OffsetError, match=r"model 'llama': .*cannot be used for pairing"):
-            probe(lying, "llama")
-
-    def test_a_lie_in_one_window_of_many_is_caught(self, tokenizers):
-        seen = []
-
-        def bend(i, start, end):
-            seen.append(i)
-            return (end, end) if len(seen) == 40 else (start, end)
-
-        with pytest.raises(OffsetError, match="no token covers"):
-            tokenize(Lying(tokenizers["smollm2"][0], bend), ["one two three four five six seven eight nine"] * 20)
-
-    def test_the_truth_passes(self):
-        check_offsets("ab  c", np.array([[0, 1], [1, 2], [4, 5]]))
-        check_offsets("東", np.array([[0, 1], [0, 1], [0, 1]]))
-        check_offsets("", np.zeros((0, 2), dtype=np.int64))
-        with pytest.raises(OffsetError, match="no token covers character 1"):
-            check_offsets("abc", np.array([[0, 1], [2, 3]]))
-
-
-@given(st.text(st.characters(codec="utf-8")))
-def test_byte_offsets_count_utf8(text):
-    assert byte_offsets(text).tolist() == [len(text[:i].encode()) for i in range(len(text) + 1)]
+    def test_there_is_no_second_start_token(self, quoting):
+        quoting.split_special_tokens = False
+        (window,) = tokenize(quoting, ["<s>once"])
+        assert (window.ids == 1).sum() == 1
+        assert window.special.tolist()[0]
+        assert window.byte_end[~window.special][-1] == len("<s>once")

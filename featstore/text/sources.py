@@ -1,48 +1,21 @@
-"""Text sources to documents, and documents to splits and windows.
-
-A *document* is an article, a file or a JSON line; its id is the SHA-256 of its text. A *window* is the unit a model
-reads: a stretch of document bytes cut at whitespace, so that two tokenizers see exactly the same text.
-"""
+"""Where text comes from: files, JSON lines and hub datasets, read lazily as the texts of documents."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
+import os
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from featstore.errors import CorpusError, SpecError
 
-TRAIN, VALIDATION, TEST = 0, 1, 2
-SPLITS = ("train", "val", "test")
-
-#: u = first 8 bytes of the document id / 2^64; test below the first bound, validation below the second.
-TEST_BELOW, VALIDATION_BELOW = 0.1, 0.2
-
-_WHITESPACE = frozenset(b" \t\n\r\v\f")
 _LEVEL_1_HEADING = re.compile(r"^ = (?!=)(.*[^=]) = $")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text that is split, and later resampled, as a whole.
-
-    Attributes:
-        text: What the models read (cut to ``--max-document-bytes`` where that is given).
-        id: SHA-256 of the *whole* text, so that a byte budget does not move a document to another split.
-    """
-
-    text: str
-    id: bytes
 
 
 @dataclass(frozen=True)
@@ -122,17 +95,29 @@ def iter_texts(source: Source) -> Iterator[str]:
 
 
 def _text_files(source: Source) -> Iterator[str]:
-    paths = sorted(Path(p) for p in glob.glob(source.location, recursive=True))  # noqa: PTH207 - absolute globs
-    files = [path for path in paths if path.is_file()]
+    files = _matching(source.location)
     if not files:
         raise CorpusError(f"no file matches {source.location!r}; give an existing path or a glob such as 'texts/*.txt'")
     for path in files:
         try:
-            yield path.read_text(encoding="utf-8")
+            yield path.read_bytes().decode()  # not as text, which would drop carriage returns
         except UnicodeDecodeError as error:
             raise CorpusError(
                 f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it first"
             ) from error
+
+
+def _matching(location: str) -> list[Path]:
+    """The files that a path or glob means, sorted; what exists under the very name comes before what it matches."""
+    if os.path.isfile(location):  # noqa: PTH113 - a pattern may be longer than a name may be
+        return [Path(location)]
+    # A directory may have brackets in its name: the longest part that exists is no pattern.
+    literal = location.rpartition("/")[0]
+    while literal and not os.path.isdir(literal):  # noqa: PTH112 - as above
+        literal = literal.rpartition("/")[0]
+    pattern = glob.escape(literal) + location[len(literal) :]
+    paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute globs
+    return [path for path in paths if path.is_file()]
 
 
 def _json_lines(source: Source) -> Iterator[str]:
@@ -236,119 +221,3 @@ def join_wikitext(lines: Iterable[str]) -> Iterator[str]:
         blank_before = not line.strip()
     if any(part.strip() for part in article):
         yield "".join(article)
-
-
-def documents(
-    texts: Iterable[str], *, max_documents: int | None = None, max_bytes: int | None = None
-) -> Iterator[Document]:
-    """Turn texts into documents, skipping texts that are empty or only whitespace.
-
-    Args:
-        texts: Document texts in order.
-        max_documents: Stop after so many.
-        max_bytes: Keep the first so many UTF-8 bytes of each, cut back to whitespace.
-
-    Raises:
-        CorpusError: A text is not Unicode.
-        SpecError: Fewer bytes than a character may have.
-    """
-    if max_bytes is not None and max_bytes < 4:
-        raise SpecError(f"{max_bytes} bytes of a document: at least 4 are needed to hold any character")
-    count = 0
-    for text in texts:
-        if max_documents is not None and count >= max_documents:
-            return
-        if not text.strip():
-            continue
-        try:
-            raw = text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise CorpusError(
-                f"document {count} holds a lone surrogate at character {error.start}; it is not text"
-            ) from error
-        identity = hashlib.sha256(raw).digest()
-        if max_bytes is not None and len(raw) > max_bytes:
-            text = raw[: _cut(raw, 0, max_bytes)].decode()
-            if not text.strip():
-                continue
-        yield Document(text, identity)
-        count += 1
-
-
-def windows(raw: bytes, size: int) -> list[tuple[int, int]]:
-    """Cut a document's bytes into windows of at most ``size`` bytes.
-
-    A cut falls before whitespace, which opens the next window; where a stretch has none, before a whole character.
-
-    Args:
-        raw: UTF-8 bytes of the document.
-        size: Window length in bytes, at least 4 (the longest character).
-
-    Returns:
-        ``(start, end)`` byte ranges that tile the document.
-
-    Raises:
-        SpecError: The size is under 4.
-    """
-    if size < 4:
-        raise SpecError(f"window of {size} bytes: at least 4 are needed to hold any character")
-    ranges = []
-    start = 0
-    while len(raw) - start > size:
-        end = _cut(raw, start, start + size)
-        ranges.append((start, end))
-        start = end
-    if start < len(raw):
-        ranges.append((start, len(raw)))
-    return ranges
-
-
-def _cut(raw: bytes, start: int, limit: int) -> int:
-    """The last place in (start, limit] before whitespace, else before a whole character."""
-    for at in range(limit, start, -1):
-        if raw[at] in _WHITESPACE:
-            return at
-    at = limit
-    while at > start + 1 and (raw[at] & 0xC0) == 0x80:  # inside a multi-byte character
-        at -= 1
-    return at
-
-
-def split_of(ids: Sequence[bytes]) -> NDArray[np.uint8]:
-    """Assign documents to train, validation and test by the hash of their text.
-
-    Where a split comes out empty, the document nearest to its range moves in, never the last one of another split.
-
-    Args:
-        ids: SHA-256 digests, at least three *different* ones.
-
-    Returns:
-        ``(n_documents,)`` of 0 train, 1 validation, 2 test; equal texts share a split.
-
-    Raises:
-        CorpusError: Fewer than three different documents.
-    """
-    distinct = sorted(set(ids))
-    if len(distinct) < 3:
-        raise CorpusError(
-            f"{len(distinct)} different document(s): train, validation and test need at least three; "
-            "add text, or give files (text:'dir/*.txt') or lines (jsonl:) that each hold one document"
-        )
-    u = {key: int.from_bytes(key[:8], "big") / 2**64 for key in distinct}
-    split = {
-        key: TEST if value < TEST_BELOW else VALIDATION if value < VALIDATION_BELOW else TRAIN
-        for key, value in u.items()
-    }
-    ranges = {
-        TEST: (0.0, TEST_BELOW),
-        VALIDATION: (TEST_BELOW, VALIDATION_BELOW),
-        TRAIN: (VALIDATION_BELOW, 1.0),
-    }
-    for wanted, (low, high) in ranges.items():
-        members = list(split.values())
-        if wanted in members:
-            continue
-        spare = [key for key in distinct if members.count(split[key]) > 1]
-        nearest = min(spare, key=lambda key: max(low - u[key], u[key] - high, 0.0))
-        split[nearest] = wanted
-    return np.array([split[key] for key in ids], dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Text sources, documents, splits and windows."""
+"""Text sources: files, JSON lines and hub datasets."""
 
 from __future__ import annotations
 
@@ -10,31 +10,13 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from featstore.errors import CorpusError, SpecError
-from featstore.text.corpus import (
-    TEST,
-    TRAIN,
-    VALIDATION,
-    Source,
-    documents,
-    iter_texts,
-    join_wikitext,
-    parse_source,
-    shuffled,
-    split_of,
-    windows,
-)
-
-SPACES = b" \t\n\r\v\f"
-#: Text rich in the cases that matter: spaces, runs without any, characters of one to four bytes.
-TEXTS = st.text(st.sampled_from("ab c\n\té東🙂\u0301\u00a0"), max_size=120) | st.text(
-    st.characters(codec="utf-8"), max_size=60
-)
+from featstore.text.documents import documents
+from featstore.text.sources import Source, iter_texts, join_wikitext, parse_source, shuffled
 
 
 class TestSource:
@@ -101,6 +83,72 @@ class TestTextFiles:
         path.write_bytes("caf\xe9".encode("latin-1"))
         with pytest.raises(CorpusError, match=r"latin\.txt is not UTF-8 .* at byte 3"):
             list(iter_texts(parse_source(f"text:{path}")))
+
+    @given(raw=st.text(st.sampled_from("a\r\n\ufeffé東 ") | st.characters(codec="utf-8")).map(str.encode))
+    @example(raw=b"one\r\ntwo\rthree\n\r\n")
+    def test_a_file_is_read_as_its_bytes_are(self, tmp_path_factory, raw):
+        path = tmp_path_factory.mktemp("bytes") / "x.txt"
+        path.write_bytes(raw)
+        assert next(iter_texts(parse_source(f"text:{path}"))).encode() == raw
+
+    def test_files_and_lines_of_the_same_text_are_the_same_documents(self, tmp_path):
+        texts = [f"Line one of {i}.\r\nLine two\rand three.\r\n" for i in range(3)]
+        for i, text in enumerate(texts):
+            (tmp_path / f"{i}.txt").write_bytes(text.encode())
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        files, lines = (
+            list(documents(iter_texts(parse_source(f"{q}"))))
+            for q in (f"text:{tmp_path}/*.txt", f"jsonl:{tmp_path}/x.jsonl")
+        )
+        assert files == lines
+        assert [document.id for document in files] == [hashlib.sha256(text.encode()).digest() for text in texts]
+
+
+class TestBrackets:
+    @pytest.fixture
+    def place(self, tmp_path, monkeypatch):
+        for name in (
+            "run[1]/a.txt",
+            "run[1]/b[2].txt",
+            "run[1]/sub/c.txt",
+            "run1/d.txt",
+            "b2.txt",
+            "*.txt",
+            "x[/e.txt",
+        ):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(name)
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("location", "files"),
+        [
+            ("run[1]/a.txt", ["run[1]/a.txt"]),
+            ("run[1]/b[2].txt", ["run[1]/b[2].txt"]),  # a file that exists is that file
+            ("*.txt", ["*.txt"]),
+            ("[*]*.txt", ["*.txt"]),
+            ("b[2].txt", ["b2.txt"]),  # none of that name: a pattern
+            ("run[1]/*.txt", ["run[1]/a.txt", "run[1]/b[2].txt"]),
+            ("./run[1]/*.txt", ["run[1]/a.txt", "run[1]/b[2].txt"]),
+            ("run[1]//*.txt", ["run[1]/a.txt", "run[1]/b[2].txt"]),
+            ("run[1]/**/*.txt", ["run[1]/a.txt", "run[1]/b[2].txt", "run[1]/sub/c.txt"]),
+            ("run[1]/s[tu]b/*.txt", ["run[1]/sub/c.txt"]),
+            ("run[12]/*.txt", ["run1/d.txt"]),  # no directory of that name
+            ("x[/*.txt", ["x[/e.txt"]),
+        ],
+    )
+    def test_what_exists_under_the_name_comes_before_what_it_matches(self, place, location, files):
+        assert list(iter_texts(parse_source(f"text:{location}"))) == files
+        if not location.startswith("."):
+            assert list(iter_texts(parse_source(f"text:{place}/{location}"))) == files
+
+    @pytest.mark.parametrize(
+        "location", ["run[1]", "run[1]/", "run[1]/*.md", "run[1]/c.txt/d", "q" * 300 + "[1]", "\0"]
+    )
+    def test_what_is_no_file_is_said(self, place, location):
+        with pytest.raises(CorpusError, match="no file matches"):
+            list(iter_texts(parse_source(f"text:{location}")))
 
 
 class TestJsonLines:
@@ -242,7 +290,7 @@ class TestHub:
 
     def test_offline_the_error_says_what_to_do(self):
         code = (
-            "from featstore.text.corpus import iter_texts, parse_source\n"
+            "from featstore.text.sources import iter_texts, parse_source\n"
             "from featstore.errors import CorpusError\n"
             "try:\n    next(iter_texts(parse_source('hf:nobody/nothing:train')))\n"
             "except CorpusError as error:\n    print(error)\n"
@@ -256,127 +304,6 @@ class TestHub:
         )
         assert done.stdout.startswith("dataset 'nobody/nothing' (config None, split 'train') cannot be read: ")
         assert "--dataset text:PATH" in done.stdout
-
-
-class TestDocuments:
-    def test_empty_texts_are_skipped_and_ids_are_hashes(self):
-        made = list(documents(["", " \n\t", "a", "b"]))
-        assert [d.text for d in made] == ["a", "b"]
-        assert made[0].id == hashlib.sha256(b"a").digest()
-
-    def test_the_limit_counts_documents_not_texts(self):
-        assert [d.text for d in documents(["", "a", " ", "b", "c"], max_documents=2)] == ["a", "b"]
-
-    @given(TEXTS, st.integers(4, 40))
-    def test_a_byte_budget_cuts_back_to_a_boundary_and_keeps_the_id(self, text, limit):
-        made = list(documents([text], max_bytes=limit))
-        if not made:
-            assert not text.encode()[: limit + 1].decode(errors="ignore").strip() or not text[:1].strip()
-            return
-        raw, kept = text.encode(), made[0].text.encode()
-        assert raw.startswith(kept)
-        assert len(kept) <= limit
-        assert made[0].id == hashlib.sha256(raw).digest()
-        assert len(kept) == len(raw) or raw[len(kept)] in SPACES or limit - len(kept) < 4
-        assert made[0].text.strip()
-
-    def test_a_budget_under_one_character_is_refused(self):
-        with pytest.raises(SpecError, match="3 bytes of a document"):
-            list(documents(["東京"], max_bytes=3))
-
-    def test_a_lone_surrogate_is_named(self):
-        with pytest.raises(CorpusError, match="document 1 holds a lone surrogate at character 2"):
-            list(documents(["fine", "ab\ud800"]))
-
-
-class TestWindows:
-    @given(TEXTS, st.integers(4, 40))
-    def test_they_tile_the_document_in_whole_characters(self, text, size):
-        raw = text.encode()
-        cut = windows(raw, size)
-        assert [start for start, _ in cut] == [0, *(end for _, end in cut)][: len(cut)]
-        assert b"".join(raw[start:end] for start, end in cut) == raw
-        for start, end in cut:
-            assert 0 < end - start <= size
-            raw[start:end].decode()
-
-    @given(TEXTS, st.integers(4, 40))
-    def test_a_cut_falls_before_the_last_whitespace_that_fits(self, text, size):
-        raw = text.encode()
-        for start, end in windows(raw, size)[:-1]:
-            places = [at for at in range(start + 1, start + size + 1) if raw[at] in SPACES]
-            if places:
-                assert end == places[-1]
-            else:  # the longest run of whole characters
-                assert start + size - end < 4
-                assert len(raw[end : start + size].decode(errors="ignore")) == 0
-
-    def test_the_whitespace_opens_the_next_window(self):
-        raw = b"one two three"
-        assert [raw[a:b] for a, b in windows(raw, 8)] == [b"one two", b" three"]
-        assert [raw[a:b] for a, b in windows(raw, 7)] == [b"one two", b" three"]
-        assert [raw[a:b] for a, b in windows(raw, 6)] == [b"one", b" two", b" three"]
-
-    def test_no_document_no_window(self):
-        assert windows(b"", 8) == []
-
-    def test_too_small_a_window_is_refused(self):
-        with pytest.raises(SpecError, match="window of 3 bytes: at least 4"):
-            windows(b"text", 3)
-
-
-def digest_at(u: float, salt: int = 0) -> bytes:
-    """A document id whose u is the given number."""
-    return int(u * 2**64).to_bytes(8, "big") + hashlib.sha256(bytes([salt])).digest()[8:]
-
-
-class TestSplits:
-    def test_the_hash_alone_decides(self):
-        ids = [hashlib.sha256(str(i).encode()).digest() for i in range(2000)]
-        split = split_of(ids)
-        u = np.array([int.from_bytes(i[:8], "big") / 2**64 for i in ids])
-        np.testing.assert_array_equal(split, np.where(u < 0.1, TEST, np.where(u < 0.2, VALIDATION, TRAIN)))
-        np.testing.assert_array_equal(split_of(ids[:1000]), split[:1000])
-        np.testing.assert_array_equal(split_of(ids[::-1]), split[::-1])
-
-    def test_a_known_hash_keeps_its_split(self):
-        """Frozen: another rule would move documents of existing stores between training and test."""
-        texts = [f"document {i}" for i in range(20)]
-        split = split_of([hashlib.sha256(t.encode()).digest() for t in texts])
-        # None lies below 0.1, so number 0 (at 0.1012) serves as test; 7 is at 0.203, 9 at 0.198.
-        assert "".join(map(str, split)) == "20000100110010000000"
-
-    @pytest.mark.parametrize(
-        ("u", "expected"),
-        [
-            ([0.5, 0.3, 0.9], [VALIDATION, TEST, TRAIN]),  # all train: the lowest goes to test, the next to validation
-            ([0.01, 0.02, 0.03], [TEST, TRAIN, VALIDATION]),
-            ([0.01, 0.05, 0.09], [TEST, TRAIN, VALIDATION]),  # nearest to 0.1..0.2 first, then nearest to 0.2..1
-            ([0.11, 0.15, 0.19], [TEST, VALIDATION, TRAIN]),
-            ([0.05, 0.15, 0.5], [TEST, VALIDATION, TRAIN]),
-            ([0.05, 0.3, 0.5, 0.25], [TEST, TRAIN, TRAIN, VALIDATION]),
-            ([0.15, 0.3, 0.5, 0.25], [VALIDATION, TRAIN, TRAIN, TEST]),
-        ],
-    )
-    def test_an_empty_split_takes_the_nearest_document(self, u, expected):
-        assert split_of([digest_at(x) for x in u]).tolist() == expected
-
-    @given(st.lists(st.floats(0, 0.999), min_size=3, max_size=12, unique=True))
-    def test_no_split_is_ever_empty(self, u):
-        ids = [digest_at(x, salt) for salt, x in enumerate(u)]
-        assert set(split_of(ids).tolist()) == {TRAIN, VALIDATION, TEST}
-
-    def test_equal_texts_share_a_split(self):
-        ids = [digest_at(u) for u in (0.3, 0.3, 0.3, 0.4, 0.5, 0.4)]
-        split = split_of(ids)
-        assert len(set(split[[0, 1, 2]])) == 1
-        assert split[3] == split[5]
-        assert set(split.tolist()) == {TRAIN, VALIDATION, TEST}
-
-    @pytest.mark.parametrize("ids", [[], [b"a" * 32], [b"a" * 32, b"b" * 32], [b"a" * 32] * 5 + [b"b" * 32]])
-    def test_under_three_different_documents_is_an_error(self, ids):
-        with pytest.raises(CorpusError, match=f"{len(set(ids))} different document"):
-            split_of(ids)
 
 
 class TestShuffled:
@@ -406,9 +333,3 @@ class TestShuffled:
 
         next(shuffled(texts(), 1, buffer=10))
         assert taken <= 12
-
-
-def test_the_sample_has_documents_in_every_split(sample_texts):
-    made = list(documents(sample_texts, max_bytes=900))
-    assert len(made) == len(sample_texts) >= 60
-    assert np.bincount(split_of([d.id for d in made])).min() >= 3

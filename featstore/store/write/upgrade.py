@@ -1,0 +1,48 @@
+"""A store of an older format version becomes one of this: what a rebuild does around deriving tables and pairs again.
+
+:func:`begin_rebuild`, the new units, :func:`upgrade_metadata`. From the first to the last nobody reads the store. A
+rebuild that is killed in between is run again: text, token ids and states are what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from featstore.runtime.provenance import read_json
+from featstore.store.format import documents
+from featstore.store.format.version import FORMAT_VERSION, REBUILDING
+from featstore.store.write.writer import StoreWriter
+
+
+def begin_rebuild(writer: StoreWriter) -> None:
+    """Close a store to readers, this version's and older ones', until :func:`upgrade_metadata` has sealed it.
+
+    Args:
+        writer: Of a complete store, or of one that was killed half rebuilt; from
+            ``adding_to(path, rebuild=True)``.
+    """
+    own = _own(writer)
+    writer.group("", {"featstore": own | {"format_version": FORMAT_VERSION, "complete": False, REBUILDING: True}})
+
+
+def upgrade_metadata(writer: StoreWriter, changes: Mapping[str, Any] | None = None) -> None:
+    """Give every array the names of its dimensions, and seal the store as one of this format version.
+
+    Args:
+        writer: Of the store, closed by :func:`begin_rebuild`; all that is derived again is committed.
+        changes: Root attributes that this version has besides, or has otherwise.
+    """
+    for path in sorted(writer.path.rglob("zarr.json")):
+        document = read_json(path)
+        if document.get("node_type") == "array":
+            name = path.parent.relative_to(writer.path).as_posix()
+            writer.describe({name: documents.upgraded(document)})
+    own = {key: value for key, value in _own(writer).items() if key != REBUILDING}
+    own |= dict(changes or {}) | {"format_version": FORMAT_VERSION, "complete": True}
+    writer.seal({"featstore": own})
+
+
+def _own(writer: StoreWriter) -> dict[str, Any]:
+    own: dict[str, Any] = (writer.attributes() or {}).get("featstore", {})
+    return own
