@@ -72,14 +72,17 @@ def test_every_end_is_the_one_that_the_tokens_own_bytes_give(kinds, kind: str, t
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS)
 def test_ends_run_forward_to_the_end_of_the_text(kinds, kind: str, text: str) -> None:
-    [window] = tokenize(kinds[kind].tokenizer, [text])
+    tokenizer = kinds[kind].tokenizer
+    [window] = tokenize(tokenizer, [text])
     assert window.byte_end.dtype == np.int32
     assert (window.byte_end[window.special] == 0).all()
     ends = window.byte_end[~window.special]
     assert (np.diff(ends) >= 0).all()
     assert (ends >= 0).all()
-    assert window.exact[~window.special][-1]
-    assert ends[-1] == len(text.encode())
+    # A Unigram model reads a control token where its name is quoted, and those are special.
+    if tokenizer(text, add_special_tokens=False)["input_ids"][-1] not in tokenizer.all_special_ids:
+        assert window.exact[~window.special][-1]
+        assert ends[-1] == len(text.encode())
 
 
 @pytest.mark.parametrize(("first", "second"), list(combinations(KINDS, 2)))
