@@ -83,7 +83,7 @@ def _ends_in_rewritten(
 
 
 def _quoting(pieces: list[bytes], rewritten: bytes) -> list[bytes]:
-    """Bytes that stand for a quotation of their names: Unigram models read "<0x41>" in a text as the token of a byte."""
+    """Bytes that stand for their names: Unigram models read a quoted "<0x41>" as the token of a byte."""
     result, read = list(pieces), 0
     for at, piece in enumerate(pieces):
         name = b"<0x%02X>" % piece[0] if len(piece) == 1 else piece

@@ -102,7 +102,10 @@ def of_other_kinds() -> dict[str, list[str]]:
         "JSON": [json.dumps(data, ensure_ascii=False, indent=1), json.dumps(data)],
         "digits": [" ".join(digits), "".join(digits), "٣٤٥ ३४५ 一二三 Ⅷ ½ ², 1,234.56; 0x7F"],
         "LaTeX": [formulas * 4],
-        "spaces": [" a  b   c    d\t\te\n\n\nf\r\ng\rh \n i\u00a0j\u3000k\u2003l\u200bm\u2028n ", "  ", "\n", "   x", "x   "],
+        "spaces": [
+            " a  b   c    d\t\te\n\n\nf\r\ng\rh \n i\u00a0j\u3000k\u2003l\u200bm\u2028n ",
+            "  ", "\n", "   x", "x   ",
+        ],
         "control tokens": [
             "<s> [INST] <|endoftext|> </s> <bos><eos> <|im_start|>user\n<|begin_of_text|> <think></think>",
             "<s>", "</s>x", "a<unk>", "<0x41> <0xE2> ▁ ▁▁a ▁",

@@ -40,7 +40,11 @@ class Spelling:
     @classmethod
     def of_family(cls, name: str, tokenizer: Any) -> Spelling:
         """Of a real tokenizer."""
-        return cls.of(tokenizer, FAMILIES[name].spelling, FAMILIES[name].form) if name in FAMILIES else cls.of(tokenizer, STAND_INS)
+        return (
+            cls.of(tokenizer, FAMILIES[name].spelling, FAMILIES[name].form)
+            if name in FAMILIES
+            else cls.of(tokenizer, STAND_INS)
+        )
 
 
 @dataclass(frozen=True)
@@ -115,20 +119,22 @@ def judge(first: Reading, second: Reading, made: tuple[Ints, Ints]) -> Verdict:
         made: Rows of the first and of the second.
     """
     _, row_a, row_b = match(first.keys, first.rows, second.keys, second.rows)
-    count = sum(map(len, second.ids))
-    right, claimed = row_a * count + row_b, made[0] * count + made[1]
     end_a, end_b = (np.concatenate(reading.ends) for reading in (first, second))
     same = (end_a[made[0]] == end_b[made[1]]) & (end_a[made[0]] > 0)
+    # A token has one partner at most.
+    partner = np.full(len(end_a), -1)
+    partner[row_a] = row_b
+    right = partner[made[0]] == made[1]
     return Verdict(
-        made=len(claimed),
-        right=len(right),
+        made=len(right),
+        right=len(row_a),
         wrong=int((~same).sum()),
-        beside=int((same & ~np.isin(claimed, right)).sum()),
-        lost=int((~np.isin(right, claimed)).sum()),
+        beside=int((same & ~right).sum()),
+        lost=len(row_a) - int(right.sum()),
     )
 
 
-# The former rule -------------------------------------------------------------------------------------------------------
+# The former rule ------------------------------------------------------------------------------------------------------
 
 
 def former_keys(tokenizer: Any, windows: Sequence[str]) -> tuple[Ints, Ints]:
@@ -147,7 +153,7 @@ def former_keys(tokenizer: Any, windows: Sequence[str]) -> tuple[Ints, Ints]:
     return np.concatenate(keys), np.concatenate(rows)
 
 
-# The store's rule ------------------------------------------------------------------------------------------------------
+# The store's rule -----------------------------------------------------------------------------------------------------
 
 
 def keys_of(tokenized: Sequence[TokenizedWindow]) -> tuple[Ints, Ints]:

@@ -53,7 +53,9 @@ def spelled_by_pieces(tokenizer: Any) -> dict[int, bytes]:
     """Bytes by id of a SentencePiece-like vocabulary, in which a space is "▁"; added tokens are text."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = backend["model"]["vocab"]
-    pieces = vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], i) for i, entry in enumerate(vocabulary))
+    pieces = (
+        vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], i) for i, entry in enumerate(vocabulary))
+    )
     result = {}
     for piece, i in pieces:
         byte = _BYTE.fullmatch(piece)

@@ -2,7 +2,8 @@
 
 Two differ as the demo pair's do. One is a byte-level BPE without a start token, built like SmolLM2's; the other is a
 SentencePiece-style BPE with byte fallback, "▁" for a space and a start token, laid out as transformers converts Llama's
-and Mistral's. The third is a Unigram model that normalises. The vocabularies are small; everything a text can do to offsets and special tokens is the same.
+and Mistral's. The third is a Unigram model that normalises. The vocabularies are small; everything a text can do to
+offsets and special tokens is the same.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def train_unigram(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     learner = Tokenizer(Unigram())
     learner.normalizer = normalizers.NFKC()
     learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    trainer = UnigramTrainer(vocab_size=UNIGRAM_VOCABULARY, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    trainer = UnigramTrainer(
+        vocab_size=UNIGRAM_VOCABULARY, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+    )
     learner.train_from_iterator(texts, trainer)
     pieces = [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"] if piece != "<unk>"]
     # Bytes score so low that a text which quotes "<0x41>" is not read as one of them.

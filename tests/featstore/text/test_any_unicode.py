@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import combinations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
 
 from featstore.text.tokens import tokenize
 from tests.support.real_tokenizers import PIECES, STAND_INS
@@ -22,17 +23,31 @@ from tests.support.tokenizers import train_byte_level, train_unigram, train_with
 AWKWARD = [
     "e\u0301", "\u0301", "a\u0323\u0307", "a\u0307\u0323", "\u1100\u1161\u11a8", "\uac01", "\u0e01\u0e33", "\u0e33",
     "\u0eb3", "ﬁ", "½", "①", "㎏", "\u212b", "\u2126", "ｶﾞ", "ﷺ", "…", "\u0344", "\u0958", "\u09cb", "\u09c7\u09be",
-    "က္မ", "\u0f73", "\u0fb2\u0f71", "\u0f77", "👩🏽‍🚀", "🏳️‍🌈", "🇩🇪", "\U0001d15e", "\u2000", "\u3000", "\xa0", "\u200b",
-    "\ufeff", "\u2028", "\r\n", "\r", "\n", "\t", "  ", " ", "▁", "▁▁", "\x00", "\x7f", "\u0340", "\ufb1d", "\u1e9b\u0323",
-    "<s>", "</s>", "<unk>", "<|endoftext|>", "<0x41>", "<0xE2>", "▁the", "Ā", "Ġ", "Ċ", "don't", "123", ",", "the ",
+    "က္မ", "\u0f73", "\u0fb2\u0f71", "\u0f77", "👩🏽‍🚀", "🏳️‍🌈", "🇩🇪", "\U0001d15e", "\u2000", "\u3000", "\xa0",
+    "\u200b", "\ufeff", "\u2028", "\r\n", "\r", "\n", "\t", "  ", " ", "▁", "▁▁", "\x00", "\x7f", "\u0340",
+    "\ufb1d", "\u1e9b\u0323", "<s>", "</s>", "<unk>", "<|endoftext|>", "<0x41>", "<0xE2>", "▁the", "Ā", "Ġ", "Ċ", "don't", "123", ",", "the ",
 ]  # fmt: skip
-TEXTS = st.lists(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(AWKWARD), min_size=1, max_size=8
-).map("".join).filter(bool)
+TEXTS = (
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(AWKWARD),
+        min_size=1,
+        max_size=8,
+    )
+    .map("".join)
+    .filter(bool)
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A tokenizer, and how it spells bytes."""
+
+    tokenizer: PreTrainedTokenizerFast = field(repr=False)
+    spelling: Spelling
 
 
 @pytest.fixture(scope="module")
-def kinds(sample_texts) -> dict[str, SimpleNamespace]:
+def kinds(sample_texts) -> dict[str, Kind]:
     """A tokenizer of each kind, and how it spells bytes."""
     composing = train_byte_level(sample_texts)
     composing.backend_tokenizer.normalizer = normalizers.NFC()
@@ -44,10 +59,7 @@ def kinds(sample_texts) -> dict[str, SimpleNamespace]:
     }
     for tokenizer, _, _ in made.values():
         tokenizer.split_special_tokens = True
-    return {
-        name: SimpleNamespace(tokenizer=tokenizer, spelling=Spelling.of(tokenizer, kind, form))
-        for name, (tokenizer, kind, form) in made.items()
-    }
+    return {name: Kind(tokenizer, Spelling.of(tokenizer, kind, form)) for name, (tokenizer, kind, form) in made.items()}
 
 
 KINDS = ["byte-level", "byte-level, NFC", "byte fallback", "Unigram, NFKC"]
@@ -80,7 +92,8 @@ def test_ends_run_forward_to_the_end_of_the_text(kinds, kind: str, text: str) ->
     assert (np.diff(ends) >= 0).all()
     assert (ends >= 0).all()
     # A Unigram model reads a control token where its name is quoted, and those are special.
-    if tokenizer(text, add_special_tokens=False)["input_ids"][-1] not in tokenizer.all_special_ids:
+    controls = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    if tokenizer(text, add_special_tokens=False)["input_ids"][-1] not in controls:
         assert window.exact[~window.special][-1]
         assert ends[-1] == len(text.encode())
 
