@@ -200,8 +200,9 @@ def test_pieces_end_where_sentencepiece_says(family: str) -> None:
     compared = 0
     for window, ids, ends in zip(all_windows()[0], truth.ids, truth.ends, strict=True):
         pieces = model.encode(window, return_type="proto").pieces
-        # The fast tokenizer puts no space before a text that begins with one.
-        if window.startswith((" ", "▁")):
+        # The fast tokenizer puts no space before a text that begins with one, and transformers' converter joins runs of
+        # spaces first, which SentencePiece joins last.
+        if window.startswith((" ", "▁")) or "  " in window:
             continue
         assert [piece.id for piece in pieces] == ids[1:]
         # The bytes of a character are its last one's, which is where it has been read.
