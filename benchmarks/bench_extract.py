@@ -138,7 +138,14 @@ def random_plan(tokens: int, vocabulary: int, arguments: argparse.Namespace) -> 
         window_start=none[:windows],
         window_end=none[:windows],
     )
-    model = PlannedModel(starts, ids, np.zeros(tokens, np.int32), np.zeros(tokens, bool), np.ones(tokens, bool))
+    model = PlannedModel(
+        starts,
+        ids,
+        np.zeros(tokens, np.int32),
+        np.zeros(tokens, bool),
+        np.ones(tokens, bool),
+        np.zeros(tokens, np.uint8),
+    )
     return Plan(text, {NAME: model}, 2048, arguments.batch_tokens, arguments.shard_rows, {})
 
 

@@ -169,7 +169,8 @@ class Recorded:
                 columns = self.store.columns(name, *TOKEN_COLUMNS)
                 counts = np.bincount(columns["window"], minlength=len(held.window_document))
                 starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-                table = PlannedModel(starts, columns["id"], columns["byte_end"], columns["special"], columns["exact"])
+                rest = (columns[name] for name in ("byte_end", "special", "exact", "role"))
+                table = PlannedModel(starts, columns["id"], *rest)
                 if table.hash == self.models[name]["tokens_sha256"]:
                     tables[name] = table
         return planned, tables

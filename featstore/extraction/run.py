@@ -113,7 +113,7 @@ def _begin(writer: StoreWriter, job: Job) -> None:
         if not (adding and recorded and name in recorded.models):
             writer.group(f"models/{name}", {"featstore": values})
     if not adding:
-        for group in ("models", "corpus", "corpus/document", "corpus/window", "pairs"):
+        for group in ("models", "corpus", "corpus/document", "corpus/window", "corpus/message", "pairs"):
             writer.group(group, {})
     _write_plan(writer, job.plan)
 
@@ -131,6 +131,10 @@ def _write_plan(writer: StoreWriter, plan: Plan) -> None:
                 "corpus/window/document": text.window_document,
                 "corpus/window/start": text.window_start,
                 "corpus/window/end": text.window_end,
+                "corpus/message/document": text.message_document,
+                "corpus/message/role": text.message_role,
+                "corpus/message/start": text.message_start,
+                "corpus/message/end": text.message_end,
             },
             sha256=plan.hash,
         )
@@ -144,6 +148,7 @@ def _write_plan(writer: StoreWriter, plan: Plan) -> None:
                 "window": window,
                 "special": model.special,
                 "exact": model.exact,
+                "role": model.role,
             }
             writer.vectors(unit, {f"{unit}/{key}": column for key, column in columns.items()}, sha256=model.hash)
 

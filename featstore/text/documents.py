@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from featstore.errors import CorpusError, SpecError
+from featstore.text.roles import Part
 from featstore.text.windows import space_cut
 
 
@@ -20,10 +21,12 @@ class Document:
     Attributes:
         text: What the models read (cut to ``--max-document-bytes`` where that is given).
         id: SHA-256 of the *whole* text, so that a byte budget does not move a document to another split.
+        parts: Who wrote which bytes of it; nothing for ordinary text.
     """
 
     text: str
     id: bytes
+    parts: tuple[Part, ...] = ()
 
 
 def documents(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -19,6 +19,7 @@ from featstore.errors import CorpusError, SpecError
 from featstore.runtime.provenance import digest
 from featstore.text import tokens
 from featstore.text.documents import Document
+from featstore.text.roles import TEXT, roles_at
 from featstore.text.splits import split_of
 from featstore.text.windows import windows
 
@@ -40,6 +41,10 @@ class PlannedCorpus:
         window_document: int32 ``(windows,)``.
         window_start: int64 ``(windows,)`` first byte within the document.
         window_end: int64 ``(windows,)`` byte after the last.
+        message_document: int32 ``(messages,)``; empty for ordinary text.
+        message_role: uint8 ``(messages,)``, numbers in :data:`featstore.text.roles.ROLES`.
+        message_start: int64 ``(messages,)`` first byte within the document.
+        message_end: int64 ``(messages,)`` byte after the last.
     """
 
     text: NDArray[np.uint8]
@@ -49,6 +54,10 @@ class PlannedCorpus:
     window_document: NDArray[np.int32]
     window_start: NDArray[np.int64]
     window_end: NDArray[np.int64]
+    message_document: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    message_role: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    message_start: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    message_end: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def window_offset(self) -> NDArray[np.int64]:
@@ -60,6 +69,26 @@ class PlannedCorpus:
         """Where each window ends in ``text``."""
         return self.document_start[self.window_document] + self.window_end
 
+    def roles(
+        self, window: NDArray[np.int64], byte_end: NDArray[np.int32], special: NDArray[np.bool_]
+    ) -> NDArray[np.uint8]:
+        """Who wrote the last byte that each token has read; ``text`` for special tokens.
+
+        Args:
+            window: ``(n,)``, the tokens' windows.
+            byte_end: int32 ``(n,)``, within the window.
+            special: bool ``(n,)``.
+        """
+        found = roles_at(
+            self.window_document[window],
+            self.window_start[window] + byte_end,
+            self.message_document,
+            self.message_role,
+            self.message_start,
+            self.message_end,
+        )
+        return np.where(special, TEXT, found).astype(np.uint8)
+
     @property
     def hash(self) -> str:
         """SHA-256 over text, document boundaries and windows."""
@@ -70,6 +99,9 @@ class PlannedCorpus:
             self.document_id,
             self.window_document,
             self.window_end,
+            self.message_document,
+            self.message_role,
+            self.message_end,
         ):
             total.update(np.ascontiguousarray(array).tobytes())
         return total.hexdigest()
@@ -101,6 +133,7 @@ class PlannedModel:
         byte_end: int32 ``(n,)``, within the window.
         special: bool ``(n,)``.
         exact: bool ``(n,)``, whether the token has read these bytes and no others.
+        role: uint8 ``(n,)``, who wrote the last byte that it has read.
     """
 
     row_start: NDArray[np.int64]
@@ -108,6 +141,7 @@ class PlannedModel:
     byte_end: NDArray[np.int32]
     special: NDArray[np.bool_]
     exact: NDArray[np.bool_]
+    role: NDArray[np.uint8]
 
     @property
     def rows(self) -> int:
@@ -118,7 +152,7 @@ class PlannedModel:
     def hash(self) -> str:
         """SHA-256 of all that decides which row is which token."""
         total = hashlib.sha256()
-        for array in (self.row_start, self.ids, self.byte_end, self.special, self.exact):
+        for array in (self.row_start, self.ids, self.byte_end, self.special, self.exact, self.role):
             total.update(np.ascontiguousarray(array).tobytes())
         return total.hexdigest()
 
@@ -261,7 +295,7 @@ def make_plan(
                 break
             tick(max(len(p.ids) for p in parts.values()))
     planned = builder.finish()
-    return Plan(planned, builder.models(), window_bytes, batch_tokens, shard_rows, settings or {})
+    return Plan(planned, builder.models(planned), window_bytes, batch_tokens, shard_rows, settings or {})
 
 
 def plan_model(planned: PlannedCorpus, tokenizer: Any, name: str, context: int) -> PlannedModel:
@@ -288,16 +322,20 @@ def plan_model(planned: PlannedCorpus, tokenizer: Any, name: str, context: int) 
             f"a window of this store has {longest} tokens, more than the context of model {name!r} ({context}); "
             "extract it into a store of its own with a smaller --window-bytes"
         )
-    return _planned_model(parts)
+    return _planned_model(planned, parts)
 
 
-def _planned_model(parts: Sequence[tokens.TokenizedWindow]) -> PlannedModel:
+def _planned_model(planned: PlannedCorpus, parts: Sequence[tokens.TokenizedWindow]) -> PlannedModel:
+    byte_end = np.concatenate([part.byte_end for part in parts])
+    special = np.concatenate([part.special for part in parts])
+    counts = [len(part.ids) for part in parts]
     return PlannedModel(
-        row_start=np.concatenate(([0], np.cumsum([len(part.ids) for part in parts]))).astype(np.int64),
+        row_start=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
         ids=np.concatenate([part.ids for part in parts]),
-        byte_end=np.concatenate([part.byte_end for part in parts]),
-        special=np.concatenate([part.special for part in parts]),
+        byte_end=byte_end,
+        special=special,
         exact=np.concatenate([part.exact for part in parts]),
+        role=planned.roles(np.repeat(np.arange(len(parts)), counts), byte_end, special),
     )
 
 
@@ -350,6 +388,13 @@ class _Builder:
         if min(self._rows.values()) < 2:
             raise CorpusError("the corpus is shorter than two tokens; add text")
         table = np.array(self._windows, dtype=np.int64)
+        messages = [
+            (number, part.role, part.start, min(part.end, len(raw)))
+            for number, (document, raw) in enumerate(zip(self._documents, self._raw, strict=True))
+            for part in document.parts
+            if part.start < len(raw)
+        ]
+        who = np.array(messages, dtype=np.int64).reshape(-1, 4)
         ids = [document.id for document in self._documents]
         lengths = [len(raw) for raw in self._raw]
         return PlannedCorpus(
@@ -360,7 +405,11 @@ class _Builder:
             window_document=table[:, 0].astype(np.int32),
             window_start=table[:, 1],
             window_end=table[:, 2],
+            message_document=who[:, 0].astype(np.int32),
+            message_role=who[:, 1].astype(np.uint8),
+            message_start=who[:, 2],
+            message_end=who[:, 3],
         )
 
-    def models(self) -> dict[str, PlannedModel]:
-        return {name: _planned_model(parts) for name, parts in self._parts.items()}
+    def models(self, planned: PlannedCorpus) -> dict[str, PlannedModel]:
+        return {name: _planned_model(planned, parts) for name, parts in self._parts.items()}

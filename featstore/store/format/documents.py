@@ -26,6 +26,7 @@ _DIMENSIONS = {
     "document/id": ("document", "digest_byte"),
     "document/*": ("document",),
     "window/*": ("window",),
+    "message/*": ("message",),
     "tokens/*": ("row",),
     "resid/*": ("row", "width"),
     "norm/*": ("row",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ class StoredModel:
 
 
 #: Columns that follow from text and tokenizer alone.
-TOKEN_COLUMNS = ("id", "byte_end", "window", "special", "exact")
+TOKEN_COLUMNS = ("id", "byte_end", "window", "special", "exact", "role")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Tokens:
         window: int32 ``(n,)``.
         special: bool ``(n,)``.
         exact: bool ``(n,)``, whether the token has read ``byte_end`` bytes and no others.
+        role: uint8 ``(n,)``, who wrote the last byte that it has read: a number in :data:`featstore.text.roles.ROLES`.
         sink: bool ``(n,)``, norm beyond the threshold at any stored layer.
     """
 
@@ -99,6 +101,7 @@ class Tokens:
     window: NDArray[np.int32]
     special: NDArray[np.bool_]
     exact: NDArray[np.bool_]
+    role: NDArray[np.uint8]
     sink: NDArray[np.bool_]
 
 
@@ -114,6 +117,10 @@ class StoredCorpus:
         window_document: int32 ``(windows,)``.
         window_start: int64 ``(windows,)``, within the document.
         window_end: int64 ``(windows,)``.
+        message_document: int32 ``(messages,)``; empty for ordinary text.
+        message_role: uint8 ``(messages,)``, numbers in :data:`featstore.text.roles.ROLES`.
+        message_start: int64 ``(messages,)``, within the document.
+        message_end: int64 ``(messages,)``.
     """
 
     text: NDArray[np.uint8]
@@ -123,6 +130,10 @@ class StoredCorpus:
     window_document: NDArray[np.int32]
     window_start: NDArray[np.int64]
     window_end: NDArray[np.int64]
+    message_document: NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    message_role: NDArray[np.uint8] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    message_start: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    message_end: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def window_text(self, window: int) -> str:
         """The text of a window.

@@ -9,6 +9,7 @@ import operator
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -474,11 +475,11 @@ class Store:
             model: Model name.
             names: Columns.
         """
-        base = f"models/{model}/tokens"
-        # Stores of version 1 have no column that says which ends are exact: to them all were.
-        absent = {name for name in names if name == "exact" and not self.has(f"{base}/{name}")}
-        found = {name: self.vector(f"{base}/{name}") for name in names if name not in absent}
-        return found | {name: np.ones(self.model(model).rows, dtype=bool) for name in absent}
+        base, rows = f"models/{model}/tokens", self.model(model).rows
+        # Stores of version 1 do not say which ends are exact (to them all were), nor know of roles.
+        absent = {"exact": np.ones(rows, dtype=bool), "role": np.zeros(rows, dtype=np.uint8)}
+        held = {name for name in names if name not in absent or self.has(f"{base}/{name}")}
+        return {name: self.vector(f"{base}/{name}") if name in held else absent[name] for name in names}
 
     @cached_property
     def _tokens(self) -> dict[str, Tokens]:
@@ -487,15 +488,13 @@ class Store:
     @cached_property
     def corpus(self) -> StoredCorpus:
         """Documents, windows and text."""
-        return StoredCorpus(
-            self.vector("corpus/text"),
-            self.vector("corpus/document/start"),
-            self.vector("corpus/document/id"),
-            self.vector("corpus/document/split"),
-            self.vector("corpus/window/document"),
-            self.vector("corpus/window/start"),
-            self.vector("corpus/window/end"),
-        )
+        vectors: dict[str, NDArray[Any]] = {
+            name: self.vector(f"corpus/{name.replace('_', '/', 1)}")
+            for name in (member.name for member in fields(StoredCorpus))
+            # Stores of version 1 know of no messages.
+            if not name.startswith("message_") or self.has("corpus/message/document")
+        }
+        return StoredCorpus(**vectors)
 
     def pairs(self, source: str, target: str, policy: str = "end") -> Pairs:
         """The pairs of two models, or of a model with itself (every ordinary token with itself: the ceiling).

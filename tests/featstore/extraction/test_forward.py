@@ -36,7 +36,14 @@ def planned(stream: ResidualStream, lengths: tuple[int, ...] = LENGTHS) -> Plan:
     """Windows of ordinary tokens."""
     starts = np.cumsum([0, *lengths]).astype(np.int64)
     ids = ordinary_ids(stream.model, int(starts[-1]), seed=7).numpy().astype(np.int32)
-    tokens = PlannedModel(starts, ids, np.zeros(len(ids), np.int32), np.zeros(len(ids), bool), np.ones(len(ids), bool))
+    tokens = PlannedModel(
+        starts,
+        ids,
+        np.zeros(len(ids), np.int32),
+        np.zeros(len(ids), bool),
+        np.ones(len(ids), bool),
+        np.zeros(len(ids), np.uint8),
+    )
     nothing = np.zeros(0, np.int64)
     corpus = PlannedCorpus(nothing.astype(np.uint8), nothing, nothing.astype(np.uint8), nothing.astype(np.uint8),
                            nothing.astype(np.int32), nothing, nothing)  # fmt: skip

@@ -151,8 +151,8 @@ class TestBudget:
 def planned(lengths: list[int], batch_tokens: int, shard_rows: int) -> Plan:
     """A plan that holds only what batching looks at."""
     none = np.zeros(0, np.int64)
-    text = PlannedCorpus(none, none, none, none, none, none, none)
-    model = PlannedModel(np.concatenate(([0], np.cumsum(lengths))).astype(np.int64), none, none, none, none)
+    text = PlannedCorpus(*[none] * 7)
+    model = PlannedModel(np.concatenate(([0], np.cumsum(lengths))).astype(np.int64), none, none, none, none, none)
     return Plan(text, {"m": model}, 32, batch_tokens, shard_rows, {})
 
 
