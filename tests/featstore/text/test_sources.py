@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from featstore.errors import CorpusError, SpecError
+from featstore.text.conversation import parse_conversation
 from featstore.text.documents import documents
 from featstore.text.sources import Source, iter_texts, join_wikitext, parse_source, shuffled
 
@@ -277,6 +278,20 @@ class TestHub:
     def test_a_row_without_text_is_explained(self, asked, row):
         asked[1][3] = row
         with pytest.raises(CorpusError, match=r"'o/r' has no text in field 'text'.*its fields are .*--text-field"):
+            list(iter_texts(parse_source("hf:o/r")))
+
+    def test_rows_with_messages_are_conversations(self, asked):
+        del asked[1][:]
+        # As tables give them: every member is there, without a value where a message has none.
+        asked[1].append({"messages": [{"role": "user", "content": "a", "tool_calls": None}], "tools": None})
+        [said] = iter_texts(parse_source("hf:o/r"))
+        assert said == parse_conversation({"messages": [{"role": "user", "content": "a"}]}, "")
+        assert said.where == "dataset 'o/r', row 1"
+        asked[1].append({"messages": [{"role": "x", "content": "a"}]})
+        with pytest.raises(CorpusError, match=r"^dataset 'o/r', row 2, message 1: unknown role 'x'"):
+            list(iter_texts(parse_source("hf:o/r")))
+        asked[1][1] = {"text": "plain"}
+        with pytest.raises(CorpusError, match=r"^dataset 'o/r', row 2: text, where dataset 'o/r', row 1 holds mes"):
             list(iter_texts(parse_source("hf:o/r")))
 
     def test_reading_is_lazy(self, monkeypatch):
