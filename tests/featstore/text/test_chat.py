@@ -90,6 +90,10 @@ class TestRefusals:
             (each("{{ message.content | upper }}"), "message 1 (user): .* changes what the message says"),
             (each("{{ message.content | replace('leads', '') }}"), "message 2 (assistant): .* changes"),
             (each("<{{ message.content }}{{ '!' if 'then' in message.content }}>"), "message 3 (user): .* changes"),
+            (
+                each("{{ message.content }}") + "{{ '!' if 'more' in messages[-1].content }}",
+                "message 4 (assistant): .* changes",
+            ),
             (each("{{ message.content | length }}{{ message.content }}"), "message 1 (user): .* changes"),
             (each("{{ message.content[:2] }}"), "message 1 (user): .* leaves the message out or changes it"),
             (each("{{ raise_exception('System role\\nnot supported') }}"), "refuses these messages: System role;"),

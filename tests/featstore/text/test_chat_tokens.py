@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from featstore.errors import OffsetError
 from featstore.text.chat import render
@@ -92,6 +93,30 @@ def test_they_are_control_tokens_where_that_is_asked_for(reader, readers):
     controls = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
     assert window.special[np.isin(window.ids, controls)].all()
     assert len(np.unique(window.byte_end[~window.special])) > 5
+
+
+def test_a_quoting_stretch_begins_as_it_does_in_the_whole(start_token_tokenizer):
+    """A tokenizer that puts a space before a text alone puts none after a control token."""
+    backend = Tokenizer.from_str(start_token_tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = with_template(
+        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"),
+        "{% for message in messages %}{{ message.content }}</s>{% endfor %}",
+    )
+    quoting, plain = (
+        parse_conversation({"messages": [say("user", f"what {word}?"), say("assistant", f"the {word}.")]}, "w")
+        for word in ("</s>", "else")
+    )
+    windows = tokenize_conversations(tokenizer, "m", [quoting, plain])
+    assert [np.count_nonzero(window.special) for window in windows] == [2, 2]
+    for said, window in zip((quoting, plain), windows, strict=True):
+        truth = read_by(tokenizer, said, window.ids)
+        np.testing.assert_array_equal(window.byte_end, truth.byte_end)
+        starts = [0, int(np.flatnonzero(window.special)[0]) + 1]
+        names = tokenizer.convert_ids_to_tokens(window.ids[starts].tolist())
+        assert [name.startswith("▁") for name in names] == [True, False]
+    assert ids_of(tokenizer, [message.row() for message in plain.messages]) == windows[1].ids.tolist()
 
 
 def test_what_tools_quote_is_text(readers):
