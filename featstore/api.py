@@ -34,6 +34,7 @@ def extract(
     store: str | Path = "wt103.zarr",
     *,
     text_field: str | None = None,
+    control_tokens: str | None = None,
     max_tokens: int | str | None = None,
     max_documents: int | None = None,
     max_document_bytes: int | None = None,
@@ -78,6 +79,8 @@ def extract(
         dataset: ``wikitext-103-raw-v1``, ``hf:REPO[/CONFIG][:SPLIT]``, ``text:PATH-OR-GLOB``, ``jsonl:PATH``.
         store: Where to write, or what to add to.
         text_field: Field that holds the text.
+        control_tokens: What control tokens quoted in the text, such as ``</s>``, are read as: ``text``, or
+            ``special``, which never pairs.
         max_tokens: Token budget per model: a number, ``"1M"``, or ``"all"``.
         max_documents: Documents to read at most.
         max_document_bytes: Bytes to read of each document at most.
@@ -116,6 +119,7 @@ def extract(
         "layers": None if layers is None else layer_texts(layers),
         "dataset": dataset,
         "text_field": text_field,
+        "control_tokens": control_tokens,
         "store": store,
         "max_tokens": max_tokens,
         "max_documents": max_documents,

@@ -41,6 +41,13 @@ def extract(
         ),
     ] = None,
     text_field: Annotated[str | None, typer.Option(help="Field that holds the text; by default text.")] = None,
+    control_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="What control tokens quoted in the text, such as </s>, are read as: text, or special, which never "
+            "pairs; by default text."
+        ),
+    ] = None,
     store: Annotated[Path, typer.Option(help="Where to write, or what to add to.")] = Path("wt103.zarr"),
     max_tokens: Annotated[
         str | None, typer.Option(help="Token budget per model: a number, 200k, 1M, or all; by default 1M.")
@@ -119,6 +126,7 @@ def extract(
         "layers": layers or None,
         "dataset": dataset,
         "text_field": text_field,
+        "control_tokens": control_tokens,
         "store": store,
         "max_tokens": max_tokens,
         "max_documents": max_documents,

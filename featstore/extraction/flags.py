@@ -119,7 +119,9 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "max_tokens": _budget,
     "moments_memory": _memory,
     "device_map": _device_map,
-    **dict.fromkeys(("dataset", "text_field", "form", "layout", "layer_0", "device", "dtype", "attention"), _text),
+    **dict.fromkeys(
+        ("dataset", "text_field", "control_tokens", "form", "layout", "layer_0", "device", "dtype", "attention"), _text
+    ),
     **dict.fromkeys(
         ("max_documents", "max_document_bytes", "window_bytes", "batch_tokens", "shard_rows", "seed"), _whole
     ),

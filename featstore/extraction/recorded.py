@@ -14,6 +14,7 @@ import numpy as np
 
 from featstore.errors import CorruptDataError, StoreFormatError, StoreStateError
 from featstore.extraction.settings import Settings
+from featstore.models.tokenizers import held_control_tokens
 from featstore.models.verdict import Verdict
 from featstore.runtime.provenance import read_json
 from featstore.store import Store, open_store
@@ -23,11 +24,22 @@ from featstore.text.corpus import Source
 from featstore.text.plan import PlannedCorpus, PlannedModel
 
 #: Settings that decide which text is read.
-TEXT_FIELDS = ("dataset", "text_field", "max_tokens", "max_documents", "max_document_bytes", "window_bytes", "seed")
+TEXT_FIELDS = (
+    "dataset",
+    "text_field",
+    "control_tokens",
+    "max_tokens",
+    "max_documents",
+    "max_document_bytes",
+    "window_bytes",
+    "seed",
+)
 #: Model attributes that may differ between an extraction and a later addition to it.
 _MAY_DIFFER = ("versions", "device_type")
 #: Model attributes that say of the weights what their fingerprint decides; older stores lack them.
 _TOLD_BY_WEIGHTS = ("quantization", "adapter", "verified")
+#: Model attributes that say of the tokenizer what its hash decides; older stores lack them.
+_TOLD_BY_TOKENIZER = ("start_token", "start_token_asked")
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ class Recorded:
         found: dict[str, Any] = {
             "dataset": source.text,
             "text_field": source.field,
+            "control_tokens": held_control_tokens(corpus),
             **{name: corpus[name] for name in ("max_tokens", "max_documents", "max_document_bytes", "seed")},
             "window_bytes": self.root["window_bytes"],
             "sink_threshold": self.root["mask"]["sink_threshold"],
@@ -213,6 +226,14 @@ def _without_budgets(value: Any) -> Any:
     return {k: v for k, v in value.items() if not k.startswith("max_")} if isinstance(value, dict) else value
 
 
+def _corpus(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Root attributes whose corpus says how control tokens are read, also of a store made before there was a choice."""
+    held = attributes.get("corpus")
+    if not isinstance(held, dict):
+        return attributes
+    return {**attributes, "corpus": {**held, "control_tokens": held_control_tokens(held)}}
+
+
 def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
     """Refuse a command that does not fit the states in the store; where there are none, every command does.
 
@@ -228,15 +249,14 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
     if recorded.empty:
         return
     free = {"complete", "models", "moments"} | ({"corpus", "split", "plan", "segments"} if growing else set())
+    used = _corpus(recorded.root)
     changed = [
-        key
-        for key in root
-        if key not in free and _without_budgets(recorded.root.get(key)) != _without_budgets(root[key])
+        key for key in root if key not in free and _without_budgets(used.get(key)) != _without_budgets(root[key])
     ]
     if growing and not recorded.complete:
         changed.append("corpus")
     # An addition may come from another machine or a newer library; a half-done extraction may not go on there.
-    ignored = {"layers", "additions", *_TOLD_BY_WEIGHTS}
+    ignored = {"layers", "additions", *_TOLD_BY_WEIGHTS, *_TOLD_BY_TOKENIZER}
     ignored |= {"rows", "tokens_sha256"} if growing else set()
     ignored |= set(_MAY_DIFFER) if recorded.complete else set()
     for name, values in models.items():

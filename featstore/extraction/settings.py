@@ -37,6 +37,7 @@ class Settings:
         dtype: Compute dtype.
         device_map: Where the modules of models go, instead of one device.
         attention: transformers' attention implementation; ``auto`` for sdpa where a model has it, else its own.
+        control_tokens: What control tokens that the text quotes are read as: ``text``, or ``special``.
         seed: Order in which documents are taken; 0 is corpus order.
         layer_0: ``stored`` as rows like any other layer, or ``table``: one row for every token id that occurs.
         moments: ``none``, ``add`` (beside the rows) or ``only`` (no rows).
@@ -62,6 +63,7 @@ class Settings:
     device_map: DeviceMap | None = None
     dtype: str = "auto"
     attention: str = "auto"
+    control_tokens: str = "text"
     seed: int = 0
     layer_0: str = "stored"
     moments: str = "none"

@@ -23,13 +23,20 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _UNIGRAM, _BPE = 1, 2
 #: Spaces everywhere, line feeds, marks, several scripts, characters without a piece: where normalisers differ.
 PROBES = (
-    "The capital of France is Paris.",
-    " The", "  two  spaces  inside   and behind  ", " ", "\n", "\nnew\n\n\tline\r\nend", "\u00a0no-break\u3000wide",
-    f"{SPACE}literal {SPACE} mark{SPACE}", "12345 3.14 100,000", "def f(x):\n    return [x_1, x ** 2]\n",
-    "café cafe\u0301 ﬁ Ａ ½ ²", "Ελληνικά, русский язык, українська", "עִבְרִית וַעֲרָבִית", "اَلْعَرَبِيَّةُ",
-    "हिन्दी भाषा और नमस्ते दुनिया", "தமிழ் மொழி", "ภาษาไทย ทำ", "မြန်မာဘာသာ ကမ္ဘာ", "日本語の文。東京、千代田区", "한국어 문장 각",
-    "中文句子。", "🙂👩\u200d👩\u200d👧\u200d👦 x\u200b", "\U00013000\x00\x07\ufeff", "aaaaaaaaaaaaaaa" + 40 * " " + "bbbb",
-)  # fmt: skip
+    *(
+        "The capital of France is Paris.",
+        " The",
+        "  two  spaces  inside   and behind  ",
+        " ",
+        "\n",
+        "12345 3.14 100,000",
+    ),
+    *("\nnew\n\n\tline\r\nend", "\u00a0no-break\u3000wide", f"{SPACE}literal {SPACE} mark{SPACE}"),
+    *("def f(x):\n    return [x_1, x ** 2]\n", "café cafe\u0301 ﬁ Ａ ½ ²", "Ελληνικά, русский язык, українська"),
+    *("עִבְרִית וַעֲרָבִית", "اَلْعَرَبِيَّةُ", "हिन्दी भाषा और नमस्ते दुनिया", "தமிழ் மொழி", "ภาษาไทย ทำ"),
+    *("မြန်မာဘာသာ ကမ္ဘာ", "日本語の文。東京、千代田区", "한국어 문장 각", "中文句子。"),
+    *("🙂👩\u200d👩\u200d👧\u200d👦 x\u200b", "\U00013000\x00\x07\ufeff", "aaaaaaaaaaaaaaa" + 40 * " " + "bbbb"),
+)
 
 
 def read_pieces(path: Path) -> Any | None:

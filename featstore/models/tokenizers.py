@@ -139,8 +139,8 @@ def _follow_definition(tokenizer: Any, path: Path) -> None:
 
     LlamaTokenizer puts the space that begins a text before no text with a space of its own; GPT2Tokenizer cuts every
     text as GPT-2 does. Both pass over what the file says. What stands before and after a text is left to transformers,
-    which reads ``add_bos_token`` from a second file. Definitions that differ in words alone stay as they are loaded, and
-    so does the hash by which stores and maps know them.
+    which reads ``add_bos_token`` from a second file. Definitions that differ in words alone stay as they are loaded,
+    and so does the hash by which stores and maps know them.
     """
     backend, meant = tokenizer.backend_tokenizer, Tokenizer.from_file(str(path))
     meant.no_truncation()

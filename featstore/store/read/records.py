@@ -86,7 +86,8 @@ class Tokens:
         byte_end: int32 ``(n,)``, within the window.
         window: int32 ``(n,)``.
         special: bool ``(n,)``.
-        sink: bool ``(n,)``, norm beyond the threshold at any stored layer.
+        sink: bool ``(n,)``, norm beyond the threshold at any stored layer, or the first token of a window that
+            begins without a start token.
     """
 
     id: NDArray[np.int32]

@@ -9,23 +9,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.store.read.first import first_rows
 from featstore.store.read.pairs import check_policy, ends_a_word, last_at_each_end, match
 from featstore.store.read.store import Store
 from featstore.store.write.writer import StoreWriter, adding_to
 
+#: What a stored mask follows from beside norms; masks of an earlier rule are derived again.
+SINK_RULE = "first"
+
 
 def sink_mask(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
-    """Which rows exceed ``threshold`` times the layer's pilot median norm at any stored layer.
+    """Which rows exceed ``threshold`` times the layer's pilot median norm at any stored layer, or are first.
 
     Args:
-        store: With all rows of the model committed.
+        store: With tokens and all norms of the model committed.
         name: Model.
         threshold: Multiple of the median.
 
     Returns:
         bool ``(n,)``.
     """
-    mask = np.zeros(store.model(name).rows, dtype=bool)
+    columns = store.columns(name, "window", "byte_end", "special")
+    mask = first_rows(columns["window"], columns["byte_end"], columns["special"])
     for layer, median in store.median_norms(name).items():
         mask |= store.norms(name, int(layer)) > threshold * median
     return mask
@@ -41,7 +46,8 @@ def write_sinks(writer: StoreWriter, name: str) -> None:
     store = writer.view
     threshold = float(store.attributes["mask"]["sink_threshold"])
     attributes = store.model(name).attributes
-    unit, basis = f"models/{name}/sinks", f"{attributes['tokens_sha256']} {attributes['layers']} {threshold}"
+    unit = f"models/{name}/sinks"
+    basis = f"{attributes['tokens_sha256']} {attributes['layers']} {threshold} {SINK_RULE}"
     if (writer.entry(unit) or {}).get("basis") != basis:
         writer.vectors(unit, {f"models/{name}/tokens/sink": sink_mask(store, name, threshold)}, basis=basis)
 
