@@ -19,18 +19,32 @@ SINK_RULE = "first"
 
 
 def sink_mask(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
-    """Which rows exceed ``threshold`` times the layer's pilot median norm at any stored layer, or are first.
+    """Which rows are attention sinks: too loud, or the first of a window without a start token.
 
     Args:
         store: With tokens and all norms of the model committed.
+        name: Model.
+        threshold: Multiple of the median norm.
+
+    Returns:
+        bool ``(n,)``.
+    """
+    columns = store.columns(name, "window", "byte_end", "special")
+    return loud_rows(store, name, threshold) | first_rows(columns["window"], columns["byte_end"], columns["special"])
+
+
+def loud_rows(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
+    """Which rows exceed ``threshold`` times the layer's pilot median norm at any stored layer.
+
+    Args:
+        store: With all norms of the model committed.
         name: Model.
         threshold: Multiple of the median.
 
     Returns:
         bool ``(n,)``.
     """
-    columns = store.columns(name, "window", "byte_end", "special")
-    mask = first_rows(columns["window"], columns["byte_end"], columns["special"])
+    mask = np.zeros(store.model(name).rows, dtype=bool)
     for layer, median in store.median_norms(name).items():
         mask |= store.norms(name, int(layer)) > threshold * median
     return mask
