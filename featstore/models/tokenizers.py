@@ -114,7 +114,8 @@ def start_missing(name: str, start: Mapping[str, Any] | None, asked: str | None)
     instead = "puts none before a text" if start is None else f"puts {start['text']!r} before a text"
     return (
         f"model {name!r}: its tokenizer_config.json asks for the start token {asked!r} (add_bos_token), but the "
-        f"tokenizer {instead}, and so it is read; to have it, save a tokenizer.json whose post-processor adds it"
+        f"tokenizer as loaded {instead}; its states are of that, and a tokenizer.json whose post-processor adds the "
+        "token would change them"
     )
 
 

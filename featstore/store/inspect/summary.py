@@ -264,5 +264,7 @@ def describe_window(result: dict[str, Any]) -> str:
             lines.append(f"  {entry['row']:7} {norms} {marks} {partner:>7}  {escape(repr(entry['text']))}")
     lines.append("S: attention sink (masked), *: special token (never pairs), -: no partner")
     begins = {name: entries[0] for name, entries in result["models"].items() if entries}
-    lines += [f"{name}{_NO_START}" for name, first in begins.items() if first["sink"] and not first["special"]]
+    lines += [
+        f"{name}: {_NO_START.lstrip(', ')}" for name, first in begins.items() if first["sink"] and not first["special"]
+    ]
     return "\n".join(lines)
