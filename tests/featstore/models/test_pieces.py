@@ -132,7 +132,7 @@ def test_a_piece_that_the_normaliser_would_change_is_refused(sample_texts: list[
     # SentencePiece spares its user's pieces; a backend either finds them before it normalises, or normalises them too.
     changed = {"normalization_rule_name": "nmt_nfkc", "user_defined_symbols": ["\t"]}
     path = train(sample_texts, tmp_path / "tokenizer.model", **changed)
-    with pytest.raises(ModelLoadError, match=r"'.*\\t.*' gives .*; save a tokenizer\.json"):
+    with pytest.raises(ModelLoadError, match=r" gives .*; save a tokenizer\.json"):
         inspect_model(beside("llama", path, tmp_path / "m"))
 
 
