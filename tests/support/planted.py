@@ -17,7 +17,7 @@ from featstore.store import Store, open_store
 from featstore.store.format.elements import Encoded, parse_format
 from featstore.store.format.shards import parse_layout
 from featstore.store.format.version import FORMAT_VERSION
-from featstore.store.write.index import sink_mask, write_pairs
+from featstore.store.write.index import loud_rows, write_pairs
 from featstore.store.write.row_writer import RowArrays, RowWriter, write_groups
 from featstore.store.write.writer import StoreWriter, exclusive
 
@@ -146,7 +146,9 @@ def _plant(
         store = writer.view
         for name in ("a", "b"):
             writer.vectors(
-                f"models/{name}/sinks", {f"models/{name}/tokens/sink": sink_mask(store, name, sink_threshold)}
+                # Model a has no start token, and keeps its first rows: all that is planted is compared.
+                f"models/{name}/sinks",
+                {f"models/{name}/tokens/sink": loud_rows(store, name, sink_threshold)},
             )
         for policy in ("end", "word"):
             write_pairs(writer, "a", "b", policy)

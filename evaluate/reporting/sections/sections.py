@@ -100,6 +100,8 @@ def _model(name: str, model: Node) -> Markup:
     parts = [portable(model.get("reference").text), model.get("revision").text[:_HASH_DIGITS], model.get("family").text]
     parts += [f"{model.get(k).text} {word}" for k, word in _SHAPE if model.get(k).text]
     parts.append(model.get("compute_dtype").text)
+    if isinstance(model.value, dict) and model.value.get("start_token", "unknown") is None:
+        parts.append("no start token: the first token of each window is masked")
     return say("<b>{}</b> {}", name, ", ".join(part for part in parts if part))
 
 
