@@ -158,8 +158,8 @@ def test_other_ways_to_give_options(planted: Planted, tmp_path: Path) -> None:
         out=str(tmp_path / "run"),
         quiet=True,
     )
-    own = Settings(str(planted.path), layer_map="1:2,2:1", components="3", memory=2**21, scale=True, roles="text,assistant",
-                   loop=LoopSettings(seed=3))  # fmt: skip
+    own = Settings(str(planted.path), layer_map="1:2,2:1", components="3", memory=2**21, scale=True,
+                   roles="text,assistant", loop=LoopSettings(seed=3))  # fmt: skip
     assert run.settings == own
     assert align.train(planted.path, "reduced-rank", rank=2, lr=1, out=tmp_path / "rr", quiet=True).settings.loop == (
         LoopSettings(rank=2, lr=1.0, skip="none")
