@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from evaluate.reporting.reading.inputs import Node, Run, SourceFile, portable
 from evaluate.reporting.reading.numbers import count, percent, say, show
+from featstore.text.roles import of_roles
 
 _HASH_DIGITS = 12
 _SHAPE = (("depth", "layers"), ("width", "wide"))
@@ -129,7 +130,8 @@ def _policy(card: Node) -> Markup:
         return Markup("")
     words = {"end": "tokens that end at the same byte", "word": "last tokens of the same word"}.get(policy, policy)
     shares = [say("{} of {}’s tokens", show(node, percent), name) for name, node in card.get("coverage").items()]
-    return say("{}{}{}", words, ": " if shares else "", Markup(", ").join(shares))
+    of = of_roles([node.text for node in card.get("roles")])
+    return say("{}{}{}{}", words, of, ": " if shares else "", Markup(", ").join(shares))
 
 
 def _hash(digest: str) -> Markup:
