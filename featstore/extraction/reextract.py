@@ -22,6 +22,7 @@ from featstore.extraction.forward import BatchReader, pack, unpacked
 from featstore.extraction.job import Job, prepare
 from featstore.extraction.pilot import read_pilot, recorded_weights
 from featstore.extraction.proof import tested
+from featstore.extraction.recorded import references_of
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
@@ -67,7 +68,7 @@ def check_tokens(store: Store, model: Sequence[str] = (), *, quiet: bool = False
         SpecError: A name that is not in the store.
     """
     result: dict[str, list[str]] = {"tokenized": [], "damage": [], "not_checked": []}
-    references = _references(store, model)
+    references = references_of(store, model)
     for name in store.models:
         attributes = store.model(name).attributes
         if name not in references:
@@ -84,23 +85,6 @@ def check_tokens(store: Store, model: Sequence[str] = (), *, quiet: bool = False
         damage = _first_difference(store, name, info.tokenizer, quiet=quiet)
         result["damage" if damage else "tokenized"].append(damage or name)
     return result
-
-
-def _references(store: Store, model: Sequence[str]) -> dict[str, str]:
-    """``NAME=REF`` of every model that has a reference, those given first."""
-    given = {spec.parse_model(text).name: text for text in model}
-    for name, text in given.items():
-        if name not in store.models:
-            raise SpecError(f"--model {text}: {store.path} holds {', '.join(store.models)}, name one of these")
-    found = {}
-    for name in store.models:
-        attributes = store.model(name).attributes
-        if name in given:
-            found[name] = given[name]
-        elif attributes.get("reference"):
-            revision = attributes.get("revision")
-            found[name] = f"{name}={attributes['reference']}" + (f"@{revision}" if revision else "")
-    return found
 
 
 def _first_difference(store: Store, name: str, tokenizer: Any, *, quiet: bool) -> str | None:
@@ -170,7 +154,7 @@ def reextract(
     for name in store.models:
         if not all(has_rows(store, name, layer) for layer in store.model(name).layers):
             raise StoreStateError(f"{path} holds moments of {name!r} and no rows to compare; leave --reextract out")
-    references = _references(store, model)
+    references = references_of(store, model)
     asked = Settings(
         store=path,
         model=tuple(references.values()),

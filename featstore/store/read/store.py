@@ -513,13 +513,7 @@ class Store:
             row_a = row_b = np.flatnonzero(~tokens_a.special).astype(np.int64)
         else:
             first, second = sorted((source, target), key=self.models.index)
-            base = f"pairs/{first}__{second}/{policy}"
-            if not self.has(f"{base}/row_a"):
-                raise PairingError(
-                    f"{self.path} has no {policy!r} pairs of {first} and {second}; "
-                    f"make them with `featstore pair {self.path} --policy {policy}`"
-                )
-            row_a, row_b = self.vector(f"{base}/row_a"), self.vector(f"{base}/row_b")
+            row_a, row_b = self.pair_index(first, second, policy)
             if source != first:
                 row_a, row_b = row_b, row_a
         window = tokens_a.window[row_a]
@@ -535,6 +529,25 @@ class Store:
             tokens_a.sink[row_a] | tokens_b.sink[row_b],
             (len(row_a) / ordinary[0], len(row_b) / ordinary[1]),
         )
+
+    def pair_index(self, first: str, second: str, policy: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The pair index of two models: rows of the one and of the other, in document order.
+
+        Args:
+            first: Model earlier in store order.
+            second: The other.
+            policy: ``end``, ``word`` or ``byte``.
+
+        Raises:
+            PairingError: The store has no index for these models and policy.
+        """
+        base = f"pairs/{first}__{second}/{policy}"
+        if not self.has(f"{base}/row_a"):
+            raise PairingError(
+                f"{self.path} has no {policy!r} pairs of {first} and {second}; "
+                f"make them with `featstore pair {self.path} --policy {policy}`"
+            )
+        return self.vector(f"{base}/row_a"), self.vector(f"{base}/row_b")
 
     @cached_property
     def manifest(self) -> dict[str, dict[str, Any]]:
