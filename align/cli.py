@@ -93,7 +93,7 @@ def cka(
     layers: Annotated[
         str | None, typer.Option(help="Layers of both models: 8,16 or depths in percent; default all.")
     ] = None,
-    policy: Annotated[str, typer.Option(help="Pair policy: end or word.")] = "end",
+    policy: Annotated[str, typer.Option(help="Pair policy: end, word or byte.")] = "end",
     keep_sinks: Annotated[bool, typer.Option("--keep-sinks", help="Keep attention sinks in the main figures.")] = False,
     measures: Annotated[
         str, typer.Option(help=f"Over a sample of rows: {', '.join(MEASURES)}; all, none.", rich_help_panel=_SAMPLE)

@@ -120,7 +120,7 @@ class Settings:
         panel=MAP,
     )
     keep_sinks: bool = option(False, "Keep attention sinks among the pairs.")
-    policy: str = option("end", "Pair policy: end or word.")
+    policy: str = option("end", "Pair policy: end, word or byte.")
     max_rows: int | None = option(
         None,
         "Maximum number of train pairs.",

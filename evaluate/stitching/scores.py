@@ -75,7 +75,8 @@ def add_window(
     scored = ~tokens.special[FIRST_SCORED:]
     nats, divergence, same = _predictions(logits, logits if clean is None else clean, ids)
     ends = tokens.byte_end
-    size = int(ends[FIRST_SCORED:][scored].max(initial=0)) - int(ends[FIRST_SCORED - 1])
+    # Ends never decrease, also inside characters; only special tokens, which read nothing, have 0.
+    size = int(ends[FIRST_SCORED:][scored].max(initial=0)) - int(ends[:FIRST_SCORED].max())
     tally.add(
         document,
         float(nats[scored].sum()),

@@ -566,6 +566,23 @@ class Store:
         """SHA-256 over the manifest's text, tokens and states: stores with equal fingerprints hold equal data."""
         return self.fingerprint_of({name: self.model(name).layers for name in self.models})
 
+    def rebuilt_since(self, fingerprint: str) -> bool | None:
+        """Whether a rebuild has changed anything that is read since the store had a fingerprint.
+
+        Args:
+            fingerprint: As :attr:`fingerprint` was at some time.
+
+        Returns:
+            None where no rebuild began from that fingerprint, or the store has got other data since.
+        """
+        past = [one for one in self.attributes.get("rebuilt", ()) if isinstance(one, dict)]
+        begun = [number for number, one in enumerate(past) if one.get("fingerprint_before") == fingerprint]
+        if not begun:
+            return None
+        if any(bool(one.get("changed", True)) for one in past[begun[-1] :]):
+            return True
+        return False if past[-1].get("fingerprint_after") == self.fingerprint else None
+
     def fingerprint_of(self, layers: Mapping[str, Sequence[int]]) -> str:
         """SHA-256 over the text, and the tokens and states of some layers.
 

@@ -84,7 +84,7 @@ def rebuild_store(writer: StoreWriter, tables: Mapping[str, NewTable], *, quiet:
         quiet: No progress.
 
     Returns:
-        ``from_version``; ``fingerprint``, which the store had; ``changed``, whether anything that is read differs;
+        ``from_version``; ``fingerprint_before`` and, where anything was written, ``fingerprint_after``; ``changed``, whether anything that is read differs;
         ``models``: by name ``rows`` and of how many of them end, special mark, exactness and sink mask changed;
         ``pairs``: by models and policy the pairs ``before`` and ``after``, ``removed`` and ``added``; ``moments``: by
         models how many blocks are ``kept`` and whether they are ``summed`` again.
@@ -125,6 +125,7 @@ def rebuild_store(writer: StoreWriter, tables: Mapping[str, NewTable], *, quiet:
         if report["moments"].get(models, {}).get("summed"):
             write_moments(writer, first, second, quiet=quiet)
     root: dict[str, Any] = (writer.attributes() or {})["featstore"]
+    report["fingerprint_after"] = writer.view.fingerprint
     past = [*root.get("rebuilt", ()), report]
     upgrade_metadata(writer, {"corpus": _OLD_TEXT | root["corpus"], "rebuilt": past})
     return report
@@ -187,7 +188,7 @@ def _settle(writer: StoreWriter, store: Store, tables: Mapping[str, NewTable]) -
     counts += [each[what] for of in pairs.values() for each in of.values() for what in ("removed", "added")]
     report = {
         "from_version": store.version,
-        "fingerprint": store.fingerprint,
+        "fingerprint_before": store.fingerprint,
         "changed": any(counts),
         "models": models,
         "pairs": pairs,
