@@ -113,8 +113,8 @@ def _refuse_another_store(adapter: Adapter, store: Store) -> None:
         )
     if since:
         raise AdapterError(
-            f"the adapter in {adapter.directory} was fitted before {store.path} was rebuilt, over other pairs than those "
-            "that it has now; fit it again with `align train`"
+            f"the adapter in {adapter.directory} was fitted before {store.path} was rebuilt, over other pairs than "
+            "it has now; fit it again with `align train`"
         )
 
 

@@ -84,10 +84,11 @@ def rebuild_store(writer: StoreWriter, tables: Mapping[str, NewTable], *, quiet:
         quiet: No progress.
 
     Returns:
-        ``from_version``; ``fingerprint_before`` and, where anything was written, ``fingerprint_after``; ``changed``, whether anything that is read differs;
-        ``models``: by name ``rows`` and of how many of them end, special mark, exactness and sink mask changed;
-        ``pairs``: by models and policy the pairs ``before`` and ``after``, ``removed`` and ``added``; ``moments``: by
-        models how many blocks are ``kept`` and whether they are ``summed`` again.
+        ``from_version``; ``fingerprint_before`` and, where anything was written, ``fingerprint_after``; ``changed``,
+        whether anything that is read differs; ``models``: by name ``rows``, and of how many of them the end, the
+        special mark, the exactness, the role and the sink mask changed; ``pairs``: by models and policy the pairs
+        ``before`` and ``after``, ``removed`` and ``added``; ``moments``: by models how many blocks are ``kept``, and
+        whether the others are ``summed`` again.
 
     Raises:
         StoreStateError: Moments would have to be summed again and there are no rows; or a rebuild that was stopped had
