@@ -206,7 +206,7 @@ def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
             - ``layers``: layers of both models: ``[8, 16]``, ``"8,16"`` or ``"25%,50%"``; None for all.
             - ``estimator``: ``debiased``, ``biased`` or ``minibatch``; ``kernel``: ``linear`` over all rows, or ``rbf``
               over a sample of ``max_rows`` (16384).
-            - ``policy``: pair policy, ``end`` or ``word``; ``keep_sinks``: attention sinks in the main figures.
+            - ``policy``: pair policy, ``end``, ``word`` or ``byte``; ``keep_sinks``: sinks in the main figures.
             - ``roles``: only rows of these roles, ``"assistant"`` or ``["user", "assistant"]``; None for all.
             - ``measures``: others, over the sample: names such as ``["rsa"]``, or ``"all"``; ``draws``: resamples of
               documents behind each interval (1000).

@@ -94,7 +94,7 @@ def cka(
     layers: Annotated[
         str | None, typer.Option(help="Layers of both models: 8,16 or depths in percent; default all.")
     ] = None,
-    policy: Annotated[str, typer.Option(help="Pair policy: end or word.")] = "end",
+    policy: Annotated[str, typer.Option(help="Pair policy: end, word or byte.")] = "end",
     keep_sinks: Annotated[bool, typer.Option("--keep-sinks", help="Keep attention sinks in the main figures.")] = False,
     roles: Annotated[
         str | None,

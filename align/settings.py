@@ -121,7 +121,7 @@ class Settings:
         panel=MAP,
     )
     keep_sinks: bool = option(False, "Keep attention sinks among the pairs.")
-    policy: str = option("end", "Pair policy: end or word.")
+    policy: str = option("end", "Pair policy: end, word or byte.")
     roles: str | None = option(
         None, f"Only pairs of these roles, such as assistant or user,assistant ({', '.join(ROLES)}); default all.",
         parse=roles_text,

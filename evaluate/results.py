@@ -370,6 +370,8 @@ class TaskAnswers(Record):
         pairs: By layer pair.
         reasons: Why a condition was not run.
         warnings: What stands against reading the accuracies as communication.
+        undelivered: Characters of the source's summaries that the target's tokenizer cannot spell; the summaries were
+            delivered without them.
         examples: The questions with all answers.
     """
 
@@ -385,6 +387,7 @@ class TaskAnswers(Record):
     pairs: Table[MapSize] = EMPTY
     reasons: Table[str] = EMPTY
     warnings: Findings = ()
+    undelivered: Whole | None = None
     examples: tuple[Question, ...] = ()
 
 

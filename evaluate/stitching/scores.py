@@ -84,8 +84,8 @@ def add_window(
     scored = ordinary if counts is None else ordinary & counts[FIRST_SCORED:]
     nats, divergence, same = _predictions(logits, logits if clean is None else clean, ids)
     ends = np.where(ordinary, tokens.byte_end[FIRST_SCORED:], 0)
-    # What each token adds to the text read so far; a special token adds nothing.
-    spans = np.diff(np.maximum.accumulate(np.r_[tokens.byte_end[FIRST_SCORED - 1], ends]))
+    # What each token adds to the text read so far; special tokens, which read nothing, have 0.
+    spans = np.diff(np.maximum.accumulate(np.r_[tokens.byte_end[:FIRST_SCORED].max(), ends]))
     tally.add(
         document,
         float(nats[scored].sum()),

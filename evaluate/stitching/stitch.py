@@ -138,6 +138,24 @@ def _of_roles(role: NDArray[np.uint8], numbers: tuple[int, ...] | None) -> NDArr
     return np.ones(len(role), dtype=bool) if numbers is None else np.isin(role, numbers)
 
 
+def _refuse_another_store(adapter: Adapter, store: Store) -> None:
+    """A store that was rebuilt is the same one only where that changed nothing that a fit or a score reads."""
+    fitted = adapter.card["store"]["fingerprint"]
+    if fitted == store.fingerprint:
+        return
+    since = store.rebuilt_since(fitted)
+    if since is None:
+        raise AdapterError(
+            f"the adapter in {adapter.directory} was fitted from a store with fingerprint {fitted[:12]}, {store.path} "
+            f"has {store.fingerprint[:12]}; use the store named in its card"
+        )
+    if since:
+        raise AdapterError(
+            f"the adapter in {adapter.directory} was fitted before {store.path} was rebuilt, over other pairs than "
+            "it has now; fit it again with `align train`"
+        )
+
+
 def stitch(
     store: Store,
     adapter: Adapter,
@@ -201,12 +219,7 @@ def stitch(
         raise SpecError(f"controls {', '.join(controls)}: choose mean and any of {', '.join(CONTROLS)}")
     check_card(adapter)
     chosen = choose(adapter, layers)
-    if adapter.card["store"]["fingerprint"] != store.fingerprint:
-        raise AdapterError(
-            f"the adapter in {adapter.directory} was fitted from a store with fingerprint "
-            f"{adapter.card['store']['fingerprint'][:12]}, {store.path} has {store.fingerprint[:12]}; "
-            "use the store named in its card"
-        )
+    _refuse_another_store(adapter, store)
     runs = []
     for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
         wires = [wire(adapter, a) for a in chosen if (a.pair.source, a.pair.target) == (source, target)]

@@ -6,14 +6,16 @@ larger budget all go through here, and whatever contradicts the store is named b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featstore.errors import CorruptDataError, StoreFormatError, StoreStateError
+from featstore.errors import CorruptDataError, SpecError, StoreFormatError, StoreStateError
 from featstore.extraction.settings import Settings
+from featstore.models.references import parse_model
 from featstore.models.tokenizers import held_control_tokens
 from featstore.models.verdict import Verdict
 from featstore.runtime.provenance import read_json
@@ -181,6 +183,31 @@ class Recorded:
         return planned, tables
 
 
+def references_of(store: Store, model: Sequence[str] = ()) -> dict[str, str]:
+    """``NAME=REF`` of every model of a store that has a reference; those given take the place of those on record.
+
+    Args:
+        store: Any store.
+        model: ``NAME=REF`` values.
+
+    Raises:
+        SpecError: A name that is not in the store.
+    """
+    given = {parse_model(text).name: text for text in model}
+    for name, text in given.items():
+        if name not in store.models:
+            raise SpecError(f"--model {text}: {store.path} holds {', '.join(store.models)}, name one of these")
+    found = {}
+    for name in store.models:
+        attributes = store.model(name).attributes
+        if name in given:
+            found[name] = given[name]
+        elif attributes.get("reference"):
+            revision = attributes.get("revision")
+            found[name] = f"{name}={attributes['reference']}" + (f"@{revision}" if revision else "")
+    return found
+
+
 def read_recorded(path: Path) -> Recorded | None:
     """Read what a store says about itself, or None where there is no store yet.
 
@@ -273,7 +300,7 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
     growing = root["plan"] != recorded.root["plan"]
     if recorded.empty:
         return
-    recorded_root = _text_of(recorded.root)
+    recorded_root, root = _text_of(recorded.root), _text_of(root)
     free = {"complete", "models", "moments"} | ({"corpus", "split", "plan", "segments"} if growing else set())
     changed = [
         key

@@ -149,6 +149,18 @@ class PlannedModel:
         return int(self.row_start[-1])
 
     @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of a store's token table, each ``(n,)``."""
+        return {
+            "id": self.ids,
+            "byte_end": self.byte_end,
+            "window": np.repeat(np.arange(len(self.row_start) - 1, dtype=np.int32), np.diff(self.row_start)),
+            "special": self.special,
+            "exact": self.exact,
+            "role": self.role,
+        }
+
+    @property
     def hash(self) -> str:
         """SHA-256 of all that decides which row is which token."""
         total = hashlib.sha256()
@@ -298,14 +310,21 @@ def make_plan(
     return Plan(planned, builder.models(planned), window_bytes, batch_tokens, shard_rows, settings or {})
 
 
-def plan_model(planned: PlannedCorpus, tokenizer: Any, name: str, context: int) -> PlannedModel:
-    """Tokenise windows that are fixed already, for a model that joins a store.
+def plan_model(
+    planned: PlannedCorpus,
+    tokenizer: Any,
+    name: str,
+    context: int,
+    tick: Callable[[float], None] = lambda _: None,
+) -> PlannedModel:
+    """Tokenise windows that are fixed already, for a model that joins a store, or is in it.
 
     Args:
         planned: The text and its windows.
         tokenizer: The model's fast tokenizer.
         name: Named in errors.
         context: The model's longest sequence.
+        tick: Called with the number of windows tokenised since the last call.
 
     Raises:
         OffsetError: The tokenizer's offsets do not rebuild the text.
@@ -316,6 +335,7 @@ def plan_model(planned: PlannedCorpus, tokenizer: Any, name: str, context: int) 
     for at in range(0, len(cuts), _TOKENIZE_BATCH):
         texts = [planned.text[start:end].tobytes().decode() for start, end in cuts[at : at + _TOKENIZE_BATCH]]
         parts += tokens.tokenize(tokenizer, texts)
+        tick(len(texts))
     longest = max(len(part.ids) for part in parts)
     if longest > context:
         raise SpecError(

@@ -128,7 +128,11 @@ def _policy(card: Node) -> Markup:
     policy = card.get("pair_policy").text
     if not policy:
         return Markup("")
-    words = {"end": "tokens that end at the same byte", "word": "last tokens of the same word"}.get(policy, policy)
+    words = {
+        "end": "tokens that end at the same byte",
+        "word": "last tokens of the same word",
+        "byte": "tokens that end at the same byte, inside characters as well",
+    }.get(policy, policy)
     shares = [say("{} of {}’s tokens", show(node, percent), name) for name, node in card.get("coverage").items()]
     of = of_roles([node.text for node in card.get("roles")])
     return say("{}{}{}{}", words, of, ": " if shares else "", Markup(", ").join(shares))
