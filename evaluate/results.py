@@ -155,6 +155,7 @@ class Stitched(Record):
         adapter_type: The run's type of map.
         split: ``train``, ``val`` or ``test``.
         keep: What later blocks read of positions that take no state: ``own`` or ``hide``.
+        roles: The roles whose tokens are scored (``--roles``); null for all. States are put in at all positions.
         seed: Of the random controls.
         pairs: By layer pair.
         verified: What was tested on the models, by name.
@@ -168,6 +169,7 @@ class Stitched(Record):
     adapter_type: str | None = None
     split: str | None = None
     keep: str | None = None
+    roles: tuple[str, ...] | None = None
     seed: Whole | None = None
     pairs: Table[StitchedPair] = EMPTY
     verified: Table[Verdict] = EMPTY

@@ -35,6 +35,7 @@ def extract(
     *,
     text_field: str | None = None,
     normalise: str | None = None,
+    control_tokens: str | None = None,
     max_tokens: int | str | None = None,
     max_documents: int | None = None,
     max_document_bytes: int | None = None,
@@ -80,6 +81,8 @@ def extract(
         store: Where to write, or what to add to.
         text_field: Field that holds the text.
         normalise: ``none``, ``nfc``, or ``auto``: composed characters where a model's tokenizer normalises.
+        control_tokens: What control tokens quoted in the text, such as ``</s>``, are read as: ``text``, or
+            ``special``, which never pairs.
         max_tokens: Token budget per model: a number, ``"1M"``, or ``"all"``.
         max_documents: Documents to read at most.
         max_document_bytes: Bytes to read of each document at most.
@@ -119,6 +122,7 @@ def extract(
         "dataset": dataset,
         "text_field": text_field,
         "normalise": normalise,
+        "control_tokens": control_tokens,
         "store": store,
         "max_tokens": max_tokens,
         "max_documents": max_documents,

@@ -45,6 +45,13 @@ def extract(
         str | None,
         typer.Option(help="none, nfc, or auto: nfc where a model's tokenizer normalises; by default auto."),
     ] = None,
+    control_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="What control tokens quoted in the text, such as </s>, are read as: text, or special, which never "
+            "pairs; by default text."
+        ),
+    ] = None,
     store: Annotated[Path, typer.Option(help="Where to write, or what to add to.")] = Path("wt103.zarr"),
     max_tokens: Annotated[
         str | None, typer.Option(help="Token budget per model: a number, 200k, 1M, or all; by default 1M.")
@@ -124,6 +131,7 @@ def extract(
         "dataset": dataset,
         "text_field": text_field,
         "normalise": normalise,
+        "control_tokens": control_tokens,
         "store": store,
         "max_tokens": max_tokens,
         "max_documents": max_documents,

@@ -19,6 +19,7 @@ from featstore.errors import OffsetError, SpecError
 from featstore.models import residual as sites
 from featstore.models.loading import refuse_unknown_ids
 from featstore.store.format.elements import FORMATS, Format
+from featstore.store.read.first import first_of_window
 from featstore.text import tokens
 from featstore.text.tokens import TokenizedWindow
 
@@ -208,7 +209,7 @@ def read(
             kept = {layer: states[layer].float().cpu().numpy() for layer in layers}
             for row, (place, window) in enumerate(zip(places, batch, strict=True)):
                 count = len(window.ids)
-                sink = sinks[row, :count]
+                sink = sinks[row, :count] | first_of_window(window)
                 usable = np.flatnonzero(~window.special & ~sink)
                 if not usable.size:
                     raise SpecError(

@@ -15,6 +15,7 @@ from evaluate.injection.loading import Loaded
 from evaluate.injection.wire import Rows
 from featstore.errors import OffsetError, SpecError
 from featstore.models.loading import ModelInfo, refuse_unknown_ids
+from featstore.store.read.first import first_of_window
 from featstore.text import tokens
 
 
@@ -117,5 +118,5 @@ def read(loaded: Loaded, windows: list[tokens.TokenizedWindow], layers: Collecti
     wanted = sorted({*layers, *loaded.median_norm})
     states = prompt_states(loaded.model, loaded.stream, ids, wanted, padding=padding)
     sinks = loaded.is_sink(states).cpu().numpy()
-    own = [sinks[row, ids.shape[1] - len(window.ids) :] for row, window in enumerate(windows)]
+    own = [sinks[row, ids.shape[1] - len(window.ids) :] | first_of_window(window) for row, window in enumerate(windows)]
     return Read(windows, ids, padding, {layer: states[layer] for layer in layers}, own)

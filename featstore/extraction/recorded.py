@@ -16,6 +16,7 @@ import numpy as np
 from featstore.errors import CorruptDataError, SpecError, StoreFormatError, StoreStateError
 from featstore.extraction.settings import Settings
 from featstore.models.references import parse_model
+from featstore.models.tokenizers import held_control_tokens
 from featstore.models.verdict import Verdict
 from featstore.runtime.provenance import read_json
 from featstore.store.read.files import LocalFiles
@@ -30,6 +31,7 @@ TEXT_FIELDS = (
     "dataset",
     "text_field",
     "normalise",
+    "control_tokens",
     "max_tokens",
     "max_documents",
     "max_document_bytes",
@@ -40,6 +42,8 @@ TEXT_FIELDS = (
 _MAY_DIFFER = ("versions", "device_type")
 #: Model attributes that say of the weights what their fingerprint decides; older stores lack them.
 _TOLD_BY_WEIGHTS = ("quantization", "adapter", "verified")
+#: Model attributes that say of the tokenizer what its hash decides; older stores lack them.
+_TOLD_BY_TOKENIZER = ("start_token", "start_token_asked")
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class Recorded:
             "dataset": source.text,
             "text_field": source.field,
             "normalise": self.normalise,
+            "control_tokens": held_control_tokens(corpus),
             **{name: corpus[name] for name in ("max_tokens", "max_documents", "max_document_bytes", "seed")},
             "window_bytes": self.root["window_bytes"],
             "sink_threshold": self.root["mask"]["sink_threshold"],
@@ -275,7 +280,10 @@ def _without_budgets(value: Any) -> Any:
 
 def _text_of(root: dict[str, Any]) -> dict[str, Any]:
     """Root attributes, with what older stores do not say of the text."""
-    return {**root, "corpus": {"normalise": "none", "control_tokens": "special", **root["corpus"]}}
+    held = root.get("corpus")
+    if not isinstance(held, dict):
+        return root
+    return {**root, "corpus": {"normalise": "none", **held, "control_tokens": held_control_tokens(held)}}
 
 
 def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
@@ -302,7 +310,7 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
     if growing and not recorded.complete:
         changed.append("corpus")
     # An addition may come from another machine or a newer library; a half-done extraction may not go on there.
-    ignored = {"layers", "additions", *_TOLD_BY_WEIGHTS}
+    ignored = {"layers", "additions", *_TOLD_BY_WEIGHTS, *_TOLD_BY_TOKENIZER}
     ignored |= {"rows", "tokens_sha256"} if growing else set()
     ignored |= set(_MAY_DIFFER) if recorded.complete else set()
     for name, values in models.items():

@@ -27,6 +27,7 @@ from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
 from featstore.models.devices import DeviceMap
+from featstore.models.tokenizers import held_control_tokens
 from featstore.models.weights import weights_of
 from featstore.runtime.console import Tick, err, progress
 from featstore.runtime.provenance import versions
@@ -76,7 +77,8 @@ def check_tokens(store: Store, model: Sequence[str] = (), *, quiet: bool = False
             result["not_checked"].append(f"{name}: tokens against text, as the store does not say which model it is")
             continue
         try:
-            info = models.inspect_model(spec.parse_model(references[name]))
+            control_tokens = held_control_tokens(store.attributes["corpus"])
+            info = models.inspect_model(spec.parse_model(references[name]), control_tokens)
         except FeatstoreError as error:
             result["not_checked"].append(f"{name}: tokens against text ({error})")
             continue

@@ -38,6 +38,7 @@ class Settings:
         device_map: Where the modules of models go, instead of one device.
         attention: transformers' attention implementation; ``auto`` for sdpa where a model has it, else its own.
         normalise: ``none``, ``nfc`` or ``auto``: what the text is brought into before anything else is done with it.
+        control_tokens: What control tokens that the text quotes are read as: ``text``, or ``special``.
         seed: Order in which documents are taken; 0 is corpus order.
         layer_0: ``stored`` as rows like any other layer, or ``table``: one row for every token id that occurs.
         moments: ``none``, ``add`` (beside the rows) or ``only`` (no rows).
@@ -64,6 +65,7 @@ class Settings:
     dtype: str = "auto"
     attention: str = "auto"
     normalise: str = "auto"
+    control_tokens: str = "text"
     seed: int = 0
     layer_0: str = "stored"
     moments: str = "none"

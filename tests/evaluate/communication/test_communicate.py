@@ -19,6 +19,7 @@ from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner, load_adapter
 from align.runs.train import train
 from align.settings import Settings
+from evaluate.communication import messages
 from evaluate.communication.asking import Prompt, PutIn, ask, prompts_of
 from evaluate.communication.communicate import COMMON, describe, identity, prepare
 from evaluate.communication.messages import deliverable, read, within
@@ -260,7 +261,11 @@ def test_a_token_that_may_have_read_more_than_the_context_is_outside_of_it() -> 
 
 @pytest.mark.parametrize("choices", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_embeddings_put_back_are_the_text(pair: SimpleNamespace, name: str, choices: bool) -> None:
+def test_embeddings_put_back_are_the_text(
+    pair: SimpleNamespace, name: str, choices: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of a model without a start token, the first token is a sink and would be kept back.
+    monkeypatch.setattr(messages, "first_of_window", lambda window: np.zeros(len(window.ids), dtype=bool))
     # At layer 0 a token's state is the token: B must answer as if it had read the text.
     task = make("tipsheets" if choices else "lookup:2", 6, seed=4)
     adapter = own_map(pair, name, 0)
@@ -379,8 +384,13 @@ def test_every_condition_is_shown_what_it_says(pair: SimpleNamespace, monkeypatc
             if name.startswith("aligned"):
                 assert decode([*prompt.ids, *prompt.rest], skip_special_tokens=True) == text
                 assert decode(prompt.ids, skip_special_tokens=True) == example.context
-                # All of the context but the start token.
-                assert prompt.places == tuple(range(1, len(prompt.ids)))
+                # All of the context but the start token, and what the source has read with its first token, a sink.
+                a, b = (pair.models[name].info.tokenizer for name in ("llama", "mistral"))
+                windows = [tokenize(tokenizer, [example.context])[0] for tokenizer in (a, b)]
+                taken = source_positions(*windows)
+                assert (taken == 0).sum() == 1
+                assert prompt.places == tuple(np.flatnonzero(taken > 0))
+                assert prompt.places == tuple(range(2, len(prompt.ids)))
             else:
                 assert decode(prompt.ids, skip_special_tokens=True) == question
                 assert prompt.rest == []
@@ -449,8 +459,9 @@ def test_an_attention_sink_of_either_side_takes_no_part(
     seen = shown(SimpleNamespace(adapter=pair.adapter, models=models), task, monkeypatch)
     [prompt], given = seen["aligned llama:2->mistral:2"]
     taken = source_positions(readings["llama"].window, readings["mistral"].window)
-    wanted = [p for p in np.flatnonzero(taken >= 0) if sink != (taken[p] if side == "source" else p)]
-    assert len(wanted) < (taken >= 0).sum()
+    # The source has no start token; its first token is a sink anyway.
+    wanted = [p for p in np.flatnonzero(taken > 0) if sink != (taken[p] if side == "source" else p)]
+    assert len(wanted) < (taken > 0).sum() < (taken >= 0).sum()
     assert list(prompt.places) == wanted
     assert len(given.states[0]) == len(wanted)
 
