@@ -16,6 +16,7 @@ from featstore.errors import FeatstoreError, ModelLoadError, OffsetError, StoreS
 from featstore.extraction.recorded import references_of
 from featstore.models import loading as models
 from featstore.models.references import parse_model
+from featstore.models.tokenizers import held_control_tokens
 from featstore.runtime.console import human, progress
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.store.read.store import Store
@@ -97,15 +98,13 @@ def _tokenizers(store: Store, model: Sequence[str]) -> dict[str, models.ModelInf
                 f"{store.path} does not say which model {name!r} is; say where its tokenizer is with --model {name}=REF"
             )
         try:
-            info = models.inspect_model(parse_model(references[name]))
+            # Stores from before there was a choice kept control tokens that the text quotes as they are.
+            kept = held_control_tokens(store.attributes["corpus"])
+            found[name] = models.inspect_model(parse_model(references[name]), kept)
         except FeatstoreError as error:
             raise ModelLoadError(
                 f"the tokenizer of {name!r} is needed: {error}; say where it is with --model {name}=REF"
             ) from error
-        # Stores from before there was a choice kept control tokens that the text quotes as they are.
-        kept = store.attributes["corpus"].get("control_tokens", "special") == "special"
-        info.tokenizer.split_special_tokens = not kept
-        found[name] = info
     return found
 
 
