@@ -18,9 +18,9 @@ from featstore.models import loading as models
 from featstore.models.references import parse_model
 from featstore.models.tokenizers import held_control_tokens
 from featstore.runtime.console import human, progress
+from featstore.store.conversion.rebuild import NewTable, rebuild_store
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.store.read.store import Store
-from featstore.store.write.rebuild import NewTable, rebuild_store
 from featstore.store.write.writer import adding_to
 from featstore.text import tokens
 from featstore.text.plan import PlannedCorpus, PlannedModel, plan_model
@@ -40,7 +40,7 @@ def rebuild(path: Path, model: Sequence[str] = (), *, quiet: bool = False) -> di
         quiet: No progress.
 
     Returns:
-        ``store``, ``version``, and what :func:`featstore.store.write.rebuild.rebuild_store` reports.
+        ``store``, ``version``, and what :func:`featstore.store.conversion.rebuild.rebuild_store` reports.
 
     Raises:
         ModelLoadError: A tokenizer cannot be found.

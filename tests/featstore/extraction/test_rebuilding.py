@@ -201,7 +201,7 @@ def test_one_that_is_killed_ends_as_it_would_have(old: Path, tmp_path: Path, mon
 
 def test_other_tokenizers_are_no_way_to_go_on(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("featstore.store.write.rebuild.upgrade_metadata", lambda *_: 1 / 0)
+        patch.setattr("featstore.store.conversion.rebuild.upgrade_metadata", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             rebuild(old, quiet=True)
     root = json.loads((old / "zarr.json").read_text())
