@@ -29,6 +29,7 @@ from featstore.store.format.shards import parse_layout
 from featstore.store.moments.stored import SPLITS
 from featstore.store.write.writer import free_bytes
 from featstore.text import tokens
+from featstore.text.chat import DATE
 from featstore.text.documents import documents
 from featstore.text.normalisation import check_choice, normalised, normalises
 from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
@@ -268,11 +269,12 @@ def _plan(
     quiet: bool,
 ) -> Plan:
     """From the store's own text where no flag asks for other text, else from the source."""
+    date = recorded.date if recorded else DATE
     if recorded is not None and recorded.empty:
-        return _read_source(settings, source, infos, quiet=quiet)
+        return _read_source(settings, source, infos, date, quiet=quiet)
     held = recorded.text() if recorded else None
     if recorded is None or held is None:
-        fresh = _read_source(settings, source, infos, quiet=quiet)
+        fresh = _read_source(settings, source, infos, date, quiet=quiet)
         return replace(fresh, segments=recorded.segments) if recorded else fresh
     planned, tables = held
     if any(settings.given is None or name in settings.given for name in TEXT_FIELDS):
@@ -282,13 +284,13 @@ def _plan(
             for name, reference in recorded.references().items()
             if name in tables
         }
-        fresh = _read_source(settings, source, counted or infos, quiet=quiet)
+        fresh = _read_source(settings, source, counted or infos, date, quiet=quiet)
         if fresh.corpus.hash != planned.hash:
             return _grown(settings, recorded, planned, fresh, infos)
         planned, tables = fresh.corpus, dict(fresh.models)
     for name, info in infos.items():
         if name not in tables:
-            tables[name] = plan_model(planned, info.tokenizer, name, info.context)
+            tables[name] = plan_model(planned, info.tokenizer, name, info.context, date=date)
     return Plan(
         planned,
         {name: tables[name] for name in infos},
@@ -340,7 +342,9 @@ def _text_settings(settings: Settings, source: Source) -> dict[str, Any]:
     }
 
 
-def _read_source(settings: Settings, source: Source, infos: dict[str, models.ModelInfo], *, quiet: bool) -> Plan:
+def _read_source(
+    settings: Settings, source: Source, infos: dict[str, models.ModelInfo], date: str, *, quiet: bool
+) -> Plan:
     read = documents(
         normalised(shuffled(iter_texts(source), settings.seed), settings.normalise),
         max_documents=settings.max_documents,
@@ -356,5 +360,6 @@ def _read_source(settings: Settings, source: Source, infos: dict[str, models.Mod
             shard_rows=settings.shard_rows,
             contexts={name: info.context for name, info in infos.items()},
             settings=_text_settings(settings, source),
+            date=date,
             tick=tick,
         )

@@ -23,6 +23,7 @@ from featstore.store.read.files import LocalFiles
 from featstore.store.read.records import TOKEN_COLUMNS
 from featstore.store.read.store import Store, open_files
 from featstore.store.write.writer import StoreWriter
+from featstore.text.chat import DATE
 from featstore.text.plan import PlannedCorpus, PlannedModel
 from featstore.text.sources import Source
 
@@ -81,6 +82,11 @@ class Recorded:
         if form not in ("none", "nfc"):
             raise CorruptDataError(f"{self.path}/zarr.json: corpus.normalise is {form!r}, neither none nor nfc")
         return str(form)
+
+    @property
+    def date(self) -> str:
+        """The day that chat templates were told it is."""
+        return str(self.root["corpus"].get("date", DATE))
 
     @property
     def segments(self) -> tuple[int, ...]:
@@ -283,7 +289,8 @@ def _text_of(root: dict[str, Any]) -> dict[str, Any]:
     held = root.get("corpus")
     if not isinstance(held, dict):
         return root
-    return {**root, "corpus": {"normalise": "none", **held, "control_tokens": held_control_tokens(held)}}
+    unsaid = {"normalise": "none", "form": "text", "control_tokens": held_control_tokens(held)}
+    return {**root, "corpus": unsaid | held}
 
 
 def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:

@@ -29,7 +29,11 @@ from featstore.store.read.pairs import POLICIES
 from featstore.store.write.index import pairs_unit, write_pairs, write_sinks
 from featstore.store.write.row_writer import write_groups
 from featstore.store.write.writer import StoreWriter, check_space, exclusive
+from featstore.text.message_arrays import holds_conversations
 from featstore.text.plan import Plan
+
+#: What conversations have beside their text.
+_BESIDE = ("corpus/message/rest", "corpus/message/rest_start", "corpus/document/tools", "corpus/document/tools_start")
 
 
 def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dict[str, Any]:
@@ -118,7 +122,13 @@ def _begin(writer: StoreWriter, job: Job) -> None:
 
 def _write_plan(writer: StoreWriter, plan: Plan) -> None:
     text = plan.corpus
+    beside: dict[str, Any] = {}
+    if holds_conversations(text):
+        arrays = (text.message_rest, text.message_rest_start, text.document_tools, text.document_tools_start)
+        beside = dict(zip(_BESIDE, arrays, strict=True))
     if (writer.entry("corpus") or {}).get("sha256") != plan.hash:
+        for name in () if beside else _BESIDE:
+            shutil.rmtree(writer.path / name, ignore_errors=True)  # of an earlier wish of which nothing has come
         writer.vectors(
             "corpus",
             {
@@ -133,6 +143,7 @@ def _write_plan(writer: StoreWriter, plan: Plan) -> None:
                 "corpus/message/role": text.message_role,
                 "corpus/message/start": text.message_start,
                 "corpus/message/end": text.message_end,
+                **beside,
             },
             sha256=plan.hash,
         )
