@@ -13,6 +13,8 @@ import numpy as np
 
 from featstore.errors import SpecError, StoreStateError
 from featstore.extraction.compute import Compute
+from featstore.extraction.flags import flag
+from featstore.extraction.generating import Answering, Generation, known_answers
 from featstore.extraction.proof import measured, verdicts
 from featstore.extraction.recorded import TEXT_FIELDS, Recorded, inherit, read_recorded
 from featstore.extraction.settings import Settings
@@ -21,6 +23,7 @@ from featstore.models import references as spec
 from featstore.models.devices import check_models
 from featstore.models.verdict import Verdict
 from featstore.runtime.console import progress
+from featstore.runtime.processes import Ranks
 from featstore.runtime.provenance import read_json
 from featstore.store.format.elements import parse_format
 from featstore.store.format.encoding import Encoding
@@ -51,6 +54,7 @@ class Job:
         moments_memory: Bytes that summing moments may take.
         recorded: What the store says about itself, or None where there is none yet.
         verdicts: What was found out about the models by running them; one on which nothing was is left out.
+        unanswered: Documents of the plan whose answers are still to be generated; of an estimate alone.
     """
 
     store: Path
@@ -65,6 +69,7 @@ class Job:
     moments_memory: int
     recorded: Recorded | None = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    unanswered: int = 0
 
     def row_layers(self, name: str) -> tuple[int, ...]:
         """Layers stored row by row: all but a layer 0 that is a table; none where only moments are kept.
@@ -170,6 +175,7 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     if settings.normalise == "auto":
         any_does = any(normalises(info.tokenizer) for info in infos.values())
         settings = replace(settings, normalise="nfc" if any_does else "none")
+    settings = replace(settings, generate_with=_writers(settings, infos, recorded))
     claimed = {name: info.depth for name, info in infos.items() if info.depth is not None}
     if settings.was_given("layers") and len(claimed) == len(infos):
         spec.parse_layers(settings.layers, claimed)  # what cannot be right is said before the wait for the weights
@@ -186,7 +192,8 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     layers = {name: tuple(sorted({*wanted[name], *stored.get(name, ())})) for name in infos}
     if settings.moments == "only" and len(infos) < 2:
         raise SpecError("--moments-only sums over pairs of two models; name a second one with --model")
-    plan = _plan(settings, source, infos, recorded, quiet=quiet)
+    reading = _Reading(settings, source, compute, recorded, found, quiet=quiet, load=load)
+    plan = reading.plan(infos)
     for name, info in infos.items():
         # The store's tokens under a name that another model has now are refused as such, when the job is compared.
         known = recorded.models.get(name, {}).get("tokenizer_sha256") if recorded else None
@@ -205,7 +212,26 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
         moments_memory=settings.moments_memory,
         recorded=recorded,
         verdicts=found,
+        unanswered=reading.unanswered,
     )
+
+
+def _writers(settings: Settings, infos: Mapping[str, models.ModelInfo], recorded: Recorded | None) -> tuple[str, ...]:
+    """The models that answer the documents, in store order; none where nothing is generated."""
+    if not settings.generate:
+        typed = [n for n in ("generate_with", "temperature", "top_p") if settings.given and n in settings.given]
+        if typed:
+            raise SpecError(f"{flag(typed[0])} needs --generate: how many tokens are written after each document")
+        return ()
+    if settings.top_p != 1 and not settings.temperature:
+        raise SpecError(f"--top-p {settings.top_p:g} needs --temperature: without it the likeliest token is taken")
+    begun = recorded is not None and not recorded.empty
+    there = tuple(dict.fromkeys((*(recorded.models if recorded and begun else ()), *infos)))
+    wanted = settings.generate_with if begun or settings.was_given("generate_with") else ()
+    unknown = [name for name in wanted if name not in there]
+    if unknown:
+        raise SpecError(f"--generate-with {unknown[0]}: there is no such model; name one of {', '.join(there)}")
+    return tuple(name for name in there if name in wanted or not wanted)
 
 
 def _compute(settings: Settings, infos: dict[str, models.ModelInfo], recorded: Recorded | None) -> Compute:
@@ -240,45 +266,107 @@ def _held_layers(
     return (*default, *(f"{name}={','.join(map(str, held[name]))}" for name in infos if name in held))
 
 
-def _plan(
-    settings: Settings,
-    source: Source,
-    infos: dict[str, models.ModelInfo],
-    recorded: Recorded | None,
-    *,
-    quiet: bool,
-) -> Plan:
-    """From the store's own text where no flag asks for other text, else from the source."""
-    if recorded is not None and recorded.empty:
-        return _read_source(settings, source, infos, quiet=quiet)
-    held = recorded.text() if recorded else None
-    if recorded is None or held is None:
-        fresh = _read_source(settings, source, infos, quiet=quiet)
-        return replace(fresh, segments=recorded.segments) if recorded else fresh
-    planned, tables = held
-    if any(settings.given is None or name in settings.given for name in TEXT_FIELDS):
-        # The budget counts the tokens of the models that the store was planned with.
-        counted = {
-            name: infos.get(name) or models.inspect_model(spec.parse_model(reference))
-            for name, reference in recorded.references().items()
-            if name in tables
+@dataclass
+class _Reading:
+    """Reads the text that a store is to hold, from the store's own or from the source."""
+
+    settings: Settings
+    source: Source
+    compute: Compute
+    recorded: Recorded | None
+    verdicts: Mapping[str, Verdict]
+    quiet: bool
+    load: bool
+    unanswered: int = 0
+
+    def plan(self, infos: dict[str, models.ModelInfo]) -> Plan:
+        """From the store's own text where no flag asks for other text, else from the source."""
+        settings, recorded = self.settings, self.recorded
+        if recorded is not None and recorded.empty:
+            return self._fresh(infos)
+        held = recorded.text() if recorded else None
+        if recorded is None or held is None:
+            fresh = self._fresh(infos)
+            return replace(fresh, segments=recorded.segments) if recorded else fresh
+        planned, tables = held
+        if any(settings.given is None or name in settings.given for name in TEXT_FIELDS):
+            # The budget counts the tokens of the models that the store was planned with.
+            counted = {
+                name: infos.get(name) or models.inspect_model(spec.parse_model(reference))
+                for name, reference in recorded.references().items()
+                if name in tables
+            }
+            fresh = self._fresh(counted or infos, planned)
+            if fresh.corpus.hash != planned.hash:
+                return _grown(settings, recorded, planned, fresh, infos)
+            planned, tables = fresh.corpus, dict(fresh.models)
+        for name, info in infos.items():
+            if name not in tables:
+                tables[name] = plan_model(planned, info.tokenizer, name, info.context)
+        return Plan(
+            planned,
+            {name: tables[name] for name in infos},
+            settings.window_bytes,
+            settings.batch_tokens,
+            settings.shard_rows,
+            _text_settings(settings, self.source),
+            recorded.segments,
+        )
+
+    def _fresh(self, infos: dict[str, models.ModelInfo], held: PlannedCorpus | None = None) -> Plan:
+        """From the source; what has been answered in the text that is held is not answered again."""
+        settings = self.settings
+        read = documents(
+            normalised(shuffled(iter_texts(self.source), settings.seed), settings.normalise),
+            max_documents=settings.max_documents,
+            max_bytes=settings.max_document_bytes,
+        )
+        answering = self._answering(infos, held) if settings.generate else None
+        with progress("tokenise", settings.max_tokens, "tok", quiet=self.quiet or answering is not None) as tick:
+            plan = make_plan(
+                answering.answered(read) if answering else read,
+                {name: info.tokenizer for name, info in infos.items()},
+                max_tokens=settings.max_tokens,
+                window_bytes=settings.window_bytes,
+                batch_tokens=settings.batch_tokens,
+                shard_rows=settings.shard_rows,
+                contexts={name: info.context for name, info in infos.items()},
+                settings=_text_settings(settings, self.source),
+                tick=tick,
+            )
+        if answering:
+            answering.say()
+            self.unanswered = min(answering.unanswered, len(plan.corpus.document_id))
+        return plan
+
+    def _answering(self, infos: dict[str, models.ModelInfo], held: PlannedCorpus | None) -> Answering:
+        settings, recorded = self.settings, self.recorded
+        generation = _generation(settings)
+        attention = {
+            name: self.compute.attention.get(name) or _attention(settings, info, recorded)
+            for name, info in infos.items()
         }
-        fresh = _read_source(settings, source, counted or infos, quiet=quiet)
-        if fresh.corpus.hash != planned.hash:
-            return _grown(settings, recorded, planned, fresh, infos)
-        planned, tables = fresh.corpus, dict(fresh.models)
-    for name, info in infos.items():
-        if name not in tables:
-            tables[name] = plan_model(planned, info.tokenizer, name, info.context)
-    return Plan(
-        planned,
-        {name: tables[name] for name in infos},
-        settings.window_bytes,
-        settings.batch_tokens,
-        settings.shard_rows,
-        _text_settings(settings, source),
-        recorded.segments,
-    )
+        read = {name: verdict.reading for name, verdict in self.verdicts.items()}
+        whole = recorded is not None and recorded.settings()["max_tokens"] is None
+        return Answering(
+            generation=generation,
+            infos=infos,
+            compute=replace(self.compute, attention=attention),
+            form=settings.normalise,
+            window_bytes=settings.window_bytes,
+            max_tokens=settings.max_tokens,
+            batch_tokens=settings.batch_tokens,
+            known=known_answers(held, generation, whole=whole) if held is not None else {},
+            switches={n: one.switch for n, one in read.items() if one is not None and one.switch is not None},
+            load=self.load,
+            quiet=self.quiet,
+            ranks=Ranks.from_environment(),
+        )
+
+
+def _generation(settings: Settings) -> Generation:
+    names, seed = settings.generate_with, settings.seed
+    return Generation(settings.generate, names, settings.temperature, settings.top_p, seed)
 
 
 _CHANGED_TEXT = "the text itself has changed, or an older featstore read it otherwise and cut its windows elsewhere"
@@ -317,24 +405,5 @@ def _text_settings(settings: Settings, source: Source) -> dict[str, Any]:
         "max_documents": settings.max_documents,
         "max_document_bytes": settings.max_document_bytes,
         "seed": settings.seed,
+        **({"generate": _generation(settings).to_dict()} if settings.generate else {}),
     }
-
-
-def _read_source(settings: Settings, source: Source, infos: dict[str, models.ModelInfo], *, quiet: bool) -> Plan:
-    read = documents(
-        normalised(shuffled(iter_texts(source), settings.seed), settings.normalise),
-        max_documents=settings.max_documents,
-        max_bytes=settings.max_document_bytes,
-    )
-    with progress("tokenise", settings.max_tokens, "tok", quiet=quiet) as tick:
-        return make_plan(
-            read,
-            {name: info.tokenizer for name, info in infos.items()},
-            max_tokens=settings.max_tokens,
-            window_bytes=settings.window_bytes,
-            batch_tokens=settings.batch_tokens,
-            shard_rows=settings.shard_rows,
-            contexts={name: info.context for name, info in infos.items()},
-            settings=_text_settings(settings, source),
-            tick=tick,
-        )

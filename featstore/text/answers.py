@@ -7,14 +7,15 @@ document anew: what the writer itself reads there may be other tokens than those
 from __future__ import annotations
 
 import codecs
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from featstore.errors import SpecError
+from featstore.errors import CorpusError, SpecError
 from featstore.text import tokens
 from featstore.text.bytes import token_bytes
-from featstore.text.documents import Document
+from featstore.text.conversation import Conversation, Message
+from featstore.text.documents import Document, of_conversation
 from featstore.text.normalisation import normalised
 from featstore.text.roles import GENERATED, Part
 from featstore.text.windows import space_cut
@@ -44,17 +45,53 @@ def spoken(tokenizer: Any, ids: Sequence[int]) -> str:
     return codecs.getincrementaldecoder("utf-8")("replace").decode(raw)
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens after which a model goes on with a text: as it reads it, without what its tokenizer puts at the end.
+def prompt_ids(tokenizer: Any, prompt: Document) -> list[int]:
+    """The tokens after which a model goes on: a text as it reads it, or messages in its own template up to its turn.
 
     Args:
         tokenizer: The model's fast tokenizer.
-        text: The prompt.
+        prompt: A text, or a conversation of :func:`awaiting_answer`.
 
     Raises:
+        CorpusError: The model's template fails.
         OffsetError: As :func:`featstore.text.tokens.tokenize`.
     """
-    return _open_ended(tokenizer, tokens.tokenize(tokenizer, [text])[0])
+    if prompt.conversation is None:
+        return _open_ended(tokenizer, tokens.tokenize(tokenizer, [prompt.text])[0])
+    return _turn(tokenizer, prompt.conversation)
+
+
+def _turn(tokenizer: Any, conversation: Conversation) -> list[int]:
+    try:
+        text = tokenizer.apply_chat_template(
+            [message.row() for message in conversation.messages],
+            tools=None if conversation.tools is None else list(conversation.tools),
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    except Exception as error:  # a template is a program of the model's authors, which may raise anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CorpusError(f"{conversation.where}: the chat template cannot ask for an answer: {reason}") from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def awaiting_answer(conversation: Conversation) -> Conversation:
+    """A conversation in which it is the assistant's turn.
+
+    Args:
+        conversation: Messages.
+
+    Raises:
+        CorpusError: The last message is not a user's or a tool's.
+    """
+    last = conversation.messages[-1].role
+    if last not in ("user", "tool"):
+        raise CorpusError(
+            f"{conversation.where}: the last of {len(conversation.messages)} messages is of role {last}; --generate "
+            "answers what ends with a user or a tool: cut the conversation there, or leave --generate out"
+        )
+    return conversation
 
 
 def _open_ended(tokenizer: Any, window: tokens.TokenizedWindow) -> list[int]:
@@ -65,22 +102,37 @@ def _open_ended(tokenizer: Any, window: tokens.TokenizedWindow) -> list[int]:
     return ids
 
 
-def fitting(text: str, tokenizers: Mapping[str, Any], limits: Mapping[str, int], new: int) -> str:
-    """The beginning of a text after which every model has room for its answer.
+def fitting(prompt: Document, tokenizers: Mapping[str, Any], limits: Mapping[str, int], new: int) -> Document:
+    """The beginning of a prompt after which every model has room for its answer; a conversation has to fit whole.
 
     Args:
-        text: The whole prompt.
+        prompt: A text, or a conversation of :func:`awaiting_answer`.
         tokenizers: Fast tokenizers of the models that answer.
         limits: Tokens that each of them can read and write in all.
         new: Tokens of an answer.
 
     Returns:
-        The text, or as much of it as fits, cut before whitespace where there is any.
+        The prompt, or as much of its text as fits, cut before whitespace where there is any.
 
     Raises:
+        CorpusError: A conversation does not fit.
         OffsetError: As :func:`featstore.text.tokens.tokenize`.
         SpecError: No word fits before the answer.
     """
+    if prompt.conversation is None:
+        text = _fitting_text(prompt.text, tokenizers, limits, new)
+        return prompt if text == prompt.text else replace(prompt, text=text)
+    for name, tokenizer in tokenizers.items():
+        count = len(prompt_ids(tokenizer, prompt))
+        if count + new > limits[name]:
+            raise CorpusError(
+                f"{prompt.conversation.where}: {count} tokens and {new} of an answer exceed the context of model "
+                f"{name!r} ({limits[name]}); use a smaller --generate, or --max-document-bytes"
+            )
+    return prompt
+
+
+def _fitting_text(text: str, tokenizers: Mapping[str, Any], limits: Mapping[str, int], new: int) -> str:
     for name, tokenizer in tokenizers.items():
         room = limits[name] - new
         while room > 0:
@@ -91,7 +143,7 @@ def fitting(text: str, tokenizers: Mapping[str, Any], limits: Mapping[str, int],
             window = tokens.tokenize(tokenizer, [text])[0]
             if len(_open_ended(tokenizer, window)) <= room:
                 break
-            end = int(window.byte_end[: room + 1].max(initial=0))
+            end = int(window.byte_end[:room].max(initial=0))
             if end < 4:
                 room = 0
                 break
@@ -107,14 +159,24 @@ def fitting(text: str, tokenizers: Mapping[str, Any], limits: Mapping[str, int],
 def answered(prompt: Document, answer: str, form: str) -> Document:
     """A prompt and an answer to it as one document, which is split as the prompt is.
 
+    The answer is a part of its own: ``generated`` after a text, a message of the assistant's after messages.
+
     Args:
         prompt: What was answered.
         answer: What a model wrote; nothing for no answer.
         form: Unicode form of the text, ``none`` or ``nfc``.
     """
+    if prompt.conversation is not None:
+        content = answer.strip()  # as templates have it: the space after the turn's opening is theirs
+        if not content:
+            return prompt
+        more = replace(prompt.conversation, messages=(*prompt.conversation.messages, Message("assistant", content)))
+        return of_conversation(more.normalised(form), prompt.id)
     [text] = normalised([prompt.text + answer], form)
     # An accent that the answer begins with goes into the prompt's last character, which is then the answer's.
-    start = len(os.path.commonprefix([text, prompt.text]).encode())
+    kept = min(len(text), len(prompt.text))
+    kept = next((i for i in range(kept) if text[i] != prompt.text[i]), kept)
+    start = len(text[:kept].encode())
     end = len(text.encode())
     part = (Part(GENERATED, start, end),) if end > start else ()
     return Document(text, prompt.id, (*prompt.parts, *part))

@@ -31,6 +31,7 @@ def summary(store: Store) -> dict[str, Any]:
         "documents": store.attributes["split"]["documents"],
         "corpus_bytes": store.attributes["corpus"]["bytes"],
         "normalise": store.attributes["corpus"].get("normalise", "none"),
+        "generate": store.attributes["corpus"].get("generate"),
         "bytes": sum(record["bytes"] for record in store.manifest.values()),
         "models": {},
         "pairs": {},
@@ -69,6 +70,13 @@ def describe(result: dict[str, Any]) -> str:
     documents = ", ".join(f"{count} {split}" for split, count in result["documents"].items())
     form = " in Unicode form NFC" if result["normalise"] == "nfc" else ""
     lines.append(f"  text     {human_bytes(result['corpus_bytes'])}{form}, documents: {documents}")
+    how = result.get("generate")
+    if how:
+        drawn = f"temperature {how['temperature']:g}, top-p {how['top_p']:g}, seed {how['seed']}"
+        lines.append(
+            f"  answers  up to {how['tokens']} tokens by {' and by '.join(how['with'])} after each prompt "
+            f"({drawn if how['temperature'] else 'the likeliest each time'})"
+        )
     for name, model in result["models"].items():
         layers = ",".join(map(str, model["layers"]))
         lines.append(
