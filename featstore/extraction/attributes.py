@@ -10,6 +10,7 @@ from featstore.extraction.job import Job
 from featstore.runtime.provenance import versions
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.text import tokens
+from featstore.text.message_arrays import holds_conversations
 from featstore.text.splits import SPLITS
 
 SITE_CONVENTION = "layer k = residual stream after k blocks; 0 = embedding output; L = before the final norm"
@@ -33,6 +34,7 @@ def root_attributes(job: Job) -> dict[str, Any]:
         "models": [*held, *(name for name in job.infos if name not in held)],
         "corpus": {
             **plan.settings,
+            "form": "messages" if holds_conversations(plan.corpus) else "text",
             "sha256": plan.corpus.hash,
             "documents": len(plan.corpus.document_id),
             "windows": len(plan.corpus.window_document),

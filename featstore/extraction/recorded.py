@@ -20,6 +20,7 @@ from featstore.store.read.files import LocalFiles
 from featstore.store.read.records import TOKEN_COLUMNS
 from featstore.store.read.store import Store, open_files
 from featstore.store.write.writer import StoreWriter
+from featstore.text.chat import DATE
 from featstore.text.plan import PlannedCorpus, PlannedModel
 from featstore.text.sources import Source
 
@@ -81,6 +82,11 @@ class Recorded:
         if form not in ("none", "nfc"):
             raise CorruptDataError(f"{self.path}/zarr.json: corpus.normalise is {form!r}, neither none nor nfc")
         return str(form)
+
+    @property
+    def date(self) -> str:
+        """The day that chat templates were told it is."""
+        return str(self.root["corpus"].get("date", DATE))
 
     @property
     def segments(self) -> tuple[int, ...]:
@@ -278,7 +284,7 @@ def _without_budgets(value: Any) -> Any:
 
 def _text_of(root: dict[str, Any]) -> dict[str, Any]:
     """Root attributes, with what older stores do not say of the text."""
-    return {**root, "corpus": {"normalise": "none", **root["corpus"]}}
+    return {**root, "corpus": {"normalise": "none", "form": "text", **root["corpus"]}}
 
 
 def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:

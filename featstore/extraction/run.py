@@ -31,6 +31,7 @@ from featstore.store.read.pairs import POLICIES
 from featstore.store.write.index import pairs_unit, write_pairs, write_sinks
 from featstore.store.write.row_writer import write_groups
 from featstore.store.write.writer import StoreWriter, check_space, exclusive
+from featstore.text.message_arrays import holds_conversations
 from featstore.text.plan import Plan
 
 
@@ -120,6 +121,14 @@ def _begin(writer: StoreWriter, job: Job) -> None:
 
 def _write_plan(writer: StoreWriter, plan: Plan) -> None:
     text = plan.corpus
+    beside: dict[str, Any] = {}
+    if holds_conversations(text):
+        beside = {
+            "corpus/message/rest": text.message_rest,
+            "corpus/message/rest_start": text.message_rest_start,
+            "corpus/document/tools": text.document_tools,
+            "corpus/document/tools_start": text.document_tools_start,
+        }
     if (writer.entry("corpus") or {}).get("sha256") != plan.hash:
         writer.vectors(
             "corpus",
@@ -135,6 +144,7 @@ def _write_plan(writer: StoreWriter, plan: Plan) -> None:
                 "corpus/message/role": text.message_role,
                 "corpus/message/start": text.message_start,
                 "corpus/message/end": text.message_end,
+                **beside,
             },
             sha256=plan.hash,
         )

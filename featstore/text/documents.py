@@ -1,6 +1,6 @@
 """Texts to documents: what is split, and later resampled, as a whole.
 
-A *document* is an article, a file, a JSON line or a conversation; its id is the SHA-256 of its text, or of its messages.
+A *document* is an article, a file, a JSON line or a conversation; its id is the SHA-256 of that.
 """
 
 from __future__ import annotations

@@ -121,6 +121,11 @@ class StoredCorpus:
         message_role: uint8 ``(messages,)``, numbers in :data:`featstore.text.roles.ROLES`.
         message_start: int64 ``(messages,)``, within the document.
         message_end: int64 ``(messages,)``.
+        message_rest: uint8, what messages have besides, as JSON; empty, as the next three, where documents are no
+            conversations.
+        message_rest_start: int64 ``(messages + 1,)``.
+        document_tools: uint8, the tools that were offered, as JSON.
+        document_tools_start: int64 ``(documents + 1,)``.
     """
 
     text: NDArray[np.uint8]
@@ -134,6 +139,10 @@ class StoredCorpus:
     message_role: NDArray[np.uint8] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
     message_start: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     message_end: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    message_rest: NDArray[np.uint8] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    message_rest_start: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    document_tools: NDArray[np.uint8] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    document_tools_start: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def window_text(self, window: int) -> str:
         """The text of a window.

@@ -488,11 +488,17 @@ class Store:
     @cached_property
     def corpus(self) -> StoredCorpus:
         """Documents, windows and text."""
+        needs = {f"message_{name}": "corpus/message/document" for name in ("document", "role", "start", "end")}
+        needs |= {
+            f"{name}{part}": "corpus/message/rest_start"
+            for name in ("message_rest", "document_tools")
+            for part in ("", "_start")
+        }
         vectors: dict[str, NDArray[Any]] = {
             name: self.vector(f"corpus/{name.replace('_', '/', 1)}")
             for name in (member.name for member in fields(StoredCorpus))
-            # Stores of version 1 know of no messages.
-            if not name.startswith("message_") or self.has("corpus/message/document")
+            # Stores of version 1 know of no messages, and what is beside a text only conversations have.
+            if name not in needs or self.has(needs[name])
         }
         return StoredCorpus(**vectors)
 
