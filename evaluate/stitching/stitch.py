@@ -70,12 +70,13 @@ def scored_windows(
     """
     table_a, table_b = store.tokens(source), store.tokens(target)
     corpus = store.corpus
+    unit = corpus.window_unit
     numbers = np.flatnonzero(corpus.window_split == split)
     # One window of every document before the second of any: the interval comes from documents.
     order_within = np.zeros(len(numbers), dtype=np.int64)
     seen: dict[int, int] = {}
     for i, w in enumerate(numbers):
-        document = int(corpus.window_document[w])
+        document = int(unit[w])
         order_within[i] = seen[document] = seen.get(document, -1) + 1
     chosen: list[Window] = []
     total = 0
@@ -89,11 +90,7 @@ def scored_windows(
         second = TokenizedWindow(table_b.id[b], table_b.byte_end[b], table_b.special[b], table_b.exact[b])
         text = crossing(first, second, table_a.sink[a], table_b.sink[b])
         size = int(corpus.window_end[w] - corpus.window_start[w])
-        chosen.append(
-            Window(
-                **vars(text), number=int(w), document=int(corpus.window_document[w]), source_row=int(a.start), size=size
-            )
-        )
+        chosen.append(Window(**vars(text), number=int(w), document=int(unit[w]), source_row=int(a.start), size=size))
         total += b.stop - b.start
     if not chosen:
         raise PairingError(f"the {SPLITS[split]} split of {store.path} has no window to score; extract more documents")

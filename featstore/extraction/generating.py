@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from featstore.errors import ModelLoadError
+from featstore.errors import CorpusError, ModelLoadError
 from featstore.extraction import proof
 from featstore.extraction.answer_cache import VERSION, AnswerCache, prompt_key
 from featstore.extraction.compute import Compute
@@ -27,6 +27,8 @@ from featstore.runtime.console import err, human, progress
 from featstore.runtime.processes import Ranks
 from featstore.runtime.provenance import digest
 from featstore.text import answers, tokens
+from featstore.text.chat import DATE
+from featstore.text.chat_tokens import tokenize_conversations
 from featstore.text.conversation import to_json
 from featstore.text.documents import Document
 from featstore.text.plan import PlannedCorpus
@@ -79,18 +81,17 @@ def known_answers(corpus: PlannedCorpus, generation: Generation, *, whole: bool)
         whole: Whether no budget cut the last document.
     """
     found = {}
+    after = np.searchsorted(corpus.message_document, np.arange(len(corpus.document_id)), side="right")
     for number in range(len(corpus.document_id) - (not whole)):
         start, end = (int(corpus.document_start[number + i]) for i in (0, 1))
-        own = np.flatnonzero(corpus.message_document == number)
-        answer = start + int(corpus.message_start[own[-1]]) if len(own) and _is_answer(corpus, own) else end
+        last, answer = int(after[number]) - 1, end
+        if last >= 0 and corpus.message_document[last] == number:
+            wrote = int(corpus.message_role[last]) in (GENERATED, ASSISTANT)
+            answer = start + int(corpus.message_start[last]) if wrote else end
         prompt, said = (corpus.text[a:b].tobytes().decode() for a, b in ((start, answer), (answer, end)))
         name = generation.names[number % len(generation.names)]
         found[name, corpus.document_id[number].tobytes(), prompt_key(prompt)] = said
     return found
-
-
-def _is_answer(corpus: PlannedCorpus, own: Any) -> bool:
-    return int(corpus.message_role[own[-1]]) in (GENERATED, ASSISTANT)
 
 
 @dataclass
@@ -105,6 +106,7 @@ class Answering:
         window_bytes: Window length.
         max_tokens: Budget of each model over all windows; None for all.
         batch_tokens: Padded tokens of a batch at most.
+        date: The day that chat templates are told.
         known: Answers that the store holds.
         switches: Lengths at which models change their position encoding, by name.
         load: Whether models are loaded for answers that nobody knows; without it their documents are prompts alone.
@@ -112,6 +114,7 @@ class Answering:
         ranks: This process among several; the first one answers.
         unanswered: How many answers nobody knew, without ``load``.
         empty: How many answers were empty.
+        left_out: Answers to messages that some model's chat template does not write as they are, each in a line.
     """
 
     generation: Generation
@@ -121,6 +124,7 @@ class Answering:
     window_bytes: int
     max_tokens: int | None
     batch_tokens: int
+    date: str = DATE
     known: Known = field(default_factory=dict)
     switches: Mapping[str, int] = field(default_factory=dict)
     load: bool = True
@@ -128,6 +132,7 @@ class Answering:
     ranks: Ranks = field(default_factory=Ranks)
     unanswered: int = 0
     empty: int = 0
+    left_out: list[str] = field(default_factory=list)
     _voice: tuple[str, ResidualStream] | None = None
 
     def answered(self, prompts: Iterable[Document]) -> Iterator[Document]:
@@ -154,8 +159,8 @@ class Answering:
                     for name in self.generation.names:
                         answer = said[name][place]
                         self.empty += answer == ""
-                        document = answers.answered(prompt, answer or "", self.form)
-                        for reader, count in self._tokens(document).items():
+                        document, counts = self._readable(prompt, answer or "")
+                        for reader, count in counts.items():
                             spent[reader] += count
                         yield document
                     if self.max_tokens is not None and max(spent.values()) > self.max_tokens:
@@ -163,16 +168,31 @@ class Answering:
         finally:
             self._voice = None  # a model that answers no more gives its memory back
 
+    def _readable(self, prompt: Document, answer: str) -> tuple[Document, dict[str, int]]:
+        """A prompt with an answer, as every model can read it, and what it costs of the budget."""
+        document = answers.answered(prompt, answer, self.form)
+        try:
+            return document, self._tokens(document)
+        except CorpusError as error:
+            if document is prompt:
+                raise
+            # What a model says may be what a template takes for its own, such as thoughts between marks.
+            self.left_out.append(str(error))
+            return prompt, self._tokens(prompt)
+
     def _prompt(self, document: Document) -> Document:
         if document.conversation is not None:
             answers.awaiting_answer(document.conversation)
         names, new = self.generation.names, self.generation.tokens
         tokenizers = {name: self.infos[name].tokenizer for name in names}
-        prompt = answers.fitting(document, tokenizers, {name: self.infos[name].context for name in names}, new)
+        prompt = answers.fitting(
+            document, tokenizers, {name: self.infos[name].context for name in names}, new, self.date
+        )
         for name, switch in self.switches.items():
             # A model that changes its positions at some length cannot go on from what it read before that.
-            if name in names and (count := len(answers.prompt_ids(tokenizers[name], prompt))) <= switch < count + new:
-                prompt = answers.fitting(prompt, {name: tokenizers[name]}, {name: switch}, new)
+            count = len(answers.prompt_ids(tokenizers[name], name, prompt, self.date)) if name in names else 0
+            if 0 < count <= switch < count + new:
+                prompt = answers.fitting(prompt, {name: tokenizers[name]}, {name: switch}, new, self.date)
         return prompt
 
     def _chunk(self, prompts: Iterator[Document], spent: int) -> Iterator[Document]:
@@ -190,6 +210,11 @@ class Answering:
 
     def _tokens(self, document: Document) -> dict[str, int]:
         """How many tokens of a document each model reads."""
+        if document.conversation is not None:
+            return {
+                name: len(tokenize_conversations(info.tokenizer, name, [document.conversation], date=self.date)[0].ids)
+                for name, info in self.infos.items()
+            }
         if self.max_tokens is None:
             return {}
         raw = document.text.encode()
@@ -230,7 +255,13 @@ class Answering:
         info = self.infos[name]
         model = proof.key(info, self.compute, name)
         how = {key: value for key, value in self.generation.to_dict().items() if key != "with"}
-        return None if model is None else AnswerCache(digest([VERSION, model, info.tokenizer_hash, how]))
+        return (
+            None
+            if model is None
+            else AnswerCache(
+                digest([VERSION, model, info.tokenizer_hash, info.tokenizer.chat_template, self.date, how])
+            )
+        )
 
     def _generate(self, name: str, missing: Mapping[str, Document]) -> dict[str, str]:
         """Answers by :func:`_asked`, kept as they come."""
@@ -238,7 +269,10 @@ class Answering:
         stream = self._stream(name)
         cache = self._cache(name)
         who = digest([info.config_hash, info.tokenizer_hash])
-        keys, ids = list(missing), [answers.prompt_ids(info.tokenizer, prompt) for prompt in missing.values()]
+        keys, ids = (
+            list(missing),
+            [answers.prompt_ids(info.tokenizer, name, prompt, self.date) for prompt in missing.values()],
+        )
         models.refuse_unknown_ids(info, np.concatenate([np.array(row, dtype=np.int64) for row in ids]))
         stops = answering.stops_of(stream.model, info.tokenizer)
         sizes = [len(row) for row in ids]
@@ -279,6 +313,11 @@ class Answering:
             err.print(
                 f"note: {human(self.empty)} of the answers are empty, as the model ended its text at once; their "
                 "documents are the prompts alone"
+            )
+        if self.left_out and not self.quiet:
+            err.print(
+                f"note: {human(len(self.left_out))} of the answers are left out, as a chat template does not write "
+                f"them as they are; the first: {self.left_out[0]}"
             )
 
 

@@ -31,10 +31,16 @@ from featstore.store.format.shards import parse_layout
 from featstore.store.moments.stored import SPLITS
 from featstore.store.write.writer import free_bytes
 from featstore.text import tokens
+from featstore.text.chat import DATE
 from featstore.text.documents import documents
+from featstore.text.message_arrays import holds_conversations
 from featstore.text.normalisation import check_choice, normalised, normalises
 from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
 from featstore.text.sources import Source, iter_texts, parse_source, shuffled
+
+
+#: Tokens that no tokenizer adds to a window.
+_ADDED = 16
 
 
 @dataclass(frozen=True)
@@ -347,7 +353,6 @@ class _Reading:
             for name, info in infos.items()
         }
         read = {name: verdict.reading for name, verdict in self.verdicts.items()}
-        whole = recorded is not None and recorded.settings()["max_tokens"] is None
         return Answering(
             generation=generation,
             infos=infos,
@@ -356,12 +361,24 @@ class _Reading:
             window_bytes=settings.window_bytes,
             max_tokens=settings.max_tokens,
             batch_tokens=settings.batch_tokens,
-            known=known_answers(held, generation, whole=whole) if held is not None else {},
+            date=recorded.date if recorded else DATE,
+            known=known_answers(held, generation, whole=_is_whole(recorded, held)) if recorded and held else {},
             switches={n: one.switch for n, one in read.items() if one is not None and one.switch is not None},
             load=self.load,
             quiet=self.quiet,
             ranks=Ranks.from_environment(),
         )
+
+
+def _is_whole(recorded: Recorded, held: PlannedCorpus) -> bool:
+    """Whether the budget of a store has not cut its last document: another window would have fitted, whatever it held.
+
+    Conversations are one window each.
+    """
+    budget = recorded.settings()["max_tokens"]
+    rows = max((int(attributes["rows"]) for attributes in recorded.models.values()), default=0)
+    window = int(recorded.root["window_bytes"]) + _ADDED  # a token has a byte at least, but for those that are added
+    return budget is None or holds_conversations(held) or rows + window <= budget
 
 
 def _generation(settings: Settings) -> Generation:

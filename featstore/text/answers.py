@@ -6,7 +6,7 @@ document anew: what the writer itself reads there may be other tokens than those
 
 from __future__ import annotations
 
-import codecs
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 from featstore.errors import CorpusError, SpecError
 from featstore.text import tokens
 from featstore.text.bytes import token_bytes
+from featstore.text.chat import DATE
+from featstore.text.chat_tokens import tokenize_conversations
 from featstore.text.conversation import Conversation, Message
 from featstore.text.documents import Document, of_conversation
-from featstore.text.normalisation import normalised
 from featstore.text.roles import GENERATED, Part
 from featstore.text.windows import space_cut
 
@@ -32,47 +33,36 @@ def spoken(tokenizer: Any, ids: Sequence[int]) -> str:
         ids: What the model wrote.
 
     Returns:
-        Text without the character that the last token cut; what was no UTF-8 before that is U+FFFD.
+        Text without the character that its end cut; what was no UTF-8 before that is U+FFFD.
     """
     vocabulary = token_bytes(tokenizer)
     known = [i for i in ids if i < len(vocabulary.pieces) and vocabulary.reachable[i] and not vocabulary.control[i]]
     pieces = [vocabulary.pieces[i] for i in known]
     if None in pieces:
         # Tokens whose bytes cannot be told have the text that their decoder makes of them.
-        text = tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text).rstrip("\ufffd")
-    raw = b"".join(piece for piece in pieces if piece is not None)
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(raw)
+        text = str(tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    else:
+        text = b"".join(piece for piece in pieces if piece is not None).decode(errors="replace")
+    return text.rstrip("\ufffd")
 
 
-def prompt_ids(tokenizer: Any, prompt: Document) -> list[int]:
+def prompt_ids(tokenizer: Any, name: str, prompt: Document, date: str = DATE) -> list[int]:
     """The tokens after which a model goes on: a text as it reads it, or messages in its own template up to its turn.
 
     Args:
         tokenizer: The model's fast tokenizer.
+        name: The model's name, for messages.
         prompt: A text, or a conversation of :func:`awaiting_answer`.
+        date: The day that chat templates are told.
 
     Raises:
-        CorpusError: The model's template fails.
+        CorpusError: As :func:`featstore.text.chat.render`.
         OffsetError: As :func:`featstore.text.tokens.tokenize`.
     """
     if prompt.conversation is None:
         return _open_ended(tokenizer, tokens.tokenize(tokenizer, [prompt.text])[0])
-    return _turn(tokenizer, prompt.conversation)
-
-
-def _turn(tokenizer: Any, conversation: Conversation) -> list[int]:
-    try:
-        text = tokenizer.apply_chat_template(
-            [message.row() for message in conversation.messages],
-            tools=None if conversation.tools is None else list(conversation.tools),
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-    except Exception as error:  # a template is a program of the model's authors, which may raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CorpusError(f"{conversation.where}: the chat template cannot ask for an answer: {reason}") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    [window] = tokenize_conversations(tokenizer, name, [prompt.conversation], add_generation_prompt=True, date=date)
+    ids: list[int] = window.ids.tolist()
     return ids
 
 
@@ -102,7 +92,9 @@ def _open_ended(tokenizer: Any, window: tokens.TokenizedWindow) -> list[int]:
     return ids
 
 
-def fitting(prompt: Document, tokenizers: Mapping[str, Any], limits: Mapping[str, int], new: int) -> Document:
+def fitting(
+    prompt: Document, tokenizers: Mapping[str, Any], limits: Mapping[str, int], new: int, date: str = DATE
+) -> Document:
     """The beginning of a prompt after which every model has room for its answer; a conversation has to fit whole.
 
     Args:
@@ -110,6 +102,7 @@ def fitting(prompt: Document, tokenizers: Mapping[str, Any], limits: Mapping[str
         tokenizers: Fast tokenizers of the models that answer.
         limits: Tokens that each of them can read and write in all.
         new: Tokens of an answer.
+        date: The day that chat templates are told.
 
     Returns:
         The prompt, or as much of its text as fits, cut before whitespace where there is any.
@@ -123,7 +116,7 @@ def fitting(prompt: Document, tokenizers: Mapping[str, Any], limits: Mapping[str
         text = _fitting_text(prompt.text, tokenizers, limits, new)
         return prompt if text == prompt.text else replace(prompt, text=text)
     for name, tokenizer in tokenizers.items():
-        count = len(prompt_ids(tokenizer, prompt))
+        count = len(prompt_ids(tokenizer, name, prompt, date))
         if count + new > limits[name]:
             raise CorpusError(
                 f"{prompt.conversation.where}: {count} tokens and {new} of an answer exceed the context of model "
@@ -172,7 +165,8 @@ def answered(prompt: Document, answer: str, form: str) -> Document:
             return prompt
         more = replace(prompt.conversation, messages=(*prompt.conversation.messages, Message("assistant", content)))
         return of_conversation(more.normalised(form), prompt.id)
-    [text] = normalised([prompt.text + answer], form)
+    text = prompt.text + answer
+    text = unicodedata.normalize("NFC", text) if form == "nfc" else text
     # An accent that the answer begins with goes into the prompt's last character, which is then the answer's.
     kept = min(len(text), len(prompt.text))
     kept = next((i for i in range(kept) if text[i] != prompt.text[i]), kept)
