@@ -38,7 +38,6 @@ from featstore.text.normalisation import check_choice, normalised, normalises
 from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
 from featstore.text.sources import Source, iter_texts, parse_source, shuffled
 
-
 #: Tokens that no tokenizer adds to a window.
 _ADDED = 16
 
