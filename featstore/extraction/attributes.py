@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from featstore.extraction.job import Job
-from featstore.runtime.provenance import versions
+from featstore.runtime.provenance import digest, versions
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.text import tokens
+from featstore.text.chat import DATE
 from featstore.text.message_arrays import holds_conversations
 from featstore.text.splits import SPLITS
 
@@ -34,7 +35,7 @@ def root_attributes(job: Job) -> dict[str, Any]:
         "models": [*held, *(name for name in job.infos if name not in held)],
         "corpus": {
             **plan.settings,
-            "form": "messages" if holds_conversations(plan.corpus) else "text",
+            **_form(job),
             "sha256": plan.corpus.hash,
             "documents": len(plan.corpus.document_id),
             "windows": len(plan.corpus.window_document),
@@ -55,6 +56,13 @@ def root_attributes(job: Job) -> dict[str, Any]:
         # What a conversion did to the rows that were there is not undone by adding others.
         attributes["converted_from"] = job.recorded.root["converted_from"]
     return attributes
+
+
+def _form(job: Job) -> dict[str, str]:
+    """Whether the documents are text or messages, and then which day their templates were told."""
+    if not holds_conversations(job.plan.corpus):
+        return {"form": "text"}
+    return {"form": "messages", "date": job.recorded.date if job.recorded else DATE}
 
 
 def model_attributes(job: Job, name: str) -> dict[str, Any]:
@@ -82,6 +90,8 @@ def model_attributes(job: Job, name: str) -> dict[str, Any]:
         "site_convention": SITE_CONVENTION,
         "versions": versions(),
     }
+    if holds_conversations(job.plan.corpus):
+        values["chat_template_sha256"] = digest(job.infos[name].tokenizer.chat_template)
     if name in job.verdicts:
         values["verified"] = job.verdicts[name].content()
     held = job.recorded.models.get(name, {}) if job.recorded else {}

@@ -100,7 +100,6 @@ class Answering:
 
     Attributes:
         generation: How.
-        infos: All models that will read the answers, by name, the ones that answer among them.
         compute: How models are run.
         form: Unicode form of the text.
         window_bytes: Window length.
@@ -114,11 +113,11 @@ class Answering:
         ranks: This process among several; the first one answers.
         unanswered: How many answers nobody knew, without ``load``.
         empty: How many answers were empty.
+        infos: The models that read.
         left_out: Answers to messages that some model's chat template does not write as they are, each in a line.
     """
 
     generation: Generation
-    infos: Mapping[str, models.ModelInfo]
     compute: Compute
     form: str
     window_bytes: int
@@ -133,13 +132,15 @@ class Answering:
     unanswered: int = 0
     empty: int = 0
     left_out: list[str] = field(default_factory=list)
+    infos: Mapping[str, models.ModelInfo] = field(default_factory=dict)
     _voice: tuple[str, ResidualStream] | None = None
 
-    def answered(self, prompts: Iterable[Document]) -> Iterator[Document]:
+    def answered(self, prompts: Iterable[Document], infos: Mapping[str, models.ModelInfo]) -> Iterator[Document]:
         """Every document with the answer of every model, as far as a budget reads.
 
         Args:
             prompts: In corpus order.
+            infos: All models that will read the answers, by name, the ones that answer among them.
 
         Yields:
             For each prompt as many documents as models answer, in their order.
@@ -150,6 +151,7 @@ class Answering:
             ProbeError: A model cannot go on from a prompt.
             SpecError: No word fits before an answer.
         """
+        self.infos = infos
         asked = (self._prompt(document) for document in prompts)
         spent = dict.fromkeys(self.infos, 0)
         try:

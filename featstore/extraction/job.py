@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from featstore.errors import SpecError, StoreStateError
+from featstore.extraction.asking import asking, generation_of, held_answers, writers
 from featstore.extraction.compute import Compute
-from featstore.extraction.flags import flag
-from featstore.extraction.generating import Answering, Generation, known_answers
+from featstore.extraction.generating import Answering
 from featstore.extraction.proof import measured, verdicts
 from featstore.extraction.recorded import TEXT_FIELDS, Recorded, inherit, read_recorded
 from featstore.extraction.settings import Settings
@@ -23,7 +23,6 @@ from featstore.models import references as spec
 from featstore.models.devices import check_models
 from featstore.models.verdict import Verdict
 from featstore.runtime.console import progress
-from featstore.runtime.processes import Ranks
 from featstore.runtime.provenance import read_json
 from featstore.store.format.elements import parse_format
 from featstore.store.format.encoding import Encoding
@@ -33,13 +32,9 @@ from featstore.store.write.writer import free_bytes
 from featstore.text import tokens
 from featstore.text.chat import DATE
 from featstore.text.documents import documents
-from featstore.text.message_arrays import holds_conversations
 from featstore.text.normalisation import check_choice, normalised, normalises
 from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
 from featstore.text.sources import Source, iter_texts, parse_source, shuffled
-
-#: Tokens that no tokenizer adds to a window.
-_ADDED = 16
 
 
 @dataclass(frozen=True)
@@ -180,7 +175,7 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     if settings.normalise == "auto":
         any_does = any(normalises(info.tokenizer) for info in infos.values())
         settings = replace(settings, normalise="nfc" if any_does else "none")
-    settings = replace(settings, generate_with=_writers(settings, infos, recorded))
+    settings = replace(settings, generate_with=writers(settings, infos, recorded))
     claimed = {name: info.depth for name, info in infos.items() if info.depth is not None}
     if settings.was_given("layers") and len(claimed) == len(infos):
         spec.parse_layers(settings.layers, claimed)  # what cannot be right is said before the wait for the weights
@@ -197,8 +192,10 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     layers = {name: tuple(sorted({*wanted[name], *stored.get(name, ())})) for name in infos}
     if settings.moments == "only" and len(infos) < 2:
         raise SpecError("--moments-only sums over pairs of two models; name a second one with --model")
-    reading = _Reading(settings, source, compute, recorded, found, quiet=quiet, load=load)
-    plan = reading.plan(infos)
+    models_asked = asking(settings, compute, recorded, found, load=load, quiet=quiet)
+    plan = _plan(settings, source, infos, recorded, models_asked, quiet=quiet)
+    if models_asked:
+        models_asked.say()
     for name, info in infos.items():
         # The store's tokens under a name that another model has now are refused as such, when the job is compared.
         known = recorded.models.get(name, {}).get("tokenizer_sha256") if recorded else None
@@ -217,26 +214,8 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
         moments_memory=settings.moments_memory,
         recorded=recorded,
         verdicts=found,
-        unanswered=reading.unanswered,
+        unanswered=min(models_asked.unanswered, len(plan.corpus.document_id)) if models_asked else 0,
     )
-
-
-def _writers(settings: Settings, infos: Mapping[str, models.ModelInfo], recorded: Recorded | None) -> tuple[str, ...]:
-    """The models that answer the documents, in store order; none where nothing is generated."""
-    if not settings.generate:
-        typed = [n for n in ("generate_with", "temperature", "top_p") if settings.given and n in settings.given]
-        if typed:
-            raise SpecError(f"{flag(typed[0])} needs --generate: how many tokens are written after each document")
-        return ()
-    if settings.top_p != 1 and not settings.temperature:
-        raise SpecError(f"--top-p {settings.top_p:g} needs --temperature: without it the likeliest token is taken")
-    begun = recorded is not None and not recorded.empty
-    there = tuple(dict.fromkeys((*(recorded.models if recorded and begun else ()), *infos)))
-    wanted = settings.generate_with if begun or settings.was_given("generate_with") else ()
-    unknown = [name for name in wanted if name not in there]
-    if unknown:
-        raise SpecError(f"--generate-with {unknown[0]}: there is no such model; name one of {', '.join(there)}")
-    return tuple(name for name in there if name in wanted or not wanted)
 
 
 def _compute(settings: Settings, infos: dict[str, models.ModelInfo], recorded: Recorded | None) -> Compute:
@@ -271,118 +250,49 @@ def _held_layers(
     return (*default, *(f"{name}={','.join(map(str, held[name]))}" for name in infos if name in held))
 
 
-@dataclass
-class _Reading:
-    """Reads the text that a store is to hold, from the store's own or from the source."""
-
-    settings: Settings
-    source: Source
-    compute: Compute
-    recorded: Recorded | None
-    verdicts: Mapping[str, Verdict]
-    quiet: bool
-    load: bool
-    unanswered: int = 0
-
-    def plan(self, infos: dict[str, models.ModelInfo]) -> Plan:
-        """From the store's own text where no flag asks for other text, else from the source."""
-        settings, recorded = self.settings, self.recorded
-        if recorded is not None and recorded.empty:
-            return self._fresh(infos)
-        held = recorded.text() if recorded else None
-        if recorded is None or held is None:
-            fresh = self._fresh(infos)
-            return replace(fresh, segments=recorded.segments) if recorded else fresh
-        planned, tables = held
-        if any(settings.given is None or name in settings.given for name in TEXT_FIELDS):
-            # The budget counts the tokens of the models that the store was planned with.
-            counted = {
-                name: infos.get(name) or models.inspect_model(spec.parse_model(reference))
-                for name, reference in recorded.references().items()
-                if name in tables
-            }
-            fresh = self._fresh(counted or infos, planned)
-            if fresh.corpus.hash != planned.hash:
-                return _grown(settings, recorded, planned, fresh, infos)
-            planned, tables = fresh.corpus, dict(fresh.models)
-        for name, info in infos.items():
-            if name not in tables:
-                tables[name] = plan_model(planned, info.tokenizer, name, info.context)
-        return Plan(
-            planned,
-            {name: tables[name] for name in infos},
-            settings.window_bytes,
-            settings.batch_tokens,
-            settings.shard_rows,
-            _text_settings(settings, self.source),
-            recorded.segments,
-        )
-
-    def _fresh(self, infos: dict[str, models.ModelInfo], held: PlannedCorpus | None = None) -> Plan:
-        """From the source; what has been answered in the text that is held is not answered again."""
-        settings = self.settings
-        read = documents(
-            normalised(shuffled(iter_texts(self.source), settings.seed), settings.normalise),
-            max_documents=settings.max_documents,
-            max_bytes=settings.max_document_bytes,
-        )
-        answering = self._answering(infos, held) if settings.generate else None
-        with progress("tokenise", settings.max_tokens, "tok", quiet=self.quiet or answering is not None) as tick:
-            plan = make_plan(
-                answering.answered(read) if answering else read,
-                {name: info.tokenizer for name, info in infos.items()},
-                max_tokens=settings.max_tokens,
-                window_bytes=settings.window_bytes,
-                batch_tokens=settings.batch_tokens,
-                shard_rows=settings.shard_rows,
-                contexts={name: info.context for name, info in infos.items()},
-                settings=_text_settings(settings, self.source),
-                tick=tick,
-            )
-        if answering:
-            answering.say()
-            self.unanswered = min(answering.unanswered, len(plan.corpus.document_id))
-        return plan
-
-    def _answering(self, infos: dict[str, models.ModelInfo], held: PlannedCorpus | None) -> Answering:
-        settings, recorded = self.settings, self.recorded
-        generation = _generation(settings)
-        attention = {
-            name: self.compute.attention.get(name) or _attention(settings, info, recorded)
-            for name, info in infos.items()
+def _plan(
+    settings: Settings,
+    source: Source,
+    infos: dict[str, models.ModelInfo],
+    recorded: Recorded | None,
+    asked: Answering | None,
+    *,
+    quiet: bool,
+) -> Plan:
+    """From the store's own text where no flag asks for other text, else from the source."""
+    date = recorded.date if recorded else DATE
+    if recorded is not None and recorded.empty:
+        return _read_source(settings, source, infos, date, asked, quiet=quiet)
+    held = recorded.text() if recorded else None
+    if recorded is None or held is None:
+        fresh = _read_source(settings, source, infos, date, asked, quiet=quiet)
+        return replace(fresh, segments=recorded.segments) if recorded else fresh
+    planned, tables = held
+    if any(settings.given is None or name in settings.given for name in TEXT_FIELDS):
+        # The budget counts the tokens of the models that the store was planned with.
+        counted = {
+            name: infos.get(name) or models.inspect_model(spec.parse_model(reference))
+            for name, reference in recorded.references().items()
+            if name in tables
         }
-        read = {name: verdict.reading for name, verdict in self.verdicts.items()}
-        return Answering(
-            generation=generation,
-            infos=infos,
-            compute=replace(self.compute, attention=attention),
-            form=settings.normalise,
-            window_bytes=settings.window_bytes,
-            max_tokens=settings.max_tokens,
-            batch_tokens=settings.batch_tokens,
-            date=recorded.date if recorded else DATE,
-            known=known_answers(held, generation, whole=_is_whole(recorded, held)) if recorded and held else {},
-            switches={n: one.switch for n, one in read.items() if one is not None and one.switch is not None},
-            load=self.load,
-            quiet=self.quiet,
-            ranks=Ranks.from_environment(),
-        )
-
-
-def _is_whole(recorded: Recorded, held: PlannedCorpus) -> bool:
-    """Whether the budget of a store has not cut its last document: another window would have fitted, whatever it held.
-
-    Conversations are one window each.
-    """
-    budget = recorded.settings()["max_tokens"]
-    rows = max((int(attributes["rows"]) for attributes in recorded.models.values()), default=0)
-    window = int(recorded.root["window_bytes"]) + _ADDED  # a token has a byte at least, but for those that are added
-    return budget is None or holds_conversations(held) or rows + window <= budget
-
-
-def _generation(settings: Settings) -> Generation:
-    names, seed = settings.generate_with, settings.seed
-    return Generation(settings.generate, names, settings.temperature, settings.top_p, seed)
+        if asked is not None:
+            asked.known = held_answers(recorded, planned, asked.generation)
+        fresh = _read_source(settings, source, counted or infos, date, asked, quiet=quiet)
+        if fresh.corpus.hash != planned.hash:
+            return _grown(settings, recorded, planned, fresh, infos)
+        planned, tables = fresh.corpus, dict(fresh.models)
+    for name, info in infos.items():
+        if name not in tables:
+            tables[name] = plan_model(planned, info.tokenizer, name, info.context, date=date)
+    return Plan(
+        planned,
+        {name: tables[name] for name in infos},
+        settings.window_bytes,
+        settings.batch_tokens,
+        settings.shard_rows,
+        _text_settings(settings, source),
+        recorded.segments,
+    )
 
 
 _CHANGED_TEXT = "the text itself has changed, or an older featstore read it otherwise and cut its windows elsewhere"
@@ -421,5 +331,36 @@ def _text_settings(settings: Settings, source: Source) -> dict[str, Any]:
         "max_documents": settings.max_documents,
         "max_document_bytes": settings.max_document_bytes,
         "seed": settings.seed,
-        **({"generate": _generation(settings).to_dict()} if settings.generate else {}),
+        **({"generate": generation_of(settings).to_dict()} if settings.generate else {}),
     }
+
+
+def _read_source(
+    settings: Settings,
+    source: Source,
+    infos: dict[str, models.ModelInfo],
+    date: str,
+    asked: Answering | None,
+    *,
+    quiet: bool,
+) -> Plan:
+    read = documents(
+        normalised(shuffled(iter_texts(source), settings.seed), settings.normalise),
+        max_documents=settings.max_documents,
+        max_bytes=settings.max_document_bytes,
+    )
+    if asked is not None:
+        read, quiet = asked.answered(read, infos), True  # answering has progress of its own
+    with progress("tokenise", settings.max_tokens, "tok", quiet=quiet) as tick:
+        return make_plan(
+            read,
+            {name: info.tokenizer for name, info in infos.items()},
+            max_tokens=settings.max_tokens,
+            window_bytes=settings.window_bytes,
+            batch_tokens=settings.batch_tokens,
+            shard_rows=settings.shard_rows,
+            contexts={name: info.context for name, info in infos.items()},
+            settings=_text_settings(settings, source),
+            date=date,
+            tick=tick,
+        )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featstore.errors import FeatstoreError, OffsetError, SpecError, StoreStateError
+from featstore.errors import CorpusError, FeatstoreError, OffsetError, SpecError, StoreStateError
 from featstore.extraction.forward import BatchReader, pack, unpacked
 from featstore.extraction.job import Job, prepare
 from featstore.extraction.pilot import read_pilot, recorded_weights
@@ -28,14 +28,15 @@ from featstore.models import references as spec
 from featstore.models.devices import DeviceMap
 from featstore.models.weights import weights_of
 from featstore.runtime.console import Tick, err, progress
-from featstore.runtime.provenance import versions
+from featstore.runtime.provenance import digest, versions
 from featstore.store import Store, open_store
 from featstore.store.format.elements import Format
 from featstore.store.moments.stored import has_rows
 from featstore.store.read.records import TOKEN_COLUMNS
 from featstore.store.read.tables import TableReader
 from featstore.store.write.writer import StoreWriter
-from featstore.text import tokens
+from featstore.text.chat import DATE
+from featstore.text.message_arrays import tokenize_windows
 from featstore.text.plan import Plan
 
 #: Relative difference of a row that arithmetic in this dtype may cause between two machines, through all blocks.
@@ -81,6 +82,10 @@ def check_tokens(store: Store, model: Sequence[str] = (), *, quiet: bool = False
         if info.tokenizer_hash != attributes.get("tokenizer_sha256"):
             result["not_checked"].append(f"{name}: tokens against text, as its tokenizer has changed since")
             continue
+        template = attributes.get("chat_template_sha256")
+        if template is not None and template != digest(info.tokenizer.chat_template):
+            result["not_checked"].append(f"{name}: tokens against text, as its chat template has changed since")
+            continue
         damage = _first_difference(store, name, info.tokenizer, quiet=quiet)
         result["damage" if damage else "tokenized"].append(damage or name)
     return result
@@ -106,14 +111,15 @@ def _references(store: Store, model: Sequence[str]) -> dict[str, str]:
 def _first_difference(store: Store, name: str, tokenizer: Any, *, quiet: bool) -> str | None:
     """The first window whose tokens are not those in the store, in words."""
     text, table = store.corpus, store.columns(name, *TOKEN_COLUMNS)
+    date = str(store.attributes["corpus"].get("date", DATE))
     count = len(text.window_document)
     starts = np.searchsorted(table["window"], np.arange(count + 1))
     with progress(f"tokenise {name}", count, "windows", quiet=quiet) as tick:
         for first in range(0, count, _TOKENIZE_BATCH):
             numbers = range(first, min(first + _TOKENIZE_BATCH, count))
             try:
-                parts = tokens.tokenize(tokenizer, [text.window_text(w) for w in numbers])
-            except OffsetError as error:
+                parts = tokenize_windows(text, numbers, tokenizer, name, date=date)
+            except (OffsetError, CorpusError) as error:
                 return f"{name}: windows {numbers.start}..{numbers.stop - 1} cannot be tokenised: {error}"
             for window, part in zip(numbers, parts, strict=True):
                 rows = slice(int(starts[window]), int(starts[window + 1]))

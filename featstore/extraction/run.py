@@ -34,6 +34,9 @@ from featstore.store.write.writer import StoreWriter, check_space, exclusive
 from featstore.text.message_arrays import holds_conversations
 from featstore.text.plan import Plan
 
+#: What conversations have beside their text.
+_BESIDE = ("corpus/message/rest", "corpus/message/rest_start", "corpus/document/tools", "corpus/document/tools_start")
+
 
 def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dict[str, Any]:
     """Carry out a job: create the store, go on with it, or add to it, until it is complete.
@@ -123,13 +126,11 @@ def _write_plan(writer: StoreWriter, plan: Plan) -> None:
     text = plan.corpus
     beside: dict[str, Any] = {}
     if holds_conversations(text):
-        beside = {
-            "corpus/message/rest": text.message_rest,
-            "corpus/message/rest_start": text.message_rest_start,
-            "corpus/document/tools": text.document_tools,
-            "corpus/document/tools_start": text.document_tools_start,
-        }
+        arrays = (text.message_rest, text.message_rest_start, text.document_tools, text.document_tools_start)
+        beside = dict(zip(_BESIDE, arrays, strict=True))
     if (writer.entry("corpus") or {}).get("sha256") != plan.hash:
+        for name in () if beside else _BESIDE:
+            shutil.rmtree(writer.path / name, ignore_errors=True)  # of an earlier wish of which nothing has come
         writer.vectors(
             "corpus",
             {

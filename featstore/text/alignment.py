@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from featstore.errors import OffsetError
 from featstore.text.bytes import SPACE, TokenBytes
+from featstore.text.rewriting import NOWHERE, places
 
 #: Tokens that may share one rewritten stretch of text before the search for its end is given up.
 _LONGEST_STRETCH = 64
@@ -50,9 +51,48 @@ def byte_ends(
         before = int(joined != raw)
         if joined == raw or (joined[:1] == b" " and joined[1:] == raw):
             return np.maximum(np.cumsum(lengths, dtype=np.int64) - before, 0), np.ones(len(ids), dtype=bool)
+        found = _ends_in_rewritten(vocabulary, normalise, text, [pieces[i] or b"" for i in ids.tolist()])
+        if found is not None:
+            return found
     if not vocabulary.told:
         return ends_by_offsets(text, spans())
     return _Alignment(vocabulary, normalise, text, ids, spans()).ends()
+
+
+def _ends_in_rewritten(
+    vocabulary: TokenBytes, normalise: Callable[[str], str], text: str, pieces: list[bytes]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]] | None:
+    """Ends where the tokens spell what the tokenizer makes of a text; None where they spell something else."""
+    # A normaliser that puts something before a text would put it before every stretch of it.
+    before = normalise("x").removesuffix("x")
+
+    def rewrite(stretch: str) -> str:
+        result = normalise(stretch).removeprefix(before)
+        return result.replace(SPACE, " ") if vocabulary.spaced else result
+
+    rewritten, place = places(rewrite, text)
+    joined = b"".join(pieces)
+    if vocabulary.spaced and not joined.endswith(rewritten):
+        pieces = _quoting(pieces, rewritten)
+        joined = b"".join(pieces)
+    added = len(joined) - len(rewritten)
+    if joined != b" " * added + rewritten or added > 1:
+        return None
+    ends = place[np.maximum(np.cumsum([len(piece) for piece in pieces], dtype=np.int64) - added, 0)]
+    return np.maximum.accumulate(np.maximum(ends, 0)), ends != NOWHERE
+
+
+def _quoting(pieces: list[bytes], rewritten: bytes) -> list[bytes]:
+    """Bytes that stand for their names: Unigram models read a quoted "<0x41>" as the token of a byte."""
+    result, read = list(pieces), 0
+    for at, piece in enumerate(pieces):
+        name = b"<0x%02X>" % piece[0] if len(piece) == 1 else piece
+        if at == 0 and piece[:1] == b" " and not rewritten.startswith(piece):
+            read = -1
+        elif not rewritten.startswith(piece, read) and rewritten.startswith(name, read):
+            result[at] = name
+        read += len(result[at])
+    return result
 
 
 class _Alignment:

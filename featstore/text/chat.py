@@ -9,7 +9,7 @@ states have read (decision 0027).
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -166,7 +166,7 @@ def _clock(date: str) -> str:
 
     A macro, since transformers lets no function into a template. The line feed at its end belongs to the block.
     """
-    day = datetime.date.fromisoformat(date)
+    day = dt.date.fromisoformat(date)
     codes = {code: day.strftime(code) for code in (f"%{flag}{letter}" for flag in ("-", "") for letter in _LETTERS)}
     calls = "".join(f".replace({code!r}, {value!r})" for code, value in codes.items())
     return "{% macro strftime_now(format) %}{{ format" + calls + " }}{% endmacro %}\n"

@@ -20,7 +20,7 @@ from featstore.text.tokens import TokenizedWindow, tokenize
 NO_BYTES, NO_OFFSETS = np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.int64)
 
 
-class Corpus(Protocol):
+class _Corpus(Protocol):
     """Text in documents and windows, planned or stored."""
 
     @property
@@ -51,7 +51,7 @@ class Corpus(Protocol):
     def document_tools_start(self) -> NDArray[np.int64]: ...
 
 
-def holds_conversations(corpus: Corpus) -> bool:
+def holds_conversations(corpus: _Corpus) -> bool:
     """Whether the documents are conversations; either all of them are, or none.
 
     Args:
@@ -84,7 +84,7 @@ def pack(conversations: Sequence[Conversation]) -> dict[str, NDArray[Any]]:
     }
 
 
-def conversation_of(corpus: Corpus, document: int) -> Conversation:
+def conversation_of(corpus: _Corpus, document: int) -> Conversation:
     """A document as the conversation that it is.
 
     Args:
@@ -113,7 +113,7 @@ def conversation_of(corpus: Corpus, document: int) -> Conversation:
 
 
 def tokenize_windows(
-    corpus: Corpus, windows: Iterable[int], tokenizer: Any, name: str, *, date: str = DATE
+    corpus: _Corpus, windows: Iterable[int], tokenizer: Any, name: str, *, date: str = DATE
 ) -> list[TokenizedWindow]:
     """Tokenise windows of a corpus, conversations through the tokenizer's chat template.
 

@@ -330,9 +330,7 @@ def _too_long(document: Document, size: int, count: int, name: str, limit: int) 
     return SpecError(f"{what} has {count} tokens, more than the context of model {name!r} ({limit}); {remedy}")
 
 
-def plan_model(
-    planned: PlannedCorpus, tokenizer: Any, name: str, context: int, *, date: str = DATE
-) -> PlannedModel:
+def plan_model(planned: PlannedCorpus, tokenizer: Any, name: str, context: int, *, date: str = DATE) -> PlannedModel:
     """Tokenise windows that are fixed already, for a model that joins a store.
 
     Args:

@@ -1,8 +1,9 @@
-"""Two tokenizers trained here, from the committed sample: what the tiny models read with, without a download.
+"""Three tokenizers trained here, from the committed sample: what the tiny models read with, without a download.
 
-They differ as the demo pair's do. One is a byte-level BPE without a start token, built like SmolLM2's; the other is a
+Two differ as the demo pair's do. One is a byte-level BPE without a start token, built like SmolLM2's; the other is a
 SentencePiece-style BPE with byte fallback, "▁" for a space and a start token, laid out as transformers converts Llama's
-and Mistral's. The vocabularies are small; everything a text can do to offsets and special tokens is the same.
+and Mistral's. The third is a Unigram model that normalises. The vocabularies are small; everything a text can do to
+offsets and special tokens is the same.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE, Unigram
+from tokenizers.trainers import BpeTrainer, UnigramTrainer
 from transformers import PreTrainedTokenizerFast
 
 #: Entries of each vocabulary: enough that common words are one token.
 BYTE_LEVEL_VOCABULARY = 4096
 START_TOKEN_VOCABULARY = 3072
+UNIGRAM_VOCABULARY = 2048
 
 #: SmolLM2's, in its order.
 SMOLLM2_SPECIAL = (
@@ -106,3 +108,26 @@ def train_with_start_token(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def train_unigram(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A Unigram model as T5 and XLM-R have, with byte fallback: NFKC first, "▁" before the text and for spaces."""
+    learner = Tokenizer(Unigram())
+    learner.normalizer = normalizers.NFKC()
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    trainer = UnigramTrainer(
+        vocab_size=UNIGRAM_VOCABULARY, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    pieces = [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"] if piece != "<unk>"]
+    # Bytes score so low that a text which quotes "<0x41>" is not read as one of them.
+    bytes_ = [(f"<0x{byte:02X}>", -100.0) for byte in range(256)]
+    special = [(token, 0.0) for token in LLAMA_SPECIAL]
+    tokenizer = Tokenizer(Unigram([*special, *bytes_, *pieces], unk_id=0, byte_fallback=True))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in LLAMA_SPECIAL])
+    tokenizer.normalizer, tokenizer.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B:1 </s>:1", special_tokens=[("</s>", LLAMA_SPECIAL.index("</s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")

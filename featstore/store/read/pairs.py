@@ -26,6 +26,7 @@ _SPACES = [
     + "".join(map(chr, range(0x2000, 0x200B)))
 ]
 _LONGEST_SPACE = 3
+_NOWHERE: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def match_ends(
     window_offset: NDArray[np.int64],
     window_stop: NDArray[np.int64],
     text: NDArray[np.uint8],
+    message_stop: NDArray[np.int64] = _NOWHERE,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Join two models' tokens under a policy.
 
@@ -160,6 +162,7 @@ def match_ends(
         window_offset: int64 ``(windows,)``, where each window begins in ``text``.
         window_stop: int64 ``(windows,)``, where it ends.
         text: uint8 corpus bytes.
+        message_stop: int64 ``(messages,)``, where messages end in ``text``; a word ends there as well.
 
     Returns:
         ``(keys, row_a, row_b)`` in document order.
@@ -167,7 +170,11 @@ def match_ends(
     keys, row_a, row_b = match(*first, *second)
     if policy == "byte":
         return keys, row_a, row_b
-    keep = (ends_a_word if policy == "word" else ends_a_character)(keys, window_offset, window_stop, text)
+    keep = (
+        ends_a_word(keys, window_offset, window_stop, text, message_stop)
+        if policy == "word"
+        else ends_a_character(keys, window_offset, window_stop, text)
+    )
     return keys[keep], row_a[keep], row_b[keep]
 
 
@@ -196,18 +203,20 @@ def ends_a_word(
     window_offset: NDArray[np.int64],
     window_stop: NDArray[np.int64],
     text: NDArray[np.uint8],
+    message_stop: NDArray[np.int64] = _NOWHERE,
 ) -> NDArray[np.bool_]:
-    """Which of the keys' byte ends are followed by whitespace or the end of their window.
+    """Which of the keys' byte ends are followed by whitespace, the end of their message or that of their window.
 
     Args:
         keys: ``window * 2^32 + byte_end``.
         window_offset: int64 ``(windows,)``, where each window begins in ``text``.
         window_stop: int64 ``(windows,)``, where it ends.
         text: uint8 corpus bytes.
+        message_stop: int64 ``(messages,)``, where messages end in ``text``.
     """
     position, inside = _positions(keys, window_offset, window_stop)
     following = [text[np.minimum(position + ahead, len(text) - 1)] for ahead in range(_LONGEST_SPACE)]
-    result = ~inside
+    result = ~inside | np.isin(position, message_stop)
     for space in _SPACES:
         result |= np.logical_and.reduce([following[ahead] == byte for ahead, byte in enumerate(space)])
     return result

@@ -74,7 +74,10 @@ def pair_rows(store: Store, first: str, second: str, policy: str) -> tuple[NDArr
         table = store.tokens(name)
         sides.append(last_at_each_end(table.window, table.byte_end, table.special, table.exact))
     text = store.corpus
-    _, row_a, row_b = match_ends(sides[0], sides[1], policy, text.window_offset, text.window_stop, text.text)
+    message_stop = text.document_start[text.message_document] + text.message_end
+    _, row_a, row_b = match_ends(
+        sides[0], sides[1], policy, text.window_offset, text.window_stop, text.text, message_stop
+    )
     return row_a, row_b
 
 

@@ -1,0 +1,59 @@
+"""Where each byte of a text that a tokenizer rewrites lies in the text itself.
+
+A normaliser works on neighbourhoods: a mark joins the letter before it, two spaces become one. Where a text can be cut
+in two and both halves are rewritten to what the whole is rewritten to, what was read up to the cut is known on both
+sides. The cuts are found by halving, so that only the neighbourhoods of what changes are looked at closely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: No byte of the text has been read exactly here.
+NOWHERE = -1
+
+
+def places(rewrite: Callable[[str], str], text: str) -> tuple[bytes, NDArray[np.int64]]:
+    """Rewrite a text and tell where each byte of the result ends in it.
+
+    Args:
+        rewrite: What is done to the text.
+        text: The text.
+
+    Returns:
+        The rewritten text and int64 of one more than its bytes: how many bytes of ``text`` have been read at each of
+        its positions, :data:`NOWHERE` inside a stretch that is rewritten as a whole.
+    """
+    rewritten = rewrite(text)
+    parts = [np.zeros(1, dtype=np.int64)]
+    read = 0
+    # Stretches still to be looked at, the first of them last.
+    waiting = [(text, rewritten)]
+    while waiting:
+        stretch, result = waiting.pop()
+        size = len(stretch.encode())
+        if stretch == result:
+            parts.append(np.arange(read + 1, read + size + 1))
+        elif cut := _cut(rewrite, stretch, result):
+            first, second = stretch[:cut], stretch[cut:]
+            waiting += [(second, rewrite(second)), (first, rewrite(first))]
+            continue
+        else:
+            inside = np.full(len(result.encode()), NOWHERE, dtype=np.int64)
+            inside[-1:] = read + size
+            parts.append(inside)
+        read += size
+    return rewritten.encode(), np.concatenate(parts)
+
+
+def _cut(rewrite: Callable[[str], str], stretch: str, result: str) -> int:
+    """The character nearest to the middle before which a stretch can be cut, or 0."""
+    middle = len(stretch) // 2
+    for away in range(middle + 1):
+        for cut in {middle - away, middle + away}:
+            if 0 < cut < len(stretch) and rewrite(stretch[:cut]) + rewrite(stretch[cut:]) == result:
+                return cut
+    return 0
