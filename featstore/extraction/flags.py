@@ -141,7 +141,19 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "moments_memory": _memory,
     "device_map": _device_map,
     **dict.fromkeys(
-        ("dataset", "text_field", "normalise", "form", "layout", "layer_0", "device", "dtype", "attention"), _text
+        (
+            "dataset",
+            "text_field",
+            "normalise",
+            "control_tokens",
+            "form",
+            "layout",
+            "layer_0",
+            "device",
+            "dtype",
+            "attention",
+        ),
+        _text,
     ),
     **dict.fromkeys(
         ("max_documents", "max_document_bytes", "window_bytes", "batch_tokens", "shard_rows", "seed", "generate"),

@@ -257,13 +257,8 @@ class Answering:
         info = self.infos[name]
         model = proof.key(info, self.compute, name)
         how = {key: value for key, value in self.generation.to_dict().items() if key != "with"}
-        return (
-            None
-            if model is None
-            else AnswerCache(
-                digest([VERSION, model, info.tokenizer_hash, info.tokenizer.chat_template, self.date, how])
-            )
-        )
+        asked = [info.tokenizer_hash, info.tokenizer.split_special_tokens, info.tokenizer.chat_template, self.date]
+        return None if model is None else AnswerCache(digest([VERSION, model, asked, how]))
 
     def _generate(self, name: str, missing: Mapping[str, Document]) -> dict[str, str]:
         """Answers by :func:`_asked`, kept as they come."""

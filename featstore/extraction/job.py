@@ -21,8 +21,9 @@ from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
 from featstore.models.devices import check_models
+from featstore.models.tokenizers import check_control_tokens, start_missing
 from featstore.models.verdict import Verdict
-from featstore.runtime.console import progress
+from featstore.runtime.console import err, progress
 from featstore.runtime.provenance import read_json
 from featstore.store.format.elements import parse_format
 from featstore.store.format.encoding import Encoding
@@ -171,7 +172,13 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     if settings.layer_0 not in ("stored", "table"):
         raise SpecError(f"--layer-0 {settings.layer_0!r}: choose stored or table")
     source = parse_source(settings.dataset, settings.text_field)
-    infos = {s.name: models.inspect_model(s) for s in spec.parse_models(settings.model)}
+    check_control_tokens(settings.control_tokens)
+    _refuse_other_control_tokens(settings, recorded)
+    infos = {s.name: models.inspect_model(s, settings.control_tokens) for s in spec.parse_models(settings.model)}
+    for name, info in infos.items():
+        missing = start_missing(name, info.start_token, info.start_token_asked)
+        if missing and not quiet:
+            err.print(missing, markup=False, highlight=False, soft_wrap=True)
     if settings.normalise == "auto":
         any_does = any(normalises(info.tokenizer) for info in infos.values())
         settings = replace(settings, normalise="nfc" if any_does else "none")
@@ -216,6 +223,18 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
         verdicts=found,
         unanswered=min(models_asked.unanswered, len(plan.corpus.document_id)) if models_asked else 0,
     )
+
+
+def _refuse_other_control_tokens(settings: Settings, recorded: Recorded | None) -> None:
+    """Other ids of the same text would come out, which the text does not tell."""
+    if recorded is None or recorded.empty:
+        return
+    used = recorded.settings()["control_tokens"]
+    if settings.control_tokens != used:
+        raise StoreStateError(
+            f"{recorded.path} was made with --control-tokens {used}; leave the flag out, or choose another --store for "
+            f"{settings.control_tokens}"
+        )
 
 
 def _compute(settings: Settings, infos: dict[str, models.ModelInfo], recorded: Recorded | None) -> Compute:
@@ -271,7 +290,7 @@ def _plan(
     if any(settings.given is None or name in settings.given for name in TEXT_FIELDS):
         # The budget counts the tokens of the models that the store was planned with.
         counted = {
-            name: infos.get(name) or models.inspect_model(spec.parse_model(reference))
+            name: infos.get(name) or models.inspect_model(spec.parse_model(reference), settings.control_tokens)
             for name, reference in recorded.references().items()
             if name in tables
         }
@@ -327,6 +346,7 @@ def _text_settings(settings: Settings, source: Source) -> dict[str, Any]:
     return {
         "source": source.to_dict(),
         "normalise": settings.normalise,
+        "control_tokens": settings.control_tokens,
         "max_tokens": settings.max_tokens,
         "max_documents": settings.max_documents,
         "max_document_bytes": settings.max_document_bytes,

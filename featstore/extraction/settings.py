@@ -38,6 +38,7 @@ class Settings:
         device_map: Where the modules of models go, instead of one device.
         attention: transformers' attention implementation; ``auto`` for sdpa where a model has it, else its own.
         normalise: ``none``, ``nfc`` or ``auto``: what the text is brought into before anything else is done with it.
+        control_tokens: What control tokens that the text quotes are read as: ``text``, or ``special``.
         seed: Order in which documents are taken; 0 is corpus order. Also the seed of sampled answers.
         generate: Tokens at most that models write after each document before it is read; 0 for none.
         generate_with: Models that do; each of them where none is named.
@@ -68,6 +69,7 @@ class Settings:
     dtype: str = "auto"
     attention: str = "auto"
     normalise: str = "auto"
+    control_tokens: str = "text"
     seed: int = 0
     generate: int = 0
     generate_with: tuple[str, ...] = ()

@@ -93,7 +93,8 @@ class Tokens:
         special: bool ``(n,)``.
         exact: bool ``(n,)``, whether the token has read ``byte_end`` bytes and no others.
         role: uint8 ``(n,)``, who wrote the last byte that it has read: a number in :data:`featstore.text.roles.ROLES`.
-        sink: bool ``(n,)``, norm beyond the threshold at any stored layer.
+        sink: bool ``(n,)``, norm beyond the threshold at any stored layer, or the first token of a window that
+            begins without a start token.
     """
 
     id: NDArray[np.int32]

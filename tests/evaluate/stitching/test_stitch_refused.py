@@ -47,6 +47,20 @@ def test_another_store_is_refused(pair: SimpleNamespace) -> None:
         stitch(pair.store, other, quiet=True)
 
 
+def test_a_store_that_was_rebuilt_is_the_same_only_where_nothing_changed(pair: SimpleNamespace) -> None:
+    store = open_store(pair.store.path)
+    past = {"fingerprint_before": "f" * 64, "fingerprint_after": store.fingerprint, "changed": True}
+    store.attributes["rebuilt"] = [past]
+    old = with_card(pair.adapter, store={**pair.adapter.card["store"], "fingerprint": "f" * 64})
+    with pytest.raises(AdapterError, match=r"was fitted before .* was rebuilt, over other pairs .* `align train`"):
+        stitch(store, old, quiet=True)
+    past["changed"] = False
+    assert stitch(store, old, layers="2", max_tokens=1, quiet=True)["pairs"]
+    past["fingerprint_after"] = "e" * 64  # and then got more text
+    with pytest.raises(AdapterError, match="use the store named in its card"):
+        stitch(store, old, quiet=True)
+
+
 def test_another_model_is_refused(pair: SimpleNamespace, tiny_llama: Path, tiny_mistral: Path) -> None:
     for override, what in ((f"mistral={tiny_llama}", "depth"), (f"llama={tiny_mistral}", "depth")):
         with pytest.raises(AdapterError, match=rf"has {what} .* point to the right model with --model"):
