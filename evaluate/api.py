@@ -318,10 +318,10 @@ def generate(
         SpecError: An argument is outside its range, or a prompt is empty or longer than a model's context.
     """
     from evaluate.generation import generate as generating
-    from evaluate.injection.continuing import Sampling
     from evaluate.notebook.texts import GenerateResult
     from evaluate.results import write_generations
     from featstore.models.devices import parse_device_map
+    from featstore.models.sampling import Sampling
 
     if not sample and (temperature, top_p) != (1.0, 1.0):
         raise SpecError("--temperature and --top-p need --sample")

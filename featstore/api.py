@@ -51,6 +51,10 @@ def extract(
     dtype: str | None = None,
     attn: str | None = None,
     seed: int | None = None,
+    generate: int | None = None,
+    generate_with: str | Sequence[str] | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
     moments: bool = False,
     moments_only: bool = False,
     moments_memory: int | str = "12G",
@@ -99,7 +103,11 @@ def extract(
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
         attn: transformers' attention implementation; ``auto``, the default, is sdpa where the model has it, else its
             own.
-        seed: Order of documents: 0 as in the corpus, else shuffled.
+        seed: Order of documents: 0 as in the corpus, else shuffled. Also the seed of sampled answers.
+        generate: Tokens that each model may write after each document; both then read the document with the answer.
+        generate_with: The models that write, by short name; each by default.
+        temperature: Of what they write; 0, the default, takes the likeliest token each time.
+        top_p: Draw from the fewest likeliest tokens that together have this probability; 1 for all.
         moments: Also store the moments of every two layers: fits then need no rows.
         moments_only: Store moments and no rows; both models are loaded at once.
         moments_memory: Bytes for summing moments, or such as ``"12G"``.
@@ -139,6 +147,10 @@ def extract(
         "dtype": dtype,
         "attention": attn,
         "seed": seed,
+        "generate": generate,
+        "generate_with": (generate_with,) if isinstance(generate_with, str) else generate_with,
+        "temperature": temperature,
+        "top_p": top_p,
         "moments_memory": moments_memory,
     }
     settings = parse_settings(given, moments=moments, moments_only=moments_only)

@@ -99,6 +99,23 @@ def extract(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; by default 0.")
     ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens that each model may write after each document, which are read with it; by default none."
+        ),
+    ] = None,
+    generate_with: Annotated[
+        list[str] | None, typer.Option(help="NAME of a model that writes; may be repeated; by default each.")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Temperature of what is written (with --seed); by default 0, the likeliest token."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from the likeliest tokens that together have this probability; by default 1, all."),
+    ] = None,
     moments: Annotated[
         bool, typer.Option("--moments", help="Also store the moments of every two layers: fits then need no rows.")
     ] = False,
@@ -148,6 +165,10 @@ def extract(
         "dtype": dtype,
         "attention": attn,
         "seed": seed,
+        "generate": generate,
+        "generate_with": generate_with or None,
+        "temperature": temperature,
+        "top_p": top_p,
         "moments_memory": moments_memory,
     }
     first = Ranks.from_environment().first

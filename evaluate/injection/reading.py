@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluate.injection.continuing import left_padded, prompt_states
+from evaluate.injection.continuing import prompt_states
 from evaluate.injection.loading import Loaded
 from evaluate.injection.wire import Rows
 from featstore.errors import OffsetError, SpecError
+from featstore.models.answering import left_padded
 from featstore.models.loading import ModelInfo, refuse_unknown_ids
 from featstore.store.read.first import first_of_window
 from featstore.text import tokens

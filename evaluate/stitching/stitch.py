@@ -88,12 +88,13 @@ def scored_windows(
     wanted = parse_roles(roles)
     table_a, table_b = store.tokens(source), store.tokens(target)
     corpus = store.corpus
+    unit = corpus.window_unit
     numbers = np.flatnonzero(corpus.window_split == split)
     # One window of every document before the second of any: the interval comes from documents.
     order_within = np.zeros(len(numbers), dtype=np.int64)
     seen: dict[int, int] = {}
     for i, w in enumerate(numbers):
-        document = int(corpus.window_document[w])
+        document = int(unit[w])
         order_within[i] = seen[document] = seen.get(document, -1) + 1
     chosen: list[Window] = []
     total = 0
@@ -114,7 +115,7 @@ def scored_windows(
             Window(
                 **vars(text),
                 number=int(w),
-                document=int(corpus.window_document[w]),
+                document=int(unit[w]),
                 source_row=int(a.start),
                 size=size,
                 source_counts=counts[0],

@@ -38,7 +38,13 @@ TEXT_FIELDS = (
     "max_document_bytes",
     "window_bytes",
     "seed",
+    "generate",
+    "generate_with",
+    "temperature",
+    "top_p",
 )
+#: How text was generated: what is not typed is the store's, and what is typed has to be.
+_GENERATION = ("generate", "generate_with", "temperature", "top_p")
 #: Model attributes that may differ between an extraction and a later addition to it.
 _MAY_DIFFER = ("versions", "device_type")
 #: Model attributes that say of the weights what their fingerprint decides; older stores lack them.
@@ -121,6 +127,7 @@ class Recorded:
             "control_tokens": held_control_tokens(corpus),
             **{name: corpus[name] for name in ("max_tokens", "max_documents", "max_document_bytes", "seed")},
             "window_bytes": self.root["window_bytes"],
+            **_generation(corpus.get("generate")),
             "sink_threshold": self.root["mask"]["sink_threshold"],
             "moments": "add" if self.root.get("moments") else "none",
         }
@@ -255,7 +262,7 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
 
     Raises:
         CorruptDataError: The account lacks something.
-        StoreStateError: The text is to be read in another Unicode form than the store's.
+        StoreStateError: The text is to be read in another Unicode form than the store's, or answered otherwise.
     """
     try:
         used, references = recorded.settings(), recorded.references()
@@ -274,9 +281,32 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
             f"{recorded.path} holds text that was read with --normalise {recorded.normalise}, not {wish}; "
             "leave --normalise out, or choose another --store"
         )
+    if not recorded.empty:
+        _refuse_other_answers(settings, recorded, used)
     if not settings.was_given("model") and references:
         changes["model"] = tuple(references.values())
     return replace(settings, **changes)
+
+
+def _generation(entry: dict[str, Any] | None) -> dict[str, Any]:
+    """Settings from ``corpus.generate``; stores without it hold text that nobody answered."""
+    if entry is None:
+        return {"generate": 0, "generate_with": (), "temperature": 0.0, "top_p": 1.0}
+    chosen = {"generate": entry["tokens"], "generate_with": tuple(entry["with"])}
+    return {**chosen, "temperature": entry["temperature"], "top_p": entry["top_p"]}
+
+
+def _refuse_other_answers(settings: Settings, recorded: Recorded, used: dict[str, Any]) -> None:
+    for name in _GENERATION:
+        wish, held = getattr(settings, name), used[name]
+        same = set(wish) == set(held) if name == "generate_with" else wish == held
+        if settings.was_given(name) and not same:
+            flag = f"--{name.replace('_', '-')}"
+            shown = [",".join(value) if isinstance(value, tuple) else f"{value:g}" for value in (held, wish)]
+            text = f"generated with {flag} {shown[0]}, not {shown[1]}" if used["generate"] else "not generated"
+            raise StoreStateError(
+                f"{recorded.path} holds text that was {text}; leave {flag} out, or choose another --store"
+            )
 
 
 def _without_budgets(value: Any) -> Any:

@@ -35,6 +35,7 @@ def summary(store: Store) -> dict[str, Any]:
         "documents": store.attributes["split"]["documents"],
         "corpus_bytes": store.attributes["corpus"]["bytes"],
         "normalise": store.attributes["corpus"].get("normalise", "none"),
+        "generate": store.attributes["corpus"].get("generate"),
         "messages": _messages(store),
         "bytes": sum(record["bytes"] for record in store.manifest.values()),
         "models": {},
@@ -89,6 +90,13 @@ def describe(result: dict[str, Any]) -> str:
     documents = ", ".join(f"{count} {split}" for split, count in result["documents"].items())
     form = " in Unicode form NFC" if result["normalise"] == "nfc" else ""
     lines.append(f"  text     {human_bytes(result['corpus_bytes'])}{form}, documents: {documents}")
+    how = result.get("generate")
+    if how:
+        drawn = f"temperature {how['temperature']:g}, top-p {how['top_p']:g}, seed {how['seed']}"
+        lines.append(
+            f"  answers  up to {how['tokens']} tokens by {' and by '.join(how['with'])} after each prompt "
+            f"({drawn if how['temperature'] else 'the likeliest each time'})"
+        )
     if result.get("messages"):
         lines.append("  messages " + ", ".join(f"{human(n)} {role}" for role, n in result["messages"].items()))
     for name, model in result["models"].items():

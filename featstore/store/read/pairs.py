@@ -41,7 +41,7 @@ class Pairs:
         row_source: int64 ``(m,)``.
         row_target: int64 ``(m,)``.
         split: uint8 ``(m,)``, 0 train, 1 validation, 2 test.
-        document: int32 ``(m,)``.
+        document: int32 ``(m,)``; documents of one id, such as answers to one prompt, have the number of the first.
         sink: bool ``(m,)``, either token is an attention sink.
         role: uint8 ``(m,)``, who wrote the last byte that both have read: a number in
             :data:`featstore.text.roles.ROLES`.

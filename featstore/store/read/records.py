@@ -165,6 +165,15 @@ class StoredCorpus:
         return self.document_start[self.window_document] + self.window_end
 
     @property
+    def window_unit(self) -> NDArray[np.int32]:
+        """What each window is resampled with: the number of the first document that has its document's id.
+
+        Answers to one prompt, and equal texts, are one unit.
+        """
+        _, first, of = np.unique(self.document_id, axis=0, return_index=True, return_inverse=True)
+        return first.astype(np.int32)[of.reshape(-1)][self.window_document]
+
+    @property
     def window_split(self) -> NDArray[np.uint8]:
         """Split of each window's document."""
         return self.document_split[self.window_document]

@@ -523,7 +523,7 @@ class Store:
             if source != first:
                 row_a, row_b = row_b, row_a
         window = tokens_a.window[row_a]
-        document = self.corpus.window_document[window]
+        document = self.corpus.window_unit[window]
         ordinary = [max(int((~t.special).sum()), 1) for t in (tokens_a, tokens_b)]
         return Pairs(
             source,
