@@ -112,8 +112,8 @@ def _read(tokenizer: Any) -> TokenBytes:
 def _definition(backend: Any) -> list[Any]:
     """What the tokenizer does around its model, as JSON; the vocabulary itself is left out, which may be large.
 
-    Each part of a tokenizer states itself as the JSON that ``tokenizer.json`` holds of it; one that was written in Python
-    cannot, and then says nothing of the alphabet.
+    Each part of a tokenizer states itself as the JSON that ``tokenizer.json`` holds of it; one that was written in
+    Python cannot, and then says nothing of the alphabet.
     """
     found = []
     for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
