@@ -12,16 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from featstore.errors import FeatstoreError, ModelLoadError, OffsetError, StoreStateError
+from featstore.errors import CorpusError, FeatstoreError, ModelLoadError, OffsetError, StoreStateError
 from featstore.extraction.recorded import references_of
 from featstore.models import loading as models
 from featstore.models.references import parse_model
+from featstore.models.tokenizers import held_control_tokens
 from featstore.runtime.console import human, progress
+from featstore.runtime.provenance import digest
+from featstore.store.conversion.rebuild import NewTable, rebuild_store
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.store.read.store import Store
-from featstore.store.write.rebuild import NewTable, rebuild_store
 from featstore.store.write.writer import adding_to
 from featstore.text import tokens
+from featstore.text.chat import DATE
+from featstore.text.message_arrays import holds_conversations, tokenize_windows
 from featstore.text.plan import PlannedCorpus, PlannedModel, plan_model
 
 #: What a model's attributes say of its tokenizer, from its description.
@@ -39,7 +43,7 @@ def rebuild(path: Path, model: Sequence[str] = (), *, quiet: bool = False) -> di
         quiet: No progress.
 
     Returns:
-        ``store``, ``version``, and what :func:`featstore.store.write.rebuild.rebuild_store` reports.
+        ``store``, ``version``, and what :func:`featstore.store.conversion.rebuild.rebuild_store` reports.
 
     Raises:
         ModelLoadError: A tokenizer cannot be found.
@@ -97,15 +101,13 @@ def _tokenizers(store: Store, model: Sequence[str]) -> dict[str, models.ModelInf
                 f"{store.path} does not say which model {name!r} is; say where its tokenizer is with --model {name}=REF"
             )
         try:
-            info = models.inspect_model(parse_model(references[name]))
+            # Stores from before there was a choice kept control tokens that the text quotes as they are.
+            kept = held_control_tokens(store.attributes["corpus"])
+            found[name] = models.inspect_model(parse_model(references[name]), kept)
         except FeatstoreError as error:
             raise ModelLoadError(
                 f"the tokenizer of {name!r} is needed: {error}; say where it is with --model {name}=REF"
             ) from error
-        # Stores from before there was a choice kept control tokens that the text quotes as they are.
-        kept = store.attributes["corpus"].get("control_tokens", "special") == "special"
-        info.tokenizer.split_special_tokens = not kept
-        found[name] = info
     return found
 
 
@@ -117,14 +119,21 @@ def _table(store: Store, planned: PlannedCorpus, info: models.ModelInfo, *, quie
     longest = int(np.bincount(stored["window"]).max(initial=0)) + 1
     with progress(f"tokenise {name}", len(planned.window_document), "windows", quiet=quiet) as tick:
         try:
-            table = plan_model(planned, info.tokenizer, name, max(info.context, longest), tick)
-        except OffsetError as error:
+            table = plan_model(planned, info.tokenizer, name, max(info.context, longest), tick, date=_date(store))
+        except (OffsetError, CorpusError) as error:
             raise _refusal(store, info, f"cannot read {_unreadable(store, info)} ({error})") from error
     difference = _first_difference(stored["id"], stored["window"], table)
     if difference is not None:
         raise _refusal(store, info, difference)
     told = {key: value for key, value in info.describe().items() if key in _TOLD}
+    if holds_conversations(planned):
+        told["chat_template_sha256"] = digest(info.tokenizer.chat_template)
     return NewTable(table.columns, told | {"tokens_sha256": table.hash, "byte_ends": tokens.ends_from(info.tokenizer)})
+
+
+def _date(store: Store) -> str:
+    """The day that chat templates were told."""
+    return str(store.attributes["corpus"].get("date", DATE))
 
 
 def _refusal(store: Store, info: models.ModelInfo, what: str) -> StoreStateError:
@@ -139,8 +148,8 @@ def _unreadable(store: Store, info: models.ModelInfo) -> str:
     """The first window that cannot be tokenised, in words."""
     for window in range(len(store.corpus.window_document)):
         try:
-            tokens.tokenize(info.tokenizer, [store.corpus.window_text(window)])
-        except OffsetError:
+            tokenize_windows(store.corpus, [window], info.tokenizer, info.spec.name, date=_date(store))
+        except (OffsetError, CorpusError):
             return f"window {window}"
     return "a window"
 

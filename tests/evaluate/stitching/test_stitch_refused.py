@@ -102,15 +102,18 @@ def test_whatever_differs_of_a_model_is_named(pair: SimpleNamespace, key: str, w
 def test_a_model_is_looked_for_where_its_card_or_the_override_says(
     pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gone(spec: ModelSpec) -> None:
-        raise ModelLoadError(f"{spec.ref} at {spec.revision}")
+    def gone(spec: ModelSpec, control_tokens: str) -> None:
+        raise ModelLoadError(f"{spec.ref} at {spec.revision}, control tokens as {control_tokens}")
 
     monkeypatch.setattr("featstore.models.loading.inspect_model", gone)
     models = pair.adapter.card["models"]
     moved = {**models["mistral"], "reference": "org/name", "revision": "abc123"}
     adapter = with_card(pair.adapter, models={**models, "mistral": moved})
-    with pytest.raises(ModelLoadError, match="org/name at abc123"):
+    with pytest.raises(ModelLoadError, match="org/name at abc123, control tokens as text"):
         check(adapter, "mistral", ())
+    kept = with_card(adapter, corpus={**adapter.card["corpus"], "control_tokens": "special"})
+    with pytest.raises(ModelLoadError, match="control tokens as special"):
+        check(kept, "mistral", ())
     with pytest.raises(ModelLoadError, match="other/name at None"):
         check(adapter, "mistral", ("mistral=other/name",))
 

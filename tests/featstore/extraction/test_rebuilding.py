@@ -94,6 +94,9 @@ def test_no_pair_is_wrong_and_no_state_is_touched(old: Path) -> None:
     }
     result = rebuild(old, quiet=True)
     store = open_store(old)  # and no warning
+    # Without a start token the first token of a window takes its part, which version 1 did not know.
+    first = np.diff(store.tokens("a").window, prepend=-1) != 0
+    assert (before.model("a").attributes.get("start_token"), store.tokens("a").sink[first].all()) == (None, True)
     for name in ("a", "b"):
         np.testing.assert_array_equal(store.tokens(name).byte_end, bytes_read(store, name))
         rows, moved = old_store.TRUTH[name]
@@ -103,7 +106,7 @@ def test_no_pair_is_wrong_and_no_state_is_touched(old: Path) -> None:
             "special_changed": 0,
             "exact_changed": 0,
             "role_changed": 0,
-            "sinks_changed": 0,
+            "sinks_changed": int(first.sum()) if name == "a" else 0,
         }
         assert store.model(name).attributes["byte_ends"] == "bytes"
     assert [wrong(store, policy) for policy in ("end", "word")] == [0, 0]
@@ -198,7 +201,7 @@ def test_one_that_is_killed_ends_as_it_would_have(old: Path, tmp_path: Path, mon
 
 def test_other_tokenizers_are_no_way_to_go_on(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("featstore.store.write.rebuild.upgrade_metadata", lambda *_: 1 / 0)
+        patch.setattr("featstore.store.conversion.rebuild.upgrade_metadata", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             rebuild(old, quiet=True)
     root = json.loads((old / "zarr.json").read_text())
