@@ -14,11 +14,12 @@ import pytest
 
 import featstore
 from featstore import open_store
-from featstore.errors import CorpusError, ProbeError, SpecError, StoreStateError
+from featstore.errors import CorpusError, ModelLoadError, ProbeError, SpecError, StoreStateError
 from featstore.extraction import generating
 from featstore.extraction.flags import parse_settings
 from featstore.extraction.job import prepare
 from featstore.models import answering
+from featstore.runtime.processes import Ranks
 from featstore.store.inspect.verify import verify_store
 from featstore.text.roles import ASSISTANT, GENERATED, TEXT, USER
 from tests.support.commands import call
@@ -279,6 +280,26 @@ def test_a_dry_run_says_what_would_be_generated_and_asks_no_model(capsys, pair, 
     words[words.index(tmp_path / "s.zarr")] = tmp_path / "again.zarr"
     assert call(capsys, "featstore", *words, "--dry-run", "--json").json["generate"]["documents"] == 0
     assert "up to 4 tokens by l and by m" in call(capsys, "featstore", "info", tmp_path / "s.zarr", "--no-spectrum").out
+
+
+def test_of_several_processes_the_first_one_answers(pair, corpus, tmp_path, fresh_cache, batches, monkeypatch):
+    given = {"model": [f"{name}={path}" for name, path in pair.items()], "layers": ["0"], "dataset": corpus}
+    settings = parse_settings({**given, "store": tmp_path / "s.zarr", "device": "cpu", "generate": NEW})
+    waits: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "wait", lambda ranks: waits.append(ranks.rank))
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("RANK", "1")
+        with pytest.raises(ModelLoadError, match="the answers of the first process did not arrive"):
+            prepare(settings, quiet=True)
+        patch.setenv("RANK", "0")
+        first = prepare(settings, quiet=True)
+        answered = sum(batches)
+        patch.setenv("RANK", "1")
+        assert prepare(settings, quiet=True).plan.hash == first.plan.hash
+    assert (answered, sum(batches)) == (24, 24)
+    # Each process waits as often as the other, once for each model.
+    assert waits == [1, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
