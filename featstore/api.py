@@ -83,7 +83,8 @@ def extract(
         layers: ``[0, 8, 16]``, ``"0%,50%,100%"``, or such a choice for each model, ``{"llama": [0, 16]}``.
         dataset: ``wikitext-103-raw-v1``, ``hf:REPO[/CONFIG][:SPLIT]``, ``text:PATH-OR-GLOB``, ``jsonl:PATH``.
         store: Where to write, or what to add to.
-        text_field: Field that holds the text.
+        text_field: Field that holds the text; rows with ``messages`` are conversations, which each model reads through
+            its own chat template.
         normalise: ``none``, ``nfc``, or ``auto``: composed characters where a model's tokenizer normalises.
         control_tokens: What control tokens quoted in the text, such as ``</s>``, are read as: ``text``, or
             ``special``, which never pairs.

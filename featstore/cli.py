@@ -40,7 +40,13 @@ def extract(
             help="hf:REPO\\[/CONFIG]\\[:SPLIT], text:PATH-OR-GLOB or jsonl:PATH; by default wikitext-103-raw-v1."
         ),
     ] = None,
-    text_field: Annotated[str | None, typer.Option(help="Field that holds the text; by default text.")] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(
+            help="Field that holds the text; by default text. Rows with messages (role, content) are conversations, "
+            "which each model reads through its own chat template."
+        ),
+    ] = None,
     normalise: Annotated[
         str | None,
         typer.Option(help="none, nfc, or auto: nfc where a model's tokenizer normalises; by default auto."),
@@ -60,10 +66,16 @@ def extract(
         int | None, typer.Option(min=1, help="Maximum number of documents; by default all.")
     ] = None,
     max_document_bytes: Annotated[
-        int | None, typer.Option(min=4, help="Maximum number of bytes of each document; by default all.")
+        int | None,
+        typer.Option(
+            min=4, help="Maximum number of bytes of each document, of conversations whole messages; by default all."
+        ),
     ] = None,
     window_bytes: Annotated[
-        int | None, typer.Option(min=4, help="Longest stretch of text a model reads at once; by default 2048.")
+        int | None,
+        typer.Option(
+            min=4, help="Longest stretch of text a model reads at once; by default 2048. Conversations stay whole."
+        ),
     ] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Padded tokens of a forward pass; by default 8192.")

@@ -79,7 +79,7 @@ class Conversation:
     def id(self) -> bytes:
         """SHA-256 of the conversation as JSON with sorted keys; equal conversations have equal ids."""
         whole = {"messages": [message.row() for message in self.messages], "tools": self.tools}
-        return hashlib.sha256(to_json(whole)).digest()
+        return hashlib.sha256(to_json(whole, canonical=True)).digest()
 
     def normalised(self, form: str) -> Conversation:
         """The conversation with its contents in a Unicode form.
@@ -106,16 +106,17 @@ class Conversation:
         return replace(self, messages=tuple(fitting)) if fitting else None
 
 
-def to_json(value: Any) -> bytes:
-    """A JSON value as UTF-8 that depends on nothing but the value: keys sorted, no spaces.
+def to_json(value: Any, *, canonical: bool = False) -> bytes:
+    """A JSON value as UTF-8 without spaces.
 
     Args:
         value: What ``json`` reads.
+        canonical: Sort keys, so that equal values are equal texts; templates write keys in the order in which they are.
 
     Raises:
         ValueError: A number that is not finite, or a lone surrogate.
     """
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(value, ensure_ascii=False, sort_keys=canonical, separators=(",", ":"), allow_nan=False).encode()
 
 
 def is_conversation(row: Mapping[str, Any], text_field: str) -> bool:
