@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from featstore.extraction.job import Job
-from featstore.runtime.provenance import versions
+from featstore.runtime.provenance import digest, versions
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.text import tokens
+from featstore.text.chat import DATE
+from featstore.text.message_arrays import holds_conversations
 from featstore.text.splits import SPLITS
 
 SITE_CONVENTION = "layer k = residual stream after k blocks; 0 = embedding output; L = before the final norm"
@@ -33,6 +35,7 @@ def root_attributes(job: Job) -> dict[str, Any]:
         "models": [*held, *(name for name in job.infos if name not in held)],
         "corpus": {
             **plan.settings,
+            **_form(job),
             "sha256": plan.corpus.hash,
             "documents": len(plan.corpus.document_id),
             "windows": len(plan.corpus.window_document),
@@ -49,10 +52,18 @@ def root_attributes(job: Job) -> dict[str, Any]:
         "site_convention": SITE_CONVENTION,
         "plan": plan.hash,
     }
-    if job.recorded and "converted_from" in job.recorded.root:
-        # What a conversion did to the rows that were there is not undone by adding others.
-        attributes["converted_from"] = job.recorded.root["converted_from"]
+    for past in ("converted_from", "rebuilt"):
+        if job.recorded and past in job.recorded.root:
+            # What was done to the rows and tables that were there is not undone by adding others.
+            attributes[past] = job.recorded.root[past]
     return attributes
+
+
+def _form(job: Job) -> dict[str, str]:
+    """Whether the documents are text or messages, and then which day their templates were told."""
+    if not holds_conversations(job.plan.corpus):
+        return {"form": "text"}
+    return {"form": "messages", "date": job.recorded.date if job.recorded else DATE}
 
 
 def model_attributes(job: Job, name: str) -> dict[str, Any]:
@@ -80,6 +91,8 @@ def model_attributes(job: Job, name: str) -> dict[str, Any]:
         "site_convention": SITE_CONVENTION,
         "versions": versions(),
     }
+    if holds_conversations(job.plan.corpus):
+        values["chat_template_sha256"] = digest(job.infos[name].tokenizer.chat_template)
     if name in job.verdicts:
         values["verified"] = job.verdicts[name].content()
     held = job.recorded.models.get(name, {}) if job.recorded else {}

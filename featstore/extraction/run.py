@@ -13,8 +13,6 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-
 from featstore.errors import SpecError, StoreStateError
 from featstore.extraction.attributes import is_done, model_attributes, root_attributes
 from featstore.extraction.job import Job
@@ -31,7 +29,11 @@ from featstore.store.read.pairs import POLICIES
 from featstore.store.write.index import pairs_unit, write_pairs, write_sinks
 from featstore.store.write.row_writer import write_groups
 from featstore.store.write.writer import StoreWriter, check_space, exclusive
+from featstore.text.message_arrays import holds_conversations
 from featstore.text.plan import Plan
+
+#: What conversations have beside their text.
+_BESIDE = ("corpus/message/rest", "corpus/message/rest_start", "corpus/document/tools", "corpus/document/tools_start")
 
 
 def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dict[str, Any]:
@@ -120,7 +122,13 @@ def _begin(writer: StoreWriter, job: Job) -> None:
 
 def _write_plan(writer: StoreWriter, plan: Plan) -> None:
     text = plan.corpus
+    beside: dict[str, Any] = {}
+    if holds_conversations(text):
+        arrays = (text.message_rest, text.message_rest_start, text.document_tools, text.document_tools_start)
+        beside = dict(zip(_BESIDE, arrays, strict=True))
     if (writer.entry("corpus") or {}).get("sha256") != plan.hash:
+        for name in () if beside else _BESIDE:
+            shutil.rmtree(writer.path / name, ignore_errors=True)  # of an earlier wish of which nothing has come
         writer.vectors(
             "corpus",
             {
@@ -135,22 +143,15 @@ def _write_plan(writer: StoreWriter, plan: Plan) -> None:
                 "corpus/message/role": text.message_role,
                 "corpus/message/start": text.message_start,
                 "corpus/message/end": text.message_end,
+                **beside,
             },
             sha256=plan.hash,
         )
     for name, model in plan.models.items():
         unit = f"models/{name}/tokens"
         if (writer.entry(unit) or {}).get("sha256") != model.hash:
-            window = np.repeat(np.arange(len(model.row_start) - 1, dtype=np.int32), np.diff(model.row_start))
-            columns = {
-                "id": model.ids,
-                "byte_end": model.byte_end,
-                "window": window,
-                "special": model.special,
-                "exact": model.exact,
-                "role": model.role,
-            }
-            writer.vectors(unit, {f"{unit}/{key}": column for key, column in columns.items()}, sha256=model.hash)
+            columns = {f"{unit}/{key}": column for key, column in model.columns.items()}
+            writer.vectors(unit, columns, sha256=model.hash)
 
 
 def _finish(writer: StoreWriter, job: Job, *, quiet: bool) -> None:

@@ -1,6 +1,6 @@
 """Texts to documents: what is split, and later resampled, as a whole.
 
-A *document* is an article, a file or a JSON line; its id is the SHA-256 of its text.
+A *document* is an article, a file, a JSON line or a conversation; its id is the SHA-256 of that.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from featstore.errors import CorpusError, SpecError
+from featstore.text.conversation import Conversation
 from featstore.text.roles import Part
 from featstore.text.windows import space_cut
 
@@ -22,22 +23,35 @@ class Document:
         text: What the models read (cut to ``--max-document-bytes`` where that is given).
         id: SHA-256 of the *whole* text, so that a byte budget does not move a document to another split.
         parts: Who wrote which bytes of it; nothing for ordinary text.
+        conversation: The messages whose contents, one after another, are the text; None for ordinary text.
     """
 
     text: str
     id: bytes
     parts: tuple[Part, ...] = ()
+    conversation: Conversation | None = None
+
+
+def of_conversation(conversation: Conversation, identity: bytes | None = None) -> Document:
+    """The document that a conversation is.
+
+    Args:
+        conversation: Its messages.
+        identity: That of the whole conversation, where this is only its beginning.
+    """
+    return Document(conversation.text, identity or conversation.id, conversation.parts, conversation)
 
 
 def documents(
-    texts: Iterable[str], *, max_documents: int | None = None, max_bytes: int | None = None
+    texts: Iterable[str | Conversation], *, max_documents: int | None = None, max_bytes: int | None = None
 ) -> Iterator[Document]:
-    """Turn texts into documents, skipping texts that are empty or only whitespace.
+    """Turn texts and conversations into documents, skipping those that are empty or only whitespace.
 
     Args:
-        texts: Document texts in order.
+        texts: Document texts or conversations in order.
         max_documents: Stop after so many.
-        max_bytes: Keep the first so many UTF-8 bytes of each, cut back to whitespace.
+        max_bytes: Keep the first so many UTF-8 bytes of each, cut back to whitespace; of a conversation the first
+            messages that fit whole.
 
     Raises:
         CorpusError: A text is not Unicode.
@@ -49,6 +63,12 @@ def documents(
     for text in texts:
         if max_documents is not None and count >= max_documents:
             return
+        if isinstance(text, Conversation):
+            kept = text if max_bytes is None else text.cut(max_bytes)
+            if kept is not None and kept.text.strip():
+                yield of_conversation(kept, text.id)
+                count += 1
+            continue
         if not text.strip():
             continue
         try:

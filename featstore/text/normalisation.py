@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from featstore.errors import SpecError
+from featstore.text.conversation import Conversation
 
 #: What can be asked for; ``auto`` is decided by the tokenizers.
 CHOICES = ("auto", "none", "nfc")
@@ -47,15 +48,18 @@ def normalises(tokenizer: Any) -> bool:
     return normalizer is not None and _is_unicode(json.loads(normalizer.__getstate__()))
 
 
-def normalised(texts: Iterable[str], form: str) -> Iterator[str]:
-    """Bring texts into a form, lazily.
+def normalised(texts: Iterable[str | Conversation], form: str) -> Iterator[str | Conversation]:
+    """Bring texts, and the contents of messages, into a form, lazily.
 
     Args:
-        texts: Document texts.
+        texts: Document texts or conversations.
         form: ``none`` or ``nfc``.
     """
     for text in texts:
-        yield unicodedata.normalize("NFC", text) if form == "nfc" else text
+        if isinstance(text, Conversation):
+            yield text.normalised(form)
+        else:
+            yield unicodedata.normalize("NFC", text) if form == "nfc" else text
 
 
 def _is_unicode(step: dict[str, Any]) -> bool:

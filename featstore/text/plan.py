@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 from featstore.errors import CorpusError, SpecError
 from featstore.runtime.provenance import digest
 from featstore.text import tokens
+from featstore.text.chat import DATE
+from featstore.text.chat_tokens import tokenize_conversations
 from featstore.text.documents import Document
+from featstore.text.message_arrays import NO_BYTES, NO_OFFSETS, holds_conversations, pack, tokenize_windows
 from featstore.text.roles import TEXT, roles_at
 from featstore.text.splits import split_of
 from featstore.text.windows import windows
@@ -45,6 +48,11 @@ class PlannedCorpus:
         message_role: uint8 ``(messages,)``, numbers in :data:`featstore.text.roles.ROLES`.
         message_start: int64 ``(messages,)`` first byte within the document.
         message_end: int64 ``(messages,)`` byte after the last.
+        message_rest: uint8, what messages have besides, as :func:`featstore.text.message_arrays.pack` makes it; empty,
+            as the next three, where the documents are no conversations.
+        message_rest_start: int64 ``(messages + 1,)``.
+        document_tools: uint8, the tools that were offered.
+        document_tools_start: int64 ``(documents + 1,)``.
     """
 
     text: NDArray[np.uint8]
@@ -58,6 +66,10 @@ class PlannedCorpus:
     message_role: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
     message_start: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     message_end: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    message_rest: NDArray[np.uint8] = field(default_factory=lambda: NO_BYTES)
+    message_rest_start: NDArray[np.int64] = field(default_factory=lambda: NO_OFFSETS)
+    document_tools: NDArray[np.uint8] = field(default_factory=lambda: NO_BYTES)
+    document_tools_start: NDArray[np.int64] = field(default_factory=lambda: NO_OFFSETS)
 
     @property
     def window_offset(self) -> NDArray[np.int64]:
@@ -102,6 +114,10 @@ class PlannedCorpus:
             self.message_document,
             self.message_role,
             self.message_end,
+            self.message_rest,
+            self.message_rest_start,
+            self.document_tools,
+            self.document_tools_start,
         ):
             total.update(np.ascontiguousarray(array).tobytes())
         return total.hexdigest()
@@ -147,6 +163,18 @@ class PlannedModel:
     def rows(self) -> int:
         """Number of token states of this model."""
         return int(self.row_start[-1])
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of a store's token table, each ``(n,)``."""
+        return {
+            "id": self.ids,
+            "byte_end": self.byte_end,
+            "window": np.repeat(np.arange(len(self.row_start) - 1, dtype=np.int32), np.diff(self.row_start)),
+            "special": self.special,
+            "exact": self.exact,
+            "role": self.role,
+        }
 
     @property
     def hash(self) -> str:
@@ -256,6 +284,7 @@ def make_plan(
     shard_rows: int = DEFAULT_SHARD_ROWS,
     contexts: dict[str, int] | None = None,
     settings: dict[str, Any] | None = None,
+    date: str = DATE,
     tick: Callable[[float], None] = lambda _: None,
 ) -> Plan:
     """Tokenise documents with every tokenizer until the budget is spent, and fix windows, rows and splits.
@@ -269,10 +298,12 @@ def make_plan(
         shard_rows: Rows of a shard.
         contexts: Longest sequence of each model; a longer window is refused.
         settings: Recorded in the store.
+        date: The day that chat templates are told.
         tick: Called with the number of tokens (of the model with the most) planned since the last call.
 
     Raises:
-        CorpusError: No text, less than two tokens, or fewer than three different documents.
+        CorpusError: No text, less than two tokens, fewer than three different documents, or a conversation that a
+            chat template does not write as it is.
         OffsetError: A tokenizer's offsets do not rebuild the text.
         SpecError: A window is longer than a model's context.
     """
@@ -281,16 +312,12 @@ def make_plan(
     builder = _Builder(tuple(tokenizers))
     stream = _window_stream(documents, window_bytes)
     while not builder.full and (chunk := list(islice(stream, _TOKENIZE_BATCH))):
-        texts = [raw[start:end].decode() for _, raw, start, end in chunk]
-        tokenized = {name: tokens.tokenize(tokenizer, texts) for name, tokenizer in tokenizers.items()}
+        tokenized = {name: _tokenize(chunk, tokenizer, name, date) for name, tokenizer in tokenizers.items()}
         for i, (document, raw, start, end) in enumerate(chunk):
             parts = {name: tokenized[name][i] for name in tokenizers}
             for name, limit in (contexts or {}).items():
                 if len(parts[name].ids) > limit:
-                    raise SpecError(
-                        f"a window of {end - start} bytes has {len(parts[name].ids)} tokens, more than the context of "
-                        f"model {name!r} ({limit}); use a smaller --window-bytes"
-                    )
+                    raise _too_long(document, end - start, len(parts[name].ids), name, limit)
             if not builder.add(document, raw, start, end, parts, max_tokens):
                 break
             tick(max(len(p.ids) for p in parts.values()))
@@ -298,29 +325,61 @@ def make_plan(
     return Plan(planned, builder.models(planned), window_bytes, batch_tokens, shard_rows, settings or {})
 
 
-def plan_model(planned: PlannedCorpus, tokenizer: Any, name: str, context: int) -> PlannedModel:
-    """Tokenise windows that are fixed already, for a model that joins a store.
+def _tokenize(
+    chunk: Sequence[tuple[Document, bytes, int, int]], tokenizer: Any, name: str, date: str
+) -> list[tokens.TokenizedWindow]:
+    conversations = [document.conversation for document, _, _, _ in chunk if document.conversation is not None]
+    if conversations:
+        return tokenize_conversations(tokenizer, name, conversations, date=date)
+    return tokens.tokenize(tokenizer, [raw[start:end].decode() for _, raw, start, end in chunk])
+
+
+def _too_long(document: Document, size: int, count: int, name: str, limit: int) -> SpecError:
+    what, remedy = f"a window of {size} bytes", "use a smaller --window-bytes"
+    if document.conversation is not None:
+        what = f"{document.conversation.where}: a conversation of {size} bytes"
+        remedy = "leave the row out, or keep its first messages with --max-document-bytes"
+    return SpecError(f"{what} has {count} tokens, more than the context of model {name!r} ({limit}); {remedy}")
+
+
+def plan_model(
+    planned: PlannedCorpus,
+    tokenizer: Any,
+    name: str,
+    context: int,
+    tick: Callable[[float], None] = lambda _: None,
+    *,
+    date: str = DATE,
+) -> PlannedModel:
+    """Tokenise windows that are fixed already, for a model that joins a store, or is in it.
 
     Args:
         planned: The text and its windows.
         tokenizer: The model's fast tokenizer.
         name: Named in errors.
         context: The model's longest sequence.
+        tick: Called with the number of windows tokenised since the last call.
+        date: The day that chat templates are told.
 
     Raises:
+        CorpusError: The model's chat template does not write a conversation as it is.
         OffsetError: The tokenizer's offsets do not rebuild the text.
         SpecError: A window is longer than the model's context.
     """
-    cuts = list(zip(planned.window_offset.tolist(), planned.window_stop.tolist(), strict=True))
+    count = len(planned.window_document)
     parts: list[tokens.TokenizedWindow] = []
-    for at in range(0, len(cuts), _TOKENIZE_BATCH):
-        texts = [planned.text[start:end].tobytes().decode() for start, end in cuts[at : at + _TOKENIZE_BATCH]]
-        parts += tokens.tokenize(tokenizer, texts)
-    longest = max(len(part.ids) for part in parts)
+    for at in range(0, count, _TOKENIZE_BATCH):
+        numbers = range(at, min(at + _TOKENIZE_BATCH, count))
+        parts += tokenize_windows(planned, numbers, tokenizer, name, date=date)
+        tick(len(numbers))
+    lengths = [len(part.ids) for part in parts]
+    longest = max(lengths)
     if longest > context:
+        chats = holds_conversations(planned)
+        what = f"document {planned.window_document[lengths.index(longest)]}" if chats else "a window"
         raise SpecError(
-            f"a window of this store has {longest} tokens, more than the context of model {name!r} ({context}); "
-            "extract it into a store of its own with a smaller --window-bytes"
+            f"{what} of this store has {longest} tokens, more than the context of model {name!r} ({context}); "
+            f"extract it into a store of its own with a smaller {'--max-document-bytes' if chats else '--window-bytes'}"
         )
     return _planned_model(planned, parts)
 
@@ -342,6 +401,9 @@ def _planned_model(planned: PlannedCorpus, parts: Sequence[tokens.TokenizedWindo
 def _window_stream(documents: Iterable[Document], window_bytes: int) -> Iterator[tuple[Document, bytes, int, int]]:
     for document in documents:
         raw = document.text.encode()
+        if document.conversation is not None:
+            yield document, raw, 0, len(raw)  # never cut: a template is given all of it
+            continue
         for start, end in windows(raw, window_bytes):
             yield document, raw, start, end
 
@@ -392,7 +454,7 @@ class _Builder:
             (number, part.role, part.start, min(part.end, len(raw)))
             for number, (document, raw) in enumerate(zip(self._documents, self._raw, strict=True))
             for part in document.parts
-            if part.start < len(raw)
+            if part.start < len(raw) or document.conversation is not None
         ]
         who = np.array(messages, dtype=np.int64).reshape(-1, 4)
         ids = [document.id for document in self._documents]
@@ -409,6 +471,7 @@ class _Builder:
             message_role=who[:, 1].astype(np.uint8),
             message_start=who[:, 2],
             message_end=who[:, 3],
+            **pack([document.conversation for document in self._documents if document.conversation is not None]),
         )
 
     def models(self, planned: PlannedCorpus) -> dict[str, PlannedModel]:

@@ -11,9 +11,12 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from featstore.errors import CorpusError, SpecError
+from featstore.text.conversation import Conversation, is_conversation, parse_conversation
+
+_T = TypeVar("_T")
 
 _LEVEL_1_HEADING = re.compile(r"^ = (?!=)(.*[^=]) = $")
 
@@ -27,7 +30,7 @@ class Source:
         location: Repository, path or glob.
         config: Configuration of a hub dataset, or None.
         split: Split of a hub dataset.
-        field: Name of the text field.
+        field: Name of the text field; rows with ``messages`` are conversations.
     """
 
     kind: str
@@ -76,22 +79,38 @@ def parse_source(text: str, field: str = "text") -> Source:
     )
 
 
-def iter_texts(source: Source) -> Iterator[str]:
-    """Read the documents' texts in order, lazily.
+def iter_texts(source: Source) -> Iterator[str | Conversation]:
+    """Read the documents' texts, or conversations where rows hold messages, in order, lazily.
 
     Args:
         source: Parsed by :func:`parse_source`.
 
     Raises:
-        CorpusError: Nothing there, not UTF-8, a line that is not JSON or lacks the field.
+        CorpusError: Nothing there, not UTF-8, a line that is not JSON or lacks the field, messages that are none, or
+            text and messages in one source.
     """
     if source.kind == "text":
         yield from _text_files(source)
     elif source.kind == "jsonl":
-        yield from _json_lines(source)
+        yield from _of_one_kind(_json_lines(source))
+    elif source.kind == "wikitext":
+        yield from join_wikitext(row for _, row in _hub_rows(source) if isinstance(row, str))
     else:
-        rows = _hub_rows(source)
-        yield from join_wikitext(rows) if source.kind == "wikitext" else rows
+        yield from _of_one_kind(_hub_rows(source))
+
+
+def _of_one_kind(rows: Iterable[tuple[str, str | Conversation]]) -> Iterator[str | Conversation]:
+    """Rows without the places where they stand; the first one decides whether all are messages."""
+    kinds = {str: "text", Conversation: "messages"}
+    first: tuple[str, type] | None = None
+    for where, row in rows:
+        first = first or (where, type(row))
+        if type(row) is not first[1]:
+            raise CorpusError(
+                f"{where}: {kinds[type(row)]}, where {first[0]} holds {kinds[first[1]]}; keep text and messages in "
+                "sources of their own"
+            )
+        yield row
 
 
 def _text_files(source: Source) -> Iterator[str]:
@@ -120,24 +139,29 @@ def _matching(location: str) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _json_lines(source: Source) -> Iterator[str]:
+def _json_lines(source: Source) -> Iterator[tuple[str, str | Conversation]]:
     path = Path(source.location)
     if not path.is_file():
         raise CorpusError(f"no file {str(path)!r}; give the path of a .jsonl file, one document a line")
     for number, line in enumerate(_raw_lines(path), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            text = json.loads(line)[source.field]
+            row = json.loads(line)
+            if isinstance(row, dict) and is_conversation(row, source.field):
+                yield where, parse_conversation(row, where)
+                continue
+            text = row[source.field]
+        except CorpusError:
+            raise
         except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of absurd length
-            raise CorpusError(f"{path}, line {number}: not a JSON object ({error})") from error
+            raise CorpusError(f"{where}: not a JSON object ({error})") from error
         except (KeyError, TypeError) as error:
-            raise CorpusError(
-                f"{path}, line {number}: no field {source.field!r}; name the right one with --text-field"
-            ) from error
+            raise CorpusError(f"{where}: no field {source.field!r}; name the right one with --text-field") from error
         if not isinstance(text, str):
-            raise CorpusError(f"{path}, line {number}: field {source.field!r} is {type(text).__name__}, not text")
-        yield text
+            raise CorpusError(f"{where}: field {source.field!r} is {type(text).__name__}, not text")
+        yield where, text
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
@@ -154,20 +178,24 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
         raise CorpusError(f"{path} is not a whole gzip file ({error}); fetch or compress it again") from error
 
 
-def _hub_rows(source: Source) -> Iterator[str]:
+def _hub_rows(source: Source) -> Iterator[tuple[str, str | Conversation]]:
     import datasets
 
     try:
         # Streaming: a token budget usually needs a small part of the corpus.
         rows = datasets.load_dataset(source.location, source.config, split=source.split, streaming=True)
-        for row in rows:
+        for number, row in enumerate(rows, 1):
+            where = f"dataset {source.location!r}, row {number}"
+            if source.kind == "hf" and is_conversation(row, source.field):
+                yield where, parse_conversation(row, where)
+                continue
             text = row.get(source.field)
             if not isinstance(text, str):
                 raise CorpusError(
                     f"dataset {source.location!r} has no text in field {source.field!r} ({type(text).__name__}); "
                     f"its fields are {', '.join(row)}: use --text-field"
                 )
-            yield text
+            yield where, text
     except (OSError, ValueError) as error:  # what datasets raises for missing, offline, misnamed
         if isinstance(error, CorpusError):
             raise
@@ -178,13 +206,13 @@ def _hub_rows(source: Source) -> Iterator[str]:
         ) from error
 
 
-def shuffled(texts: Iterable[str], seed: int, buffer: int = 10_000) -> Iterator[str]:
+def shuffled(texts: Iterable[_T], seed: int, buffer: int = 10_000) -> Iterator[_T]:
     """Take texts in a seeded random order, within a buffer of bounded size.
 
     Corpora are often sorted; a token budget that reads only their start would see a few topics.
 
     Args:
-        texts: Document texts.
+        texts: Document texts or conversations.
         seed: 0 keeps corpus order.
         buffer: Texts held in memory.
     """
@@ -192,7 +220,7 @@ def shuffled(texts: Iterable[str], seed: int, buffer: int = 10_000) -> Iterator[
         yield from texts
         return
     rng = random.Random(seed)
-    held: list[str] = []
+    held: list[_T] = []
     for text in texts:
         if len(held) < buffer:
             held.append(text)

@@ -34,7 +34,13 @@ ALLOWED = {
 KNOW_TRANSFORMERS = ("featstore.models", "featstore.demo", "evaluate.injection")
 
 #: What the store may use of the rest of its package.
-BELOW_THE_STORE = {"featstore.errors", "featstore.runtime.provenance", "featstore.runtime.console"}
+BELOW_THE_STORE = {
+    "featstore.errors",
+    "featstore.runtime.provenance",
+    "featstore.runtime.console",
+    # Numbers and names, which are part of the format.
+    "featstore.text.roles",
+}
 
 #: Rooms whose functions take arrays, and know neither a store nor a run.
 ARRAYS_ONLY = {

@@ -23,9 +23,13 @@ CORE_TYPES = frozenset(
 _DIMENSIONS = {
     "corpus/text": ("byte",),
     "document/start": ("document_edge",),
+    "document/tools": ("tools_byte",),
+    "document/tools_start": ("document_edge",),
     "document/id": ("document", "digest_byte"),
     "document/*": ("document",),
     "window/*": ("window",),
+    "message/rest": ("rest_byte",),
+    "message/rest_start": ("message_edge",),
     "message/*": ("message",),
     "tokens/*": ("row",),
     "resid/*": ("row", "width"),

@@ -11,12 +11,16 @@ from rich.markup import escape
 from featstore.errors import SpecError
 from featstore.runtime.console import human, human_bytes, human_seconds, progress
 from featstore.store.moments.stored import has_rows
+from featstore.store.read.first import first_rows
 from featstore.store.read.store import Store
+from featstore.text.roles import ROLES
 
 #: One row in so many counts among the loudest.
 _LOUDEST = 1000
 #: Rows of a layer by which its ranks are told.
 _RANK_ROWS = 2048
+#: What is said of a model whose windows begin with the text.
+_NO_START = ", no start token: the first token of each window is masked"
 
 
 def summary(store: Store) -> dict[str, Any]:
@@ -31,6 +35,8 @@ def summary(store: Store) -> dict[str, Any]:
         "documents": store.attributes["split"]["documents"],
         "corpus_bytes": store.attributes["corpus"]["bytes"],
         "normalise": store.attributes["corpus"].get("normalise", "none"),
+        "generate": store.attributes["corpus"].get("generate"),
+        "messages": _messages(store),
         "bytes": sum(record["bytes"] for record in store.manifest.values()),
         "models": {},
         "pairs": {},
@@ -45,6 +51,9 @@ def summary(store: Store) -> dict[str, Any]:
             "depth": model.depth,
             "sinks": int(table.sink.sum()),
             "special": int(table.special.sum()),
+            "start_token": model.attributes.get("start_token"),
+            "first_masked": int((first_rows(table.window, table.byte_end, table.special) & table.sink).sum()),
+            "roles": _rows_of_roles(table.role, table.special),
         }
     for i, first in enumerate(store.models):
         for second in store.models[i + 1 :]:
@@ -55,6 +64,18 @@ def summary(store: Store) -> dict[str, Any]:
                 "coverage": {first: pairs.coverage[0], second: pairs.coverage[1]},
             }
     return result
+
+
+def _messages(store: Store) -> dict[str, int]:
+    """How many messages there are of every role, in the order of roles; nothing for ordinary text."""
+    counts = np.bincount(store.corpus.message_role, minlength=len(ROLES)).tolist()
+    return {role: count for role, count in zip(ROLES, counts, strict=True) if count}
+
+
+def _rows_of_roles(role: NDArray[np.uint8], special: NDArray[np.bool_]) -> dict[str, int]:
+    """How many ordinary rows somebody wrote, by role; nothing for ordinary text."""
+    counts = np.bincount(role[~special], minlength=len(ROLES)).tolist()
+    return {name: count for name, count in zip(ROLES[1:], counts[1:], strict=True) if count}
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -69,12 +90,23 @@ def describe(result: dict[str, Any]) -> str:
     documents = ", ".join(f"{count} {split}" for split, count in result["documents"].items())
     form = " in Unicode form NFC" if result["normalise"] == "nfc" else ""
     lines.append(f"  text     {human_bytes(result['corpus_bytes'])}{form}, documents: {documents}")
+    how = result.get("generate")
+    if how:
+        drawn = f"temperature {how['temperature']:g}, top-p {how['top_p']:g}, seed {how['seed']}"
+        lines.append(
+            f"  answers  up to {how['tokens']} tokens by {' and by '.join(how['with'])} after each prompt "
+            f"({drawn if how['temperature'] else 'the likeliest each time'})"
+        )
+    if result.get("messages"):
+        lines.append("  messages " + ", ".join(f"{human(n)} {role}" for role, n in result["messages"].items()))
     for name, model in result["models"].items():
         layers = ",".join(map(str, model["layers"]))
         lines.append(
             f"  {name:8} {human(model['rows'])} states of width {model['width']} at layers {layers} "
-            f"of {model['depth']}; {model['sinks']} sinks"
+            f"of {model['depth']}; {model['sinks']} sinks{_NO_START if model['first_masked'] else ''}"
         )
+        if model.get("roles"):
+            lines.append("           " + ", ".join(f"{human(n)} of {role}" for role, n in model["roles"].items()))
     for key, pair in result["pairs"].items():
         coverage = ", ".join(f"{share:.1%} of {name}" for name, share in pair["coverage"].items())
         lines.append(f"  {key}: {human(pair['pairs'])} pairs cover {coverage}; {pair['masked']} masked as sinks")
@@ -234,6 +266,7 @@ def window_table(store: Store, window: int, rows: int) -> dict[str, Any]:
                     "id": int(table.id[row]),
                     "text": "" if table.special[row] else raw[start:stop].decode(errors="replace"),
                     "special": bool(table.special[row]),
+                    "role": ROLES[table.role[row]],
                     "sink": bool(table.sink[row]),
                     "norms": {str(layer): float(values[row - first]) for layer, values in norms.items()},
                     "partner": {other: rows_of.get(row) for other, rows_of in partners.items()},
@@ -251,13 +284,19 @@ def describe_window(result: dict[str, Any]) -> str:
         result: From :func:`window_table`.
     """
     lines = [f"window {result['window']} of document {result['document']}"]
+    told = any(entry["role"] != ROLES[0] for entries in result["models"].values() for entry in entries)
     for name, entries in result["models"].items():
         layers = list(entries[0]["norms"]) if entries else []
-        lines.append(f"[bold]{name}[/bold]  row, norm at layer {', '.join(layers)}, partner, text")
+        lines.append(f"[bold]{name}[/bold]  row, norm at layer {', '.join(layers)}, partner, {'role, ' * told}text")
         for entry in entries:
             norms = " ".join(f"{value:9.1f}" for value in entry["norms"].values())
             partner = " ".join("-" if row is None else str(row) for row in entry["partner"].values())
+            role = f"{'' if entry['special'] else entry['role']:10}" if told else ""
             marks = ("S" if entry["sink"] else " ") + ("*" if entry["special"] else " ")
-            lines.append(f"  {entry['row']:7} {norms} {marks} {partner:>7}  {escape(repr(entry['text']))}")
+            lines.append(f"  {entry['row']:7} {norms} {marks} {partner:>7}  {role}{escape(repr(entry['text']))}")
     lines.append("S: attention sink (masked), *: special token (never pairs), -: no partner")
+    begins = {name: entries[0] for name, entries in result["models"].items() if entries}
+    lines += [
+        f"{name}: {_NO_START.lstrip(', ')}" for name, first in begins.items() if first["sink"] and not first["special"]
+    ]
     return "\n".join(lines)

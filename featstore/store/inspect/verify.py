@@ -6,6 +6,7 @@ right the contents: what a writer with a bug, or a hand that meant well, would h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from itertools import combinations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featstore.errors import CorruptDataError, FeatstoreError
 from featstore.runtime.console import Tick, progress
@@ -20,12 +22,14 @@ from featstore.runtime.provenance import read_json
 from featstore.store.format.shards import file_checksum
 from featstore.store.format.version import MANIFEST, METADATA_UNIT
 from featstore.store.moments.stored import has_rows
+from featstore.store.read.first import first_rows
 from featstore.store.read.pairs import POLICIES
 from featstore.store.read.store import Store, open_store
 from featstore.store.read.tables import TableReader
-from featstore.store.write.index import pair_rows, pairs_unit, sink_mask
+from featstore.store.write.index import SINK_RULE, pair_rows, pairs_unit, sink_mask
 from featstore.store.write.table import table_unit
-from featstore.store.write.writer import read_entry
+from featstore.store.write.writer import StoreWriter, read_entry
+from featstore.text.roles import ROLES, roles_at
 
 #: Rows that are decoded at a time.
 _STEP = 4096
@@ -168,6 +172,52 @@ def _check_corpus(store: Store) -> Iterator[str]:
         except UnicodeDecodeError:
             yield f"corpus: window {window} is not UTF-8"
             return
+    yield from _check_messages(store)
+
+
+def _check_messages(store: Store) -> Iterator[str]:
+    """Messages lie within their documents, in order; those of conversations cover them, and what is beside is JSON."""
+    corpus, length = store.corpus, np.diff(store.corpus.document_start)
+    document, start, end = corpus.message_document, corpus.message_start, corpus.message_end
+    if not len(document) == len(start) == len(end) == len(corpus.message_role):
+        yield "corpus: messages have documents, roles and ends of different numbers"
+        return
+    chats = len(corpus.message_rest_start) > 0
+    if chats != (store.attributes["corpus"].get("form") == "messages"):
+        yield "corpus: the store does not say truly whether its documents are messages"
+    if not len(document):
+        return
+    same = np.r_[False, document[1:] == document[:-1]]
+    before, last = np.where(same, np.r_[0, end[:-1]], 0), np.r_[~same[1:], True]
+    outside = (document < 0).any() or (document >= len(length)).any() or (np.diff(document) < 0).any()
+    if outside or (start < before).any() or (end < start).any() or (end > length[document]).any():
+        yield "corpus: the messages do not lie within their documents, in order"
+    elif (corpus.message_role >= len(ROLES)).any():
+        yield "corpus: a message has an unknown role"
+    elif chats:
+        covered = not (start != before).any() and np.array_equal(document[last], np.arange(len(length)))
+        if not covered or (end[last] != length).any() or len(corpus.window_document) != len(length):
+            yield "corpus: the messages do not cover their documents, one window each"
+        for name, kind, values, starts, count in (
+            ("message/rest", dict, corpus.message_rest, corpus.message_rest_start, len(document)),
+            ("document/tools", list, corpus.document_tools, corpus.document_tools_start, len(length)),
+        ):
+            yield from _check_json(f"corpus/{name}", kind, values.tobytes(), starts, count)
+
+
+def _check_json(name: str, kind: type, raw: bytes, starts: NDArray[np.int64], count: int) -> Iterator[str]:
+    """JSON texts lie end to end and are values of a kind."""
+    if len(starts) != count + 1 or starts[0] != 0 or starts[-1] != len(raw) or (np.diff(starts) < 0).any():
+        yield f"{name}: the offsets do not fit"
+        return
+    for number, (first, last) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+        try:
+            sound = first == last or isinstance(json.loads(raw[first:last]), kind)
+        except ValueError:
+            sound = False
+        if not sound:
+            yield f"{name}: number {number} is not what JSON holds"
+            return
 
 
 def _check_tokens(store: Store, name: str) -> Iterator[str]:
@@ -188,11 +238,18 @@ def _check_tokens(store: Store, name: str) -> Iterator[str]:
         return
     if table.byte_end[table.special].any():
         yield f"{name}: a special token claims to have read text"
+    end = corpus.window_start[table.window] + table.byte_end
+    messages = (corpus.message_document, corpus.message_role, corpus.message_start, corpus.message_end)
+    roles = roles_at(corpus.window_document[table.window], end, *messages)
+    if not np.array_equal(table.role, np.where(table.special, 0, roles)):
+        yield f"{name}: the tokens' roles are not those of the messages"
     ordinary = np.flatnonzero(~table.special)
     window, byte_end = table.window[ordinary], table.byte_end[ordinary].astype(np.int64)
     if (np.diff(byte_end)[window[1:] == window[:-1]] < 0).any():
         yield f"{name}: a token ends before the one that precedes it"
         return
+    if len(corpus.message_rest_start):
+        return  # what a template trims is unread, and its own token may hold the end of a message
     read = np.zeros(len(lengths), np.int64)
     read[window] = byte_end  # the last one of each window stays
     for number in np.flatnonzero(read < lengths):
@@ -246,6 +303,10 @@ def _check_sinks(store: Store, name: str) -> Iterator[str]:
     rounded = _was_rounded(store.attributes.get("converted_from"))
     sure = sink_mask(store, name, threshold * (1 + _ROUNDED * rounded))
     possible = sink_mask(store, name, threshold * (1 - _ROUNDED * rounded))
+    entry = StoreWriter(store.directory).entry(f"models/{name}/sinks") or {}
+    if not str(entry.get("basis", "")).endswith(SINK_RULE):
+        # The mask was derived when norms alone decided; it is derived anew when the store is next written to.
+        sure &= sink | ~first_rows(*store.columns(name, "window", "byte_end", "special").values())
     wrong = np.flatnonzero((sure & ~sink) | (sink & ~possible))
     if len(wrong):
         yield f"{name}: the sink mask is not that of the norms at {len(wrong)} rows, first at row {wrong[0]}"

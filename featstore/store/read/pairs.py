@@ -10,12 +10,14 @@ read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import PairingError, SpecError
+from featstore.text.roles import ROLES, count_roles, parse_roles
 
 #: Every character that both have read whole; of those the ends of words; also bytes inside a character.
 POLICIES = ("end", "word", "byte")
@@ -26,6 +28,7 @@ _SPACES = [
     + "".join(map(chr, range(0x2000, 0x200B)))
 ]
 _LONGEST_SPACE = 3
+_NOWHERE: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class Pairs:
         row_source: int64 ``(m,)``.
         row_target: int64 ``(m,)``.
         split: uint8 ``(m,)``, 0 train, 1 validation, 2 test.
-        document: int32 ``(m,)``.
+        document: int32 ``(m,)``; documents of one id, such as answers to one prompt, have the number of the first.
         sink: bool ``(m,)``, either token is an attention sink.
+        role: uint8 ``(m,)``, who wrote the last byte that both have read: a number in
+            :data:`featstore.text.roles.ROLES`.
         coverage: Share of each side's ordinary tokens that have a partner, (source, target).
     """
 
@@ -50,6 +55,7 @@ class Pairs:
     split: NDArray[np.uint8]
     document: NDArray[np.int32]
     sink: NDArray[np.bool_]
+    role: NDArray[np.uint8]
     coverage: tuple[float, float]
 
     def __len__(self) -> int:
@@ -61,24 +67,39 @@ class Pairs:
         Args:
             keep: bool ``(m,)``.
         """
-        names = ("row_source", "row_target", "split", "document", "sink")
+        names = ("row_source", "row_target", "split", "document", "sink", "role")
         return replace(self, **{name: getattr(self, name)[keep] for name in names})
 
-    def select(self, split: int | None = None, *, keep_sinks: bool = False) -> Pairs:
-        """The pairs of a split, without attention sinks unless asked for.
+    def select(
+        self, split: int | None = None, *, keep_sinks: bool = False, roles: str | Iterable[str] | None = None
+    ) -> Pairs:
+        """The pairs of a split, without attention sinks unless asked for; of all roles, or of some.
 
         Args:
             split: 0 train, 1 validation, 2 test, or None for all.
             keep_sinks: Lift the mask.
+            roles: Who wrote the last byte read: ``"assistant"``, ``"user,assistant"``, or several names; None for all.
 
         Raises:
-            SpecError: Another split.
+            SpecError: Another split, or an unknown role.
+            PairingError: There are pairs, and none of these roles.
         """
         if split not in (None, 0, 1, 2):
             raise SpecError(f"split {split!r}: give 0 for train, 1 for validation, 2 for test, or None for all")
+        numbers = parse_roles(roles)
         keep = np.ones(len(self), dtype=bool) if keep_sinks else ~self.sink
         if split is not None:
             keep &= self.split == split
+        if numbers is not None:
+            wanted = np.isin(self.role, numbers)
+            if len(self) and not wanted.any():
+                names = ROLES[numbers[0]] if len(numbers) == 1 else f"any of {', '.join(ROLES[n] for n in numbers)}"
+                held = ", ".join(f"{name} ({count})" for name, count in count_roles(self.role).items())
+                raise PairingError(
+                    f"no pairs of {self.source} and {self.target} have the role {names}; they have {held}: choose "
+                    "--roles among these"
+                )
+            keep &= wanted
         return self.where(keep)
 
     def need(self, minimum: int, what: str) -> Pairs:
@@ -94,7 +115,8 @@ class Pairs:
         if len(self) < minimum:
             raise PairingError(
                 f"{len(self)} pairs of {self.source} and {self.target} for {what}, at least {minimum} are needed; "
-                "extract more text (--max-tokens, more documents) or lift the mask with --keep-sinks"
+                "extract more text (--max-tokens, more documents), lift the mask with --keep-sinks or select more "
+                "--roles"
             )
         return self
 
@@ -150,6 +172,7 @@ def match_ends(
     window_offset: NDArray[np.int64],
     window_stop: NDArray[np.int64],
     text: NDArray[np.uint8],
+    message_stop: NDArray[np.int64] = _NOWHERE,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Join two models' tokens under a policy.
 
@@ -160,6 +183,7 @@ def match_ends(
         window_offset: int64 ``(windows,)``, where each window begins in ``text``.
         window_stop: int64 ``(windows,)``, where it ends.
         text: uint8 corpus bytes.
+        message_stop: int64 ``(messages,)``, where messages end in ``text``; a word ends there as well.
 
     Returns:
         ``(keys, row_a, row_b)`` in document order.
@@ -167,7 +191,11 @@ def match_ends(
     keys, row_a, row_b = match(*first, *second)
     if policy == "byte":
         return keys, row_a, row_b
-    keep = (ends_a_word if policy == "word" else ends_a_character)(keys, window_offset, window_stop, text)
+    keep = (
+        ends_a_word(keys, window_offset, window_stop, text, message_stop)
+        if policy == "word"
+        else ends_a_character(keys, window_offset, window_stop, text)
+    )
     return keys[keep], row_a[keep], row_b[keep]
 
 
@@ -196,18 +224,20 @@ def ends_a_word(
     window_offset: NDArray[np.int64],
     window_stop: NDArray[np.int64],
     text: NDArray[np.uint8],
+    message_stop: NDArray[np.int64] = _NOWHERE,
 ) -> NDArray[np.bool_]:
-    """Which of the keys' byte ends are followed by whitespace or the end of their window.
+    """Which of the keys' byte ends are followed by whitespace, the end of their message or that of their window.
 
     Args:
         keys: ``window * 2^32 + byte_end``.
         window_offset: int64 ``(windows,)``, where each window begins in ``text``.
         window_stop: int64 ``(windows,)``, where it ends.
         text: uint8 corpus bytes.
+        message_stop: int64 ``(messages,)``, where messages end in ``text``.
     """
     position, inside = _positions(keys, window_offset, window_stop)
     following = [text[np.minimum(position + ahead, len(text) - 1)] for ahead in range(_LONGEST_SPACE)]
-    result = ~inside
+    result = ~inside | np.isin(position, message_stop)
     for space in _SPACES:
         result |= np.logical_and.reduce([following[ahead] == byte for ahead, byte in enumerate(space)])
     return result

@@ -93,7 +93,8 @@ class Tokens:
         special: bool ``(n,)``.
         exact: bool ``(n,)``, whether the token has read ``byte_end`` bytes and no others.
         role: uint8 ``(n,)``, who wrote the last byte that it has read: a number in :data:`featstore.text.roles.ROLES`.
-        sink: bool ``(n,)``, norm beyond the threshold at any stored layer.
+        sink: bool ``(n,)``, norm beyond the threshold at any stored layer, or the first token of a window that
+            begins without a start token.
     """
 
     id: NDArray[np.int32]
@@ -121,6 +122,11 @@ class StoredCorpus:
         message_role: uint8 ``(messages,)``, numbers in :data:`featstore.text.roles.ROLES`.
         message_start: int64 ``(messages,)``, within the document.
         message_end: int64 ``(messages,)``.
+        message_rest: uint8, what messages have besides, as JSON; empty, as the next three, where documents are no
+            conversations.
+        message_rest_start: int64 ``(messages + 1,)``.
+        document_tools: uint8, the tools that were offered, as JSON.
+        document_tools_start: int64 ``(documents + 1,)``.
     """
 
     text: NDArray[np.uint8]
@@ -134,6 +140,10 @@ class StoredCorpus:
     message_role: NDArray[np.uint8] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
     message_start: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     message_end: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    message_rest: NDArray[np.uint8] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    message_rest_start: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    document_tools: NDArray[np.uint8] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    document_tools_start: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def window_text(self, window: int) -> str:
         """The text of a window.
@@ -153,6 +163,15 @@ class StoredCorpus:
     def window_stop(self) -> NDArray[np.int64]:
         """Where each window ends in ``text``."""
         return self.document_start[self.window_document] + self.window_end
+
+    @property
+    def window_unit(self) -> NDArray[np.int32]:
+        """What each window is resampled with: the number of the first document that has its document's id.
+
+        Answers to one prompt, and equal texts, are one unit.
+        """
+        _, first, of = np.unique(self.document_id, axis=0, return_index=True, return_inverse=True)
+        return first.astype(np.int32)[of.reshape(-1)][self.window_document]
 
     @property
     def window_split(self) -> NDArray[np.uint8]:
