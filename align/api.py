@@ -41,6 +41,7 @@ _TAKEN = {
     "memory": "int | str",
     "layer_map": "str | Mapping[int, int] | None",
     "components": "int | str | None",
+    "roles": "str | Iterable[str] | None",
 }
 
 
@@ -156,6 +157,7 @@ def cka(
     kernel: str = "linear",
     policy: str = "end",
     keep_sinks: bool = False,
+    roles: str | Iterable[str] | None = None,
     measures: str | Iterable[str] = "none",
     max_rows: int = 16_384,
     draws: int = 1000,
@@ -204,7 +206,8 @@ def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
             - ``layers``: layers of both models: ``[8, 16]``, ``"8,16"`` or ``"25%,50%"``; None for all.
             - ``estimator``: ``debiased``, ``biased`` or ``minibatch``; ``kernel``: ``linear`` over all rows, or ``rbf``
               over a sample of ``max_rows`` (16384).
-            - ``policy``: pair policy, ``end`` or ``word``; ``keep_sinks``: attention sinks in the main figures.
+            - ``policy``: pair policy, ``end``, ``word`` or ``byte``; ``keep_sinks``: sinks in the main figures.
+            - ``roles``: only rows of these roles, ``"assistant"`` or ``["user", "assistant"]``; None for all.
             - ``measures``: others, over the sample: names such as ``["rsa"]``, or ``"all"``; ``draws``: resamples of
               documents behind each interval (1000).
             - ``memory``: bytes, or such as ``"4GiB"``; ``scheduler``: address of a Dask scheduler; ``workers``: local
@@ -240,6 +243,7 @@ def _cka_of_store(
     kernel: str = "linear",
     policy: str = "end",
     keep_sinks: bool = False,
+    roles: str | Iterable[str] | None = None,
     measures: str | Iterable[str] = "none",
     max_rows: int = 16_384,
     draws: int = 1000,
@@ -281,6 +285,7 @@ def _cka_of_store(
         kernel=kernel,
         policy=policy,
         keep_sinks=keep_sinks,
+        roles=roles,
         measures=chosen_measures,
         max_rows=max_rows,
         draws=draws,

@@ -17,6 +17,7 @@ from align.similarity.measures.names import MEASURES
 from featstore.errors import SpecError
 from featstore.runtime.console import add_version, emit, err, run_app
 from featstore.runtime.processes import Ranks, leave_group
+from featstore.text.roles import ROLES, roles_text
 
 #: Panel of the help.
 _SAMPLE = "More measures, over a sample of rows"
@@ -93,8 +94,12 @@ def cka(
     layers: Annotated[
         str | None, typer.Option(help="Layers of both models: 8,16 or depths in percent; default all.")
     ] = None,
-    policy: Annotated[str, typer.Option(help="Pair policy: end or word.")] = "end",
+    policy: Annotated[str, typer.Option(help="Pair policy: end, word or byte.")] = "end",
     keep_sinks: Annotated[bool, typer.Option("--keep-sinks", help="Keep attention sinks in the main figures.")] = False,
+    roles: Annotated[
+        str | None,
+        typer.Option(help=f"Only pairs of these roles, such as assistant ({', '.join(ROLES)}); default all."),
+    ] = None,
     measures: Annotated[
         str, typer.Option(help=f"Over a sample of rows: {', '.join(MEASURES)}; all, none.", rich_help_panel=_SAMPLE)
     ] = "none",
@@ -126,6 +131,7 @@ def cka(
         layers=layers,
         policy=policy,
         keep_sinks=keep_sinks,
+        roles=roles,
         measures=measures,
         max_rows=max_rows,
         draws=draws,
@@ -157,7 +163,7 @@ def compare(
 
 
 @app.command()
-@takes(Settings, LoopSettings, only=("source", "target", "both", "epochs", "seed"))
+@takes(Settings, LoopSettings, only=("source", "target", "both", "roles", "epochs", "seed"))
 def sweep(
     store: Annotated[Path, typer.Option(help="Path of the store.")],
     out: Annotated[Path, typer.Option(help="Directory of the runs and of sweep.json.")] = Path("runs/sweep"),
@@ -196,6 +202,7 @@ def sweep(
         source=given["source"] or shared.source,
         target=given["target"] or shared.target,
         both=given["both"] or shared.both,
+        roles=roles_text(given["roles"]) or shared.roles,
     )
     result = sweeping.sweep(settings, grid, out, scheduler=scheduler, workers=workers)
     emit(result, escape(sweeping.describe(result)), as_json=as_json)

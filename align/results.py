@@ -203,6 +203,8 @@ class PairMetrics(Record):
         baselines: Test figures of ``mean``, ``identity``, ``random_rotation``, ``shuffled`` and ``closed_form`` (the
             optimum that a trained map is judged by), and of a compressed run ``pca`` and ``strided``; null where there
             is no such map.
+        by_role: Rows of every role that the map was fitted to (``train``), chosen by (``val``) and scored on
+            (``test``).
         by_mask: Test figures without and with attention sinks.
         cka: Debiased CKA before the map and after it.
         reasons: Why a figure is null, by its place, such as ``test.cka_debiased``.
@@ -218,6 +220,7 @@ class PairMetrics(Record):
     val: Scores | None = None
     test: Scores = Scores()
     baselines: Table[Baseline | None] = EMPTY
+    by_role: Table[Table[Whole]] = EMPTY
     by_mask: MaskScores = MaskScores()
     cka: CkaChange = CkaChange()
     reasons: Table[str] = EMPTY
@@ -255,6 +258,7 @@ class Metrics(Record):
         type: The run's type of map, such as ``procrustes``.
         pairs: By layer pair, ``<source>:<layer>-><target>:<layer>``; a joint map names all its source layers,
             ``<source>:<k>+<k>-><target>:<layer>``.
+        roles: The roles whose rows the maps were fitted to and scored on (``--roles``); null for all.
         layer_map: One for every direction, of a run with ``--layer-map auto``.
     """
 
@@ -264,6 +268,7 @@ class Metrics(Record):
 
     type: str = ""
     pairs: Table[PairMetrics] = EMPTY
+    roles: tuple[str, ...] | None = None
     layer_map: tuple[LayerMap, ...] = ()
 
     def to_pandas(self) -> pd.DataFrame:
@@ -602,6 +607,7 @@ class Similarity(SimilarityTables):
         null: The floor of the main figure.
         masked_rows: Rows that are attention sinks.
         keep_sinks: Whether the main figures include them.
+        roles: The roles whose rows are compared (``--roles``); null for all.
         unmasked: The same with sinks, where the main figures leave them out.
         masked: The same without sinks, where the main figures include them.
         effective_rank: By model and layer number.
@@ -622,6 +628,7 @@ class Similarity(SimilarityTables):
     null: Floor | None = None
     masked_rows: Whole | None = None
     keep_sinks: Flag | None = None
+    roles: tuple[str, ...] | None = None
     unmasked: SimilarityTables | None = None
     masked: SimilarityTables | None = None
     effective_rank: Table[Table[EffectiveRank]] = EMPTY

@@ -19,6 +19,7 @@ from align.training.plan import PRECISIONS, TRACKERS, parse_loss
 from featstore.errors import SpecError
 from featstore.runtime.quantities import parse_bytes
 from featstore.store.read.loader import MEMORY
+from featstore.text.roles import ROLES, roles_text
 
 #: Panels of the help.
 LAYERS, MAP, TRAINING = "Layers", "The map", "Training by gradient"
@@ -120,7 +121,11 @@ class Settings:
         panel=MAP,
     )
     keep_sinks: bool = option(False, "Keep attention sinks among the pairs.")
-    policy: str = option("end", "Pair policy: end or word.")
+    policy: str = option("end", "Pair policy: end, word or byte.")
+    roles: str | None = option(
+        None, f"Only pairs of these roles, such as assistant or user,assistant ({', '.join(ROLES)}); default all.",
+        parse=roles_text,
+    )  # fmt: skip
     max_rows: int | None = option(
         None,
         "Maximum number of train pairs.",
@@ -194,6 +199,7 @@ def check(settings: Settings) -> None:
     _check_combinations(type_, settings)
     check_values(settings.loop)
     check_values(settings)
+    roles_text(settings.roles)
     if type_.by_gradient(settings.solver):
         parse_loss(settings.loop.loss)
 

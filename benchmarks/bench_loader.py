@@ -52,7 +52,8 @@ def pairs_of(rows: int) -> Pairs:
     """Nine of ten rows, as after pairing and masking."""
     number = np.flatnonzero(np.random.default_rng(0).random(rows) < 0.9)
     m = len(number)
-    return Pairs("a", "b", number, number, np.zeros(m, np.uint8), np.zeros(m, np.int32), np.zeros(m, bool), (0.9, 0.9))
+    zeros = np.zeros(m, np.uint8)
+    return Pairs("a", "b", number, number, zeros, np.zeros(m, np.int32), np.zeros(m, bool), zeros, (0.9, 0.9))
 
 
 def main() -> None:

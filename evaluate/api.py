@@ -183,6 +183,7 @@ def stitch(
     split: str = "test",
     max_tokens: str | int | None = "20k",
     keep: str = "own",
+    roles: str | Iterable[str] | None = None,
     source_alone: bool = False,
     allow_side_channel: bool = False,
     models: ModelsGiven | None = None,
@@ -211,6 +212,8 @@ def stitch(
         max_tokens: Maximum number of target tokens: a number, ``"20k"``, or ``"all"`` (or None).
         keep: What later blocks read of positions that take no state: ``own``, the target's own states, or ``hide``,
             nothing.
+        roles: Score only target tokens of these roles: ``"assistant"``, ``["user", "assistant"]``, or ``"all"``; None
+            for the roles that the run was fitted to. States are put in at all positions, whatever their roles.
         source_alone: Also load the source model and score it by itself.
         allow_side_channel: Take layers at which later blocks learn of the text past the stream; the leak stands beside
             every figure.
@@ -227,7 +230,7 @@ def stitch(
     Raises:
         AdapterError: The run was fitted from another store, does not fit a model, or is damaged.
         ModelLoadError: A model is not at hand.
-        PairingError: The split has no window to score.
+        PairingError: The split has no window to score, or none with tokens of these roles.
         ProbeError: A layer has a side channel, or ``hide`` does not hide there.
         SpecError: An argument is outside its range.
     """
@@ -256,6 +259,7 @@ def stitch(
         split=SPLITS.index(split),
         max_tokens=None if max_tokens is None else parse_budget(str(max_tokens)),
         keep=keep,
+        roles=roles,
         source_alone=source_alone,
         seed=seed,
         models=given,
@@ -314,10 +318,10 @@ def generate(
         SpecError: An argument is outside its range, or a prompt is empty or longer than a model's context.
     """
     from evaluate.generation import generate as generating
-    from evaluate.injection.continuing import Sampling
     from evaluate.notebook.texts import GenerateResult
     from evaluate.results import write_generations
     from featstore.models.devices import parse_device_map
+    from featstore.models.sampling import Sampling
 
     if not sample and (temperature, top_p) != (1.0, 1.0):
         raise SpecError("--temperature and --top-p need --sample")

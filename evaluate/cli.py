@@ -50,6 +50,13 @@ def stitch(
     keep: Annotated[
         str, typer.Option(help="What later blocks read of positions that take no state: own or hide.")
     ] = "own",
+    roles: Annotated[
+        str | None,
+        typer.Option(
+            help="Score only target tokens of these roles, such as assistant, or all; default the roles that the run "
+            "was fitted to. States are put in at all positions, whatever their roles."
+        ),
+    ] = None,
     source_alone: Annotated[
         bool, typer.Option("--source-alone", help="Also load the source model and score it by itself.")
     ] = False,
@@ -73,6 +80,7 @@ def stitch(
         split=split,
         max_tokens=max_tokens,
         keep=keep,
+        roles=roles,
         source_alone=source_alone,
         allow_side_channel=allow_side_channel,
         models=model,
@@ -221,6 +229,10 @@ def reproduce(
     ] = 10,
     ranks: Annotated[str, typer.Option(help="Ranks of low-rank maps.")] = "8,32,128",
     latents: Annotated[str, typer.Option(help="Sizes of compressed runs: LATENTSxWIDTH.")] = "8x32,32x64",
+    roles: Annotated[
+        str | None,
+        typer.Option(help="Only rows of these roles, such as assistant, in every fit and figure; default all."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the commands and run none.")] = False,
     out: Annotated[Path, typer.Option(help="Directory of everything that is made.")] = Path("reproduction"),
     as_json: Json = False,
@@ -236,6 +248,7 @@ def reproduce(
         epochs=epochs,
         ranks=ranks,
         latents=latents,
+        roles=roles,
     )
     corpus = programme.Corpus(tuple(model or ()), dataset, max_tokens, layers or programme.LAYERS)
     if store is not None and corpus != programme.Corpus():

@@ -155,6 +155,7 @@ class Stitched(Record):
         adapter_type: The run's type of map.
         split: ``train``, ``val`` or ``test``.
         keep: What later blocks read of positions that take no state: ``own`` or ``hide``.
+        roles: The roles whose tokens are scored (``--roles``); null for all. States are put in at all positions.
         seed: Of the random controls.
         pairs: By layer pair.
         verified: What was tested on the models, by name.
@@ -168,6 +169,7 @@ class Stitched(Record):
     adapter_type: str | None = None
     split: str | None = None
     keep: str | None = None
+    roles: tuple[str, ...] | None = None
     seed: Whole | None = None
     pairs: Table[StitchedPair] = EMPTY
     verified: Table[Verdict] = EMPTY
@@ -368,6 +370,8 @@ class TaskAnswers(Record):
         pairs: By layer pair.
         reasons: Why a condition was not run.
         warnings: What stands against reading the accuracies as communication.
+        undelivered: Characters of the source's summaries that the target's tokenizer cannot spell; the summaries were
+            delivered without them.
         examples: The questions with all answers.
     """
 
@@ -383,6 +387,7 @@ class TaskAnswers(Record):
     pairs: Table[MapSize] = EMPTY
     reasons: Table[str] = EMPTY
     warnings: Findings = ()
+    undelivered: Whole | None = None
     examples: tuple[Question, ...] = ()
 
 

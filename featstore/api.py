@@ -1,4 +1,4 @@
-"""What a notebook calls: :func:`extract`, :func:`open_store`, :func:`demo_pair` and :func:`sample_texts`.
+"""What a notebook calls: :func:`extract`, :func:`open_store`, :func:`rebuild`, :func:`demo_pair`, :func:`sample_texts`.
 
 Arguments are the flags of the commands, with the same defaults, checks and errors.
 """
@@ -17,7 +17,7 @@ from featstore.store import Store, open_store
 if TYPE_CHECKING:
     from featstore.demo.pair import DemoPair
 
-__all__ = ["Layers", "Models", "demo_pair", "extract", "open_store", "sample_texts"]
+__all__ = ["Layers", "Models", "demo_pair", "extract", "open_store", "rebuild", "sample_texts"]
 
 #: Models by their short name, or ``NAME=REF`` as on the command line.
 Models: TypeAlias = Mapping[str, str | Path] | Sequence[str]
@@ -35,6 +35,7 @@ def extract(
     *,
     text_field: str | None = None,
     normalise: str | None = None,
+    control_tokens: str | None = None,
     max_tokens: int | str | None = None,
     max_documents: int | None = None,
     max_document_bytes: int | None = None,
@@ -50,6 +51,10 @@ def extract(
     dtype: str | None = None,
     attn: str | None = None,
     seed: int | None = None,
+    generate: int | None = None,
+    generate_with: str | Sequence[str] | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
     moments: bool = False,
     moments_only: bool = False,
     moments_memory: int | str = "12G",
@@ -81,6 +86,8 @@ def extract(
         text_field: Field that holds the text; rows with ``messages`` are conversations, which each model reads through
             its own chat template.
         normalise: ``none``, ``nfc``, or ``auto``: composed characters where a model's tokenizer normalises.
+        control_tokens: What control tokens quoted in the text, such as ``</s>``, are read as: ``text``, or
+            ``special``, which never pairs.
         max_tokens: Token budget per model: a number, ``"1M"``, or ``"all"``.
         max_documents: Documents to read at most.
         max_document_bytes: Bytes to read of each document at most.
@@ -97,7 +104,11 @@ def extract(
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
         attn: transformers' attention implementation; ``auto``, the default, is sdpa where the model has it, else its
             own.
-        seed: Order of documents: 0 as in the corpus, else shuffled.
+        seed: Order of documents: 0 as in the corpus, else shuffled. Also the seed of sampled answers.
+        generate: Tokens that each model may write after each document; both then read the document with the answer.
+        generate_with: The models that write, by short name; each by default.
+        temperature: Of what they write; 0, the default, takes the likeliest token each time.
+        top_p: Draw from the fewest likeliest tokens that together have this probability; 1 for all.
         moments: Also store the moments of every two layers: fits then need no rows.
         moments_only: Store moments and no rows; both models are loaded at once.
         moments_memory: Bytes for summing moments, or such as ``"12G"``.
@@ -120,6 +131,7 @@ def extract(
         "dataset": dataset,
         "text_field": text_field,
         "normalise": normalise,
+        "control_tokens": control_tokens,
         "store": store,
         "max_tokens": max_tokens,
         "max_documents": max_documents,
@@ -136,12 +148,39 @@ def extract(
         "dtype": dtype,
         "attention": attn,
         "seed": seed,
+        "generate": generate,
+        "generate_with": (generate_with,) if isinstance(generate_with, str) else generate_with,
+        "temperature": temperature,
+        "top_p": top_p,
         "moments_memory": moments_memory,
     }
     settings = parse_settings(given, moments=moments, moments_only=moments_only)
     job = prepare(settings, quiet=quiet or not Ranks.from_environment().first)
     run.extract(job, quiet=quiet)
     return open_store(settings.store)
+
+
+def rebuild(store: str | Path, models: Models | None = None, *, quiet: bool = False) -> Store:
+    """Derive a store's token tables and pairs again, without running a model: `featstore pair --rebuild` as a function.
+
+    A store of an older format version becomes one of this. What changed is in the last entry of
+    ``.attributes["rebuilt"]``.
+
+    Args:
+        store: The store.
+        models: Models that are elsewhere now, as in :func:`extract`; their tokenizers are enough.
+        quiet: Show no progress.
+
+    Returns:
+        The store, open.
+
+    Raises:
+        FeatstoreError: What the command would print, as one of the classes in :mod:`featstore.errors`.
+    """
+    from featstore.extraction.rebuilding import rebuild as rebuild_store
+
+    rebuild_store(Path(store), () if models is None else model_texts(models), quiet=quiet)
+    return open_store(store)
 
 
 def demo_pair(out: str | Path = ".cache/demo", *, same_tokenizer: bool = False) -> DemoPair:

@@ -51,6 +51,13 @@ def extract(
         str | None,
         typer.Option(help="none, nfc, or auto: nfc where a model's tokenizer normalises; by default auto."),
     ] = None,
+    control_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="What control tokens quoted in the text, such as </s>, are read as: text, or special, which never "
+            "pairs; by default text."
+        ),
+    ] = None,
     store: Annotated[Path, typer.Option(help="Where to write, or what to add to.")] = Path("wt103.zarr"),
     max_tokens: Annotated[
         str | None, typer.Option(help="Token budget per model: a number, 200k, 1M, or all; by default 1M.")
@@ -104,6 +111,23 @@ def extract(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; by default 0.")
     ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens that each model may write after each document, which are read with it; by default none."
+        ),
+    ] = None,
+    generate_with: Annotated[
+        list[str] | None, typer.Option(help="NAME of a model that writes; may be repeated; by default each.")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Temperature of what is written (with --seed); by default 0, the likeliest token."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from the likeliest tokens that together have this probability; by default 1, all."),
+    ] = None,
     moments: Annotated[
         bool, typer.Option("--moments", help="Also store the moments of every two layers: fits then need no rows.")
     ] = False,
@@ -136,6 +160,7 @@ def extract(
         "dataset": dataset,
         "text_field": text_field,
         "normalise": normalise,
+        "control_tokens": control_tokens,
         "store": store,
         "max_tokens": max_tokens,
         "max_documents": max_documents,
@@ -152,6 +177,10 @@ def extract(
         "dtype": dtype,
         "attention": attn,
         "seed": seed,
+        "generate": generate,
+        "generate_with": generate_with or None,
+        "temperature": temperature,
+        "top_p": top_p,
         "moments_memory": moments_memory,
     }
     first = Ranks.from_environment().first
@@ -284,14 +313,48 @@ def convert(
 @app.command()
 def pair(
     store: StorePath,
-    policy: Annotated[str, typer.Option(help="end: every equal byte end; word: only ends of words.")] = "end",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="end: every equal byte end that is not inside a character; word: only ends of words; "
+            "byte: also inside characters."
+        ),
+    ] = "end",
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild", help="Derive token tables and pairs again from text and tokenizers; no model is run."
+        ),
+    ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=REF of a model that is elsewhere now, for --rebuild; may be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Add pair indexes to a store under another policy."""
+    """Add pair indexes to a store under another policy, or derive all that it has again.
+
+    --rebuild makes a store of an older format version one of this. Killed, it goes on when it is run again.
+    """
+    from featstore.errors import SpecError
+    from featstore.store.read.pairs import check_policy
     from featstore.store.write.index import add_pairs
 
-    result = add_pairs(store, policy)
-    lines = [f"{key}: {human(entry['pairs'])} pairs" for key, entry in result["pairs"].items()]
+    check_policy(policy)
+    if model and not again:
+        raise SpecError("--model is for --rebuild: pairs follow from the token tables that are in the store")
+    lines, result = [], {}
+    if again:
+        from rich.markup import escape
+
+        from featstore.extraction.rebuilding import describe_rebuild, rebuild
+
+        result = rebuild(store, tuple(model or ()))
+        lines.append(escape(describe_rebuild(result)))
+    if not again or policy != "end":
+        added = add_pairs(store, policy)["pairs"]
+        lines += [f"{key}: {human(entry['pairs'])} pairs" for key, entry in added.items()]
+        result |= {"added": added} if again else {"pairs": added}
     emit(result, "\n".join(lines), as_json=as_json)
 
 

@@ -163,6 +163,7 @@ class _Run:
             "store": train.store.fingerprint,
             "windows": digest([windows.numbers.tolist() for windows in (train, val)]),
             "tokens": [int(n) for windows in (train, val) for sizes in windows.sizes() for n in [sizes.sum()]],
+            **({} if train.roles is None else {"roles": list(train.roles)}),
         }
 
     def begin(self) -> _Progress:

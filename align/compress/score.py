@@ -83,7 +83,7 @@ def score_windows(
     total = windows.paired()
     paired = {name: Scorer(mean_target, total, seed=seed) for name in codecs}
     everywhere = {name: ScoreAccumulator(mean_target) for name in codecs}
-    owners = windows.store.corpus.window_document
+    owners = windows.store.corpus.window_unit
     for window in windows:
         true = window.y[window.paired_y]
         owner = np.full(len(true), owners[window.number])

@@ -1,12 +1,14 @@
 """Whole windows from a store: the states of both models at their ordinary tokens, and which of them are pairs.
 
+Roles select what is reconstructed, not what is read: the source's tokens of the other roles, the prompt, stay.
+
 Rows are read window by window through the store's readers; a bounded number of bytes of them is kept.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,7 @@ from featstore.errors import FitError
 from featstore.store import Store
 from featstore.store.read.loader import MEMORY
 from featstore.store.read.pairs import Pairs
+from featstore.text.roles import parse_roles, role_names
 
 Rows = NDArray[np.float32]
 SPLITS = ("train", "validation", "test")
@@ -25,6 +28,8 @@ SPLITS = ("train", "validation", "test")
 @dataclass(frozen=True, eq=False)
 class Window:
     """One window's states, tokens in order, without special tokens and (unless kept) attention sinks.
+
+    With roles selected ``y`` holds the target tokens of these roles alone.
 
     Attributes:
         number: Of the window in the store.
@@ -55,11 +60,13 @@ class Windows:
             compare.
         split: 0 train, 1 validation, 2 test.
         keep_sinks: Lift the sink mask.
+        roles: Roles of the target tokens; None for all. Of the source all tokens are read, whose states are good.
         memory: Bytes of rows that may be kept.
 
     Attributes:
         numbers: int64, the windows.
         left_out: Windows of the split that lack source or target tokens.
+        roles: Roles of the target tokens; None for all.
         width_x: d_source.
         width_y: d_target.
 
@@ -75,6 +82,7 @@ class Windows:
         split: int,
         *,
         keep_sinks: bool = False,
+        roles: Collection[str] | None = None,
         memory: int = MEMORY,
     ) -> None:
         self.store, self.pair, self.split = store, pair, split
@@ -85,8 +93,12 @@ class Windows:
         wanted = np.flatnonzero(store.corpus.window_split == split)
         self._tokens = [store.tokens(name) for name in (pair.source, pair.target)]
         self._rows: list[dict[int, NDArray[np.int64]]] = []
-        for tokens in self._tokens:
-            keep = np.flatnonzero(~tokens.special & (True if keep_sinks else ~tokens.sink)).astype(np.int64)
+        self.roles, numbers = role_names(roles), parse_roles(roles)
+        for tokens, wanted_roles in zip(self._tokens, (None, numbers), strict=True):
+            mask = ~tokens.special & (True if keep_sinks else ~tokens.sink)
+            if wanted_roles is not None:
+                mask &= np.isin(tokens.role, wanted_roles)
+            keep = np.flatnonzero(mask).astype(np.int64)
             # Rows lie in the order of their windows.
             edges = np.searchsorted(tokens.window[keep], [wanted, wanted + 1])
             self._rows.append({int(n): keep[a:b] for n, a, b in zip(wanted, *edges, strict=True)})

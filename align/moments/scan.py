@@ -8,7 +8,7 @@ Both ways sum the same rows in the same cuts, so a fit has the same bits from ei
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -260,6 +260,7 @@ def usable_moments(
     *,
     policy: str = "end",
     keep_sinks: bool = False,
+    roles: Collection[str] | None = None,
     max_rows: int | None = None,
 ) -> StoredMoments | None:
     """The store's own moments where they are sums over exactly the pairs asked for; None where a scan has to do.
@@ -270,6 +271,7 @@ def usable_moments(
         wanted: Which layers with which: two of them, or all of a joint map, as :func:`sites_of` names them.
         policy: Pair policy.
         keep_sinks: Lift the sink mask.
+        roles: Names of the roles of the pairs; None for all.
         max_rows: Pairs of the train split at most.
 
     Raises:
@@ -280,6 +282,8 @@ def usable_moments(
     reasons = {
         f"--policy {policy}": policy != "end",
         "--keep-sinks": keep_sinks,
+        # Stored moments sum over all roles; nobody can take one out of a sum.
+        f"--roles {','.join(roles or ())}": roles is not None,
         "--max-rows": max_rows is not None,
         f"aligning {source!r} with itself": source == target,
     }
@@ -288,6 +292,20 @@ def usable_moments(
         return stored
     need_rows(store, wanted, asked or "a fit without moments of these pairs")
     return None
+
+
+def roles_selected(store: Store, models: tuple[str, str], roles: Collection[str], selected: int) -> str:
+    """One line on what ``--roles`` selects, and on what that costs.
+
+    Args:
+        store: Complete store.
+        models: Whose pairs.
+        roles: Names of the roles.
+        selected: Pairs of these roles.
+    """
+    first, second = sorted(models, key=store.models.index)
+    why = ", since stored moments sum over all roles" if store.has(f"moments/{first}__{second}") else ""
+    return f"roles {', '.join(roles)}: {selected} pairs, whose rows are read{why}"
 
 
 def need_rows(store: Store, wanted: Sequence[Sequence[Site]], what: str) -> None:
@@ -305,7 +323,8 @@ def need_rows(store: Store, wanted: Sequence[Sequence[Site]], what: str) -> None
         if not has_rows(store, model, layer):
             raise StoreStateError(
                 f"{what} needs rows, and {store.path} holds none of layer {layer} of {model!r}, only moments "
-                "(policy end, sinks masked): fit a closed form to these, or extract again without --moments-only"
+                "(policy end, sinks masked, all roles): fit a closed form to these, or extract again without "
+                "--moments-only"
             )
 
 

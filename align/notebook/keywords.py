@@ -13,6 +13,7 @@ from align.resources import choose_device
 from align.settings import LoopSettings, Settings
 from featstore.runtime.arguments import layers_text, nearest, typed
 from featstore.runtime.quantities import parse_bytes
+from featstore.text.roles import roles_text
 
 _RUN, _LOOP = declared(Settings), declared(LoopSettings)
 OPTIONS = {**_RUN, **_LOOP}
@@ -60,6 +61,8 @@ def _plain(name: str, value: Any) -> Any:
     """A value as the command has it."""
     if name == "layers":
         return layers_text(value)
+    if name == "roles":
+        return roles_text(value)
     if name == "memory":
         return bytes_of(value)
     if name == "layer_map" and isinstance(value, Mapping):

@@ -107,6 +107,7 @@ class RowSet(Record):
         fingerprint: Of the store.
         pair_policy: How tokens are paired.
         keep_sinks: Whether attention sinks are scored.
+        roles: The roles whose rows are scored; null for all.
         sink_threshold: Multiple of the median norm beyond which a row is one.
     """
 
@@ -114,6 +115,7 @@ class RowSet(Record):
     fingerprint: str | None = None
     pair_policy: str | None = None
     keep_sinks: Flag | None = None
+    roles: tuple[str, ...] | None = None
     sink_threshold: Number | None = None
 
 

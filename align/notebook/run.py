@@ -13,6 +13,7 @@ from align.settings import Settings, load_settings
 from featstore.errors import SpecError
 from featstore.runtime.arguments import as_path
 from featstore.runtime.sheets import Sheet, counted, number, with_interval
+from featstore.text.roles import of_roles
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,7 +163,7 @@ class Run:
             )
             notes += [f"{key}: {found.level}: {found.message}" for found in pair.warnings]
         columns = ("map", "R2 [95 %]", "optimum", "best control", "cosine, centred", "retrieval top-1", "test rows")
-        return Sheet(f"{self._what()} in {self.path}", columns, tuple(rows), tuple(notes))
+        return Sheet(f"{self._what()}{of_roles(self.metrics.roles)} in {self.path}", columns, tuple(rows), tuple(notes))
 
     def _scores(self) -> Figure:
         from featstore.runtime.drawing import draw_points, panels

@@ -15,6 +15,7 @@ from featstore.errors import CorruptDataError, SpecError
 from featstore.runtime import records
 from featstore.runtime.arguments import as_path
 from featstore.runtime.sheets import Sheet, counted, number
+from featstore.text.roles import of_roles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,7 +133,7 @@ class Similarity(results.Similarity):
         notes += [f"floor (shuffled pairs): at most {max(floor):.3f}"] if floor else []
         notes += [f"undefined: {where}: {why}" for where, why in self.reasons.items()]
         sinks = "with" if self.keep_sinks else "without"
-        title = f"{self.estimator} {self.kernel} CKA over {self.n} pairs, {sinks} attention sinks"
+        title = f"{self.estimator} {self.kernel} CKA over {self.n} pairs{of_roles(self.roles)}, {sinks} attention sinks"
         return Sheet(title, ("", *names), tuple(rows), tuple(notes))
 
 

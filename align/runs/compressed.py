@@ -55,7 +55,7 @@ def compress(
     """
     memory = max(data.memory // 3, 1)
     train, val, test = (
-        Windows(data.store, pair, direction.pairs, split, keep_sinks=data.keep_sinks, memory=memory)
+        Windows(data.store, pair, direction.pairs, split, keep_sinks=data.keep_sinks, roles=data.roles, memory=memory)
         for split in (TRAIN, VALIDATION, TEST)
     )
     batches = steps_of(len(train), windows.batch_size) * windows.epochs
@@ -117,6 +117,7 @@ def _entry(
     entry["baselines"]["closed_form"]["name"] = f"{plan.optimum} on whole states"
     add_intervals(entry, sums.renamed({"compress": "map"}), seed=seed)
     entry |= {"rate": found["rate"], "rate_distortion": found["rate_distortion"]}
+    entry["by_role"] = direction.by_role
     entry["by_mask"] = {"masked": None, "kept": None}
     why = "a compress map reads windows, with the mask it was trained under"
     entry["reasons"] |= {f"by_mask.{name}": why for name in entry["by_mask"]}

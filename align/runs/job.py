@@ -17,7 +17,8 @@ from featstore.runtime.provenance import versions
 from featstore.store import Store, open_store
 from featstore.store.moments.stored import StoredMoments
 from featstore.store.read.pairs import Pairs
-from featstore.text.splits import TRAIN
+from featstore.text.roles import count_roles, role_names
+from featstore.text.splits import SPLITS, TRAIN
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Data:
         path: Its path, as given.
         policy: Pair policy.
         keep_sinks: Whether attention sinks are among the pairs.
+        roles: Roles of the pairs; None for all.
         memory: Bytes that the buffers of paired rows may take; the order of minibatches depends on it.
     """
 
@@ -36,6 +38,7 @@ class Data:
     path: str
     policy: str
     keep_sinks: bool
+    roles: tuple[str, ...] | None
     memory: int
 
 
@@ -46,7 +49,7 @@ class Direction:
     Attributes:
         source: Model name.
         target: Model name.
-        everything: All pairs, attention sinks included.
+        everything: All pairs of the roles in question, attention sinks included.
         pairs: Those to fit and score with.
         wanted: Layer pairs; with :attr:`Job.choose` every source layer with every target layer, to choose from.
         stored: The store's own moments, where they sum over just these pairs.
@@ -58,6 +61,12 @@ class Direction:
     pairs: Pairs
     wanted: list[LayerPair]
     stored: StoredMoments | None
+
+    @property
+    def by_role(self) -> dict[str, dict[str, int]]:
+        """Pairs of every role that occurs, by split."""
+        counts = {name: count_roles(self.pairs.role[self.pairs.split == at]) for at, name in enumerate(SPLITS)}
+        return {role: {name: own.get(role, 0) for name, own in counts.items()} for role in count_roles(self.pairs.role)}
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,7 @@ class Job:
             "corpus": store.attributes["corpus"],
             "window_bytes": store.attributes["window_bytes"],
             "pair_policy": self.data.policy,
+            "roles": None if self.data.roles is None else list(self.data.roles),
             "coverage": coverage,
             "mask": {**store.attributes["mask"], "keep_sinks": self.data.keep_sinks},
             "normalisation": "train means subtracted" if self.map.type.centred else "none",
@@ -124,7 +134,8 @@ def resolve(settings: Settings) -> Job:
     for backwards in ways:
         a, b = (target, source) if backwards else (source, target)
         directions.append(_direction(store, settings, a, b, _wanted(store, settings, source, target, backwards)))
-    data = Data(store, settings.store, settings.policy, settings.keep_sinks, settings.memory)
+    roles = role_names(settings.roles)
+    data = Data(store, settings.store, settings.policy, settings.keep_sinks, roles, settings.memory)
     loop = settings.loop
     return Job(plan, data, directions, settings.layer_map == "auto", loop.seed, loop.device)
 
@@ -161,7 +172,7 @@ def _wanted(store: Store, settings: Settings, source: str, target: str, backward
 
 def _direction(store: Store, settings: Settings, source: str, target: str, wanted: list[LayerPair]) -> Direction:
     # Refuses an unknown or missing pair index, too, before anything is written.
-    everything = store.pairs(source, target, settings.policy)
+    everything = store.pairs(source, target, settings.policy).select(keep_sinks=True, roles=settings.roles)
     pairs = everything.select(keep_sinks=settings.keep_sinks)
     if settings.max_rows is not None:
         train = limit_rows(pairs.where(pairs.split == TRAIN), settings.max_rows, settings.loop.seed)
@@ -175,6 +186,7 @@ def _direction(store: Store, settings: Settings, source: str, target: str, wante
         sites,
         policy=settings.policy,
         keep_sinks=settings.keep_sinks,
+        roles=role_names(settings.roles),
         max_rows=settings.max_rows,
     )
     return Direction(source, target, everything, pairs, wanted, stored)

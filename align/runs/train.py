@@ -13,7 +13,7 @@ from align.closed_form.fit import Solver
 from align.closed_form.partners import best_partners
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
-from align.moments.scan import Scan, groups_within, scan, stored_scan
+from align.moments.scan import Scan, groups_within, roles_selected, scan, stored_scan
 from align.runs.candidates import EpochEvaluation, Maker, Reporting
 from align.runs.job import Direction, Job, resolve
 from align.runs.judge import Judge
@@ -109,6 +109,9 @@ class _Run:
 
     def direction(self, direction: Direction) -> None:
         direction.pairs.where(direction.pairs.split == TEST).need(1, "testing")
+        roles, models = self.job.data.roles, (direction.source, direction.target)
+        if roles is not None and not self.reporting.quiet:
+            err.print(roles_selected(self.job.data.store, models, roles, len(direction.pairs)))
         wanted = self._choose(direction) if self.job.choose else direction.wanted
         for moments in self._scans(direction, wanted):
             self._group(direction, [pair for pair in wanted if pair.key in moments], moments)
@@ -135,7 +138,9 @@ class _Run:
             self._keep(pair, candidate.aligner, *judge.entry(pair, moments[pair.key], candidate))
 
     def finish(self) -> dict[str, Any]:
+        roles = self.job.data.roles
         result: dict[str, Any] = {"type": self.job.map.type.name, "pairs": self.entries}
+        result["roles"] = None if roles is None else list(roles)
         if self.partners:
             result["layer_map"] = self.partners
         card = self.job.card()
@@ -218,6 +223,9 @@ def describe(result: dict[str, Any]) -> str:
         closed = entry["baselines"].get("closed_form")
         if closed:
             lines.append(f"{'':28} {closed['r2']:7.3f} is the optimum of {closed['name']}")
+        if result.get("roles") is not None:
+            rows = (f"{role} ({of['train']} train, {of['test']} test)" for role, of in entry["by_role"].items())
+            lines.append(f"  only rows of the roles {', '.join(rows)}")
         lines += [f"  {w.get('level', 'warning')}: {w['message']}" for w in entry["warnings"]]
     lines.append(f"run: {result['run']}")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.metrics import debiased_cka
-from align.moments.scan import need_rows, usable_moments
+from align.moments.scan import need_rows, roles_selected, usable_moments
 from align.moments.scatter import centered, merge
 from align.scoring.moments import NEEDS_ROWS, layer_similarity
 from align.similarity.measures.base import Measure, resampling
@@ -24,10 +24,11 @@ from align.similarity.scan.terms import check_estimator, effective_rank, similar
 from align.similarity.tables import Twice, compare
 from featstore.errors import PairingError, SpecError
 from featstore.models.fingerprint import Weights
-from featstore.runtime.console import progress
+from featstore.runtime.console import err, progress
 from featstore.store import open_store
 from featstore.store.moments.stored import SPLITS, StoredMoments, has_rows
 from featstore.store.read.pairs import Pairs
+from featstore.text.roles import role_names
 
 Kernel = Literal["linear", "rbf"]
 KERNELS = ("linear", "rbf")
@@ -50,6 +51,7 @@ class Comparison:
         kernel: ``linear``, over all rows; or ``rbf``, over a sample.
         policy: Pair policy.
         keep_sinks: Whether the main figures include attention sinks.
+        roles: Roles of the rows, as :func:`featstore.text.roles.parse_roles` takes them; None for all.
         measures: Others, over a sample of rows.
         max_rows: Rows of the sample at most.
         draws: Resamples of documents behind each interval.
@@ -74,6 +76,7 @@ class Comparison:
         kernel: str = "linear",
         policy: str = "end",
         keep_sinks: bool = False,
+        roles: str | Iterable[str] | None = None,
         measures: Sequence[Measure] = (),
         max_rows: int = MAX_ROWS,
         draws: int = DRAWS,
@@ -90,11 +93,12 @@ class Comparison:
             raise SpecError("--estimator minibatch is of the linear kernel; leave out --kernel rbf")
         self.path, self.models, self.layers = path, models, {name: tuple(layers[name]) for name in models}
         self.kernel, self.policy, self.keep_sinks = kernel, policy, keep_sinks
+        self.roles = role_names(roles)
         self.measures, self.max_rows, self.draws, self.memory = list(measures), max_rows, draws, memory
         self.checkpoint, self.device, self.seed, self.quiet = checkpoint, device, seed, quiet
         self.store = open_store(path)
         first, second = models
-        self.everything = self.store.pairs(first, second, policy)
+        self.everything = self.store.pairs(first, second, policy).select(keep_sinks=True, roles=self.roles)
         self.sites = [Site(first, k, source=True) for k in self.layers[first]]
         if first != second:
             self.sites += [Site(second, k, source=False) for k in self.layers[second]]
@@ -103,7 +107,9 @@ class Comparison:
         self.rows = all(has_rows(self.store, *site) for site in named)
         self.stored = None
         if estimator != "minibatch" and kernel == "linear":
-            self.stored = usable_moments(self.store, models, wanted, policy=policy, keep_sinks=keep_sinks)
+            self.stored = usable_moments(
+                self.store, models, wanted, policy=policy, keep_sinks=keep_sinks, roles=self.roles
+            )
         elif not self.rows:
             need_rows(self.store, wanted, f"--estimator {estimator} with --kernel {kernel}")
         if self.measures and not self.rows:
@@ -131,6 +137,8 @@ class Comparison:
         """
         first, second = self.models
         masked = self.everything.select(keep_sinks=False)
+        if self.roles is not None and not self.quiet:
+            err.print(roles_selected(self.store, self.models, self.roles, len(self.everything)))
         main, ranks = self._tables(client, keep_sinks=self.keep_sinks)
         beside, _ = self._tables(client, keep_sinks=not self.keep_sinks)
         result = {
@@ -143,6 +151,7 @@ class Comparison:
             "null": self._floor(),
             "masked_rows": len(self.everything) - len(masked),
             "keep_sinks": self.keep_sinks,
+            "roles": None if self.roles is None else list(self.roles),
             "masked" if self.keep_sinks else "unmasked": beside,
             "effective_rank": ranks,
             "store": {"path": str(self.path), "fingerprint": self.store.fingerprint},
@@ -197,7 +206,7 @@ class Comparison:
         elif self.rows:
             # Workers of another process have another working directory.
             path = str(self.path.resolve()) if "://" not in str(self.path) else str(self.path)
-            selection = Selection(path, self.store.fingerprint, *self.models, self.policy, keep_sinks)
+            selection = Selection(path, self.store.fingerprint, *self.models, self.policy, keep_sinks, self.roles)
             terms = stream(
                 selection,
                 self.sites,

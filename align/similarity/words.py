@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from featstore.text.roles import of_roles
+
 
 def best_partners(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """For every layer of the first model the most similar layer of the second.
@@ -32,7 +34,8 @@ def describe(result: Mapping[str, Any]) -> str:
     """
     first, second = result["models"]
     title = "CKA" if result["kernel"] == "linear" else "RBF CKA"
-    lines = [f"{result['estimator']} {title} over {result['n']} pairs, {result['masked_rows']} attention sinks apart"]
+    over = f"over {result['n']} pairs{of_roles(result.get('roles'))}, {result['masked_rows']} attention sinks apart"
+    lines = [f"{result['estimator']} {title} {over}"]
     lines.append(f"{first:>10} | " + " ".join(f"{second}:{k}".rjust(12) for k in result["layers"][second]))
     for layer, row in zip(result["layers"][first], result["cross"], strict=True):
         lines.append(f"{layer:10} | " + " ".join(f"{v:12.4f}" if v is not None else f"{'-':>12}" for v in row))

@@ -22,6 +22,7 @@ from align.results import Documents, Metrics, PairDocuments, read_documents, rea
 from featstore.errors import AdapterError, MemberError
 from featstore.runtime.console import human
 from featstore.runtime.provenance import read_json
+from featstore.text.roles import of_roles
 
 DOCUMENTS = Documents.file
 
@@ -180,6 +181,7 @@ def _entries(directory: Path, metrics: Metrics, card: dict[str, Any]) -> list[_E
         "fingerprint": store.get("fingerprint"),
         "pair_policy": card.get("pair_policy"),
         "keep_sinks": mask.get("keep_sinks"),
+        "roles": card.get("roles"),
         "sink_threshold": mask.get("sink_threshold"),
     }
     sums = read_documents(directory).pairs if (directory / DOCUMENTS).is_file() else None
@@ -277,7 +279,8 @@ def _notes(result: dict[str, Any], labels: Mapping[str, str]) -> list[str]:
             stores = sorted({row["store"] or "?" for row in result["rows"] if row["set"] == each["set"]})
             sinks = "kept" if each["keep_sinks"] else f"masked beyond {each['sink_threshold']} x the median norm"
             fingerprint = (each["fingerprint"] or "unknown")[:12]
-            text = f"set {each['set']}: {', '.join(stores)} ({fingerprint}), pairs {each['pair_policy']}, sinks {sinks}"
+            pairs = f"pairs {each['pair_policy']}{of_roles(each['roles'])}"
+            text = f"set {each['set']}: {', '.join(stores)} ({fingerprint}), {pairs}, sinks {sinks}"
             lines += _wrapped(text, "  ")
     missing: dict[str, list[str]] = {}
     for row in result["rows"]:

@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from evaluate.communication.messages import check_context
-from evaluate.injection.continuing import check_speaker, left_padded, prompt_states
+from evaluate.injection.continuing import check_speaker, prompt_states
 from evaluate.injection.loading import Loaded
 from featstore.errors import SpecError
 from featstore.models import residual as sites
+from featstore.models.answering import left_padded
 from featstore.models.injection import Injection, aligned, inject, last
 from featstore.models.loading import refuse_unknown_ids
 from featstore.models.passes import Passes

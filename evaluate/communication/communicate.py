@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,29 @@ from numpy.typing import NDArray
 from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner
 from evaluate.communication.asking import Prompt, PutIn, ask, parted, prompts_of
-from evaluate.communication.messages import Reading, read, received, state_bytes, text_bytes, wire_format
+from evaluate.communication.messages import (
+    Reading,
+    deliverable,
+    read,
+    received,
+    state_bytes,
+    text_bytes,
+    wire_format,
+)
 from evaluate.communication.tasks.base import Example, Task, is_right
-from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name, describe, figures, gain, warnings_of
+from evaluate.communication.verdicts import (
+    CONTROLS,
+    METHODS,
+    condition_name,
+    describe,
+    figures,
+    gain,
+    undelivered,
+    warnings_of,
+)
 from evaluate.injection.controls import control_states
 from evaluate.injection.loading import Loaded, Models, check_card, choose
+from evaluate.injection.reading import spelt
 from evaluate.injection.verified import leak_at, recorded, side_channels, start_token
 from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.errors import SpecError
@@ -88,9 +107,15 @@ class Exchange:
             window of the context (:meth:`evaluate.injection.wire.Wire.rate`).
 
         Raises:
+            OffsetError: An example has a character that a model's tokenizer cannot spell.
             SpecError: An example does not fit into a model.
         """
         directions = list(dict.fromkeys((w.aligner.pair.source, w.aligner.pair.target) for w in self.wires))
+        for source, target in directions:
+            # What cannot be read is said before the first of many answers, not after hours of them.
+            for name, texts in ((source, _sources_texts(task)), (target, _targets_texts(task))):
+                for written in texts:
+                    spelt(self.loaded[name].info.tokenizer, written, f"model {name!r}: example")
         work = len(task.examples) * (len(COMMON) * len(directions) + sum(map(_conditions, self.wires)))
         entries = {}
         with progress(f"communicate {task.name}", work, "answers", quiet=self.quiet) as tick:
@@ -237,7 +262,11 @@ class _Direction:
     def entry(self, maps: Sequence[Wire]) -> dict[str, Any]:
         """The direction's part of ``communicate.json``."""
         task, examples = self.task, self.task.examples
-        summaries = self._summaries()
+        delivered = [
+            deliverable(self.target.info.tokenizer, written, partial(task.text, e))
+            for e, written in zip(examples, self._summaries(), strict=True)
+        ]
+        summaries = [message for message, _ in delivered]
         told = {
             "text": ([task.text(e) for e in examples], [e.context for e in examples]),
             "summary": ([task.text(e, s) for e, s in zip(examples, summaries, strict=True)], summaries),
@@ -267,7 +296,12 @@ class _Direction:
             # The progress counts what cannot be done as done.
             self.tick(len(examples) * (_conditions(to) - len(put)))
         answers |= self._ask(self._prompts([task.question_text(e) for e in examples]), alone)
-        return self._judged(maps, {name: answers[name] for name in sizes}, sizes, reasons, summaries)
+        entry = self._judged(maps, {name: answers[name] for name in sizes}, sizes, reasons, summaries)
+        lost = [missing for _, missing in delivered]
+        entry["undelivered"] = sum(lost)
+        if any(lost):
+            entry["warnings"].append(undelivered(lost, self.target.name))
+        return entry
 
     def _prompts(self, texts: Sequence[str]) -> list[Prompt]:
         return prompts_of(self.target, texts, [e.choices for e in self.task.examples], self.lengths[1])
@@ -430,6 +464,16 @@ class _Direction:
 def _conditions(to: Wire) -> int:
     """How many conditions a map has, controls included."""
     return (len(METHODS) if to.aligner.takes_rows else 1) * (1 + len(CONTROLS))
+
+
+def _sources_texts(task: Task) -> tuple[list[str], ...]:
+    """What the source reads of a task, example by example."""
+    return [task.context_text(e) for e in task.examples], [task.summary_text(e) for e in task.examples]
+
+
+def _targets_texts(task: Task) -> tuple[list[str], ...]:
+    """What the target reads of a task, example by example."""
+    return [task.question_text(e) for e in task.examples], [task.text(e) for e in task.examples]
 
 
 def _start(prompt: str) -> int:

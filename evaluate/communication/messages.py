@@ -6,18 +6,20 @@ format as they would be on a wire. The map is the receiver's. Sizes count no hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from evaluate.injection.loading import Loaded
-from featstore.errors import SpecError
+from featstore.errors import OffsetError, SpecError
 from featstore.models import residual as sites
 from featstore.models.loading import refuse_unknown_ids
 from featstore.store.format.elements import FORMATS, Format
+from featstore.store.read.first import first_of_window
 from featstore.text import tokens
 from featstore.text.tokens import TokenizedWindow
 
@@ -99,10 +101,40 @@ def received(rows: NDArray[np.float32], form: Format) -> NDArray[np.float32]:
     return form.decode(encoded.stored, encoded.row_scale)
 
 
+def deliverable(tokenizer: Any, message: str, prompt: Callable[[str], str]) -> tuple[str, int]:
+    """What a model's words become for a reader whose tokenizer cannot spell all of them.
+
+    Args:
+        tokenizer: The reader's.
+        message: As it was written.
+        prompt: Puts a message where the reader reads it.
+
+    Returns:
+        The message without the characters that cannot be spelt, nothing of it where that does not help; and how many
+        characters are missing.
+    """
+    if _spells(tokenizer, prompt(message)):
+        return message, 0
+    good = {character for character in set(message) if _spells(tokenizer, f"a{character}a")}
+    kept = "".join(character for character in message if character in good)
+    if not _spells(tokenizer, prompt(kept)):
+        kept = ""
+    return kept, len(message) - len(kept)
+
+
+def _spells(tokenizer: Any, text: str) -> bool:
+    try:
+        tokens.tokenize(tokenizer, [text])
+    except OffsetError:
+        return False
+    return True
+
+
 def within(window: TokenizedWindow, start: int, size: int) -> TokenizedWindow:
     """The same tokens with bytes counted from the start of a part of the text; those outside the part become special.
 
-    A token that straddles the end of the part is outside: it has read more than the part.
+    A token that straddles the end of the part is outside: it has read more than the part. So is one at its end of which
+    nobody can tell what else it has read.
 
     Args:
         window: Tokens of the whole text.
@@ -110,7 +142,7 @@ def within(window: TokenizedWindow, start: int, size: int) -> TokenizedWindow:
         size: Its bytes.
     """
     ends = window.byte_end - start
-    special = window.special | (ends <= 0) | (ends > size)
+    special = window.special | (ends <= 0) | (ends > size) | (~window.exact & (ends == size))
     return TokenizedWindow(window.ids, np.where(special, 0, ends).astype(np.int32), special, window.exact | special)
 
 
@@ -177,7 +209,7 @@ def read(
             kept = {layer: states[layer].float().cpu().numpy() for layer in layers}
             for row, (place, window) in enumerate(zip(places, batch, strict=True)):
                 count = len(window.ids)
-                sink = sinks[row, :count]
+                sink = sinks[row, :count] | first_of_window(window)
                 usable = np.flatnonzero(~window.special & ~sink)
                 if not usable.size:
                     raise SpecError(

@@ -135,6 +135,21 @@ def warnings_of(
     return found
 
 
+def undelivered(lost: Sequence[int], target: str) -> dict[str, str]:
+    """What to say of summaries that did not arrive whole.
+
+    Args:
+        lost: By example how many characters the target's tokenizer cannot spell; some at least.
+        target: The target's name.
+    """
+    count = sum(1 for missing in lost if missing)
+    return _warning(
+        "undelivered",
+        f"{count} of {len(lost)} summaries hold characters that the tokenizer of {target!r} cannot spell; they were "
+        f"delivered without these ({sum(lost)} in all)",
+    )
+
+
 _WHAT = {"random": "random vectors of their norms", "shuffled": "the states of another example"}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from align.maps.fitted import Adapter, Aligner
-from evaluate.injection.continuing import Sampling, continue_from, score_continuation
+from evaluate.injection.continuing import continue_from, score_continuation
 from evaluate.injection.controls import control_states
 from evaluate.injection.loading import Loaded, Models, check_card, choose
 from evaluate.injection.reading import Read, read, tokenized
@@ -29,6 +29,7 @@ from featstore.errors import SpecError
 from featstore.models.devices import DeviceMap
 from featstore.models.injection import Injection, aligned
 from featstore.models.probe.prove import Needs
+from featstore.models.sampling import Sampling
 from featstore.runtime.console import progress
 from featstore.text.tokens import TokenizedWindow
 

@@ -13,63 +13,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from featstore.errors import SpecError
 from featstore.models import residual as sites
+from featstore.models.answering import continued
 from featstore.models.configuration import context_length
 from featstore.models.devices import input_device
 from featstore.models.injection import Injection, check_padding, inject
 from featstore.models.passes import Passes
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn.
-
-    Attributes:
-        temperature: Divides the logits; above 0.
-        top_p: Draw from the fewest likeliest tokens that together have this probability, in (0, 1] (nucleus sampling,
-            arXiv 1904.09751).
-        seed: 0 or more. With the row's number and the step it fixes a draw, whatever else is in the batch.
-
-    Raises:
-        SpecError: A value outside its range.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise SpecError(f"temperature {self.temperature}: must be above 0; leave sampling out for greedy text")
-        if not 0 < self.top_p <= 1:
-            raise SpecError(f"top_p {self.top_p}: must be above 0 and at most 1")
-        if self.seed < 0:
-            raise SpecError(f"seed {self.seed}: must be 0 or more")
-
-
-def left_padded(rows: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Make one batch of prompts of several lengths.
-
-    Args:
-        rows: Token ids, none empty.
-        fill: Any id of the vocabulary; it is never read.
-
-    Returns:
-        int64 ids ``(batch, tokens)``, and bool padding of the same shape, None where all are of one length.
-
-    Raises:
-        SpecError: No rows, or an empty one.
-    """
-    if not rows or not all(len(row) for row in rows):
-        raise SpecError("a prompt without tokens cannot be continued; give each row at least one")
-    tokens = max(len(row) for row in rows)
-    ids = torch.tensor([[fill] * (tokens - len(row)) + [int(token) for token in row] for row in rows])
-    short = torch.tensor([tokens - len(row) for row in rows])
-    return ids, torch.arange(tokens)[None] < short[:, None] if bool(short.any()) else None
+from featstore.models.sampling import Sampling
 
 
 def check_speaker(injection: Injection) -> None:
@@ -162,21 +115,10 @@ def continue_from(
     numbers = list(range(len(prompt.ids))) if rows is None else list(rows)
     if len(numbers) != len(prompt.ids) or min(numbers) < 0:
         raise SpecError(f"row numbers {numbers[:8]} for {len(prompt.ids)} rows; give each one, 0 or more")
-    texts: list[list[int]] = [[] for _ in numbers]
-    open_rows = set(range(len(numbers)))
     with _injected(stream, injection):
-        passes = Passes(stream)
-        logits = passes.read(prompt.ids, prompt.padding)
-        for step in range(length):
-            new = _next(logits[:, -1], sample, numbers, step)
-            for row in sorted(open_rows):
-                texts[row].append(new[row])
-                if new[row] in stops:
-                    open_rows.discard(row)
-            if not open_rows or step == length - 1:
-                break
-            # A finished row goes on while others are not done; that is not part of its text.
-            logits = passes.read(torch.tensor(new)[:, None])
+        texts: list[list[int]] = continued(
+            stream, prompt.ids, prompt.padding, length=length, stops=stops, sample=sample, numbers=numbers
+        )
     return texts
 
 
@@ -289,22 +231,3 @@ def _prompt(
 def _injected(stream: sites.ResidualStream, injection: Injection | None) -> Iterator[None]:
     with nullcontext() if injection is None else inject(stream, injection, whole=False):
         yield
-
-
-def _next(logits: torch.Tensor, sample: Sampling | None, numbers: Sequence[int], step: int) -> list[int]:
-    if sample is None:
-        chosen: list[int] = logits.argmax(dim=-1).tolist()
-        return chosen
-    rows = logits.double().cpu()
-    return [_drawn(row, sample, number, step) for row, number in zip(rows, numbers, strict=True)]
-
-
-def _drawn(logits: torch.Tensor, sample: Sampling, number: int, step: int) -> int:
-    """One token, by the inverse of the cumulative distribution: one uniform number decides."""
-    share, order = torch.softmax(logits / sample.temperature, dim=-1).sort(descending=True, stable=True)
-    total = share.cumsum(dim=0)
-    # Kept are the tokens before which less than top_p has been reached; the likeliest always is.
-    kept = int((total - share < sample.top_p).sum())
-    drawn = np.random.default_rng((sample.seed, number, step)).random() * float(total[kept - 1])
-    place = int(torch.searchsorted(total[:kept], drawn, right=True))
-    return int(order[min(place, kept - 1)])

@@ -179,7 +179,8 @@ def _check_names(adapter: Adapter, names: Iterable[str]) -> None:
 
 def _known(adapter: Adapter, spec: ModelSpec) -> Known:
     """Compare a model's configuration and tokenizer with the card; depth and width are measured once it is loaded."""
-    info = models.inspect_model(spec)
+    # Prompts are read as the text was that the map was fitted to, where the card says how.
+    info = models.inspect_model(spec, adapter.card.get("corpus", {}).get("control_tokens", "text"))
     facts: dict[str, Any] = {"configuration": info.config_hash, "tokenizer": info.tokenizer_hash}
     if info.config_hash != adapter.card["models"][spec.name]["config_sha256"]:
         # Of another model, these say best that it is one.

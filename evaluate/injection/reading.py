@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluate.injection.continuing import left_padded, prompt_states
+from evaluate.injection.continuing import prompt_states
 from evaluate.injection.loading import Loaded
 from evaluate.injection.wire import Rows
-from featstore.errors import SpecError
+from featstore.errors import OffsetError, SpecError
+from featstore.models.answering import left_padded
 from featstore.models.loading import ModelInfo, refuse_unknown_ids
+from featstore.store.read.first import first_of_window
 from featstore.text import tokens
 
 
@@ -46,6 +49,28 @@ class Read:
         return values
 
 
+def spelt(tokenizer: Any, texts: Sequence[str], what: str) -> list[tokens.TokenizedWindow]:
+    """Tokenise texts of a user's; one that the tokenizer cannot spell is named by its number.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+        texts: Any number.
+        what: What one of them is called, for the message.
+
+    Raises:
+        OffsetError: A text cannot be spelt.
+    """
+    try:
+        return tokens.tokenize(tokenizer, list(texts))
+    except OffsetError:
+        for number, text in enumerate(texts, start=1):
+            try:
+                tokens.tokenize(tokenizer, [text])
+            except OffsetError as error:
+                raise OffsetError(f"{what} {number}: {error}") from error
+        raise
+
+
 def tokenized(
     name: str, info: ModelInfo, prompts: Sequence[str], extra: int, *, remedy: str
 ) -> list[tokens.TokenizedWindow]:
@@ -59,13 +84,14 @@ def tokenized(
         remedy: What to do about a prompt that is too long.
 
     Raises:
+        OffsetError: A prompt has a character that the tokenizer cannot spell; the message gives the prompt's number.
         SpecError: A prompt has no tokens, is no valid Unicode or, with what follows, exceeds the model's context.
         VocabularyError: The model's embedding has no row for a token.
     """
     for prompt in prompts:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise SpecError(f"prompt {prompt[:40]!r} holds half of a surrogate pair; give valid Unicode")
-    windows = tokens.tokenize(info.tokenizer, list(prompts))
+    windows = spelt(info.tokenizer, prompts, f"model {name!r}: prompt")
     for window in windows:
         refuse_unknown_ids(info, window.ids)
     for prompt, window in zip(prompts, windows, strict=True):
@@ -93,5 +119,5 @@ def read(loaded: Loaded, windows: list[tokens.TokenizedWindow], layers: Collecti
     wanted = sorted({*layers, *loaded.median_norm})
     states = prompt_states(loaded.model, loaded.stream, ids, wanted, padding=padding)
     sinks = loaded.is_sink(states).cpu().numpy()
-    own = [sinks[row, ids.shape[1] - len(window.ids) :] for row, window in enumerate(windows)]
+    own = [sinks[row, ids.shape[1] - len(window.ids) :] | first_of_window(window) for row, window in enumerate(windows)]
     return Read(windows, ids, padding, {layer: states[layer] for layer in layers}, own)

@@ -10,6 +10,7 @@ from evaluate.injection.verified import leak_mark, leak_words
 from evaluate.notebook.shown import ShownResult, height_of, interval, ordered
 from evaluate.results import Losses, Stitched
 from featstore.runtime.sheets import NONE, Sheet, counted, number
+from featstore.text.roles import of_roles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +49,7 @@ class StitchResult(ShownResult, Stitched):
                 notes.append(told)
             if pair.self_bit_identical is False:
                 notes.append("warning: self-injection changed the logits; do not trust these figures")
-            title = f"{key}: {pair.n_tokens} tokens of {pair.n_documents} documents"
+            title = f"{key}: {pair.n_tokens} tokens{of_roles(self.roles)} of {pair.n_documents} documents"
             columns = ("condition", "nats/token", "95 %", "bits/byte", "KL", "top-1", *(["leak"] if mark else []))
             result.append(Sheet(title, columns, tuple(rows), tuple(notes)))
         return result

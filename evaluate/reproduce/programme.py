@@ -26,6 +26,7 @@ class Scale:
         epochs: Of every training.
         ranks: Of low-rank corrections.
         latents: Latents and their width, of compressed runs.
+        roles: Roles of the rows that are fitted, compared and scored; None for all.
     """
 
     stitch_tokens: str = "1200"
@@ -34,6 +35,7 @@ class Scale:
     epochs: int = 10
     ranks: tuple[int, ...] = (8, 32, 128)
     latents: tuple[tuple[int, int], ...] = ((8, 32), (32, 64))
+    roles: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ class _Programme:
         self.steps: list[Step] = []
         self.middle = ("--layers", places.text([places.middle]))
         self.inner = ("--layers", places.text(places.inner))
+        self.roles = () if scale.roles is None else ("--roles", scale.roles)
 
     def fit(self, name: str, type_: str, *arguments: str, trains: bool = False) -> None:
         """A run of `align train`."""
         if trains:
             arguments = (*arguments, "--epochs", str(self.scale.epochs))
-        command = ("train", "--store", str(self.store), "--type", type_, *arguments, "--out", self._run(name))
+        command = ("train", "--store", str(self.store), "--type", type_, *arguments, *self.roles)
+        command = (*command, "--out", self._run(name))
         makes = (f"runs/{name}/metrics.json", f"runs/{name}/adapter.json")
         self.steps.append(Step(name, "align", command, makes, fits=True))
 
@@ -96,7 +100,7 @@ class _Programme:
 
     def cka(self) -> None:
         """All layers with all layers."""
-        command = ("cka", "--store", str(self.store), "--out", self._run("cka"))
+        command = ("cka", "--store", str(self.store), *self.roles, "--out", self._run("cka"))
         self._add("cka", "align", command, ("runs/cka/cka.json",))
 
     def _run(self, name: str) -> str:

@@ -18,6 +18,7 @@ from featstore.runtime.console import human_seconds
 from featstore.runtime.quantities import parse_budget
 from featstore.runtime.subcommands import run_stage
 from featstore.store import Store, open_store
+from featstore.text.roles import roles_text
 
 #: Text of the demo pair: small enough for two cores, large enough that every figure means something.
 _DEMO_TEXT = ("--max-documents", "60", "--max-document-bytes", "1200")
@@ -44,7 +45,14 @@ class Corpus:
 
 
 def parse_scale(
-    *, stitch_tokens: str, tasks: tuple[str, ...], examples: int, epochs: int, ranks: str, latents: str
+    *,
+    stitch_tokens: str,
+    tasks: tuple[str, ...],
+    examples: int,
+    epochs: int,
+    ranks: str,
+    latents: str,
+    roles: str | None = None,
 ) -> Scale:
     """Read a scale as it is typed.
 
@@ -55,6 +63,7 @@ def parse_scale(
         epochs: Of every training.
         ranks: ``8,32``.
         latents: ``8x32,32x64``: how many, by their width.
+        roles: ``user,assistant``; None for all.
 
     Raises:
         SpecError: Something of it does not parse, or a task is unknown.
@@ -74,7 +83,7 @@ def parse_scale(
     if not all(count > 0 and width > 0 for count, width in pairs):
         raise SpecError(f"--latents {latents!r}: both numbers must be 1 or more")
     numbers = tuple(sorted({int(rank) for rank in ranks.split(",")}))
-    return Scale(stitch_tokens, examples, tasks, epochs, numbers, tuple(dict.fromkeys(pairs)))
+    return Scale(stitch_tokens, examples, tasks, epochs, numbers, tuple(dict.fromkeys(pairs)), roles_text(roles))
 
 
 def reproduce(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from align.metrics import document_bootstrap
 from evaluate.injection.verified import leak_mark, leak_words
+from featstore.text.roles import of_roles
 from featstore.text.tokens import TokenizedWindow
 
 #: The first token whose prediction counts: the first ones are read off the start of the text alone.
@@ -60,7 +61,13 @@ class Tally:
 
 
 def add_window(
-    tally: Tally, document: int, tokens: TokenizedWindow, logits: torch.Tensor, clean: torch.Tensor | None = None
+    tally: Tally,
+    document: int,
+    tokens: TokenizedWindow,
+    logits: torch.Tensor,
+    clean: torch.Tensor | None = None,
+    *,
+    counts: NDArray[np.bool_] | None = None,
 ) -> None:
     """Score a window's predictions of its third token on, special tokens left out.
 
@@ -70,17 +77,20 @@ def add_window(
         tokens: The window as the predicting model reads it, three tokens at least.
         logits: ``(tokens, vocabulary)`` under the condition.
         clean: The same with nothing replaced; None where these are the ones.
+        counts: bool ``(tokens,)``, which of its ordinary tokens are scored; None for all.
     """
     ids = torch.from_numpy(tokens.ids.astype(np.int64)).to(logits.device)
-    scored = ~tokens.special[FIRST_SCORED:]
+    ordinary = ~tokens.special[FIRST_SCORED:]
+    scored = ordinary if counts is None else ordinary & counts[FIRST_SCORED:]
     nats, divergence, same = _predictions(logits, logits if clean is None else clean, ids)
-    ends = tokens.byte_end
-    size = int(ends[FIRST_SCORED:][scored].max(initial=0)) - int(ends[FIRST_SCORED - 1])
+    ends = np.where(ordinary, tokens.byte_end[FIRST_SCORED:], 0)
+    # What each token adds to the text read so far; special tokens, which read nothing, have 0.
+    spans = np.diff(np.maximum.accumulate(np.r_[tokens.byte_end[:FIRST_SCORED].max(), ends]))
     tally.add(
         document,
         float(nats[scored].sum()),
         int(scored.sum()),
-        max(size, 0),
+        int(spans[scored].sum()),
         float(divergence[scored].sum()),
         int(same[scored].sum()),
     )
@@ -204,7 +214,7 @@ def describe(result: dict[str, Any]) -> str:
     hidden = result.get("keep") == "hide"
     for key, entry in result["pairs"].items():
         lines.append(
-            f"{key}: {entry['n_tokens']} tokens of {entry['n_documents']} documents, "
+            f"{key}: {entry['n_tokens']} tokens{of_roles(result.get('roles'))} of {entry['n_documents']} documents, "
             f"{entry['replaced_share']:.0%} of positions replaced{', the others hidden' if hidden else ''}"
         )
         leak, known = entry.get("leak"), "leak" in entry

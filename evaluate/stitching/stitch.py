@@ -3,11 +3,14 @@
 The source states are the store's; only the target is loaded (and, where it is to be scored by itself, afterwards the
 source). Every condition replaces the same positions of the same windows, and the loss is over the predictions of the
 third token on. Intervals resample documents.
+
+Roles select which predictions are scored. States are put in at all positions all the same: a prediction of the
+assistant's text rests on the whole text before it, and the question is what it is worth when that came from the source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +31,7 @@ from featstore.models.injection import KEEP, aligned, inject
 from featstore.models.probe.prove import Needs
 from featstore.runtime.console import progress
 from featstore.store import Store
+from featstore.text.roles import count_roles, parse_roles, role_names, roles_text
 from featstore.text.splits import SPLITS, TEST
 from featstore.text.tokens import TokenizedWindow
 
@@ -45,16 +49,26 @@ class Window(Crossing):
         document: Document number.
         source_row: First source row in the store.
         size: Bytes of its text.
+        source_counts: bool ``(source tokens,)``, which of them have a role that is scored.
+        target_counts: bool ``(target tokens,)``.
     """
 
     number: int
     document: int
     source_row: int
     size: int
+    source_counts: NDArray[np.bool_]
+    target_counts: NDArray[np.bool_]
 
 
 def scored_windows(
-    store: Store, source: str, target: str, *, split: int = TEST, max_tokens: int | None = None
+    store: Store,
+    source: str,
+    target: str,
+    *,
+    split: int = TEST,
+    max_tokens: int | None = None,
+    roles: str | Iterable[str] | None = None,
 ) -> list[Window]:
     """Windows of a split with their position maps, whole windows up to a budget, round-robin over documents.
 
@@ -63,25 +77,33 @@ def scored_windows(
         source: Model name.
         target: Model name.
         split: 0 train, 1 validation, 2 test.
-        max_tokens: Target tokens at most; at least one window is returned.
+        max_tokens: Target tokens at most, scored or not; at least one window is returned.
+        roles: Roles of the tokens that are scored, as :func:`featstore.text.roles.parse_roles` takes them; None for
+            all. Windows without any are left out.
 
     Raises:
         PairingError: The split has no window with a scored token.
+        SpecError: An unknown role.
     """
+    wanted = parse_roles(roles)
     table_a, table_b = store.tokens(source), store.tokens(target)
     corpus = store.corpus
+    unit = corpus.window_unit
     numbers = np.flatnonzero(corpus.window_split == split)
     # One window of every document before the second of any: the interval comes from documents.
     order_within = np.zeros(len(numbers), dtype=np.int64)
     seen: dict[int, int] = {}
     for i, w in enumerate(numbers):
-        document = int(corpus.window_document[w])
+        document = int(unit[w])
         order_within[i] = seen[document] = seen.get(document, -1) + 1
     chosen: list[Window] = []
     total = 0
     for w in numbers[np.argsort(order_within, kind="stable")]:
         a, b = (slice(*np.searchsorted(t.window, [w, w + 1])) for t in (table_a, table_b))
         if b.stop - b.start <= FIRST_SCORED:
+            continue
+        counts = [_of_roles(t.role[rows], wanted) for t, rows in ((table_a, a), (table_b, b))]
+        if wanted is not None and not (counts[1] & ~table_b.special[b])[FIRST_SCORED:].any():
             continue
         if chosen and max_tokens is not None and total + (b.stop - b.start) > max_tokens:
             break
@@ -91,13 +113,48 @@ def scored_windows(
         size = int(corpus.window_end[w] - corpus.window_start[w])
         chosen.append(
             Window(
-                **vars(text), number=int(w), document=int(corpus.window_document[w]), source_row=int(a.start), size=size
+                **vars(text),
+                number=int(w),
+                document=int(unit[w]),
+                source_row=int(a.start),
+                size=size,
+                source_counts=counts[0],
+                target_counts=counts[1],
             )
         )
         total += b.stop - b.start
+    if not chosen and wanted is not None:
+        rows = (corpus.window_split[table_b.window] == split) & ~table_b.special
+        held = ", ".join(f"{name} ({count})" for name, count in count_roles(table_b.role[rows]).items()) or "none"
+        raise PairingError(
+            f"the {SPLITS[split]} split of {store.path} has no token to score of the role {roles_text(roles)}; "
+            f"the roles of {target!r} there are {held}: choose --roles among these, or all"
+        )
     if not chosen:
         raise PairingError(f"the {SPLITS[split]} split of {store.path} has no window to score; extract more documents")
     return chosen
+
+
+def _of_roles(role: NDArray[np.uint8], numbers: tuple[int, ...] | None) -> NDArray[np.bool_]:
+    return np.ones(len(role), dtype=bool) if numbers is None else np.isin(role, numbers)
+
+
+def _refuse_another_store(adapter: Adapter, store: Store) -> None:
+    """A store that was rebuilt is the same one only where that changed nothing that a fit or a score reads."""
+    fitted = adapter.card["store"]["fingerprint"]
+    if fitted == store.fingerprint:
+        return
+    since = store.rebuilt_since(fitted)
+    if since is None:
+        raise AdapterError(
+            f"the adapter in {adapter.directory} was fitted from a store with fingerprint {fitted[:12]}, {store.path} "
+            f"has {store.fingerprint[:12]}; use the store named in its card"
+        )
+    if since:
+        raise AdapterError(
+            f"the adapter in {adapter.directory} was fitted before {store.path} was rebuilt, over other pairs than "
+            "it has now; fit it again with `align train`"
+        )
 
 
 def stitch(
@@ -112,6 +169,7 @@ def stitch(
     split: int = TEST,
     max_tokens: int | None = None,
     keep: str = "own",
+    roles: str | Iterable[str] | None = None,
     source_alone: bool = False,
     controls: Sequence[str] = CONTROLS,
     seed: int = 0,
@@ -134,6 +192,8 @@ def stitch(
         keep: What the blocks from the layer on read of positions that take no state: ``own``, the target's own states
             there, or ``hide``, nothing (the start token excepted). Under ``hide`` the ``self`` condition is what the
             hiding alone does, and no longer equal to ``clean``.
+        roles: Roles of the tokens that are scored, or ``all``; None for those that the run was fitted to. States are
+            put in at all positions.
         source_alone: Score the source model by itself on its own tokens of the same windows; it is loaded after the
             target is released.
         controls: Which of :data:`evaluate.injection.controls.CONTROLS`, ``mean`` among them: each is a pass over
@@ -151,24 +211,20 @@ def stitch(
         ModelLoadError: A model is not at hand.
         PairingError: As :func:`scored_windows`.
         ProbeError: A layer has a side channel, or ``hide`` does not hide there.
-        SpecError: No such layer, or ``keep`` is unknown.
+        SpecError: No such layer, or ``keep`` or a role is unknown.
     """
+    scored_roles = role_names(adapter.card.get("roles") if roles is None else roles)
     if keep not in KEEP:
         raise SpecError(f"--keep {keep}: choose one of {', '.join(KEEP)}")
     if "mean" not in controls or set(controls) - set(CONTROLS):
         raise SpecError(f"controls {', '.join(controls)}: choose mean and any of {', '.join(CONTROLS)}")
     check_card(adapter)
     chosen = choose(adapter, layers)
-    if adapter.card["store"]["fingerprint"] != store.fingerprint:
-        raise AdapterError(
-            f"the adapter in {adapter.directory} was fitted from a store with fingerprint "
-            f"{adapter.card['store']['fingerprint'][:12]}, {store.path} has {store.fingerprint[:12]}; "
-            "use the store named in its card"
-        )
+    _refuse_another_store(adapter, store)
     runs = []
     for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
         wires = [wire(adapter, a) for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
-        windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens)
+        windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens, roles=scored_roles)
         runs.append(_Stitcher(store, windows, wires, keep=keep, controls=controls, seed=seed))
     sources = [run.source for run in runs] if source_alone else []
     # The second model is known to fit before the first one has worked for an hour.
@@ -212,6 +268,7 @@ def stitch(
         "adapter_type": adapter.card["type"],
         "split": SPLITS[split],
         "keep": keep,
+        "roles": None if scored_roles is None else list(scored_roles),
         "seed": seed,
         "pairs": {w.aligner.pair.key: run.entry(w) | _leak(w, verified) for run in runs for w in run.wires},
         "verified": verified,
@@ -262,7 +319,7 @@ class _Stitcher:
         for window in self.windows:
             if len(window.source.ids) > FIRST_SCORED:
                 logits = source.model(input_ids=_ids(window.source, source), use_cache=False).logits[0]
-                add_window(self._source_tally, window.document, window.source, logits)
+                add_window(self._source_tally, window.document, window.source, logits, counts=window.source_counts)
             yield len(window.source.ids)
 
     @torch.inference_mode()
@@ -336,7 +393,8 @@ class _Stitcher:
     def _score(
         self, key: str, condition: str, window: Window, logits: torch.Tensor, clean: torch.Tensor | None = None
     ) -> None:
-        add_window(self._tallies.setdefault((key, condition), Tally()), window.document, window.target, logits, clean)
+        tally = self._tallies.setdefault((key, condition), Tally())
+        add_window(tally, window.document, window.target, logits, clean, counts=window.target_counts)
 
     def entry(self, to: Wire) -> dict[str, Any]:
         """The pair's part of ``stitch.json``, less what was tested on its target."""

@@ -130,6 +130,7 @@ def _tested(info: ModelInfo, options: dict[str, Any]) -> tuple[dict[str, Any], A
 def _access(spec: ModelSpec) -> tuple[dict[str, Any], ModelInfo | None]:
     """Whether a model's configuration and tokenizer can be read, and these; its weights are not touched."""
     from featstore.models.loading import inspect_model, weight_bytes
+    from featstore.models.tokenizers import start_missing
 
     name = f"model {spec.name}"
     try:
@@ -138,8 +139,16 @@ def _access(spec: ModelSpec) -> tuple[dict[str, Any], ModelInfo | None]:
         return _check(name, " ".join(str(error).split()), ok=False, remedy="see the finding"), None
     weights = weight_bytes(spec)
     where = f"{human_bytes(weights)} of weights on this disk" if weights else "weights not on this disk yet"
-    finding = f"{spec.ref}: {info.family}, {_size(info)}, {info.vocabulary} token ids; {where}{info.peculiarities}"
-    return _check(name, finding), info
+    what = f"{info.family}, {_size(info)}, {info.vocabulary} token ids, {_begins(info)}"
+    finding = f"{spec.ref}: {what}; {where}{info.peculiarities}"
+    missing = start_missing(spec.name, info.start_token, info.start_token_asked)
+    check = _check(name, finding)
+    return (check if missing is None else {**check, "lines": [missing]}), info
+
+
+def _begins(info: ModelInfo) -> str:
+    """What a text begins with, in words."""
+    return "no start token" if info.start_token is None else f"start token {info.start_token['text']}"
 
 
 def _size(info: ModelInfo) -> str:

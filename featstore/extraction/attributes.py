@@ -52,9 +52,10 @@ def root_attributes(job: Job) -> dict[str, Any]:
         "site_convention": SITE_CONVENTION,
         "plan": plan.hash,
     }
-    if job.recorded and "converted_from" in job.recorded.root:
-        # What a conversion did to the rows that were there is not undone by adding others.
-        attributes["converted_from"] = job.recorded.root["converted_from"]
+    for past in ("converted_from", "rebuilt"):
+        if job.recorded and past in job.recorded.root:
+            # What was done to the rows and tables that were there is not undone by adding others.
+            attributes[past] = job.recorded.root[past]
     return attributes
 
 

@@ -37,13 +37,29 @@ def dry_run(job: Job) -> dict[str, Any]:
             "seconds": None if weights is None else _probe_seconds(job, name),
         }
     result["normalise"] = job.plan.settings["normalise"]
+    result["generate"] = _still_to_generate(job)
     result["moment_bytes"] = job.moment_bytes()
     result["bytes"] = job.state_bytes() + job.moment_bytes()
     result["bytes_to_write"] = job.bytes_to_write()
     result["free_bytes"] = free_bytes(job.store)
-    result["fits"] = result["bytes_to_write"] <= result["free_bytes"]
+    more = result["generate"]["bytes_at_most"] if result["generate"] else 0
+    result["fits"] = result["bytes_to_write"] + more <= result["free_bytes"]
     result["remedy"] = None if result["fits"] else job.space_remedy()
     return result
+
+
+def _still_to_generate(job: Job) -> dict[str, Any] | None:
+    """What would be generated first, and what reading it would add; None where no text is generated."""
+    how = job.plan.settings.get("generate")
+    if how is None:
+        return None
+    new = job.unanswered * int(how["tokens"])
+    size = 0.0
+    for name in job.infos:
+        rows = job.plan.models[name].rows
+        room = new if job.plan.settings["max_tokens"] is None else job.plan.settings["max_tokens"] - rows
+        size += job.layer_bytes(name) * len(job.row_layers(name)) * min(new, max(room, 0)) / rows
+    return {**how, "documents": job.unanswered, "bytes_at_most": int(size)}
 
 
 def _probe_seconds(job: Job, name: str) -> float:
@@ -78,6 +94,13 @@ def describe(result: dict[str, Any]) -> str:
         )
     if result["normalise"] == "nfc":
         lines.append("the text is read in the Unicode form NFC (--normalise none would leave it as it is)")
+    how = result["generate"]
+    if how and how["documents"]:
+        lines.append(
+            f"first {' and '.join(how['with'])} would write up to {how['tokens']} tokens after each prompt, for "
+            f"{human(how['documents'])} documents in all; reading what they write adds at most "
+            f"{human_bytes(how['bytes_at_most'])}"
+        )
     if result["moment_bytes"]:
         lines.append(f"moments (and norms, where there are no rows): {human_bytes(result['moment_bytes'])}")
     verdict = "fits" if result["fits"] else f"[bold]does not fit[/bold]: {result['remedy']}"

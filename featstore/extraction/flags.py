@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ MINIMUM: dict[str, float] = {
     "shard_rows": 256,
     "sink_threshold": 1.0,
     "seed": 0,
+    "generate": 1,
+    "temperature": 0.0,
 }
 #: Flags whose name is not that of the settings' field.
 _FLAG = {"form": "format", "attention": "attn"}
@@ -94,6 +97,23 @@ def _least(name: str, number: float, shown: Any = None) -> float:
     return number
 
 
+def _finite(name: str, value: Any) -> float:
+    number = _real(name, value)
+    if math.isinf(number):
+        raise SpecError(f"{flag(name)} {value!r}: give a finite number")
+    return number
+
+
+def _share(name: str, value: Any) -> float:
+    try:
+        number = float("nan") if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number <= 1:
+        raise SpecError(f"{flag(name)} {value!r}: give a number above 0 and at most 1")
+    return number
+
+
 def _budget(name: str, value: Any) -> int | None:
     del name
     return parse_budget(str(value))
@@ -116,14 +136,30 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "model": _texts,
     "layers": _texts,
     "store": _path,
+    "generate_with": _texts,
     "max_tokens": _budget,
     "moments_memory": _memory,
     "device_map": _device_map,
     **dict.fromkeys(
-        ("dataset", "text_field", "normalise", "form", "layout", "layer_0", "device", "dtype", "attention"), _text
+        (
+            "dataset",
+            "text_field",
+            "normalise",
+            "control_tokens",
+            "form",
+            "layout",
+            "layer_0",
+            "device",
+            "dtype",
+            "attention",
+        ),
+        _text,
     ),
     **dict.fromkeys(
-        ("max_documents", "max_document_bytes", "window_bytes", "batch_tokens", "shard_rows", "seed"), _whole
+        ("max_documents", "max_document_bytes", "window_bytes", "batch_tokens", "shard_rows", "seed", "generate"),
+        _whole,
     ),
     "sink_threshold": _real,
+    "temperature": _finite,
+    "top_p": _share,
 }

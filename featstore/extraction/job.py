@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 
 from featstore.errors import SpecError, StoreStateError
+from featstore.extraction.asking import asking, generation_of, held_answers, writers
 from featstore.extraction.compute import Compute
+from featstore.extraction.generating import Answering
 from featstore.extraction.proof import measured, verdicts
 from featstore.extraction.recorded import TEXT_FIELDS, Recorded, inherit, read_recorded
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
 from featstore.models.devices import check_models
+from featstore.models.tokenizers import check_control_tokens, start_missing
 from featstore.models.verdict import Verdict
-from featstore.runtime.console import progress
+from featstore.runtime.console import err, progress
 from featstore.runtime.provenance import read_json
 from featstore.store.format.elements import parse_format
 from featstore.store.format.encoding import Encoding
@@ -52,6 +55,7 @@ class Job:
         moments_memory: Bytes that summing moments may take.
         recorded: What the store says about itself, or None where there is none yet.
         verdicts: What was found out about the models by running them; one on which nothing was is left out.
+        unanswered: Documents of the plan whose answers are still to be generated; of an estimate alone.
     """
 
     store: Path
@@ -66,6 +70,7 @@ class Job:
     moments_memory: int
     recorded: Recorded | None = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    unanswered: int = 0
 
     def row_layers(self, name: str) -> tuple[int, ...]:
         """Layers stored row by row: all but a layer 0 that is a table; none where only moments are kept.
@@ -167,10 +172,17 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     if settings.layer_0 not in ("stored", "table"):
         raise SpecError(f"--layer-0 {settings.layer_0!r}: choose stored or table")
     source = parse_source(settings.dataset, settings.text_field)
-    infos = {s.name: models.inspect_model(s) for s in spec.parse_models(settings.model)}
+    check_control_tokens(settings.control_tokens)
+    _refuse_other_control_tokens(settings, recorded)
+    infos = {s.name: models.inspect_model(s, settings.control_tokens) for s in spec.parse_models(settings.model)}
+    for name, info in infos.items():
+        missing = start_missing(name, info.start_token, info.start_token_asked)
+        if missing and not quiet:
+            err.print(missing, markup=False, highlight=False, soft_wrap=True)
     if settings.normalise == "auto":
         any_does = any(normalises(info.tokenizer) for info in infos.values())
         settings = replace(settings, normalise="nfc" if any_does else "none")
+    settings = replace(settings, generate_with=writers(settings, infos, recorded))
     claimed = {name: info.depth for name, info in infos.items() if info.depth is not None}
     if settings.was_given("layers") and len(claimed) == len(infos):
         spec.parse_layers(settings.layers, claimed)  # what cannot be right is said before the wait for the weights
@@ -187,7 +199,10 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     layers = {name: tuple(sorted({*wanted[name], *stored.get(name, ())})) for name in infos}
     if settings.moments == "only" and len(infos) < 2:
         raise SpecError("--moments-only sums over pairs of two models; name a second one with --model")
-    plan = _plan(settings, source, infos, recorded, quiet=quiet)
+    models_asked = asking(settings, compute, recorded, found, load=load, quiet=quiet)
+    plan = _plan(settings, source, infos, recorded, models_asked, quiet=quiet)
+    if models_asked:
+        models_asked.say()
     for name, info in infos.items():
         # The store's tokens under a name that another model has now are refused as such, when the job is compared.
         known = recorded.models.get(name, {}).get("tokenizer_sha256") if recorded else None
@@ -206,7 +221,20 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
         moments_memory=settings.moments_memory,
         recorded=recorded,
         verdicts=found,
+        unanswered=min(models_asked.unanswered, len(plan.corpus.document_id)) if models_asked else 0,
     )
+
+
+def _refuse_other_control_tokens(settings: Settings, recorded: Recorded | None) -> None:
+    """Other ids of the same text would come out, which the text does not tell."""
+    if recorded is None or recorded.empty:
+        return
+    used = recorded.settings()["control_tokens"]
+    if settings.control_tokens != used:
+        raise StoreStateError(
+            f"{recorded.path} was made with --control-tokens {used}; leave the flag out, or choose another --store for "
+            f"{settings.control_tokens}"
+        )
 
 
 def _compute(settings: Settings, infos: dict[str, models.ModelInfo], recorded: Recorded | None) -> Compute:
@@ -246,26 +274,29 @@ def _plan(
     source: Source,
     infos: dict[str, models.ModelInfo],
     recorded: Recorded | None,
+    asked: Answering | None,
     *,
     quiet: bool,
 ) -> Plan:
     """From the store's own text where no flag asks for other text, else from the source."""
     date = recorded.date if recorded else DATE
     if recorded is not None and recorded.empty:
-        return _read_source(settings, source, infos, date, quiet=quiet)
+        return _read_source(settings, source, infos, date, asked, quiet=quiet)
     held = recorded.text() if recorded else None
     if recorded is None or held is None:
-        fresh = _read_source(settings, source, infos, date, quiet=quiet)
+        fresh = _read_source(settings, source, infos, date, asked, quiet=quiet)
         return replace(fresh, segments=recorded.segments) if recorded else fresh
     planned, tables = held
     if any(settings.given is None or name in settings.given for name in TEXT_FIELDS):
         # The budget counts the tokens of the models that the store was planned with.
         counted = {
-            name: infos.get(name) or models.inspect_model(spec.parse_model(reference))
+            name: infos.get(name) or models.inspect_model(spec.parse_model(reference), settings.control_tokens)
             for name, reference in recorded.references().items()
             if name in tables
         }
-        fresh = _read_source(settings, source, counted or infos, date, quiet=quiet)
+        if asked is not None:
+            asked.known = held_answers(recorded, planned, asked.generation)
+        fresh = _read_source(settings, source, counted or infos, date, asked, quiet=quiet)
         if fresh.corpus.hash != planned.hash:
             return _grown(settings, recorded, planned, fresh, infos)
         planned, tables = fresh.corpus, dict(fresh.models)
@@ -315,21 +346,31 @@ def _text_settings(settings: Settings, source: Source) -> dict[str, Any]:
     return {
         "source": source.to_dict(),
         "normalise": settings.normalise,
+        "control_tokens": settings.control_tokens,
         "max_tokens": settings.max_tokens,
         "max_documents": settings.max_documents,
         "max_document_bytes": settings.max_document_bytes,
         "seed": settings.seed,
+        **({"generate": generation_of(settings).to_dict()} if settings.generate else {}),
     }
 
 
 def _read_source(
-    settings: Settings, source: Source, infos: dict[str, models.ModelInfo], date: str, *, quiet: bool
+    settings: Settings,
+    source: Source,
+    infos: dict[str, models.ModelInfo],
+    date: str,
+    asked: Answering | None,
+    *,
+    quiet: bool,
 ) -> Plan:
     read = documents(
         normalised(shuffled(iter_texts(source), settings.seed), settings.normalise),
         max_documents=settings.max_documents,
         max_bytes=settings.max_document_bytes,
     )
+    if asked is not None:
+        read, quiet = asked.answered(read, infos), True  # answering has progress of its own
     with progress("tokenise", settings.max_tokens, "tok", quiet=quiet) as tick:
         return make_plan(
             read,

@@ -34,9 +34,11 @@ from featstore.store.moments.stored import (
     missing_blocks,
 )
 from featstore.store.moments.sums import BlockSums
+from featstore.store.read.first import first_rows
 from featstore.store.read.pairs import last_at_each_end, match_ends
 from featstore.store.write.index import write_pairs, write_sinks
 from featstore.store.write.writer import StoreWriter
+from featstore.text.plan import PlannedModel
 
 Rows = dict[int, NDArray[np.float32]]
 
@@ -168,8 +170,7 @@ class _Joined:
         sides = []
         for name in (first, second):
             planned = job.plan.models[name]
-            window = np.repeat(np.arange(len(planned.row_start) - 1, dtype=np.int32), np.diff(planned.row_start))
-            sides.append(last_at_each_end(window, planned.byte_end, planned.special, planned.exact))
+            sides.append(last_at_each_end(_windows(planned), planned.byte_end, planned.special, planned.exact))
         text = job.plan.corpus
         keys, row_a, row_b = match_ends(sides[0], sides[1], "end", text.window_offset, text.window_stop, text.text)
         split = text.document_split[text.window_document[keys >> 32]]
@@ -181,13 +182,18 @@ class _Joined:
         return {name: rows[part] for name, rows in self.rows.items()}, self.split[part]
 
 
+def _windows(planned: PlannedModel) -> NDArray[np.int32]:
+    """The window of every row: int32 ``(n,)``."""
+    return np.repeat(np.arange(len(planned.row_start) - 1, dtype=np.int32), np.diff(planned.row_start))
+
+
 class _Mask:
     """Norms and sinks of one model, filled as its rows come by."""
 
     def __init__(self, store: Store, job: Job, name: str) -> None:
-        rows = job.plan.models[name].rows
-        self.norms = {layer: np.zeros(rows, np.float32) for layer in job.layers[name]}
-        self.sink = np.zeros(rows, dtype=bool)
+        planned = job.plan.models[name]
+        self.norms = {layer: np.zeros(planned.rows, np.float32) for layer in job.layers[name]}
+        self.sink = first_rows(_windows(planned), planned.byte_end, planned.special)
         self._limit = {int(k): job.sink_threshold * v for k, v in store.median_norms(name).items()}
         self._name, self._basis = name, _norms_basis(job, name)
 

@@ -100,10 +100,17 @@ def tested(info: models.ModelInfo, compute: Compute, name: str, *, device: str) 
         attention=compute.attention[name],
         device_map=compute.device_map,
     )
-    return prove(model, key=_key(info, compute, name), name=name)
+    return prove(model, key=key(info, compute, name), name=name)
 
 
-def _key(info: models.ModelInfo, compute: Compute, name: str) -> str | None:
+def key(info: models.ModelInfo, compute: Compute, name: str) -> str | None:
+    """What a model and how it is run is known by, or None while its weights are not on this disk.
+
+    Args:
+        info: The model.
+        compute: How it is run.
+        name: Its name in the store.
+    """
     weights = weights_fingerprint(info.spec, quiet=True)
     return weights and probe_key(
         weights=weights,
@@ -115,6 +122,6 @@ def _key(info: models.ModelInfo, compute: Compute, name: str) -> str | None:
 
 
 def _known(info: models.ModelInfo, compute: Compute, name: str) -> Verdict | None:
-    key = _key(info, compute, name)
-    verdict = recalled(key) if key else None
+    held = key(info, compute, name)
+    verdict = recalled(held) if held else None
     return verdict if verdict is not None and verdict.reading is not None else None

@@ -6,14 +6,17 @@ larger budget all go through here, and whatever contradicts the store is named b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featstore.errors import CorruptDataError, StoreFormatError, StoreStateError
+from featstore.errors import CorruptDataError, SpecError, StoreFormatError, StoreStateError
 from featstore.extraction.settings import Settings
+from featstore.models.references import parse_model
+from featstore.models.tokenizers import held_control_tokens
 from featstore.models.verdict import Verdict
 from featstore.runtime.provenance import read_json
 from featstore.store.read.files import LocalFiles
@@ -29,16 +32,25 @@ TEXT_FIELDS = (
     "dataset",
     "text_field",
     "normalise",
+    "control_tokens",
     "max_tokens",
     "max_documents",
     "max_document_bytes",
     "window_bytes",
     "seed",
+    "generate",
+    "generate_with",
+    "temperature",
+    "top_p",
 )
+#: How text was generated: what is not typed is the store's, and what is typed has to be.
+_GENERATION = ("generate", "generate_with", "temperature", "top_p")
 #: Model attributes that may differ between an extraction and a later addition to it.
 _MAY_DIFFER = ("versions", "device_type")
 #: Model attributes that say of the weights what their fingerprint decides; older stores lack them.
 _TOLD_BY_WEIGHTS = ("quantization", "adapter", "verified")
+#: Model attributes that say of the tokenizer what its hash decides; older stores lack them.
+_TOLD_BY_TOKENIZER = ("start_token", "start_token_asked")
 
 
 @dataclass(frozen=True)
@@ -112,8 +124,10 @@ class Recorded:
             "dataset": source.text,
             "text_field": source.field,
             "normalise": self.normalise,
+            "control_tokens": held_control_tokens(corpus),
             **{name: corpus[name] for name in ("max_tokens", "max_documents", "max_document_bytes", "seed")},
             "window_bytes": self.root["window_bytes"],
+            **_generation(corpus.get("generate")),
             "sink_threshold": self.root["mask"]["sink_threshold"],
             "moments": "add" if self.root.get("moments") else "none",
         }
@@ -182,6 +196,31 @@ class Recorded:
         return planned, tables
 
 
+def references_of(store: Store, model: Sequence[str] = ()) -> dict[str, str]:
+    """``NAME=REF`` of every model of a store that has a reference; those given take the place of those on record.
+
+    Args:
+        store: Any store.
+        model: ``NAME=REF`` values.
+
+    Raises:
+        SpecError: A name that is not in the store.
+    """
+    given = {parse_model(text).name: text for text in model}
+    for name, text in given.items():
+        if name not in store.models:
+            raise SpecError(f"--model {text}: {store.path} holds {', '.join(store.models)}, name one of these")
+    found = {}
+    for name in store.models:
+        attributes = store.model(name).attributes
+        if name in given:
+            found[name] = given[name]
+        elif attributes.get("reference"):
+            revision = attributes.get("revision")
+            found[name] = f"{name}={attributes['reference']}" + (f"@{revision}" if revision else "")
+    return found
+
+
 def read_recorded(path: Path) -> Recorded | None:
     """Read what a store says about itself, or None where there is no store yet.
 
@@ -223,7 +262,7 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
 
     Raises:
         CorruptDataError: The account lacks something.
-        StoreStateError: The text is to be read in another Unicode form than the store's.
+        StoreStateError: The text is to be read in another Unicode form than the store's, or answered otherwise.
     """
     try:
         used, references = recorded.settings(), recorded.references()
@@ -242,9 +281,32 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
             f"{recorded.path} holds text that was read with --normalise {recorded.normalise}, not {wish}; "
             "leave --normalise out, or choose another --store"
         )
+    if not recorded.empty:
+        _refuse_other_answers(settings, recorded, used)
     if not settings.was_given("model") and references:
         changes["model"] = tuple(references.values())
     return replace(settings, **changes)
+
+
+def _generation(entry: dict[str, Any] | None) -> dict[str, Any]:
+    """Settings from ``corpus.generate``; stores without it hold text that nobody answered."""
+    if entry is None:
+        return {"generate": 0, "generate_with": (), "temperature": 0.0, "top_p": 1.0}
+    chosen = {"generate": entry["tokens"], "generate_with": tuple(entry["with"])}
+    return {**chosen, "temperature": entry["temperature"], "top_p": entry["top_p"]}
+
+
+def _refuse_other_answers(settings: Settings, recorded: Recorded, used: dict[str, Any]) -> None:
+    for name in _GENERATION:
+        wish, held = getattr(settings, name), used[name]
+        same = set(wish) == set(held) if name == "generate_with" else wish == held
+        if settings.was_given(name) and not same:
+            flag = f"--{name.replace('_', '-')}"
+            shown = [",".join(value) if isinstance(value, tuple) else f"{value:g}" for value in (held, wish)]
+            text = f"generated with {flag} {shown[0]}, not {shown[1]}" if used["generate"] else "not generated"
+            raise StoreStateError(
+                f"{recorded.path} holds text that was {text}; leave {flag} out, or choose another --store"
+            )
 
 
 def _without_budgets(value: Any) -> Any:
@@ -254,7 +316,11 @@ def _without_budgets(value: Any) -> Any:
 
 def _text_of(root: dict[str, Any]) -> dict[str, Any]:
     """Root attributes, with what older stores do not say of the text."""
-    return {**root, "corpus": {"normalise": "none", "form": "text", **root["corpus"]}}
+    held = root.get("corpus")
+    if not isinstance(held, dict):
+        return root
+    unsaid = {"normalise": "none", "form": "text", "control_tokens": held_control_tokens(held)}
+    return {**root, "corpus": unsaid | held}
 
 
 def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
@@ -271,7 +337,7 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
     growing = root["plan"] != recorded.root["plan"]
     if recorded.empty:
         return
-    recorded_root = _text_of(recorded.root)
+    recorded_root, root = _text_of(recorded.root), _text_of(root)
     free = {"complete", "models", "moments"} | ({"corpus", "split", "plan", "segments"} if growing else set())
     changed = [
         key
@@ -281,7 +347,7 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
     if growing and not recorded.complete:
         changed.append("corpus")
     # An addition may come from another machine or a newer library; a half-done extraction may not go on there.
-    ignored = {"layers", "additions", *_TOLD_BY_WEIGHTS}
+    ignored = {"layers", "additions", *_TOLD_BY_WEIGHTS, *_TOLD_BY_TOKENIZER}
     ignored |= {"rows", "tokens_sha256"} if growing else set()
     ignored |= set(_MAY_DIFFER) if recorded.complete else set()
     for name, values in models.items():

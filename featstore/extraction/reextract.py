@@ -22,15 +22,18 @@ from featstore.extraction.forward import BatchReader, pack, unpacked
 from featstore.extraction.job import Job, prepare
 from featstore.extraction.pilot import read_pilot, recorded_weights
 from featstore.extraction.proof import tested
+from featstore.extraction.recorded import references_of
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
 from featstore.models.devices import DeviceMap
+from featstore.models.tokenizers import held_control_tokens
 from featstore.models.weights import weights_of
 from featstore.runtime.console import Tick, err, progress
 from featstore.runtime.provenance import digest, versions
 from featstore.store import Store, open_store
 from featstore.store.format.elements import Format
+from featstore.store.format.version import FORMAT_VERSION
 from featstore.store.moments.stored import has_rows
 from featstore.store.read.records import TOKEN_COLUMNS
 from featstore.store.read.tables import TableReader
@@ -68,14 +71,15 @@ def check_tokens(store: Store, model: Sequence[str] = (), *, quiet: bool = False
         SpecError: A name that is not in the store.
     """
     result: dict[str, list[str]] = {"tokenized": [], "damage": [], "not_checked": []}
-    references = _references(store, model)
+    references = references_of(store, model)
     for name in store.models:
         attributes = store.model(name).attributes
         if name not in references:
             result["not_checked"].append(f"{name}: tokens against text, as the store does not say which model it is")
             continue
         try:
-            info = models.inspect_model(spec.parse_model(references[name]))
+            control_tokens = held_control_tokens(store.attributes["corpus"])
+            info = models.inspect_model(spec.parse_model(references[name]), control_tokens)
         except FeatstoreError as error:
             result["not_checked"].append(f"{name}: tokens against text ({error})")
             continue
@@ -89,23 +93,6 @@ def check_tokens(store: Store, model: Sequence[str] = (), *, quiet: bool = False
         damage = _first_difference(store, name, info.tokenizer, quiet=quiet)
         result["damage" if damage else "tokenized"].append(damage or name)
     return result
-
-
-def _references(store: Store, model: Sequence[str]) -> dict[str, str]:
-    """``NAME=REF`` of every model that has a reference, those given first."""
-    given = {spec.parse_model(text).name: text for text in model}
-    for name, text in given.items():
-        if name not in store.models:
-            raise SpecError(f"--model {text}: {store.path} holds {', '.join(store.models)}, name one of these")
-    found = {}
-    for name in store.models:
-        attributes = store.model(name).attributes
-        if name in given:
-            found[name] = given[name]
-        elif attributes.get("reference"):
-            revision = attributes.get("revision")
-            found[name] = f"{name}={attributes['reference']}" + (f"@{revision}" if revision else "")
-    return found
 
 
 def _first_difference(store: Store, name: str, tokenizer: Any, *, quiet: bool) -> str | None:
@@ -123,12 +110,11 @@ def _first_difference(store: Store, name: str, tokenizer: Any, *, quiet: bool) -
                 return f"{name}: windows {numbers.start}..{numbers.stop - 1} cannot be tokenised: {error}"
             for window, part in zip(numbers, parts, strict=True):
                 rows = slice(int(starts[window]), int(starts[window + 1]))
-                for column, expected in (
-                    ("id", part.ids),
-                    ("byte_end", part.byte_end),
-                    ("special", part.special),
-                    ("exact", part.exact),
-                ):
+                expected_of: dict[str, NDArray[Any]] = {"id": part.ids}
+                if store.version == FORMAT_VERSION:
+                    # Older ones have the ends of offsets, which says whoever opens them.
+                    expected_of |= {"byte_end": part.byte_end, "special": part.special, "exact": part.exact}
+                for column, expected in expected_of.items():
                     if not np.array_equal(table[column][rows], expected):
                         return f"{name}: tokens/{column} of window {window} are not those of its text"
             tick(len(numbers))
@@ -176,7 +162,7 @@ def reextract(
     for name in store.models:
         if not all(has_rows(store, name, layer) for layer in store.model(name).layers):
             raise StoreStateError(f"{path} holds moments of {name!r} and no rows to compare; leave --reextract out")
-    references = _references(store, model)
+    references = references_of(store, model)
     asked = Settings(
         store=path,
         model=tuple(references.values()),

@@ -13,8 +13,6 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-
 from featstore.errors import SpecError, StoreStateError
 from featstore.extraction.attributes import is_done, model_attributes, root_attributes
 from featstore.extraction.job import Job
@@ -152,16 +150,8 @@ def _write_plan(writer: StoreWriter, plan: Plan) -> None:
     for name, model in plan.models.items():
         unit = f"models/{name}/tokens"
         if (writer.entry(unit) or {}).get("sha256") != model.hash:
-            window = np.repeat(np.arange(len(model.row_start) - 1, dtype=np.int32), np.diff(model.row_start))
-            columns = {
-                "id": model.ids,
-                "byte_end": model.byte_end,
-                "window": window,
-                "special": model.special,
-                "exact": model.exact,
-                "role": model.role,
-            }
-            writer.vectors(unit, {f"{unit}/{key}": column for key, column in columns.items()}, sha256=model.hash)
+            columns = {f"{unit}/{key}": column for key, column in model.columns.items()}
+            writer.vectors(unit, columns, sha256=model.hash)
 
 
 def _finish(writer: StoreWriter, job: Job, *, quiet: bool) -> None:

@@ -38,7 +38,12 @@ class Settings:
         device_map: Where the modules of models go, instead of one device.
         attention: transformers' attention implementation; ``auto`` for sdpa where a model has it, else its own.
         normalise: ``none``, ``nfc`` or ``auto``: what the text is brought into before anything else is done with it.
-        seed: Order in which documents are taken; 0 is corpus order.
+        control_tokens: What control tokens that the text quotes are read as: ``text``, or ``special``.
+        seed: Order in which documents are taken; 0 is corpus order. Also the seed of sampled answers.
+        generate: Tokens at most that models write after each document before it is read; 0 for none.
+        generate_with: Models that do; each of them where none is named.
+        temperature: Of what they write; 0 takes the likeliest token each time.
+        top_p: They draw from the fewest likeliest tokens that together have this probability.
         layer_0: ``stored`` as rows like any other layer, or ``table``: one row for every token id that occurs.
         moments: ``none``, ``add`` (beside the rows) or ``only`` (no rows).
         moments_memory: Bytes that summing moments may take.
@@ -64,7 +69,12 @@ class Settings:
     dtype: str = "auto"
     attention: str = "auto"
     normalise: str = "auto"
+    control_tokens: str = "text"
     seed: int = 0
+    generate: int = 0
+    generate_with: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
     layer_0: str = "stored"
     moments: str = "none"
     moments_memory: int = MEMORY

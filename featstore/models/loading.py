@@ -32,6 +32,7 @@ from featstore.models.devices import (
 )
 from featstore.models.files import weight_files
 from featstore.models.references import ModelSpec
+from featstore.models.tokenizers import load_tokenizer
 from featstore.models.unread import Unread, beside_text, leave_out
 from featstore.models.weights import check_ids, describe_weights, quantization_of, refuse_incomplete
 from featstore.runtime.provenance import digest
@@ -54,6 +55,8 @@ class ModelInfo:
         tokenizer: A fast tokenizer (offsets are needed).
         quantization: How the checkpoint is quantised, or None.
         adapter: The adapter that is applied to the model, or None.
+        start_token: ``{"id", "text"}`` of the token that the tokenizer puts before a text, or None.
+        start_token_asked: The start token that the tokenizer's configuration asks for, or None.
     """
 
     spec: ModelSpec
@@ -67,6 +70,8 @@ class ModelInfo:
     tokenizer: Any
     quantization: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
+    start_token: dict[str, Any] | None = None
+    start_token_asked: str | None = None
 
     @property
     def peculiarities(self) -> str:
@@ -110,23 +115,27 @@ class ModelInfo:
             "vocabulary": self.vocabulary,
             "config_sha256": self.config_hash,
             "tokenizer_sha256": self.tokenizer_hash,
+            "start_token": self.start_token,
+            **({"start_token_asked": self.start_token_asked} if self.start_token_asked else {}),
             **({"quantization": self.quantization} if self.quantization else {}),
             **({"adapter": self.adapter} if self.adapter else {}),
         }
 
 
-def inspect_model(spec: ModelSpec) -> ModelInfo:
+def inspect_model(spec: ModelSpec, control_tokens: str = "text") -> ModelInfo:
     """Load a model's configuration and tokenizer.
 
     Args:
         spec: Name and reference.
+        control_tokens: What control tokens that a text quotes are read as: ``text`` or ``special``.
 
     Raises:
-        ModelLoadError: Not found, no network, damaged, no causal language model, or without a fast tokenizer.
+        ModelLoadError: Not found, no network, damaged, no causal language model, without a fast tokenizer, or with
+            one whose files cannot be read as they mean.
         GatedModelError: The licence must be accepted first.
         MissingPackageError: An adapter lies beside it, and peft is not installed.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     with _loading(spec):
         adapter = find_adapter(spec)
@@ -134,11 +143,11 @@ def inspect_model(spec: ModelSpec) -> ModelInfo:
             require_peft(adapter)
         base = adapter.base if adapter else spec
         config = AutoConfig.from_pretrained(**_where(base))
-        tokenizer = AutoTokenizer.from_pretrained(**_where(tokenizer_place(spec, base)), use_fast=True)
-    if not tokenizer.is_fast:
-        raise ModelLoadError(
-            f"model {spec.name!r} ({spec.ref}): its tokenizer gives no character offsets; a fast tokenizer is needed"
-        )
+        where = _where(tokenizer_place(spec, base))
+        try:
+            loaded = load_tokenizer(where, control_tokens)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{_who(spec)}: {error}") from error
     ids = configuration.vocabulary(config)
     if ids is None:
         raise ModelLoadError(
@@ -150,7 +159,6 @@ def inspect_model(spec: ModelSpec) -> ModelInfo:
             f"model {spec.name!r} ({spec.ref}): transformers has no causal language model for a {config.model_type}; "
             "give one, or the text model inside this one"
         )
-    definition = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
     return ModelInfo(
         spec=spec,
         family=str(config.model_type),
@@ -159,10 +167,12 @@ def inspect_model(spec: ModelSpec) -> ModelInfo:
         vocabulary=ids,
         context=configuration.context_length(config),
         config_hash=digest(configuration.identity(config)),
-        tokenizer_hash=digest(definition),
-        tokenizer=tokenizer,
+        tokenizer_hash=loaded.hash,
+        tokenizer=loaded.tokenizer,
         quantization=quantization_of(config, base.ref),
         adapter=adapter.describe() if adapter else None,
+        start_token=loaded.start,
+        start_token_asked=loaded.asked,
     )
 
 

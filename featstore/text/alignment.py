@@ -17,9 +17,6 @@ from featstore.errors import OffsetError
 from featstore.text.bytes import SPACE, TokenBytes
 from featstore.text.rewriting import NOWHERE, places
 
-#: Tokens that may share one rewritten stretch of text before the search for its end is given up.
-_LONGEST_STRETCH = 64
-
 
 def byte_ends(
     vocabulary: TokenBytes,
@@ -51,138 +48,88 @@ def byte_ends(
         before = int(joined != raw)
         if joined == raw or (joined[:1] == b" " and joined[1:] == raw):
             return np.maximum(np.cumsum(lengths, dtype=np.int64) - before, 0), np.ones(len(ids), dtype=bool)
-        found = _ends_in_rewritten(vocabulary, normalise, text, [pieces[i] or b"" for i in ids.tolist()])
-        if found is not None:
-            return found
     if not vocabulary.told:
         return ends_by_offsets(text, spans())
-    return _Alignment(vocabulary, normalise, text, ids, spans()).ends()
+    return _Rewritten(vocabulary, normalise, text).ends([vocabulary.pieces[i] for i in ids.tolist()], spans)
 
 
-def _ends_in_rewritten(
-    vocabulary: TokenBytes, normalise: Callable[[str], str], text: str, pieces: list[bytes]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]] | None:
-    """Ends where the tokens spell what the tokenizer makes of a text; None where they spell something else."""
-    # A normaliser that puts something before a text would put it before every stretch of it.
-    before = normalise("x").removesuffix("x")
+class _Rewritten:
+    """A text as its tokenizer rewrites it, along which the tokens' bytes are laid one after another."""
 
-    def rewrite(stretch: str) -> str:
-        result = normalise(stretch).removeprefix(before)
-        return result.replace(SPACE, " ") if vocabulary.spaced else result
+    def __init__(self, vocabulary: TokenBytes, normalise: Callable[[str], str], text: str) -> None:
+        # A normaliser that puts something before a text would put it before every stretch of it.
+        before = normalise("x").removesuffix("x")
 
-    rewritten, place = places(rewrite, text)
-    joined = b"".join(pieces)
-    if vocabulary.spaced and not joined.endswith(rewritten):
-        pieces = _quoting(pieces, rewritten)
-        joined = b"".join(pieces)
-    added = len(joined) - len(rewritten)
-    if joined != b" " * added + rewritten or added > 1:
-        return None
-    ends = place[np.maximum(np.cumsum([len(piece) for piece in pieces], dtype=np.int64) - added, 0)]
-    return np.maximum.accumulate(np.maximum(ends, 0)), ends != NOWHERE
+        def rewrite(stretch: str) -> str:
+            result = normalise(stretch).removeprefix(before)
+            return result.replace(SPACE, " ") if vocabulary.spaced else result
 
+        self._text = text
+        self._bytes, self._place = places(rewrite, text)
 
-def _quoting(pieces: list[bytes], rewritten: bytes) -> list[bytes]:
-    """Bytes that stand for their names: Unigram models read a quoted "<0x41>" as the token of a byte."""
-    result, read = list(pieces), 0
-    for at, piece in enumerate(pieces):
-        name = b"<0x%02X>" % piece[0] if len(piece) == 1 else piece
-        if at == 0 and piece[:1] == b" " and not rewritten.startswith(piece):
-            read = -1
-        elif not rewritten.startswith(piece, read) and rewritten.startswith(name, read):
-            result[at] = name
-        read += len(result[at])
-    return result
+    def ends(
+        self, pieces: list[bytes | None], spans: Callable[[], NDArray[np.int64]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Byte ends in the text, and which of them are exact.
 
-
-class _Alignment:
-    """The tokens of a text that is not what they spell, laid along it piece by piece.
-
-    Where a piece is what stands in the text, it ends where it ends. Where it is not, the tokens from there on are taken
-    together until what they spell is what the normaliser makes of a stretch of the text; the last of them has read that
-    stretch, and where the others end inside it nobody can tell.
-    """
-
-    def __init__(
-        self,
-        vocabulary: TokenBytes,
-        normalise: Callable[[str], str],
-        text: str,
-        ids: NDArray[np.int32],
-        spans: NDArray[np.int64],
-    ) -> None:
-        self._text, self._raw, self._normalise = text, text.encode(), normalise
-        self._pieces = [vocabulary.pieces[i] for i in ids.tolist()]
-        self._spaced = vocabulary.spaced
-        self._boundaries = byte_offsets(text)
-        self._starts, self._stops = (self._boundaries[spans[:, side]].tolist() for side in (0, 1))
-
-    def ends(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        count, position, at = len(self._pieces), 0, 0
-        ends, exact = [0] * count, [True] * count
-        while at < count:
-            piece = self._pieces[at]
-            if piece is not None and self._raw.startswith(piece, position):
-                position += len(piece)
-            elif at == 0 and piece is not None and piece[:1] == b" " and self._raw.startswith(piece[1:]):
-                position = len(piece) - 1
+        Args:
+            pieces: The tokens' bytes; None where they cannot be told.
+            spans: Their offsets in characters.
+        """
+        position, positions = 0, []
+        starts, stops = self._offsets(spans()) if None in pieces else ([], [])
+        lost = np.zeros(len(pieces), dtype=bool)
+        for at, piece in enumerate(pieces):
+            if piece is not None:
+                position = self._after(position, piece)
+            elif at + 1 < len(pieces) and starts[at + 1] < stops[at]:
+                # It shares a stretch with the next token: where it ends nobody knows, and the next is looked for.
+                lost[at] = True
+                position = max(self._bytes.find(pieces[at + 1] or b"", position + 1, stops[at]), position)
             else:
-                while position < len(self._raw) and self._raw[position] & 0xC0 == 0x80:
-                    # Bytes that agree so far with those of a character that was rewritten.
-                    at -= 1
-                    position = ends[at - 1] if at else 0
-                last, stop = self._stretch(at, position)
-                ends[at:last], exact[at:last] = [position] * (last - at), [False] * (last - at)
-                at, position = last, stop
-            ends[at] = position
-            exact[at] = True
-            at += 1
-        if self._left(position, len(self._raw)):
+                position = max(self._over(position, starts[at]), stops[at])
+            positions.append(position)
+        self._over(position, len(self._bytes))
+        ends = self._place[positions]
+        return np.maximum.accumulate(np.maximum(ends, 0)), (ends != NOWHERE) & ~lost
+
+    def _after(self, position: int, piece: bytes) -> int:
+        """Where a token ends that is read from ``position`` on."""
+        start = position
+        while True:
+            if self._bytes.startswith(piece, position):
+                return position + len(piece)
+            # A space that the tokenizer puts before a text.
+            if piece[:1] == b" " and self._bytes.startswith(piece[1:], position):
+                return position + len(piece) - 1
+            # Unigram models read a quoted "<0x41>" as the token of a byte.
+            if len(piece) == 1 and self._bytes.startswith(b"<0x%02X>" % piece[0], position):
+                return position + len("<0x00>")
+            # Whitespace that it takes away.
+            position += 1
+            self._over(start, position)
+
+    def _over(self, position: int, stop: int) -> int:
+        """``stop``, if nothing but whitespace lies before it that no token has read."""
+        left = self._bytes[position:stop]
+        if left.strip() and left.decode(errors="replace").strip():
             raise self._uncovered(position)
-        return np.array(ends, dtype=np.int64), np.array(exact)
+        if stop > len(self._bytes):
+            raise self._uncovered(position)
+        return stop
 
-    def _stretch(self, first: int, position: int) -> tuple[int, int]:
-        """The last of the tokens from ``first`` that together spell a stretch of the text, and where that ends."""
-        spelt: bytes | None = b""
-        for last in range(first, min(first + _LONGEST_STRETCH, len(self._pieces))):
-            piece = self._pieces[last]
-            spelt = None if spelt is None or piece is None else spelt + piece
-            after = self._starts[last + 1] if last + 1 < len(self._pieces) else len(self._raw)
-            stops = sorted({stop for stop in (self._stops[last], after) if stop >= position})
-            if spelt is None:
-                # Nobody knows what an unknown token spells: its offsets are believed where they stand alone.
-                clean = [stop for stop in stops[:1] if stop == self._stops[last] <= after]
-                if clean and not self._left(position, self._starts[first]):
-                    return last, clean[0]
-                continue
-            for alike in (self._same, self._same_but_for_spaces):
-                for stop in stops:
-                    if alike(self._raw[position:stop].decode(), spelt, start=first == 0):
-                        return last, stop
-        raise self._uncovered(position)
-
-    def _same(self, stretch: str, spelt: bytes, *, start: bool) -> bool:
-        """Whether tokens spell what the normaliser makes of a stretch, at the start perhaps after one more space."""
-        wanted = self._normalise(stretch)
-        if self._spaced:
-            wanted = wanted.replace(SPACE, " ")
-        return spelt == wanted.encode() or (start and spelt == b" " + wanted.encode())
-
-    def _same_but_for_spaces(self, stretch: str, spelt: bytes, *, start: bool) -> bool:
-        del start
-        try:
-            found = spelt.decode()
-        except UnicodeDecodeError:
-            return False
-        wanted = self._normalise(stretch).replace(SPACE, " " if self._spaced else SPACE)
-        return bool(found.split()) and found.split() == wanted.split()
-
-    def _left(self, start: int, stop: int) -> bool:
-        """Whether something other than whitespace lies between, which the tokenizer does not itself take away."""
-        return start < stop and bool(self._normalise(self._raw[start:stop].decode()).replace(SPACE, " ").strip())
+    def _offsets(self, spans: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+        """Offsets in the rewritten text; inside a stretch that is rewritten as a whole they mean all of it."""
+        known = np.flatnonzero(self._place != NOWHERE)
+        boundaries, places_known = byte_offsets(self._text), self._place[known]
+        starts = np.searchsorted(places_known, boundaries[spans[:, 0]], side="right") - 1
+        stops = np.searchsorted(places_known, boundaries[spans[:, 1]])
+        return known[starts].tolist(), known[np.minimum(stops, len(known) - 1)].tolist()
 
     def _uncovered(self, position: int) -> OffsetError:
-        character = int(np.searchsorted(self._boundaries, position, side="right")) - 1
+        boundaries = byte_offsets(self._text)
+        read = int(self._place[: position + 1].max())
+        character = int(np.searchsorted(boundaries, read, side="right")) - 1
         around = self._text[max(character - 10, 0) : character + 10]
         return OffsetError(
             f"no token covers character {character} ({self._text[character : character + 1]!r}, in {around!r}) as it "

@@ -110,16 +110,18 @@ def _read(tokenizer: Any) -> TokenBytes:
 
 
 def _definition(backend: Any) -> list[Any]:
-    """What the tokenizer does around its model, as JSON; the vocabulary itself is left out, which may be large."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
+    """What the tokenizer does around its model, as JSON; the vocabulary itself is left out, which may be large.
 
-    small = Tokenizer(BPE())
-    for part in ("normalizer", "pre_tokenizer", "decoder"):
-        if getattr(backend, part) is not None:
-            setattr(small, part, getattr(backend, part))
-    whole = json.loads(small.to_str())
-    return [whole[part] for part in ("normalizer", "pre_tokenizer", "decoder")]
+    Each part of a tokenizer states itself as the JSON that ``tokenizer.json`` holds of it; one that was written in
+    Python cannot, and then says nothing of the alphabet.
+    """
+    found = []
+    for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
+        try:
+            found.append(None if part is None else json.loads(part.__getstate__()))
+        except Exception:  # noqa: BLE001 - the library's own error for a part written in Python
+            found.append(None)
+    return found
 
 
 def _types(part: Any) -> list[str]:

@@ -165,6 +165,18 @@ class PlannedModel:
         return int(self.row_start[-1])
 
     @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of a store's token table, each ``(n,)``."""
+        return {
+            "id": self.ids,
+            "byte_end": self.byte_end,
+            "window": np.repeat(np.arange(len(self.row_start) - 1, dtype=np.int32), np.diff(self.row_start)),
+            "special": self.special,
+            "exact": self.exact,
+            "role": self.role,
+        }
+
+    @property
     def hash(self) -> str:
         """SHA-256 of all that decides which row is which token."""
         total = hashlib.sha256()
@@ -330,14 +342,23 @@ def _too_long(document: Document, size: int, count: int, name: str, limit: int) 
     return SpecError(f"{what} has {count} tokens, more than the context of model {name!r} ({limit}); {remedy}")
 
 
-def plan_model(planned: PlannedCorpus, tokenizer: Any, name: str, context: int, *, date: str = DATE) -> PlannedModel:
-    """Tokenise windows that are fixed already, for a model that joins a store.
+def plan_model(
+    planned: PlannedCorpus,
+    tokenizer: Any,
+    name: str,
+    context: int,
+    tick: Callable[[float], None] = lambda _: None,
+    *,
+    date: str = DATE,
+) -> PlannedModel:
+    """Tokenise windows that are fixed already, for a model that joins a store, or is in it.
 
     Args:
         planned: The text and its windows.
         tokenizer: The model's fast tokenizer.
         name: Named in errors.
         context: The model's longest sequence.
+        tick: Called with the number of windows tokenised since the last call.
         date: The day that chat templates are told.
 
     Raises:
@@ -350,6 +371,7 @@ def plan_model(planned: PlannedCorpus, tokenizer: Any, name: str, context: int, 
     for at in range(0, count, _TOKENIZE_BATCH):
         numbers = range(at, min(at + _TOKENIZE_BATCH, count))
         parts += tokenize_windows(planned, numbers, tokenizer, name, date=date)
+        tick(len(numbers))
     lengths = [len(part.ids) for part in parts]
     longest = max(lengths)
     if longest > context:

@@ -7,6 +7,7 @@ sides. The cuts are found by halving, so that only the neighbourhoods of what ch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 #: No byte of the text has been read exactly here.
 NOWHERE = -1
+
+_WORD = re.compile(r"\s*\S+|\s+")
 
 
 def places(rewrite: Callable[[str], str], text: str) -> tuple[bytes, NDArray[np.int64]]:
@@ -30,8 +33,9 @@ def places(rewrite: Callable[[str], str], text: str) -> tuple[bytes, NDArray[np.
     rewritten = rewrite(text)
     parts = [np.zeros(1, dtype=np.int64)]
     read = 0
-    # Stretches still to be looked at, the first of them last.
-    waiting = [(text, rewritten)]
+    # Stretches still to be looked at, the first of them last. Words are nearly always rewritten apart.
+    words = [(word, rewrite(word)) for word in _WORD.findall(text)]
+    waiting = words[::-1] if "".join(result for _, result in words) == rewritten else [(text, rewritten)]
     while waiting:
         stretch, result = waiting.pop()
         size = len(stretch.encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,15 +66,62 @@ def parse_roles(text: str | Iterable[str] | None) -> tuple[int, ...] | None:
     """Numbers of the roles that ``--roles`` names, ascending; None for all.
 
     Args:
-        text: Names joined by commas, or several of them.
+        text: Names joined by commas, or several of them; ``all`` or None for all.
 
     Raises:
         SpecError: An unknown name, or none.
     """
-    if text is None:
+    if text is None or (isinstance(text, str) and text.strip() == "all"):
         return None
-    names = [part.strip() for part in (text.split(",") if isinstance(text, str) else text)]
+    if not isinstance(text, Iterable):
+        raise SpecError(f"--roles {text!r}: choose among {', '.join(ROLES)}, or all")
+    names = [str(part).strip() for part in (text.split(",") if isinstance(text, str) else text)]
     unknown = [name for name in names if name not in ROLES]
     if unknown or not names:
-        raise SpecError(f"roles {','.join(names)!r}: choose among {', '.join(ROLES)}")
+        raise SpecError(f"--roles {','.join(names)!r}: choose among {', '.join(ROLES)}, or all")
     return tuple(sorted({ROLES.index(name) for name in names}))
+
+
+def role_names(text: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """The roles that ``--roles`` names, each once and in the order of :data:`ROLES`; None for all.
+
+    Args:
+        text: As :func:`parse_roles` takes it.
+
+    Raises:
+        SpecError: An unknown name, or none.
+    """
+    numbers = parse_roles(text)
+    return None if numbers is None else tuple(ROLES[number] for number in numbers)
+
+
+def roles_text(text: str | Iterable[str] | None) -> str | None:
+    """The same as one text, ``user,assistant``: however it is typed, the same roles give the same settings.
+
+    Args:
+        text: As :func:`parse_roles` takes it.
+
+    Raises:
+        SpecError: An unknown name, or none.
+    """
+    names = role_names(text)
+    return None if names is None else ",".join(names)
+
+
+def of_roles(names: Sequence[str] | None) -> str:
+    """Which rows or tokens a figure is of: `` of the roles user, assistant``; empty where it is of all.
+
+    Args:
+        names: Of the roles; None for all.
+    """
+    return f" of the role{'s' if len(names) > 1 else ''} {', '.join(names)}" if names else ""
+
+
+def count_roles(role: NDArray[np.uint8]) -> dict[str, int]:
+    """How many rows there are of every role that occurs, by name in the order of :data:`ROLES`.
+
+    Args:
+        role: uint8 ``(n,)``.
+    """
+    counts = np.bincount(role, minlength=len(ROLES))
+    return {name: int(count) for name, count in zip(ROLES, counts, strict=False) if count}

@@ -154,11 +154,12 @@ def test_other_ways_to_give_options(planted: Planted, tmp_path: Path) -> None:
         memory="2MiB",
         seed=np.int64(3),
         scale=np.True_,
+        roles=["text", "assistant"],
         out=str(tmp_path / "run"),
         quiet=True,
     )
     own = Settings(str(planted.path), layer_map="1:2,2:1", components="3", memory=2**21, scale=True,
-                   loop=LoopSettings(seed=3))  # fmt: skip
+                   roles="text,assistant", loop=LoopSettings(seed=3))  # fmt: skip
     assert run.settings == own
     assert align.train(planted.path, "reduced-rank", rank=2, lr=1, out=tmp_path / "rr", quiet=True).settings.loop == (
         LoopSettings(rank=2, lr=1.0, skip="none")
@@ -196,6 +197,10 @@ def test_the_default_directory_is_that_of_the_command(
         ({"device": "gpu"}, SpecError, "device 'gpu'"),
         ({"source": "c"}, FeatstoreError, "no model 'c'"),
         ({"joint": True, "shared": True}, SpecError, "give one of them"),
+        ({"roles": "narrator"}, SpecError, "--roles 'narrator': choose among text"),
+        ({"roles": []}, SpecError, "--roles '': choose among text"),
+        ({"roles": 3}, SpecError, "--roles 3: choose among text"),
+        ({"roles": "assistant"}, FeatstoreError, "they have text ("),
         ({"layers": b"2"}, SpecError, "layers b'2': write numbers"),
         ({"layers": {"a": [1]}}, SpecError, "layers {'a': [1]}: write numbers"),
         ({"source": np.zeros((300, 2))}, SpecError, "source=array("),

@@ -17,7 +17,7 @@ from featstore.store import Store, open_store
 from featstore.store.format.elements import Encoded, parse_format
 from featstore.store.format.shards import parse_layout
 from featstore.store.format.version import FORMAT_VERSION
-from featstore.store.write.index import sink_mask, write_pairs
+from featstore.store.write.index import loud_rows, write_pairs
 from featstore.store.write.row_writer import RowArrays, RowWriter, write_groups
 from featstore.store.write.writer import StoreWriter, exclusive
 
@@ -70,6 +70,7 @@ def plant(
     sink_threshold: float = 5.0,
     splits: Sequence[int] | None = None,
     document: NDArray[np.integer[Any]] | None = None,
+    role: NDArray[np.integer[Any]] | None = None,
 ) -> Planted:
     """Write a store of models ``a`` and ``b`` whose i-th ordinary rows are a pair.
 
@@ -86,11 +87,12 @@ def plant(
         sink_threshold: Multiple of the median norm beyond which a row is a sink.
         splits: Split of each document; :func:`document_splits` if not given.
         document: Document of every row, non-decreasing, instead of equal lengths.
+        role: Role of every row; without, the store has no such column.
     """
     with pytest.MonkeyPatch.context() as patch:
         # No power cut will hit a test.
         patch.setattr(os, "fsync", lambda _: None)
-        return _plant(path, x, y, documents, depths, form, sink_threshold, splits, document)
+        return _plant(path, x, y, documents, depths, form, sink_threshold, splits, document, role)
 
 
 def _plant(
@@ -103,6 +105,7 @@ def _plant(
     sink_threshold: float,
     splits: Sequence[int] | None,
     given: NDArray[np.integer[Any]] | None,
+    role: NDArray[np.integer[Any]] | None,
 ) -> Planted:
     sides = [side if isinstance(side, Mapping) else {1: side} for side in (x, y)]
     n = len(next(iter(sides[0].values())))
@@ -142,11 +145,13 @@ def _plant(
             },
         )
         for name, layers, depth, starts in (("a", sides[0], depths[0], False), ("b", sides[1], depths[1], True)):
-            _write_model(writer, name, layers, lengths, depth, starts, form, rng)
+            _write_model(writer, name, layers, lengths, depth, starts, form, rng, role)
         store = writer.view
         for name in ("a", "b"):
             writer.vectors(
-                f"models/{name}/sinks", {f"models/{name}/tokens/sink": sink_mask(store, name, sink_threshold)}
+                # Model a has no start token, and keeps its first rows: all that is planted is compared.
+                f"models/{name}/sinks",
+                {f"models/{name}/tokens/sink": loud_rows(store, name, sink_threshold)},
             )
         for policy in ("end", "word"):
             write_pairs(writer, "a", "b", policy)
@@ -163,6 +168,7 @@ def _write_model(
     starts: bool,
     form: str,
     rng: np.random.Generator,
+    role: NDArray[np.integer[Any]] | None,
 ) -> None:
     n, width = next(iter(layers.values())).shape
     # Where each document begins among the rows; a start token goes before it.
@@ -171,6 +177,11 @@ def _write_model(
         special[np.concatenate(([0], np.cumsum(lengths + 1)[:-1]))] = True
     window = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths + starts)
     ends = np.concatenate([np.r_[[0] * starts, 1 : length + 1] for length in lengths]).astype(np.int32)
+    roles = {}
+    if role is not None:
+        column = np.zeros(len(special), dtype=np.uint8)
+        column[~special] = role
+        roles = {f"models/{name}/tokens/role": column}
     base = f"models/{name}"
     write_groups(writer, name, parse_format(form))
     writer.group(
@@ -202,6 +213,7 @@ def _write_model(
             f"{base}/tokens/byte_end": ends,
             f"{base}/tokens/window": window,
             f"{base}/tokens/special": special,
+            **roles,
         },
     )
     kind = parse_format(form)

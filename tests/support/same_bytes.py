@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from featstore.store.read.pairs import last_at_each_end, match, match_ends
 from featstore.text.tokens import TokenizedWindow
 from tests.support.real_tokenizers import FAMILIES, PIECES, STAND_INS
-from tests.support.token_bytes import spelled_by_pieces, spelled_by_stand_ins, true_ends, true_keys
+from tests.support.token_bytes import places, spelled_by_pieces, spelled_by_stand_ins, true_ends, true_keys
 
 Ints = NDArray[np.int64]
 
@@ -25,17 +27,40 @@ class Spelling:
         tokens: Bytes by id.
         form: Unicode form that it brings a text to, or None.
         space: What stands for a space.
+        unknown: Id of the token that stands for characters without a token, or None. It is text, of bytes untold.
     """
 
     tokens: dict[int, bytes] = field(repr=False)
     form: str | None
     space: str
+    unknown: int | None = None
+
+    def of_tokens(self, ids: Sequence[int], text: str) -> list[bytes]:
+        """What every token of a text spells."""
+        tokens = [self.tokens[i] for i in ids]
+        if self.unknown not in ids:
+            return tokens
+        characters = {token.decode(errors="ignore") for token in self.tokens.values()}
+        expected = places(text, self.form, self.space)[0].decode()
+        position = 0
+        for at, token in enumerate(tokens):
+            if ids[at] == self.unknown and not expected.startswith(token.decode(), position):
+                run = itertools.takewhile(lambda character: character not in characters, expected[position:])
+                tokens[at] = "".join(run).encode()
+            elif at == 0 and not expected.startswith(token.decode()):
+                position -= len(self.space)
+            position += len(tokens[at].decode())
+        return tokens
 
     @classmethod
     def of(cls, tokenizer: Any, kind: str, form: str | None = None) -> Spelling:
         """Of a vocabulary of one of the two kinds of :mod:`tests.support.real_tokenizers`."""
         read = {STAND_INS: spelled_by_stand_ins, PIECES: spelled_by_pieces}[kind]
-        return cls(read(tokenizer), form, {STAND_INS: " ", PIECES: "▁"}[kind])
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        unknown = model.get("unk_id", tokenizer.get_vocab().get(model.get("unk_token")))
+        # Where bytes are spelt it stands for nothing, and is a control token like others.
+        unknown = None if model.get("byte_fallback") else unknown
+        return cls(read(tokenizer), form, {STAND_INS: " ", PIECES: "▁"}[kind], unknown)
 
     @classmethod
     def of_family(cls, name: str, tokenizer: Any) -> Spelling:
@@ -75,13 +100,13 @@ def read(tokenizer: Any, spelling: Spelling, windows: Sequence[str]) -> Reading:
     """
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
-    controls = [i for i, token in backend.get_added_tokens_decoder().items() if token.special]
+    controls = [i for i, token in backend.get_added_tokens_decoder().items() if token.special and i != spelling.unknown]
     ids, special, ends, keys, rows, row = [], [], [], [], [], 0
     for number, (text, encoding) in enumerate(zip(windows, backend.encode_batch(list(windows)), strict=True)):
         ids.append(encoding.ids)
         added = np.array(encoding.special_tokens_mask, dtype=bool)
         special.append(added | np.isin(encoding.ids, controls))
-        tokens = [spelling.tokens[i] for i in encoding.ids]
+        tokens = spelling.of_tokens(encoding.ids, text)
         read_so_far = true_ends(text, tokens, added, form=spelling.form, space=spelling.space)
         ends.append(np.where(special[-1], 0, read_so_far))
         end, at = true_keys(text, ends[-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from featstore.store import Tokens, open_store
 from featstore.store.format.elements import Encoded, column_scale_of, parse_format
 from featstore.store.format.shards import parse_layout
 from featstore.store.format.version import FORMAT_VERSION
+from featstore.store.read.records import TOKEN_COLUMNS
 from featstore.store.write.index import sink_mask, write_pairs
 from featstore.store.write.row_writer import RowArrays, RowWriter, write_groups
 from featstore.store.write.writer import StoreWriter, exclusive
@@ -42,6 +45,8 @@ class Recipe:
     layers: tuple[int, ...] = (0, 3)
     seed: int = 0
     state_seed: int = 0
+    #: Roles of a window's parts, one after the other; without, the store has no such column.
+    roles: tuple[int, ...] = ()
 
 
 def texts(recipe: Recipe) -> list[bytes]:
@@ -65,7 +70,11 @@ def token_table(recipe: Recipe, model: str, windows: list[tuple[int, int, int]])
             columns["window"].append(number)
             columns["special"].append(model == "b" and i == 0)
     kinds = {"id": np.int32, "byte_end": np.int32, "window": np.int32, "special": bool}
-    return {name: np.array(values, kinds[name]) for name, values in columns.items()}
+    made = {name: np.array(values, kinds[name]) for name, values in columns.items()}
+    if recipe.roles:
+        parts = np.array(recipe.roles)[made["byte_end"] * len(recipe.roles) // (recipe.window_bytes + 1)]
+        made["role"] = np.where(made["special"], 0, parts).astype(np.uint8)
+    return made
 
 
 def states(recipe: Recipe, model: str, layer: int, rows: int) -> np.ndarray:
@@ -202,5 +211,20 @@ def rowless(path: Path) -> Path:
         for resid in path.glob("models/*/resid/*"):
             if resid.is_dir():
                 shutil.rmtree(resid)
+        writer.seal(writer.attributes() or {})
+    return path
+
+
+def give_roles(path: Path, role_of: Callable[[Tokens], np.ndarray]) -> Path:
+    """Say of a complete store who wrote what: the column of each model's tokens is made from the others."""
+    tokens = {name: store.tokens(name) for store in [open_store(path)] for name in store.models}
+    with exclusive(path):
+        writer = StoreWriter(path)
+        for name, own in tokens.items():
+            base = f"models/{name}/tokens"
+            columns = {column: getattr(own, column) for column in TOKEN_COLUMNS}
+            columns["role"] = np.where(own.special, 0, role_of(own)).astype(np.uint8)
+            writer.drop(base)
+            writer.vectors(base, {f"{base}/{column}": values for column, values in columns.items()})
         writer.seal(writer.attributes() or {})
     return path

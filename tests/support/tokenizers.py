@@ -110,8 +110,13 @@ def train_with_start_token(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def train_unigram(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A Unigram model as T5 and XLM-R have, with byte fallback: NFKC first, "▁" before the text and for spaces."""
+def train_unigram(texts: Iterable[str], *, byte_fallback: bool = True) -> PreTrainedTokenizerFast:
+    """A Unigram model as T5 and XLM-R have: NFKC first, "▁" before the text and for spaces, ``</s>`` after it.
+
+    Args:
+        texts: What it is trained on.
+        byte_fallback: Spell rare characters in bytes, or else read ``<unk>`` in their place.
+    """
     learner = Tokenizer(Unigram())
     learner.normalizer = normalizers.NFKC()
     learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
@@ -120,11 +125,11 @@ def train_unigram(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     learner.train_from_iterator(texts, trainer)
     pieces = [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"] if piece != "<unk>"]
-    # Bytes score so low that a text which quotes "<0x41>" is not read as one of them.
-    bytes_ = [(f"<0x{byte:02X}>", -100.0) for byte in range(256)]
+    # Bytes score so low that a text which quotes "<0x41>" is rarely read as one of them.
+    bytes_ = [(f"<0x{byte:02X}>", -100.0) for byte in range(256 if byte_fallback else 0)]
     special = [(token, 0.0) for token in LLAMA_SPECIAL]
-    tokenizer = Tokenizer(Unigram([*special, *bytes_, *pieces], unk_id=0, byte_fallback=True))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in LLAMA_SPECIAL])
+    tokenizer = Tokenizer(Unigram([*special, *bytes_, *pieces], unk_id=0, byte_fallback=byte_fallback))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in LLAMA_SPECIAL[1:]])
     tokenizer.normalizer, tokenizer.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -38,6 +38,7 @@ BELOW_THE_STORE = {
     "featstore.errors",
     "featstore.runtime.provenance",
     "featstore.runtime.console",
+    # Numbers and names, which are part of the format.
     "featstore.text.roles",
 }
 

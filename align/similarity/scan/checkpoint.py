@@ -56,6 +56,8 @@ def identity_of(store: Store, pairs: Pairs, selection: Selection, sites: Sequenc
         "models": [selection.source, selection.target],
         "policy": selection.policy,
         "keep_sinks": selection.keep_sinks,
+        # Only where there are any: scans that were interrupted before there were roles go on.
+        **({} if selection.roles is None else {"roles": list(selection.roles)}),
         "layers": [[site.model, site.layer, site.source] for site in sites],
         "rows": rows.hexdigest(),
         "origins": origins.hexdigest(),

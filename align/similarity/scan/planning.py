@@ -48,6 +48,7 @@ class Selection:
         target: Model name.
         policy: Pair policy.
         keep_sinks: Whether attention sinks are in.
+        roles: Roles of the pairs; None for all.
     """
 
     path: str
@@ -56,6 +57,7 @@ class Selection:
     target: str
     policy: str
     keep_sinks: bool
+    roles: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -286,7 +286,7 @@ def _opened(selection: Selection) -> tuple[Store, Pairs]:
     if store.fingerprint != selection.fingerprint:
         raise StoreStateError(f"{selection.path} is not the store that was asked for, or has changed since; run again")
     pairs = store.pairs(selection.source, selection.target, selection.policy)
-    return store, pairs.select(keep_sinks=selection.keep_sinks)
+    return store, pairs.select(keep_sinks=selection.keep_sinks, roles=selection.roles)
 
 
 @lru_cache(maxsize=4)

@@ -13,6 +13,7 @@ from evaluate.reporting.drawing.matrices import Panel, cells_of, height, layer_n
 from evaluate.reporting.reading.inputs import Node, Origin, Run
 from evaluate.reporting.reading.numbers import count, say, show
 from evaluate.reporting.sections.measures import Measures, measures
+from featstore.text.roles import of_roles
 
 #: Similarity of shuffled pairs above this means that the estimate itself is biased upwards.
 _HIGH_NULL = 0.05
@@ -66,10 +67,11 @@ def similarity(run: Run) -> Similarity | None:
     panels = tuple(panel(run.label, names, scale, *entry) for entry in wanted)
     kernel, estimator = cka.get("kernel").text or "linear", cka.get("estimator").text
     facts = say(
-        "{} CKA, {} kernel, n = {} pairs, {} rows masked{}.",
+        "{} CKA, {} kernel, n = {} pairs{}, {} rows masked{}.",
         estimator.capitalize() or "Unnamed",
         kernel,
         _count(cka),
+        of_roles([node.text for node in cka.get("roles")]),
         show(cka.get("masked_rows"), count),
         ", sinks kept" if cka.get("keep_sinks").value is True else "",
     )

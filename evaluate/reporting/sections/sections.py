@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from evaluate.reporting.reading.inputs import Node, Run, SourceFile, portable
 from evaluate.reporting.reading.numbers import count, percent, say, show
+from featstore.text.roles import of_roles
 
 _HASH_DIGITS = 12
 _SHAPE = (("depth", "layers"), ("width", "wide"))
@@ -100,6 +101,8 @@ def _model(name: str, model: Node) -> Markup:
     parts = [portable(model.get("reference").text), model.get("revision").text[:_HASH_DIGITS], model.get("family").text]
     parts += [f"{model.get(k).text} {word}" for k, word in _SHAPE if model.get(k).text]
     parts.append(model.get("compute_dtype").text)
+    if isinstance(model.value, dict) and model.value.get("start_token", "unknown") is None:
+        parts.append("no start token: the first token of each window is masked")
     return say("<b>{}</b> {}", name, ", ".join(part for part in parts if part))
 
 
@@ -125,9 +128,14 @@ def _policy(card: Node) -> Markup:
     policy = card.get("pair_policy").text
     if not policy:
         return Markup("")
-    words = {"end": "tokens that end at the same byte", "word": "last tokens of the same word"}.get(policy, policy)
+    words = {
+        "end": "tokens that end at the same byte",
+        "word": "last tokens of the same word",
+        "byte": "tokens that end at the same byte, inside characters as well",
+    }.get(policy, policy)
     shares = [say("{} of {}’s tokens", show(node, percent), name) for name, node in card.get("coverage").items()]
-    return say("{}{}{}", words, ": " if shares else "", Markup(", ").join(shares))
+    of = of_roles([node.text for node in card.get("roles")])
+    return say("{}{}{}{}", words, of, ": " if shares else "", Markup(", ").join(shares))
 
 
 def _hash(digest: str) -> Markup:

@@ -11,6 +11,7 @@ from evaluate.reporting.drawing.svg import Dots, Mark, dot_plot
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
 from evaluate.reporting.reading.names import NO_LEAK, Leak, control_name, leak_of, share, type_name
 from evaluate.reporting.reading.numbers import Style, count, dash, interval, nats, percent, say, score, show
+from featstore.text.roles import of_roles
 
 #: Conditions of a stitched run and what each puts into the target, in the order they are drawn.
 CONDITIONS = {
@@ -96,11 +97,12 @@ def stitched_losses(run: Run) -> list[Stitched]:
         why = {name: why_not(pair, name, f"{name} is not in stitch.json") for name in names}
         leak = leak_of(pair)
         caption = say(
-            "Split {}: {} documents, {} tokens, {} of positions replaced. Counted from the best "
+            "Split {}: {} documents, {} tokens{}, {} of positions replaced. Counted from the best "
             "control ({}) the map recovers {}.",
             stitch.get("split").text or "unnamed",
             show(pair.get("n_documents"), count),
             show(pair.get("n_tokens"), count),
+            of_roles([node.text for node in stitch.get("roles")]),
             show(pair.get("replaced_share"), percent),
             control_name(pair.get("recovered_best_control", "control").text) or "not named",
             share(pair.get("recovered_best_control"), leak.tag),

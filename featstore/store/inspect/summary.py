@@ -11,6 +11,7 @@ from rich.markup import escape
 from featstore.errors import SpecError
 from featstore.runtime.console import human, human_bytes, human_seconds, progress
 from featstore.store.moments.stored import has_rows
+from featstore.store.read.first import first_rows
 from featstore.store.read.store import Store
 from featstore.text.roles import ROLES
 
@@ -18,6 +19,8 @@ from featstore.text.roles import ROLES
 _LOUDEST = 1000
 #: Rows of a layer by which its ranks are told.
 _RANK_ROWS = 2048
+#: What is said of a model whose windows begin with the text.
+_NO_START = ", no start token: the first token of each window is masked"
 
 
 def summary(store: Store) -> dict[str, Any]:
@@ -32,6 +35,7 @@ def summary(store: Store) -> dict[str, Any]:
         "documents": store.attributes["split"]["documents"],
         "corpus_bytes": store.attributes["corpus"]["bytes"],
         "normalise": store.attributes["corpus"].get("normalise", "none"),
+        "generate": store.attributes["corpus"].get("generate"),
         "messages": _messages(store),
         "bytes": sum(record["bytes"] for record in store.manifest.values()),
         "models": {},
@@ -47,6 +51,8 @@ def summary(store: Store) -> dict[str, Any]:
             "depth": model.depth,
             "sinks": int(table.sink.sum()),
             "special": int(table.special.sum()),
+            "start_token": model.attributes.get("start_token"),
+            "first_masked": int((first_rows(table.window, table.byte_end, table.special) & table.sink).sum()),
             "roles": _rows_of_roles(table.role, table.special),
         }
     for i, first in enumerate(store.models):
@@ -84,13 +90,20 @@ def describe(result: dict[str, Any]) -> str:
     documents = ", ".join(f"{count} {split}" for split, count in result["documents"].items())
     form = " in Unicode form NFC" if result["normalise"] == "nfc" else ""
     lines.append(f"  text     {human_bytes(result['corpus_bytes'])}{form}, documents: {documents}")
+    how = result.get("generate")
+    if how:
+        drawn = f"temperature {how['temperature']:g}, top-p {how['top_p']:g}, seed {how['seed']}"
+        lines.append(
+            f"  answers  up to {how['tokens']} tokens by {' and by '.join(how['with'])} after each prompt "
+            f"({drawn if how['temperature'] else 'the likeliest each time'})"
+        )
     if result.get("messages"):
         lines.append("  messages " + ", ".join(f"{human(n)} {role}" for role, n in result["messages"].items()))
     for name, model in result["models"].items():
         layers = ",".join(map(str, model["layers"]))
         lines.append(
             f"  {name:8} {human(model['rows'])} states of width {model['width']} at layers {layers} "
-            f"of {model['depth']}; {model['sinks']} sinks"
+            f"of {model['depth']}; {model['sinks']} sinks{_NO_START if model['first_masked'] else ''}"
         )
         if model.get("roles"):
             lines.append("           " + ", ".join(f"{human(n)} of {role}" for role, n in model["roles"].items()))
@@ -282,4 +295,8 @@ def describe_window(result: dict[str, Any]) -> str:
             marks = ("S" if entry["sink"] else " ") + ("*" if entry["special"] else " ")
             lines.append(f"  {entry['row']:7} {norms} {marks} {partner:>7}  {role}{escape(repr(entry['text']))}")
     lines.append("S: attention sink (masked), *: special token (never pairs), -: no partner")
+    begins = {name: entries[0] for name, entries in result["models"].items() if entries}
+    lines += [
+        f"{name}: {_NO_START.lstrip(', ')}" for name, first in begins.items() if first["sink"] and not first["special"]
+    ]
     return "\n".join(lines)

@@ -22,12 +22,13 @@ from featstore.runtime.provenance import read_json
 from featstore.store.format.shards import file_checksum
 from featstore.store.format.version import MANIFEST, METADATA_UNIT
 from featstore.store.moments.stored import has_rows
+from featstore.store.read.first import first_rows
 from featstore.store.read.pairs import POLICIES
 from featstore.store.read.store import Store, open_store
 from featstore.store.read.tables import TableReader
-from featstore.store.write.index import pair_rows, pairs_unit, sink_mask
+from featstore.store.write.index import SINK_RULE, pair_rows, pairs_unit, sink_mask
 from featstore.store.write.table import table_unit
-from featstore.store.write.writer import read_entry
+from featstore.store.write.writer import StoreWriter, read_entry
 from featstore.text.roles import ROLES, roles_at
 
 #: Rows that are decoded at a time.
@@ -302,6 +303,10 @@ def _check_sinks(store: Store, name: str) -> Iterator[str]:
     rounded = _was_rounded(store.attributes.get("converted_from"))
     sure = sink_mask(store, name, threshold * (1 + _ROUNDED * rounded))
     possible = sink_mask(store, name, threshold * (1 - _ROUNDED * rounded))
+    entry = StoreWriter(store.directory).entry(f"models/{name}/sinks") or {}
+    if not str(entry.get("basis", "")).endswith(SINK_RULE):
+        # The mask was derived when norms alone decided; it is derived anew when the store is next written to.
+        sure &= sink | ~first_rows(*store.columns(name, "window", "byte_end", "special").values())
     wrong = np.flatnonzero((sure & ~sink) | (sink & ~possible))
     if len(wrong):
         yield f"{name}: the sink mask is not that of the norms at {len(wrong)} rows, first at row {wrong[0]}"

@@ -10,12 +10,14 @@ read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import PairingError, SpecError
+from featstore.text.roles import ROLES, count_roles, parse_roles
 
 #: Every character that both have read whole; of those the ends of words; also bytes inside a character.
 POLICIES = ("end", "word", "byte")
@@ -39,8 +41,10 @@ class Pairs:
         row_source: int64 ``(m,)``.
         row_target: int64 ``(m,)``.
         split: uint8 ``(m,)``, 0 train, 1 validation, 2 test.
-        document: int32 ``(m,)``.
+        document: int32 ``(m,)``; documents of one id, such as answers to one prompt, have the number of the first.
         sink: bool ``(m,)``, either token is an attention sink.
+        role: uint8 ``(m,)``, who wrote the last byte that both have read: a number in
+            :data:`featstore.text.roles.ROLES`.
         coverage: Share of each side's ordinary tokens that have a partner, (source, target).
     """
 
@@ -51,6 +55,7 @@ class Pairs:
     split: NDArray[np.uint8]
     document: NDArray[np.int32]
     sink: NDArray[np.bool_]
+    role: NDArray[np.uint8]
     coverage: tuple[float, float]
 
     def __len__(self) -> int:
@@ -62,24 +67,39 @@ class Pairs:
         Args:
             keep: bool ``(m,)``.
         """
-        names = ("row_source", "row_target", "split", "document", "sink")
+        names = ("row_source", "row_target", "split", "document", "sink", "role")
         return replace(self, **{name: getattr(self, name)[keep] for name in names})
 
-    def select(self, split: int | None = None, *, keep_sinks: bool = False) -> Pairs:
-        """The pairs of a split, without attention sinks unless asked for.
+    def select(
+        self, split: int | None = None, *, keep_sinks: bool = False, roles: str | Iterable[str] | None = None
+    ) -> Pairs:
+        """The pairs of a split, without attention sinks unless asked for; of all roles, or of some.
 
         Args:
             split: 0 train, 1 validation, 2 test, or None for all.
             keep_sinks: Lift the mask.
+            roles: Who wrote the last byte read: ``"assistant"``, ``"user,assistant"``, or several names; None for all.
 
         Raises:
-            SpecError: Another split.
+            SpecError: Another split, or an unknown role.
+            PairingError: There are pairs, and none of these roles.
         """
         if split not in (None, 0, 1, 2):
             raise SpecError(f"split {split!r}: give 0 for train, 1 for validation, 2 for test, or None for all")
+        numbers = parse_roles(roles)
         keep = np.ones(len(self), dtype=bool) if keep_sinks else ~self.sink
         if split is not None:
             keep &= self.split == split
+        if numbers is not None:
+            wanted = np.isin(self.role, numbers)
+            if len(self) and not wanted.any():
+                names = ROLES[numbers[0]] if len(numbers) == 1 else f"any of {', '.join(ROLES[n] for n in numbers)}"
+                held = ", ".join(f"{name} ({count})" for name, count in count_roles(self.role).items())
+                raise PairingError(
+                    f"no pairs of {self.source} and {self.target} have the role {names}; they have {held}: choose "
+                    "--roles among these"
+                )
+            keep &= wanted
         return self.where(keep)
 
     def need(self, minimum: int, what: str) -> Pairs:
@@ -95,7 +115,8 @@ class Pairs:
         if len(self) < minimum:
             raise PairingError(
                 f"{len(self)} pairs of {self.source} and {self.target} for {what}, at least {minimum} are needed; "
-                "extract more text (--max-tokens, more documents) or lift the mask with --keep-sinks"
+                "extract more text (--max-tokens, more documents), lift the mask with --keep-sinks or select more "
+                "--roles"
             )
         return self
 

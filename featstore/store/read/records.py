@@ -93,7 +93,8 @@ class Tokens:
         special: bool ``(n,)``.
         exact: bool ``(n,)``, whether the token has read ``byte_end`` bytes and no others.
         role: uint8 ``(n,)``, who wrote the last byte that it has read: a number in :data:`featstore.text.roles.ROLES`.
-        sink: bool ``(n,)``, norm beyond the threshold at any stored layer.
+        sink: bool ``(n,)``, norm beyond the threshold at any stored layer, or the first token of a window that
+            begins without a start token.
     """
 
     id: NDArray[np.int32]
@@ -162,6 +163,15 @@ class StoredCorpus:
     def window_stop(self) -> NDArray[np.int64]:
         """Where each window ends in ``text``."""
         return self.document_start[self.window_document] + self.window_end
+
+    @property
+    def window_unit(self) -> NDArray[np.int32]:
+        """What each window is resampled with: the number of the first document that has its document's id.
+
+        Answers to one prompt, and equal texts, are one unit.
+        """
+        _, first, of = np.unique(self.document_id, axis=0, return_index=True, return_inverse=True)
+        return first.astype(np.int32)[of.reshape(-1)][self.window_document]
 
     @property
     def window_split(self) -> NDArray[np.uint8]:

@@ -519,17 +519,11 @@ class Store:
             row_a = row_b = np.flatnonzero(~tokens_a.special).astype(np.int64)
         else:
             first, second = sorted((source, target), key=self.models.index)
-            base = f"pairs/{first}__{second}/{policy}"
-            if not self.has(f"{base}/row_a"):
-                raise PairingError(
-                    f"{self.path} has no {policy!r} pairs of {first} and {second}; "
-                    f"make them with `featstore pair {self.path} --policy {policy}`"
-                )
-            row_a, row_b = self.vector(f"{base}/row_a"), self.vector(f"{base}/row_b")
+            row_a, row_b = self.pair_index(first, second, policy)
             if source != first:
                 row_a, row_b = row_b, row_a
         window = tokens_a.window[row_a]
-        document = self.corpus.window_document[window]
+        document = self.corpus.window_unit[window]
         ordinary = [max(int((~t.special).sum()), 1) for t in (tokens_a, tokens_b)]
         return Pairs(
             source,
@@ -539,8 +533,29 @@ class Store:
             self.corpus.document_split[document],
             document,
             tokens_a.sink[row_a] | tokens_b.sink[row_b],
+            # The same in both: they have read the same bytes.
+            tokens_a.role[row_a],
             (len(row_a) / ordinary[0], len(row_b) / ordinary[1]),
         )
+
+    def pair_index(self, first: str, second: str, policy: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The pair index of two models: rows of the one and of the other, in document order.
+
+        Args:
+            first: Model earlier in store order.
+            second: The other.
+            policy: ``end``, ``word`` or ``byte``.
+
+        Raises:
+            PairingError: The store has no index for these models and policy.
+        """
+        base = f"pairs/{first}__{second}/{policy}"
+        if not self.has(f"{base}/row_a"):
+            raise PairingError(
+                f"{self.path} has no {policy!r} pairs of {first} and {second}; "
+                f"make them with `featstore pair {self.path} --policy {policy}`"
+            )
+        return self.vector(f"{base}/row_a"), self.vector(f"{base}/row_b")
 
     @cached_property
     def manifest(self) -> dict[str, dict[str, Any]]:
@@ -558,6 +573,23 @@ class Store:
     def fingerprint(self) -> str:
         """SHA-256 over the manifest's text, tokens and states: stores with equal fingerprints hold equal data."""
         return self.fingerprint_of({name: self.model(name).layers for name in self.models})
+
+    def rebuilt_since(self, fingerprint: str) -> bool | None:
+        """Whether a rebuild has changed anything that is read since the store had a fingerprint.
+
+        Args:
+            fingerprint: As :attr:`fingerprint` was at some time.
+
+        Returns:
+            None where no rebuild began from that fingerprint, or the store has got other data since.
+        """
+        past = [one for one in self.attributes.get("rebuilt", ()) if isinstance(one, dict)]
+        begun = [number for number, one in enumerate(past) if one.get("fingerprint_before") == fingerprint]
+        if not begun:
+            return None
+        if any(bool(one.get("changed", True)) for one in past[begun[-1] :]):
+            return True
+        return False if past[-1].get("fingerprint_after") == self.fingerprint else None
 
     def fingerprint_of(self, layers: Mapping[str, Sequence[int]]) -> str:
         """SHA-256 over the text, and the tokens and states of some layers.

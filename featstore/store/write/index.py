@@ -9,16 +9,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.store.read.first import first_rows
 from featstore.store.read.pairs import check_policy, last_at_each_end, match_ends
 from featstore.store.read.store import Store
 from featstore.store.write.writer import StoreWriter, adding_to
 
+#: What a stored mask follows from beside norms; masks of an earlier rule are derived again.
+SINK_RULE = "first"
+
 
 def sink_mask(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
+    """Which rows are attention sinks: too loud, or the first of a window without a start token.
+
+    Args:
+        store: With tokens and all norms of the model committed.
+        name: Model.
+        threshold: Multiple of the median norm.
+
+    Returns:
+        bool ``(n,)``.
+    """
+    columns = store.columns(name, "window", "byte_end", "special")
+    return loud_rows(store, name, threshold) | first_rows(columns["window"], columns["byte_end"], columns["special"])
+
+
+def loud_rows(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
     """Which rows exceed ``threshold`` times the layer's pilot median norm at any stored layer.
 
     Args:
-        store: With all rows of the model committed.
+        store: With all norms of the model committed.
         name: Model.
         threshold: Multiple of the median.
 
@@ -41,7 +60,8 @@ def write_sinks(writer: StoreWriter, name: str) -> None:
     store = writer.view
     threshold = float(store.attributes["mask"]["sink_threshold"])
     attributes = store.model(name).attributes
-    unit, basis = f"models/{name}/sinks", f"{attributes['tokens_sha256']} {attributes['layers']} {threshold}"
+    unit = f"models/{name}/sinks"
+    basis = f"{attributes['tokens_sha256']} {attributes['layers']} {threshold} {SINK_RULE}"
     if (writer.entry(unit) or {}).get("basis") != basis:
         writer.vectors(unit, {f"models/{name}/tokens/sink": sink_mask(store, name, threshold)}, basis=basis)
 

@@ -15,15 +15,16 @@ from featstore.store.format.version import FORMAT_VERSION, REBUILDING
 from featstore.store.write.writer import StoreWriter
 
 
-def begin_rebuild(writer: StoreWriter) -> None:
+def begin_rebuild(writer: StoreWriter, work: Mapping[str, Any] | None = None) -> None:
     """Close a store to readers, this version's and older ones', until :func:`upgrade_metadata` has sealed it.
 
     Args:
         writer: Of a complete store, or of one that was killed half rebuilt; from
             ``adding_to(path, rebuild=True)``.
+        work: What has to be known to go on when the rebuild is killed; root attribute ``rebuilding`` until it is done.
     """
-    own = _own(writer)
-    writer.group("", {"featstore": own | {"format_version": FORMAT_VERSION, "complete": False, REBUILDING: True}})
+    closed = {"format_version": FORMAT_VERSION, "complete": False, REBUILDING: dict(work or {}) or True}
+    writer.group("", {"featstore": _own(writer) | closed})
 
 
 def upgrade_metadata(writer: StoreWriter, changes: Mapping[str, Any] | None = None) -> None:

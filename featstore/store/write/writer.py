@@ -343,6 +343,17 @@ class StoreWriter:
             path.unlink()
             fsync_directory(path.parent)
 
+    def restate(self, unit: str, **facts: int | str) -> None:
+        """Record other facts of a unit whose files stay as they are.
+
+        Args:
+            unit: Name of a unit that is there.
+            facts: Take the place of those of the same names.
+        """
+        self._changed(unit)
+        path = self._manifest_path(unit)
+        write_json(path, {**read_entry(path, unit), **facts})
+
     def unit_names(self) -> Iterator[str]:
         """Names of all units in the manifest, sorted."""
         root = self.path / MANIFEST

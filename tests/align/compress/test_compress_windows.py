@@ -175,6 +175,27 @@ def test_kept_sinks_are_there(small: Planted) -> None:
     assert Windows(small.store, PAIR, masked, TRAIN, keep_sinks=True).paired() == counts[0]
 
 
+def test_targets_of_other_roles_are_left_out_and_all_sources_read(tmp_path: Path) -> None:
+    x, y = (spectrum_rows(400, 6, seed) for seed in (1, 2))
+    x[45] *= 1000
+    # Of every window of twenty tokens the user wrote the first half; of the last document all.
+    role = np.where(np.arange(400) % 20 < 10, 2, 3)
+    role[380:] = 2
+    planted = plant(tmp_path / "s.zarr", x, y, splits=[TRAIN] * 10 + [VAL] * 5 + [TEST] * 5, role=role)
+    pairs = planted.store.pairs("a", "b").select(roles="assistant")
+    for split, numbers in ((TRAIN, range(10)), (TEST, range(15, 19))):
+        windows = Windows(planted.store, PAIR, pairs, split, roles=("assistant",))
+        assert windows.numbers.tolist() == list(numbers)
+        for found in windows:
+            own = np.arange(20 * found.number, 20 * found.number + 20)
+            np.testing.assert_array_equal(found.x, x[own[own != 45]].astype(np.float32))
+            np.testing.assert_array_equal(found.y, y[own[10:]].astype(np.float32))
+            assert found.ends_y.tolist() == list(range(11, 21))
+            assert found.paired_y.tolist() == list(range(10))
+            np.testing.assert_array_equal(found.ends_x[found.paired_x], found.ends_y)
+    assert windows.left_out == 1
+
+
 def test_a_window_of_sinks_alone_is_left_out(tmp_path: Path) -> None:
     x, y = (spectrum_rows(400, 6, seed) for seed in (1, 2))
     x[380:] *= 1000

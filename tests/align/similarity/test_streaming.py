@@ -13,6 +13,7 @@ import tracemalloc
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -246,6 +247,16 @@ def test_sinks_are_in_only_where_they_are_kept(tmp_path: Path, client: Any) -> N
     planted = plant(tmp_path / "s.zarr", {0: x}, {0: x})
     found = [stream(selection_of(planted, keep_sinks=k), SITES[:1], client=client, quiet=True).n for k in (False, True)]
     assert found == [290, 300]
+
+
+def test_rows_of_other_roles_are_left_out(tmp_path: Path, client: Any) -> None:
+    x = spectrum_rows(300, 8, 1)
+    planted = plant(tmp_path / "s.zarr", {0: x}, {0: x}, role=np.arange(300) // 10 % 2 + 2)
+    terms = stream(replace(selection_of(planted), roles=("assistant",)), SITES[:1], client=client, quiet=True)
+    assert terms.n == 150
+    alone = plant(tmp_path / "alone.zarr", {0: x[np.arange(300) // 10 % 2 == 1]}, {0: x[:150]}, documents=10)
+    expected = stream(selection_of(alone), SITES[:1], client=client, quiet=True)
+    np.testing.assert_allclose(terms.effective_rank, expected.effective_rank, rtol=1e-6)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -532,6 +543,9 @@ def test_a_checkpoint_of_another_scan_is_refused(planted: Planted, client: Any, 
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     with pytest.raises(StoreStateError, match=r"of another scan: keep_sinks is False there and True here; remove it"):
         stream(selection_of(planted, keep_sinks=True), SITES, client=client, checkpoint=kept, quiet=True)
+    # The same rows, and yet another question.
+    with pytest.raises(StoreStateError, match=r"of another scan: roles is None there and \['text'\] here; remove it"):
+        stream(replace(selection_of(planted), roles=("text",)), SITES, client=client, checkpoint=kept, quiet=True)
     with pytest.raises(StoreStateError, match="of another scan: groups is"):
         scanned(planted, client, checkpoint=kept, memory=260_000)
     with pytest.raises(StoreStateError, match="batch is None there and 50 here"):

@@ -165,6 +165,8 @@ def write_run(
         "pairs": [{"key": PAIR, "parameters": {"trainable": 272, "shipped": 288}}],
         "store": {"path": store, "fingerprint": where["fingerprint"]},
         "pair_policy": where["pair_policy"],
+        # A run of a former version does not say.
+        **({"roles": where["roles"]} if "roles" in where else {}),
         "mask": {"keep_sinks": where["keep_sinks"], "sink_threshold": where["sink_threshold"]},
     }
     of = {"documents": list(numbers), "n": [n] * len(sst), "sst": list(sst), "sse": sums}
@@ -267,7 +269,13 @@ def test_a_run_from_before_there_were_sums_has_a_reason_instead(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "place",
-    [{"fingerprint": "e" * 64}, {"pair_policy": "word"}, {"keep_sinks": True}, {"sink_threshold": 8.0}],
+    [
+        {"fingerprint": "e" * 64},
+        {"pair_policy": "word"},
+        {"keep_sinks": True},
+        {"sink_threshold": 8.0},
+        {"roles": ["user"]},
+    ],
     ids=lambda place: next(iter(place)),
 )
 def test_figures_of_other_rows_are_kept_apart(tmp_path: Path, place: dict[str, Any]) -> None:

@@ -19,15 +19,16 @@ from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner, load_adapter
 from align.runs.train import train
 from align.settings import Settings
+from evaluate.communication import messages
 from evaluate.communication.asking import Prompt, PutIn, ask, prompts_of
 from evaluate.communication.communicate import COMMON, describe, identity, prepare
-from evaluate.communication.messages import read
+from evaluate.communication.messages import deliverable, read, within
 from evaluate.communication.tasks.base import Example, Task, words
 from evaluate.communication.tasks.named import make
 from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name
 from evaluate.injection.loading import Loaded, load
 from evaluate.injection.positions import source_positions
-from featstore.errors import SpecError, VocabularyError
+from featstore.errors import OffsetError, SpecError, VocabularyError
 from featstore.models.layout import Batching
 from featstore.models.loading import inspect_model, load_model
 from featstore.models.probe.prove import Needs, prove
@@ -35,12 +36,15 @@ from featstore.models.references import ModelSpec
 from featstore.models.stack import residual_stream
 from featstore.runtime.console import jsonable
 from featstore.text import tokens
-from featstore.text.tokens import tokenize
+from featstore.text.tokens import TokenizedWindow, tokenize
 from tests.support.architectures.building import build
 from tests.support.architectures.kinds import some_ids
 from tests.support.commands import strict_json
+from tests.support.tokenizers import train_byte_level
 
 NEW = 4
+#: A control character without a token.
+UNSPELT = "\x06"
 NAMES = [condition_name(method, control) for method in METHODS for control in (None, *CONTROLS)]
 TEXTS = ("The capital of France is", "Naïve 東京, and a longer prompt of more tokens:", "One", "Two – with a dash")
 
@@ -193,12 +197,75 @@ def test_a_prompt_longer_than_the_context_is_refused(pair: SimpleNamespace) -> N
         prepare(pair.adapter, models=pair.models, quiet=True).result(task)
 
 
+# What a tokenizer cannot spell.
+
+
+@pytest.fixture
+def unable(pair: SimpleNamespace, sample_texts: list[str]) -> dict[str, Loaded]:
+    """The models, of which one has a tokenizer that lacks a character, as SmolLM2's does."""
+    lacking = train_byte_level(sample_texts, dropped=UNSPELT)
+    llama = pair.models["llama"]
+    return {**pair.models, "llama": replace(llama, info=replace(llama.info, tokenizer=lacking))}
+
+
+def test_a_summary_arrives_without_what_its_reader_cannot_spell(
+    pair: SimpleNamespace, unable: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = ["whole", f"a{UNSPELT}b {UNSPELT}", "whole", UNSPELT]
+    monkeypatch.setattr(module._Direction, "_summaries", lambda _: list(written))
+    found = prepare(pair.adapter, max_new_tokens=2, models=unable, quiet=True).result(make("countries", 4))
+    to_llama, to_mistral = (found["tasks"][f"countries ({way})"] for way in ("mistral->llama", "llama->mistral"))
+    assert [each["summary"] for each in to_llama["examples"]] == ["whole", "ab ", "whole", ""]
+    assert to_llama["undelivered"] == 3
+    assert to_llama["conditions"]["summary"]["bytes"] == (5 + 3 + 5 + 0) / 4
+    [said] = [warning["message"] for warning in to_llama["warnings"] if warning["code"] == "undelivered"]
+    assert said.startswith("2 of 4 summaries hold characters that the tokenizer of 'llama' cannot spell")
+    assert said in describe(found)
+    # The other reader can spell all of them.
+    assert [each["summary"] for each in to_mistral["examples"]] == written
+    assert to_mistral["undelivered"] == 0
+    assert "undelivered" not in [warning["code"] for warning in to_mistral["warnings"]]
+
+
+def test_what_nothing_makes_spellable_is_not_delivered(unable: dict[str, Loaded]) -> None:
+    tokenizer = unable["llama"].info.tokenizer
+    assert deliverable(tokenizer, f"x{UNSPELT}", str) == ("x", 1)
+    assert deliverable(tokenizer, "xy", lambda message: message + UNSPELT * bool(message)) == ("", 2)
+
+
+def test_an_example_that_cannot_be_spelt_is_named_before_anything_is_asked(
+    pair: SimpleNamespace, unable: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ask", lambda *_, **__: pytest.fail("it was asked"))
+    for context, question in ((f"Here{UNSPELT}.", "Where?"), ("Here.", f"Where{UNSPELT}?")):
+        examples = (Example("There.", "Where?", ("there",)), Example(context, question, ("here",)))
+        with pytest.raises(OffsetError, match=r"model 'llama': example 2: no token covers character"):
+            prepare(pair.adapter, models=unable, quiet=True).result(Task("mine", examples, 0, ""))
+
+
+def test_a_token_that_may_have_read_more_than_the_context_is_outside_of_it() -> None:
+    # Two tokens share a character that was rewritten: the first has read something of it, and ends where it begins.
+    window = TokenizedWindow(
+        np.arange(5, dtype=np.int32),
+        np.array([2, 4, 4, 6, 8], np.int32),
+        np.zeros(5, bool),
+        np.array([True, True, False, True, True]),
+    )
+    assert within(window, 0, 4).special.tolist() == [False, False, True, True, True]
+    assert within(window, 2, 6).byte_end.tolist() == [0, 2, 2, 4, 6]
+    assert within(window, 2, 6).exact.tolist() == [True, True, False, True, True]
+
+
 # Planted truth: states that say the same as the text.
 
 
 @pytest.mark.parametrize("choices", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_embeddings_put_back_are_the_text(pair: SimpleNamespace, name: str, choices: bool) -> None:
+def test_embeddings_put_back_are_the_text(
+    pair: SimpleNamespace, name: str, choices: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of a model without a start token, the first token is a sink and would be kept back.
+    monkeypatch.setattr(messages, "first_of_window", lambda window: np.zeros(len(window.ids), dtype=bool))
     # At layer 0 a token's state is the token: B must answer as if it had read the text.
     task = make("tipsheets" if choices else "lookup:2", 6, seed=4)
     adapter = own_map(pair, name, 0)
@@ -317,8 +384,13 @@ def test_every_condition_is_shown_what_it_says(pair: SimpleNamespace, monkeypatc
             if name.startswith("aligned"):
                 assert decode([*prompt.ids, *prompt.rest], skip_special_tokens=True) == text
                 assert decode(prompt.ids, skip_special_tokens=True) == example.context
-                # All of the context but the start token.
-                assert prompt.places == tuple(range(1, len(prompt.ids)))
+                # All of the context but the start token, and what the source has read with its first token, a sink.
+                a, b = (pair.models[name].info.tokenizer for name in ("llama", "mistral"))
+                windows = [tokenize(tokenizer, [example.context])[0] for tokenizer in (a, b)]
+                taken = source_positions(*windows)
+                assert (taken[0], taken[1]) == (-1, 0)
+                assert prompt.places == tuple(np.flatnonzero(taken > 0))
+                assert prompt.places[-1] == len(prompt.ids) - 1
             else:
                 assert decode(prompt.ids, skip_special_tokens=True) == question
                 assert prompt.rest == []
@@ -378,8 +450,8 @@ def test_an_attention_sink_of_either_side_takes_no_part(
         [readings[name]] = read(pair.models[name], [text], [0], [size], (2,))
     name = {"source": "llama", "target": "mistral"}[side]
     own = readings[name]
-    # The context's token of the largest norm becomes a sink.
-    inside = np.flatnonzero(~own.window.special)
+    # The context's token of the largest norm becomes a sink; the first one is left out of its own accord.
+    inside = np.flatnonzero(~own.window.special)[1:]
     norms = np.linalg.norm(own.states[2], axis=1)
     *_, second, sink = inside[norms[inside].argsort()]
     threshold = float(norms[second] + norms[sink]) / 2
@@ -387,8 +459,9 @@ def test_an_attention_sink_of_either_side_takes_no_part(
     seen = shown(SimpleNamespace(adapter=pair.adapter, models=models), task, monkeypatch)
     [prompt], given = seen["aligned llama:2->mistral:2"]
     taken = source_positions(readings["llama"].window, readings["mistral"].window)
-    wanted = [p for p in np.flatnonzero(taken >= 0) if sink != (taken[p] if side == "source" else p)]
-    assert len(wanted) < (taken >= 0).sum()
+    # The source has no start token; its first token is a sink anyway.
+    wanted = [p for p in np.flatnonzero(taken > 0) if sink != (taken[p] if side == "source" else p)]
+    assert len(wanted) < (taken > 0).sum() < (taken >= 0).sum()
     assert list(prompt.places) == wanted
     assert len(given.states[0]) == len(wanted)
 

@@ -15,10 +15,10 @@ from align.maps.fitted import load_adapter
 from align.runs.train import train
 from align.settings import Settings
 from evaluate.generation.generate import PROMPTS, describe, generate, read_prompts
-from evaluate.injection.continuing import Sampling
 from evaluate.injection.loading import Models
 from evaluate.injection.positions import source_positions
 from featstore.errors import AdapterError, SpecError
+from featstore.models.sampling import Sampling
 from tests.support.commands import call, strict_json
 
 TEXTS = ("The capital of France is", "One line – with a dash\nand another", "naïve 東京")

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate.injection.continuing import Sampling, continue_from, left_padded, prompt_states, score_continuation
+from evaluate.injection.continuing import continue_from, prompt_states, score_continuation
 from featstore.errors import SpecError
 from featstore.models import residual as sites
+from featstore.models.answering import left_padded
 from featstore.models.injection import Injection, aligned, last
 from featstore.models.layout import Axes
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
+from featstore.models.sampling import Sampling
 from featstore.models.stack import residual_stream
 
 NEW = 8

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate.injection.continuing import continue_from, left_padded, prompt_states
+from evaluate.injection.continuing import continue_from, prompt_states
 from evaluate.injection.live import LiveInjection, Placed
 from featstore.errors import LayerRangeError, NonFiniteStateError, SpecError
 from featstore.models import residual as sites
+from featstore.models.answering import left_padded
 from featstore.models.injection import aligned, inject
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec

@@ -157,6 +157,25 @@ def test_a_piece_without_source_tokens_is_answered_by_the_one_before() -> None:
     assert np.array_equal(found, np.concatenate([before, after]))
 
 
+def test_ends_inside_characters_and_tokens_that_read_nothing_stay_in_their_pieces() -> None:
+    # A space before the text, two tokens inside a character across no boundary, one that reads nothing at a boundary.
+    source, target = [0, 3, 4, 5, 5, 8, 11], [0, 1, 5, 9, 10, 11]
+    exact = np.array([True, True, False, True, True, True, True])
+    first = dataclasses.replace(tokens(source), exact=exact)
+    both = crossing(first, tokens(target), np.zeros(7, bool), np.zeros(6, bool))
+    # Before the source has read anything, and at what is not exact, no state is taken.
+    assert both.taken.tolist() == [-1, -1, 4, 5, 5, 6]
+    x = states(7)
+    found = wired(window_bytes=6).states(x, both, [5, 11])
+    head = module().reconstruct(x[:5], np.array(source[:5]), np.array(target[:3]))
+    tail = module().reconstruct(x[5:], np.array(source[5:]) - 5, np.array(target[3:]) - 5)
+    assert np.array_equal(found, np.concatenate([head, tail])[both.places])
+    # A piece whose tokens have all read nothing yet is still one.
+    nothing = crossing(tokens([0, 0]), tokens([0, 2]), np.zeros(2, bool), np.zeros(2, bool))
+    assert wired().states(states(2), nothing).shape == (0, 5)
+    assert np.isfinite(module().reconstruct(states(2), np.array([0, 0]), np.array([0, 2]))).all()
+
+
 def test_without_a_recorded_window_the_mean_of_the_corpus_counts() -> None:
     assert wired().window_bytes == 34
     assert wired(window_bytes=2048).window_bytes == 2048

@@ -391,3 +391,19 @@ def test_same_files_same_bytes_and_atomic(tmp_path: Path) -> None:
     assert done["bytes"] == len(first)
     assert "run/metrics.json" in done["files"]
     json.dumps(done)
+
+
+def test_figures_of_some_roles_say_so(tmp_path: Path) -> None:
+    roles = ["user", "assistant"]
+    some = {
+        "adapter.json": {**made.adapter(), "roles": roles},
+        "metrics.json": {**made.metrics(), "roles": roles},
+        "stitch.json": {**made.stitch(), "roles": ["assistant"]},
+    }
+    found = page(
+        made.write(tmp_path / "some", some),
+        made.write(tmp_path / "cka", {"cka.json": made.cka() | {"roles": ["user"]}}),
+    )
+    for words in ("same byte of the roles user, assistant", "tokens of the role assistant,", "pairs of the role user,"):
+        assert words in found.text, words
+    assert "of the role" not in page(run_of(tmp_path)).text

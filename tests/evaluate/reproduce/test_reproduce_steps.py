@@ -210,6 +210,16 @@ def test_the_programme_has_everything_that_was_planned(tmp_path):
     assert len({made for step in steps.values() for made in step.makes}) == sum(len(s.makes) for s in steps.values())
 
 
+def test_roles_are_those_of_every_fit_and_comparison(tmp_path):
+    steps = all_steps(tmp_path, Scale(roles="user,assistant"))
+    of_roles = [step.name for step in steps if "--roles" in step.arguments]
+    assert of_roles == [step.name for step in steps if step.tool == "align"]
+    for step in steps:
+        if step.tool == "align":
+            assert step.arguments[step.arguments.index("--roles") + 1] == "user,assistant"
+    assert not any("--roles" in step.arguments for step in all_steps(tmp_path))
+
+
 def test_ranks_that_are_no_restriction_are_left_out(tmp_path):
     names = [step.name for step in all_steps(tmp_path, Scale(ranks=(8, 23, 24)))]
     assert [name for name in names if name.startswith("rank-")] == [

@@ -337,7 +337,7 @@ def test_a_model_reads_prompts_at_every_layer_that_a_map_or_the_sink_rule_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def states(model: Any, stream: Any, ids: torch.Tensor, layers: list[int], *, padding: Any) -> Any:
-        # A state is its layer and its token; token 12 is a sink, which shows at layer 5 alone.
+        # A state is its layer and its token; token 12 is a sink, which shows at layer 5 alone. There is no start token.
         return {k: torch.stack([torch.full_like(ids, k), ids + 100 * (k == 5)], dim=-1) for k in layers}
 
     monkeypatch.setattr(evaluate.injection.reading, "prompt_states", states)
@@ -348,11 +348,11 @@ def test_a_model_reads_prompts_at_every_layer_that_a_map_or_the_sink_rule_needs(
         median_norm={0: 1.0, 5: 1.0},
         is_sink=lambda found: torch.stack([value[..., 1] == 112 for value in found.values()]).any(dim=0),
     )
-    windows = [tokens_of([11, 12]), tokens_of([12])]
+    windows = [tokens_of([10, 11, 12]), tokens_of([10, 11])]
     maps: Any = [SimpleNamespace(pair=LayerPair(*names)) for names in (("a", (1, 3), "b", 2), ("b", (6,), "a", 4))]
     found = generate._read(loaded, windows, maps)
     assert sorted(found.states) == [1, 3, 4]
-    assert [sinks.tolist() for sinks in found.sinks] == [[False, True], [True]]
+    assert [sinks.tolist() for sinks in found.sinks] == [[True, False, True], [True, False]]
     assert [found.first(row) for row in (0, 1)] == [0, 1]
-    assert found.rows(0, (3, 1)).tolist() == [[3, 11, 1, 11], [3, 12, 1, 12]]
-    assert found.rows(1, (1,)).tolist() == [[1, 12]]
+    assert found.rows(0, (3, 1)).tolist() == [[3, 10, 1, 10], [3, 11, 1, 11], [3, 12, 1, 12]]
+    assert found.rows(1, (1,)).tolist() == [[1, 10], [1, 11]]

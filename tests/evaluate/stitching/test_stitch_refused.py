@@ -47,6 +47,20 @@ def test_another_store_is_refused(pair: SimpleNamespace) -> None:
         stitch(pair.store, other, quiet=True)
 
 
+def test_a_store_that_was_rebuilt_is_the_same_only_where_nothing_changed(pair: SimpleNamespace) -> None:
+    store = open_store(pair.store.path)
+    past = {"fingerprint_before": "f" * 64, "fingerprint_after": store.fingerprint, "changed": True}
+    store.attributes["rebuilt"] = [past]
+    old = with_card(pair.adapter, store={**pair.adapter.card["store"], "fingerprint": "f" * 64})
+    with pytest.raises(AdapterError, match=r"was fitted before .* was rebuilt, over other pairs .* `align train`"):
+        stitch(store, old, quiet=True)
+    past["changed"] = False
+    assert stitch(store, old, layers="2", max_tokens=1, quiet=True)["pairs"]
+    past["fingerprint_after"] = "e" * 64  # and then got more text
+    with pytest.raises(AdapterError, match="use the store named in its card"):
+        stitch(store, old, quiet=True)
+
+
 def test_another_model_is_refused(pair: SimpleNamespace, tiny_llama: Path, tiny_mistral: Path) -> None:
     for override, what in ((f"mistral={tiny_llama}", "depth"), (f"llama={tiny_mistral}", "depth")):
         with pytest.raises(AdapterError, match=rf"has {what} .* point to the right model with --model"):
@@ -88,15 +102,18 @@ def test_whatever_differs_of_a_model_is_named(pair: SimpleNamespace, key: str, w
 def test_a_model_is_looked_for_where_its_card_or_the_override_says(
     pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gone(spec: ModelSpec) -> None:
-        raise ModelLoadError(f"{spec.ref} at {spec.revision}")
+    def gone(spec: ModelSpec, control_tokens: str) -> None:
+        raise ModelLoadError(f"{spec.ref} at {spec.revision}, control tokens as {control_tokens}")
 
     monkeypatch.setattr("featstore.models.loading.inspect_model", gone)
     models = pair.adapter.card["models"]
     moved = {**models["mistral"], "reference": "org/name", "revision": "abc123"}
     adapter = with_card(pair.adapter, models={**models, "mistral": moved})
-    with pytest.raises(ModelLoadError, match="org/name at abc123"):
+    with pytest.raises(ModelLoadError, match="org/name at abc123, control tokens as text"):
         check(adapter, "mistral", ())
+    kept = with_card(adapter, corpus={**adapter.card["corpus"], "control_tokens": "special"})
+    with pytest.raises(ModelLoadError, match="control tokens as special"):
+        check(kept, "mistral", ())
     with pytest.raises(ModelLoadError, match="other/name at None"):
         check(adapter, "mistral", ("mistral=other/name",))
 

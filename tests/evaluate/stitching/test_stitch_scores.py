@@ -188,6 +188,40 @@ def test_special_tokens_at_the_end_take_no_bytes() -> None:
     assert tally.sums[0] == pytest.approx([2 * math.log(8), 2, 7, 0, 2])
 
 
+def test_tokens_that_do_not_count_take_no_part() -> None:
+    special = np.array([True, False, False, False, False, True, False])
+    ends = np.array([0, 2, 5, 9, 10, 0, 14], np.int32)
+    tokens = TokenizedWindow(np.arange(7), ends, special, np.ones(7, bool))
+    logits = torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
+    some = np.array([True, True, False, True, False, True, True])
+    sums = []
+    for counts in (some, ~some, None):
+        tally = Tally()
+        add_window(tally, 0, tokens, logits, logits.roll(1, dims=0), counts=counts)
+        sums.append(tally.sums[0])
+    # Bytes are those of the scored tokens themselves: 5 to 9, and 10 to 14 past a special token; and the rest.
+    assert sums[0][1:3].tolist() == [2, 8]
+    assert sums[1][1:3].tolist() == [2, 4]
+    assert sums[0] + sums[1] == pytest.approx(sums[2])
+    expected = -float(logits[2].log_softmax(0)[3] + logits[5].log_softmax(0)[6])
+    assert sums[0][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bytes_of_a_window_are_those_that_its_scored_tokens_read() -> None:
+    # A space that reads nothing, a character in three tokens of which two end inside it, a token that reads nothing.
+    ends, special = np.array([0, 0, 1, 2, 4, 4, 9]), np.array([True] + [False] * 6)
+    exact = np.array([True, True, True, False, True, True, True])
+    tally = Tally()
+    add_window(tally, 0, TokenizedWindow(np.arange(7), ends, special, exact), torch.zeros(7, 8))
+    assert tally.sums[0] == pytest.approx([5 * math.log(8), 5, 9, 0, 5])
+    # What was read before the first scored token is not counted, whichever of the two tokens read it.
+    for first, second in ((True, False), (False, True)):
+        special, ends = np.array([first, second, False, False]), np.array([0, 5, 5, 8] if first else [5, 0, 5, 8])
+        tally = Tally()
+        add_window(tally, 0, TokenizedWindow(np.arange(4), ends, special, np.ones(4, bool)), torch.zeros(4, 8))
+        assert tally.sums[0][2] == 3
+
+
 def test_half_precision_logits_are_scored_in_float32() -> None:
     logits = (8 * torch.randn(40, 300, generator=torch.Generator().manual_seed(0))).bfloat16()
     clean = logits.roll(1, dims=0)

@@ -45,7 +45,9 @@ def _no_power_cut(monkeypatch):
 
 
 def recipe(form: str = "bfloat16", layout: str = "hot") -> Recipe:
-    return Recipe(form=form, layout=layout, shard_rows=1024 if layout == "hot" else 768, documents=24, seed=3)
+    return Recipe(
+        form=form, layout=layout, shard_rows=1024 if layout == "hot" else 768, documents=24, seed=3, roles=(2, 3)
+    )
 
 
 @pytest.fixture(scope="module")

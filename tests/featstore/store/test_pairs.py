@@ -13,7 +13,7 @@ from featstore import open_store
 from featstore.errors import PairingError, SpecError
 from featstore.store.read.pairs import Pairs, check_policy, ends_a_word, last_at_each_end, match, match_ends
 from featstore.store.write.index import add_pairs
-from tests.support.store_fixtures import write_store
+from tests.support.store_fixtures import Recipe, write_store
 
 # One model's tokens of some windows: for each window its tokens as (byte end, special).
 WINDOW = st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=10).map(
@@ -257,6 +257,7 @@ class TestSelect:
         np.array([0, 0, 1, 1, 2, 2], np.uint8),
         np.array([0, 0, 1, 1, 2, 2], np.int32),
         np.array([True, False] * 3),
+        np.array([2, 3, 3, 2, 2, 3], np.uint8),
         (1.0, 0.5),
     )
 
@@ -275,8 +276,51 @@ class TestSelect:
         assert chosen.row_source.tolist() == rows
         assert chosen.row_target.tolist() == [r + 10 for r in rows]
         assert len(chosen) == len(chosen.split) == len(chosen.document) == len(chosen.sink) == len(rows)
+        assert len(chosen.role) == len(rows)
         assert chosen.coverage == (1.0, 0.5)
         assert len(self.PAIRS) == 6
+
+    @pytest.mark.parametrize(
+        ("roles", "split", "keep_sinks", "rows"),
+        [
+            ("assistant", None, True, [1, 2, 5]),
+            ("assistant", None, False, [1, 5]),
+            (["user"], 2, True, [4]),
+            ("user", 2, False, []),
+            ("user, assistant", None, True, [0, 1, 2, 3, 4, 5]),
+            ("assistant,tool", 1, True, [2]),
+            (None, 0, True, [0, 1]),
+            ("all", 0, True, [0, 1]),
+        ],
+    )
+    def test_by_role(self, roles, split, keep_sinks, rows):
+        assert self.PAIRS.select(split, keep_sinks=keep_sinks, roles=roles).row_source.tolist() == rows
+
+    def test_roles_that_are_not_there_say_which_are(self):
+        words = (
+            r"no pairs of a and b have the role tool; they have user \(3\), assistant \(3\): choose --roles among these"
+        )
+        with pytest.raises(PairingError, match=words):
+            self.PAIRS.select(roles="tool")
+        with pytest.raises(PairingError, match="have the role any of text, tool; they have user"):
+            self.PAIRS.select(roles="tool,text")
+        # Nothing can be said of no pairs at all.
+        assert len(self.PAIRS.where(np.zeros(6, bool)).select(roles="tool")) == 0
+
+    @pytest.mark.parametrize("roles", ["narrator", "", [], "assistant,", 3, ["assistant", "all"]])
+    def test_what_is_no_role_is_refused(self, roles):
+        with pytest.raises(SpecError, match=r"--roles .*: choose among text, system, user, .* or all"):
+            self.PAIRS.select(roles=roles)
+
+    def test_a_store_says_who_wrote_a_pair(self, tmp_path):
+        store = open_store(write_store(tmp_path / "s.zarr", Recipe(roles=(1, 2, 3))))
+        for source, target in (("a", "b"), ("b", "a"), ("b", "b")):
+            pairs = store.pairs(source, target)
+            assert np.array_equal(pairs.role, store.tokens(source).role[pairs.row_source])
+            assert np.array_equal(pairs.role, store.tokens(target).role[pairs.row_target])
+            assert set(pairs.role.tolist()) == {1, 2, 3}
+        plain = open_store(write_store(tmp_path / "plain.zarr")).pairs("a", "b")
+        assert len(plain.select(roles="text", keep_sinks=True)) == len(plain)
 
     def test_too_few_pairs_say_how_many_and_what_for(self):
         assert self.PAIRS.need(6, "validation") is self.PAIRS

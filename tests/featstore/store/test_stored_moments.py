@@ -453,7 +453,7 @@ def test_what_moments_say_of_a_map_is_what_its_rows_say(related_pair: Path) -> N
     assert "rotations alone" in scores["affine"][1]["cka_debiased"]
 
 
-@pytest.mark.parametrize("options", [{"keep_sinks": True}, {"policy": "word"}, {"max_rows": 100}])
+@pytest.mark.parametrize("options", [{"keep_sinks": True}, {"policy": "word"}, {"max_rows": 100}, {"roles": ("text",)}])
 def test_what_moments_do_not_answer_needs_rows(
     related_pair: Path, moments_alone: Path, options: dict[str, Any]
 ) -> None:
@@ -559,7 +559,14 @@ def test_a_run_uses_the_moments_where_they_are(
 
 
 @pytest.mark.parametrize(
-    "options", [{"keep_sinks": True}, {"policy": "word"}, {"source": "a", "target": "a"}, {"solver": "adamw"}]
+    "options",
+    [
+        {"keep_sinks": True},
+        {"policy": "word"},
+        {"roles": "text"},
+        {"source": "a", "target": "a"},
+        {"solver": "adamw"},
+    ],
 )
 def test_a_run_that_needs_rows_is_refused_before_it_writes(
     moments_alone: Path, tmp_path: Path, options: dict[str, Any]
