@@ -125,6 +125,11 @@ class _Reader:
             raise OffsetError("the template writes nothing")
         ids, end, exact, control = (np.concatenate(column) for column in zip(*parts, strict=True))
         ends, inside = content_ends(end, exact, _places(conversation, rendering, offset))
+        for place in rendering.contents:
+            if place.skipped:
+                # The template takes away the whitespace that this message begins with: its tokens have not read it.
+                part = conversation.parts[place.message]
+                exact &= (ends <= part.start) | (ends > part.end)
         special = control | ~inside
         ends[special], exact[special] = 0, True
         return TokenizedWindow(ids.astype(np.int32), ends.astype(np.int32), special, exact)
