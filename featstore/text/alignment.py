@@ -76,6 +76,11 @@ class _Rewritten:
             pieces: The tokens' bytes; None where they cannot be told.
             spans: Their offsets in characters.
         """
+        joined = b"".join([piece or b"" for piece in pieces])
+        if None not in pieces and joined.removeprefix(b" ") == self._bytes.removeprefix(b" "):
+            lengths = np.array([len(piece or b"") for piece in pieces], dtype=np.int64)
+            ends = self._place[np.maximum(np.cumsum(lengths) - (len(joined) - len(self._bytes)), 0)]
+            return np.maximum.accumulate(np.maximum(ends, 0)), ends != NOWHERE
         position, positions = 0, []
         starts, stops = self._offsets(spans()) if None in pieces else ([], [])
         lost = np.zeros(len(pieces), dtype=bool)

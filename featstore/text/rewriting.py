@@ -31,8 +31,7 @@ def places(rewrite: Callable[[str], str], text: str) -> tuple[bytes, NDArray[np.
         its positions, :data:`NOWHERE` inside a stretch that is rewritten as a whole.
     """
     rewritten = rewrite(text)
-    parts = [np.zeros(1, dtype=np.int64)]
-    read = 0
+    place, read = [0], 0
     # Stretches still to be looked at, the first of them last. Words are nearly always rewritten apart.
     words = [(word, rewrite(word)) for word in _WORD.findall(text)]
     waiting = words[::-1] if "".join(result for _, result in words) == rewritten else [(text, rewritten)]
@@ -40,17 +39,16 @@ def places(rewrite: Callable[[str], str], text: str) -> tuple[bytes, NDArray[np.
         stretch, result = waiting.pop()
         size = len(stretch.encode())
         if stretch == result:
-            parts.append(np.arange(read + 1, read + size + 1))
+            place.extend(range(read + 1, read + size + 1))
         elif cut := _cut(rewrite, stretch, result):
             first, second = stretch[:cut], stretch[cut:]
             waiting += [(second, rewrite(second)), (first, rewrite(first))]
             continue
         else:
-            inside = np.full(len(result.encode()), NOWHERE, dtype=np.int64)
-            inside[-1:] = read + size
-            parts.append(inside)
+            inside = len(result.encode())
+            place += [NOWHERE] * (inside - 1) + [read + size] * (inside > 0)
         read += size
-    return rewritten.encode(), np.concatenate(parts)
+    return rewritten.encode(), np.array(place, dtype=np.int64)
 
 
 def _cut(rewrite: Callable[[str], str], stretch: str, result: str) -> int:
