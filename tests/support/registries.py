@@ -100,7 +100,7 @@ def npm_files(requirement: str, into: Path) -> Iterator[tuple[str, bytes]]:
     """
     if shutil.which("npm") is None:
         raise UnreachableError("npm is not installed")
-    command = ["npm", "pack", requirement, "--silent", "--pack-destination", into, "--cache", into / "npm"]
+    command = ["npm", "pack", requirement, "--loglevel=error", "--pack-destination", into, "--cache", into / "npm"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     except subprocess.TimeoutExpired as error:
