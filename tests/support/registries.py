@@ -107,9 +107,8 @@ def npm_files(requirement: str, into: Path) -> Iterator[tuple[str, bytes]]:
         raise UnreachableError(f"npm pack {requirement} took more than {PATIENCE} s") from error
     archives = list(into.glob("*.tgz"))
     if done.returncode or len(archives) != 1:
-        raise UnreachableError(
-            f"npm pack {requirement} ended with code {done.returncode} {done.stderr.strip()}".strip()
-        )
+        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
+        raise UnreachableError(f"npm pack {requirement} failed ({said}); check the network and npm's settings")
     with tarfile.open(archives[0], mode="r|gz") as archive:
         for entry in archive:
             handle = archive.extractfile(entry) if entry.isfile() else None
