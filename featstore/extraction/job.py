@@ -34,7 +34,8 @@ from featstore.text import tokens
 from featstore.text.chat import DATE
 from featstore.text.documents import documents
 from featstore.text.normalisation import check_choice, normalised, normalises
-from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
+from featstore.text.plan import Plan, PlannedCorpus
+from featstore.text.planning import make_plan, plan_model
 from featstore.text.sources import Source, iter_texts, parse_source, shuffled
 
 
