@@ -131,15 +131,17 @@ def _access(spec: ModelSpec) -> tuple[dict[str, Any], ModelInfo | None]:
     """Whether a model's configuration and tokenizer can be read, and these; its weights are not touched."""
     from featstore.models.loading import inspect_model, weight_bytes
     from featstore.models.tokenizers import start_missing
+    from featstore.text.tokens import ends_in_words, prove
 
     name = f"model {spec.name}"
     try:
         info = inspect_model(spec)
+        ends = ends_in_words(prove(info.tokenizer, spec.name))
     except FeatstoreError as error:
         return _check(name, " ".join(str(error).split()), ok=False, remedy="see the finding"), None
     weights = weight_bytes(spec)
     where = f"{human_bytes(weights)} of weights on this disk" if weights else "weights not on this disk yet"
-    what = f"{info.family}, {_size(info)}, {info.vocabulary} token ids, {_begins(info)}"
+    what = f"{info.family}, {_size(info)}, {info.vocabulary} token ids, {_begins(info)}, {ends}"
     finding = f"{spec.ref}: {what}; {where}{info.peculiarities}"
     missing = start_missing(spec.name, info.start_token, info.start_token_asked)
     check = _check(name, finding)

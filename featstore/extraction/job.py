@@ -34,7 +34,8 @@ from featstore.text import tokens
 from featstore.text.chat import DATE
 from featstore.text.documents import documents
 from featstore.text.normalisation import check_choice, normalised, normalises
-from featstore.text.plan import Plan, PlannedCorpus, make_plan, plan_model
+from featstore.text.plan import Plan, PlannedCorpus
+from featstore.text.planning import make_plan, plan_model
 from featstore.text.sources import Source, iter_texts, parse_source, shuffled
 
 
@@ -187,7 +188,14 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     if settings.was_given("layers") and len(claimed) == len(infos):
         spec.parse_layers(settings.layers, claimed)  # what cannot be right is said before the wait for the weights
     for name, info in infos.items():
-        tokens.prove(info.tokenizer, name)
+        if not tokens.prove(info.tokenizer, name).told and not quiet:
+            err.print(
+                f"model {name!r}: its tokens' bytes cannot be told, so byte ends are those of its offsets, and a token "
+                "that shares a character with the next one does not pair",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
     compute = _compute(settings, infos, recorded)
     found = verdicts(infos, compute, recorded, table=settings.layer_0 == "table", quiet=quiet, load=load)
     infos = {name: measured(info, found.get(name)) for name, info in infos.items()}

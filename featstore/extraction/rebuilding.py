@@ -26,7 +26,8 @@ from featstore.store.write.writer import adding_to
 from featstore.text import tokens
 from featstore.text.chat import DATE
 from featstore.text.message_arrays import holds_conversations, tokenize_windows
-from featstore.text.plan import PlannedCorpus, PlannedModel, plan_model
+from featstore.text.plan import PlannedCorpus, PlannedModel
+from featstore.text.planning import plan_model
 
 #: What a model's attributes say of its tokenizer, from its description.
 _TOLD = ("tokenizer_sha256", "start_token", "start_token_asked")

@@ -112,6 +112,19 @@ def prove(tokenizer: Any, name: str) -> TokenBytes:
     return token_bytes(tokenizer)
 
 
+def ends_in_words(vocabulary: TokenBytes) -> str:
+    """What the byte ends of a tokenizer's tokens come from, as a phrase for people.
+
+    Args:
+        vocabulary: From :func:`prove`.
+    """
+    if not vocabulary.told:
+        return "byte ends from offsets, as its tokens' bytes cannot be told"
+    if vocabulary.unknown:
+        return f"byte ends from its tokens' bytes, but for {vocabulary.unknown} that cannot be told"
+    return "byte ends from its tokens' bytes"
+
+
 def ends_from(tokenizer: Any) -> str:
     """What the byte ends of a tokenizer's tokens come from, as stores record it: ``bytes`` or ``offsets``.
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from featstore.errors import OffsetError
 from featstore.text.alignment import byte_offsets, check_offsets, ends_by_offsets
 from featstore.text.bytes import byte_of_stand_in
-from featstore.text.tokens import TokenizedWindow, ends_from, prove, tokenize
+from featstore.text.tokens import TokenizedWindow, ends_from, ends_in_words, prove, tokenize
 
 
 @cache
@@ -86,6 +86,7 @@ class TestUnknownBytes:
 
     def test_offsets_are_taken_where_no_bytes_can_be_told(self, words):
         assert ends_from(words) == "offsets"
+        assert ends_in_words(prove(words, "m")).startswith("byte ends from offsets")
         window = one(words, "the kitten, cat")
         assert window.byte_end.tolist() == [3, 10, 11, 15]
         assert window.exact.all()
@@ -98,6 +99,7 @@ class TestUnknownBytes:
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
         assert ends_from(fast) == "bytes"
         assert prove(fast, "m").unknown == 1
+        assert ends_in_words(prove(fast, "m")) == "byte ends from its tokens' bytes, but for 1 that cannot be told"
         window = one(fast, "ab 東a b")
         ends = dict(zip(window.byte_end.tolist(), window.exact.tolist(), strict=True))
         assert ends == {1: True, 2: True, 3: True, 6: True, 7: True, 8: True, 9: True}

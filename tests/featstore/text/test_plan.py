@@ -19,7 +19,8 @@ from featstore.extraction.job import prepare
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.text.documents import documents
-from featstore.text.plan import Plan, PlannedCorpus, PlannedModel, make_plan
+from featstore.text.plan import Plan, PlannedCorpus, PlannedModel
+from featstore.text.planning import make_plan
 from featstore.text.splits import split_of
 from featstore.text.windows import windows
 
