@@ -111,5 +111,13 @@ class StoreAccessError(FeatstoreError, OSError):
     """A store's place cannot be reached, or refuses."""
 
 
-class OldStoreWarning(UserWarning):
+class FeatstoreWarning(UserWarning):
+    """Something that a reader of the results has to know; commands say it in one line on stderr."""
+
+
+class TemplateWarning(FeatstoreWarning):
+    """A chat template leaves out what a conversation says beside its messages' contents."""
+
+
+class OldStoreWarning(FeatstoreWarning):
     """A store of an older format version was opened: it reads, but not all in it is what a new one would hold."""

@@ -283,8 +283,15 @@ def inherit(settings: Settings, recorded: Recorded) -> Settings:
         )
     if not recorded.empty:
         _refuse_other_answers(settings, recorded, used)
-    if not settings.was_given("model") and references:
-        changes["model"] = tuple(references.values())
+    if not settings.was_given("model"):
+        unsaid = [name for name in recorded.root["models"] if name not in references]
+        if unsaid:
+            raise StoreStateError(
+                f"{recorded.path} was stopped before it said what {', '.join(unsaid)} is; run the command that began "
+                "it again, with its --model values"
+            )
+        if references:
+            changes["model"] = tuple(references.values())
     return replace(settings, **changes)
 
 

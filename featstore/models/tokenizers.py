@@ -111,7 +111,11 @@ def start_missing(name: str, start: Mapping[str, Any] | None, asked: str | None)
     """
     if asked is None or (start is not None and start["text"] == asked):
         return None
-    instead = "puts none before a text" if start is None else f"puts {start['text']!r} before a text"
+    instead = (
+        "puts none before a text (a chat template may write its own)"
+        if start is None
+        else f"puts {start['text']!r} before a text"
+    )
     return (
         f"model {name!r}: its tokenizer_config.json asks for the start token {asked!r} (add_bos_token), but the "
         f"tokenizer as loaded {instead}; its states are of that, and a tokenizer.json whose post-processor adds the "

@@ -32,7 +32,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from featstore.errors import FeatstoreError, OldStoreWarning, SpecError
+from featstore.errors import FeatstoreError, FeatstoreWarning, SpecError
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False)
@@ -273,7 +273,7 @@ def _warn_in_lines(name: str) -> None:
 
     def show(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
         line = " ".join(str(message).split())
-        if not issubclass(category, OldStoreWarning):
+        if not issubclass(category, FeatstoreWarning):
             others(message, category, *more, **named)
         elif line not in said:
             said.add(line)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from featstore.errors import CorpusError
+from featstore.errors import CorpusError, TemplateWarning
 from featstore.text.conversation import Conversation, to_json
 
 #: The day that templates are told it is: rows must not depend on when they are computed. Llama 3.1's own default.
@@ -86,6 +87,7 @@ def render(
             raise
         rows = [{**row, "content": row["content"] or ""} for row in rows]
         text = write(rows, tools)
+    _warn_of_what_is_left_out(write, text, rows, tools)
     controls = _quoted_controls(tokenizer, conversation)
     marked_rows = [
         {
@@ -111,17 +113,41 @@ def render(
     return Rendering(text, stands, _quoted(pieces, stands))
 
 
+def _warn_of_what_is_left_out(
+    write: _Writer, text: str, rows: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+) -> None:
+    """Say of tools and calls that the template does not write: the model's states have not read them."""
+    others: list[tuple[str, Sequence[Mapping[str, Any]], Sequence[Any] | None]] = []
+    if tools is not None:
+        others.append(("tools", list(rows), None))
+    if any("tool_calls" in row for row in rows):
+        without = [{key: value for key, value in row.items() if key != "tool_calls"} for row in rows]
+        others.append(("tool calls", without, tools))
+    for what, kept, named in others:
+        try:
+            same = write(kept, named) == text
+        except CorpusError:
+            continue  # it asks for them, so it reads them
+        if same:
+            warnings.warn(
+                f"model {write.name!r}: its chat template writes nothing of the {what} that conversations name; "
+                "its states have not read them",
+                TemplateWarning,
+                stacklevel=2,
+            )
+
+
 class _Writer:
     """Applies a tokenizer's template to one conversation."""
 
     def __init__(self, tokenizer: Any, name: str, conversation: Conversation, prompt: bool, date: str) -> None:
-        self._tokenizer, self._name, self._conversation, self._prompt = tokenizer, name, conversation, prompt
+        self._tokenizer, self.name, self._conversation, self._prompt = tokenizer, name, conversation, prompt
         self._template = self._find(date)
 
     def _find(self, date: str) -> str:
         if not getattr(self._tokenizer, "chat_template", None):
             raise CorpusError(
-                f"model {self._name!r} has no chat template, so it cannot read messages ({self._conversation.where}); "
+                f"model {self.name!r} has no chat template, so it cannot read messages ({self._conversation.where}); "
                 "use the model's chat variant, or give its text with --text-field"
             )
         tools = self._conversation.tools
@@ -148,7 +174,7 @@ class _Writer:
     def _failure(self, error: Exception) -> CorpusError:
         reason = (str(error).splitlines() or [type(error).__name__])[0] or type(error).__name__
         return CorpusError(
-            f"{self._conversation.where}: the chat template of model {self._name!r} refuses these messages: {reason}; "
+            f"{self._conversation.where}: the chat template of model {self.name!r} refuses these messages: {reason}; "
             "leave such rows out, or extract them with models whose templates take them"
         )
 
@@ -156,7 +182,7 @@ class _Writer:
         """That the template does something to a message, in one line."""
         role = self._conversation.messages[number].role
         return CorpusError(
-            f"{self._conversation.where}, message {number + 1} ({role}): the chat template of model {self._name!r} "
+            f"{self._conversation.where}, message {number + 1} ({role}): the chat template of model {self.name!r} "
             f"{what}, so what its states have read cannot be told; {_REMEDY}"
         )
 

@@ -115,6 +115,8 @@ def _of_one_kind(rows: Iterable[tuple[str, str | Conversation]]) -> Iterator[str
 
 def _text_files(source: Source) -> Iterator[str]:
     files = _matching(source.location)
+    if not files and os.path.isdir(source.location):  # noqa: PTH112 - a pattern may be longer than a name may be
+        raise CorpusError(f"{source.location!r} is a directory; name its files, as in text:'{source.location}/*.txt'")
     if not files:
         raise CorpusError(f"no file matches {source.location!r}; give an existing path or a glob such as 'texts/*.txt'")
     for path in files:
@@ -163,6 +165,8 @@ def _json_lines(source: Source) -> Iterator[tuple[str, str | Conversation]]:
             ) from error
         if not isinstance(text, str):
             raise CorpusError(f"{where}: field {source.field!r} is {type(text).__name__}, not text")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise CorpusError(f"{where}: field {source.field!r} holds a lone surrogate; it is not text")
         yield where, text
 
 

@@ -536,3 +536,13 @@ class TestCommands:
         count = json.loads(done.out)["pairs"]["llama__mistral"]["pairs"]
         assert count == len(open_store(path).pairs("llama", "mistral", "word"))
         assert verify_store(path, quiet=True)["damage"] == []
+
+
+def test_stopped_before_it_said_what_its_models_are_it_asks_for_them(settings, tmp_path):
+    path = run(dataclasses.replace(settings, store=tmp_path / "s.zarr"))
+    shutil.rmtree(path / "models" / "mistral")
+    root = json.loads((path / "zarr.json").read_text())
+    root["attributes"]["featstore"]["complete"] = False
+    (path / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(StoreStateError, match=r"was stopped before it said what mistral is; .*with its --model values"):
+        prepare(dataclasses.replace(settings, store=path, given=frozenset()), quiet=True)

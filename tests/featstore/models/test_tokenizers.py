@@ -128,7 +128,7 @@ class TestStartTokens:
         attributes = open_store(tmp_path / "s").model("m").attributes
         assert (attributes["start_token"], attributes["start_token_asked"]) == (None, "<|im_start|>")
         done = call(capsys, "featstore", "doctor", "--quick", "--model", f"m={folder}", "--store", tmp_path / "t")
-        assert ", no start token; " in done.out
+        assert ", no start token, byte ends from its tokens' bytes; " in done.out
         assert said in done.out
         done = call(capsys, "featstore", "info", tmp_path / "s")
         assert "no start token: the first token of each window is masked" in done.out
@@ -139,7 +139,7 @@ class TestStartTokens:
         folder = configured(tiny_mistral, tmp_path / "m", add_bos_token=True)
         assert inspect_model(spec(folder)).start_token_asked == "<s>"
         done = call(capsys, "featstore", "doctor", "--quick", "--model", f"m={folder}", "--store", tmp_path / "t")
-        assert ", start token <s>; " in done.out
+        assert ", start token <s>, byte ends from its tokens' bytes; " in done.out
         assert "asks for" not in done.out
 
 

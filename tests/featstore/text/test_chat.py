@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featstore.errors import CorpusError
+from featstore.errors import CorpusError, TemplateWarning
 from featstore.text.chat import DATE, render
 from featstore.text.conversation import parse_conversation
 from tests.support.chats import CALL, CHATML, CHATS, TOOLS, TRIMMING, conversation, ids_of, say, with_template
@@ -169,3 +169,18 @@ def test_support_reads_messages_as_the_library_does(chat):
     assert tokenizer.decode(ids_of(tokenizer, rows)).replace(" ", "") == render(tokenizer, "m", TURNS).text.replace(
         " ", ""
     )
+
+
+def test_tools_and_calls_that_a_template_does_not_write_are_said(chat):
+    said = conversation("tools")
+    with pytest.warns(TemplateWarning) as told:
+        render(chat(each("{{ message.content }};")), "m", said)
+    assert [str(one.message).partition(" that")[0] for one in told] == [
+        "model 'm': its chat template writes nothing of the tools",
+        "model 'm': its chat template writes nothing of the tool calls",
+    ]
+
+
+def test_a_template_that_writes_them_is_not_warned_of(chat, recwarn):
+    render(chat(CHATML), "m", conversation("tools"))
+    assert not [one for one in recwarn if issubclass(one.category, TemplateWarning)]

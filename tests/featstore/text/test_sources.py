@@ -144,9 +144,12 @@ class TestBrackets:
         if not location.startswith("."):
             assert list(iter_texts(parse_source(f"text:{place}/{location}"))) == files
 
-    @pytest.mark.parametrize(
-        "location", ["run[1]", "run[1]/", "run[1]/*.md", "run[1]/c.txt/d", "q" * 300 + "[1]", "\0"]
-    )
+    @pytest.mark.parametrize("location", ["run[1]", "run[1]/"])
+    def test_a_directory_is_said_to_be_one(self, place, location):
+        with pytest.raises(CorpusError, match=r"'.*run\[1\]/?' is a directory; name its files"):
+            list(iter_texts(parse_source(f"text:{location}")))
+
+    @pytest.mark.parametrize("location", ["run[1]/*.md", "run[1]/c.txt/d", "q" * 300 + "[1]", "\0"])
     def test_what_is_no_file_is_said(self, place, location):
         with pytest.raises(CorpusError, match="no file matches"):
             list(iter_texts(parse_source(f"text:{location}")))
@@ -154,6 +157,12 @@ class TestBrackets:
 
 class TestJsonLines:
     LINES = ('{"text": "one", "body": "eins"}', "", "  ", '{"body": "zwei", "text": "two\\n東"}')
+
+    def test_a_lone_surrogate_is_named_with_its_line(self, tmp_path):
+        path = tmp_path / "x.jsonl"
+        path.write_text('{"text": "one"}\n{"text": "tw\\ud800o"}\n')
+        with pytest.raises(CorpusError, match=r"x\.jsonl, line 2: field 'text' holds a lone surrogate"):
+            list(iter_texts(parse_source(f"jsonl:{path}")))
 
     @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
     def test_a_line_a_document_blank_lines_skipped(self, tmp_path, suffix):
