@@ -122,11 +122,15 @@ def extract(
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Temperature of what is written (with --seed); by default 0, the likeliest token."),
+        typer.Option(
+            min=0.0, help="Temperature of what is written (with --seed), 0 for the likeliest token; by default 0."
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Draw from the likeliest tokens that together have this probability; by default 1, all."),
+        typer.Option(
+            help="Draw from the likeliest tokens that together have this probability, 1 for all; by default 1."
+        ),
     ] = None,
     moments: Annotated[
         bool, typer.Option("--moments", help="Also store the moments of every two layers: fits then need no rows.")

@@ -65,11 +65,13 @@ class TestNames:
         helps["attention"] = helps.pop("attn")
         shown_by_typer = {"store", "device", "moments", "moments_memory", "given"}
         unlimited = {"max_documents": "all", "max_document_bytes": "all", "max_tokens": "1M"}
+        unlimited |= {"generate": "none", "generate_with": "each"}
         for field in dataclasses.fields(Settings):
             if field.name in shown_by_typer:
                 continue
             value = field.default
-            values = value if isinstance(value, tuple) else [unlimited.get(field.name, value)]
+            value = unlimited.get(field.name, value)
+            values = value if isinstance(value, tuple) else [value]
             texts = [f"{each:g}" if isinstance(each, float) else str(each) for each in values]
             words = helps[field.name].lower()
             assert f"by default {' and '.join(texts).lower()}." in words, field.name

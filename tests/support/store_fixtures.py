@@ -77,6 +77,19 @@ def token_table(recipe: Recipe, model: str, windows: list[tuple[int, int, int]])
     return made
 
 
+def messages(recipe: Recipe, windows: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """Document, role, start and end of the parts of every window whose roles :func:`token_table` writes."""
+    count, size = len(recipe.roles), recipe.window_bytes + 1
+    found = []
+    for document, start, end in windows:
+        for place, role in enumerate(recipe.roles):
+            # The ends e of this part are those for which e * count // size is its place.
+            first, last = max(-(-place * size // count) - 1, 0), -(-(place + 1) * size // count) - 1
+            if start + first < min(start + last, end):
+                found.append((document, role, start + first, min(start + last, end)))
+    return found
+
+
 def states(recipe: Recipe, model: str, layer: int, rows: int) -> np.ndarray:
     """float32 (rows, width); every 50th row is a sink, another one in each layer."""
     rng = np.random.default_rng((recipe.state_seed, MODELS.index(model), layer))
@@ -128,10 +141,11 @@ def _write(writer: StoreWriter, recipe: Recipe) -> None:
     if (writer.attributes() or {}).get("featstore", {}).get("complete"):
         return
     writer.group("", {"featstore": attributes})
-    for group in ("models", "corpus", "corpus/document", "corpus/window", "pairs"):
+    for group in ("models", "corpus", "corpus/document", "corpus/window", "corpus/message", "pairs"):
         writer.group(group, {})
     if not writer.has("corpus"):
         table = np.array(windows, np.int64)
+        said = np.array(messages(recipe, windows), np.int64).reshape(-1, 4)
         writer.vectors(
             "corpus",
             {
@@ -142,6 +156,10 @@ def _write(writer: StoreWriter, recipe: Recipe) -> None:
                 "corpus/window/document": table[:, 0].astype(np.int32),
                 "corpus/window/start": table[:, 1],
                 "corpus/window/end": table[:, 2],
+                "corpus/message/document": said[:, 0].astype(np.int32),
+                "corpus/message/role": said[:, 1].astype(np.uint8),
+                "corpus/message/start": said[:, 2],
+                "corpus/message/end": said[:, 3],
             },
         )
     for model in MODELS:

@@ -248,7 +248,9 @@ def test_a_model_alone_is_tallied_by_document(run: SimpleNamespace) -> None:
     model = SimpleNamespace(
         device="cpu", model=lambda input_ids, use_cache: SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 9))
     )
-    made.inner.windows = [SimpleNamespace(source=tokens_of(range(5)), document=document) for document in (3, 8, 3)]
+    made.inner.windows = [
+        SimpleNamespace(source=tokens_of(range(5)), source_counts=None, document=document) for document in (3, 8, 3)
+    ]
     assert list(made.inner.alone(model)) == [5, 5, 5]
     table = made.inner._source_tally.table()
     assert table[:, 1].tolist() == [6, 3]
