@@ -146,6 +146,8 @@ def _write(writer: StoreWriter, recipe: Recipe) -> None:
     if not writer.has("corpus"):
         table = np.array(windows, np.int64)
         said = np.array(messages(recipe, windows), np.int64).reshape(-1, 4)
+        columns = ("document", np.int32), ("role", np.uint8), ("start", np.int64), ("end", np.int64)
+        told = {f"corpus/message/{name}": said[:, i].astype(kind) for i, (name, kind) in enumerate(columns)}
         writer.vectors(
             "corpus",
             {
@@ -156,10 +158,7 @@ def _write(writer: StoreWriter, recipe: Recipe) -> None:
                 "corpus/window/document": table[:, 0].astype(np.int32),
                 "corpus/window/start": table[:, 1],
                 "corpus/window/end": table[:, 2],
-                "corpus/message/document": said[:, 0].astype(np.int32),
-                "corpus/message/role": said[:, 1].astype(np.uint8),
-                "corpus/message/start": said[:, 2],
-                "corpus/message/end": said[:, 3],
+                **(told if recipe.roles else {}),
             },
         )
     for model in MODELS:
