@@ -14,7 +14,7 @@ from featstore.text.chat import DATE
 from featstore.text.chat_tokens import tokenize_conversations
 from featstore.text.conversation import Conversation, Message, to_json
 from featstore.text.roles import ROLES
-from featstore.text.tokens import TokenizedWindow, tokenize
+from featstore.text.tokens import TokenizedWindow, tokenize_documents
 
 #: Of a corpus without conversations.
 NO_BYTES, NO_OFFSETS = np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.int64)
@@ -133,7 +133,8 @@ def tokenize_windows(
         read = [conversation_of(corpus, int(corpus.window_document[number])) for number in numbers]
         return tokenize_conversations(tokenizer, name, read, date=date)
     cuts = [(corpus.window_offset[number], corpus.window_stop[number]) for number in numbers]
-    return tokenize(tokenizer, [corpus.text[start:end].tobytes().decode() for start, end in cuts])
+    texts = [corpus.text[start:end].tobytes().decode() for start, end in cuts]
+    return tokenize_documents(tokenizer, name, texts, corpus.window_document[numbers].tolist())
 
 
 def _joined(parts: Iterable[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -26,6 +26,8 @@ from featstore.text.splits import split_of
 from featstore.text.windows import windows
 
 _TOKENIZE_BATCH = 256
+#: A window before it is tokenised: number of its document, the document, its bytes, and where the window lies in them.
+_Cut = tuple[int, Document, bytes, int, int]
 
 
 def make_plan(
@@ -67,7 +69,7 @@ def make_plan(
     stream = _window_stream(documents, window_bytes)
     while not builder.full and (chunk := list(islice(stream, _TOKENIZE_BATCH))):
         tokenized = {name: _tokenize(chunk, tokenizer, name, date) for name, tokenizer in tokenizers.items()}
-        for i, (document, raw, start, end) in enumerate(chunk):
+        for i, (_, document, raw, start, end) in enumerate(chunk):
             parts = {name: tokenized[name][i] for name in tokenizers}
             for name, limit in (contexts or {}).items():
                 if len(parts[name].ids) > limit:
@@ -79,13 +81,12 @@ def make_plan(
     return Plan(planned, builder.models(planned), window_bytes, batch_tokens, shard_rows, settings or {})
 
 
-def _tokenize(
-    chunk: Sequence[tuple[Document, bytes, int, int]], tokenizer: Any, name: str, date: str
-) -> list[tokens.TokenizedWindow]:
-    conversations = [document.conversation for document, _, _, _ in chunk if document.conversation is not None]
+def _tokenize(chunk: Sequence[_Cut], tokenizer: Any, name: str, date: str) -> list[tokens.TokenizedWindow]:
+    conversations = [document.conversation for _, document, *_ in chunk if document.conversation is not None]
     if conversations:
         return tokenize_conversations(tokenizer, name, conversations, date=date)
-    return tokens.tokenize(tokenizer, [raw[start:end].decode() for _, raw, start, end in chunk])
+    texts = [raw[start:end].decode() for _, _, raw, start, end in chunk]
+    return tokens.tokenize_documents(tokenizer, name, texts, [number for number, *_ in chunk])
 
 
 def _too_long(document: Document, size: int, count: int, name: str, limit: int) -> SpecError:
@@ -152,14 +153,14 @@ def _planned_model(planned: PlannedCorpus, parts: Sequence[tokens.TokenizedWindo
     )
 
 
-def _window_stream(documents: Iterable[Document], window_bytes: int) -> Iterator[tuple[Document, bytes, int, int]]:
-    for document in documents:
+def _window_stream(documents: Iterable[Document], window_bytes: int) -> Iterator[_Cut]:
+    for number, document in enumerate(documents):
         raw = document.text.encode()
         if document.conversation is not None:
-            yield document, raw, 0, len(raw)  # never cut: a template is given all of it
+            yield number, document, raw, 0, len(raw)  # never cut: a template is given all of it
             continue
         for start, end in windows(raw, window_bytes):
-            yield document, raw, start, end
+            yield number, document, raw, start, end
 
 
 class _Builder:

@@ -71,6 +71,31 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[TokenizedWindow]:
     ]
 
 
+def tokenize_documents(
+    tokenizer: Any, name: str, texts: Sequence[str], documents: Sequence[int]
+) -> list[TokenizedWindow]:
+    """:func:`tokenize`, which says of which document a window is that cannot be read.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+        name: The model's name, for the message.
+        texts: Window texts.
+        documents: Number of each window's document, from 0; people count from 1.
+
+    Raises:
+        OffsetError: The tokens do not rebuild a window.
+    """
+    try:
+        return tokenize(tokenizer, texts)
+    except OffsetError:
+        for text, number in zip(texts, documents, strict=True):
+            try:
+                tokenize(tokenizer, [text])
+            except OffsetError as error:
+                raise OffsetError(f"document {number + 1}, as model {name!r} reads it: {error}") from error
+        raise
+
+
 def _window(vocabulary: TokenBytes, normalise: Callable[[str], str], text: str, encoding: Any) -> TokenizedWindow:
     ids, added = np.array(encoding.ids, dtype=np.int32), np.array(encoding.special_tokens_mask, dtype=bool)
     # A text that quotes its own start token begins with two of them: the quoted one is enough.

@@ -26,7 +26,7 @@ from align.settings import LoopSettings, Settings
 from evaluate.injection.loading import Loaded, adopt
 from evaluate.injection.wire import wire
 from evaluate.results import read_communication, read_generations, read_stitch
-from evaluate.stitching.stitch import Window, scored_windows
+from evaluate.stitching.windows import Window, scored_windows
 from featstore.errors import AdapterError, FeatstoreError, LayerRangeError, ModelLoadError, SpecError
 from featstore.models import residual as sites
 from featstore.models.injection import aligned, inject

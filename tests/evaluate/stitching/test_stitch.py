@@ -18,7 +18,8 @@ from align.settings import Settings
 from evaluate.injection.controls import CONTROLS
 from evaluate.injection.loading import Models
 from evaluate.injection.positions import source_positions
-from evaluate.stitching.stitch import CONDITIONS, Window, describe, scored_windows, stitch
+from evaluate.stitching.stitch import CONDITIONS, describe, stitch
+from evaluate.stitching.windows import Window, scored_windows
 from featstore.errors import PairingError, SpecError
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec

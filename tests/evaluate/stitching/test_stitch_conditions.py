@@ -22,7 +22,8 @@ from evaluate.generation import generate
 from evaluate.injection.controls import CONTROLS
 from evaluate.injection.loading import load
 from evaluate.injection.wire import Rows, Wire, wire
-from evaluate.stitching.stitch import Window, _Stitcher, scored_windows
+from evaluate.stitching.stitch import _Stitcher
+from evaluate.stitching.windows import Window, scored_windows
 from featstore.store import Store, open_store
 from featstore.text.tokens import TokenizedWindow
 

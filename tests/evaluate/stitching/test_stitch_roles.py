@@ -17,7 +17,8 @@ from align.runs.train import train
 from align.settings import LoopSettings, Settings
 from evaluate.results import read_stitch
 from evaluate.stitching.scores import FIRST_SCORED
-from evaluate.stitching.stitch import describe, scored_windows, stitch
+from evaluate.stitching.stitch import describe, stitch
+from evaluate.stitching.windows import scored_windows
 from featstore.errors import PairingError, SpecError
 from featstore.runtime.console import jsonable
 from featstore.store import Tokens, open_store

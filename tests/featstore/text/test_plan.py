@@ -14,15 +14,16 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from featstore.errors import CorpusError, SpecError
+from featstore.errors import CorpusError, OffsetError, SpecError
 from featstore.extraction.job import prepare
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.text.documents import documents
 from featstore.text.plan import Plan, PlannedCorpus, PlannedModel
-from featstore.text.planning import make_plan
+from featstore.text.planning import make_plan, plan_model
 from featstore.text.splits import split_of
 from featstore.text.windows import windows
+from tests.support.tokenizers import train_byte_level
 
 TEXTS = [f"document {i}: " + "some more words " * (i % 5 + 1) for i in range(12)]
 
@@ -137,6 +138,15 @@ class TestBudget:
     def test_too_little_text_says_why(self, texts, budget, message):
         with pytest.raises(CorpusError, match=message):
             plan(texts, max_tokens=budget)
+
+    def test_a_character_that_cannot_be_spelt_is_named_with_document_and_model(self, sample_texts):
+        drops = train_byte_level(sample_texts, dropped="\x13")
+        read = ["one text", "two texts", "three \x13 texts", "four texts"]
+        with pytest.raises(OffsetError, match=r"^document 3, as model 'b' reads it: no token covers character 6 "):
+            plan(read, {"a": pieces(3), "b": drops})
+        planned = plan(read, {"a": pieces(3)}).corpus
+        with pytest.raises(OffsetError, match=r"^document 3, as model 'c' reads it: no token covers character 6 "):
+            plan_model(planned, drops, "c", 100)
 
     def test_a_window_longer_than_a_context_is_refused(self):
         plan(contexts={"a": 11, "b": 8})
