@@ -231,7 +231,7 @@ def test_a_window_without_a_scored_token_is_left_out(run: SimpleNamespace, monke
     everything = scored_windows(run.store, "llama", "mistral", split=0)
     shortest = min(len(w.target.ids) for w in everything)
     # As many tokens as are not scored.
-    monkeypatch.setattr("evaluate.stitching.stitch.FIRST_SCORED", shortest)
+    monkeypatch.setattr("evaluate.stitching.windows.FIRST_SCORED", shortest)
     left = scored_windows(run.store, "llama", "mistral", split=0)
     assert [w.number for w in left] == [w.number for w in everything if len(w.target.ids) > shortest]
     made = stitcher(run)
