@@ -12,7 +12,7 @@ from featstore.errors import FitError
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:
-    """p values adjusted for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
+    """Adjust p values for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
 
     Rejecting where the adjusted value is at most 0.05 rejects any true null hypothesis among them in at most 5 % of
     tables, however the tests depend on each other.
@@ -27,8 +27,8 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
         FitError: A value outside [0, 1].
     """
     known = [(value, place) for place, value in enumerate(p) if value is not None]
-    if any(not 0 <= value <= 1 for value, _ in known):
-        raise FitError(f"p values lie within 0 and 1, not {[value for value, _ in known if not 0 <= value <= 1][0]}")
+    if wrong := [value for value, _ in known if not 0 <= value <= 1]:
+        raise FitError(f"p values lie within 0 and 1, not {wrong[0]}")
     adjusted: list[float | None] = [None] * len(p)
     largest = 0.0
     for rank, (value, place) in enumerate(sorted(known)):
