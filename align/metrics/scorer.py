@@ -160,6 +160,7 @@ def score(
     gallery: int = 512,
     cka_rows: int = 16_384,
     seed: int = 0,
+    tokens: ArrayLike | None = None,
 ) -> tuple[Figures, Reasons]:
     """Every figure of a ``metrics.json`` block from rows in memory; see :class:`Scorer`.
 
@@ -170,6 +171,7 @@ def score(
         gallery: Rows of the retrieval gallery, at most.
         cka_rows: Rows for CKA, at most.
         seed: Chooses the subsets.
+        tokens: Integers (n,), the source token of every row; None where nobody knows.
 
     Returns:
         The figures by key, and a reason for each that is None.
@@ -177,7 +179,7 @@ def score(
     Raises:
         FitError: Shapes do not fit.
     """
-    scorer = Scorer(mean_train_y, len(y), gallery=gallery, cka_rows=cka_rows, seed=seed)
+    scorer = Scorer(mean_train_y, len(y), gallery=gallery, cka_rows=cka_rows, seed=seed, tokens=tokens)
     for start in range(0, len(y), 8192):
         scorer.update(y[start : start + 8192], y_hat[start : start + 8192])
     return scorer.result()

@@ -28,6 +28,8 @@ LEAST_COVERAGE = 0.8
 GAP = 0.1
 #: R2 that counts as a difference to an optimum or a control.
 MARGIN = 0.01
+#: What R2 may lack of 1 where a prediction leaves no error but rounding.
+NO_ERROR = 1e-6
 #: Part of ln B that InfoNCE has to gain on chance.
 INFONCE_GAIN = 0.1
 #: Top-1 retrieval has to be so many times chance.
@@ -363,7 +365,8 @@ def token_explains(test: Mapping[str, Any], token: Mapping[str, Any] | None) -> 
         return
     partial, interval = test.get("partial_r2"), test.get("partial_r2_ci95")
     if partial is None:
-        # The token leaves no error, of which a part could be explained.
+        if alone < 1 - NO_ERROR:
+            return  # nobody summed errors by document
         left = "nothing is left to explain"
     elif partial <= MARGIN or (interval is not None and interval[0] <= 0):
         ends = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
