@@ -43,7 +43,7 @@ def test_what_is_written_is_read_and_pairs_with_one_target_share_it(tmp_path: Pa
 def test_a_run_without_tables_writes_no_file_and_says_so_when_asked(tmp_path: Path) -> None:
     save_tables(tmp_path, {}, PAIRS, store="abc")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(AdapterError, match="has no tokens.safetensors"):
+    with pytest.raises(AdapterError, match=r"has no tokens\.safetensors"):
         load_tables(tmp_path)
 
 
