@@ -45,8 +45,8 @@ BELOW_THE_STORE = {
 #: Rooms whose functions take arrays, and know neither a store nor a run.
 ARRAYS_ONLY = {
     "align.solvers": {"align.moments.scatter"},
-    "align.metrics": {"align.moments.scatter"},
-    "align.kernels": set(),
+    "align.metrics": {"align.moments.scatter", "align.solvers.row_effects"},
+    "align.kernels": {"align.solvers.row_effects"},
     "align.similarity.measures": {
         "align.moments.scatter",
         "align.solvers",
