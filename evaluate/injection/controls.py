@@ -3,6 +3,7 @@
 =================  ====================================================================================
 condition          if it did as well as ``mapped`` ...
 =================  ====================================================================================
+``token``          ... the source's current token would be enough: a table of predictions without any context
 ``mean``           ... the target would need no information from the source at all
 ``zero``           ... the target would ignore the layer
 ``random_norm``    ... only the size of the states would matter
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from align.maps.fitted import Aligner
 from align.solvers import random_orthogonal
 
-CONTROLS = ("mean", "zero", "random_norm", "random_rotation", "shuffled", "raw")
+CONTROLS = ("token", "mean", "zero", "random_norm", "random_rotation", "shuffled", "raw")
 
 
 def control_states(
@@ -35,6 +36,7 @@ def control_states(
     *,
     mapped: NDArray[np.float32] | None = None,
     other_mapped: NDArray[np.float32] | None = None,
+    token: NDArray[np.float32] | str,
 ) -> NDArray[np.float32] | str:
     """The states of a control at the positions that would take mapped states.
 
@@ -48,12 +50,16 @@ def control_states(
         mapped: float32 ``(n, d_target)``, the mapped states where they are at hand: a map of windows cannot make them
             from ``source``.
         other_mapped: float32 ``(n, d_target)``, mapped states of other text, in place of mapping ``other``.
+        token: float32 ``(n, d_target)``, what is predicted from the source token at each position alone; or why there
+            is no such prediction.
 
     Returns:
         float32 ``(n, d_target)``, or the reason why the control does not exist.
     """
     tensors = aligner.tensors
     d_source, d_target = aligner.widths
+    if name == "token":
+        return token
     if name == "mean":
         return np.broadcast_to(tensors["control_mean"], (len(source), d_target)).copy()
     if name == "zero":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +19,18 @@ from align.settings import Settings
 from evaluate.injection.controls import CONTROLS
 from evaluate.injection.loading import Models
 from evaluate.injection.positions import source_positions
+from evaluate.injection.token_states import TokenStates
+from evaluate.results import read_stitch_documents
 from evaluate.stitching.stitch import CONDITIONS, describe, stitch
 from evaluate.stitching.windows import Window, scored_windows
-from featstore.errors import PairingError, SpecError
+from featstore.errors import AdapterError, PairingError, SpecError
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
 from featstore.runtime.console import jsonable
 from featstore.store import Store, open_store
 from featstore.text.splits import TEST
 from tests.support.commands import call, strict_json
+from tests.support.token_tables import what_the_map_makes_of_tokens, write_tables
 
 
 def extracted(path: Path, corpus: Path, *models: str, layers: tuple[str, ...], form: str = "float32") -> Path:
@@ -56,7 +60,9 @@ def itself(tiny_llama: Path, short_corpus: Path, tmp_path_factory: pytest.TempPa
     base = tmp_path_factory.mktemp("itself")
     store = extracted(base / "s.zarr", short_corpus, f"llama={tiny_llama}", layers=("0,1,3",))
     train(Settings(str(store), "procrustes"), base / "run", quiet=True)
-    return SimpleNamespace(store=open_store(store), run=base / "run", adapter=load_adapter(base / "run"))
+    adapter = load_adapter(base / "run")
+    write_tables(base / "run", what_the_map_makes_of_tokens(open_store(store), adapter))
+    return SimpleNamespace(store=open_store(store), run=base / "run", adapter=adapter)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,7 @@ def pair(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNa
     train(Settings(str(tiny_store), "affine", both=True), run, quiet=True)
     adapter = load_adapter(run)
     store = open_store(tiny_store)
+    write_tables(run, what_the_map_makes_of_tokens(store, adapter))
     return SimpleNamespace(
         store=store, run=run, adapter=adapter, result=stitch(store, adapter, max_tokens=350, quiet=True)
     )
@@ -88,7 +95,7 @@ def test_a_model_mapped_to_itself_recovers_everything(ceiling: dict[str, Any]) -
         assert nats["mean"] > nats["clean"] + 0.1
         assert entry["recovered"]["value"] == pytest.approx(1, abs=1e-3)
         # Its own raw states are no control of a model against itself.
-        assert entry["recovered_best_control"]["control"] != "raw"
+        assert "raw" not in entry["controls"]
 
 
 def test_the_clean_loss_is_the_cross_entropy_of_the_third_token_on(itself: SimpleNamespace, tiny_llama: Path) -> None:
@@ -135,17 +142,65 @@ def test_every_condition_is_there_or_says_why_not(pair: SimpleNamespace) -> None
         assert list(entry["conditions"]) == list(CONDITIONS)
         assert entry["conditions"]["raw"] is None
         widths = "48 and 32" if key.startswith("llama") else "32 and 48"
-        assert entry["reasons"] == {"raw": f"widths differ ({widths})"}
+        assert entry["reasons"]["raw"] == f"widths differ ({widths})"
         for name in set(CONDITIONS) - {"raw"}:
             figures = entry["conditions"][name]
             low, high = figures["ci95"]
             assert low <= figures["nats_per_token"] <= high
+            assert (name in entry["controls"]) == (name in CONTROLS)
         assert entry["self_bit_identical"]
         assert entry["conditions"]["self"] == entry["conditions"]["clean"]
         assert 0.5 < entry["replaced_share"] <= 1
         # Random models predict nothing; states from nowhere cannot make that better by much.
-        assert entry["n_documents"] >= 2
+        assert 3 <= entry["effective_documents"] <= entry["n_documents"]
+        assert [found["code"] for found in entry["warnings"]][:1] == ["few-documents"]
     strict_json(json.dumps(jsonable(pair.result)))
+
+
+def test_a_map_of_layer_0_is_the_table_of_tokens_and_adds_nothing_to_it(pair: SimpleNamespace) -> None:
+    for key in ("llama:0->mistral:0", "mistral:0->llama:0"):
+        entry = pair.result["pairs"][key]
+        mapped, token = (entry["conditions"][name] for name in ("mapped", "token"))
+        assert token["nats_per_token"] == pytest.approx(mapped["nats_per_token"], abs=1e-5)
+        assert entry["beyond_token"]["nats"] == pytest.approx(0, abs=1e-5)
+        assert not entry["beats_every_control"]
+        share = entry["recovered_token"]["value"]
+        assert share is None or share == pytest.approx(0, abs=1e-3)
+    # A layer with context in it differs from its tokens.
+    deep = pair.result["pairs"]["llama:3->mistral:4"]
+    assert abs(deep["beyond_token"]["nats"]) > 1e-4
+
+
+def test_a_run_without_a_table_says_that_it_has_none(pair: SimpleNamespace, tmp_path: Path) -> None:
+    adapter = replace(pair.adapter, directory=tmp_path)
+    options: dict[str, Any] = {"layers": "2", "max_tokens": 1, "quiet": True}
+    for entry in stitch(pair.store, adapter, **options)["pairs"].values():
+        assert entry["conditions"]["token"] is None
+        for name in ("token", "beyond_token", "recovered_token"):
+            assert "the run has no tokens.safetensors; fit it again" in entry["reasons"][name]
+    # A table of other layers, one of another width, and a damaged one.
+    write_tables(
+        tmp_path, {"llama:7->mistral:7": (np.arange(2), np.zeros((2, 32), np.float32), np.zeros(32, np.float32))}
+    )
+    [entry, _] = stitch(pair.store, adapter, **options)["pairs"].values()
+    assert entry["reasons"]["token"] == "tokens.safetensors of the run has no predictions for llama:2->mistral:2"
+    write_tables(
+        tmp_path, {"llama:2->mistral:2": (np.arange(2), np.zeros((2, 5), np.float32), np.zeros(5, np.float32))}
+    )
+    with pytest.raises(AdapterError, match=r"states \(2, 5\) and a mean \(5,\), the map gives width 32"):
+        stitch(pair.store, adapter, **options)
+    (tmp_path / "tokens.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(AdapterError, match="is damaged"):
+        stitch(pair.store, adapter, **options)
+
+
+def test_tokens_without_a_prediction_of_their_own_take_the_mean() -> None:
+    table = TokenStates(
+        np.array([3, 8]), np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), np.array([9.0, 9.0], np.float32)
+    )
+    assert table.predict(np.array([8, 3, 5, 99])).tolist() == [[3, 4], [1, 2], [9, 9], [9, 9]]
+    empty = TokenStates(np.zeros(0, np.int64), np.zeros((0, 2), np.float32), table.mean)
+    assert empty.predict(np.array([1, 2])).tolist() == [[9, 9], [9, 9]]
 
 
 def test_controls_may_be_chosen_and_change_nothing_else(pair: SimpleNamespace) -> None:
@@ -157,11 +212,17 @@ def test_controls_may_be_chosen_and_change_nothing_else(pair: SimpleNamespace) -
     for name in ("clean", "self", "mapped", "mean", "shuffled"):
         assert some["conditions"][name] == everything["conditions"][name]
     assert {name for name, reason in some["reasons"].items() if reason == "not asked for"} == {
-        *("zero", "random_norm", "random_rotation", "raw"),
+        *("token", "zero", "random_norm", "random_rotation", "raw", "beyond_token", "recovered_token"),
     }
-    assert all(some["conditions"][name] is None for name in ("zero", "random_norm", "random_rotation", "raw"))
+    assert all(some["conditions"][name] is None for name in ("token", "zero", "random_norm", "random_rotation", "raw"))
     assert some["recovered"] == everything["recovered"]
-    assert some["recovered_best_control"]["control"] in ("mean", "shuffled")
+    assert {name: some["controls"][name] for name in ("mean", "shuffled")} == {
+        name: everything["controls"][name] for name in ("mean", "shuffled")
+    }
+    # What was not run is not beaten.
+    assert set(some["controls"]) == {"mean", "shuffled"}
+    assert not some["beats_every_control"]
+    assert some["reasons"]["beyond_token"] == "not asked for"
     for wrong in (("shuffled",), ("mean", "noise")):
         with pytest.raises(SpecError, match="choose mean and any of"):
             stitch(pair.store, pair.adapter, controls=wrong, **options)
@@ -184,7 +245,7 @@ def test_the_seed_decides_the_random_controls_and_nothing_else(pair: SimpleNames
     for key in again:
         one, two = again[key]["conditions"], other[key]["conditions"]
         assert one == pair.result["pairs"][key]["conditions"]
-        for name in ("clean", "self", "mapped", "mean", "zero"):
+        for name in ("clean", "self", "mapped", "token", "mean", "zero"):
             assert one[name] == two[name], name
         for name in ("random_norm", "random_rotation", "shuffled"):
             assert one[name] != two[name], name
@@ -368,6 +429,16 @@ def test_the_command_writes_what_it_prints(
     expected = strict_json(json.dumps(jsonable(pair.result)))["pairs"]
     assert shown["pairs"] == {key: expected[key] for key in ("llama:2->mistral:2", "mistral:2->llama:2")}
     assert not (pair.run / "stitch.json").exists()
+    sums = read_stitch_documents(tmp_path)
+    for key, entry in shown["pairs"].items():
+        own = sums.pairs[key]
+        assert len(own.documents) == entry["n_documents"]
+        for name, block in entry["conditions"].items():
+            if block is None:
+                assert name not in own.nats
+                continue
+            assert sum(own.nats[name]) / sum(own.tokens) == pytest.approx(block["nats_per_token"])
+    assert len(sums.to_pandas()) == sum(len(own.nats) * len(own.documents) for own in sums.pairs.values())
     text = call(capsys, *base, "--max-tokens", "200", "--out", tmp_path).out
     assert "llama:2->mistral:2" in text
     assert "nats/token" in text
