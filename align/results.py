@@ -66,6 +66,9 @@ class Scores(Record):
     Attributes:
         r2: 1 - SSE / SST over all dimensions; SST is about the target's mean over the train rows.
         r2_ci95: 95 % interval of ``r2`` over resampled documents; of the test split alone.
+        partial_r2: 1 - SSE / SSE of the baseline ``token``: what is left beyond the source's current token; of the test
+            split alone.
+        partial_r2_ci95: Its 95 % interval over documents.
         r2_median_dim: Median over the target's dimensions of the R2 of each.
         r2_without_top_dims: R2 without the 1 % of dimensions (at least one) with the largest SST.
         mse: Squared error, mean over rows and dimensions, in squared units of the target's states.
@@ -77,13 +80,22 @@ class Scores(Record):
         retrieval_mrr: Mean reciprocal rank of the partner.
         retrieval_median_rank: Median rank of the partner; 1 is the nearest.
         retrieval_chance: ``retrieval_top1`` of a map that knows nothing, 1 / gallery.
+        retrieval_ceiling: ``retrieval_top1`` of the true states themselves, below 1 where states are equal.
         retrieval_gallery: States in the gallery.
+        retrieval_same_token_top1: Share of mapped states whose nearest state among those of the same source token
+            (centred cosine) is their own partner.
+        retrieval_same_token_chance: The same of a map that knows the token alone: mean of 1 / states of the token.
+        retrieval_same_token_ceiling: The same of the true states themselves.
+        retrieval_same_token_gallery: States in these galleries together, 2048 at most, of a token 32 at most.
+        retrieval_same_token_tokens: Tokens, each with a gallery of its own.
         n: Rows scored.
         all_positions: R2 over all positions of the windows, paired or not; of a compressed run.
     """
 
     r2: Number | None = None
     r2_ci95: Interval | None = None
+    partial_r2: Number | None = None
+    partial_r2_ci95: Interval | None = None
     r2_median_dim: Number | None = None
     r2_without_top_dims: Number | None = None
     mse: Number | None = None
@@ -95,7 +107,13 @@ class Scores(Record):
     retrieval_mrr: Number | None = None
     retrieval_median_rank: Number | None = None
     retrieval_chance: Number | None = None
+    retrieval_ceiling: Number | None = None
     retrieval_gallery: Whole | None = None
+    retrieval_same_token_top1: Number | None = None
+    retrieval_same_token_chance: Number | None = None
+    retrieval_same_token_ceiling: Number | None = None
+    retrieval_same_token_gallery: Whole | None = None
+    retrieval_same_token_tokens: Whole | None = None
     n: Whole | None = None
     all_positions: Number | None = None
 
@@ -192,6 +210,35 @@ class RatePoint(Record):
     r2: Table[Number | None] = EMPTY
 
 
+class TokenFit(Record):
+    """How the baseline ``token`` was fitted: the best prediction of the target's state from the source's token alone.
+
+    Attributes:
+        k: Rows at which a token's own mean state and its back-off count the same; chosen on validation rows.
+        ridge: Relative strength of the back-off's ridge, chosen likewise; null where it backs off to the mean.
+        backoff: What rare and unseen tokens are predicted from: ``layer 0`` (the source's state of the token before it
+            meets its context, by ridge regression) or ``train mean``.
+        why: Why it backs off to the mean; null where it does not.
+        tokens: Tokens with a mean state of their own.
+        train_tokens: Tokens of the train rows; more than ``tokens`` where their sums would not have fitted into memory.
+        train_rows: Train rows.
+        train_rows_in_table: Those of tokens with a mean state of their own.
+        test_rows: Test rows.
+        test_rows_in_table: Those of tokens with a mean state of their own.
+    """
+
+    k: Number | None = None
+    ridge: Number | None = None
+    backoff: str | None = None
+    why: str | None = None
+    tokens: Whole | None = None
+    train_tokens: Whole | None = None
+    train_rows: Whole | None = None
+    train_rows_in_table: Whole | None = None
+    test_rows: Whole | None = None
+    test_rows_in_table: Whole | None = None
+
+
 class PairMetrics(Record):
     """What was measured of the map of one layer pair.
 
@@ -200,9 +247,10 @@ class PairMetrics(Record):
         train: Figures on train rows (65,536 at most).
         val: Figures on validation rows.
         test: Figures on all test rows.
-        baselines: Test figures of ``mean``, ``identity``, ``random_rotation``, ``shuffled`` and ``closed_form`` (the
-            optimum that a trained map is judged by), and of a compressed run ``pca`` and ``strided``; null where there
-            is no such map.
+        baselines: Test figures of ``mean``, ``identity``, ``random_rotation``, ``shuffled``, ``token`` (the best
+            prediction from the source's current token alone) and ``closed_form`` (the optimum that a trained map is
+            judged by), and of a compressed run ``pca`` and ``strided``; null where there is no such map.
+        token: How the baseline ``token`` was fitted; null where there is none.
         by_role: Rows of every role that the map was fitted to (``train``), chosen by (``val``) and scored on
             (``test``).
         by_mask: Test figures without and with attention sinks.
@@ -220,6 +268,7 @@ class PairMetrics(Record):
     val: Scores | None = None
     test: Scores = Scores()
     baselines: Table[Baseline | None] = EMPTY
+    token: TokenFit | None = None
     by_role: Table[Table[Whole]] = EMPTY
     by_mask: MaskScores = MaskScores()
     cka: CkaChange = CkaChange()

@@ -5,23 +5,37 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from align.metrics.ranking import RETRIEVAL_KEYS, rank_of_partners
 from align.metrics.rows import ROW_KEYS, Figures, Reasons, ScoreAccumulator
+from align.metrics.same_token import NO_TOKENS, SAME_TOKEN_KEYS, retrieval_same_token, same_token_rows
 from align.metrics.similarity import debiased_cka
 from align.moments.scatter import Rows
 from featstore.errors import FitError
 
 #: Every key of a block, as align.results.Scores declares them.
-KEYS = (*ROW_KEYS, "cka_debiased", *RETRIEVAL_KEYS, "retrieval_gallery", "n")
+KEYS = (
+    *ROW_KEYS,
+    "cka_debiased",
+    *RETRIEVAL_KEYS,
+    "retrieval_gallery",
+    *SAME_TOKEN_KEYS,
+    "retrieval_same_token_gallery",
+    "retrieval_same_token_tokens",
+    "n",
+)
 
 
 class _Sample:
-    """Keeps a subset of a stream of known length: which rows depends on the seed alone."""
+    """Keeps some rows of a stream.
 
-    def __init__(self, total: int, size: int, rng: np.random.Generator) -> None:
-        self._wanted = np.sort(rng.choice(total, size=min(size, total), replace=False))
+    Args:
+        wanted: int64, their numbers, ascending.
+    """
+
+    def __init__(self, wanted: NDArray[np.int64]) -> None:
+        self._wanted = wanted
         self._kept: list[tuple[Rows, Rows]] = []
 
     def update(self, start: int, y: Rows, y_hat: Rows) -> None:
@@ -33,6 +47,12 @@ class _Sample:
     def rows(self) -> tuple[Rows, Rows]:
         y, y_hat = zip(*self._kept, strict=True)
         return np.concatenate(y), np.concatenate(y_hat)
+
+
+def _some(total: int, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """A subset of the rows of a stream of known length."""
+    chosen: NDArray[np.int64] = np.sort(rng.choice(total, size=min(size, total), replace=False))
+    return chosen
 
 
 class Scorer:
@@ -47,9 +67,11 @@ class Scorer:
         gallery: Rows of the retrieval gallery, at most.
         cka_rows: Rows for CKA, at most.
         seed: Chooses the subsets.
+        tokens: Integers ``(total,)``, the source token of every row to come; None where nobody knows, and then there
+            is no retrieval among rows of the same token.
 
     Raises:
-        FitError: The mean is not a finite vector, or a count is negative.
+        FitError: The mean is not a finite vector, a count is negative, or there are more or fewer tokens than rows.
     """
 
     def __init__(
@@ -60,14 +82,24 @@ class Scorer:
         gallery: int = 512,
         cka_rows: int = 16_384,
         seed: int = 0,
+        tokens: ArrayLike | None = None,
     ) -> None:
         if min(total, gallery, cka_rows) < 0:
             raise FitError(f"counts cannot be negative: {total}, {gallery}, {cka_rows}")
         self._rows = ScoreAccumulator(mean_train_y)
         self._total = total
-        rng_gallery, rng_cka = np.random.default_rng(seed).spawn(2)
-        self._gallery = _Sample(total, gallery, rng_gallery)
-        self._cka = _Sample(total, cka_rows, rng_cka)
+        rng_gallery, rng_cka, rng_tokens = np.random.default_rng(seed).spawn(3)
+        self._gallery = _Sample(_some(total, gallery, rng_gallery))
+        self._cka = _Sample(_some(total, cka_rows, rng_cka))
+        self._samples = [self._gallery, self._cka]
+        self._same: tuple[_Sample, NDArray[np.int64]] | None = None
+        if tokens is not None:
+            ids = np.asarray(tokens, dtype=np.int64)
+            if len(ids) != total:
+                raise FitError(f"{total} rows were announced with {len(ids)} tokens; give one a row")
+            chosen = same_token_rows(ids, rng_tokens)
+            self._same = _Sample(chosen), ids[chosen]
+            self._samples.append(self._same[0])
 
     def update(self, y: Rows, y_hat: Rows) -> None:
         """Add the next rows, in order.
@@ -83,7 +115,7 @@ class Scorer:
         if start + len(y) > self._total:
             raise FitError(f"{start + len(y)} rows came, {self._total} were announced")
         self._rows.update(y, y_hat)
-        for sample in (self._gallery, self._cka):
+        for sample in self._samples:
             sample.update(start, np.asarray(y), np.asarray(y_hat))
 
     def result(self) -> tuple[Figures, Reasons]:
@@ -91,13 +123,18 @@ class Scorer:
         found, reasons = self._rows.result(), self._rows.reasons()
         if self._rows.n == 0:
             found["retrieval_gallery"] = 0
-            missing = ("cka_debiased", *RETRIEVAL_KEYS)
+            found |= {"retrieval_same_token_gallery": 0, "retrieval_same_token_tokens": 0}
+            missing = ("cka_debiased", *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS)
             reasons.update(dict.fromkeys(missing, "no rows"))
         else:
             gallery, reason = rank_of_partners(*self._gallery.rows(), self._rows.mean)
             found.update(gallery)
             if reason:
                 reasons.update(dict.fromkeys(RETRIEVAL_KEYS, reason))
+            same, reason = self._among_same_token()
+            found.update(same)
+            if reason:
+                reasons.update(dict.fromkeys(SAME_TOKEN_KEYS, reason))
             try:
                 cka, reason = debiased_cka(*self._cka.rows())
             except FitError as error:
@@ -107,6 +144,12 @@ class Scorer:
             else:
                 found["cka_debiased"] = cka
         return {key: found.get(key) for key in KEYS}, reasons
+
+    def _among_same_token(self) -> tuple[Figures, str | None]:
+        if self._same is None:
+            return {"retrieval_same_token_gallery": 0, "retrieval_same_token_tokens": 0}, NO_TOKENS
+        sample, tokens = self._same
+        return retrieval_same_token(*sample.rows(), tokens, centre=self._rows.mean)
 
 
 def score(

@@ -20,6 +20,7 @@ from align.runs.judge import Judge
 from align.runs.plan import Sharing
 from align.runs.rundir import RunDirectory, check_free, default_directory
 from align.settings import Settings
+from align.tokens.table import TokenTables
 from align.training.plan import Placement
 from featstore.errors import MissingPackageError, SpecError
 from featstore.runtime.console import check_directory, err, progress
@@ -106,6 +107,8 @@ class _Run:
         self.entries: dict[str, Any] = {}
         self.documents: dict[str, Any] = {}
         self.partners: list[dict[str, Any]] = []
+        targets = {(d.source, d.target, pair.target_layer) for d in job.directions for pair in d.wanted}
+        self.tables = TokenTables(job.data.store, len(targets))
 
     def direction(self, direction: Direction) -> None:
         direction.pairs.where(direction.pairs.split == TEST).need(1, "testing")
@@ -120,7 +123,7 @@ class _Run:
 
     def _group(self, direction: Direction, wanted: list[LayerPair], moments: dict[str, Scan]) -> None:
         solver, plan, data = Solver(self.device), self.job.map, self.job.data
-        judge = Judge(data, direction, solver, seed=self.job.seed, isometric=plan.isometric)
+        judge = Judge(data, direction, solver, seed=self.job.seed, isometric=plan.isometric, tables=self.tables)
         if plan.windows is not None:
             from align.runs.compressed import compress
 
@@ -146,7 +149,7 @@ class _Run:
         card = self.job.card()
         if self.job.map.sharing is not None:
             card["shared"] = self._shared_parameters(self.job.map.sharing)
-        self.reporting.files.finish(result, {"pairs": self.documents}, self.aligners, card)
+        self.reporting.files.finish(result, {"pairs": self.documents}, self.aligners, card, self.tables.fitted)
         return result
 
     def _announce(self, pair: LayerPair) -> None:

@@ -19,6 +19,7 @@ from align.maps.fitted import Aligner
 from align.metrics import (
     KEYS,
     RETRIEVAL_KEYS,
+    SAME_TOKEN_KEYS,
     Figures,
     Reasons,
     ScoreAccumulator,
@@ -108,15 +109,16 @@ class _Rows:
         sums = _Sums(mean, m.n, np.maximum(error, 0.0), np.maximum(spread, 0.0))
         figures, reasons = sums.result(), sums.reasons()
         if m.n:
-            reasons |= dict.fromkeys(("cosine", "cosine_centered", *RETRIEVAL_KEYS), NEEDS_ROWS)
+            reasons |= dict.fromkeys(("cosine", "cosine_centered", *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS), NEEDS_ROWS)
             value, reason = self._mapped_cka(weight)
             if reason is None:
                 figures["cka_debiased"] = value
             else:
                 reasons["cka_debiased"] = reason
         else:
-            reasons |= dict.fromkeys(("cka_debiased", *RETRIEVAL_KEYS), "no rows")
-        return {**dict.fromkeys(KEYS), **figures, "retrieval_gallery": 0}, reasons
+            reasons |= dict.fromkeys(("cka_debiased", *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS), "no rows")
+        galleries = ("retrieval_gallery", "retrieval_same_token_gallery", "retrieval_same_token_tokens")
+        return {**dict.fromkeys(KEYS), **figures, **dict.fromkeys(galleries, 0)}, reasons
 
     def _mapped_cka(self, weight: Array) -> tuple[float, str | None]:
         square = weight @ weight.T

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.similarity.page.views import Matrix, View, beside, best, values_of
+from align.statistics import FEW_DOCUMENTS
 
 #: A linear fit or a covariance of d dimensions from fewer than ten rows each is mostly noise.
 ROWS_PER_DIMENSION = 10
-#: Below so many documents the resampled intervals are themselves uncertain.
-FEW_DOCUMENTS = 20
 
 _NUMBERS = re.compile(r"\d+(\.\d+)?")
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from align.statistics import FEW_DOCUMENTS
 from evaluate.reporting.reading.inputs import Node, Pair, Run
 from evaluate.reporting.reading.numbers import count, nats, say, show
 from evaluate.reporting.sections import cka, communicate
 
 #: Self-injection must leave the loss as it is; rounding in an average over tokens stays below this.
 NEUTRAL_NATS = 1e-3
-#: A bootstrap over fewer documents gives an interval that is only a hint.
-FEW_DOCUMENTS = 10
 
 #: What says that a result is none comes before what makes it smaller.
 _FIRST = (
@@ -244,7 +243,7 @@ def _stitch_warnings(stitched: Node) -> list[tuple[str, Markup]]:
     documents = stitched.get("n_documents")
     if documents.number is not None and documents.number < FEW_DOCUMENTS:
         text = "The stitched intervals come from {} documents; take them as a hint."
-        found.append(("few documents", say(text, show(documents, count))))
+        found.append(("few-documents", say(text, show(documents, count))))
     return found
 
 
