@@ -20,8 +20,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from align.maps.fitted import Aligner
+from align.maps.fitted import Adapter, Aligner
 from align.solvers import random_orthogonal
+from align.tokens.files import FILE, load_tables
+from align.tokens.table import TokenTable
+from featstore.errors import AdapterError
 
 CONTROLS = ("token", "mean", "zero", "random_norm", "random_rotation", "shuffled", "raw")
 
@@ -36,7 +39,7 @@ def control_states(
     *,
     mapped: NDArray[np.float32] | None = None,
     other_mapped: NDArray[np.float32] | None = None,
-    token: NDArray[np.float32] | str,
+    predicted: NDArray[np.float32] | str = "nothing was predicted from the token alone",
 ) -> NDArray[np.float32] | str:
     """The states of a control at the positions that would take mapped states.
 
@@ -50,7 +53,7 @@ def control_states(
         mapped: float32 ``(n, d_target)``, the mapped states where they are at hand: a map of windows cannot make them
             from ``source``.
         other_mapped: float32 ``(n, d_target)``, mapped states of other text, in place of mapping ``other``.
-        token: float32 ``(n, d_target)``, what is predicted from the source token at each position alone; or why there
+        predicted: float32 ``(n, d_target)``, what is predicted from the source token at each position alone; or why there
             is no such prediction.
 
     Returns:
@@ -59,7 +62,7 @@ def control_states(
     tensors = aligner.tensors
     d_source, d_target = aligner.widths
     if name == "token":
-        return token
+        return predicted
     if name == "mean":
         return np.broadcast_to(tensors["control_mean"], (len(source), d_target)).copy()
     if name == "zero":
@@ -81,6 +84,37 @@ def control_states(
     if d_source != d_target:
         return f"widths differ ({d_source} and {d_target})"
     return source
+
+
+def token_table(adapter: Adapter, aligner: Aligner) -> TokenTable | str:
+    """What a run predicts a map's target states to be from the source's current token alone.
+
+    Args:
+        adapter: The run's adapter.
+        aligner: One of its maps.
+
+    Returns:
+        The predictions, or why the run has none.
+
+    Raises:
+        AdapterError: They are damaged, or of another width than the map gives.
+    """
+    if not (adapter.directory / FILE).is_file():
+        return (
+            f"the run has no {FILE}: it was made by an earlier version, or from a store without rows; train it again "
+            "from one that has them"
+        )
+    tables = load_tables(adapter.directory)
+    key, width = aligner.pair.key, aligner.widths[1]
+    if key not in tables.pairs:
+        return f"{FILE} of the run has no predictions for {key}"
+    table = tables.table(key)
+    if table.mean.shape != (width,):
+        raise AdapterError(
+            f"{tables.path}: the predictions for {key} have width {table.mean.size}, the map gives {width}; train the "
+            "run again"
+        )
+    return table
 
 
 @lru_cache(maxsize=2)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from align.statistics import FEW_DOCUMENTS
+
 #: The map adds nothing that can be told from zero to the prediction from the token alone.
 EXPLAINED = "token-explains"
 #: The interval rests on few documents.
 FEW = "few-documents"
-#: Documents below which an interval over them is a hint.
-FEW_DOCUMENTS = 10
 
 
 def findings(key: str, entry: Mapping[str, Any]) -> Iterator[dict[str, str]]:

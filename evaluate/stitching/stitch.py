@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from align.maps.fitted import Adapter, Aligner
-from evaluate.injection.controls import CONTROLS, control_states
+from align.tokens.table import TokenTable
+from evaluate.injection.controls import CONTROLS, control_states, token_table
 from evaluate.injection.loading import Loaded, Models, check_card, choose
-from evaluate.injection.token_states import TokenStates, token_states
 from evaluate.injection.verified import leak_at, recorded, side_channels, start_token
 from evaluate.injection.wire import Rows, Wire, wire
 from evaluate.stitching.figures import alone, compared, figures, size
@@ -144,9 +144,7 @@ def measure(
     for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
         wires = [wire(adapter, a) for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
         windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens, roles=scored_roles)
-        tokens = {
-            w.aligner.pair.key: token_states(adapter.directory, w.aligner.pair.key, w.aligner.widths[1]) for w in wires
-        }
+        tokens = {w.aligner.pair.key: token_table(adapter, w.aligner) for w in wires}
         runs.append(_Stitcher(store, windows, wires, tokens, keep=keep, controls=controls, seed=seed))
     sources = [run.source for run in runs] if source_alone else []
     # The second model is known to fit before the first one has worked for an hour.
@@ -208,7 +206,7 @@ class _Stitcher:
         store: Store,
         windows: Sequence[Window],
         wires: Sequence[Wire],
-        tokens: Mapping[str, TokenStates | str],
+        tokens: Mapping[str, TokenTable | str],
         *,
         keep: str,
         controls: Sequence[str],
@@ -284,7 +282,7 @@ class _Stitcher:
         states: dict[str, Rows | torch.Tensor | str] = {"self": own, "mapped": mapped}
         for name in self._controls:
             states[name] = control_states(
-                name, aligner, source, other, rng, self._seed, mapped=mapped, other_mapped=other_mapped, token=token
+                name, aligner, source, other, rng, self._seed, mapped=mapped, other_mapped=other_mapped, predicted=token
             )
         return states
 

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from align.maps.fitted import Adapter
+from align.maps.fitted import Adapter, Aligner
+from align.tokens.files import save_tables
+from align.tokens.table import TokenTable, table_key
 from featstore.store import Store
 
-Planted = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
+
+def what_the_map_makes_of_tokens(store: Store, aligner: Aligner) -> TokenTable:
+    """What a map makes of the mean source state of each token: of layer 0, where a state is its token, the map."""
+    pair = aligner.pair
+    tokens = store.tokens(pair.source).id.astype(np.int64)
+    rows = np.concatenate([store.rows(pair.source, layer)[:] for layer in pair.source_layers], axis=1)
+    ids, place, count = np.unique(tokens, return_inverse=True, return_counts=True)
+    means = np.zeros((len(ids), rows.shape[1]))
+    np.add.at(means, place, rows.astype(np.float64))
+    states = aligner.apply((means / count[:, None]).astype(np.float32))
+    return TokenTable(ids, states, aligner.tensors["control_mean"])
 
 
-def write_tables(directory: Path, tables: Mapping[str, Planted]) -> None:
-    """Write ``tokens.safetensors``: by layer pair the ids, their states, and the mean state."""
-    from safetensors.numpy import save_file
-
-    named = {
-        f"{key}.{name}": np.ascontiguousarray(value)
-        for key, planted in tables.items()
-        for name, value in zip(("ids", "states", "mean"), planted, strict=True)
-    }
-    save_file(named, directory / "tokens.safetensors")
-
-
-def what_the_map_makes_of_tokens(store: Store, adapter: Adapter) -> dict[str, Planted]:
-    """What every map makes of the mean source state of each token: of layer 0, where a state is its token, the map."""
-    tables = {}
-    for key, aligner in adapter.aligners.items():
-        pair = aligner.pair
-        tokens = store.tokens(pair.source).id.astype(np.int64)
-        rows = np.concatenate([store.rows(pair.source, layer)[:] for layer in pair.source_layers], axis=1)
-        ids, place, count = np.unique(tokens, return_inverse=True, return_counts=True)
-        means = np.zeros((len(ids), rows.shape[1]))
-        np.add.at(means, place, rows.astype(np.float64))
-        states = aligner.apply((means / count[:, None]).astype(np.float32))
-        tables[key] = (ids, states, aligner.tensors["control_mean"])
-    return tables
+def write_table(directory: Path, adapter: Adapter, key: str, table: TokenTable) -> None:
+    """Write a run's predictions for one of its layer pairs."""
+    pair = adapter.aligners[key].pair
+    name = table_key(pair.source, pair.target, pair.target_layer)
+    save_tables(directory, {name: table}, [pair], store=adapter.card["store"]["fingerprint"])

@@ -18,16 +18,15 @@ from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner, load_adapter
 from align.runs.train import train
 from align.settings import Settings
+from align.tokens.table import TokenTable
 from evaluate.generation import generate
-from evaluate.injection.controls import CONTROLS
+from evaluate.injection.controls import CONTROLS, token_table
 from evaluate.injection.loading import load
-from evaluate.injection.token_states import TokenStates
 from evaluate.injection.wire import Rows, Wire, wire
 from evaluate.stitching.stitch import _Stitcher
 from evaluate.stitching.windows import Window, scored_windows
 from featstore.store import Store, open_store
 from featstore.text.tokens import TokenizedWindow
-from tests.support.token_tables import what_the_map_makes_of_tokens
 
 KEY, LAYERS = "llama:2->mistral:2", (2, 2)
 
@@ -40,8 +39,9 @@ def run(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
     # The training documents: there are more of them.
     windows = scored_windows(store, "llama", "mistral", split=0, max_tokens=2500)
     assert len({w.document for w in windows}) > 2
-    tables = what_the_map_makes_of_tokens(store, adapter)
-    return SimpleNamespace(adapter=adapter, store=store, windows=windows, tables=tables)
+    table = token_table(adapter, adapter.aligners[KEY])
+    assert isinstance(table, TokenTable)
+    return SimpleNamespace(adapter=adapter, store=store, windows=windows, table=table)
 
 
 def tokens_of(ids: Any, special: Any = None) -> TokenizedWindow:
@@ -55,7 +55,7 @@ def tokens_of(ids: Any, special: Any = None) -> TokenizedWindow:
 def stitcher(run: SimpleNamespace, to: Any = None, *, seed: int = 0, windows: list[Window] | None = None) -> Any:
     to = to or wire(run.adapter, run.adapter.aligners[KEY])
     given = run.windows if windows is None else windows
-    tokens = {to.aligner.pair.key: TokenStates(*run.tables[KEY])}
+    tokens = {to.aligner.pair.key: run.table}
     inner = _Stitcher(run.store, given, [to], tokens, keep="own", controls=CONTROLS, seed=seed)
     return SimpleNamespace(to=to, inner=inner)
 
@@ -89,10 +89,12 @@ def test_mapped_states_are_those_of_the_tokens_that_the_places_take(run: SimpleN
 
 
 def test_token_states_are_predictions_for_the_tokens_whose_rows_the_places_take(run: SimpleNamespace) -> None:
-    ids, table, _ = run.tables[KEY]
+    ids = run.table.ids.tolist()
     for at, window in enumerate(run.windows[:4]):
         tokens = run.store.tokens("llama").id[window.source_row + window.taken[window.places]]
-        expected = np.stack([table[list(ids).index(token)] for token in tokens])
+        # The table keeps the tokens of validation and test text; others are predicted to have the mean state.
+        expected = [run.table.states[ids.index(token)] if token in ids else run.table.mean for token in tokens]
+        assert any(token in ids for token in tokens)
         np.testing.assert_array_equal(states(run, at)["token"], expected)
 
 

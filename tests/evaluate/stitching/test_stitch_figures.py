@@ -295,7 +295,7 @@ def test_the_lines_lead_with_what_is_left_beyond_the_token() -> None:
     assert lines[1].endswith("of the way from the token alone to clean")
     assert lines[2].startswith("  beats every control; the closest is token, +0.938 nats/token [")
     table = {line.split()[0]: line for line in lines[3:] if line.startswith("  ")}
-    assert "2.312 nats/token [1.7" in table["mapped"]
+    assert "2.312 nats/token [1.67" in table["mapped"]
     assert "bits/byte  KL  1.500  top-1  78%" in table["mapped"]
     assert table["raw"].endswith("-  (widths differ (6 and 8))")
     assert "from the mean state" in table["recovered"]
