@@ -6,7 +6,7 @@ data never raises and never warns. The keys are those of a block of ``metrics.js
 """
 
 from align.metrics.bootstrap import document_bootstrap
-from align.metrics.documents import DocumentSums, add_intervals, paired_difference, r2_interval
+from align.metrics.documents import DocumentSums, add_intervals, paired_difference, r2_interval, r2_of
 from align.metrics.ranking import RETRIEVAL_KEYS, retrieval
 from align.metrics.rows import ROW_KEYS, TOP_DIMS_SHARE, Figures, Reasons, ScoreAccumulator
 from align.metrics.scorer import KEYS, Scorer, score
@@ -39,6 +39,7 @@ __all__ = [
     "hsic1_linear",
     "paired_difference",
     "r2_interval",
+    "r2_of",
     "retrieval",
     "score",
 ]

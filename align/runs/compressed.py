@@ -115,7 +115,7 @@ def _entry(
         else:
             entry["baselines"][name] = figures
     entry["baselines"]["closed_form"]["name"] = f"{plan.optimum} on whole states"
-    add_intervals(entry, sums.renamed({"compress": "map"}), seed=seed)
+    add_intervals(entry, sums.renamed({"compress": "map"}))
     entry |= {"rate": found["rate"], "rate_distortion": found["rate_distortion"]}
     entry["by_role"] = direction.by_role
     entry["by_mask"] = {"masked": None, "kept": None}

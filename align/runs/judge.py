@@ -86,7 +86,7 @@ class Judge:
                 entry["baselines"][name] = figures
         if candidate.optimum is not None:
             entry["baselines"]["closed_form"]["name"] = candidate.optimum[1]
-        add_intervals(entry, NEEDS_ROWS if sums is None else sums, seed=self._seed)
+        add_intervals(entry, NEEDS_ROWS if sums is None else sums)
         entry["by_role"] = self._direction.by_role
         entry["by_mask"] = self._by_mask(pair, candidate.aligner, entry["reasons"])
         entry["cka"] = self._cka(pair, entry, controls)

@@ -617,7 +617,7 @@ class TestIntervals:
             rng = np.random.default_rng(seed)
             # The share unexplained is 0.3 on average, whatever there is to explain.
             sst = rng.uniform(50, 150, 60)
-            interval, reason = r2_interval(sst * rng.uniform(0.1, 0.5, 60), sst, draws=400)
+            interval, reason = r2_interval(sst * rng.uniform(0.1, 0.5, 60), sst)
             assert interval is not None
             assert reason is None
             covered += interval[0] <= 0.7 <= interval[1]
@@ -626,23 +626,28 @@ class TestIntervals:
     def test_a_difference_is_of_the_same_documents(self) -> None:
         rng = np.random.default_rng(22)
         sst, share = rng.uniform(50, 150, 40), rng.uniform(0.1, 0.9, 40)
-        interval, _ = paired_difference((share * sst, sst), ((share + 0.02) * sst, sst))
-        assert interval == pytest.approx((0.02, 0.02))
-        # Resampled apart, the same two would not be told from each other.
+        found = paired_difference((share * sst, sst), ((share + 0.02) * sst, sst))
+        assert found.interval == pytest.approx((0.02, 0.02))
+        assert found.p == pytest.approx(0, abs=1e-12)
+        # Taken apart, the same two would not be told from each other.
         apart = share[rng.permutation(40)]
-        interval, _ = paired_difference((share * sst, sst), ((apart + 0.02) * sst, sst))
-        assert interval is not None
-        assert interval[0] < 0 < interval[1]
+        found = paired_difference((share * sst, sst), ((apart + 0.02) * sst, sst))
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low < 0 < found.high
+        assert found.p is not None
+        assert found.p > 0.05
         with pytest.raises(FitError, match="40 and 39 documents"):
             paired_difference((sst, sst), (sst[1:], sst[1:]))
 
     @pytest.mark.parametrize(
         ("sse", "sst", "words"),
         [
-            ([1.0], [2.0], "at least 2 test documents, not 1"),
+            ([1.0, 1.0], [2.0, 2.0], "at least 3 test documents, not 2"),
             ([], [], "not 0"),
             ([1.0, np.nan], [2.0, 2.0], "not finite"),
-            ([0.0, 0.0], [0.0, 0.0], "equals the train mean"),
+            ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], "equals the train mean"),
+            ([1.0, 0.1, 0.1], [99.0, 0.5, 0.5], "holds nearly everything"),
         ],
     )
     def test_what_has_no_interval_has_a_reason(self, sse: list[float], sst: list[float], words: str) -> None:
