@@ -1,1 +1,1 @@
-"""Floors that keep what documents, positions and tokens have in common: partners exchanged, and what a value is then."""
+"""Floors that keep what documents, positions and tokens have in common: values under exchanged partners."""

@@ -78,9 +78,9 @@ def floors(
         tick: Called with the share of the work done since the last call.
 
     Returns:
-        ``documents`` and ``token``: the matrices of :func:`align.similarity.floors.summary.summary`, those of the other
-        direction as ``opposite`` where the measure has one, ``rows``, ``of``, ``documents`` and ``draws``; or ``reason``
-        where there is no floor.
+        ``documents`` and ``token``: the matrices of :func:`align.similarity.floors.summary.summary`, those of the
+        other direction as ``opposite`` where the measure has one, ``rows``, ``of``, ``documents`` and ``draws``; or
+        ``reason`` where there is no floor.
     """
     most = min(most, measure.floor_rows)
     found = {}
@@ -124,9 +124,7 @@ def _tokens(rows: Sampled, most: int, draws: int, seed: int) -> tuple[Index, Par
 
 def _no_documents(rows: Sampled) -> str:
     count = len(np.unique(rows.document))
-    return (
-        f"{count} documents, of which {FEWEST} or more must have rows at the same positions: extract more documents"
-    )
+    return f"{count} documents, of which {FEWEST} or more must have rows at the same positions: extract more documents"
 
 
 def _no_tokens(rows: Sampled) -> str:

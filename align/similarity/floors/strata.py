@@ -124,7 +124,7 @@ def grouped(documents: tuple[Index, Index]) -> list[Index]:
     order = np.argsort(-sizes, kind="stable")
     lengths = sizes[order]
     least = min(STRATUM, max(FEWEST, -(-3 * count // 4)))
-    # best[i]: rows kept of the i longest documents; step[i]: how many of them the last group has, 0 where it is left out.
+    # best[i]: rows kept of the i longest documents; step[i]: documents of the last group, 0 where the i-th is left out.
     best, step = np.zeros(count + 1), np.zeros(count + 1, dtype=np.int64)
     for i in range(1, count + 1):
         best[i], step[i] = best[i - 1], 0
@@ -183,4 +183,9 @@ def by_place(document: Index, place: Index, most: int, seed: int) -> Index:
             taken[number], left = True, left - sizes[number]
             if not left:
                 break
-    return np.flatnonzero(taken[key])
+    kept = taken[key]
+    if left:
+        # What is left is filled with some documents of one more place.
+        rest = np.flatnonzero(key == order[~taken[order]][0])
+        kept[rng.choice(rest, left, replace=False)] = True
+    return np.flatnonzero(kept)

@@ -1,4 +1,4 @@
-"""What exchanges say of a value: their mean and 95th percentile, a p value, and one that holds over all pairs of layers."""
+"""What exchanges say of a value: mean, 95th percentile, p value, and one that holds over all pairs of layers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from align.moments.scatter import Array
+from align.statistics import permutation_p
 
 #: Draws that differ from the value by less than this share of the largest figure are equal to it, to float32 rounding.
 _EQUAL = 1e-6
@@ -35,21 +36,18 @@ def summary(found: Array, closer: Literal["higher", "lower"], *, alone: bool = F
     if not len(draws):
         return {"value": value, "mean": nothing, "p95": nothing, "p": nothing, "p_max": nothing}
     sign = 1.0 if closer == "higher" else -1.0
-    close, known = sign * draws, np.isfinite(value) & np.isfinite(draws).all(axis=0)
+    known = np.isfinite(value) & np.isfinite(draws).all(axis=0)
     finite = np.abs(found[np.isfinite(found)])
-    least = sign * value - _EQUAL * (float(finite.max()) if finite.size else 0.0)
-    counted = np.where(known, close, -np.inf)
-    if alone:
-        counted = np.where(np.eye(*value.shape, dtype=bool), -np.inf, counted)
-    largest = counted.max(axis=(1, 2))
-    size = 1 + len(draws)
+    bar = value - sign * _EQUAL * (float(finite.max()) if finite.size else 0.0)
+    counted = np.where(known & ~np.eye(*value.shape, dtype=bool) if alone else known, sign * draws, -np.inf)
+    largest = sign * counted.max(axis=(1, 2))
     with warnings.catch_warnings():
+        # Layers without values have no quantiles.
         warnings.simplefilter("ignore", RuntimeWarning)
         tables = {
-            "value": value,
             "mean": draws.mean(axis=0),
-            "p95": sign * np.quantile(close, 0.95, axis=0),
-            "p": (1 + (close >= least).sum(axis=0)) / size,
-            "p_max": (1 + (largest[:, None, None] >= least).sum(axis=0)) / size,
+            "p95": sign * np.quantile(sign * draws, 0.95, axis=0),
+            "p": permutation_p(bar, draws, closer=closer),
+            "p_max": permutation_p(bar, np.broadcast_to(largest[:, None, None], draws.shape), closer=closer),
         }
-    return {name: table if name == "value" else np.where(known, table, np.nan) for name, table in tables.items()}
+    return {"value": value, **{name: np.where(known, table, np.nan) for name, table in tables.items()}}

@@ -152,7 +152,9 @@ class Measure(Protocol):
         """
         ...
 
-    def under(self, xs: Sequence[NDArray[np.float32]], ys: Sequence[NDArray[np.float32]], partners: Partners, tick: Tick) -> Array:
+    def under(
+        self, xs: Sequence[NDArray[np.float32]], ys: Sequence[NDArray[np.float32]], partners: Partners, tick: Tick
+    ) -> Array:
         """Compare every layer of one side with every layer of the other under exchanged partners.
 
         The values are those of :func:`align.similarity.measures.partners.recomputed`, to rounding; layers are prepared

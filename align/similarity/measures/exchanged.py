@@ -1,16 +1,16 @@
 """Measures that are cosines of two similarities over pairs of rows, under exchanged partners.
 
-Debiased CKA and RSA are ``sum_ij A_ij B_ij / (|A| |B|)`` with A and B similarities between rows of either side that were
-made mean-free once (:class:`Similarities`). When partners are exchanged by a permutation p only the cross term changes,
+Debiased CKA and RSA are ``sum_ij A_ij B_ij / (|A| |B|)`` with A and B similarities between rows of either side, made
+mean-free once (:class:`Similarities`). When partners are exchanged by a permutation p only the cross term changes,
 
     T(p) = sum_{i<j} A_ij B_p(i)p(j) / (|A| |B|)
 
 so each layer is prepared once and one pass over the pairs of rows gives every exchange of all layers: a row of A of all
 first layers, times the gathered rows of B of all second layers, is a small matrix product for every exchange.
 
-**Pairs within a document.** CKA over documents has no pairs of rows within a document. An exchange may bring rows of one
-document of the second side together with different documents of the first; such pairs are 0 in B, so they are left out
-of the cross term, which is scaled up by the share of pairs that is left. Exchanges of whole documents lose none.
+**Pairs within a document.** CKA over documents has no pairs of rows within a document. An exchange may bring rows of
+one document of the second side together with different documents of the first; such pairs are 0 in B, so they are left
+out of the cross term, which is scaled up by the share of pairs that is left. Exchanges of whole documents lose none.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def effects(sums: Array, document: NDArray[np.int64]) -> Array:
     """Row effects of a similarity over pairs of rows of different documents, by least squares.
 
     r minimises ``sum (K_ij - r_i - r_j)^2`` over ordered pairs of rows of different documents (block U-centring; with
-    every row its own document that of Szekely and Rizzo 2014). With k_i the sum of row i over these pairs, n_d the rows of
-    a document and k_d the sum of its k_i:
+    every row its own document that of Szekely and Rizzo 2014). With k_i the sum of row i over these pairs, n_d the rows
+    of a document and k_d the sum of its k_i:
 
         (n - n_d) r_i + S - S_d = k_i,   S_d = (k_d - n_d S) / (n - 2 n_d),   S = sum_d S_d.
 

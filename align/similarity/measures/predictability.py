@@ -219,7 +219,6 @@ class RidgeR2:
                     tick(part)
         return results
 
-
     def under(
         self, xs: Sequence[NDArray[np.float32]], ys: Sequence[NDArray[np.float32]], partners: Partners, tick: Tick
     ) -> Array:
