@@ -71,7 +71,10 @@ class Scores(Record):
         mse: Squared error, mean over rows and dimensions, in squared units of the target's states.
         cosine: Mean cosine of a mapped state and the true one; a row without a direction counts as 0.
         cosine_centered: The same about the target's train mean.
-        cka_debiased: Debiased linear CKA of mapped and true states, of 16,384 rows at most.
+        cka_debiased: Debiased linear CKA of mapped and true states, of 16,384 rows at most, over pairs of rows of
+            different documents.
+        cka_debiased_rows: The same over all pairs of different rows, as if rows of one document were independent: with
+            few documents it is above 0 for states that share nothing else.
         retrieval_top1: Share of mapped states whose nearest state in the gallery (centred cosine) is their own partner.
         retrieval_top5: Share whose partner is among the five nearest.
         retrieval_mrr: Mean reciprocal rank of the partner.
@@ -90,6 +93,7 @@ class Scores(Record):
     cosine: Number | None = None
     cosine_centered: Number | None = None
     cka_debiased: Number | None = None
+    cka_debiased_rows: Number | None = None
     retrieval_top1: Number | None = None
     retrieval_top5: Number | None = None
     retrieval_mrr: Number | None = None
@@ -123,7 +127,7 @@ class MaskScores(Record):
 
 
 class CkaChange(Record):
-    """Debiased CKA of the test rows before the map and after it.
+    """Debiased CKA of the test rows before the map and after it, over pairs of rows of different documents.
 
     Attributes:
         before: Of the source's states and the target's; null where the states cannot be compared as they are.

@@ -120,7 +120,7 @@ class _Run:
 
     def _group(self, direction: Direction, wanted: list[LayerPair], moments: dict[str, Scan]) -> None:
         solver, plan, data = Solver(self.device), self.job.map, self.job.data
-        judge = Judge(data, direction, solver, seed=self.job.seed, isometric=plan.isometric)
+        judge = Judge(data, direction, solver, seed=self.job.seed, isometric=plan.isometric, centred=plan.type.centred)
         if plan.windows is not None:
             from align.runs.compressed import compress
 

@@ -336,7 +336,7 @@ class Comparison:
             "rows": sample.n,
             "of": sample.of,
             "documents": len(np.unique(sample.document)),
-            "draws": 0 if draws is None else self.draws,
+            "draws": len(draws.counts),
             "seed": self.seed,
         }
         return {"sample": about, "measures": found}

@@ -26,18 +26,19 @@ Tick = Callable[[float], None]
 
 @dataclass(frozen=True, eq=False)
 class Resampling:
-    """Documents drawn with replacement.
+    """The documents of rows, drawn with replacement or not at all.
 
     Attributes:
         document: int64 ``(n,)``, which document a row belongs to, numbered from 0 without gaps.
-        counts: float64 ``(draws, documents)``, how often each document is drawn; rows sum to the documents.
+        counts: float64 ``(draws, documents)``, how often each document is drawn; rows sum to the documents. Without any
+            draws the documents alone are told: ``(0, documents)``.
     """
 
     document: NDArray[np.int64]
     counts: Array
 
 
-def resampling(documents: NDArray[np.integer], *, draws: int = 1000, seed: int = 0) -> Resampling | None:
+def resampling(documents: NDArray[np.integer], *, draws: int = 1000, seed: int = 0) -> Resampling:
     """Draws of whole documents, the same for every measure and pair of layers.
 
     Args:
@@ -46,7 +47,7 @@ def resampling(documents: NDArray[np.integer], *, draws: int = 1000, seed: int =
         seed: Fixes them.
 
     Returns:
-        None below two documents, where there is nothing to resample.
+        The documents and their draws; no draws of a single document, where there is nothing to resample.
 
     Raises:
         FitError: No draws.
@@ -55,7 +56,7 @@ def resampling(documents: NDArray[np.integer], *, draws: int = 1000, seed: int =
         raise FitError(f"{draws} draws: an interval needs at least one")
     names, document = np.unique(documents, return_inverse=True)
     if len(names) < 2:
-        return None
+        return Resampling(document.astype(np.int64), np.zeros((0, len(names))))
     counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     return Resampling(document.astype(np.int64), counts.astype(np.float64))
 
@@ -144,7 +145,9 @@ class Measure(Protocol):
         Args:
             layers: float32 ``(n, d)`` each, about an origin near their mean, rows paired throughout, all finite.
             wanted: Which with which.
-            draws: For intervals; None for values alone.
+            draws: The documents of the rows, for measures that tell pairs within a document from others or keep
+                documents together, and draws of them for intervals. None where every row is its own document and no
+                interval is wanted.
             tick: Progress.
 
         Returns:
