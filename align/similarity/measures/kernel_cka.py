@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.moments.scatter import Array, Rows
-from align.similarity.measures.base import Resampling, Result, Tick, Wanted
+from align.similarity.measures.base import Partners, Resampling, Result, Tick, Wanted
+from align.similarity.measures.exchanged import Similarities, cosines, effects
 from align.similarity.measures.panels import (
     Pair,
     centred,
@@ -179,6 +180,7 @@ class Cka:
     closer: Literal["higher", "lower"] = "higher"
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+    floor_rows: int = 8192
 
     def __call__(
         self, layers: Sequence[NDArray[np.float32]], wanted: Wanted, draws: Resampling | None, tick: Tick
@@ -192,6 +194,10 @@ class Cka:
             FitError: Layers, pairs and draws do not belong together.
         """
         return _compare(layers, wanted, draws, tick, fraction=None)
+
+    def under(self, xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick) -> Array:
+        """Compare layers under exchanged partners (:class:`align.similarity.measures.base.Measure`)."""
+        return _exchanged(xs, ys, partners, tick, fraction=None)
 
 
 class RbfCka:
@@ -209,6 +215,7 @@ class RbfCka:
     closer: Literal["higher", "lower"] = "higher"
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+    floor_rows: int = 8192
 
     def __init__(self, fraction: float = 1.0) -> None:
         if not (math.isfinite(fraction) and fraction > 0):
@@ -226,6 +233,10 @@ class RbfCka:
             FitError: Layers, pairs and draws do not belong together.
         """
         return _compare(layers, wanted, draws, tick, fraction=self.fraction)
+
+    def under(self, xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick) -> Array:
+        """Compare layers under exchanged partners (:class:`align.similarity.measures.base.Measure`)."""
+        return _exchanged(xs, ys, partners, tick, fraction=self.fraction)
 
 
 def _compare(
@@ -264,3 +275,53 @@ def _compare(
         reason = reason_of(pair, reasons)
         results[pair] = Result(math.nan, reason, none, facts) if reason else cosine(pair, products, groups, facts)
     return results
+
+
+def _exchanged(
+    xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick, *, fraction: float | None, over=False
+) -> Array:
+    """CKA of two sides under exchanged partners."""
+    document = partners.document if over else np.arange(len(partners.document))
+    sides = [[_similarities(layer, document, fraction) for layer in side] for side in (xs, ys)]
+    return cosines(sides[0], sides[1], partners, tick, between=partners.document if over else None)
+
+
+def _similarities(layer: Rows, document: NDArray[np.int64], fraction: float | None) -> Similarities | None:
+    """A kernel less its row effects over pairs of different documents; None where the layer does not vary."""
+    of = centred(layer)
+    n = len(layer)
+    if n < 4 or of.reason is not None:
+        return None
+    sigma = None if fraction is None else median_bandwidth(of.rows, fraction=fraction)
+    if sigma == 0:
+        return None
+    norms = _norms(of.rows)
+
+    def kernel(start: int, stop: int) -> Rows:
+        if sigma is None:
+            k = tile(of.rows[start:stop], of.rows)
+        else:
+            k = _squared_distances(of.rows[start:stop], of.rows, norms[start:stop], norms)
+            k *= -1 / (2 * sigma * sigma)
+            np.exp(k, out=k)
+        k[document[start:stop, None] == document] = 0
+        return k
+
+    if sigma is None:
+        by_document = np.zeros((int(document.max()) + 1, of.rows.shape[1]))
+        np.add.at(by_document, document, of.rows)
+        wide = by_document.sum(axis=0) - by_document
+        sums = np.einsum("id,id->i", of.rows, wide[document])
+    else:
+        sums = np.concatenate([kernel(i, min(i + 256, n)).sum(axis=1, dtype=np.float64) for i in range(0, n, 256)])
+    r = effects(sums, document).astype(of.rows.dtype)
+
+    def panel(start: int, stop: int) -> Rows:
+        k = kernel(start, stop)
+        k -= r[start:stop, None]
+        k -= r
+        k[document[start:stop, None] == document] = 0
+        return k
+
+    diagonal = float(n) if sigma is not None else float(norms.sum(dtype=np.float64))
+    return Similarities(panel, (4 * float(np.finfo(of.rows.dtype).eps) * diagonal) ** 2)
