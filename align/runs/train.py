@@ -125,7 +125,15 @@ class _Run:
 
     def _group(self, direction: Direction, wanted: list[LayerPair], moments: dict[str, Scan]) -> None:
         solver, plan, data = Solver(self.device), self.job.map, self.job.data
-        judge = Judge(data, direction, solver, seed=self.job.seed, isometric=plan.isometric, tables=self.tables)
+        judge = Judge(
+            data,
+            direction,
+            solver,
+            seed=self.job.seed,
+            isometric=plan.isometric,
+            centred=plan.type.centred,
+            tables=self.tables,
+        )
         if plan.windows is not None:
             from align.runs.compressed import compress
 
