@@ -1,7 +1,8 @@
 """Squared errors summed over each document: what intervals of R2 and paired comparisons of runs are made of.
 
-R2 = 1 - sum SSE / sum SST, so sums over documents are all that resampling documents needs. Maps that were scored on the
-same documents are compared on the same resamples: what makes a document hard is common to them and cancels.
+R2 = 1 - sum SSE / sum SST, so sums over documents are all that an interval over documents needs
+(:mod:`align.statistics`). Maps that were scored on the same documents are compared document by document: what makes one
+hard is common to them and cancels.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align.metrics.bootstrap import document_bootstrap
 from align.metrics.rows import checked_rows
 from align.moments.scatter import Array, Rows
+from align.statistics import Estimate, Linearised, ratio
+from align.statistics.linearised import FEWEST
 from featstore.errors import FitError
 
 Interval = tuple[float, float]
@@ -128,65 +130,64 @@ def _tally(totals: dict[int, float], document: ArrayLike, values: Array) -> None
         totals[number] = totals.get(number, 0.0) + value
 
 
-def _interval(columns: list[Array], statistic: Any, draws: int, seed: int) -> tuple[Interval | None, str | None]:
-    values = np.stack(columns, axis=1)
-    if len(values) < 2:
-        return None, f"an interval needs at least 2 test documents, not {len(values)}; extract more text"
-    if not np.isfinite(values).all():
-        return None, "a true or predicted state is not finite"
-    interval = document_bootstrap(values, statistic, draws=draws, seed=seed)
-    if not np.isfinite(interval).all():
-        return None, "the target equals the train mean in every row"
-    return interval, None
-
-
-def r2_interval(sse: Array, sst: Array, *, draws: int = 1000, seed: int = 0) -> tuple[Interval | None, str | None]:
-    """The 95 % document-bootstrap interval of R2 = 1 - sum SSE / sum SST.
+def r2_interval(sse: Array, sst: Array) -> tuple[Interval | None, str | None]:
+    """The 95 % interval of R2 = 1 - sum SSE / sum SST (:func:`align.statistics.ratio`).
 
     Args:
         sse: float64 ``(documents,)`` squared errors.
         sst: float64 ``(documents,)`` squared distances from the train mean.
-        draws: Resamples.
-        seed: Fixes them.
 
     Returns:
-        ``(interval, None)``, or ``(None, reason)`` below two documents or where a sum is not finite.
+        ``(interval, None)``, or ``(None, reason)`` below three documents or where a sum is not finite.
     """
-    return _interval([sse, sst], lambda t: 1.0 - t[:, 0] / t[:, 1], draws, seed)
+    if reason := _unfit(sse, sst):
+        return None, reason
+    found = r2_of(sse, sst).estimate()
+    return found.interval, found.reason
 
 
-def paired_difference(
-    first: tuple[Array, Array], second: tuple[Array, Array], *, draws: int = 1000, seed: int = 0
-) -> tuple[Interval | None, str | None]:
-    """The 95 % interval of R2(first) - R2(second), both on the same resampled documents.
+def r2_of(sse: Array, sst: Array) -> Linearised:
+    """R2 with what each document adds to it, for differences and means of R2.
+
+    Args:
+        sse: float64 ``(documents,)`` squared errors.
+        sst: float64 ``(documents,)`` squared distances from the train mean.
+    """
+    return (-ratio(sse, sst)).plus(1.0)
+
+
+def paired_difference(first: tuple[Array, Array], second: tuple[Array, Array]) -> Estimate:
+    """R2(first) - R2(second) over the same documents, what they have in common taken off.
 
     Args:
         first: SSE and SST, float64 ``(documents,)`` each. SST may differ from the second's: another choice of train
             rows has another mean.
         second: The same of the other map, over the same documents in the same order.
-        draws: Resamples.
-        seed: Fixes them.
 
     Returns:
-        As :func:`r2_interval`.
+        With its interval and p value; where there is none, its ``reason`` says why.
 
     Raises:
         FitError: The two have different numbers of documents.
     """
     if len(first[0]) != len(second[0]):
         raise FitError(f"paired sums of {len(first[0])} and {len(second[0])} documents; pass the same documents twice")
-    return _interval([*first, *second], lambda t: t[:, 2] / t[:, 3] - t[:, 0] / t[:, 1], draws, seed)
+    return (r2_of(*first) - r2_of(*second)).estimate()
 
 
-def add_intervals(entry: dict[str, Any], sums: DocumentSums | str, *, draws: int = 1000, seed: int = 0) -> None:
+def _unfit(sse: Array, sst: Array) -> str | None:
+    if not (np.isfinite(sse).all() and np.isfinite(sst).all()):
+        return "a true or predicted state is not finite"
+    return None if sst.sum() > 0 or len(sst) < FEWEST else "the target equals the train mean in every row"
+
+
+def add_intervals(entry: dict[str, Any], sums: DocumentSums | str) -> None:
     """Put ``r2_ci95`` beside every R2 of the test split, or null and the reason for it.
 
     Args:
         entry: A layer pair's entry of ``metrics.json`` with ``test``, ``baselines`` and ``reasons``; changed in place.
         sums: Of the test rows, the run's own map under the name ``map`` and baselines under theirs; or the reason why
             there are none.
-        draws: Resamples.
-        seed: Fixes them.
     """
     places = {"map": ("test", entry["test"])}
     places |= {name: (f"baselines.{name}", figures) for name, figures in entry["baselines"].items()}
@@ -200,7 +201,7 @@ def add_intervals(entry: dict[str, Any], sums: DocumentSums | str, *, draws: int
         elif figures.get("r2") is None:
             reason = entry["reasons"].get(f"{place}.r2", "R2 is undefined")
         elif name in sse:
-            interval, reason = r2_interval(sse[name], sst, draws=draws, seed=seed)
+            interval, reason = r2_interval(sse[name], sst)
         else:
             reason = "no sums over documents were made of this map"
         figures["r2_ci95"] = None if interval is None else list(interval)

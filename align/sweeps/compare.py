@@ -93,7 +93,8 @@ class _Entry:
             return None, f"{DOCUMENTS} has no sums of {name}; train again"
         if (mine.documents, mine.n) != (theirs.documents, theirs.n):
             return None, f"scored on other test rows than {other.row['run']}"
-        return paired_difference((mine.sse["map"], mine.sst), (theirs.sse[name], theirs.sst))
+        found = paired_difference((mine.sse["map"], mine.sst), (theirs.sse[name], theirs.sst))
+        return found.interval, found.reason
 
 
 def _verdict(interval: tuple[float, float] | None) -> str:

@@ -14,8 +14,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from align.metrics import document_bootstrap, paired_difference
+from align.metrics import paired_difference, r2_of
 from align.results import Documents, EpochRecord, Metrics, PairEpoch, PairMetrics, epoch_file
+from align.statistics import quotient
 from evaluate.reproduce.places import Places
 from evaluate.results import Communication, Share, Stitched, StitchedPair, TaskAnswers
 from featstore.runtime.records import EMPTY, Interval, Record, read
@@ -96,10 +97,15 @@ class Evidence:
         stitched = self._read(Stitched, f"runs/{run}/{into}")
         return None if stitched is None else stitched.pairs.get(key)
 
-    def recovered(self, run: str, key: str, *, best: bool = False, into: str = "") -> Value | None:
-        """Share of the stitched loss recovered, against the mean state or the best control."""
+    def recovered(self, run: str, key: str, *, token: bool = False, into: str = "") -> Value | None:
+        """Share of the stitched loss recovered, from the mean state or from the source's token alone."""
         entry = self.stitched(run, key, into)
-        return None if entry is None else Value.of(entry.recovered_best_control if best else entry.recovered)
+        return None if entry is None else Value.of(entry.recovered_token if token else entry.recovered)
+
+    def beyond_token(self, run: str, key: str, into: str = "") -> Value | None:
+        """Nats per token by which mapped states do better than the prediction from the source's token alone."""
+        entry = self.stitched(run, key, into)
+        return None if entry is None else Value.between(entry.beyond_token.nats, entry.beyond_token.ci95)
 
     def tasks(self, run: str) -> Mapping[str, TaskAnswers]:
         """A run's part of ``communicate.json`` by task; empty where it is not done."""
@@ -134,7 +140,7 @@ class Evidence:
         return found
 
     def difference(self, first: tuple[str, str], second: tuple[str, str]) -> Value | None:
-        """R2 of one run's layer pair minus another's, resampled on the same documents.
+        """R2 of one run's layer pair minus another's, over the same documents.
 
         Args:
             first: Run and layer pair.
@@ -144,13 +150,12 @@ class Evidence:
         values = self.test(*first), self.test(*second)
         if here is None or there is None or values[0] is None or values[1] is None:
             return None
-        ci, _ = paired_difference(here, there)
-        return Value.between(values[0].value - values[1].value, ci)
+        return Value.between(values[0].value - values[1].value, paired_difference(here, there).interval)
 
     def ratio(self, first: tuple[str, str], second: tuple[str, str]) -> Value | None:
         """R2 of one run's layer pair over another's, on the same documents; None where the other's is not positive.
 
-        R2 = 1 - sum SSE / sum SST, so the ratio of two is one of sums over documents, which are resampled together.
+        Its interval is Fieller's (:func:`align.statistics.quotient`).
 
         Args:
             first: Run and layer pair.
@@ -160,9 +165,7 @@ class Evidence:
         values = self.test(*first), self.test(*second)
         if here is None or there is None or values[0] is None or values[1] is None or values[1].value <= 0:
             return None
-        ci = None
-        if len(here[0]) == len(there[0]) > 1:
-            ci = document_bootstrap(np.stack([*here, *there], axis=1), _ratio_of_r2)
+        ci = quotient(r2_of(*here), r2_of(*there)).interval if len(here[0]) == len(there[0]) else None
         return Value.between(values[0].value / values[1].value, ci)
 
     def _sums(self, run: str, key: str) -> tuple[_COLUMNS, _COLUMNS] | None:
@@ -171,9 +174,3 @@ class Evidence:
         if entry is None or "map" not in entry.sse:
             return None
         return np.array(entry.sse["map"], dtype=np.float64), np.array(entry.sst, dtype=np.float64)
-
-
-def _ratio_of_r2(totals: _COLUMNS) -> _COLUMNS:
-    """Columns SSE and SST of the first map, then of the second; undefined where the second explains nothing."""
-    first, second = (1 - totals[:, at] / totals[:, at + 1] for at in (0, 2))
-    return np.where(second > 0, first / np.where(second > 0, second, 1), np.nan)

@@ -111,7 +111,8 @@ def _stitched(entry: dict[str, Any] | None) -> dict[str, Any]:
     if entry is None:
         return {}
     losses = {name: figures and figures["nats_per_token"] for name, figures in entry["conditions"].items()}
-    return {"nats_per_token": losses, "recovered": entry["recovered"], "best_control": entry["recovered_best_control"]}
+    shown = ("beyond_token", "recovered_token", "recovered", "beats_every_control", "closest_control")
+    return {"nats_per_token": losses, **{name: entry[name] for name in shown}}
 
 
 def _describe(result: dict[str, Any]) -> str:
@@ -121,9 +122,10 @@ def _describe(result: dict[str, Any]) -> str:
             row = f"{type_:12} {key:22} {entry['r2']:6.3f}"
             if "recovered" in entry:
                 losses = entry["nats_per_token"]
-                low, high = entry["recovered"]["ci95"]
                 row += "".join(f" {losses[name]:6.2f}" for name in ("clean", "mapped", "mean"))
-                row += f"  {entry['recovered']['value']:.1%} [{low:.1%}, {high:.1%}]"
+                row += f"  {entry['recovered']['value']:.1%} "
+                ends = entry["recovered"]["ci95"]
+                row += "[no interval]" if ends is None else f"[{ends[0]:.1%}, {ends[1]:.1%}]"
             lines.append(row)
     lines.append(f"done in {human_seconds(result['total_seconds'])}; open {result['report']}")
     return "\n".join(lines)

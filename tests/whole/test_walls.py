@@ -45,11 +45,13 @@ BELOW_THE_STORE = {
 #: Rooms whose functions take arrays, and know neither a store nor a run.
 ARRAYS_ONLY = {
     "align.solvers": {"align.moments.scatter"},
-    "align.metrics": {"align.moments.scatter", "align.solvers.row_effects"},
+    "align.statistics": set(),
+    "align.metrics": {"align.moments.scatter", "align.solvers.row_effects", "align.statistics"},
     "align.kernels": {"align.solvers.row_effects"},
     "align.similarity.measures": {
         "align.moments.scatter",
         "align.solvers",
+        "align.statistics",
         "featstore.store.format.elements",
     },
 }

@@ -336,6 +336,7 @@ class TestRetrieval:
                 "retrieval_mrr": np.mean(1 / rank),
                 "retrieval_median_rank": np.median(rank),
                 "retrieval_chance": 1 / 60,
+                "retrieval_ceiling": 1.0,
                 "retrieval_gallery": 60,
             }
         )
@@ -398,21 +399,21 @@ EDGES = {
 @pytest.mark.parametrize("case", EDGES)
 def test_nothing_raises_and_each_null_has_a_reason(case: str, dtype: type) -> None:
     y, y_hat = (a.astype(dtype) for a in EDGES[case])
-    figures, reasons = score(y, y_hat, np.full(y.shape[1], 2.0))
+    figures, reasons = score(y, y_hat, np.full(y.shape[1], 2.0), tokens=np.arange(len(y)) // 4)
     assert tuple(figures) == KEYS
     assert set(reasons) == {key for key, value in figures.items() if value is None}
     json.dumps(figures, allow_nan=False)
     assert figures["n"] == len(y)
     assert figures["retrieval_gallery"] == len(y)
     expected_nulls = {
-        "no rows": 13,
+        "no rows": 17,
         "good": 0,
-        "infinite prediction": 13,
-        "nan target": 13,
+        "infinite prediction": 17,
+        "nan target": 17,
         "constant prediction": 2,
         "zero prediction": 3,
         "three rows": 2,
-        "one row": 7,
+        "one row": 11,
     }
     if case in expected_nulls:
         assert len(reasons) == expected_nulls[case], reasons
@@ -421,8 +422,9 @@ def test_nothing_raises_and_each_null_has_a_reason(case: str, dtype: type) -> No
 class TestScorer:
     def test_blocks_and_reused_buffers_do_not_matter(self) -> None:
         y, y_hat = (a.astype(np.float32) for a in noisy(13, n=900))
-        whole, _ = score(y, y_hat, np.zeros(12), gallery=50, cka_rows=200)
-        scorer = Scorer(np.zeros(12), 900, gallery=50, cka_rows=200)
+        tokens = np.arange(900) % 50
+        whole, _ = score(y, y_hat, np.zeros(12), gallery=50, cka_rows=200, tokens=tokens)
+        scorer = Scorer(np.zeros(12), 900, gallery=50, cka_rows=200, tokens=tokens)
         buffers = np.empty((2, 100, 12), dtype=np.float32)
         for start in range(0, 900, 100):
             buffers[0], buffers[1] = y[start : start + 100], y_hat[start : start + 100]
@@ -617,7 +619,7 @@ class TestIntervals:
             rng = np.random.default_rng(seed)
             # The share unexplained is 0.3 on average, whatever there is to explain.
             sst = rng.uniform(50, 150, 60)
-            interval, reason = r2_interval(sst * rng.uniform(0.1, 0.5, 60), sst, draws=400)
+            interval, reason = r2_interval(sst * rng.uniform(0.1, 0.5, 60), sst)
             assert interval is not None
             assert reason is None
             covered += interval[0] <= 0.7 <= interval[1]
@@ -626,23 +628,28 @@ class TestIntervals:
     def test_a_difference_is_of_the_same_documents(self) -> None:
         rng = np.random.default_rng(22)
         sst, share = rng.uniform(50, 150, 40), rng.uniform(0.1, 0.9, 40)
-        interval, _ = paired_difference((share * sst, sst), ((share + 0.02) * sst, sst))
-        assert interval == pytest.approx((0.02, 0.02))
-        # Resampled apart, the same two would not be told from each other.
+        found = paired_difference((share * sst, sst), ((share + 0.02) * sst, sst))
+        assert found.interval == pytest.approx((0.02, 0.02))
+        assert found.p == pytest.approx(0, abs=1e-12)
+        # Taken apart, the same two would not be told from each other.
         apart = share[rng.permutation(40)]
-        interval, _ = paired_difference((share * sst, sst), ((apart + 0.02) * sst, sst))
-        assert interval is not None
-        assert interval[0] < 0 < interval[1]
+        found = paired_difference((share * sst, sst), ((apart + 0.02) * sst, sst))
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low < 0 < found.high
+        assert found.p is not None
+        assert found.p > 0.05
         with pytest.raises(FitError, match="40 and 39 documents"):
             paired_difference((sst, sst), (sst[1:], sst[1:]))
 
     @pytest.mark.parametrize(
         ("sse", "sst", "words"),
         [
-            ([1.0], [2.0], "at least 2 test documents, not 1"),
+            ([1.0, 1.0], [2.0, 2.0], "at least 3 test documents, not 2"),
             ([], [], "not 0"),
             ([1.0, np.nan], [2.0, 2.0], "not finite"),
-            ([0.0, 0.0], [0.0, 0.0], "equals the train mean"),
+            ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], "equals the train mean"),
+            ([1.0, 0.1, 0.1], [99.0, 0.5, 0.5], "holds nearly everything"),
         ],
     )
     def test_what_has_no_interval_has_a_reason(self, sse: list[float], sst: list[float], words: str) -> None:

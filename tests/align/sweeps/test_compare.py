@@ -311,7 +311,7 @@ def test_other_documents_are_no_pairs(tmp_path: Path, change: dict[str, Any]) ->
 def test_one_document_makes_no_interval(tmp_path: Path) -> None:
     [row] = compare_runs([write_run(tmp_path / "run", [1.0], sst=[2.0], numbers=[7])])["rows"]
     assert row["r2_ci95"] is None
-    assert "at least 2 test documents, not 1" in row["reasons"]["r2_ci95"]
+    assert "at least 3 test documents, not 1" in row["reasons"]["r2_ci95"]
 
 
 def test_a_spoiled_file_of_sums_is_refused(tmp_path: Path) -> None:
