@@ -76,8 +76,9 @@ def stream(
         checkpoint: Directory of the state from which a killed scan goes on; its files stay until
             :func:`align.similarity.scan.checkpoint.discard`. None to keep none.
         estimator: ``debiased`` sums by document, the others over all rows; ``minibatch`` sums HSIC_1 over batches
-            beside these. They are dealt by a seeded permutation from up to 16,384 pairs in a row, not from neighbours: a batch of one document would see how its text resembles
-            itself. Not from the whole store either, which would read all of it for every few batches.
+            beside these. They are dealt by a seeded permutation from up to 16,384 pairs in a row, not from neighbours:
+            a batch of one document would see how its text resembles itself. Not from the whole store either, which
+            would read all of it for every few batches.
         correct_features: Sum for every feature alone as well; of ``debiased``.
         memory: Bytes that all results, rows and sums may take at a time, on all workers together. The pairs' row
             numbers and the mapped store come on top.
