@@ -126,7 +126,9 @@ class Baseline(Scores):
     """Figures of a map that is not the run's own, on the same test rows.
 
     Attributes:
-        name: Which closed form the optimum is; of ``closed_form`` alone.
+        name: Of ``closed_form``, which closed form the optimum is; of ``shuffled``, what was exchanged: ``documents
+            exchanged`` (targets from other documents at equal places) or ``rows shuffled`` (where moments are stored
+            without rows, or train rows are more than 262,144 beside them).
     """
 
     name: str | None = None
