@@ -53,8 +53,8 @@ def control_states(
         mapped: float32 ``(n, d_target)``, the mapped states where they are at hand: a map of windows cannot make them
             from ``source``.
         other_mapped: float32 ``(n, d_target)``, mapped states of other text, in place of mapping ``other``.
-        predicted: float32 ``(n, d_target)``, what is predicted from the source token at each position alone; or why there
-            is no such prediction.
+        predicted: float32 ``(n, d_target)``, what is predicted from the source token at each position alone; or why
+            there is no such prediction.
 
     Returns:
         float32 ``(n, d_target)``, or the reason why the control does not exist.

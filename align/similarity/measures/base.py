@@ -160,8 +160,9 @@ class Measure(Protocol):
     ) -> Array:
         """Compare every layer of one side with every layer of the other under exchanged partners.
 
-        The values are those of :func:`align.similarity.measures.partners.recomputed`, to rounding; layers are prepared
-        once for all exchanges.
+        Layers are prepared once for all exchanges. The values are those of
+        :func:`align.similarity.measures.partners.recomputed`, to rounding; where exchanges mix documents, debiased CKA
+        leaves out what is a pair within a document on either side, while that would know the first side's alone.
 
         Args:
             xs: Layers of the first side, float32 ``(n, d)`` each.

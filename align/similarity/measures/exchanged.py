@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from align.moments.scatter import Array, Rows
 from align.similarity.measures.base import Partners, Tick
-from featstore.errors import FitError
 
 #: Layers of the second side that are gathered together: 8 float32 are 32 bytes, which are copied at once.
 TOGETHER = 8
@@ -51,36 +50,6 @@ def bytes_needed(n: int) -> int:
         n: Rows.
     """
     return 4 * TOGETHER * n * n
-
-
-def effects(sums: Array, document: NDArray[np.int64]) -> Array:
-    """Row effects of a similarity over pairs of rows of different documents, by least squares.
-
-    r minimises ``sum (K_ij - r_i - r_j)^2`` over ordered pairs of rows of different documents (block U-centring; with
-    every row its own document that of Szekely and Rizzo 2014). With k_i the sum of row i over these pairs, n_d the rows
-    of a document and k_d the sum of its k_i:
-
-        (n - n_d) r_i + S - S_d = k_i,   S_d = (k_d - n_d S) / (n - 2 n_d),   S = sum_d S_d.
-
-    Args:
-        sums: float64 ``(n,)``, k.
-        document: int64 ``(n,)``, numbered from 0.
-
-    Returns:
-        float64 ``(n,)``.
-
-    Raises:
-        FitError: A document has half of the rows or more, so that its effect cannot be told.
-    """
-    n, rows = len(sums), np.bincount(document).astype(np.float64)
-    left = n - 2 * rows
-    if len(rows) < 3 or (left <= 0).any():
-        raise FitError(f"a document has {int(rows.max())} of {n} rows: no document may have half of them")
-    by_document = np.bincount(document, weights=sums)
-    whole = (by_document / left).sum() / (1 + (rows / left).sum())
-    within = (by_document - rows * whole) / left
-    found: Array = (sums - whole + within[document]) / (n - rows[document])
-    return found
 
 
 def cosines(

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from align.moments.scatter import Array, Rows
 from align.similarity.measures.base import Partners, Resampling, Result, Tick, Wanted
-from align.similarity.measures.exchanged import Similarities, cosines, effects
+from align.similarity.measures.exchanged import Similarities, cosines
 from align.similarity.measures.panels import (
     Pair,
     centred,
@@ -41,7 +41,7 @@ from align.similarity.measures.panels import (
     tile,
     with_selves,
 )
-from align.solvers.row_effects import Documents
+from align.solvers.row_effects import Documents, in_order
 from featstore.errors import FitError
 
 #: Rows among which the median distance is taken.
@@ -278,19 +278,18 @@ def _compare(
 
 
 def _exchanged(
-    xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick, *, fraction: float | None, over=False
+    xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick, *, fraction: float | None
 ) -> Array:
-    """CKA of two sides under exchanged partners."""
-    document = partners.document if over else np.arange(len(partners.document))
-    sides = [[_similarities(layer, document, fraction) for layer in side] for side in (xs, ys)]
-    return cosines(sides[0], sides[1], partners, tick, between=partners.document if over else None)
+    """CKA of two sides under exchanged partners; a row keeps its document on either side."""
+    sides = [[_similarities(layer, partners.document, fraction) for layer in side] for side in (xs, ys)]
+    return cosines(sides[0], sides[1], partners, tick, between=partners.document)
 
 
 def _similarities(layer: Rows, document: NDArray[np.int64], fraction: float | None) -> Similarities | None:
-    """A kernel less its row effects over pairs of different documents; None where the layer does not vary."""
-    of = centred(layer)
-    n = len(layer)
-    if n < 4 or of.reason is not None:
+    """A kernel less its row effects over pairs of different documents; None where CKA is undefined."""
+    order, documents = in_order(document)
+    of, n = centred(layer), len(layer)
+    if documents.reason is not None or of.reason is not None:
         return None
     sigma = None if fraction is None else median_bandwidth(of.rows, fraction=fraction)
     if sigma == 0:
@@ -308,18 +307,20 @@ def _similarities(layer: Rows, document: NDArray[np.int64], fraction: float | No
         return k
 
     if sigma is None:
-        by_document = np.zeros((int(document.max()) + 1, of.rows.shape[1]))
+        # Known without a pass over the pairs: products with the sum of all other documents.
+        by_document = np.zeros((len(documents.sizes), of.rows.shape[1]))
         np.add.at(by_document, document, of.rows)
-        wide = by_document.sum(axis=0) - by_document
-        sums = np.einsum("id,id->i", of.rows, wide[document])
+        totals = np.einsum("id,id->i", of.rows, (by_document.sum(axis=0) - by_document)[document])
     else:
-        sums = np.concatenate([kernel(i, min(i + 256, n)).sum(axis=1, dtype=np.float64) for i in range(0, n, 256)])
-    r = effects(sums, document).astype(of.rows.dtype)
+        step = panel_rows(n, 1)
+        totals = np.concatenate([kernel(i, min(i + step, n)).sum(axis=1, dtype=np.float64) for i in range(0, n, step)])
+    effects = np.empty(n, dtype=of.rows.dtype)
+    effects[order] = documents.effects(totals[order])
 
     def panel(start: int, stop: int) -> Rows:
         k = kernel(start, stop)
-        k -= r[start:stop, None]
-        k -= r
+        k -= effects[start:stop, None]
+        k -= effects
         k[document[start:stop, None] == document] = 0
         return k
 

@@ -62,8 +62,10 @@ def which_layers(evidence: Evidence) -> Answer:
         )
     if not rows:
         return answer
-    header = ("layers", "depth", "Procrustes R2", "affine R2", "CKA", "recovered", "of what the token leaves")
-    header = (*header, "nats beyond the token", "closest control")
+    header = (
+        *("layers", "depth", "Procrustes R2", "affine R2", "CKA", "recovered"),
+        *("of what the token leaves", "nats beyond the token", "closest control"),
+    )
     answer.tables.append(Table("Test documents, by layer", header, rows))
     answer.sources += [f"runs/{run}/metrics.json" for run in ("procrustes", "affine")] + ["runs/affine/stitch.json"]
     answer.found = "No stitched loss says what mapped states add to the source's token alone."

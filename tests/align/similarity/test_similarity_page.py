@@ -280,9 +280,9 @@ def test_the_summary_says_what_the_numbers_say() -> None:
         "of layers is 0.605."
     )
     assert floor == (
-        "With documents in each other's place at equal positions, 400 rows of 9 documents give 0.010 to 0.500 on average "
-        "(95\u202f% below 0.600): 1 of 2 pairs of layers are above that floor (p \u2264 0.05, corrected for all of them). "
-        "There is no floor with partners of the same token in another document: hardly any token."
+        "With documents in each other's place at equal positions, 400 rows of 9 documents give 0.010 to 0.500 on "
+        "average (95\u202f% below 0.600): 1 of 2 pairs of layers are above that floor (p \u2264 0.05, corrected for "
+        "all of them). There is no floor with partners of the same token in another document: hardly any token."
     )
     assert sinks == (
         "3 rows are attention sinks and left out. With them in, linear CKA changes by up to 0.590 "
@@ -469,8 +469,8 @@ def test_pointing_focusing_and_tapping_show_the_numbers_of_a_cell(tab: Tab, page
         "smol 0 × twin 7, attention sinks masked",
         f"RBF CKA {given['cross'][0][1]:.3f}",
         f"95 % interval [{low:.3f}, {high:.3f}]",
-        f"floor: documents exchanged {words.number(given['permutations']['documents']['mean'][0][1])}, 5 % beyond "
-        f"{words.number(given['permutations']['documents']['p95'][0][1])}, p = 0.025",
+        f"floor: documents exchanged {words.number(given['permutations']['documents']['mean'][0][1])}, 5 % beyond ",
+        f" {words.number(given['permutations']['documents']['p95'][0][1])}, p = 0.025",
         f"floor: noise of the same covariance {words.number(given['floors']['noise']['cross'][0][1])}",
         "smol 0, rounded as stored 0.9999",
         "twin 7, rounded as stored 0.9998",

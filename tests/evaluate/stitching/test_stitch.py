@@ -32,7 +32,6 @@ from featstore.text.splits import TEST
 from tests.support.commands import call, strict_json
 from tests.support.token_tables import what_the_map_makes_of_tokens, write_table
 
-
 #: Enough for windows of both test documents.
 TOKENS = 600
 
