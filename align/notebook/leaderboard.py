@@ -63,8 +63,6 @@ class Row(Record):
         n: Test rows.
         r2: Pooled R2.
         r2_ci95: Its 95 % interval over documents.
-        partial_r2: What the map explains of what the source's token alone leaves.
-        partial_r2_ci95: Its 95 % interval over documents.
         r2_median_dim: Median over dimensions.
         cosine_centered: Mean cosine about the target's train mean.
         retrieval_top1: Share of mapped states whose nearest state is their own partner.
@@ -88,8 +86,6 @@ class Row(Record):
     n: Whole | None = None
     r2: Number | None = None
     r2_ci95: Interval | None = None
-    partial_r2: Number | None = None
-    partial_r2_ci95: Interval | None = None
     r2_median_dim: Number | None = None
     cosine_centered: Number | None = None
     retrieval_top1: Number | None = None
@@ -213,7 +209,7 @@ class Leaderboard(Record):
 
     def _sheets(self) -> list[Sheet]:
         labels = self._labels()
-        heads = ("run", "type", "beyond the token [95 %]", "R2 [95 %]", "minus best", "optimum", "minus optimum")
+        heads = ("run", "type", "R2 [95 %]", "minus best", "optimum", "minus optimum")
         sheets = []
         for key, block in self._blocks().items():
             rows, notes = [], []
@@ -223,7 +219,6 @@ class Leaderboard(Record):
                     (
                         labels[row.run],
                         row.type,
-                        with_interval(row.partial_r2, row.partial_r2_ci95),
                         with_interval(row.r2, row.r2_ci95),
                         with_interval(best.difference, best.ci95, "+.3f"),
                         number(row.closed_form.r2 if row.closed_form else None),

@@ -26,16 +26,7 @@ from featstore.text.roles import of_roles
 
 DOCUMENTS = Documents.file
 
-_FIGURES = (
-    "r2",
-    "partial_r2",
-    "r2_median_dim",
-    "cosine_centered",
-    "retrieval_top1",
-    "retrieval_chance",
-    "cka_debiased",
-    "n",
-)
+_FIGURES = ("r2", "r2_median_dim", "cosine_centered", "retrieval_top1", "retrieval_chance", "cka_debiased", "n")
 _CLOSED = "closed_form"
 
 
@@ -120,8 +111,7 @@ def compare_runs(directories: Sequence[Path]) -> dict[str, Any]:
         directories: Run directories.
 
     Returns:
-        ``rows``, each ``{"run", "type", "pair", "store", "set", "trainable", "shipped", "r2", "r2_ci95",
-        "partial_r2", ...,
+        ``rows``, each ``{"run", "type", "pair", "store", "set", "trainable", "shipped", "r2", "r2_ci95", ...,
         "closed_form": {"name", "r2"}, "baselines": {name: r2}, "versus_best": {"run", "difference", "ci95", "verdict"},
         "versus_closed_form": {...}, "warnings": [code], "reasons": {...}}``; ``sets``: what decides which rows were
         scored, figures of different sets are not compared; ``rate_distortion``: that of compressed runs, fewest bytes
@@ -209,14 +199,13 @@ def _entries(directory: Path, metrics: Metrics, card: dict[str, Any]) -> list[_E
             "shipped": own.get("shipped"),
             **{name: getattr(test, name) for name in _FIGURES},
             "r2_ci95": None if test.r2_ci95 is None else list(test.r2_ci95),
-            "partial_r2_ci95": None if test.partial_r2_ci95 is None else list(test.partial_r2_ci95),
             _CLOSED: None if closed is None else {"name": closed.name, "r2": closed.r2},
             "baselines": {name: None if scores is None else scores.r2 for name, scores in entry.baselines.items()},
             "warnings": [warning.code for warning in entry.warnings],
             "reasons": {
                 name.removeprefix("test."): reason
                 for name, reason in entry.reasons.items()
-                if name.removeprefix("test.") in (*_FIGURES, "r2_ci95", "partial_r2_ci95")
+                if name.removeprefix("test.") in (*_FIGURES, "r2_ci95")
             },
         }
         rate = entry.rate_distortion
@@ -251,7 +240,6 @@ _HEADS = (
     "type",
     "trained",
     "shipped",
-    "beyond token [95 %]",
     "R2 [95 %]",
     "- best [95 %]",
     "optimum",
@@ -341,7 +329,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["type"],
         *(human(row[name]) if row[name] is not None else "-" for name in ("trainable", "shipped")),
-        _with_interval(row["partial_r2"], row["partial_r2_ci95"], ""),
         _with_interval(row["r2"], row["r2_ci95"], ""),
         _with_interval(*_difference(row["versus_best"]), "+"),
         _number(closed["r2"] if closed else None, ""),
