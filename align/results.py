@@ -74,7 +74,10 @@ class Scores(Record):
         mse: Squared error, mean over rows and dimensions, in squared units of the target's states.
         cosine: Mean cosine of a mapped state and the true one; a row without a direction counts as 0.
         cosine_centered: The same about the target's train mean.
-        cka_debiased: Debiased linear CKA of mapped and true states, of 16,384 rows at most.
+        cka_debiased: Debiased linear CKA of mapped and true states, of 16,384 rows at most, over pairs of rows of
+            different documents.
+        cka_debiased_rows: The same over all pairs of different rows, as if rows of one document were independent: with
+            few documents it is above 0 for states that share nothing else.
         retrieval_top1: Share of mapped states whose nearest state in the gallery (centred cosine) is their own partner.
         retrieval_top5: Share whose partner is among the five nearest.
         retrieval_mrr: Mean reciprocal rank of the partner.
@@ -102,6 +105,7 @@ class Scores(Record):
     cosine: Number | None = None
     cosine_centered: Number | None = None
     cka_debiased: Number | None = None
+    cka_debiased_rows: Number | None = None
     retrieval_top1: Number | None = None
     retrieval_top5: Number | None = None
     retrieval_mrr: Number | None = None
@@ -141,7 +145,7 @@ class MaskScores(Record):
 
 
 class CkaChange(Record):
-    """Debiased CKA of the test rows before the map and after it.
+    """Debiased CKA of the test rows before the map and after it, over pairs of rows of different documents.
 
     Attributes:
         before: Of the source's states and the target's; null where the states cannot be compared as they are.
@@ -502,7 +506,7 @@ class SimilarityTables(Record):
 
 
 class Floor(Record):
-    """CKA of the same states with their pairing destroyed.
+    """CKA of the same states with rows shuffled: what the estimator says of no relation at all, which is no floor.
 
     Attributes:
         cross: As the main ``cross``.
@@ -518,6 +522,48 @@ class Floor(Record):
     method: str | None = None
     estimator: str | None = None
     kernel: str | None = None
+    reason: str | None = None
+
+
+class Exchanged(Record):
+    """Values of layer pairs and what exchanged partners say of them, ``(layers of the first model, of the second)``.
+
+    Attributes:
+        value: Over the rows of this floor, with their true partners.
+        mean: Mean over exchanges.
+        p95: 95th percentile over exchanges; of a distance, where lower is closer, the 5th.
+        p: (1 + exchanges at least as close as the value) / (1 + exchanges).
+        p_max: The same with the closest of all layer pairs in each exchange: corrected for the number of layer pairs.
+    """
+
+    value: Matrix = ()
+    mean: Matrix = ()
+    p95: Matrix = ()
+    p: Matrix = ()
+    p_max: Matrix = ()
+
+
+class PermutationFloor(Exchanged):
+    """A measure with partners exchanged so that the rest of what rows have in common is kept.
+
+    Attributes:
+        opposite: From the second model to the first, of a measure with a direction; same rows and columns.
+        rows: Rows that can be exchanged.
+        of: Of how many.
+        documents: Documents that they come from.
+        draws: Exchanges; 0 where there is no floor.
+        seed: Of rows and exchanges.
+        estimator: Of the main figure's floor.
+        reason: Why there is none.
+    """
+
+    opposite: Exchanged | None = None
+    rows: Whole | None = None
+    of: Whole | None = None
+    documents: Whole | None = None
+    draws: Whole | None = None
+    seed: Whole | None = None
+    estimator: str | None = None
     reason: str | None = None
 
 
@@ -626,7 +672,10 @@ class Measure(Record):
         ci95: Intervals over resampled documents.
         facts: Numbers that a value depends on, by ``<model>:<layer> <model>:<layer>``.
         reasons: Why a cell is null.
-        floors: ``shuffled`` (pairs destroyed) and ``noise`` (Gaussian rows of the same covariance).
+        floors: ``shuffled`` (rows shuffled) and ``noise`` (Gaussian rows of the same covariance): controls of the
+            measure, which documents and tokens in common exceed.
+        permutations: ``documents`` (documents in each other's place) and ``token`` (partners of the same source token
+            in another document).
         ceilings: What the same states say.
     """
 
@@ -641,6 +690,7 @@ class Measure(Record):
     facts: Table[Table[Number | None]] = EMPTY
     reasons: Table[str] = EMPTY
     floors: Table[MeasureFloor] = EMPTY
+    permutations: Table[PermutationFloor] = EMPTY
     ceilings: Ceilings = Ceilings()
 
 
@@ -653,7 +703,9 @@ class Similarity(SimilarityTables):
         widths: Width of the residual stream by model.
         estimator: ``debiased``, ``biased`` or ``minibatch``.
         kernel: ``linear`` or ``rbf``.
-        null: The floor of the main figure.
+        null: The main figure of shuffled rows.
+        permutations: The floors of the main figure: ``documents`` (documents in each other's place) and ``token``
+            (partners of the same source token in another document).
         masked_rows: Rows that are attention sinks.
         keep_sinks: Whether the main figures include them.
         roles: The roles whose rows are compared (``--roles``); null for all.
@@ -675,6 +727,7 @@ class Similarity(SimilarityTables):
     estimator: str | None = None
     kernel: str | None = None
     null: Floor | None = None
+    permutations: Table[PermutationFloor] = EMPTY
     masked_rows: Whole | None = None
     keep_sinks: Flag | None = None
     roles: tuple[str, ...] | None = None
@@ -688,12 +741,15 @@ class Similarity(SimilarityTables):
     def to_pandas(self) -> pd.DataFrame:
         """One row for every layer of the first model and every layer of the second.
 
-        Columns are ``first_layer``, ``second_layer``, ``cka``, ``floor``, ``unmasked`` or ``masked``, and one of every
-        measure by its name; CKA over the sample of the measures is ``cka_sample``.
+        Columns are ``first_layer``, ``second_layer``, ``cka``, ``unmasked`` or ``masked``, and one of every measure by
+        its name; CKA over the sample of the measures is ``cka_sample``. Of the floors ``documents`` and ``token``
+        there are ``<floor>_value`` over their rows, ``<floor>_mean``, ``<floor>_p95``, ``<floor>_p``,
+        ``<floor>_p_max``.
         """
         first, second = self.models[0], self.models[-1]
         columns: dict[str, Matrix] = {"cka": self.cross}
-        columns |= {} if self.null is None else {"floor": self.null.cross}
+        for name, floor in self.permutations.items():
+            columns |= {f"{name}_{key}": getattr(floor, key) for key in Exchanged.model_fields}
         columns |= {} if self.unmasked is None else {"unmasked": self.unmasked.cross}
         columns |= {} if self.masked is None else {"masked": self.masked.cross}
         columns |= {f"{name}_sample" if name == "cka" else name: m.cross for name, m in self.measures.items()}

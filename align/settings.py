@@ -114,7 +114,11 @@ class Settings:
     joint: bool = option(False, "Fit one map from all source layers together to each target layer.", panel=LAYERS)
     shared: bool = option(False, "Share one map between all layers, with a small projection for each.", panel=LAYERS)
     solver: str | None = option(None, "closed or adamw; default by type.", panel=MAP)
-    scale: bool = option(False, "Procrustes: multiply the rotation by the optimal scale.", panel=MAP)
+    scale: bool = option(
+        True,
+        "Multiply rotations by their least-squares factor: maps of type procrustes, and --skip procrustes.",
+        panel=MAP,
+    )
     components: str | None = option(
         None,
         "Procrustes: rotate within this number of principal components; auto chooses it by validation R2.",

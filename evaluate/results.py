@@ -384,7 +384,7 @@ class Answers(Record):
         condition: Its name without the pair.
         pair: Layer pair; null for ``silent``, ``text`` and ``summary``.
         accuracy: Share of right answers.
-        ci95: Wilson's 95 % interval.
+        ci95: Wilson's 95 % interval, with the design effect of questions that share a cluster.
         right: Right answers.
         n: Answers.
         bytes: What travels for an example, in the mean: UTF-8 bytes of a text, bytes of states, or of latents.
@@ -397,6 +397,41 @@ class Answers(Record):
     right: Whole | None = None
     n: Whole | None = None
     bytes: Number | None = None
+
+
+class Gain(Share):
+    """How much more often one condition is right than another on the same questions.
+
+    ``ci95`` is Tango's score interval; clusters of questions are units (:func:`align.statistics.paired_proportions`).
+
+    Attributes:
+        p: Exact two-sided p value of no difference.
+        first_alone: Questions that only the first gets right.
+        second_alone: Questions that only the second gets right.
+        clusters: Clusters of questions, each of them one piece of evidence.
+        above: Whether the first is right more often: the interval is above 0 and the exact test agrees at 5 %.
+    """
+
+    p: Number | None = None
+    first_alone: Whole | None = None
+    second_alone: Whole | None = None
+    clusters: Whole | None = None
+    above: Flag | None = None
+
+
+class Beats(Record):
+    """Whether a way of sending states is right more often than the question alone and both its controls.
+
+    Attributes:
+        p: Largest p value of its gains: to beat all of them each has to be beaten (an intersection-union test); 1
+            where one is not positive, null where a control was not run.
+        p_adjusted: The same, adjusted for the number of ways that the task tries (Holm).
+        beats: Whether all gains are ``above``, and ``p_adjusted`` is at most 5 %.
+    """
+
+    p: Number | None = None
+    p_adjusted: Number | None = None
+    beats: Flag | None = None
 
 
 class MapSize(Record):
@@ -439,14 +474,17 @@ class TaskAnswers(Record):
         source: The model that reads the context.
         target: The model that answers.
         n: Examples.
-        chance: Accuracy of an answer that looks at nothing.
+        clusters: Clusters of examples: those of one landmark, thing, company or context are no independent evidence.
+        chance: Accuracy on these examples of the best answer that does not read: one that is always the same, one from
+            a fixed place among the choices or in the context, or the question itself.
         chance_is: What that is, in words.
         scoring: How an answer is found right.
         conditions: By ``silent``, ``text``, ``summary`` and ``<condition> <pair>``: ``replace``, ``sum``, ``mean``
             (the source's last state into the question's last position), ``aligned`` (every position of the context),
             and each with ``_random`` and ``_shuffled``; those of ``replace`` are ``random`` and ``shuffled``.
-        gains: By ``<condition> <pair>`` how much more often it is right than ``silent``, ``random`` and ``shuffled``,
-            paired over examples.
+        text_over_silent: How much more often the text is right than the question alone.
+        gains: By ``<condition> <pair>`` how much more often it is right than ``silent``, ``random`` and ``shuffled``.
+        beats: By ``<condition> <pair>`` whether it is right more often than all of them.
         pairs: By layer pair.
         reasons: Why a condition was not run.
         warnings: What stands against reading the accuracies as communication.
@@ -459,11 +497,14 @@ class TaskAnswers(Record):
     source: str = ""
     target: str = ""
     n: Whole | None = None
+    clusters: Whole | None = None
     chance: Number | None = None
     chance_is: str | None = None
     scoring: str | None = None
     conditions: Table[Answers] = EMPTY
-    gains: Table[Table[Share]] = EMPTY
+    text_over_silent: Gain = Gain()
+    gains: Table[Table[Gain]] = EMPTY
+    beats: Table[Beats] = EMPTY
     pairs: Table[MapSize] = EMPTY
     reasons: Table[str] = EMPTY
     warnings: Findings = ()

@@ -200,10 +200,10 @@ def _centred(parts: tuple[Moments, Moments]) -> tuple[Scatter, Scatter]:
 
 
 class ProcrustesAligner(_Aligner):
-    """A rotation between the spaces: :func:`align.solvers.procrustes`.
+    """A scaled rotation between the spaces: :func:`align.solvers.procrustes`.
 
     Args:
-        scale: Also fit one factor.
+        scale: Also fit one factor, by least squares on all rows; without it norms must be those of the targets.
         components: Rotate only so many leading principal axes of either side
             (:func:`align.solvers.truncated_procrustes`); ``"auto"`` chooses how many on held-out rows; None for all.
 
@@ -217,7 +217,7 @@ class ProcrustesAligner(_Aligner):
         n_features_in_: dx.
     """
 
-    def __init__(self, scale: bool = False, components: int | str | None = None) -> None:
+    def __init__(self, scale: bool = True, components: int | str | None = None) -> None:
         self.scale = scale
         self.components = components
 
@@ -252,7 +252,8 @@ class LinearAligner(_Aligner):
     """Ridge regression without intercept: :func:`align.solvers.select_ridge` on raw moments.
 
     Args:
-        lam: Strength relative to the mean eigenvalue of X'X; None chooses it on held-out rows and refits on all.
+        lam: Strength relative to the mean eigenvalue of X'X about the mean row, so that columns of large mean do not
+            make it stronger; None chooses it on held-out rows and refits on all.
 
     Attributes:
         weight_: (dx, dy) the map.
@@ -274,7 +275,7 @@ class LinearAligner(_Aligner):
 
     def _ridge(self, rows: Scatter, parts: tuple[Scatter, Scatter] | None) -> None:
         self.lam_ = float(self.lam or 0.0) if parts is None else select_ridge(*parts).lam
-        self._set(RidgePath(rows.gx, rows.c).weight(self.lam_), rows)
+        self._set(RidgePath(Spectrum.of(rows.gx, rows.unit), rows.c).weight(self.lam_), rows)
 
 
 class AffineAligner(LinearAligner):
@@ -305,6 +306,7 @@ class ReducedRankAligner(_Aligner):
         lam: Relative ridge strength; None chooses it on held-out rows and refits on all.
         skip: The fixed map: ``none``, ``procrustes``, ``ridge`` (its own strength is chosen on held-out rows) or
             ``identity``.
+        scale: Whether the skip ``procrustes`` is multiplied by its least-squares factor.
 
     Attributes:
         weight_: (dx, dy) the whole map, skip included.
@@ -317,10 +319,13 @@ class ReducedRankAligner(_Aligner):
         n_features_in_: dx.
     """
 
-    def __init__(self, rank: int | None = None, lam: float | None = None, skip: str = "none") -> None:
+    def __init__(
+        self, rank: int | None = None, lam: float | None = None, skip: str = "none", scale: bool = True
+    ) -> None:
         self.rank = rank
         self.lam = lam
         self.skip = skip
+        self.scale = scale
 
     def _chooses(self) -> bool:
         return self.lam is None or self.skip == "ridge"
@@ -348,7 +353,8 @@ class ReducedRankAligner(_Aligner):
         if self.skip == "none":
             return None
         if self.skip == "procrustes":
-            return procrustes(rows.c, rows.gx)[0]
+            weight, factor = procrustes(rows.c, rows.gx, scale=self.scale)
+            return factor * weight
         if self.skip == "ridge":
             return RidgePath(rows.gx, rows.c).weight(lam)
         if self.skip != "identity":

@@ -30,7 +30,7 @@ class Fit:
 
     Attributes:
         type: A type of :mod:`align.maps.registry` with a closed form.
-        scale: Optimal isotropic scale (Procrustes).
+        scale: Whether a rotation, fitted or as skip, is multiplied by its factor (:mod:`align.closed_form.scaling`).
         rank: Rank (reduced-rank).
         skip: What a low-rank map is added to: ``procrustes``, ``ridge``, ``identity``, ``none``.
         components: Procrustes within so many principal components of either side; ``auto`` for the number that is best
@@ -38,7 +38,7 @@ class Fit:
     """
 
     type: str
-    scale: bool = False
+    scale: bool = True
     rank: int = 32
     skip: str = "none"
     components: int | str | None = None
@@ -182,7 +182,7 @@ def fit_closed(
 
 
 def fit_shared_procrustes(
-    pairs: Sequence[LayerPair], scans: Mapping[str, Scan], scale: bool = False
+    pairs: Sequence[LayerPair], scans: Mapping[str, Scan], scale: bool = True
 ) -> dict[str, Aligner]:
     """One rotation for all layer pairs, each about its own means (:mod:`align.closed_form.shared`).
 
@@ -192,7 +192,7 @@ def fit_shared_procrustes(
     Args:
         pairs: Layer pairs of two models in one direction.
         scans: Moments of each, by key.
-        scale: Each pair's least-squares factor ``s_k = tr(W'C_k) / tr(W'G_k W)`` instead of 1.
+        scale: Each pair's own factor ``s_k`` (:mod:`align.closed_form.scaling`) instead of 1.
 
     Returns:
         A map for each pair, in order, by key.

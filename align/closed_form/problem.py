@@ -56,7 +56,7 @@ class Problem:
     def spectrum(self) -> solvers.Spectrum:
         """The eigendecomposition of the source's Gram matrix."""
         if self.source.spectrum is None:
-            self.source.spectrum = solvers.Spectrum.of(self.train.gx)
+            self.source.spectrum = solvers.Spectrum.of(self.train.gx, self.train.unit)
         return self.source.spectrum
 
 

@@ -1,15 +1,16 @@
-"""Rotations: all dimensions, or within some principal components of either side."""
+"""Scaled rotations: all dimensions, or within some principal components of either side."""
 
 from __future__ import annotations
 
 from align import solvers
 from align.closed_form.fit import Fit
 from align.closed_form.problem import Problem, Solution
+from align.closed_form.scaling import rotation, shrunken
 from featstore.errors import FitError
 
 
 def solve(fit: Fit, problem: Problem) -> Solution:
-    """The semi-orthogonal W that minimises ``|X W - Y|_F``, times the optimal scale where one is asked for.
+    """The semi-orthogonal W that makes ``tr(W'X'Y)`` largest, times its factor unless the fit has none.
 
     Args:
         fit: Its ``scale`` and ``components`` count.
@@ -20,7 +21,7 @@ def solve(fit: Fit, problem: Problem) -> Solution:
     """
     train, size = problem.train, problem.widths[0] * problem.widths[1]
     if fit.components is None:
-        weight, scale = solvers.procrustes(train.c, train.gx, scale=fit.scale)
+        weight, scale = rotation(train, problem.val, scale=fit.scale)
         return Solution(scale * solvers.to_numpy(weight), {"scale": scale}, size)
     spectra = problem.spectrum(), solvers.Spectrum.of(train.gy)
     if fit.components == "auto":
@@ -31,4 +32,5 @@ def solve(fit: Fit, problem: Problem) -> Solution:
         weight, scale = solvers.truncated_procrustes(train.c, *spectra, components, scale=fit.scale)
     else:
         raise FitError(f"components {fit.components!r}: give a number of principal components, or 'auto'")
+    scale = shrunken(scale, weight, problem.val) if fit.scale else scale
     return Solution(scale * solvers.to_numpy(weight), {"scale": scale, "components": components}, size)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from align import solvers
+from align.closed_form.scaling import least_squares, shrunken
 from align.moments.scan import Scan
 from align.moments.scatter import Array, Scatter, about, centered
 from featstore.errors import FitError
@@ -42,13 +43,13 @@ class Shared:
         return self.factors[key] * self.weight
 
 
-def fit_shared(scans: Mapping[str, Scan], base: str, *, scale: bool = False) -> Shared:
+def fit_shared(scans: Mapping[str, Scan], base: str, *, scale: bool = True) -> Shared:
     """Solve for the shared map.
 
     Args:
         scans: Of every layer pair, all of two models in one direction.
         base: ``procrustes`` or ``ridge``.
-        scale: Procrustes: each pair's least-squares factor ``tr(W'C_k) / tr(W'G_k W)`` instead of 1. A ridge map always
+        scale: Procrustes: each pair's own factor (:mod:`align.closed_form.scaling`) instead of 1. A ridge map always
             goes between the layers' units, u_yk / u_xk.
 
     Raises:
@@ -57,15 +58,15 @@ def fit_shared(scans: Mapping[str, Scan], base: str, *, scale: bool = False) -> 
     if not scans:
         raise FitError("there are no layer pairs to share a map; name some with --layers")
     train = {key: centered(scan.train) for key, scan in scans.items()}
+    val = {key: about(scan.val, *scan.means) for key, scan in scans.items()}
     units = {key: (_unit(rows.gx, rows.n, key), _unit(rows.gy, rows.n, key)) for key, rows in train.items()}
     pooled = _pooled(train, units)
     if base == "procrustes":
         weight, _ = solvers.procrustes(pooled.c, pooled.gx)
-        factors = {key: _factor(weight, rows) if scale else 1.0 for key, rows in train.items()}
+        factors = {key: _factor(weight, rows, val[key]) if scale else 1.0 for key, rows in train.items()}
         return Shared(weight, factors, None)
     if base != "ridge":
         raise FitError(f"layers can share a map of kind procrustes or ridge, not {base!r}")
-    val = {key: about(scan.val, *scan.means) for key, scan in scans.items()}
     choice = solvers.select_ridge(pooled, _pooled(val, units))
     return Shared(choice.weight, {key: y / x for key, (x, y) in units.items()}, choice.lam)
 
@@ -96,6 +97,6 @@ def _pooled(parts: Mapping[str, Scatter], units: Mapping[str, tuple[float, float
     return total
 
 
-def _factor(weight: Array, rows: Scatter) -> float:
-    energy = float(np.sum(weight * (rows.gx @ weight)))
-    return float(np.sum(weight * rows.c)) / energy if energy > 0 else 1.0
+def _factor(weight: Array, train: Scatter, val: Scatter) -> float:
+    own = least_squares(weight, train)
+    return 1.0 if own is None else shrunken(own, weight, val)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 from array_api_compat import device as device_of
 
 from align import solvers
+from align.closed_form.scaling import rotation
 from align.maps.low_rank import check_low_rank
 from align.moments.scatter import Array, Scatter
-from align.solvers.linalg import namespace
+from align.solvers.linalg import dot, namespace
 
 
-def skip_weight(name: str, train: Scatter, val: Scatter, *, rotated: solvers.Rotated | None = None) -> Array | None:
+def skip_weight(
+    name: str, train: Scatter, val: Scatter, *, scale: bool = True, rotated: solvers.Rotated | None = None
+) -> Array | None:
     """The fixed map itself.
 
     Args:
         name: ``procrustes``, ``ridge``, ``identity`` or ``none``.
         train: Centred train moments.
         val: Validation moments about the train means.
+        scale: Whether ``procrustes`` has its factor.
         rotated: ``solvers.rotate(train, val)`` if it is known already.
 
     Returns:
@@ -29,9 +35,19 @@ def skip_weight(name: str, train: Scatter, val: Scatter, *, rotated: solvers.Rot
     if name == "none":
         return None
     if name == "procrustes":
-        return solvers.procrustes(train.c, train.gx)[0]
+        weight, factor = rotation(train, val, scale=scale)
+        return factor * weight
     if name == "ridge":
         return solvers.select_ridge(train, val, rotated=rotated).weight
     xp = namespace(train.c)
     eye: Array = xp.eye(len(train.c), dtype=xp.float64, device=device_of(train.c))
     return eye
+
+
+def factor_of(rotation_map: Array) -> float:
+    """The factor of a scaled rotation, from its elements: of a semi-orthogonal W ``|W|_F^2`` is the smaller width.
+
+    Args:
+        rotation_map: (d_source, d_target).
+    """
+    return math.sqrt(dot(rotation_map, rotation_map) / min(rotation_map.shape))

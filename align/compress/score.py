@@ -112,7 +112,7 @@ def score_windows(
             if codec.everywhere:
                 everywhere[name].update(window.y, guess)
                 guess = guess[window.paired_y]
-            paired[name].update(true, guess)
+            paired[name].update(true, guess, owner)
             if documents is not None:
                 documents.add(name, owner, true, guess)
     result = {}

@@ -35,7 +35,7 @@ class MapType:
         windows: Whether it reads whole windows instead of rows (:mod:`align.compress`).
         formula: How a fitted map is applied.
         centred: Whether the train means are subtracted.
-        isometric: Whether it leaves distances as they are, so that no fit can change debiased CKA.
+        isometric: Whether it leaves distances as they are but for one factor, so that no fit can change debiased CKA.
         sharing: How layers share a map: ``whole``, the same map for all but for a factor; ``base``, with a projection
             of each layer's own on top; None if they cannot.
         solved_as: The type that solves for the very maps which this one trains; None if there is none, or itself.

@@ -11,17 +11,19 @@ from align.metrics.partial import TOKEN, add_partial, partial_r2
 from align.metrics.ranking import RETRIEVAL_KEYS, retrieval
 from align.metrics.rows import ROW_KEYS, TOP_DIMS_SHARE, Figures, Reasons, ScoreAccumulator
 from align.metrics.same_token import SAME_TOKEN_KEYS, retrieval_same_token
-from align.metrics.scorer import KEYS, Scorer, score
+from align.metrics.scorer import CKA_KEYS, KEYS, Scorer, score
 from align.metrics.similarity import (
     biased_cka,
     biased_cka_from_moments,
     debiased_cka,
     debiased_cka_from_moments,
+    debiased_ckas,
     hsic0_linear,
     hsic1_linear,
 )
 
 __all__ = [
+    "CKA_KEYS",
     "KEYS",
     "RETRIEVAL_KEYS",
     "ROW_KEYS",
@@ -39,6 +41,7 @@ __all__ = [
     "biased_cka_from_moments",
     "debiased_cka",
     "debiased_cka_from_moments",
+    "debiased_ckas",
     "document_bootstrap",
     "hsic0_linear",
     "hsic1_linear",

@@ -83,7 +83,7 @@ def retrieval_same_token(y: Rows, y_hat: Rows, tokens: ArrayLike, *, centre: Arr
     y, y_hat, ids = checked_rows("y", y, mean.size), checked_rows("y_hat", y_hat, mean.size), np.asarray(tokens)
     if not len(y) == len(y_hat) == len(ids):
         raise FitError(f"y has {len(y)} rows, y_hat {len(y_hat)} and tokens {len(ids)}")
-    known, place, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    _, place, counts = np.unique(ids, return_inverse=True, return_counts=True)
     groups = [np.flatnonzero(place == number) for number in np.flatnonzero(counts > 1)]
     size = sum(map(len, groups))
     figures: Figures = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,14 +11,16 @@ from numpy.typing import ArrayLike, NDArray
 from align.metrics.ranking import RETRIEVAL_KEYS, rank_of_partners
 from align.metrics.rows import ROW_KEYS, Figures, Reasons, ScoreAccumulator
 from align.metrics.same_token import NO_TOKENS, SAME_TOKEN_KEYS, retrieval_same_token, same_token_rows
-from align.metrics.similarity import debiased_cka
+from align.metrics.similarity import debiased_ckas
 from align.moments.scatter import Rows
 from featstore.errors import FitError
 
+#: CKA over pairs of rows of different documents, and over all pairs of different rows.
+CKA_KEYS = ("cka_debiased", "cka_debiased_rows")
 #: Every key of a block, as align.results.Scores declares them.
 KEYS = (
     *ROW_KEYS,
-    "cka_debiased",
+    *CKA_KEYS,
     *RETRIEVAL_KEYS,
     "retrieval_gallery",
     *SAME_TOKEN_KEYS,
@@ -37,16 +40,22 @@ class _Sample:
     def __init__(self, wanted: NDArray[np.int64]) -> None:
         self._wanted = wanted
         self._kept: list[tuple[Rows, Rows]] = []
+        self._documents: list[NDArray[Any]] = []
 
-    def update(self, start: int, y: Rows, y_hat: Rows) -> None:
+    def update(self, start: int, y: Rows, y_hat: Rows, documents: NDArray[Any] | None = None) -> None:
         low, high = np.searchsorted(self._wanted, [start, start + len(y)])
         take = self._wanted[low:high] - start
         # Fancy indexing copies, so the caller's buffers can be reused.
         self._kept.append((y[take], y_hat[take]))
+        if documents is not None:
+            self._documents.append(documents[take])
 
     def rows(self) -> tuple[Rows, Rows]:
         y, y_hat = zip(*self._kept, strict=True)
         return np.concatenate(y), np.concatenate(y_hat)
+
+    def documents(self) -> NDArray[Any] | None:
+        return np.concatenate(self._documents) if self._documents else None
 
 
 def _some(total: int, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -101,12 +110,14 @@ class Scorer:
             self._same = _Sample(chosen), ids[chosen]
             self._samples.append(self._same[0])
 
-    def update(self, y: Rows, y_hat: Rows) -> None:
+    def update(self, y: Rows, y_hat: Rows, documents: ArrayLike | None = None) -> None:
         """Add the next rows, in order.
 
         Args:
             y: (m, dy) true target states.
             y_hat: (m, dy) predicted ones.
+            documents: (m,) labels, which document each row is of: pairs of rows of one document are left out of
+                ``cka_debiased``. None, always or never, for every row its own.
 
         Raises:
             FitError: Shapes do not fit, or more rows come than announced.
@@ -115,8 +126,11 @@ class Scorer:
         if start + len(y) > self._total:
             raise FitError(f"{start + len(y)} rows came, {self._total} were announced")
         self._rows.update(y, y_hat)
+        labels = None if documents is None else np.asarray(documents)
+        if labels is not None and labels.shape != (len(y),):
+            raise FitError(f"document labels of shape {labels.shape} for {len(y)} rows: give one for each row")
         for sample in self._samples:
-            sample.update(start, np.asarray(y), np.asarray(y_hat))
+            sample.update(start, np.asarray(y), np.asarray(y_hat), labels)
 
     def result(self) -> tuple[Figures, Reasons]:
         """The block with all of :data:`KEYS`, and a reason for each None."""
@@ -124,7 +138,7 @@ class Scorer:
         if self._rows.n == 0:
             found["retrieval_gallery"] = 0
             found |= {"retrieval_same_token_gallery": 0, "retrieval_same_token_tokens": 0}
-            missing = ("cka_debiased", *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS)
+            missing = (*CKA_KEYS, *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS)
             reasons.update(dict.fromkeys(missing, "no rows"))
         else:
             gallery, reason = rank_of_partners(*self._gallery.rows(), self._rows.mean)
@@ -136,13 +150,14 @@ class Scorer:
             if reason:
                 reasons.update(dict.fromkeys(SAME_TOKEN_KEYS, reason))
             try:
-                cka, reason = debiased_cka(*self._cka.rows())
+                values = debiased_ckas(*self._cka.rows(), [self._cka.documents(), None])
             except FitError as error:
-                cka, reason = math.nan, str(error)
-            if reason:
-                reasons["cka_debiased"] = reason
-            else:
-                found["cka_debiased"] = cka
+                values = [(math.nan, str(error))] * len(CKA_KEYS)
+            for key, (value, reason) in zip(CKA_KEYS, values, strict=True):
+                if reason:
+                    reasons[key] = reason
+                else:
+                    found[key] = value
         return {key: found.get(key) for key in KEYS}, reasons
 
     def _among_same_token(self) -> tuple[Figures, str | None]:
@@ -160,6 +175,8 @@ def score(
     gallery: int = 512,
     cka_rows: int = 16_384,
     seed: int = 0,
+    documents: ArrayLike | None = None,
+    tokens: ArrayLike | None = None,
 ) -> tuple[Figures, Reasons]:
     """Every figure of a ``metrics.json`` block from rows in memory; see :class:`Scorer`.
 
@@ -170,6 +187,8 @@ def score(
         gallery: Rows of the retrieval gallery, at most.
         cka_rows: Rows for CKA, at most.
         seed: Chooses the subsets.
+        documents: (n,) labels, as :meth:`Scorer.update` takes them.
+        tokens: Integers (n,), the source token of every row; None where nobody knows.
 
     Returns:
         The figures by key, and a reason for each that is None.
@@ -177,7 +196,9 @@ def score(
     Raises:
         FitError: Shapes do not fit.
     """
-    scorer = Scorer(mean_train_y, len(y), gallery=gallery, cka_rows=cka_rows, seed=seed)
+    scorer = Scorer(mean_train_y, len(y), gallery=gallery, cka_rows=cka_rows, seed=seed, tokens=tokens)
+    labels = None if documents is None else np.asarray(documents)
     for start in range(0, len(y), 8192):
-        scorer.update(y[start : start + 8192], y_hat[start : start + 8192])
+        part = slice(start, start + 8192)
+        scorer.update(y[part], y_hat[part], None if labels is None else labels[part])
     return scorer.result()

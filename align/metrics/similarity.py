@@ -1,12 +1,19 @@
-"""Linear CKA from moments or rows: unbiased HSIC_1 (Song et al. 2012) by default, biased HSIC_0 beside it."""
+"""Linear CKA from rows, debiased over documents; and from moments, which know no documents: HSIC_1 and HSIC_0.
+
+The estimators by name: ``debiased`` leaves out all pairs of rows within a document, ``debiased-rows`` pairs of a row
+with itself alone (the unbiased HSIC_1 of Song et al. 2012), ``biased`` none (HSIC_0).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from align.moments.scatter import Array, Moments, Rows, means, moments_of, moved, paired_with_itself
+from align.solvers.row_effects import Documents, alone, in_order
 from featstore.errors import FitError
 
 #: A self-HSIC this small against the terms it is the difference of is rounding.
@@ -17,6 +24,11 @@ _ROUNDING = 1e-12
 #: products is off by 1e-4 in CKA, by how much depends on the order in which the kernels of a BLAS add up. The more rows
 #: there are, the less one of them weighs, and the longer float64 takes.
 FEW_ROWS = 1024
+#: Rows of one product, which is added up in float64.
+_PRODUCT_ROWS = 4096
+#: Features whose sums by document are held at a time.
+_FEATURES = 256
+_NAMES = ("first", "second")
 
 
 def _centred(m: Moments) -> Moments:
@@ -107,8 +119,8 @@ def biased_cka_from_moments(m: Moments) -> tuple[float, str | None]:
     return float(np.sum(m.c * m.c)) / norms, None
 
 
-def _check_finite(x: Rows, y: Rows) -> None:
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+def _check_finite(*sides: Rows) -> None:
+    if not all(np.isfinite(rows).all() for rows in sides):
         raise FitError("a true or predicted state is not finite")
 
 
@@ -119,53 +131,205 @@ def _moments_near_mean(x: Rows, y: Rows) -> Moments:
     return moments_of(x, y, *(np.mean(r, axis=0, dtype=np.float64) for r in (x, y)))
 
 
-def debiased_cka(x: Rows, y: Rows) -> tuple[float, str | None]:
-    """:func:`debiased_cka_from_moments` of rows in memory.
+def debiased_cka(
+    x: Rows, y: Rows, documents: ArrayLike | None = None, *, correct_features: bool = False
+) -> tuple[float, str | None]:
+    """Debiased CKA with linear kernels over pairs of rows of different documents.
+
+    The cosine of what is left of the two kernels without their row effects, over the pairs of rows of different
+    documents (:mod:`align.solvers.row_effects`). About 0 for states that have nothing in common but the documents they
+    were read from, whatever their width and however few these are. Without documents every row is its own, which is
+    CKA with the unbiased HSIC_1 of Song et al. (2012), equation 5: rows of one document then count as independent, and
+    with few of them raise the figure of unrelated states. Never clamped: it may be negative.
 
     Few rows (:data:`FEW_ROWS`), and fewer rows than dimensions, are compared by their Gram matrices in float64; more by
-    their moments, of which float32 rows are multiplied in float32.
+    cross-products of their dimensions, of which float32 rows are multiplied in float32.
 
     Args:
         x: (n, dx).
         y: (n, dy), the i-th row paired with the i-th of ``x``.
+        documents: (n,) labels, which document each pair is of; rows of one need not follow each other. None for a
+            document each.
+        correct_features: Take the dimensions of each side for a sample of a larger population of features, drawn apart
+            for x and for y, and estimate the CKA of the populations (Chun et al. 2025, arXiv 2502.15104): in the self
+            terms a feature is never multiplied with itself. This is for a few recorded of many units. The dimensions
+            of a state are all that there are; of them the figure as it is is the right one, and the correction answers
+            another question. The two sides must not share features: of x with itself it is above 1.
+
+    Returns:
+        ``(value, None)``, or ``(nan, reason)`` below 4 rows, where no two rows are of different documents, or where a
+        side has no similarity structure (self-HSIC zero or below, to rounding).
 
     Raises:
         FitError: Shapes do not fit or a row is not finite.
     """
-    if len(x) < 4:
-        return math.nan, f"debiased CKA needs at least 4 rows, not {len(x)}"
-    if len(x) == len(y) and x.ndim == y.ndim == 2 and len(x) <= max(FEW_ROWS, min(x.shape[1], y.shape[1])):
-        return _debiased_cka_from_grams(x, y)
-    return debiased_cka_from_moments(_moments_near_mean(x, y))
+    return debiased_ckas(x, y, [documents], correct_features=correct_features)[0]
 
 
-def _debiased_cka_from_grams(x: Rows, y: Rows) -> tuple[float, str | None]:
-    """CKA of HSIC_1 over (n, n) Gram matrices with a zero diagonal (Song et al. 2012, equation 5)."""
-    _check_finite(x, y)
-    grams: list[tuple[Array, Array]] = []
-    n = len(x)
+def debiased_ckas(
+    x: Rows, y: Rows, groupings: Sequence[ArrayLike | None], *, correct_features: bool = False
+) -> list[tuple[float, str | None]]:
+    """:func:`debiased_cka` of the same rows for several notions of a document, whose products are made once.
+
+    Args:
+        x: (n, dx).
+        y: (n, dy).
+        groupings: Labels (n,) each, or None for every row its own document.
+        correct_features: As for :func:`debiased_cka`.
+
+    Raises:
+        FitError: Shapes do not fit or a row is not finite.
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+        raise FitError(f"paired rows need shapes (n, dx) and (n, dy), not {x.shape} and {y.shape}")
+    ordered = [(None, alone(len(x))) if labels is None else in_order(labels) for labels in groupings]
+    for _, documents in ordered:
+        if documents.n != len(x):
+            raise FitError(f"{documents.n} document labels for {len(x)} rows: give one for each row")
+    if len(x) < 2 or all(documents.reason for _, documents in ordered):
+        return [(math.nan, documents.reason or "no rows") for _, documents in ordered]
+    few = len(x) <= max(FEW_ROWS, min(x.shape[1], y.shape[1]))
+    sides, reasons = [], []
     for name, rows in (("first", x), ("second", y)):
+        _check_finite(rows)
         mean: Array = np.mean(rows, axis=0, dtype=np.float64)
-        centred = np.subtract(rows, mean, dtype=np.float64)
-        gram = centred @ centred.T
-        if reason := _constant(name, float(np.trace(gram)), n, mean):
-            return math.nan, reason
-        np.fill_diagonal(gram, 0.0)
-        grams.append((gram, gram.sum(axis=0)))
+        sides.append(_about(rows, mean, wide=few))
+        spread = float(np.einsum("ij,ij->", sides[-1], sides[-1], dtype=np.float64))
+        reasons.append(_constant(name, spread, len(rows), mean))
+    reason = next(filter(None, reasons), None)
+    products = None if reason else [a @ a.T for a in sides] if few else _squares(sides)
+    found = []
+    for order, documents in ordered:
+        if why := documents.reason or reason:
+            found.append((math.nan, why))
+            continue
+        rows_in_order = sides if order is None else [rows[order] for rows in sides]
+        if few:
+            hsic, size = _hsic_of_grams([k if order is None else k[np.ix_(order, order)] for k in products], documents)
+        else:
+            hsic, size = _hsic_of_features(rows_in_order, products, documents)
+        found.append(_cosine(hsic, size, rows_in_order if correct_features else None, documents))
+    return found
 
-    def hsic1(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[float, float]:
-        (k, by_row), (m, by_row_m) = one, other
-        product = float(by_row.sum()) * float(by_row_m.sum()) / ((n - 1) * (n - 2))
-        fro, rows = float(np.vdot(k, m)), 2 / (n - 2) * float(by_row @ by_row_m)
-        return (fro + product - rows) / (n * (n - 3)), (abs(fro) + abs(product) + abs(rows)) / (n * (n - 3))
 
-    selves = []
-    for name, own in zip(("first", "second"), grams, strict=True):
-        value, size = hsic1(own, own)
-        if not value > _ROUNDING * size:
-            return math.nan, f"self-HSIC of the {name} set of states is not positive"
-        selves.append(value)
-    return hsic1(*grams)[0] / math.sqrt(selves[0] * selves[1]), None
+def _about(rows: Rows, mean: Array, *, wide: bool) -> Rows:
+    """Rows about their mean: in float64, or else rounded to float32 after the subtraction."""
+    if wide or rows.dtype == np.float64 or rows.dtype.kind in "iu":
+        return np.subtract(rows, mean, dtype=np.float64)
+    found = np.empty(rows.shape, np.float32)
+    for start in range(0, len(rows), FEW_ROWS):
+        part = slice(start, start + FEW_ROWS)
+        found[part] = np.subtract(rows[part], mean, dtype=np.float64)
+    return found
+
+
+def _hsic_of_grams(grams: Sequence[Array], documents: Documents) -> tuple[Array, Array]:
+    """Sums of products of two kernels without row effects, float64 (2, 2), and the size of their terms, (2,)."""
+    kernels = []
+    for gram in grams:
+        k = gram.astype(np.float64)
+        if len(documents.sizes) == documents.n:
+            np.fill_diagonal(k, 0.0)
+        else:
+            for end, size in zip(np.cumsum(documents.sizes).tolist(), documents.sizes.tolist(), strict=True):
+                k[end - size : end, end - size : end] = 0.0
+        kernels.append(k)
+    sums = np.stack([k.sum(axis=0) for k in kernels])
+    products = np.array([[float(np.vdot(k, m)) for m in kernels] for k in kernels])
+    starts = np.cumsum(documents.sizes) - documents.sizes
+    by_document = np.add.reduceat(sums, starts, axis=1)
+    weighted = (sums * np.repeat(documents.weights, documents.sizes)) @ sums.T
+    shared = documents.shared(weighted, by_document, by_document)
+    return products - 2 * shared, np.diag(products + 2 * np.abs(shared))
+
+
+def _squares(sides: Sequence[Rows]) -> Array:
+    """|X'Y|_F^2 of every two sides, float64 (2, 2)."""
+    found = np.zeros((2, 2))
+    for i, j in ((0, 0), (0, 1), (1, 1)):
+        x, y = sides[i], sides[j]
+        c = np.zeros((x.shape[1], y.shape[1]))
+        for start in range(0, len(x), _PRODUCT_ROWS):
+            part = slice(start, start + _PRODUCT_ROWS)
+            c += x[part].T @ y[part]
+        found[i, j] = found[j, i] = np.vdot(c, c)
+    return found
+
+
+def _hsic_of_features(sides: Sequence[Rows], squares: Array, documents: Documents) -> tuple[Array, Array]:
+    """The same as :func:`_hsic_of_grams` of centred rows, of which the pairs within documents are taken off.
+
+    With C_d = X_d'Y_d and s_d, t_d the sums over the rows of a document, the rows of all summing to zero,
+
+        P = |X'Y|_F^2 - sum_d |C_d|_F^2,   r_i = -x_i . s_d,   R_d = -|s_d|^2,   sum_{i in d} r_i q_i = s_d' C_d t_d.
+    """
+    own, weighted = np.zeros((2, 2)), np.zeros((2, 2))
+    sums = np.zeros((2, len(documents.sizes)))
+    if len(documents.sizes) == documents.n:
+        sums = np.stack([np.einsum("ij,ij->i", rows, rows, dtype=np.float64) for rows in sides])
+        own, weighted = sums @ sums.T, documents.weights[0] * (sums @ sums.T)
+    else:
+        ends = np.cumsum(documents.sizes).tolist()
+        for d, (end, size) in enumerate(zip(ends, documents.sizes.tolist(), strict=True)):
+            parts = [rows[end - size : end] for rows in sides]
+            square, rows_of = _within(parts)
+            own += square
+            weighted += documents.weights[d] * (rows_of @ rows_of.T)
+            sums[:, d] = rows_of.sum(axis=1)
+    shared = documents.shared(weighted, -sums, -sums)
+    return squares - own - 2 * shared, np.diag(squares + own + 2 * np.abs(shared))
+
+
+def _within(parts: Sequence[Rows]) -> tuple[Array, Array]:
+    """|X_d'Y_d|_F^2 of every two sides, (2, 2), and x_i . s_d of every row, (2, n_d); by the cheaper of two ways."""
+    size, widths = len(parts[0]), [rows.shape[1] for rows in parts]
+    sums = [rows.sum(axis=0, dtype=np.float64) for rows in parts]
+    of_rows = np.stack([rows @ total for rows, total in zip(parts, sums, strict=True)])
+    if size <= max(min(widths), 16):
+        grams = np.stack([(rows @ rows.T).ravel() for rows in parts]).astype(np.float64)
+        return grams @ grams.T, of_rows
+    return _squares(parts), of_rows
+
+
+def _cosine(hsic: Array, size: Array, rows: Sequence[Rows] | None, documents: Documents) -> tuple[float, str | None]:
+    """CKA of the sums of products; with rows, its self terms over pairs of different features."""
+    own = np.diag(hsic).copy()
+    of = "self-HSIC"
+    if rows is not None:
+        of = "self-HSIC over pairs of different features"
+        for side, z in enumerate(rows):
+            width = z.shape[1]
+            if width < 2:
+                return math.nan, f"of the {_NAMES[side]} set of states {width} feature is known: too few to correct for"
+            own[side] = (own[side] - hsic_of_features_alone(z, documents)) * width / (width - 1)
+    for name, value, terms in zip(_NAMES, own, size, strict=True):
+        # A self-HSIC is never negative in exact arithmetic; at this size only rounding is left.
+        if not value > _ROUNDING * terms:
+            return math.nan, f"{of} of the {name} set of states is not positive"
+    return float(hsic[0, 1] / math.sqrt(own[0] * own[1])), None
+
+
+def hsic_of_features_alone(rows: Rows, documents: Documents) -> float:
+    """The part of a linear kernel's self-HSIC in which a feature meets itself: ``sum_a <A_a, A_a>``.
+
+    A_a is what is left without row effects of the kernel ``x_ia x_ja`` of feature a alone.
+
+    Args:
+        rows: (n, d) about their mean, in the order of their documents.
+        documents: What these are.
+    """
+    starts = np.cumsum(documents.sizes) - documents.sizes
+    total = 0.0
+    for first in range(0, rows.shape[1], _FEATURES):
+        z = rows[:, first : first + _FEATURES].astype(np.float64)
+        sums = np.add.reduceat(z, starts, axis=0)
+        squares = np.add.reduceat(np.square(z, out=z), starts, axis=0)
+        r = -(sums**2).T
+        shared = np.einsum("da,da,d->", sums**2, squares, documents.weights)
+        shared -= np.einsum("ad,ad,d->", documents.others(r), r, documents.weights)
+        total += float(np.sum(squares.sum(axis=0) ** 2) - np.sum(squares**2) - 2 * shared)
+    return total
 
 
 def biased_cka(x: Rows, y: Rows) -> tuple[float, str | None]:

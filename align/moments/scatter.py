@@ -38,6 +38,9 @@ class Scatter:
         gx: (dx, dx) float64.
         gy: (dy, dy) float64.
         c: (dx, dy) float64.
+        unit: What a ridge strength of 1 stands for, ``tr(X'X)/dx`` of the source about its *own* mean; None where that
+            is the mean eigenvalue of ``gx`` itself. About zero it is not: a column of large mean would make every
+            strength a strong one.
     """
 
     n: int
@@ -46,6 +49,7 @@ class Scatter:
     gx: Array
     gy: Array
     c: Array
+    unit: float | None = None
 
 
 def _cross(m: Moments, dx: Array, dy: Array, a: float, b: float) -> tuple[Array, float, Array, Array]:
@@ -220,8 +224,13 @@ def raw(m: Moments) -> Scatter:
 
     Args:
         m: Moments about any origin.
+
+    Returns:
+        The moments, with the source's variance as the unit of ridge strengths.
     """
-    return about(m, np.zeros_like(m.sx), np.zeros_like(m.sy))
+    # From the sums about the origin, which lies near the mean: about zero the variance would be lost in rounding.
+    spread = float(np.trace(m.gx)) - float(m.sx @ m.sx) / max(m.n, 1)
+    return replace(about(m, np.zeros_like(m.sx), np.zeros_like(m.sy)), unit=max(spread, 0.0) / len(m.sx))
 
 
 def as_if_shuffled(m: Moments, rng: np.random.Generator) -> Moments:

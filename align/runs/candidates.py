@@ -12,12 +12,14 @@ from align.closed_form.shared import Shared, fit_shared
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.moments.scan import Scan
+from align.moments.scatter import Array, centered
 from align.runs.findings import Training
 from align.runs.job import Data, Direction
 from align.runs.judge import Candidate, Judge
 from align.runs.plan import MapPlan, Sharing
 from align.runs.rundir import RunDirectory
 from align.scoring.rows import Epoch, batches_of
+from align.solvers import procrustes
 from featstore.runtime.console import err, progress
 from featstore.text.splits import TRAIN, VALIDATION
 
@@ -120,7 +122,7 @@ class Maker:
         if plan.sharing is not None and plan.sharing.whole:
             self._solved = fit_shared_procrustes(wanted, moments, plan.sharing.scale)
         elif plan.sharing is not None:
-            self._base = _Base(plan.sharing, fit_shared(moments, plan.sharing.base, scale=True))
+            self._base = _Base(plan.sharing, fit_shared(moments, plan.sharing.base, scale=plan.sharing.scale))
         elif plan.training is None:
             fitted = fit_all({"": plan.fit}, wanted, moments, device=device)
             self._solved = {key: maps[""] for key, maps in fitted.items()}
@@ -148,7 +150,7 @@ class Maker:
         r2 = (figures or {}).get("r2")
         loss = 1 - float(r2 if r2 is not None else "nan")
         self._reporting.epoch(pair, Epoch(0, None, loss, figures or {}, 0.0, 0.0))
-        return Candidate(aligner, words, self._plan.fit)
+        return Candidate(aligner, words, self._plan.fit, rotation=self._rotation(pair, aligner))
 
     def _on_base(self, base: _Base, pair: LayerPair) -> Aligner:
         return self._solver.fit_on(base.map.of(pair.key), pair, self._moments[pair.key], base.sharing.rank)
@@ -188,7 +190,21 @@ class Maker:
         training = Training(done.best_epoch, done.last_epoch, epochs)
         # Of several processes the others report no epoch, and judge nothing.
         parts = reporting.files.last_epoch(pair)["train_parts"] if reporting.files.writes else {}
-        return Candidate(done.aligner, done.reason, fit, (optimum, self._plan.optimum), training, parts)
+        best = optimum, self._plan.optimum
+        return Candidate(done.aligner, done.reason, fit, best, training, parts, self._rotation(pair, done.aligner))
+
+    def _rotation(self, pair: LayerPair, aligner: Aligner) -> Array | None:
+        """The rotation without a factor that a map is, or is added to; None where there is none."""
+        if not self._plan.bare:
+            return None
+        if self._base is not None:
+            return self._base.map.of(pair.key)
+        if "skip" not in self._plan.type.options:
+            return aligner.tensors["weight"].astype("float64")
+        if "skip" in aligner.tensors:
+            return aligner.tensors["skip"].astype("float64")
+        train = centered(self._moments[pair.key].train)
+        return procrustes(train.c, train.gx)[0]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from align.closed_form.scaling import Unscaled
 from align.solvers import lambda_grid
 from align.statistics import FEW_DOCUMENTS, FEWEST
 from featstore.errors import FitError
@@ -28,10 +29,14 @@ LEAST_COVERAGE = 0.8
 GAP = 0.1
 #: R2 that counts as a difference to an optimum or a control.
 MARGIN = 0.01
+#: What R2 may lack of 1 where a prediction leaves no error but rounding.
+NO_ERROR = 1e-6
 #: Part of ln B that InfoNCE has to gain on chance.
 INFONCE_GAIN = 0.1
 #: Top-1 retrieval has to be so many times chance.
 RETRIEVAL_FACTOR = 3
+#: Least-squares factors of a rotation that count as 1.
+NEAR_ONE = (0.8, 1.25)
 #: Difference of debiased CKA with and without attention sinks that says the sinks make the figure.
 SINK_SHIFT = 0.1
 #: Eigenvalues below this part of the largest are rounding: Gram matrices are summed from float32 products.
@@ -93,6 +98,19 @@ class Training:
     epochs: int
 
 
+@dataclass(frozen=True)
+class Intercept:
+    """What an intercept would do to a map without one.
+
+    Attributes:
+        without: R2 of the map on the validation rows; NaN where these do not vary.
+        with_one: R2 of the best affine map.
+    """
+
+    without: float
+    with_one: float
+
+
 def gram_facts(gram: ArrayLike, n: int) -> Gram:
     """The facts of a Gram matrix, from its eigenvalues.
 
@@ -124,6 +142,8 @@ def findings(
     sites: Sequence[Site] = (),
     lam: float | None = None,
     training: Training | None = None,
+    unscaled: Unscaled | None = None,
+    intercept: Intercept | None = None,
     documents: int | None = None,
 ) -> list[Finding]:
     """Every finding about one layer pair of a run.
@@ -140,9 +160,12 @@ def findings(
         lam: Relative ridge strength that validation chose from :func:`align.solvers.lambda_grid`; None for a map
             without.
         training: How training ended; None for a closed form.
+        unscaled: What a factor would do to a rotation without one; None for maps that have no such rotation.
+        intercept: What one would do to a map without; None for maps with.
         documents: Test documents; None where nobody counted.
     """
-    return list(_all(entry, parts, n_train, width, coverage, keep_sinks, gram, sites, lam, training, documents))
+    found = list(_all(entry, parts, n_train, width, coverage, keep_sinks, gram, sites, lam, training, documents))
+    return [*found, *no_scale(unscaled), *no_intercept(intercept)]
 
 
 def _all(
@@ -363,7 +386,8 @@ def token_explains(test: Mapping[str, Any], token: Mapping[str, Any] | None) -> 
         return
     partial, interval = test.get("partial_r2"), test.get("partial_r2_ci95")
     if partial is None:
-        # The token leaves no error, of which a part could be explained.
+        if alone < 1 - NO_ERROR:
+            return  # nobody summed errors by document
         left = "nothing is left to explain"
     elif partial <= MARGIN or (interval is not None and interval[0] <= 0):
         ends = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
@@ -443,4 +467,38 @@ def still_improving(training: Training | None) -> Iterator[Finding]:
             "still-improving",
             f"epoch {training.last_epoch}, the last, was the best: training stopped before it was done; use --epochs "
             f"{2 * training.epochs}",
+        )
+
+
+def no_scale(unscaled: Unscaled | None) -> Iterator[Finding]:
+    """A rotation without a factor between states of different norms.
+
+    Args:
+        unscaled: What a factor would do to it; None for other maps.
+    """
+    if unscaled is None:
+        return
+    factor, before, after = unscaled.factor, unscaled.before, unscaled.after
+    known = before is not None and after is not None
+    if NEAR_ONE[0] <= factor <= NEAR_ONE[1] and not (known and after > before + MARGIN):
+        return
+    rise = f", and validation R2 of the rotation alone would rise from {before:.3f} to {after:.3f}" if known else ""
+    yield _warn(
+        "no-scale",
+        f"the rotation has no factor, where least squares gives it {factor:.3g}{rise}: the two sides differ in norm, "
+        "which no rotation and no map of low rank can mend; leave out --no-scale",
+    )
+
+
+def no_intercept(intercept: Intercept | None) -> Iterator[Finding]:
+    """A map without an intercept loses to one that has it.
+
+    Args:
+        intercept: What one would do; None for maps that have one.
+    """
+    if intercept is not None and intercept.with_one > intercept.without + MARGIN:
+        yield _warn(
+            "no-intercept",
+            f"validation R2 is {intercept.without:.3f} and {intercept.with_one:.3f} with an intercept: states lie far "
+            "from zero, and a map without an intercept has to spend directions on their means; use --type affine",
         )

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from align.closed_form.fit import Fit, Solver, baselines
+from align.closed_form.partners import validation_r2
+from align.closed_form.scaling import Unscaled, unscaled
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.metrics import TOKEN, DocumentSums, Figures, Reasons, add_intervals, add_partial
 from align.moments.scan import Scan, limit_rows, read_split, sites_of
-from align.runs.findings import Gram, Site, Training, findings, gram_facts
+from align.moments.scatter import Array
+from align.runs.findings import Gram, Intercept, Site, Training, findings, gram_facts
 from align.runs.job import Data, Direction
 from align.scoring.moments import NEEDS_ROWS, score_moments
 from align.scoring.rows import TRAIN_ROWS, batches_of, score_all
@@ -34,6 +37,7 @@ class Candidate:
         optimum: The best that maps of its kind can do, and its name; None for a map that is that optimum.
         training: How training ended; None for a closed form.
         parts: Components of the last epoch's train loss; empty for a closed form.
+        rotation: float64, the rotation without a factor that the map is, or is added to; None where there is none.
     """
 
     aligner: Aligner
@@ -42,6 +46,7 @@ class Candidate:
     optimum: tuple[Aligner, str] | None = None
     training: Training | None = None
     parts: Mapping[str, float] | None = None
+    rotation: Array | None = None
 
 
 class Judge:
@@ -53,14 +58,23 @@ class Judge:
         solver: For the controls; it knows the sources that were fitted.
         seed: Of samples, controls and intervals.
         isometric: Whether no map of the run can change debiased CKA.
+        centred: Whether the run's maps subtract the train means.
         tables: Baselines from the source's token alone, one for each target layer.
     """
 
     def __init__(
-        self, data: Data, direction: Direction, solver: Solver, *, seed: int, isometric: bool, tables: TokenTables
+        self,
+        data: Data,
+        direction: Direction,
+        solver: Solver,
+        *,
+        seed: int,
+        isometric: bool,
+        centred: bool,
+        tables: TokenTables,
     ) -> None:
         self._data, self._direction, self._solver, self._tables = data, direction, solver, tables
-        self._seed, self._isometric = seed, isometric
+        self._seed, self._isometric, self._centred = seed, isometric, centred
 
     def entry(self, pair: LayerPair, moments: Scan, candidate: Candidate) -> tuple[dict[str, Any], dict[str, Any]]:
         """A layer pair's part of ``metrics.json`` and of ``documents.json``.
@@ -106,6 +120,8 @@ class Judge:
             gram_facts(self._solver.gram_values(pair, moments), moments.train.n),
             lam=candidate.aligner.options.get("lambda"),
             training=candidate.training,
+            unscaled=None if candidate.rotation is None else unscaled(candidate.rotation, moments),
+            intercept=self._intercept(pair, candidate.aligner, moments),
         )
         return entry, {} if sums is None else sums.block()
 
@@ -153,6 +169,8 @@ class Judge:
         *,
         lam: float | None = None,
         training: Training | None = None,
+        unscaled: Unscaled | None = None,
+        intercept: Intercept | None = None,
     ) -> list[dict[str, str]]:
         """Warnings about a layer pair.
 
@@ -164,6 +182,8 @@ class Judge:
             gram: Facts of the source's Gram matrix.
             lam: Relative ridge strength, where one was chosen.
             training: How training ended, where there was any.
+            unscaled: What a factor would do to the map's rotation, where that has none.
+            intercept: What one would do to the map, where it has none.
         """
         store = self._data.store
         sites = [
@@ -181,8 +201,17 @@ class Judge:
             sites=sites,
             lam=lam,
             training=training,
+            unscaled=unscaled,
+            intercept=intercept,
             documents=self._test_documents(),
         )
+
+    def _intercept(self, pair: LayerPair, aligner: Aligner, moments: Scan) -> Intercept | None:
+        """What an intercept would do to a map that has none, on the validation rows."""
+        if self._centred:
+            return None
+        best = self._solver.fit(Fit("affine"), pair, moments)
+        return Intercept(*(validation_r2(each, moments.val) for each in (aligner, best)))
 
     def _test_documents(self) -> int:
         pairs = self._direction.pairs

@@ -13,6 +13,8 @@ from align.training.plan import Goal, Placement, Schedule, Shape, TrainingPlan, 
 
 #: Settings that say where a map is trained and what is written on the way, but not what comes out.
 _BESIDE = ("device", "precision", "accumulate", "cka_every", "checkpoint_every", "tracker")
+#: The skip that has a factor.
+_ROTATION = "procrustes"
 #: What makes two trainings on windows the same.
 _OF_WINDOWS = ("latents", "latent_dim", "epochs", "patience", "min_delta", "batch_size", "clip", "lr", "seed")
 
@@ -24,7 +26,7 @@ class Sharing:
     Attributes:
         whole: Whether each layer's map is the shared one, but for a factor; otherwise a projection is added to it.
         base: The shared map: ``procrustes`` or ``ridge``.
-        scale: Whether the factor of a whole map is fitted.
+        scale: Whether a rotation has a factor for each layer pair.
         rank: Of the projections.
     """
 
@@ -47,7 +49,9 @@ class MapPlan:
         training: How the map is trained on rows; None for a closed form and for windows.
         windows: How it is trained on windows; None for rows.
         partners: The closed form that chooses a source layer's partner (``--layer-map auto``).
-        isometric: Whether no fit can change debiased CKA; a rotation within some principal components drops the others.
+        isometric: Whether no fit can change debiased CKA, which knows no factor; a rotation within some principal
+            components drops the others.
+        bare: Whether the map is, or is added to, a rotation without a factor (``--no-scale``).
     """
 
     type: MapType
@@ -58,6 +62,7 @@ class MapPlan:
     windows: WindowsPlan | None
     partners: Fit
     isometric: bool
+    bare: bool
 
 
 def map_plan(settings: Settings) -> MapPlan:
@@ -69,26 +74,30 @@ def map_plan(settings: Settings) -> MapPlan:
     type_, loop = map_type(settings.type), settings.loop
     trained = type_.by_gradient(settings.solver)
     solved = type_.yardstick if trained else type_
+    bare = not settings.scale and "scale" in type_.options and ("skip" not in type_.options or loop.skip == _ROTATION)
     skip = f"a shared {loop.skip}" if settings.shared else loop.skip
+    skip = f"{skip} without scale" if bare else skip
     own = type_.closed is not None and "rank" not in type_.options and not trained
     return MapPlan(
         type=type_,
         fit=_fit(solved, settings),
         optimum=solved.label.format(rank=loop.rank, skip=skip),
         sharing=_sharing(type_, settings) if settings.shared else None,
-        training=training_plan(type_, loop) if trained and not type_.windows else None,
+        training=training_plan(type_, loop, scale=settings.scale) if trained and not type_.windows else None,
         windows=windows_plan(type_, loop) if type_.windows else None,
-        partners=Fit(type_.name if own else "affine"),
+        partners=Fit(type_.name, scale=settings.scale) if own else Fit("affine"),
         isometric=type_.isometric and settings.components is None,
+        bare=bare,
     )
 
 
-def training_plan(type_: MapType, loop: LoopSettings) -> TrainingPlan:
+def training_plan(type_: MapType, loop: LoopSettings, *, scale: bool = True) -> TrainingPlan:
     """Resolve how a map is trained on rows, with the type's own defaults.
 
     Args:
         type_: A type with a module.
         loop: As given.
+        scale: Whether a rotation as skip has its factor.
 
     Raises:
         SpecError: The weights of the loss do not parse.
@@ -107,8 +116,20 @@ def training_plan(type_: MapType, loop: LoopSettings) -> TrainingPlan:
         seed=loop.seed,
     )
     resolved = {**asdict(loop), "batch_size": schedule.batch_size, "lr": schedule.lr}
+    if "scale" in type_.options and loop.skip == _ROTATION:
+        # Always named: rotations had no factor once, and such a training is not to be resumed as one that has.
+        resolved["scale"] = scale
     return TrainingPlan(
-        shape=Shape(type_.name, loop.rank, loop.alpha, loop.skip, loop.hidden, loop.precondition, loop.seed),
+        shape=Shape(
+            type=type_.name,
+            rank=loop.rank,
+            alpha=loop.alpha,
+            skip=loop.skip,
+            scale=scale,
+            hidden=loop.hidden,
+            precondition=loop.precondition,
+            seed=loop.seed,
+        ),
         goal=Goal(parse_loss(loop.loss), loop.temperature),
         schedule=schedule,
         place=Placement(loop.device, loop.precision),
@@ -141,7 +162,7 @@ def windows_plan(type_: MapType, loop: LoopSettings) -> WindowsPlan:
 def _sharing(type_: MapType, settings: Settings) -> Sharing:
     loop = settings.loop
     if type_.sharing == "whole":
-        return Sharing(whole=True, base="procrustes", scale=settings.scale, rank=loop.rank)
+        return Sharing(whole=True, base=_ROTATION, scale=settings.scale, rank=loop.rank)
     base = loop.skip if "skip" in type_.options else "ridge"
     return Sharing(whole=False, base=base, scale=settings.scale, rank=loop.rank)
 

@@ -3,8 +3,8 @@
 With e = y - y_hat and rows about the map's own means, the squared error of target dimension j is
 ``sum e_j^2 = (Y'Y)_jj - 2 (W'X'Y)_jj + (W'X'X W)_jj``: R2 in all its forms and the mean squared error follow. A cosine
 or a rank depends on single rows, and so do the norms of mapped rows, unless the map keeps norms up to a factor: then
-debiased CKA, which no rotation changes, is that of the unmapped states. The similarity of layers as they are needs
-moments alone.
+CKA, which no rotation changes, is that of the unmapped states. Moments know no documents: the CKA that follows from
+them is ``debiased-rows`` or ``biased``, of mapped states and of layers as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from align.maps.fitted import Aligner
 from align.metrics import (
+    CKA_KEYS,
     KEYS,
     RETRIEVAL_KEYS,
     SAME_TOKEN_KEYS,
@@ -31,6 +32,8 @@ from featstore.errors import StoreStateError
 from featstore.store.moments.stored import SPLITS, Site, StoredMoments
 
 NEEDS_ROWS = "needs rows; the store holds moments only"
+#: Moments are sums over all rows, in which documents cannot be told apart any more.
+NEEDS_DOCUMENTS = "needs rows, of which documents are known; the store holds moments only"
 #: How far ``W W'`` may be from a multiple of the identity, relative to it: rounding of float32 weights, no more.
 _ROTATION_TOLERANCE = 1e-5
 
@@ -60,7 +63,7 @@ def layer_similarity(
     Args:
         stored: Of the two models; covers all pairs of the sites.
         sites: Layers of either model.
-        estimator: ``debiased`` or ``biased``.
+        estimator: ``debiased-rows`` or ``biased``.
 
     Returns:
         ``(values, reasons)``: a symmetric float64 ``(sites, sites)`` matrix, NaN where undefined, and the reason by
@@ -69,7 +72,7 @@ def layer_similarity(
     Raises:
         StoreStateError: Moments are missing.
     """
-    compute = debiased_cka_from_moments if estimator == "debiased" else biased_cka_from_moments
+    compute = biased_cka_from_moments if estimator == "biased" else debiased_cka_from_moments
     values = np.full((len(sites), len(sites)), math.nan)
     reasons: dict[tuple[int, int], str] = {}
     for r, x in enumerate(sites):
@@ -110,13 +113,14 @@ class _Rows:
         figures, reasons = sums.result(), sums.reasons()
         if m.n:
             reasons |= dict.fromkeys(("cosine", "cosine_centered", *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS), NEEDS_ROWS)
+            reasons["cka_debiased"] = NEEDS_DOCUMENTS
             value, reason = self._mapped_cka(weight)
             if reason is None:
-                figures["cka_debiased"] = value
+                figures["cka_debiased_rows"] = value
             else:
-                reasons["cka_debiased"] = reason
+                reasons["cka_debiased_rows"] = reason
         else:
-            reasons |= dict.fromkeys(("cka_debiased", *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS), "no rows")
+            reasons |= dict.fromkeys((*CKA_KEYS, *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS), "no rows")
         galleries = ("retrieval_gallery", "retrieval_same_token_gallery", "retrieval_same_token_tokens")
         return {**dict.fromkeys(KEYS), **figures, **dict.fromkeys(galleries, 0)}, reasons
 

@@ -109,7 +109,7 @@ def score_all(
         # One map at a time: the states of all of them would be many times the block.
         for name, aligner in maps.items():
             mapped = aligner.apply(block.x) if isinstance(aligner, Aligner) else aligner.predict(tokens[block.pairs])
-            scorers[name].update(block.y, mapped)
+            scorers[name].update(block.y, mapped, owner)
             if documents is not None:
                 documents.add(name, owner, block.y, mapped)
     return {

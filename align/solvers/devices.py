@@ -36,7 +36,7 @@ def to_device(scatter: Scatter, device: str) -> Scatter:
     """
     convert = to_numpy if device == "cpu" else _sender(device)
     parts = (scatter.mean_x, scatter.mean_y, scatter.gx, scatter.gy, scatter.c)
-    return Scatter(scatter.n, *(convert(part) for part in parts))
+    return Scatter(scatter.n, *(convert(part) for part in parts), unit=scatter.unit)
 
 
 def _sender(device: str) -> Any:

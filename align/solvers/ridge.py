@@ -61,7 +61,9 @@ class Choice:
 
 
 class RidgePath:
-    """Ridge regression for any strength: W = (G + lam tr(G)/dx I)^-1 C from one decomposition.
+    """Ridge regression for any strength: W = (G + lam u I)^-1 C from one decomposition, u the spectrum's unit.
+
+    The unit is tr(G)/dx, unless the given spectrum has another.
 
     Args:
         gx: (dx, dx) X'X, or its :class:`Spectrum` when several targets share a source.
@@ -190,7 +192,7 @@ def select_ridge(
         train: Second moments of the train rows.
         val: Those of the validation rows about the *same* centre.
         lambdas: Relative strengths; :func:`lambda_grid` when not given.
-        spectrum: ``Spectrum.of(train.gx)`` if it is known already.
+        spectrum: ``Spectrum.of(train.gx, train.unit)`` if it is known already.
         rotated: ``rotate(train, val)`` if it is known already; most of the work is then done.
 
     Returns:

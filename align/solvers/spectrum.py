@@ -20,7 +20,7 @@ class Spectrum:
     Attributes:
         values: (dx,) eigenvalues, ascending; rounding below zero is clipped.
         vectors: (dx, dx) the eigenvectors in columns.
-        mean: tr(G)/dx, the unit of the ridge strength.
+        mean: tr(G)/dx of the rows about their own mean, the unit of the ridge strength.
     """
 
     values: Array
@@ -28,11 +28,12 @@ class Spectrum:
     mean: float
 
     @classmethod
-    def of(cls, gx: ArrayLike | Spectrum) -> Spectrum:
+    def of(cls, gx: ArrayLike | Spectrum, unit: float | None = None) -> Spectrum:
         """Decompose G, or pass a decomposition through.
 
         Args:
             gx: (dx, dx) symmetric, or what this method returned before.
+            unit: Of the ridge strength, where G is not about the rows' mean: ``Scatter.unit``. None for tr(G)/dx.
 
         Raises:
             FitError: G is empty, not square or not finite.
@@ -42,7 +43,7 @@ class Spectrum:
         values, vectors = eigh(square("gx", gx))
         xp = namespace(values)
         values = xp.where(values > 0, values, xp.zeros_like(values))
-        return cls(values, vectors, float(xp.mean(values)))
+        return cls(values, vectors, float(xp.mean(values)) if unit is None else unit)
 
     def damped(self, lam: float) -> Array:
         """1 / (eigenvalue + lam * mean), zero in directions without any variance.
@@ -107,7 +108,7 @@ def rotate(train: Scatter, val: Scatter, *, spectrum: Spectrum | None = None, li
     Args:
         train: Second moments of the train rows.
         val: Those of the validation rows about the *same* centre.
-        spectrum: ``Spectrum.of(train.gx)`` if it is known already.
+        spectrum: ``Spectrum.of(train.gx, train.unit)`` if it is known already.
         like: Another pair with the same source rows.
 
     Raises:
@@ -119,7 +120,7 @@ def rotate(train: Scatter, val: Scatter, *, spectrum: Spectrum | None = None, li
         if not (_same(like.train.gx, train.gx) and _same(like.val.gx, val.gx)):
             raise FitError("`like` is of other source rows: give a pair with the same source, or none")
         spectrum = like.spectrum
-    shared = Spectrum.of(train.gx if spectrum is None else spectrum)
+    shared = Spectrum.of(train.gx if spectrum is None else spectrum, train.unit)
     v = shared.vectors
     c = matrix("cxy", train.c, (v.shape[0], None), of=v)
     check_validation(val, c.shape, of=v)
@@ -192,7 +193,7 @@ def whitening(gx: ArrayLike | Spectrum, n: int, *, eps: float = 1e-3) -> Array:
         FitError: No rows, or nothing varies.
     """
     spectrum = Spectrum.of(gx)
-    if n < 1 or spectrum.mean <= 0:
+    if n < 1 or float(spectrum.values[-1]) <= 0:
         raise FitError("the source states do not vary, so there is nothing to whiten")
     root = namespace(spectrum.values).sqrt(n * spectrum.damped(eps))
     whitener: Array = (spectrum.vectors * root) @ spectrum.vectors.T

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
 from featstore.errors import FitError
 
@@ -137,10 +137,10 @@ class Linearised:
             return Estimate(self.value, None, None, None, None, 0.0, documents, effective, reason)
         freedom = effective - 1.0
         error = float(np.sqrt(np.square(self.influence).sum()))
-        half = float(student.ppf((1 + level) / 2, freedom)) * error
+        half = float(stdtrit(freedom, (1 + level) / 2)) * error
         away = abs(self.value - null)
         # Equal figures differ by nothing in every document.
-        p = float(2 * student.sf(away / error, freedom)) if error > 0 else float(away == 0)
+        p = float(2 * stdtr(freedom, -away / error)) if error > 0 else float(away == 0)
         return Estimate(self.value, self.value - half, self.value + half, p, error, freedom, documents, effective, None)
 
     def _reason(self) -> str | None:
@@ -259,7 +259,7 @@ def quotient(numerator: Linearised, denominator: Linearised, *, level: float = L
     if above.reason or under.reason:
         return none(above.reason or under.reason)
     freedom = effective - 1.0
-    quantile = float(student.ppf((1 + level) / 2, freedom)) ** 2
+    quantile = float(stdtrit(freedom, (1 + level) / 2)) ** 2
     e, f = numerator.influence, denominator.influence
     a, b = numerator.value, denominator.value
     square = b * b - quantile * float(f @ f)

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit
 
 from align.statistics.linearised import LEVEL, ratio
 from featstore.errors import FitError
@@ -82,7 +81,7 @@ def paired_proportions(first: ArrayLike, second: ArrayLike, clusters: ArrayLike 
     effect = _design_effect(sums, sizes, difference)
     groups = len(sizes)
     alone = groups == n
-    quantile = float(norm.ppf((1 + LEVEL) / 2) if alone or groups < 2 else student.ppf((1 + LEVEL) / 2, groups - 1))
+    quantile = float(ndtri((1 + LEVEL) / 2) if alone or groups < 2 else stdtrit(groups - 1, (1 + LEVEL) / 2))
     low, high = tango(b / effect, c / effect, n / effect, quantile)
     return Paired((b - c) / n, low, high, sign_flip_p(sums), b, c, n, groups)
 

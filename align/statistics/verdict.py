@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from align.statistics.linearised import LEVEL, Estimate
 
@@ -50,12 +50,12 @@ def _needed(estimate: Estimate, room: float) -> int | None:
     if not (room > 0 and math.isfinite(room) and math.isfinite(half) and half > 0 and estimate.freedom > 0):
         return None
     # Half a width is t(freedom) times the spread of one effective document over the root of their number.
-    spread = half / float(student.ppf((1 + LEVEL) / 2, estimate.freedom)) * math.sqrt(estimate.effective)
+    spread = half / float(stdtrit(estimate.freedom, (1 + LEVEL) / 2)) * math.sqrt(estimate.effective)
     size = estimate.documents / estimate.effective
     few, many = estimate.effective, 2 * estimate.effective
 
     def reach(effective: float) -> float:
-        return float(student.ppf((1 + LEVEL) / 2, effective - 1)) * spread / math.sqrt(effective)
+        return float(stdtrit(effective - 1, (1 + LEVEL) / 2)) * spread / math.sqrt(effective)
 
     while reach(many) > room:
         few, many = many, 2 * many

@@ -125,8 +125,8 @@ def load_tables(directory: Path) -> TokenFile:
     path = Path(directory) / FILE
     if not path.is_file():
         raise AdapterError(
-            f"{str(directory)!r} has no {FILE}: it was made by an earlier version, or its store holds no rows; train it "
-            "again with `align train`"
+            f"{str(directory)!r} has no {FILE}: it was made by an earlier version, or its store holds no rows; train "
+            "it again with `align train`"
         )
     try:
         with safe_open(path, framework="numpy") as tensors:

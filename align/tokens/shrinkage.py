@@ -137,7 +137,7 @@ def _blocks(sums: TokenSums, split: int) -> Iterator[NDArray[np.int64]]:
 def _regression(sums: TokenSums, features: Features, mean: Array) -> tuple[Array, solvers.Spectrum, Array]:
     """Ridge regression of train rows on their token's features, for every strength: mean_x, spectrum and V'C."""
     vocabulary, n = sums.vocabulary, sums.vocabulary.rows[TRAIN]
-    total, mean_x = int(n.sum()), _mean_features(sums, features)
+    mean_x = _mean_features(sums, features)
     gram, cross = np.zeros((mean_x.size, mean_x.size)), np.zeros((mean_x.size, mean.size))
     for place in _blocks(sums, TRAIN):
         x, rows = features(vocabulary.ids[place]) - mean_x, n[place][:, None]

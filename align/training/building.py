@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from align import solvers
-from align.closed_form.skip import skip_weight
+from align.closed_form.skip import factor_of, skip_weight
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.maps.registry import listed, map_type, map_types, resolve
@@ -42,7 +42,7 @@ def build_module(shape: Shape, moments: Scan, skip: Array | None = None) -> Trai
     val = about(moments.val, mean_x, mean_y) if centred else raw(moments.val)
     n, dx, dy = train.n, len(mean_x), len(mean_y)
     if skip is None and "skip" in type_.options:
-        skip = skip_weight(shape.skip, train, val)
+        skip = skip_weight(shape.skip, train, val, scale=shape.scale)
     common: dict[str, Any] = {
         "mean_source": mean_x if centred else None,
         "mean_target": mean_y if centred else None,
@@ -63,7 +63,7 @@ def _preconditioner(train: Scatter, val: Scatter, skip: Array | None) -> Array:
     """
     if skip is not None:
         train, val = (_left_over(side, skip) for side in (train, val))
-    spectrum = solvers.Spectrum.of(train.gx)
+    spectrum = solvers.Spectrum.of(train.gx, train.unit)
     damping = solvers.select_ridge(train, val, spectrum=spectrum).lam
     return solvers.whitening(spectrum, train.n, eps=damping)
 
@@ -100,4 +100,6 @@ def as_aligner(module: TrainedMap, pair: LayerPair, moments: Scan, shape: Shape,
     options: dict[str, Any] = {"solver": "adamw", "lr": lr, **module.sizes()}
     if "skip" in type_.options:
         options["skip"] = shape.skip
+        if shape.skip == "procrustes":
+            options["skip_scale"] = factor_of(tensors["skip"].astype(np.float64)) if shape.scale else 1.0
     return Aligner(pair, tensors, options, module.trainable_parameters(), type_.formula.kind)

@@ -40,6 +40,7 @@ class Shape:
         rank: Of a low-rank update.
         alpha: LoRA's scale; None for the rank (a factor of 1).
         skip: The fixed map that is added, by name.
+        scale: Whether a rotation as skip is multiplied by its factor.
         hidden: Width of a hidden layer.
         precondition: Whether inputs are whitened inside the parameterisation.
         seed: Of the initialisation.
@@ -49,6 +50,7 @@ class Shape:
     rank: int = 32
     alpha: float | None = None
     skip: str = "procrustes"
+    scale: bool = True
     hidden: int = 1024
     precondition: bool = True
     seed: int = 0

@@ -46,8 +46,8 @@ BELOW_THE_STORE = {
 ARRAYS_ONLY = {
     "align.solvers": {"align.moments.scatter"},
     "align.statistics": set(),
-    "align.metrics": {"align.moments.scatter", "align.statistics"},
-    "align.kernels": set(),
+    "align.metrics": {"align.moments.scatter", "align.solvers.row_effects", "align.statistics"},
+    "align.kernels": {"align.solvers.row_effects"},
     "align.similarity.measures": {
         "align.moments.scatter",
         "align.solvers",

@@ -40,7 +40,7 @@ TYPE = MapType(
     order=60,
     summary="a hidden layer beside --skip, trained by gradient",
     title="MLP",
-    options=frozenset({"hidden", "skip"}),
+    options=frozenset({"hidden", "skip", "scale"}),
     module="align.training.mlp:hidden_layer",
     formula=Formula(
         "mlp", _AXES, _apply, optional=frozenset({"skip"}), on_tensors="align.maps.on_tensors:hidden_layer"

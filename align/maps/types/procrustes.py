@@ -1,4 +1,4 @@
-"""A rotation between centred states, optionally scaled or within some principal components."""
+"""A scaled rotation between centred states, of all dimensions or within some principal components."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from align.maps.registry import MapType
 TYPE = MapType(
     name="procrustes",
     order=10,
-    summary="a rotation",
+    summary="a rotation times one factor",
     title="Procrustes",
     options=frozenset({"scale", "components"}),
     closed="align.closed_form.procrustes:solve",

@@ -9,7 +9,7 @@ TYPE = MapType(
     order=40,
     summary="a matrix of low rank, added to --skip",
     title="Reduced-rank",
-    options=frozenset({"rank", "skip"}),
+    options=frozenset({"rank", "skip", "scale"}),
     closed="align.closed_form.reduced_rank:solve",
     label="reduced-rank {rank} on {skip}",
     # Without a word about a skip this is plain reduced-rank regression.

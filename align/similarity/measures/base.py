@@ -26,18 +26,19 @@ Tick = Callable[[float], None]
 
 @dataclass(frozen=True, eq=False)
 class Resampling:
-    """Documents drawn with replacement.
+    """The documents of rows, drawn with replacement or not at all.
 
     Attributes:
         document: int64 ``(n,)``, which document a row belongs to, numbered from 0 without gaps.
-        counts: float64 ``(draws, documents)``, how often each document is drawn; rows sum to the documents.
+        counts: float64 ``(draws, documents)``, how often each document is drawn; rows sum to the documents. Without any
+            draws the documents alone are told: ``(0, documents)``.
     """
 
     document: NDArray[np.int64]
     counts: Array
 
 
-def resampling(documents: NDArray[np.integer], *, draws: int = 1000, seed: int = 0) -> Resampling | None:
+def resampling(documents: NDArray[np.integer], *, draws: int = 1000, seed: int = 0) -> Resampling:
     """Draws of whole documents, the same for every measure and pair of layers.
 
     Args:
@@ -46,7 +47,7 @@ def resampling(documents: NDArray[np.integer], *, draws: int = 1000, seed: int =
         seed: Fixes them.
 
     Returns:
-        None below two documents, where there is nothing to resample.
+        The documents and their draws; no draws of a single document, where there is nothing to resample.
 
     Raises:
         FitError: No draws.
@@ -55,7 +56,7 @@ def resampling(documents: NDArray[np.integer], *, draws: int = 1000, seed: int =
         raise FitError(f"{draws} draws: an interval needs at least one")
     names, document = np.unique(documents, return_inverse=True)
     if len(names) < 2:
-        return None
+        return Resampling(document.astype(np.int64), np.zeros((0, len(names))))
     counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     return Resampling(document.astype(np.int64), counts.astype(np.float64))
 
@@ -87,6 +88,36 @@ class Result:
         return float(low), float(high)
 
 
+@dataclass(frozen=True, eq=False)
+class Partners:
+    """Exchanges of partners over one set of rows.
+
+    Attributes:
+        index: int64 ``(exchanges, n)``, each line a permutation of the rows: in exchange b row i of the first side is
+            compared with row ``index[b, i]`` of the second.
+        document: int64 ``(n,)``, the document of each row, as its true partner has it.
+    """
+
+    index: NDArray[np.int64]
+    document: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        """Validate shapes and permutations.
+
+        Raises:
+            FitError: A line is no permutation of the rows, or documents are of other rows.
+        """
+        n = len(self.document)
+        if self.index.ndim != 2 or self.index.shape[1] != n:
+            raise FitError(f"partners of shape {self.index.shape} for the documents of {n} rows")
+        if not (np.sort(self.index, axis=1) == np.arange(n)).all():
+            raise FitError("partners must be a permutation of the rows in every exchange")
+
+    def inverse(self) -> Partners:
+        """The same exchanges as the second side sees them: who compares itself with row j."""
+        return Partners(np.argsort(self.index, axis=1), self.document)
+
+
 class Measure(Protocol):
     """A measure over rows in memory.
 
@@ -96,6 +127,7 @@ class Measure(Protocol):
         closer: Whether similar layers get higher or lower values.
         symmetric: Whether (x, y) and (y, x) are the same; where not, only the pairs asked for are computed.
         bounds: The values it can take in principle, for a plot's scale; None for an open side.
+        floor_rows: Rows that its floors are made from at most: fewer where every exchange is another decomposition.
     """
 
     name: str
@@ -103,6 +135,7 @@ class Measure(Protocol):
     closer: Literal["higher", "lower"]
     symmetric: bool
     bounds: tuple[float | None, float | None]
+    floor_rows: int
 
     def __call__(
         self, layers: Sequence[NDArray[np.float32]], wanted: Wanted, draws: Resampling | None, tick: Tick
@@ -112,10 +145,32 @@ class Measure(Protocol):
         Args:
             layers: float32 ``(n, d)`` each, about an origin near their mean, rows paired throughout, all finite.
             wanted: Which with which.
-            draws: For intervals; None for values alone.
+            draws: The documents of the rows, for measures that tell pairs within a document from others or keep
+                documents together, and draws of them for intervals. None where every row is its own document and no
+                interval is wanted.
             tick: Progress.
 
         Returns:
             A result for every pair wanted; what is undefined is NaN with a reason, never an exception.
+        """
+        ...
+
+    def under(
+        self, xs: Sequence[NDArray[np.float32]], ys: Sequence[NDArray[np.float32]], partners: Partners, tick: Tick
+    ) -> Array:
+        """Compare every layer of one side with every layer of the other under exchanged partners.
+
+        Layers are prepared once for all exchanges. The values are those of
+        :func:`align.similarity.measures.partners.recomputed`, to rounding; where exchanges mix documents, debiased CKA
+        leaves out what is a pair within a document on either side, while that would know the first side's alone.
+
+        Args:
+            xs: Layers of the first side, float32 ``(n, d)`` each.
+            ys: Layers of the second.
+            partners: Exchanges.
+            tick: Progress.
+
+        Returns:
+            float64 ``(exchanges, layers of the first side, layers of the second)``, NaN where undefined.
         """
         ...

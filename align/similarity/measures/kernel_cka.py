@@ -1,19 +1,19 @@
-"""Debiased CKA from pairs of rows, with a linear or a Gaussian kernel.
+"""Debiased CKA from pairs of rows of different documents, with a linear or a Gaussian kernel.
 
-With K~ a kernel matrix whose diagonal is zero, U-centring (Szekely and Rizzo 2014, equation 2.5)
+With K a kernel matrix in which the pairs of rows of one document are zero, taking off row effects fitted on the pairs
+of different documents
 
-    A_ij = K~_ij - r_i - r_j + c,  r_i = sum_j K~_ij / (n-2),  c = sum_ij K~_ij / ((n-1)(n-2)),  A_ii = 0
+    A_ij = K_ij - a_i - a_j,   A_ij = 0 within documents
 
-leaves rows that sum to zero, and the unbiased HSIC_1 of Song et al. (2012, equation 5) is ``sum_ij A_ij B_ij`` over
-``n (n-3)``. So debiased CKA (Kornblith et al. 2019 with HSIC_1) is the cosine of A and B over pairs of rows: it lies
-between -1 and 1 and is about 0 for independent rows of any width.
+leaves rows that sum to zero (:mod:`align.solvers.row_effects`), and debiased CKA (Kornblith et al. 2019) is the cosine
+of A and B over pairs of rows. It lies between -1 and 1, and is about 0 for layers that share nothing but the documents
+they were read from, whatever their width and however few these are. Where every row is its own document this is CKA
+with the unbiased HSIC_1 of Song et al. (2012, equation 5), and A the U-centred kernel of Szekely and Rizzo (2014,
+equation 2.5).
 
-**Draws.** A draw weighs the pairs of rows (:mod:`align.similarity.measures.panels`) and keeps the centring of the
-sample: ``sum p_ij A_ij B_ij`` over the roots of those of A with A and of B with B. Centring anew would change the draws
-at second order only: moving r adds terms f_i + f_j to A, and these are orthogonal to B, whose rows sum to zero.
-
-**What debiasing does not do.** HSIC_1 is unbiased over independent rows. Rows of one document are not: with few
-documents, pairs of rows within them raise the value even between independent layers.
+**Draws.** A draw weighs the pairs of rows (:mod:`align.similarity.measures.panels`) and keeps the row effects of the
+sample: ``sum p_ij A_ij B_ij`` over the roots of those of A with A and of B with B. Fitting them anew would change the
+draws at second order only: moving a adds terms f_i + f_j to A, and these are orthogonal to B, whose rows sum to zero.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.moments.scatter import Array, Rows
-from align.similarity.measures.base import Resampling, Result, Tick, Wanted
+from align.similarity.measures.base import Partners, Resampling, Result, Tick, Wanted
+from align.similarity.measures.exchanged import Similarities, cosines
 from align.similarity.measures.panels import (
     Pair,
     centred,
@@ -40,6 +41,7 @@ from align.similarity.measures.panels import (
     tile,
     with_selves,
 )
+from align.solvers.row_effects import Documents, in_order
 from featstore.errors import FitError
 
 #: Rows among which the median distance is taken.
@@ -98,15 +100,15 @@ class _Kernel:
         rows: ``(n, d)``, centred.
         norms: ``(n,)``, squared, of these very rows.
         sigma: Width of the Gaussian kernel; None for the linear one.
-        means: float64 ``(n,)``, r of the module docstring.
-        grand: c of the module docstring.
+        documents: In the order of the rows.
+        effects: float64 ``(n,)``, a of the module docstring.
     """
 
     rows: Rows
     norms: Rows
     sigma: float | None
-    means: Array
-    grand: float
+    documents: Documents
+    effects: Array
 
     def floor(self) -> float:
         """What rounding alone makes of sum A_ij^2: every K_ij is off by about eps sqrt(K_ii K_jj)."""
@@ -116,40 +118,58 @@ class _Kernel:
 
     def panel(self, start: int, stop: int) -> Array:
         """A of rows start to stop with those from start on."""
-        a = _kernel_panel(self.rows, self.norms, self.sigma, start, stop)
-        a -= self.means[start:stop, None]
-        a -= self.means[start:] - self.grand
-        np.fill_diagonal(a, 0)
+        a = _kernel_panel(self.rows, self.norms, self.sigma, self.documents, start, stop)
+        a -= self.effects[start:stop, None]
+        a -= self.effects[start:]
+        _leave_out(a, self.documents, start, stop)
         return a
 
 
-def _kernel_panel(rows: Rows, norms: Rows, sigma: float | None, start: int, stop: int) -> Array:
-    """K~ of rows start to stop with those from start on, in float64."""
+def _leave_out(panel: Array, documents: Documents, start: int, stop: int) -> None:
+    """Zero for the pairs within documents, of rows start to stop with those from start on."""
+    if len(documents.sizes) == documents.n:
+        np.fill_diagonal(panel, 0)
+        return
+    ends = np.cumsum(documents.sizes)
+    first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+    for end, size in zip(ends[first : last + 1].tolist(), documents.sizes[first : last + 1].tolist(), strict=True):
+        low = max(end - size, start) - start
+        panel[low : min(end, stop) - start, low : end - start] = 0
+
+
+def _kernel_panel(rows: Rows, norms: Rows, sigma: float | None, documents: Documents, start: int, stop: int) -> Array:
+    """K of rows start to stop with those from start on, in float64."""
     if sigma is None:
         k = tile(rows[start:stop], rows[start:])
     else:
         k = _squared_distances(rows[start:stop], rows[start:], norms[start:stop], norms[start:])
         k *= -1 / (2 * sigma * sigma)
         np.exp(k, out=k)
-    np.fill_diagonal(k, 0)
-    return k.astype(np.float64)
+    wide = k.astype(np.float64)
+    _leave_out(wide, documents, start, stop)
+    return wide
 
 
-def _kernel(rows: Rows, sigma: float | None) -> _Kernel:
+def _kernel(rows: Rows, sigma: float | None, documents: Documents) -> _Kernel:
     n, norms = len(rows), _norms(rows)
     if sigma is None:
-        # Known without a pass over the pairs: sum_j x_i.x_j less the diagonal.
-        wide = rows.sum(axis=0, dtype=np.float64)
-        totals = rows @ wide - norms
+        # Known without a pass over the pairs: sum_j x_i.x_j over all rows, less that over the rows of the document.
+        totals = rows @ rows.sum(axis=0, dtype=np.float64)
+        if len(documents.sizes) == n:
+            totals -= norms
+        else:
+            for end, size in zip(np.cumsum(documents.sizes).tolist(), documents.sizes.tolist(), strict=True):
+                part = rows[end - size : end]
+                totals[end - size : end] -= part @ part.sum(axis=0, dtype=np.float64)
     else:
         totals = np.zeros(n)
         step = panel_rows(n, 1)
         for start in range(0, n, step):
             stop = min(start + step, n)
-            k = _kernel_panel(rows, norms, sigma, start, stop)
+            k = _kernel_panel(rows, norms, sigma, documents, start, stop)
             totals[start:stop] += k.sum(axis=1)
             totals[stop:] += k[:, stop - start :].sum(axis=0)
-    return _Kernel(rows, norms, sigma, totals / (n - 2), float(totals.sum()) / ((n - 1) * (n - 2)))
+    return _Kernel(rows, norms, sigma, documents, documents.effects(totals))
 
 
 class Cka:
@@ -160,18 +180,24 @@ class Cka:
     closer: Literal["higher", "lower"] = "higher"
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+    floor_rows: int = 8192
 
     def __call__(
         self, layers: Sequence[NDArray[np.float32]], wanted: Wanted, draws: Resampling | None, tick: Tick
     ) -> dict[Pair, Result]:
         """Compare layers (:class:`align.similarity.measures.base.Measure`).
 
-        Facts: with draws, ``documents`` and the ``groups`` of them that were drawn.
+        Facts: with documents, how many ``documents`` there are, how many ``effective_documents`` (as many of equal
+        length weigh as much), and the ``groups`` of them that were drawn.
 
         Raises:
             FitError: Layers, pairs and draws do not belong together.
         """
         return _compare(layers, wanted, draws, tick, fraction=None)
+
+    def under(self, xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick) -> Array:
+        """Compare layers under exchanged partners (:class:`align.similarity.measures.base.Measure`)."""
+        return _exchanged(xs, ys, partners, tick, fraction=None)
 
 
 class RbfCka:
@@ -189,6 +215,7 @@ class RbfCka:
     closer: Literal["higher", "lower"] = "higher"
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+    floor_rows: int = 8192
 
     def __init__(self, fraction: float = 1.0) -> None:
         if not (math.isfinite(fraction) and fraction > 0):
@@ -200,13 +227,16 @@ class RbfCka:
     ) -> dict[Pair, Result]:
         """Compare layers (:class:`align.similarity.measures.base.Measure`).
 
-        Facts: ``fraction``; ``sigma_first`` and ``sigma_second`` in the layers' own units; with draws, ``documents``
-        and ``groups``.
+        Facts: ``fraction``; ``sigma_first`` and ``sigma_second`` in the layers' own units; and those of :class:`Cka`.
 
         Raises:
             FitError: Layers, pairs and draws do not belong together.
         """
         return _compare(layers, wanted, draws, tick, fraction=self.fraction)
+
+    def under(self, xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick) -> Array:
+        """Compare layers under exchanged partners (:class:`align.similarity.measures.base.Measure`)."""
+        return _exchanged(xs, ys, partners, tick, fraction=self.fraction)
 
 
 def _compare(
@@ -216,9 +246,9 @@ def _compare(
     every = with_selves(wanted)
     groups = grouping(draws, n, pairs=max(1, len(every)))
     none = None if groups.counts is None else np.full(len(groups.counts), math.nan)
-    if n < 4:
+    if undefined := groups.documents.reason:
         tick(1.0)
-        return {pair: Result(math.nan, f"debiased CKA needs at least 4 rows, not {n}", none) for pair in wanted}
+        return {pair: Result(math.nan, undefined, none, groups.facts()) for pair in wanted}
     kernels: dict[int, _Kernel] = {}
     reasons: dict[int, str | None] = {}
     sigmas: dict[int, float] = {}
@@ -231,7 +261,7 @@ def _compare(
             sigmas[layer] = sigma * of.scale
         reasons[layer] = of.reason if sigma != 0 else "has no median distance: at least half of its rows are equal"
         if reasons[layer] is None:
-            kernels[layer] = _kernel(of.rows, sigma)
+            kernels[layer] = _kernel(of.rows, sigma, groups.documents)
     pairs = [pair for pair in every if pair[0] in kernels and pair[1] in kernels]
     _, products = pair_sums({layer: kernel.panel for layer, kernel in kernels.items()}, pairs, groups, tick)
     for layer, kernel in kernels.items():
@@ -245,3 +275,54 @@ def _compare(
         reason = reason_of(pair, reasons)
         results[pair] = Result(math.nan, reason, none, facts) if reason else cosine(pair, products, groups, facts)
     return results
+
+
+def _exchanged(
+    xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick, *, fraction: float | None
+) -> Array:
+    """CKA of two sides under exchanged partners; a row keeps its document on either side."""
+    sides = [[_similarities(layer, partners.document, fraction) for layer in side] for side in (xs, ys)]
+    return cosines(sides[0], sides[1], partners, tick, between=partners.document)
+
+
+def _similarities(layer: Rows, document: NDArray[np.int64], fraction: float | None) -> Similarities | None:
+    """A kernel less its row effects over pairs of different documents; None where CKA is undefined."""
+    order, documents = in_order(document)
+    of, n = centred(layer), len(layer)
+    if documents.reason is not None or of.reason is not None:
+        return None
+    sigma = None if fraction is None else median_bandwidth(of.rows, fraction=fraction)
+    if sigma == 0:
+        return None
+    norms = _norms(of.rows)
+
+    def kernel(start: int, stop: int) -> Rows:
+        if sigma is None:
+            k = tile(of.rows[start:stop], of.rows)
+        else:
+            k = _squared_distances(of.rows[start:stop], of.rows, norms[start:stop], norms)
+            k *= -1 / (2 * sigma * sigma)
+            np.exp(k, out=k)
+        k[document[start:stop, None] == document] = 0
+        return k
+
+    if sigma is None:
+        # Known without a pass over the pairs: products with the sum of all other documents.
+        by_document = np.zeros((len(documents.sizes), of.rows.shape[1]))
+        np.add.at(by_document, document, of.rows)
+        totals = np.einsum("id,id->i", of.rows, (by_document.sum(axis=0) - by_document)[document])
+    else:
+        step = panel_rows(n, 1)
+        totals = np.concatenate([kernel(i, min(i + step, n)).sum(axis=1, dtype=np.float64) for i in range(0, n, step)])
+    effects = np.empty(n, dtype=of.rows.dtype)
+    effects[order] = documents.effects(totals[order])
+
+    def panel(start: int, stop: int) -> Rows:
+        k = kernel(start, stop)
+        k -= effects[start:stop, None]
+        k -= effects
+        k[document[start:stop, None] == document] = 0
+        return k
+
+    diagonal = float(n) if sigma is not None else float(norms.sum(dtype=np.float64))
+    return Similarities(panel, (4 * float(np.finfo(of.rows.dtype).eps) * diagonal) ** 2)

@@ -2,7 +2,8 @@
 
 Debiased CKA, RSA and the neighbour measures are all made of sums over pairs of rows ``s_ij t_ij``, where s and t are
 similarities between rows i and j in two layers. No n x n array is made: a panel of rows against itself and the rows
-that follow, once per layer, is reduced to sums by (document, document), from which every draw follows.
+that follow, once per layer, is reduced to sums by (document, document), from which every draw follows. (In debiased CKA
+the pairs within a document are left out: there s_ij is 0.)
 
 **What a draw weighs.** Documents are drawn, so a document that is drawn twice brings two copies of its rows. A row and
 its copy, or a row and the copy of its neighbour in the document, are not two independent looks at anything; counted as
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 
 from align.moments.scatter import Array, Rows
 from align.similarity.measures.base import Resampling, Result, Tick, Wanted
+from align.solvers.row_effects import Documents, alone
 from featstore.errors import FitError
 
 #: At most so many groups of documents are told apart: the sums take groups^2 numbers a pair of layers.
@@ -131,15 +133,15 @@ class Grouping:
         order: int64 ``(n,)``, the rows sorted by group.
         starts: int64 ``(groups,)``, where each group starts in that order.
         sizes: int64 ``(groups,)``, rows of each.
-        counts: float64 ``(draws, groups)``, how often each is drawn; None without draws.
-        documents: Documents before they were grouped.
+        counts: float64 ``(draws, groups)``, how often each is drawn; None without documents.
+        documents: How many rows each document has, in this order; a group is one or several that follow each other.
     """
 
     order: NDArray[np.int64]
     starts: NDArray[np.int64]
     sizes: NDArray[np.int64]
     counts: Array | None
-    documents: int
+    documents: Documents
 
     def of_rows(self) -> NDArray[np.int64]:
         """The group of every row in the rows' own order, int64 ``(n,)``."""
@@ -148,8 +150,15 @@ class Grouping:
         return group
 
     def facts(self) -> dict[str, float]:
-        """What was resampled; nothing where nothing was."""
-        return {} if self.counts is None else {"documents": self.documents, "groups": len(self.sizes)}
+        """The documents and the groups that were drawn; nothing where every row is its own document."""
+        if self.counts is None:
+            return {}
+        documents = self.documents
+        return {
+            "documents": len(documents.sizes),
+            "effective_documents": documents.effective,
+            "groups": len(self.sizes),
+        }
 
     def again(self, blocks: Array) -> Array:
         """A sum over pairs of rows on every draw (module docstring).
@@ -181,15 +190,15 @@ def grouping(draws: Resampling | None, n: int, *, pairs: int = 1) -> Grouping:
     intervals from becoming too narrow. These draws follow from those of the documents, and so from their seed.
 
     Args:
-        draws: The draws; without them all rows are one group.
+        draws: The documents and their draws; without them all rows are one group, of a document each.
         n: Rows.
         pairs: Pairs of layers whose sums are kept together.
     """
     if draws is None:
         rows = np.arange(n, dtype=np.int64)
-        return Grouping(rows, np.zeros(1, np.int64), np.array([n], np.int64), None, 0)
+        return Grouping(rows, np.zeros(1, np.int64), np.array([n], np.int64), None, alone(n))
     documents = draws.counts.shape[1]
-    groups = max(2, min(documents, GROUPS, int(np.sqrt(SUMS / pairs))))
+    groups = min(documents, max(2, min(GROUPS, int(np.sqrt(SUMS / pairs)))))
     group, counts = draws.document, draws.counts
     if groups < documents:
         group = group * groups // documents
@@ -197,8 +206,9 @@ def grouping(draws: Resampling | None, n: int, *, pairs: int = 1) -> Grouping:
         drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=len(counts))
         counts = drawn.astype(np.float64)
     sizes = np.bincount(group, minlength=groups)
-    order = np.argsort(group, kind="stable")
-    return Grouping(order, np.cumsum(sizes) - sizes, sizes, counts, documents)
+    # Groups are documents that follow each other, so this is their order, too.
+    order = np.argsort(draws.document, kind="stable")
+    return Grouping(order, np.cumsum(sizes) - sizes, sizes, counts, Documents(np.bincount(draws.document)))
 
 
 def _runs(starts: NDArray[np.int64], start: int, stop: int) -> Iterator[tuple[int, int, int]]:

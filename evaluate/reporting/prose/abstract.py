@@ -12,7 +12,7 @@ from evaluate.reporting.reading.inputs import Pair, Run
 from evaluate.reporting.reading.names import control_name, gain, leak_of, share
 from evaluate.reporting.reading.numbers import count, interval, percent, percent_number, say, score, show
 from evaluate.reporting.sections import cka, communicate
-from evaluate.reporting.sections.gains import beats_all
+from evaluate.reporting.sections.gains import winning
 
 #: Kinds of warning that the answer names; all of them stand further down.
 _CODES = 4
@@ -146,7 +146,7 @@ def _ceiling(judged: Sequence[Verdict]) -> Markup:
 
 
 def _answers(runs: Sequence[Run]) -> Markup:
-    found = communicate.best_answers(runs)
+    found = communicate.chosen_answers(runs)
     if not found:
         return say("")
     best, task = found[0], found[0].task
@@ -167,18 +167,18 @@ def _answers(runs: Sequence[Run]) -> Markup:
         beside = task.get("conditions", name, "accuracy")
         if beside.number is not None:
             words += say(", {} {}", show(beside, percent), told)
-    ways = [against for entry in found for against in entry.ways]
+    ways = sum(1 for entry in found for _ in entry.task.get("gains").items())
     if not ways:
         return words + say(".")
-    winning = sum(map(beats_all, ways))
-    counted = f"{winning or 'none'} {'are' if winning > 1 else 'is'}"
-    if len(ways) == 1:
-        counted = "It is" if winning else "It is not"
+    won = sum(winning(entry.task) for entry in found)
+    counted = f"{won or 'none'} {'are' if won > 1 else 'is'}"
+    if ways == 1:
+        counted = "It is" if won else "It is not"
         return words + say(". {} above the question alone, random and shuffled states beyond the interval.", counted)
     text = ". Of the {} ways to send states that were tried, {} above the question alone, random and shuffled states "
-    words += say(text + "by more than the interval of the difference.", len(ways), counted)
-    # At 95 % every twentieth interval lies off zero by chance, and a way has to pass three that depend on each other.
-    return words + say(" One of so many may be chance.") if winning == 1 and len(ways) >= _MANY_WAYS else words
+    words += say(text + "by more than the interval of the difference.", ways, counted)
+    # p values are adjusted within a task; a file of an earlier version has none, and several tasks are more tests.
+    return words + say(" One of so many may be chance.") if won == 1 and ways >= _MANY_WAYS else words
 
 
 def _caution(notes: Sequence[Note]) -> Markup:
@@ -200,7 +200,7 @@ def _caution(notes: Sequence[Note]) -> Markup:
 
 
 def _without_maps(runs: Sequence[Run]) -> Markup:
-    if communicate.best_answers(runs):
+    if communicate.chosen_answers(runs):
         return say("No map was injected here; the target was asked what only the source has read.")
     if not any("cka.json" in run.files for run in runs):
         what = "This run is" if len(runs) == 1 else "These runs are"

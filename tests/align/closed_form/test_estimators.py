@@ -40,14 +40,15 @@ DEFAULTS = [ProcrustesAligner(), LinearAligner(), AffineAligner(), ReducedRankAl
 #: Every parameter set to something else at least once. `identity` needs as many targets as sources, checks have one.
 ALL = [
     *DEFAULTS,
-    ProcrustesAligner(scale=True),
+    ProcrustesAligner(scale=False),
     ProcrustesAligner(components=1),
-    ProcrustesAligner(scale=True, components="auto"),
+    ProcrustesAligner(scale=False, components="auto"),
     LinearAligner(0.1),
     AffineAligner(0.1),
     ReducedRankAligner(1),
     ReducedRankAligner(1, 0.1, "procrustes"),
     ReducedRankAligner(skip="ridge"),
+    ReducedRankAligner(skip="procrustes", scale=False),
 ]
 
 
@@ -100,7 +101,7 @@ def noisy(n: int = 400, d: int = 8, sigma: float = 0.0, seed: int = 3) -> tuple[
 
 def test_procrustes_is_that_of_scipy() -> None:
     x, y = noisy(sigma=0.5)
-    fit = ProcrustesAligner().fit(x, y)
+    fit = ProcrustesAligner(scale=False).fit(x, y)
     expected, _ = scipy.linalg.orthogonal_procrustes(x - x.mean(0), y - y.mean(0))
     np.testing.assert_allclose(fit.weight_, expected, atol=1e-9)
     np.testing.assert_allclose(fit.transform(x), (x - x.mean(0)) @ expected + y.mean(0), atol=1e-9)
@@ -126,9 +127,12 @@ def test_a_rotation_with_a_shift_is_found(fit: Any) -> None:
 
 def test_scale_and_components() -> None:
     x, y = noisy()
-    fit = ProcrustesAligner(scale=True).fit(x, 2.5 * y)
+    fit = ProcrustesAligner().fit(x, 2.5 * y)
     assert fit.scale_ == pytest.approx(2.5)
     np.testing.assert_allclose(fit.weight_, 2.5 * rotation(8, 7), atol=1e-8)
+    bare = ProcrustesAligner(scale=False).fit(x, 2.5 * y)
+    assert bare.scale_ == 1
+    np.testing.assert_allclose(bare.weight_, rotation(8, 7), atol=1e-8)
     assert ProcrustesAligner(components=3).fit(x, y).components_ == 3
     assert np.linalg.matrix_rank(ProcrustesAligner(components=3).fit(x, y).weight_) == 3
     assert ProcrustesAligner(components="auto").fit(x, y).components_ == 8
@@ -152,7 +156,7 @@ def test_low_rank_is_reached_by_reduced_rank_and_not_by_procrustes() -> None:
     x = rng.normal(size=(600, 10))
     y = x @ rng.normal(size=(10, 2)) @ rng.normal(size=(2, 10))
     assert ReducedRankAligner(2).fit(x[:400], y[:400]).score(x[400:], y[400:]) > 1 - 1e-6
-    assert ProcrustesAligner(scale=True).fit(x[:400], y[:400]).score(x[400:], y[400:]) < 0.6
+    assert ProcrustesAligner().fit(x[:400], y[:400]).score(x[400:], y[400:]) < 0.6
 
 
 @pytest.mark.parametrize("skip", ["procrustes", "ridge", "identity"])

@@ -76,7 +76,7 @@ def test_the_fit_is_scipys_on_the_train_rows(tmp_path: Path) -> None:
     planted = plant(tmp_path / "s.zarr", x, y)
     rows = planted.split == TRAIN
     xt, yt = (side[rows].astype(np.float32).astype(np.float64) for side in (x, y))
-    aligner = fitted(planted, Fit("procrustes"))
+    aligner = fitted(planted, Fit("procrustes", scale=False))
     np.testing.assert_allclose(aligner.tensors["mean_source"], xt.mean(0), atol=1e-5)
     np.testing.assert_allclose(aligner.tensors["mean_target"], yt.mean(0), atol=1e-5)
     expected = orthogonal_procrustes(xt - xt.mean(0), yt - yt.mean(0))[0]
@@ -84,17 +84,26 @@ def test_the_fit_is_scipys_on_the_train_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.2, 3.0])
-def test_a_planted_scale_needs_the_flag(tmp_path: Path, scale: float) -> None:
+def test_a_planted_scale_is_found_unless_it_is_turned_off(tmp_path: Path, scale: float) -> None:
     x = spectrum_rows(N, D, 1, decay=0.5)
     planted = plant(tmp_path / "s.zarr", x, scale * x @ rotation(D, 2))
-    with_scale = only(trained(planted, tmp_path / "with", "procrustes", scale=True))
+    with_scale = only(trained(planted, tmp_path / "with", "procrustes"))
     assert with_scale["test"]["r2"] > 1 - 1e-6
+    assert "no-scale" not in {finding["code"] for finding in with_scale["warnings"]}
     np.testing.assert_allclose(weight_of(tmp_path / "with"), scale * rotation(D, 2), atol=1e-3)
     card = load_adapter(tmp_path / "with").card["pairs"][0]
     assert card["options"]["scale"] == pytest.approx(scale, rel=1e-4)
     # |y - x Q| = |s - 1| / s of |y|.
-    without = only(trained(planted, tmp_path / "without", "procrustes"))
+    without = only(trained(planted, tmp_path / "without", "procrustes", scale=False))
     assert without["test"]["r2"] == pytest.approx(1 - ((scale - 1) / scale) ** 2, abs=0.01)
+    [finding] = [finding for finding in without["warnings"] if finding["code"] == "no-scale"]
+    assert f"least squares gives it {scale:.3g}," in finding["message"]
+    assert "to 1.000:" in finding["message"]
+    # Debiased CKA knows no factor.
+    assert with_scale["cka"]["after"] == pytest.approx(without["cka"]["after"], abs=1e-5)
+    assert with_scale["cka"]["after"] == pytest.approx(with_scale["cka"]["before"], abs=1e-5)
+    assert with_scale["cka"]["invariant"]
+    assert without["cka"]["invariant"]
 
 
 def test_a_wider_target_is_reached_by_a_semi_orthogonal_map(tmp_path: Path) -> None:
@@ -209,9 +218,9 @@ def test_few_rows_draw_a_warning(rotated: Planted, tmp_path: Path) -> None:
 
 
 def test_overfitting_draws_a_warning(tmp_path: Path) -> None:
-    # 100 rows in 64 dimensions: perfect on train, worse than nothing held out.
+    # 100 rows in 64 dimensions: perfect on train, worse than nothing held out. A factor would be shrunk to nothing.
     rows = spectrum_rows(125, D, 1), spectrum_rows(125, D, 2)
-    entry = only(trained(plant(tmp_path / "s.zarr", *rows), tmp_path / "run", "procrustes"))
+    entry = only(trained(plant(tmp_path / "s.zarr", *rows), tmp_path / "run", "procrustes", scale=False))
     codes = {warning["code"] for warning in entry["warnings"]}
     assert {"few-rows", "overfit"} <= codes
     assert entry["train"]["r2"] > entry["test"]["r2"] + 0.5
@@ -269,15 +278,20 @@ def test_no_fit_and_no_choice_sees_a_test_row(tmp_path: Path, type_: str) -> Non
     assert first["test"]["r2"] > 0.5 > second["test"]["r2"]
 
 
-def test_validation_chooses_the_ridge_and_touches_nothing_else(tmp_path: Path) -> None:
+def test_validation_chooses_the_ridge_and_the_factor_and_touches_nothing_else(tmp_path: Path) -> None:
     clean, spoiled = leaky(tmp_path, "clean"), leaky(tmp_path, "spoiled", split=VAL)
     ridge = [fitted(store, Fit("affine")).options["lambda"] for store in (clean, spoiled)]
     # Against noise the strongest ridge wins.
     assert ridge[1] == pytest.approx(solvers.lambda_grid()[-1])
     assert ridge[0] < ridge[1]
-    one, two = (fitted(store, Fit("procrustes")) for store in (clean, spoiled))
+    one, two = (fitted(store, Fit("procrustes", scale=False)) for store in (clean, spoiled))
     for name, tensor in one.tensors.items():
         np.testing.assert_array_equal(tensor, two.tensors[name])
+    # Against noise a rotation is worth nothing, as any other map is.
+    one, two = (fitted(store, Fit("procrustes")) for store in (clean, spoiled))
+    assert two.options["scale"] < 0.1 < one.options["scale"]
+    turned = [fit.tensors["weight"] / fit.options["scale"] for fit in (one, two)]
+    np.testing.assert_allclose(*turned, atol=1e-5)
 
 
 def test_directions_and_layers_are_kept_apart(tmp_path: Path) -> None:
@@ -310,7 +324,8 @@ def test_a_model_against_itself_is_the_identity(rotated: Planted, tmp_path: Path
 def test_the_seed_moves_the_random_controls_only(rotated: Planted) -> None:
     store = rotated.store
     pairs = store.pairs("a", "b").select()
-    maps = [baselines(Fit("procrustes"), PAIR, scan(store, pairs, [PAIR], seed=s)[PAIR.key], s) for s in (0, 0, 1)]
+    bare = Fit("procrustes", scale=False)
+    maps = [baselines(bare, PAIR, scan(store, pairs, [PAIR], seed=s)[PAIR.key], s) for s in (0, 0, 1)]
     for name in ("random_rotation", "shuffled"):
         one, two, other = (m[name].tensors["weight"] for m in maps)  # type: ignore[union-attr]
         np.testing.assert_array_equal(one, two)
@@ -383,7 +398,8 @@ def layered(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 
 
 FITS = [
-    Fit("procrustes", scale=True), Fit("procrustes", components=9), Fit("procrustes", components="auto"),
+    Fit("procrustes"), Fit("procrustes", scale=False),
+    Fit("procrustes", components=9), Fit("procrustes", components="auto"),
     Fit("affine"), Fit("linear"),
     *(Fit("reduced-rank", rank=5, skip=skip) for skip in ("none", "ridge", "identity", "procrustes")),
 ]  # fmt: skip
@@ -500,7 +516,8 @@ def test_a_joint_map_reaches_what_needs_two_layers(layered: Planted) -> None:
     assert min(r2[2:]) > 1 - 1e-6
     np.testing.assert_allclose(maps[2].tensors["weight"], np.vstack([rotation(24, 20), rotation(24, 30)]), atol=1e-3)
     np.testing.assert_allclose(maps[3].tensors["weight"], np.vstack([rotation(24, 30), rotation(24, 20)]), atol=1e-3)
-    turn = fit_closed(Fit("procrustes"), wanted[2], found[wanted[2].key]).tensors["weight"]
+    scaled = fit_closed(Fit("procrustes"), wanted[2], found[wanted[2].key])
+    turn = scaled.tensors["weight"] / scaled.options["scale"]
     np.testing.assert_allclose(turn.T @ turn, np.eye(24), atol=1e-5)
     with pytest.raises(FitError, match="skip 'identity' needs equal widths, not 48 and 24"):
         fit_closed(Fit("reduced-rank", rank=2, skip="identity"), wanted[2], found[wanted[2].key])

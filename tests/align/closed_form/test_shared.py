@@ -39,14 +39,14 @@ def planted_layers(weight: Any, factors: tuple[float, ...], noise: float = 0.05)
 
 def test_the_rotation_that_layers_share_is_found_with_a_factor_for_each() -> None:
     true = rotation(D, 7)
-    shared = fit_shared(scans_of(planted_layers(true, (0.5, 1.0, 4.0))), "procrustes", scale=True)
+    shared = fit_shared(scans_of(planted_layers(true, (0.5, 1.0, 4.0))), "procrustes")
     assert np.abs(shared.weight - true).max() < 0.01
     np.testing.assert_allclose(list(shared.factors.values()), [0.5, 1.0, 4.0], rtol=0.01)
     np.testing.assert_allclose(shared.of("a:2->b:2"), 4.0 * true, atol=0.06)
 
 
 def test_without_scale_the_factors_are_one() -> None:
-    shared = fit_shared(scans_of(planted_layers(rotation(D, 7), (0.5, 4.0))), "procrustes")
+    shared = fit_shared(scans_of(planted_layers(rotation(D, 7), (0.5, 4.0))), "procrustes", scale=False)
     assert set(shared.factors.values()) == {1.0}
 
 

@@ -11,6 +11,7 @@ from scipy.spatial.distance import pdist
 
 from align.similarity.measures.base import Resampling, Result, resampling
 from align.similarity.measures.kernel_cka import RbfCka, _kernel_panel, _norms, median_bandwidth
+from align.solvers.row_effects import alone
 from featstore.errors import FitError
 
 
@@ -49,7 +50,7 @@ class TestBandwidth:
         # Rows far out and close together: rounding takes squared distances below 0, by far more than sigma.
         rng = np.random.default_rng(23)
         rows = (100 * rng.standard_normal(64) * (1 + 1e-6 * rng.standard_normal((40, 1)))).astype(np.float32)
-        assert _kernel_panel(rows, _norms(rows), 0.01, 0, 40).max() <= 1
+        assert _kernel_panel(rows, _norms(rows), 0.01, alone(40), 0, 40).max() <= 1
 
     def test_one_row(self) -> None:
         with pytest.raises(FitError, match="at least 2 rows, not 1"):

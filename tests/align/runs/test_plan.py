@@ -19,7 +19,8 @@ LOOP = LoopSettings(rank=3, skip="ridge", hidden=5, latents=7, latent_dim=2, see
 @pytest.mark.parametrize(
     ("settings", "fit", "optimum"),
     [
-        (Settings("s", "procrustes", scale=True), Fit("procrustes", scale=True), ""),
+        (Settings("s", "procrustes"), Fit("procrustes", scale=True), ""),
+        (Settings("s", "procrustes", scale=False), Fit("procrustes", scale=False), ""),
         (Settings("s", "procrustes", components="9"), Fit("procrustes", components=9), ""),
         (Settings("s", "procrustes", components="auto"), Fit("procrustes", components="auto"), ""),
         (Settings("s", "affine"), Fit("affine"), "affine ridge"),
@@ -62,9 +63,9 @@ def test_layers_share_a_whole_map_or_a_base() -> None:
         for type_ in ("procrustes", "affine", "lora")
     }
     assert shared == {
-        "procrustes": Sharing(whole=True, base="procrustes", scale=False, rank=3),
-        "affine": Sharing(whole=False, base="ridge", scale=False, rank=3),
-        "lora": Sharing(whole=False, base="ridge", scale=False, rank=3),
+        "procrustes": Sharing(whole=True, base="procrustes", scale=True, rank=3),
+        "affine": Sharing(whole=False, base="ridge", scale=True, rank=3),
+        "lora": Sharing(whole=False, base="ridge", scale=True, rank=3),
     }
     assert map_plan(Settings("s", "lora")).sharing is None
 
@@ -89,6 +90,37 @@ def test_only_a_whole_rotation_leaves_cka_alone() -> None:
     assert map_plan(Settings("s", "procrustes")).isometric
     assert not map_plan(Settings("s", "procrustes", components="4")).isometric
     assert not map_plan(Settings("s", "affine")).isometric
+
+
+@pytest.mark.parametrize("type_", ["lora", "mlp", "reduced-rank", "procrustes"])
+def test_a_rotation_without_a_factor_is_known_as_one(type_: str) -> None:
+    settings = Settings("s", type_, scale=False, loop=replace(LOOP, skip="procrustes"))
+    assert map_plan(settings).bare
+    assert map_plan(replace(settings, shared=type_ in ("lora", "procrustes"))).bare
+    assert not map_plan(replace(settings, scale=True)).bare
+    with_ridge = map_plan(replace(settings, loop=replace(LOOP, skip="ridge")))
+    assert with_ridge.bare == (type_ == "procrustes")
+    if type_ in ("lora", "reduced-rank"):
+        assert map_plan(settings).optimum == "reduced-rank 3 on procrustes without scale"
+        assert not map_plan(settings).fit.scale
+        assert map_plan(replace(settings, scale=True)).fit.scale
+
+
+def test_types_without_a_rotation_know_no_scale() -> None:
+    for type_ in ("affine", "linear", "compress"):
+        with_scale, without = (map_plan(Settings("s", type_, scale=scale, loop=LOOP)) for scale in (True, False))
+        assert not without.bare
+        assert with_scale.fit == without.fit
+
+
+def test_a_training_on_a_bare_rotation_is_another_one() -> None:
+    for type_ in (map_type("lora"), map_type("mlp")):
+        loop = replace(LOOP, skip="procrustes")
+        plans = [training_plan(type_, loop, scale=scale) for scale in (True, False)]
+        assert [plan.identity["scale"] for plan in plans] == [True, False]
+        # What carried on before there was a factor names none, and what has no rotation is the same as ever.
+        assert "scale" not in training_plan(type_, LOOP).identity
+    assert "scale" not in training_plan(map_type("affine"), replace(LOOP, skip="procrustes")).identity
 
 
 def test_an_interrupted_training_is_recognised_by_what_matters() -> None:
@@ -127,12 +159,12 @@ def test_every_setting_of_a_training_reaches_its_plan() -> None:
         seed=13,
         device="cuda:1",
     )
-    plan = training_plan(map_type("lora"), loop)
+    plan = training_plan(map_type("lora"), loop, scale=False)
     told = {**asdict(plan.shape), **asdict(plan.schedule), **asdict(plan.place), "temperature": plan.goal.temperature}
     given = {
         name: value for name, value in asdict(loop).items() if name not in ("loss", "tracker", "latents", "latent_dim")
     }
-    assert told == {**given, "type": "lora"}
+    assert told == {**given, "type": "lora", "scale": False}
     assert plan.goal.weights == {"mse": 0.0, "cosine": 2.0, "infonce": 0.0}
 
 

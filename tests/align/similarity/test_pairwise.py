@@ -16,6 +16,7 @@ from align.similarity.measures.kernel_cka import Cka, RbfCka
 from align.similarity.measures.rsa import Rsa
 from align.solvers import random_orthogonal
 from featstore.errors import FitError
+from tests.support.residuals import unequal_documents, with_topics, without_row_effects
 
 MEASURES = [Cka(), RbfCka(), Rsa()]
 each_measure = pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
@@ -62,13 +63,6 @@ def naive_cka(k: Any, m: Any) -> float:
     return naive_hsic1(k, m) / math.sqrt(naive_hsic1(k, k) * naive_hsic1(m, m))
 
 
-def u_centred(k: Any) -> Any:
-    n, k = len(k), k - np.diag(np.diag(k))
-    rows = k.sum(axis=1) / (n - 2)
-    a = k - rows[:, None] - rows + k.sum() / ((n - 1) * (n - 2))
-    return a - np.diag(np.diag(a))
-
-
 def correlation_distance(x: Any) -> Any:
     return squareform(pdist(x - x.mean(axis=0), "correlation"))
 
@@ -87,13 +81,20 @@ def drawn_rows(document: Any, counts: Any) -> tuple[Any, Any]:
     return rows, allowed & ~np.eye(len(rows), dtype=bool)
 
 
+def residual(name: str, x: Any, document: Any) -> Any:
+    return without_row_effects(gram(x) if name == "cka" else gaussian(x), document)
+
+
 def naive_draw(name: str, x: Any, y: Any, document: Any, counts: Any) -> float:
     rows, allowed = drawn_rows(document, counts)
     pick = np.ix_(rows, rows)
     if name == "rsa":
         return float(np.corrcoef(*(correlation_distance(z)[pick][allowed] for z in (x, y)))[0, 1])
-    a, b = (u_centred(gram(z) if name == "cka" else gaussian(z))[pick][allowed] for z in (x, y))
-    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+    # Within a document, and within its copies, everything is zero.
+    a, b = (residual(name, z, document)[pick][allowed] for z in (x, y))
+    size = math.sqrt((a @ a) * (b @ b))
+    # One of two documents, drawn twice: no pairs of different documents.
+    return float(a @ b / size) if size else math.nan
 
 
 class TestAgainstNaiveFormulas:
@@ -139,7 +140,16 @@ class TestAgainstNaiveFormulas:
         np.testing.assert_allclose(found.draws, expected, atol=1e-9)
         assert found.facts is not None
         assert found.facts["documents"] == found.facts["groups"] == len(sizes)
-        assert found.value == pytest.approx(compared(measure, x, y).value, abs=1e-12)
+        if measure.name == "rsa":
+            expected_value = compared(measure, x, y).value
+        else:
+            a, b = (residual(measure.name, z, document) for z in (x, y))
+            expected_value = np.sum(a * b) / math.sqrt(np.sum(a * a) * np.sum(b * b))
+            assert found.facts["effective_documents"] == pytest.approx(1 / np.sum((np.array(sizes) / len(x)) ** 2))
+        assert found.value == pytest.approx(expected_value, abs=1e-10)
+        without_draws = compared(measure, x, y, Resampling(draws.document, np.zeros((0, len(sizes)))))
+        assert without_draws.value == found.value
+        assert without_draws.interval() is None
 
     @each_measure
     def test_a_draw_of_every_document_once_is_the_value(self, measure: Any) -> None:
@@ -240,6 +250,30 @@ class TestPlanted:
         assert abs(found.mean()) < 0.02
         assert found.min() < 0, "a clamped estimator is biased"
 
+    @pytest.mark.parametrize("measure", [Cka(), RbfCka()], ids=["cka", "rbf-cka"])
+    def test_layers_that_share_their_documents_alone(self, measure: Any) -> None:
+        rng = np.random.default_rng(21)
+        found, rows = [], []
+        for _ in range(60):
+            labels = unequal_documents(rng, 6, median=12)
+            x, y = (with_topics(rng, labels, 32, 0.3).astype(np.float32) for _ in range(2))
+            found.append(compared(measure, x, y, resampling(labels, draws=1)).value)
+            rows.append(compared(measure, x, y).value)
+        assert abs(np.mean(found)) < 2.5 * np.std(found) / math.sqrt(len(found)) < 0.02
+        # With every row its own document it is far from 0.
+        assert np.mean(rows) > 0.05
+
+    @pytest.mark.parametrize("measure", [Cka(), RbfCka()], ids=["cka", "rbf-cka"])
+    def test_a_single_document_says_nothing(self, measure: Any) -> None:
+        x, y = correlated(2, 20)
+        draws = resampling(np.zeros(20, int), draws=5)
+        assert draws.counts.shape == (0, 1)
+        found = compared(measure, x, y, draws)
+        assert math.isnan(found.value)
+        assert "all 20 are of one" in (found.reason or "")
+        assert found.interval() is None
+        assert math.isfinite(compared(Rsa(), x, y, draws).value)
+
     @pytest.mark.parametrize(("a", "noise"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.5)])
     def test_population_cka_of_gaussians(self, a: float, noise: float) -> None:
         # |Cov(x, y)|^2 / (|Cov(x)| |Cov(y)|) with Cov(x) = I, Cov(x, y) = a I, Cov(y) = (a^2 + noise^2) I.
@@ -290,7 +324,7 @@ class TestGroups:
         draws = resampling(document, draws=50, seed=3)
         assert draws is not None
         made = panels.grouping(draws, 60)
-        assert made.facts() == {"documents": 30, "groups": 8}
+        assert made.facts() == {"documents": 30, "effective_documents": 30.0, "groups": 8}
         assert made.counts is not None
         assert made.counts.shape == (50, 8)
         np.testing.assert_array_equal(made.counts.sum(axis=1), 8)

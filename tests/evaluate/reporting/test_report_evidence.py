@@ -182,6 +182,10 @@ def test_training_that_kept_its_start_says_so(tmp_path: Path) -> None:
         (gain(0.3, 0.0, 0.5), "level"),
         (gain(-0.3, -0.5, 0.0), "level"),
         (gain(-0.3, -0.5, -0.1), "below"),
+        # Of few questions an interval leaves out zero where the exact test does not, such as 4 to none of 40.
+        (gain(0.1, 0.01, 0.2) | {"p": 0.125}, "level"),
+        (gain(-0.1, -0.2, -0.01) | {"p": 0.125}, "level"),
+        (gain(0.1, 0.01, 0.2) | {"p": 0.03}, "above"),
         ({"value": 0.3, "ci95": [None, None]}, "unknown"),
         ({"value": 0.3}, "unknown"),
         ({"value": None, "ci95": [0.1, 0.2]}, "unknown"),
@@ -190,8 +194,22 @@ def test_training_that_kept_its_start_says_so(tmp_path: Path) -> None:
 )
 def test_a_gain_counts_only_beyond_its_interval(block: Any, place: str) -> None:
     assert standing(Node(block)) == place
-    assert beats_all(Node(over(CLEAR, CLEAR, block))) is (place == "above")
-    assert not beats_all(Node({"silent": CLEAR, "random": CLEAR}))
+    way = "aligned p"
+    assert beats_all(Node({"gains": {way: over(CLEAR, CLEAR, block)}}), way) is (place == "above")
+    assert not beats_all(Node({"gains": {way: {"silent": CLEAR, "random": CLEAR}}}), way)
+
+
+def test_among_many_ways_a_weak_one_may_be_chance(tmp_path: Path) -> None:
+    way = f"aligned {made.PAIR}"
+    told = whole()
+    counts = {"p": 0.02, "first_alone": 9, "second_alone": 1}
+    told["tasks"]["countries"]["gains"] = {way: over(*[CLEAR | counts] * 3)}
+    for adjusted, beats in ((0.04, True), (0.2, False)):
+        told["tasks"]["countries"]["beats"] = {way: {"p": 0.02, "p_adjusted": adjusted, "beats": beats}}
+        found = page(made.write(tmp_path / str(beats), {"communicate.json": told}))
+        assert ("may be chance (adjusted p 0.2)" in found.text) is not beats
+        assert ("<b>3 of 3</b>" in found.html) is beats
+        assert "(9:1)" in found.text
 
 
 def test_gains_stand_in_a_table_that_sorts_with_marks_and_whiskers(tmp_path: Path) -> None:

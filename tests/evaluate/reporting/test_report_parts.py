@@ -296,7 +296,7 @@ def answers(change: dict[str, Any], *without: str) -> str:
 
 
 def test_answers_are_judged_against_the_best_control() -> None:
-    start = "Best of the maps is aligned: 82 % of 50 questions right [69, 90]; the text itself gives 96 %, "
+    start = "Sent as aligned: 82 % of 50 questions right [69, 90]; the text itself gives 96 %, "
     start += "the question alone 4 %, guessing 2 %. "
     assert answers({}) == start + "That is clearly above every control; the highest is random (6 %)."
     assert answers({"shuffled": (0.6, 0.5, 0.7)}) == start + "That is not clearly above the control shuffled (60 %)."
@@ -306,9 +306,8 @@ def test_answers_are_judged_against_the_best_control() -> None:
     assert answers({}, "random", "silent").endswith(
         "No control was run, so nothing shows that the states carried the answer."
     )
-    assert answers({"replace smol:15->twin:15": (0.9, 0.8, 0.95)}).startswith(
-        "Best of the maps is replace smol:15 → twin:15"
-    )
+    # What was right most often is not quoted for that.
+    assert answers({"replace smol:15->twin:15": (0.9, 0.8, 0.95)}).startswith("Sent as aligned: 82 %")
     assert answers({"aligned_shuffled": (0.9, 0.8, 0.95)}).endswith(
         "no better than the control aligned shuffled (90 %)."
     )
@@ -363,7 +362,12 @@ def test_every_layer_pair_has_its_answers_drawn_beside_what_needs_none(tmp_path:
         conditions[f"aligned-random smol:{k}->random:{k}"] = conditions["random"]
     del conditions["aligned"], conditions["replace"], conditions["random"]
     found = page(made.write(tmp_path / "run", {"communicate.json": result}))
-    assert "Best of the maps is aligned smol:15 → random:15: 65 %" in found.text.replace("\u202f", " ")
+    assert "Sent as aligned smol:0 → random:0: 50 %" in found.text.replace("\u202f", " ")
+    # Of several layer pairs validation chooses, whatever the answers are.
+    scored = {f"smol:{k}->random:{k}": {"test": {}, "val": {"r2": r2}} for k, r2 in ((0, 0.2), (15, 0.3))}
+    told = {"communicate.json": result, "metrics.json": {"type": "affine", "pairs": scored}}
+    text = page(made.write(tmp_path / "validated", told)).text.replace("\u202f", " ")
+    assert "Sent as aligned smol:15 → random:15 (the layer pair of the highest validation R²): 65 %" in text
     assert "above every control; the highest is aligned-random smol:0 → random:0 (6 %)" in found.text.replace(
         "\u202f", " "
     )
