@@ -70,7 +70,7 @@ def winning(count: int, truth: dict[str, float], repeats: int) -> float:
 @pytest.mark.thorough
 @pytest.mark.parametrize("count", [3, 6, 30])
 def test_a_map_that_equals_one_control_seldom_beats_all(count: int) -> None:
-    others = {name: 8.0 for name in CONTROLS}
+    others = dict.fromkeys(CONTROLS, 8.0)
     for equal in ("token", "shuffled"):
         assert winning(count, {"clean": 3.0, "mapped": 4.0, **others, equal: 4.0}, 1000) <= 0.045
     # Of six equal ones all would have to be lucky at once.
