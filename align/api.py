@@ -161,6 +161,7 @@ def cka(
     measures: str | Iterable[str] = "none",
     max_rows: int = 16_384,
     draws: int = 1000,
+    permutations: int = 39,
     memory: int | str = "4GiB",
     scheduler: str | None = None,
     workers: int | None = None,
@@ -210,6 +211,8 @@ def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
             - ``roles``: only rows of these roles, ``"assistant"`` or ``["user", "assistant"]``; None for all.
             - ``measures``: others, over the sample: names such as ``["rsa"]``, or ``"all"``; ``draws``: resamples of
               documents behind each interval (1000).
+            - ``permutations``: exchanges of partners behind each floor (39), 0 for no floors: documents in each other's
+              place, and partners of the same token elsewhere.
             - ``memory``: bytes, or such as ``"4GiB"``; ``scheduler``: address of a Dask scheduler; ``workers``: local
               processes instead of threads; ``device``: of RBF kernels; ``seed``: of sample, floors and draws.
             - ``out``: a directory for ``cka.json``, ``cka.html`` and the pictures, in which an interrupted scan is
@@ -247,6 +250,7 @@ def _cka_of_store(
     measures: str | Iterable[str] = "none",
     max_rows: int = 16_384,
     draws: int = 1000,
+    permutations: int = 39,
     memory: int | str = "4GiB",
     scheduler: str | None = None,
     workers: int | None = None,
@@ -267,6 +271,7 @@ def _cka_of_store(
     chosen_measures = parse_measures(_measures_text(measures))
     # A value of another type would otherwise show after a scan of minutes.
     max_rows, draws = typed("max_rows", max_rows, "int"), typed("draws", draws, "int")
+    permutations = whole("permutations", permutations, 0)
     seed, workers = whole("seed", seed, 0), typed("workers", workers, "int | None")
     keep_sinks, scheduler = typed("keep_sinks", keep_sinks, "bool"), typed("scheduler", scheduler, "str | None")
     opened = store if isinstance(store, Store) else open_store(_location(store))
@@ -289,6 +294,7 @@ def _cka_of_store(
         measures=chosen_measures,
         max_rows=max_rows,
         draws=draws,
+        permutations=permutations,
         memory=bytes_of(memory),
         checkpoint=None if directory is None else directory / "checkpoints",
         device=choose_device(device, by_gradient=kernel == "rbf"),

@@ -109,6 +109,9 @@ def cka(
     draws: Annotated[
         int, typer.Option(min=1, help="Resamples of documents behind each interval.", rich_help_panel=_SAMPLE)
     ] = 1000,
+    permutations: Annotated[
+        int, typer.Option(min=0, help="Exchanges of partners behind each floor; 0 for no floors.")
+    ] = 39,
     memory: Annotated[
         str, typer.Option(help="Memory for sums, or for the sample: bytes, or such as 500M, 4GiB.")
     ] = "4GiB",
@@ -135,6 +138,7 @@ def cka(
         measures=measures,
         max_rows=max_rows,
         draws=draws,
+        permutations=permutations,
         memory=memory,
         scheduler=scheduler,
         workers=workers,

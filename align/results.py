@@ -66,6 +66,9 @@ class Scores(Record):
     Attributes:
         r2: 1 - SSE / SST over all dimensions; SST is about the target's mean over the train rows.
         r2_ci95: 95 % interval of ``r2`` over resampled documents; of the test split alone.
+        partial_r2: 1 - SSE / SSE of the baseline ``token``: what is left beyond the source's current token; of the test
+            split alone.
+        partial_r2_ci95: Its 95 % interval over documents.
         r2_median_dim: Median over the target's dimensions of the R2 of each.
         r2_without_top_dims: R2 without the 1 % of dimensions (at least one) with the largest SST.
         mse: Squared error, mean over rows and dimensions, in squared units of the target's states.
@@ -80,13 +83,22 @@ class Scores(Record):
         retrieval_mrr: Mean reciprocal rank of the partner.
         retrieval_median_rank: Median rank of the partner; 1 is the nearest.
         retrieval_chance: ``retrieval_top1`` of a map that knows nothing, 1 / gallery.
+        retrieval_ceiling: ``retrieval_top1`` of the true states themselves, below 1 where states are equal.
         retrieval_gallery: States in the gallery.
+        retrieval_same_token_top1: Share of mapped states whose nearest state among those of the same source token
+            (centred cosine) is their own partner.
+        retrieval_same_token_chance: The same of a map that knows the token alone: mean of 1 / states of the token.
+        retrieval_same_token_ceiling: The same of the true states themselves.
+        retrieval_same_token_gallery: States in these galleries together, 2048 at most, of a token 32 at most.
+        retrieval_same_token_tokens: Tokens, each with a gallery of its own.
         n: Rows scored.
         all_positions: R2 over all positions of the windows, paired or not; of a compressed run.
     """
 
     r2: Number | None = None
     r2_ci95: Interval | None = None
+    partial_r2: Number | None = None
+    partial_r2_ci95: Interval | None = None
     r2_median_dim: Number | None = None
     r2_without_top_dims: Number | None = None
     mse: Number | None = None
@@ -99,7 +111,13 @@ class Scores(Record):
     retrieval_mrr: Number | None = None
     retrieval_median_rank: Number | None = None
     retrieval_chance: Number | None = None
+    retrieval_ceiling: Number | None = None
     retrieval_gallery: Whole | None = None
+    retrieval_same_token_top1: Number | None = None
+    retrieval_same_token_chance: Number | None = None
+    retrieval_same_token_ceiling: Number | None = None
+    retrieval_same_token_gallery: Whole | None = None
+    retrieval_same_token_tokens: Whole | None = None
     n: Whole | None = None
     all_positions: Number | None = None
 
@@ -196,6 +214,35 @@ class RatePoint(Record):
     r2: Table[Number | None] = EMPTY
 
 
+class TokenFit(Record):
+    """How the baseline ``token`` was fitted: the best prediction of the target's state from the source's token alone.
+
+    Attributes:
+        k: Rows at which a token's own mean state and its back-off count the same; chosen on validation rows.
+        ridge: Relative strength of the back-off's ridge, chosen likewise; null where it backs off to the mean.
+        backoff: What rare and unseen tokens are predicted from: ``layer 0`` (the source's state of the token before it
+            meets its context, by ridge regression) or ``train mean``.
+        why: Why it backs off to the mean; null where it does not.
+        tokens: Tokens with a mean state of their own.
+        train_tokens: Tokens of the train rows; more than ``tokens`` where their sums would not have fitted into memory.
+        train_rows: Train rows.
+        train_rows_in_table: Those of tokens with a mean state of their own.
+        test_rows: Test rows.
+        test_rows_in_table: Those of tokens with a mean state of their own.
+    """
+
+    k: Number | None = None
+    ridge: Number | None = None
+    backoff: str | None = None
+    why: str | None = None
+    tokens: Whole | None = None
+    train_tokens: Whole | None = None
+    train_rows: Whole | None = None
+    train_rows_in_table: Whole | None = None
+    test_rows: Whole | None = None
+    test_rows_in_table: Whole | None = None
+
+
 class PairMetrics(Record):
     """What was measured of the map of one layer pair.
 
@@ -204,9 +251,10 @@ class PairMetrics(Record):
         train: Figures on train rows (65,536 at most).
         val: Figures on validation rows.
         test: Figures on all test rows.
-        baselines: Test figures of ``mean``, ``identity``, ``random_rotation``, ``shuffled`` and ``closed_form`` (the
-            optimum that a trained map is judged by), and of a compressed run ``pca`` and ``strided``; null where there
-            is no such map.
+        baselines: Test figures of ``mean``, ``identity``, ``random_rotation``, ``shuffled``, ``token`` (the best
+            prediction from the source's current token alone) and ``closed_form`` (the optimum that a trained map is
+            judged by), and of a compressed run ``pca`` and ``strided``; null where there is no such map.
+        token: How the baseline ``token`` was fitted; null where there is none.
         by_role: Rows of every role that the map was fitted to (``train``), chosen by (``val``) and scored on
             (``test``).
         by_mask: Test figures without and with attention sinks.
@@ -224,6 +272,7 @@ class PairMetrics(Record):
     val: Scores | None = None
     test: Scores = Scores()
     baselines: Table[Baseline | None] = EMPTY
+    token: TokenFit | None = None
     by_role: Table[Table[Whole]] = EMPTY
     by_mask: MaskScores = MaskScores()
     cka: CkaChange = CkaChange()
@@ -457,7 +506,7 @@ class SimilarityTables(Record):
 
 
 class Floor(Record):
-    """CKA of the same states with their pairing destroyed.
+    """CKA of the same states with rows shuffled: what the estimator says of no relation at all, which is no floor.
 
     Attributes:
         cross: As the main ``cross``.
@@ -473,6 +522,48 @@ class Floor(Record):
     method: str | None = None
     estimator: str | None = None
     kernel: str | None = None
+    reason: str | None = None
+
+
+class Exchanged(Record):
+    """Values of layer pairs and what exchanged partners say of them, ``(layers of the first model, of the second)``.
+
+    Attributes:
+        value: Over the rows of this floor, with their true partners.
+        mean: Mean over exchanges.
+        p95: 95th percentile over exchanges; of a distance, where lower is closer, the 5th.
+        p: (1 + exchanges at least as close as the value) / (1 + exchanges).
+        p_max: The same with the closest of all layer pairs in each exchange: corrected for the number of layer pairs.
+    """
+
+    value: Matrix = ()
+    mean: Matrix = ()
+    p95: Matrix = ()
+    p: Matrix = ()
+    p_max: Matrix = ()
+
+
+class PermutationFloor(Exchanged):
+    """A measure with partners exchanged so that the rest of what rows have in common is kept.
+
+    Attributes:
+        opposite: From the second model to the first, of a measure with a direction; same rows and columns.
+        rows: Rows that can be exchanged.
+        of: Of how many.
+        documents: Documents that they come from.
+        draws: Exchanges; 0 where there is no floor.
+        seed: Of rows and exchanges.
+        estimator: Of the main figure's floor.
+        reason: Why there is none.
+    """
+
+    opposite: Exchanged | None = None
+    rows: Whole | None = None
+    of: Whole | None = None
+    documents: Whole | None = None
+    draws: Whole | None = None
+    seed: Whole | None = None
+    estimator: str | None = None
     reason: str | None = None
 
 
@@ -581,7 +672,10 @@ class Measure(Record):
         ci95: Intervals over resampled documents.
         facts: Numbers that a value depends on, by ``<model>:<layer> <model>:<layer>``.
         reasons: Why a cell is null.
-        floors: ``shuffled`` (pairs destroyed) and ``noise`` (Gaussian rows of the same covariance).
+        floors: ``shuffled`` (rows shuffled) and ``noise`` (Gaussian rows of the same covariance): controls of the
+            measure, which documents and tokens in common exceed.
+        permutations: ``documents`` (documents in each other's place) and ``token`` (partners of the same source token
+            in another document).
         ceilings: What the same states say.
     """
 
@@ -596,6 +690,7 @@ class Measure(Record):
     facts: Table[Table[Number | None]] = EMPTY
     reasons: Table[str] = EMPTY
     floors: Table[MeasureFloor] = EMPTY
+    permutations: Table[PermutationFloor] = EMPTY
     ceilings: Ceilings = Ceilings()
 
 
@@ -608,7 +703,9 @@ class Similarity(SimilarityTables):
         widths: Width of the residual stream by model.
         estimator: ``debiased``, ``biased`` or ``minibatch``.
         kernel: ``linear`` or ``rbf``.
-        null: The floor of the main figure.
+        null: The main figure of shuffled rows.
+        permutations: The floors of the main figure: ``documents`` (documents in each other's place) and ``token``
+            (partners of the same source token in another document).
         masked_rows: Rows that are attention sinks.
         keep_sinks: Whether the main figures include them.
         roles: The roles whose rows are compared (``--roles``); null for all.
@@ -630,6 +727,7 @@ class Similarity(SimilarityTables):
     estimator: str | None = None
     kernel: str | None = None
     null: Floor | None = None
+    permutations: Table[PermutationFloor] = EMPTY
     masked_rows: Whole | None = None
     keep_sinks: Flag | None = None
     roles: tuple[str, ...] | None = None
@@ -643,12 +741,15 @@ class Similarity(SimilarityTables):
     def to_pandas(self) -> pd.DataFrame:
         """One row for every layer of the first model and every layer of the second.
 
-        Columns are ``first_layer``, ``second_layer``, ``cka``, ``floor``, ``unmasked`` or ``masked``, and one of every
-        measure by its name; CKA over the sample of the measures is ``cka_sample``.
+        Columns are ``first_layer``, ``second_layer``, ``cka``, ``unmasked`` or ``masked``, and one of every measure by
+        its name; CKA over the sample of the measures is ``cka_sample``. Of the floors ``documents`` and ``token``
+        there are ``<floor>_value`` over their rows, ``<floor>_mean``, ``<floor>_p95``, ``<floor>_p``,
+        ``<floor>_p_max``.
         """
         first, second = self.models[0], self.models[-1]
         columns: dict[str, Matrix] = {"cka": self.cross}
-        columns |= {} if self.null is None else {"floor": self.null.cross}
+        for name, floor in self.permutations.items():
+            columns |= {f"{name}_{key}": getattr(floor, key) for key in Exchanged.model_fields}
         columns |= {} if self.unmasked is None else {"unmasked": self.unmasked.cross}
         columns |= {} if self.masked is None else {"masked": self.masked.cross}
         columns |= {f"{name}_sample" if name == "cka" else name: m.cross for name, m in self.measures.items()}

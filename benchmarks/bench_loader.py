@@ -53,7 +53,18 @@ def pairs_of(rows: int) -> Pairs:
     number = np.flatnonzero(np.random.default_rng(0).random(rows) < 0.9)
     m = len(number)
     zeros = np.zeros(m, np.uint8)
-    return Pairs("a", "b", number, number, zeros, np.zeros(m, np.int32), np.zeros(m, bool), zeros, (0.9, 0.9))
+    return Pairs(
+        "a",
+        "b",
+        number,
+        number,
+        zeros,
+        np.zeros(m, np.int32),
+        np.zeros(m, bool),
+        zeros,
+        np.zeros(m, np.int32),
+        (0.9, 0.9),
+    )
 
 
 def main() -> None:

@@ -223,8 +223,8 @@ def stitch(
             what it holds.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
         seed: Seed of the random controls; 0 or more.
-        out: Directory for ``stitch.json``; the run directory by default.
-        write: Write ``stitch.json``, from which :func:`report` reads.
+        out: Directory for ``stitch.json`` and ``stitch_documents.json``; the run directory by default.
+        write: Write ``stitch.json``, from which :func:`report` reads, and its sums by document beside it.
         quiet: Show no progress.
 
     Raises:
@@ -235,7 +235,7 @@ def stitch(
         SpecError: An argument is outside its range.
     """
     from evaluate.notebook.stitched import StitchResult
-    from evaluate.results import write_stitch
+    from evaluate.results import StitchedDocuments, write_stitch, write_stitch_documents
     from evaluate.stitching import stitch as stitching
     from featstore.models.devices import parse_device_map
     from featstore.store import Store, open_store
@@ -248,7 +248,7 @@ def stitch(
     adapter = _adapter(run)
     _check_place(adapter, out, write=write)
     overrides, given = _models(adapter, models)
-    result = stitching.stitch(
+    result, sums = stitching.measure(
         opened,
         adapter,
         layers=layers_text(layers),
@@ -267,7 +267,13 @@ def stitch(
         quiet=quiet,
     )
     record = StitchResult.parse(jsonable(result))
-    return record.at(write_stitch(_place(adapter, out), record)) if write else record
+    documents = StitchedDocuments.parse(jsonable(sums))
+    if not write:
+        return record.with_documents(documents)
+    place = _place(adapter, out)
+    # The sums first: where `stitch.json` is, they are.
+    write_stitch_documents(place, documents)
+    return record.at(write_stitch(place, record)).with_documents(documents)
 
 
 def generate(

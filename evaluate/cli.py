@@ -66,12 +66,15 @@ def stitch(
     device_map: Places = None,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random controls.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Directory for stitch.json; the run directory by default.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory for stitch.json and stitch_documents.json; the run directory by default."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the target's loss when a layer's states come from the source through the map, with controls."""
     from evaluate import api
-    from evaluate.stitching.scores import describe
+    from evaluate.stitching.words import describe
 
     result = api.stitch(
         store,

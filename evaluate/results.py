@@ -1,4 +1,4 @@
-"""What `evaluate` writes: stitch.json, generations.json and communicate.json as frozen records.
+"""What `evaluate` writes: stitch.json, its sums by document, generations.json and communicate.json as frozen records.
 
 Each file has one reader and one writer, here. `docs/results.md` is made from these classes by ``scripts/schema``; their
 ``Attributes:`` are its texts.
@@ -33,7 +33,10 @@ class StartToken(Record):
 
 
 class Losses(Record):
-    """How well the target predicts the scored tokens under one condition; intervals resample whole documents.
+    """How well the target predicts the scored tokens under one condition.
+
+    Intervals are linearised ones with a t quantile, over documents (:func:`align.statistics.ratio`); null where the
+    documents are too few, and ``reasons`` says so under ``ci95``.
 
     Attributes:
         nats_per_token: Cross-entropy of the next token, mean over scored tokens.
@@ -69,11 +72,13 @@ class AloneLosses(Losses):
 
     Attributes:
         n_documents: Documents.
+        effective_documents: Equally long documents that would say as much.
         n_tokens: Scored tokens.
         n_bytes: Bytes that they span.
     """
 
     n_documents: Whole | None = None
+    effective_documents: Number | None = None
     n_tokens: Whole | None = None
     n_bytes: Whole | None = None
 
@@ -95,21 +100,27 @@ class Share(Record):
 
     Attributes:
         value: Null where it is undefined.
-        ci95: Over resampled documents, or examples.
+        ci95: Over documents, or examples; null where they are too few, or a share has no interval.
     """
 
     value: Number | None = None
     ci95: Interval | None = None
 
 
-class ControlShare(Share):
-    """A share counted from the control that does best.
+class Beyond(Record):
+    """How much lower the loss is with mapped states than under one control, over the same documents.
 
     Attributes:
-        control: Its name.
+        nats: Control - mapped, nats per token.
+        ci95: Its 95 % interval; null where the documents are too few.
+        p: Two-sided p value of no difference.
+        beaten: Whether the whole interval is above 0; null without one.
     """
 
-    control: str | None = None
+    nats: Number | None = None
+    ci95: Interval | None = None
+    p: Number | None = None
+    beaten: Flag | None = None
 
 
 class StitchedPair(Record):
@@ -117,15 +128,25 @@ class StitchedPair(Record):
 
     Attributes:
         n_documents: Documents scored.
+        effective_documents: Equally long documents that would say as much, 1 / sum of the squared shares of the tokens.
         n_tokens: Target tokens scored.
         replaced_share: Share of the target's positions that take a state.
         self_bit_identical: Whether putting the target's own states back gave its own logits, bit by bit.
         conditions: By name: ``clean`` (nothing put in), ``self`` (the target's own states), ``mapped``, and the
-            controls ``mean``, ``zero``, ``random_norm``, ``random_rotation``, ``shuffled``, ``raw``; null where one was
-            not run.
-        reasons: Why a condition was not run.
-        recovered: (mean - mapped) / (mean - clean), of the losses; null where the control does no harm.
-        recovered_best_control: The same from the control with the lowest loss.
+            controls ``token`` (the best prediction of the target's state from the source token alone), ``mean``,
+            ``zero``, ``random_norm``, ``random_rotation``, ``shuffled``, ``raw``; null where one was not run.
+        reasons: Why a condition was not run or a figure is null, by its name; of every interval over documents
+            ``ci95``, of a single one ``<figure>.ci95``.
+        beyond_token: What the map adds to the token alone: ``token`` among ``controls``.
+        recovered_token: (token - mapped) / (token - clean), of the losses, with Fieller's interval; null where the
+            token's prediction does no harm. No interval where it does not clearly do any.
+        recovered: The same from ``mean``.
+        controls: By control how much lower the loss is with mapped states. Whether a control is beaten is decided
+            here, in nats, and not by shares, which have no sign where a control does no harm.
+        beats_every_control: Whether every control is beaten: an intersection-union test (Berger 1982), at the level of
+            one of its tests. Null where no control stands, and one was not run or has no interval.
+        closest_control: The control whose loss is nearest to the mapped one, or furthest below it; a description, no
+            figure is chosen by it.
         alone: Both models by themselves.
         rate: What a compressed run sends.
         leak: What the swap test found at the target's layer: how much later blocks learn of the text past the stream,
@@ -135,13 +156,18 @@ class StitchedPair(Record):
     """
 
     n_documents: Whole | None = None
+    effective_documents: Number | None = None
     n_tokens: Whole | None = None
     replaced_share: Number | None = None
     self_bit_identical: Flag | None = None
     conditions: Table[Losses | None] = EMPTY
     reasons: Table[str] = EMPTY
+    beyond_token: Beyond = Beyond()
+    recovered_token: Share = Share()
     recovered: Share = Share()
-    recovered_best_control: ControlShare = ControlShare()
+    controls: Table[Beyond] = EMPTY
+    beats_every_control: Flag | None = None
+    closest_control: str | None = None
     alone: Alone = Alone()
     rate: Rate | None = None
     leak: Number | None = None
@@ -182,6 +208,60 @@ class Stitched(Record):
             for key, pair in self.pairs.items()
             for name, losses in pair.conditions.items()
             if losses is not None
+        )
+
+
+class StitchedSums(Record):
+    """Sums of one layer pair by document, under every condition that was run.
+
+    Attributes:
+        documents: Numbers in the store of the documents with a scored token, ascending.
+        tokens: Scored target tokens of each; the same under every condition.
+        bytes: Bytes that they span.
+        nats: By condition, summed loss of each document.
+        kl: By condition, summed divergence from the clean predictions, nats.
+        same: By condition, tokens with the clean first choice.
+    """
+
+    documents: tuple[Whole, ...] = ()
+    tokens: tuple[Whole, ...] = ()
+    bytes: tuple[Whole, ...] = ()
+    nats: Table[tuple[Number | None, ...]] = EMPTY
+    kl: Table[tuple[Number | None, ...]] = EMPTY
+    same: Table[tuple[Whole, ...]] = EMPTY
+
+
+class StitchedDocuments(Record):
+    """Contents of ``stitch_documents.json``: the sums behind ``stitch.json``, for any interval of one's own.
+
+    Attributes:
+        split: ``train``, ``val`` or ``test``.
+        pairs: By layer pair.
+    """
+
+    file: ClassVar[str] = "stitch_documents.json"
+    command: ClassVar[str] = "evaluate stitch"
+    always: ClassVar[tuple[str, ...]] = ("pairs",)
+
+    split: str | None = None
+    pairs: Table[StitchedSums] = EMPTY
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for every layer pair, condition and document, with its sums."""
+        return frame(
+            {
+                "pair": key,
+                "condition": name,
+                "document": number,
+                "tokens": sums.tokens[place],
+                "bytes": sums.bytes[place],
+                "nats": nats[place],
+                "kl": sums.kl[name][place],
+                "same": sums.same[name][place],
+            }
+            for key, sums in self.pairs.items()
+            for name, nats in sums.nats.items()
+            for place, number in enumerate(sums.documents)
         )
 
 
@@ -304,7 +384,7 @@ class Answers(Record):
         condition: Its name without the pair.
         pair: Layer pair; null for ``silent``, ``text`` and ``summary``.
         accuracy: Share of right answers.
-        ci95: Wilson's 95 % interval.
+        ci95: Wilson's 95 % interval, with the design effect of questions that share a cluster.
         right: Right answers.
         n: Answers.
         bytes: What travels for an example, in the mean: UTF-8 bytes of a text, bytes of states, or of latents.
@@ -317,6 +397,41 @@ class Answers(Record):
     right: Whole | None = None
     n: Whole | None = None
     bytes: Number | None = None
+
+
+class Gain(Share):
+    """How much more often one condition is right than another on the same questions.
+
+    ``ci95`` is Tango's score interval; clusters of questions are units (:func:`align.statistics.paired_proportions`).
+
+    Attributes:
+        p: Exact two-sided p value of no difference.
+        first_alone: Questions that only the first gets right.
+        second_alone: Questions that only the second gets right.
+        clusters: Clusters of questions, each of them one piece of evidence.
+        above: Whether the first is right more often: the interval is above 0 and the exact test agrees at 5 %.
+    """
+
+    p: Number | None = None
+    first_alone: Whole | None = None
+    second_alone: Whole | None = None
+    clusters: Whole | None = None
+    above: Flag | None = None
+
+
+class Beats(Record):
+    """Whether a way of sending states is right more often than the question alone and both its controls.
+
+    Attributes:
+        p: Largest p value of its gains: to beat all of them each has to be beaten (an intersection-union test); 1
+            where one is not positive, null where a control was not run.
+        p_adjusted: The same, adjusted for the number of ways that the task tries (Holm).
+        beats: Whether all gains are ``above``, and ``p_adjusted`` is at most 5 %.
+    """
+
+    p: Number | None = None
+    p_adjusted: Number | None = None
+    beats: Flag | None = None
 
 
 class MapSize(Record):
@@ -359,14 +474,17 @@ class TaskAnswers(Record):
         source: The model that reads the context.
         target: The model that answers.
         n: Examples.
-        chance: Accuracy of an answer that looks at nothing.
+        clusters: Clusters of examples: those of one landmark, thing, company or context are no independent evidence.
+        chance: Accuracy on these examples of the best answer that does not read: one that is always the same, one from
+            a fixed place among the choices or in the context, or the question itself.
         chance_is: What that is, in words.
         scoring: How an answer is found right.
         conditions: By ``silent``, ``text``, ``summary`` and ``<condition> <pair>``: ``replace``, ``sum``, ``mean``
             (the source's last state into the question's last position), ``aligned`` (every position of the context),
             and each with ``_random`` and ``_shuffled``; those of ``replace`` are ``random`` and ``shuffled``.
-        gains: By ``<condition> <pair>`` how much more often it is right than ``silent``, ``random`` and ``shuffled``,
-            paired over examples.
+        text_over_silent: How much more often the text is right than the question alone.
+        gains: By ``<condition> <pair>`` how much more often it is right than ``silent``, ``random`` and ``shuffled``.
+        beats: By ``<condition> <pair>`` whether it is right more often than all of them.
         pairs: By layer pair.
         reasons: Why a condition was not run.
         warnings: What stands against reading the accuracies as communication.
@@ -379,11 +497,14 @@ class TaskAnswers(Record):
     source: str = ""
     target: str = ""
     n: Whole | None = None
+    clusters: Whole | None = None
     chance: Number | None = None
     chance_is: str | None = None
     scoring: str | None = None
     conditions: Table[Answers] = EMPTY
-    gains: Table[Table[Share]] = EMPTY
+    text_over_silent: Gain = Gain()
+    gains: Table[Table[Gain]] = EMPTY
+    beats: Table[Beats] = EMPTY
     pairs: Table[MapSize] = EMPTY
     reasons: Table[str] = EMPTY
     warnings: Findings = ()
@@ -456,6 +577,19 @@ def read_stitch(where: Path | str) -> Stitched:
     return read(Stitched, where)
 
 
+def read_stitch_documents(where: Path | str) -> StitchedDocuments:
+    """Read ``stitch_documents.json``.
+
+    Args:
+        where: Its directory, or the file.
+
+    Raises:
+        AdapterError: There is none.
+        CorruptDataError: It is damaged.
+    """
+    return read(StitchedDocuments, where)
+
+
 def read_generations(where: Path | str) -> Generations:
     """Read ``generations.json``.
 
@@ -487,6 +621,11 @@ def write_stitch(directory: Path, stitched: Stitched) -> Path:
     return write(stitched, directory)
 
 
+def write_stitch_documents(directory: Path, documents: StitchedDocuments) -> Path:
+    """Write ``stitch_documents.json`` into a directory and return its path."""
+    return write(documents, directory)
+
+
 def write_generations(directory: Path, generations: Generations) -> Path:
     """Write ``generations.json`` into a directory and return its path."""
     return write(generations, directory)
@@ -503,4 +642,4 @@ def kind_of(name: str) -> type[Record] | None:
     Args:
         name: File name.
     """
-    return {kind.file: kind for kind in (Stitched, Generations, Communication)}.get(name)
+    return {kind.file: kind for kind in (Stitched, StitchedDocuments, Generations, Communication)}.get(name)

@@ -26,6 +26,7 @@ def evaluate(
     *,
     seed: int = 0,
     documents: DocumentSums | None = None,
+    more: Mapping[str, Codec] | None = None,
 ) -> dict[str, Any]:
     """Test figures of a resampler and its baselines, and what they cost.
 
@@ -35,12 +36,13 @@ def evaluate(
         val: Validation windows; the baselines' ridge strengths are chosen on them.
         test: Test windows.
         seed: Of the retrieval gallery and the CKA subset.
-        documents: Takes squared errors by document as well, under the names of :data:`NAMES`.
+        documents: Takes squared errors by document as well, under the names of :data:`NAMES` and ``more``.
+        more: What else to score at the same positions; it is at no rate of the latents, and in no table of rates.
 
     Returns:
         ``{"figures": {name: figures}, "reasons": {name: reasons}, "rate": ..., "rate_distortion": ...}`` with the
-        names of :data:`NAMES`; figures are those of the linear maps with ``all_positions``. ``rate_distortion`` is an
-        entry of :func:`table`.
+        names of :data:`NAMES` and ``more``; figures are those of the linear maps with ``all_positions``.
+        ``rate_distortion`` is an entry of :func:`table`.
     """
     layout = trained.module.layout
     tensors = trained.module.export()
@@ -54,6 +56,7 @@ def evaluate(
             tensors["resampler.basis"],
             tensors["resampler.mean_source"],
         ),
+        **(more or {}),
     }
     scored = score_windows(test, codecs, trained.mean_target, seed=seed, documents=documents)
     figures: dict[str, Figures] = {name: found for name, (found, _) in scored.items()}
@@ -84,7 +87,7 @@ def rate_distortion(
         "bytes_per_window": card["latent_bytes"],
         "bytes_per_text_byte": card["latent_bytes_per_text_byte"],
         **{name: card[name] for name in ("text_bytes", "token_id_bytes", "raw_bytes", "side_bytes")},
-        "r2": {name: block["r2"] for name, block in figures.items()},
+        "r2": {name: figures[name]["r2"] for name in NAMES if name in figures},
     }
 
 

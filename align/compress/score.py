@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from align.compress.windows import Rows, Window, Windows
 from align.metrics import DocumentSums, Figures, Reasons, ScoreAccumulator, Scorer
+from align.tokens.table import TokenTable
 
 
 class Codec(Protocol):
@@ -49,6 +50,23 @@ class Trained:
         return self._module.reconstruct(window.x, window.ends_x, window.ends_y)
 
 
+class ByToken:
+    """A prediction from the source's current token alone as a codec; it is sent for nothing but the token ids.
+
+    Args:
+        table: What predicts.
+    """
+
+    everywhere = False
+
+    def __init__(self, table: TokenTable) -> None:
+        self._table = table
+
+    def window(self, window: Window) -> Rows:
+        """See :meth:`Codec.window`."""
+        return self._table.predict(window.tokens_x[window.paired_x])
+
+
 class Reconstructs(Protocol):
     """A module with :meth:`align.compress.resampler.Resampler.reconstruct`."""
 
@@ -80,8 +98,8 @@ def score_windows(
     Returns:
         By name the figures and why one is None.
     """
-    total = windows.paired()
-    paired = {name: Scorer(mean_target, total, seed=seed) for name in codecs}
+    total, tokens = windows.paired(), windows.paired_tokens()
+    paired = {name: Scorer(mean_target, total, seed=seed, tokens=tokens) for name in codecs}
     everywhere = {name: ScoreAccumulator(mean_target) for name in codecs}
     owners = windows.store.corpus.window_unit
     for window in windows:

@@ -35,6 +35,7 @@ class Window:
         number: Of the window in the store.
         x: float32 ``(T_x, d_source)``.
         y: float32 ``(T_y, d_target)``.
+        tokens_x: int32 ``(T_x,)``, id of every source token.
         ends_x: int32 ``(T_x,)``, byte end of every source token within the window, non-decreasing.
         ends_y: int32 ``(T_y,)`` of every target token.
         paired_x: int64 ``(m,)``, the pairs' places in ``x``.
@@ -44,6 +45,7 @@ class Window:
     number: int
     x: Rows
     y: Rows
+    tokens_x: NDArray[np.int32]
     ends_x: NDArray[np.int32]
     ends_y: NDArray[np.int32]
     paired_x: NDArray[np.int64]
@@ -135,6 +137,12 @@ class Windows:
         """Pairs of all windows, without reading rows."""
         return sum(len(place) for place, _ in self._places.values())
 
+    def paired_tokens(self) -> NDArray[np.int32]:
+        """The source token of every pair, window by window, without reading rows."""
+        ids = self._tokens[0].id
+        parts = [ids[self._rows[0][int(n)][self._places[int(n)][0]]] for n in self.numbers]
+        return np.concatenate(parts)
+
     def sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source and target tokens of every window, in the order of ``numbers``, without reading rows."""
         counts = [np.array([len(side[int(n)]) for n in self.numbers], dtype=np.int64) for side in self._rows]
@@ -154,7 +162,8 @@ class Windows:
         parts = [reader[rows_x] for reader in self._readers]
         x = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         ends_x, ends_y = (tokens.byte_end[rows] for tokens, rows in zip(self._tokens, (rows_x, rows_y), strict=True))
-        window = Window(number, x, self._target[rows_y], ends_x, ends_y, *self._places[number])
+        tokens_x = self._tokens[0].id[rows_x]
+        window = Window(number, x, self._target[rows_y], tokens_x, ends_x, ends_y, *self._places[number])
         size = window.x.nbytes + window.y.nbytes
         if size <= self._memory:
             self._kept[number] = window

@@ -7,8 +7,10 @@ data never raises and never warns. The keys are those of a block of ``metrics.js
 
 from align.metrics.bootstrap import document_bootstrap
 from align.metrics.documents import DocumentSums, add_intervals, paired_difference, r2_interval, r2_of
+from align.metrics.partial import TOKEN, add_partial, partial_r2
 from align.metrics.ranking import RETRIEVAL_KEYS, retrieval
 from align.metrics.rows import ROW_KEYS, TOP_DIMS_SHARE, Figures, Reasons, ScoreAccumulator
+from align.metrics.same_token import SAME_TOKEN_KEYS, retrieval_same_token
 from align.metrics.scorer import CKA_KEYS, KEYS, Scorer, score
 from align.metrics.similarity import (
     biased_cka,
@@ -25,6 +27,8 @@ __all__ = [
     "KEYS",
     "RETRIEVAL_KEYS",
     "ROW_KEYS",
+    "SAME_TOKEN_KEYS",
+    "TOKEN",
     "TOP_DIMS_SHARE",
     "DocumentSums",
     "Figures",
@@ -32,6 +36,7 @@ __all__ = [
     "ScoreAccumulator",
     "Scorer",
     "add_intervals",
+    "add_partial",
     "biased_cka",
     "biased_cka_from_moments",
     "debiased_cka",
@@ -41,8 +46,10 @@ __all__ = [
     "hsic0_linear",
     "hsic1_linear",
     "paired_difference",
+    "partial_r2",
     "r2_interval",
     "r2_of",
     "retrieval",
+    "retrieval_same_token",
     "score",
 ]

@@ -15,7 +15,11 @@ RETRIEVAL_KEYS = (
     "retrieval_mrr",
     "retrieval_median_rank",
     "retrieval_chance",
+    "retrieval_ceiling",
 )
+
+#: Equal rows need not give bitwise equal products; this is far below any real difference of cosines.
+_TIE = 1e-12
 
 
 def retrieval(y: Rows, y_hat: Rows, *, centre: ArrayLike) -> Figures:
@@ -23,7 +27,8 @@ def retrieval(y: Rows, y_hat: Rows, *, centre: ArrayLike) -> Figures:
 
     Ties count as if broken at random: the median rank takes the middle of the tied ranks, top-k and
     MRR their expectation. So a prediction that does not depend on its input scores exactly chance:
-    top-1 1/N, median rank (N + 1)/2.
+    top-1 1/N, median rank (N + 1)/2. A perfect prediction scores ``retrieval_ceiling``, below 1 where rows of the
+    gallery are equal, as those of equal tokens are at layer 0.
 
     Args:
         y: (N, dy) the gallery.
@@ -31,7 +36,7 @@ def retrieval(y: Rows, y_hat: Rows, *, centre: ArrayLike) -> Figures:
         centre: (dy,) subtracted from both; the train mean.
 
     Returns:
-        ``retrieval_top1 ... retrieval_chance`` and ``retrieval_gallery`` = N; all but the last None
+        ``retrieval_top1 ... retrieval_ceiling`` and ``retrieval_gallery`` = N; all but the last None
         where the gallery has fewer than two rows or all its rows look the same.
 
     Raises:
@@ -62,10 +67,9 @@ def rank_of_partners(y: Rows, y_hat: Rows, mean: Array) -> tuple[Figures, str | 
     if float(np.abs(gallery - gallery[0]).max()) < ROUNDING:
         return figures, "all target rows of the gallery point the same way"
     similarity = queries @ gallery.T
-    # Equal rows need not give bitwise equal products; 1e-12 is far below any real difference.
     difference = similarity - np.diag(similarity)[:, None]
-    better = (difference > 1e-12).sum(axis=1)
-    ties = (np.abs(difference) <= 1e-12).sum(axis=1)
+    better = (difference > _TIE).sum(axis=1)
+    ties = (np.abs(difference) <= _TIE).sum(axis=1)
     figures["retrieval_top1"] = float(np.clip((1 - better) / ties, 0, 1).mean())
     figures["retrieval_top5"] = float(np.clip((5 - better) / ties, 0, 1).mean())
     harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, n + 1))])
@@ -73,7 +77,15 @@ def rank_of_partners(y: Rows, y_hat: Rows, mean: Array) -> tuple[Figures, str | 
     figures["retrieval_mrr"] = float(reciprocal.mean())
     figures["retrieval_median_rank"] = float(np.median(better + (ties + 1) / 2))
     figures["retrieval_chance"] = 1 / n
+    figures["retrieval_ceiling"] = _ceiling(gallery)
     return figures, None
+
+
+def _ceiling(gallery: Array) -> float:
+    """Top-1 of the true rows against themselves, equal rows sharing it."""
+    # No row is nearer to one than itself. One without a direction is as near to all others.
+    ties = (gallery @ gallery.T > np.square(np.linalg.norm(gallery, axis=1))[:, None] - _TIE).sum(axis=1)
+    return float((1 / ties).mean())
 
 
 def _unit(rows: Array, floor: float) -> Array:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from align.metrics.ranking import RETRIEVAL_KEYS, rank_of_partners
 from align.metrics.rows import ROW_KEYS, Figures, Reasons, ScoreAccumulator
+from align.metrics.same_token import NO_TOKENS, SAME_TOKEN_KEYS, retrieval_same_token, same_token_rows
 from align.metrics.similarity import debiased_ckas
 from align.moments.scatter import Rows
 from featstore.errors import FitError
@@ -17,14 +18,27 @@ from featstore.errors import FitError
 #: CKA over pairs of rows of different documents, and over all pairs of different rows.
 CKA_KEYS = ("cka_debiased", "cka_debiased_rows")
 #: Every key of a block, as align.results.Scores declares them.
-KEYS = (*ROW_KEYS, *CKA_KEYS, *RETRIEVAL_KEYS, "retrieval_gallery", "n")
+KEYS = (
+    *ROW_KEYS,
+    *CKA_KEYS,
+    *RETRIEVAL_KEYS,
+    "retrieval_gallery",
+    *SAME_TOKEN_KEYS,
+    "retrieval_same_token_gallery",
+    "retrieval_same_token_tokens",
+    "n",
+)
 
 
 class _Sample:
-    """Keeps a subset of a stream of known length: which rows depends on the seed alone."""
+    """Keeps some rows of a stream.
 
-    def __init__(self, total: int, size: int, rng: np.random.Generator) -> None:
-        self._wanted = np.sort(rng.choice(total, size=min(size, total), replace=False))
+    Args:
+        wanted: int64, their numbers, ascending.
+    """
+
+    def __init__(self, wanted: NDArray[np.int64]) -> None:
+        self._wanted = wanted
         self._kept: list[tuple[Rows, Rows]] = []
         self._documents: list[NDArray[Any]] = []
 
@@ -44,6 +58,12 @@ class _Sample:
         return np.concatenate(self._documents) if self._documents else None
 
 
+def _some(total: int, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """A subset of the rows of a stream of known length."""
+    chosen: NDArray[np.int64] = np.sort(rng.choice(total, size=min(size, total), replace=False))
+    return chosen
+
+
 class Scorer:
     """Every figure of a ``metrics.json`` block over a stream of blocks.
 
@@ -56,9 +76,11 @@ class Scorer:
         gallery: Rows of the retrieval gallery, at most.
         cka_rows: Rows for CKA, at most.
         seed: Chooses the subsets.
+        tokens: Integers ``(total,)``, the source token of every row to come; None where nobody knows, and then there
+            is no retrieval among rows of the same token.
 
     Raises:
-        FitError: The mean is not a finite vector, or a count is negative.
+        FitError: The mean is not a finite vector, a count is negative, or there are more or fewer tokens than rows.
     """
 
     def __init__(
@@ -69,14 +91,24 @@ class Scorer:
         gallery: int = 512,
         cka_rows: int = 16_384,
         seed: int = 0,
+        tokens: ArrayLike | None = None,
     ) -> None:
         if min(total, gallery, cka_rows) < 0:
             raise FitError(f"counts cannot be negative: {total}, {gallery}, {cka_rows}")
         self._rows = ScoreAccumulator(mean_train_y)
         self._total = total
-        rng_gallery, rng_cka = np.random.default_rng(seed).spawn(2)
-        self._gallery = _Sample(total, gallery, rng_gallery)
-        self._cka = _Sample(total, cka_rows, rng_cka)
+        rng_gallery, rng_cka, rng_tokens = np.random.default_rng(seed).spawn(3)
+        self._gallery = _Sample(_some(total, gallery, rng_gallery))
+        self._cka = _Sample(_some(total, cka_rows, rng_cka))
+        self._samples = [self._gallery, self._cka]
+        self._same: tuple[_Sample, NDArray[np.int64]] | None = None
+        if tokens is not None:
+            ids = np.asarray(tokens, dtype=np.int64)
+            if len(ids) != total:
+                raise FitError(f"{total} rows were announced with {len(ids)} tokens; give one a row")
+            chosen = same_token_rows(ids, rng_tokens)
+            self._same = _Sample(chosen), ids[chosen]
+            self._samples.append(self._same[0])
 
     def update(self, y: Rows, y_hat: Rows, documents: ArrayLike | None = None) -> None:
         """Add the next rows, in order.
@@ -97,7 +129,7 @@ class Scorer:
         labels = None if documents is None else np.asarray(documents)
         if labels is not None and labels.shape != (len(y),):
             raise FitError(f"document labels of shape {labels.shape} for {len(y)} rows: give one for each row")
-        for sample in (self._gallery, self._cka):
+        for sample in self._samples:
             sample.update(start, np.asarray(y), np.asarray(y_hat), labels)
 
     def result(self) -> tuple[Figures, Reasons]:
@@ -105,13 +137,18 @@ class Scorer:
         found, reasons = self._rows.result(), self._rows.reasons()
         if self._rows.n == 0:
             found["retrieval_gallery"] = 0
-            missing = (*CKA_KEYS, *RETRIEVAL_KEYS)
+            found |= {"retrieval_same_token_gallery": 0, "retrieval_same_token_tokens": 0}
+            missing = (*CKA_KEYS, *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS)
             reasons.update(dict.fromkeys(missing, "no rows"))
         else:
             gallery, reason = rank_of_partners(*self._gallery.rows(), self._rows.mean)
             found.update(gallery)
             if reason:
                 reasons.update(dict.fromkeys(RETRIEVAL_KEYS, reason))
+            same, reason = self._among_same_token()
+            found.update(same)
+            if reason:
+                reasons.update(dict.fromkeys(SAME_TOKEN_KEYS, reason))
             try:
                 values = debiased_ckas(*self._cka.rows(), [self._cka.documents(), None])
             except FitError as error:
@@ -123,6 +160,12 @@ class Scorer:
                     found[key] = value
         return {key: found.get(key) for key in KEYS}, reasons
 
+    def _among_same_token(self) -> tuple[Figures, str | None]:
+        if self._same is None:
+            return {"retrieval_same_token_gallery": 0, "retrieval_same_token_tokens": 0}, NO_TOKENS
+        sample, tokens = self._same
+        return retrieval_same_token(*sample.rows(), tokens, centre=self._rows.mean)
+
 
 def score(
     y: Rows,
@@ -133,6 +176,7 @@ def score(
     cka_rows: int = 16_384,
     seed: int = 0,
     documents: ArrayLike | None = None,
+    tokens: ArrayLike | None = None,
 ) -> tuple[Figures, Reasons]:
     """Every figure of a ``metrics.json`` block from rows in memory; see :class:`Scorer`.
 
@@ -144,6 +188,7 @@ def score(
         cka_rows: Rows for CKA, at most.
         seed: Chooses the subsets.
         documents: (n,) labels, as :meth:`Scorer.update` takes them.
+        tokens: Integers (n,), the source token of every row; None where nobody knows.
 
     Returns:
         The figures by key, and a reason for each that is None.
@@ -151,7 +196,7 @@ def score(
     Raises:
         FitError: Shapes do not fit.
     """
-    scorer = Scorer(mean_train_y, len(y), gallery=gallery, cka_rows=cka_rows, seed=seed)
+    scorer = Scorer(mean_train_y, len(y), gallery=gallery, cka_rows=cka_rows, seed=seed, tokens=tokens)
     labels = None if documents is None else np.asarray(documents)
     for start in range(0, len(y), 8192):
         part = slice(start, start + 8192)

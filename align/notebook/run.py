@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from align.maps.fitted import load_adapter
+from align.metrics import TOKEN
 from align.notebook.maps import Maps
 from align.results import Baseline, EpochRecord, Metrics, PairMetrics, read_epochs, read_metrics
 from align.settings import Settings, load_settings
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Baseline that is the optimum of a class of maps, and no control.
 _CLOSED = "closed_form"
+#: Baselines that are no controls: the optimum, and what the source's token alone says.
+_NO_CONTROLS = (_CLOSED, TOKEN)
 PLOTS = ("scores", "curves")
 #: Least R2 that a panel of scores shows.
 _LOWEST = -1.5
@@ -130,9 +134,12 @@ class Run:
         """One line."""
         if not self._finished():
             return f"<Run {str(self.path)!r}: not finished>"
-        known = [pair.test.r2 for pair in self.metrics.pairs.values() if pair.test.r2 is not None]
-        ends = dict.fromkeys(f"{value:.3f}" for value in (min(known), max(known))) if known else {"undefined": None}
-        return f"<Run {str(self.path)!r}: {self._what()}, R2 {' to '.join(ends)}>"
+        tests = [pair.test for pair in self.metrics.pairs.values()]
+        beyond = _range([test.partial_r2 for test in tests])
+        left = f", {beyond} beyond the token" if beyond else ""
+        return (
+            f"<Run {str(self.path)!r}: {self._what()}, R2 {_range([test.r2 for test in tests]) or 'undefined'}{left}>"
+        )
 
     def _repr_html_(self) -> str:
         from html import escape
@@ -149,20 +156,34 @@ class Run:
         rows, notes = [], []
         for key, pair in self.metrics.pairs.items():
             best = best_control(pair)
-            closed = pair.baselines.get(_CLOSED)
+            closed, token = pair.baselines.get(_CLOSED), pair.baselines.get(TOKEN)
             rows.append(
                 (
                     key,
+                    with_interval(pair.test.partial_r2, pair.test.partial_r2_ci95),
                     with_interval(pair.test.r2, pair.test.r2_ci95),
+                    number(token.r2 if token else None),
                     number(closed.r2 if closed else None),
                     number(best[1] if best else None) + (f" {best[0]}" if best else ""),
                     number(pair.test.cosine_centered),
                     number(pair.test.retrieval_top1),
+                    number(pair.test.retrieval_same_token_top1),
                     str(pair.test.n),
                 )
             )
             notes += [f"{key}: {found.level}: {found.message}" for found in pair.warnings]
-        columns = ("map", "R2 [95 %]", "optimum", "best control", "cosine, centred", "retrieval top-1", "test rows")
+        columns = (
+            "map",
+            "beyond the token [95 %]",
+            "R2 [95 %]",
+            "token alone",
+            "optimum",
+            "best control",
+            "cosine, centred",
+            "retrieval top-1",
+            "among the same token",
+            "test rows",
+        )
         return Sheet(f"{self._what()}{of_roles(self.metrics.roles)} in {self.path}", columns, tuple(rows), tuple(notes))
 
     def _scores(self) -> Figure:
@@ -184,6 +205,12 @@ class Run:
         return figure
 
 
+def _range(values: Sequence[float | None]) -> str:
+    """The least and the greatest of some figures; empty without any."""
+    known = [value for value in values if value is not None]
+    return " to ".join(dict.fromkeys(f"{value:.3f}" for value in (min(known), max(known)))) if known else ""
+
+
 def _label(name: str, block: Baseline) -> str:
     return f"{name} {block.r2:.3g}" if block.r2 is not None and block.r2 < _LOWEST else name
 
@@ -197,7 +224,7 @@ def best_control(pair: PairMetrics) -> tuple[str, float] | None:
     known = {
         name: float(block.r2)
         for name, block in pair.baselines.items()
-        if name != _CLOSED and block is not None and block.r2 is not None
+        if name not in _NO_CONTROLS and block is not None and block.r2 is not None
     }
     best = max(known, key=lambda name: known[name], default=None)
     return None if best is None else (best, known[best])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import PrivateAttr
 
 from align import results
-from align.similarity.words import best_partners
+from align.similarity.words import best_partners, floor_lines
 from featstore.errors import CorruptDataError, SpecError
 from featstore.runtime import records
 from featstore.runtime.arguments import as_path
@@ -129,8 +129,7 @@ class Similarity(results.Similarity):
             f"{first}:{layer} is most like {second}:{best['layer']} ({best['cka']:.3f})"
             for layer, best in best_partners(self.content()).items()
         ]
-        floor = [abs(v) for row in (self.null.cross if self.null else ()) for v in row if v is not None]
-        notes += [f"floor (shuffled pairs): at most {max(floor):.3f}"] if floor else []
+        notes += floor_lines(self.content())
         notes += [f"undefined: {where}: {why}" for where, why in self.reasons.items()]
         sinks = "with" if self.keep_sinks else "without"
         title = f"{self.estimator} {self.kernel} CKA over {self.n} pairs{of_roles(self.roles)}, {sinks} attention sinks"
@@ -145,7 +144,8 @@ def _misfits(whole: results.Similarity, record: records.Record, where: str = "")
     first, second = (len(whole.layers[name]) for name in whole.models)
     for name in type(record).model_fields:
         value = getattr(record, name)
-        if name in ("cross", "reverse") and value and _shape(value) != {(first, second)}:
+        exchanged = isinstance(record, results.Exchanged) and name in results.Exchanged.model_fields
+        if (exchanged or name in ("cross", "reverse")) and value and _shape(value) != {(first, second)}:
             yield f"{where}{name}"
         elif name == "within":
             for model, table in value.items():

@@ -10,11 +10,11 @@ from align.closed_form.fit import Solver, baselines
 from align.compress.fit import Compressed, fit_windows, steps_of
 from align.compress.plan import WindowsPlan
 from align.compress.report import evaluate
-from align.compress.score import Trained, score_windows
+from align.compress.score import ByToken, Trained, score_windows
 from align.compress.windows import Windows
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
-from align.metrics import DocumentSums, add_intervals
+from align.metrics import TOKEN, DocumentSums, add_intervals, add_partial
 from align.moments.scan import Scan
 from align.runs.candidates import Reporting
 from align.runs.findings import Training, gram_facts
@@ -96,17 +96,21 @@ def _entry(
     seed: int,
 ) -> tuple[dict[str, Any], DocumentSums]:
     train, val, test = windows
-    entry: dict[str, Any] = {"fit": done.reason, "reasons": {}, "baselines": {}}
+    table, facts = judge.token(pair)
+    entry: dict[str, Any] = {"fit": done.reason, "reasons": {}, "baselines": {}, TOKEN: facts}
     for name, part in (("train", train), ("val", val)):
         entry[name], reasons = score_windows(part, {"map": Trained(done.module)}, done.mean_target, seed=seed)["map"]
         entry["reasons"] |= {f"{name}.{key}": reason for key, reason in reasons.items()}
     sums = DocumentSums()
-    found = evaluate(done, train, val, test, seed=seed, documents=sums)
+    more = {} if isinstance(table, str) else {TOKEN: ByToken(table)}
+    found = evaluate(done, train, val, test, seed=seed, documents=sums, more=more)
     solver = Solver()
     controls = baselines(plan.fit, pair, moments, seed, solver=solver)
     maps = {**controls, "closed_form": solver.fit(plan.fit, pair, moments)}
     scored = judge.scores(pair, direction.pairs, TEST, maps)
     blocks = {name: (found["figures"][name], found["reasons"][name]) for name in found["figures"]} | scored
+    if isinstance(table, str):
+        blocks[TOKEN] = None, {TOKEN: table}
     for name, (figures, reasons) in blocks.items():
         place = "test" if name == "compress" else f"baselines.{name}"
         entry["reasons"] |= {place if figures is None else f"{place}.{key}": why for key, why in reasons.items()}
@@ -116,6 +120,7 @@ def _entry(
             entry["baselines"][name] = figures
     entry["baselines"]["closed_form"]["name"] = f"{plan.optimum} on whole states"
     add_intervals(entry, sums.renamed({"compress": "map"}))
+    add_partial(entry, sums.renamed({"compress": "map"}))
     entry |= {"rate": found["rate"], "rate_distortion": found["rate_distortion"]}
     entry["by_role"] = direction.by_role
     entry["by_mask"] = {"masked": None, "kept": None}

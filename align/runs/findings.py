@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from align.closed_form.scaling import Unscaled
 from align.solvers import lambda_grid
+from align.statistics import FEW_DOCUMENTS, FEWEST
 from featstore.errors import FitError
 
 Finding = dict[str, str]
@@ -28,6 +29,8 @@ LEAST_COVERAGE = 0.8
 GAP = 0.1
 #: R2 that counts as a difference to an optimum or a control.
 MARGIN = 0.01
+#: What R2 may lack of 1 where a prediction leaves no error but rounding.
+NO_ERROR = 1e-6
 #: Part of ln B that InfoNCE has to gain on chance.
 INFONCE_GAIN = 0.1
 #: Top-1 retrieval has to be so many times chance.
@@ -141,6 +144,7 @@ def findings(
     training: Training | None = None,
     unscaled: Unscaled | None = None,
     intercept: Intercept | None = None,
+    documents: int | None = None,
 ) -> list[Finding]:
     """Every finding about one layer pair of a run.
 
@@ -158,8 +162,9 @@ def findings(
         training: How training ended; None for a closed form.
         unscaled: What a factor would do to a rotation without one; None for maps that have no such rotation.
         intercept: What one would do to a map without; None for maps with.
+        documents: Test documents; None where nobody counted.
     """
-    found = list(_all(entry, parts, n_train, width, coverage, keep_sinks, gram, sites, lam, training))
+    found = list(_all(entry, parts, n_train, width, coverage, keep_sinks, gram, sites, lam, training, documents))
     return [*found, *no_scale(unscaled), *no_intercept(intercept)]
 
 
@@ -174,6 +179,7 @@ def _all(
     sites: Sequence[Site],
     lam: float | None,
     training: Training | None,
+    documents: int | None,
 ) -> Iterator[Finding]:
     test, base = entry["test"], entry.get("baselines") or {}
     yield from few_rows(n_train, width)
@@ -186,9 +192,11 @@ def _all(
     yield from overfit(_r2(entry.get("train")), _r2(entry.get("val")), _r2(test))
     yield from loses_to_closed_form(_r2(test), base.get("closed_form"))
     yield from no_better_than_controls(_r2(test), base)
+    yield from token_explains(test, base.get("token"))
     yield from retrieval_at_chance(test.get("retrieval_top1"), test.get("retrieval_chance"))
     yield from lambda_at_the_end(lam)
     yield from still_improving(training)
+    yield from few_documents(documents)
 
 
 def _warn(code: str, message: str) -> Finding:
@@ -364,6 +372,50 @@ def no_better_than_controls(r2: float | None, base: Mapping[str, Any]) -> Iterat
             f"test R2 {r2:.3f} does not beat the best control ({best}, {known[best]:.3f}): these layers may have "
             "nothing in common that such a map can express; try other layers, more text or --type affine",
         )
+
+
+def token_explains(test: Mapping[str, Any], token: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """The source's current token alone predicts the target as well as the map does.
+
+    Args:
+        test: Block of the map, with ``r2``, ``partial_r2`` and ``partial_r2_ci95``.
+        token: Block of the prediction from the token alone; None where there is none.
+    """
+    r2, alone = _r2(test), _r2(token)
+    if r2 is None or alone is None:
+        return
+    partial, interval = test.get("partial_r2"), test.get("partial_r2_ci95")
+    if partial is None:
+        if alone < 1 - NO_ERROR:
+            return  # nobody summed errors by document
+        left = "nothing is left to explain"
+    elif partial <= MARGIN or (interval is not None and interval[0] <= 0):
+        ends = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+        left = f"of what the token leaves the map explains {partial:.3f}{ends} (partial R2)"
+    else:
+        return
+    yield _warn(
+        "token-explains",
+        f"test R2 {r2:.3f}, and {alone:.3f} for a prediction from the source's current token alone: {left}. The two "
+        "models may share no more here than the token that both have just read; do not speak of context. Try other "
+        "layers, more text or another type of map",
+    )
+
+
+def few_documents(documents: int | None) -> Iterator[Finding]:
+    """Intervals rest on few test documents, or there are none.
+
+    Args:
+        documents: Test documents; None where nobody counted.
+    """
+    if documents is None or documents >= FEW_DOCUMENTS:
+        return
+    said = f"{documents} test document{'s' * (documents != 1)}"
+    if documents < FEWEST:
+        said += f": below {FEWEST} there is no interval, and no figure can be told from chance"
+    else:
+        said += ": intervals are wide, and what holds of these documents need not hold of others"
+    yield _warn("few-documents", f"{said}; extract more documents")
 
 
 def retrieval_at_chance(top1: float | None, chance: float | None) -> Iterator[Finding]:

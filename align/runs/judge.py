@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from align.closed_form.fit import Fit, Solver, baselines
 from align.closed_form.partners import validation_r2
 from align.closed_form.scaling import Unscaled, unscaled
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
-from align.metrics import DocumentSums, Figures, Reasons, add_intervals
+from align.metrics import TOKEN, DocumentSums, Figures, Reasons, add_intervals, add_partial
 from align.moments.scan import Scan, limit_rows, read_split, sites_of
 from align.moments.scatter import Array
 from align.runs.findings import Gram, Intercept, Site, Training, findings, gram_facts
 from align.runs.job import Data, Direction
 from align.scoring.moments import NEEDS_ROWS, score_moments
 from align.scoring.rows import TRAIN_ROWS, batches_of, score_all
+from align.tokens.table import TokenTable, TokenTables
 from featstore.store.moments.stored import has_rows
 from featstore.store.read.pairs import Pairs
 from featstore.text.splits import TEST, TRAIN, VALIDATION
@@ -56,12 +59,21 @@ class Judge:
         seed: Of samples, controls and intervals.
         isometric: Whether no map of the run can change debiased CKA.
         centred: Whether the run's maps subtract the train means.
+        tables: Baselines from the source's token alone, one for each target layer.
     """
 
     def __init__(
-        self, data: Data, direction: Direction, solver: Solver, *, seed: int, isometric: bool, centred: bool
+        self,
+        data: Data,
+        direction: Direction,
+        solver: Solver,
+        *,
+        seed: int,
+        isometric: bool,
+        centred: bool,
+        tables: TokenTables,
     ) -> None:
-        self._data, self._direction, self._solver = data, direction, solver
+        self._data, self._direction, self._solver, self._tables = data, direction, solver, tables
         self._seed, self._isometric, self._centred = seed, isometric, centred
 
     def entry(self, pair: LayerPair, moments: Scan, candidate: Candidate) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -74,9 +86,10 @@ class Judge:
         """
         pairs = self._direction.pairs
         controls = baselines(candidate.like, pair, moments, self._seed, solver=self._solver)
-        maps: dict[str, Aligner | str] = {"map": candidate.aligner, **controls}
+        maps: dict[str, Aligner | TokenTable | str] = {"map": candidate.aligner, **controls}
+        maps[TOKEN], facts = self.token(pair)
         maps["closed_form"] = candidate.optimum[0] if candidate.optimum else "this is a closed form"
-        entry: dict[str, Any] = {"fit": candidate.words, "reasons": {}, "baselines": {}}
+        entry: dict[str, Any] = {"fit": candidate.words, "reasons": {}, "baselines": {}, TOKEN: facts}
         limit = TRAIN_ROWS if self._has_rows(pair) else None
         for name, split in (("train", TRAIN), ("val", VALIDATION)):
             some = limit_rows(pairs.where(pairs.split == split), limit, self._seed)
@@ -95,6 +108,7 @@ class Judge:
         if candidate.optimum is not None:
             entry["baselines"]["closed_form"]["name"] = candidate.optimum[1]
         add_intervals(entry, NEEDS_ROWS if sums is None else sums)
+        add_partial(entry, NEEDS_ROWS if sums is None else sums)
         entry["by_role"] = self._direction.by_role
         entry["by_mask"] = self._by_mask(pair, candidate.aligner, entry["reasons"])
         entry["cka"] = self._cka(pair, entry, controls)
@@ -111,12 +125,22 @@ class Judge:
         )
         return entry, {} if sums is None else sums.block()
 
+    def token(self, pair: LayerPair) -> tuple[TokenTable | str, dict[str, Any] | None]:
+        """The baseline from the source's token alone, or why there is none; and how it was fitted.
+
+        Args:
+            pair: Which layers.
+        """
+        # Where the source has no rows there is no document sum to compare it by.
+        table = self._tables.of(self._direction.pairs, pair.target_layer) if self._has_rows(pair) else NEEDS_ROWS
+        return table, table.facts if isinstance(table, TokenTable) else None
+
     def scores(
         self,
         pair: LayerPair,
         pairs: Pairs,
         split: int,
-        maps: Mapping[str, Aligner | str],
+        maps: Mapping[str, Aligner | TokenTable | str],
         *,
         documents: DocumentSums | None = None,
     ) -> dict[str, tuple[Figures | None, Reasons]]:
@@ -130,7 +154,8 @@ class Judge:
             documents: Takes squared errors by document as well.
         """
         if self._direction.stored is not None and not self._has_rows(pair):
-            return score_moments(read_split(self._direction.stored, pair, split), maps)
+            rowless = {name: NEEDS_ROWS if isinstance(one, TokenTable) else one for name, one in maps.items()}
+            return score_moments(read_split(self._direction.stored, pair, split), rowless)
         rows = batches_of(self._data.store, pair, pairs.where(pairs.split == split), self._data.memory)
         return score_all(rows, maps, seed=self._seed, documents=documents)
 
@@ -178,6 +203,7 @@ class Judge:
             training=training,
             unscaled=unscaled,
             intercept=intercept,
+            documents=self._test_documents(),
         )
 
     def _intercept(self, pair: LayerPair, aligner: Aligner, moments: Scan) -> Intercept | None:
@@ -186,6 +212,10 @@ class Judge:
             return None
         best = self._solver.fit(Fit("affine"), pair, moments)
         return Intercept(*(validation_r2(each, moments.val) for each in (aligner, best)))
+
+    def _test_documents(self) -> int:
+        pairs = self._direction.pairs
+        return len(np.unique(pairs.document[pairs.split == TEST]))
 
     def _cka(self, pair: LayerPair, entry: Mapping[str, Any], controls: Mapping[str, Aligner | str]) -> dict[str, Any]:
         """Debiased CKA of the test rows before the map and after it; no rotation changes it."""

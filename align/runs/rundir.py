@@ -19,6 +19,8 @@ from align.maps.fitted import Aligner, save_adapter
 from align.results import Documents, EpochRecord, Metrics, read_epochs, write_documents, write_epoch, write_metrics
 from align.scoring.rows import Epoch
 from align.settings import Settings
+from align.tokens.files import save_tables
+from align.tokens.table import TokenTable
 from featstore.errors import SpecError
 from featstore.runtime.console import jsonable
 from featstore.runtime.provenance import write_atomic
@@ -90,7 +92,12 @@ class RunDirectory:
             self._old_epochs = {record.epoch: record for record in read_epochs(out)}
         else:
             shutil.rmtree(self._checkpoints, ignore_errors=True)
-        for left in (out / "log.jsonl", out / "metrics.json", *out.glob("eval_epoch_*.json")):
+        for left in (
+            out / "log.jsonl",
+            out / "metrics.json",
+            out / "tokens.safetensors",
+            *out.glob("eval_epoch_*.json"),
+        ):
             left.unlink(missing_ok=True)
         write_atomic(out / "run.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
 
@@ -176,14 +183,16 @@ class RunDirectory:
         documents: Mapping[str, Any],
         aligners: Sequence[Aligner],
         card: dict[str, Any],
+        tables: Mapping[str, TokenTable],
     ) -> None:
-        """Write metrics, per-document sums, curves, the adapter and, last, its card; remove the checkpoints.
+        """Write metrics, per-document sums, curves, tables, the adapter and, last, its card; remove the checkpoints.
 
         Args:
             metrics: ``metrics.json``.
             documents: ``documents.json``.
             aligners: The maps.
             card: The card without the pairs.
+            tables: Predictions from the token alone, by :func:`align.tokens.table.table_key`.
         """
         if not self.writes:
             return
@@ -193,6 +202,7 @@ class RunDirectory:
         write_documents(self.path, Documents.parse(jsonable(documents)))
         write_metrics(self.path, Metrics.parse(jsonable(metrics)))
         plot_curves(self.epochs, dict(metrics["pairs"]), self.path)
+        save_tables(self.path, tables, [aligner.pair for aligner in aligners], store=card["store"]["fingerprint"])
         save_adapter(self.path, aligners, card)
         shutil.rmtree(self._checkpoints, ignore_errors=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import entry_points
@@ -13,6 +13,7 @@ from align.closed_form.fit import Solver
 from align.closed_form.partners import best_partners
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
+from align.metrics import TOKEN
 from align.moments.scan import Scan, groups_within, roles_selected, scan, stored_scan
 from align.runs.candidates import EpochEvaluation, Maker, Reporting
 from align.runs.job import Direction, Job, resolve
@@ -20,10 +21,12 @@ from align.runs.judge import Judge
 from align.runs.plan import Sharing
 from align.runs.rundir import RunDirectory, check_free, default_directory
 from align.settings import Settings
+from align.tokens.table import TokenTables
 from align.training.plan import Placement
 from featstore.errors import MissingPackageError, SpecError
 from featstore.runtime.console import check_directory, err, progress
 from featstore.runtime.processes import Ranks
+from featstore.runtime.sheets import NONE, number, with_interval
 from featstore.store.moments.stored import MEMORY
 from featstore.text.splits import TEST
 
@@ -106,6 +109,8 @@ class _Run:
         self.entries: dict[str, Any] = {}
         self.documents: dict[str, Any] = {}
         self.partners: list[dict[str, Any]] = []
+        targets = {(d.source, d.target, pair.target_layer) for d in job.directions for pair in d.wanted}
+        self.tables = TokenTables(job.data.store, len(targets))
 
     def direction(self, direction: Direction) -> None:
         direction.pairs.where(direction.pairs.split == TEST).need(1, "testing")
@@ -120,7 +125,15 @@ class _Run:
 
     def _group(self, direction: Direction, wanted: list[LayerPair], moments: dict[str, Scan]) -> None:
         solver, plan, data = Solver(self.device), self.job.map, self.job.data
-        judge = Judge(data, direction, solver, seed=self.job.seed, isometric=plan.isometric, centred=plan.type.centred)
+        judge = Judge(
+            data,
+            direction,
+            solver,
+            seed=self.job.seed,
+            isometric=plan.isometric,
+            centred=plan.type.centred,
+            tables=self.tables,
+        )
         if plan.windows is not None:
             from align.runs.compressed import compress
 
@@ -146,7 +159,7 @@ class _Run:
         card = self.job.card()
         if self.job.map.sharing is not None:
             card["shared"] = self._shared_parameters(self.job.map.sharing)
-        self.reporting.files.finish(result, {"pairs": self.documents}, self.aligners, card)
+        self.reporting.files.finish(result, {"pairs": self.documents}, self.aligners, card, self.tables.fitted)
         return result
 
     def _announce(self, pair: LayerPair) -> None:
@@ -200,32 +213,54 @@ class _Run:
         return {"shipped": sum(shared.values()) + own}
 
 
+_HEADS = ("beyond [95 %]", "R2", "token", "median", "cos_c", "top-1", "chance", "same", "chance", "+sinks")
+_LEGEND = (
+    "beyond: partial R2, what the map explains of the error that a prediction from the source's token alone (token) "
+    "leaves; same: top-1 among states of the same token"
+)
+#: Baselines that are no controls: what the token alone does and what can be done at best stand in their own places.
+_NO_CONTROLS = (TOKEN, "closed_form")
+
+
 def describe(result: dict[str, Any]) -> str:
     """A run's test figures as a table for people.
 
     Args:
         result: From :func:`train`.
     """
-    heads = " ".join(f"{head:>7}" for head in ("R2", "median", "cos_c", "top-1", "chance", "+sinks"))
-    lines = [f"{'pair':28} {heads}   best control R2"]
+    lines = [f"{'pair':28} {_line(_HEADS)}   best control R2"]
     for key, entry in result["pairs"].items():
-        test = entry["test"]
-        controls = {
-            name: figures["r2"]
-            for name, figures in entry["baselines"].items()
-            if name != "closed_form" and figures and figures.get("r2") is not None
-        }
-        best = max(controls, key=lambda name: controls[name])
-        figures = [test[k] for k in ("r2", "r2_median_dim", "cosine_centered", "retrieval_top1", "retrieval_chance")]
-        figures.append((entry["by_mask"]["kept"] or {}).get("r2"))
-        values = " ".join(f"{v:7.3f}" if v is not None else f"{'-':>7}" for v in figures)
-        lines.append(f"{key:28} {values}   {best} {controls[best]:.3f}")
+        lines.append(f"{key:28} {_line(_figures(entry))}   {_best_control(entry)}")
         closed = entry["baselines"].get("closed_form")
         if closed:
-            lines.append(f"{'':28} {closed['r2']:7.3f} is the optimum of {closed['name']}")
+            lines.append(f"{'':28} {'':22} {closed['r2']:7.3f} is the optimum of {closed['name']}")
         if result.get("roles") is not None:
             rows = (f"{role} ({of['train']} train, {of['test']} test)" for role, of in entry["by_role"].items())
             lines.append(f"  only rows of the roles {', '.join(rows)}")
         lines += [f"  {w.get('level', 'warning')}: {w['message']}" for w in entry["warnings"]]
-    lines.append(f"run: {result['run']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, _LEGEND, f"run: {result['run']}"])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return " ".join(f"{cell:>{7 if place else 22}}" for place, cell in enumerate(cells))
+
+
+def _figures(entry: dict[str, Any]) -> list[str]:
+    test, token = entry["test"], entry["baselines"].get(TOKEN) or {}
+    kept = entry["by_mask"]["kept"] or {}
+    values = [test.get("r2"), token.get("r2")]
+    values += [test.get(name) for name in ("r2_median_dim", "cosine_centered", "retrieval_top1", "retrieval_chance")]
+    values += [test.get(f"retrieval_same_token_{name}") for name in ("top1", "chance")]
+    values.append(kept.get("r2"))
+    beyond = with_interval(test.get("partial_r2"), test.get("partial_r2_ci95"))
+    return [cell.replace(NONE, "-") for cell in (beyond, *(number(value) for value in values))]
+
+
+def _best_control(entry: dict[str, Any]) -> str:
+    controls = {
+        name: figures["r2"]
+        for name, figures in entry["baselines"].items()
+        if name not in _NO_CONTROLS and figures and figures.get("r2") is not None
+    }
+    best = max(controls, key=lambda name: controls[name])
+    return f"{best} {controls[best]:.3f}"

@@ -20,6 +20,7 @@ from align.metrics import (
     CKA_KEYS,
     KEYS,
     RETRIEVAL_KEYS,
+    SAME_TOKEN_KEYS,
     Figures,
     Reasons,
     ScoreAccumulator,
@@ -111,7 +112,7 @@ class _Rows:
         sums = _Sums(mean, m.n, np.maximum(error, 0.0), np.maximum(spread, 0.0))
         figures, reasons = sums.result(), sums.reasons()
         if m.n:
-            reasons |= dict.fromkeys(("cosine", "cosine_centered", *RETRIEVAL_KEYS), NEEDS_ROWS)
+            reasons |= dict.fromkeys(("cosine", "cosine_centered", *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS), NEEDS_ROWS)
             reasons["cka_debiased"] = NEEDS_DOCUMENTS
             value, reason = self._mapped_cka(weight)
             if reason is None:
@@ -119,8 +120,9 @@ class _Rows:
             else:
                 reasons["cka_debiased_rows"] = reason
         else:
-            reasons |= dict.fromkeys((*CKA_KEYS, *RETRIEVAL_KEYS), "no rows")
-        return {**dict.fromkeys(KEYS), **figures, "retrieval_gallery": 0}, reasons
+            reasons |= dict.fromkeys((*CKA_KEYS, *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS), "no rows")
+        galleries = ("retrieval_gallery", "retrieval_same_token_gallery", "retrieval_same_token_tokens")
+        return {**dict.fromkeys(KEYS), **figures, **dict.fromkeys(galleries, 0)}, reasons
 
     def _mapped_cka(self, weight: Array) -> tuple[float, str | None]:
         square = weight @ weight.T

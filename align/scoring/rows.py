@@ -1,4 +1,4 @@
-"""Aligners' figures on a split, all from one pass over its rows."""
+"""Maps' figures on a split, all from one pass over its rows; a table of tokens is scored as one more map."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.metrics import DocumentSums, Figures, Reasons, Scorer
+from align.tokens.table import TokenTable
 from featstore.errors import FitError
 from featstore.store import Store
 from featstore.store.read.loader import MEMORY, PairBatches
@@ -66,7 +67,7 @@ def batches_of(store: Store, pair: LayerPair, pairs: Pairs, memory: int = MEMORY
 
 def score_all(
     rows: PairBatches,
-    aligners: Mapping[str, Aligner | str],
+    aligners: Mapping[str, Aligner | TokenTable | str],
     *,
     seed: int = 0,
     documents: DocumentSums | None = None,
@@ -75,8 +76,9 @@ def score_all(
 
     Args:
         rows: The rows.
-        aligners: Maps by name, or the reason why there is none.
-        seed: Of the retrieval gallery and the CKA subset, the same for all maps.
+        aligners: Maps by name, or the reason why there is none. A table of tokens has no train mean of its own to be
+            scored about: it takes the maps', and its own where it is alone.
+        seed: Of the retrieval galleries and the CKA subset, the same for all maps.
         documents: Takes the squared errors of every map by document as well.
 
     Returns:
@@ -85,13 +87,20 @@ def score_all(
     Raises:
         FitError: Sums by document are asked of maps with different train means, whose R2 have different zeros.
     """
-    maps = {name: aligner for name, aligner in aligners.items() if isinstance(aligner, Aligner)}
-    means = {name: aligner.tensors["control_mean"] for name, aligner in maps.items()}
-    scorers = {name: Scorer(mean.astype(np.float64), len(rows), seed=seed) for name, mean in means.items()}
-    zero = next(iter(means.values()), None)
+    maps = {name: aligner for name, aligner in aligners.items() if not isinstance(aligner, str)}
+    own = {name: one.tensors["control_mean"] for name, one in maps.items() if isinstance(one, Aligner)}
+    tables = {name: one.mean for name, one in maps.items() if isinstance(one, TokenTable)}
+    zero = next(iter((own or tables).values()), None)
+    means = {name: own.get(name, zero) for name in maps}
+    tokens = rows.pairs.token
+    scorers = {
+        name: Scorer(mean.astype(np.float64), len(rows), seed=seed, tokens=tokens)
+        for name, mean in means.items()
+        if mean is not None
+    }
     if documents is not None and zero is not None:
         for name, mean in means.items():
-            if not np.array_equal(mean, zero):
+            if mean is None or not np.array_equal(mean, zero):
                 raise FitError(f"map {name!r} has another train mean than {next(iter(means))!r}; score them apart")
     for block in rows.blocks():
         owner = rows.pairs.document[block.pairs]
@@ -99,7 +108,7 @@ def score_all(
             documents.add_targets(owner, block.y, zero)
         # One map at a time: the states of all of them would be many times the block.
         for name, aligner in maps.items():
-            mapped = aligner.apply(block.x)
+            mapped = aligner.apply(block.x) if isinstance(aligner, Aligner) else aligner.predict(tokens[block.pairs])
             scorers[name].update(block.y, mapped, owner)
             if documents is not None:
                 documents.add(name, owner, block.y, mapped)

@@ -15,7 +15,9 @@ from align.metrics import debiased_cka
 from align.moments.scan import need_rows, roles_selected, usable_moments
 from align.moments.scatter import centered, merge
 from align.scoring.moments import NEEDS_ROWS, layer_similarity
+from align.similarity.floors.exchange import PERMUTATIONS, affordable, floors
 from align.similarity.measures.base import Measure, resampling
+from align.similarity.measures.kernel_cka import Cka, RbfCka
 from align.similarity.sample import MAX_ROWS, Layers, Sample, affordable_rows, draw, read_rows
 from align.similarity.scan.checkpoint import discard
 from align.similarity.scan.planning import MEMORY, Selection, Site, plan
@@ -55,6 +57,7 @@ class Comparison:
         measures: Others, over a sample of rows.
         max_rows: Rows of the sample at most.
         draws: Resamples of documents behind each interval.
+        permutations: Exchanges of partners behind each floor; 0 for no floors.
         memory: Bytes for the scan, and for the sample.
         checkpoint: Directory of the scan's state; None to keep none.
         device: Where RBF kernels are made, a torch device.
@@ -62,7 +65,7 @@ class Comparison:
         quiet: No progress.
 
     Raises:
-        SpecError: Unknown estimator or kernel.
+        SpecError: Unknown estimator or kernel, or fewer than no permutations.
         StoreStateError: The store holds no rows, and its moments do not answer.
     """
 
@@ -80,6 +83,7 @@ class Comparison:
         measures: Sequence[Measure] = (),
         max_rows: int = MAX_ROWS,
         draws: int = DRAWS,
+        permutations: int = PERMUTATIONS,
         memory: int = MEMORY,
         checkpoint: Path | None = None,
         device: str = "cpu",
@@ -96,6 +100,9 @@ class Comparison:
         self.roles = role_names(roles)
         self.measures, self.max_rows, self.draws, self.memory = list(measures), max_rows, draws, memory
         self.checkpoint, self.device, self.seed, self.quiet = checkpoint, device, seed, quiet
+        if permutations < 0:
+            raise SpecError(f"--permutations {permutations} must not be negative; 0 turns the floors off")
+        self.permutations = permutations
         self.store = open_store(path)
         first, second = models
         self.everything = self.store.pairs(first, second, policy).select(keep_sinks=True, roles=self.roles)
@@ -120,7 +127,7 @@ class Comparison:
             plan(widths, len(self.everything), memory=memory, batch=BATCH if estimator == "minibatch" else None)
         if self.measures or kernel == "rbf":
             affordable_rows(widths, max_rows, memory)
-        self._samples: dict[bool, Sample] = {}
+        self._samples: dict[tuple[bool, int], Sample] = {}
 
     def run(self, client: Any) -> dict[str, Any]:
         """Compare.
@@ -148,7 +155,8 @@ class Comparison:
             "estimator": self.estimator,
             "kernel": self.kernel,
             **main,
-            "null": self._floor(),
+            "null": self._shuffled(),
+            "permutations": self._exchanged(),
             "masked_rows": len(self.everything) - len(masked),
             "keep_sinks": self.keep_sinks,
             "roles": None if self.roles is None else list(self.roles),
@@ -174,23 +182,19 @@ class Comparison:
             raise PairingError(f"{len(pairs)} pairs of {first} and {second}: CKA needs at least 4; extract more text")
         return pairs
 
-    def _sample(self, *, keep_sinks: bool) -> Sample:
-        if keep_sinks not in self._samples:
+    def _sample(self, *, keep_sinks: bool, most: int | None = None) -> Sample:
+        pairs = self._pairs(keep_sinks=keep_sinks)
+        rows = min(self.max_rows if most is None else most, len(pairs))
+        if (keep_sinks, rows) not in self._samples:
             # One at a time: a sample may take all the memory allowed.
             self._samples.clear()
             first, second = self.models
             ks = self.layers[first], self.layers[second]
             with progress("sample", None, "rows", quiet=self.quiet) as tick:
-                self._samples[keep_sinks] = draw(
-                    self.store,
-                    self._pairs(keep_sinks=keep_sinks),
-                    ks,
-                    max_rows=self.max_rows,
-                    memory=self.memory,
-                    seed=self.seed,
-                    tick=tick,
+                self._samples[keep_sinks, rows] = draw(
+                    self.store, pairs, ks, max_rows=rows, memory=self.memory, seed=self.seed, tick=tick
                 )
-        return self._samples[keep_sinks]
+        return self._samples[keep_sinks, rows]
 
     def _tables(self, client: Any, *, keep_sinks: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """The main matrices with sinks or without, and effective ranks."""
@@ -263,8 +267,32 @@ class Comparison:
         sigmas = dict(zip([f"{s.model}:{s.layer}" for s in self.sites], found.sigmas or [], strict=False))
         return found.cka(), reasons, {"n": sample.n, "sigmas": sigmas}
 
-    def _floor(self) -> dict[str, Any]:
-        """The main figure of the same states with their pairing destroyed; null in a store without rows."""
+    def _exchanged(self) -> dict[str, Any]:
+        """The floors of the main figure, over a sample of rows; none in a store without rows."""
+        if not self.permutations:
+            return {}
+        if not self.rows:
+            nothing = {"rows": 0, "draws": 0, "reason": NEEDS_ROWS}
+            return {"documents": nothing, "token": nothing}
+        most = affordable(self.memory)
+        sample = self._sample(keep_sinks=self.keep_sinks, most=most)
+        measure = RbfCka() if self.kernel == "rbf" else Cka()
+        with progress("floors", 100, "%", quiet=self.quiet) as tick:
+            found = floors(
+                measure,
+                sample.xs,
+                sample.ys,
+                sample.rows,
+                draws=self.permutations,
+                most=most,
+                seed=self.seed,
+                alone=sample.xs is sample.ys,
+                tick=lambda share: tick(100 * share),
+            )
+        return {name: {**floor, "of": sample.of, "estimator": "debiased"} for name, floor in found.items()}
+
+    def _shuffled(self) -> dict[str, Any]:
+        """The main figure of the same states with rows shuffled: the estimator's own bias, which is no floor."""
         count = len(self.layers[self.models[0]])
         about = {"method": "shuffled pairs", "estimator": "debiased", "kernel": self.kernel}
         columns = self.sites[count:] or self.sites
@@ -299,6 +327,8 @@ class Comparison:
                     forms=(forms[0], forms[1]),
                     draws=draws,
                     twice=twice,
+                    permutations=self.permutations,
+                    most=affordable(self.memory),
                     seed=self.seed,
                     tick=lambda share, tick=tick: tick(100 * share),  # type: ignore[misc]
                 )

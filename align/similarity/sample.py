@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from align.moments.scan import limit_rows
+from align.similarity.floors.exchange import Sampled
+from align.similarity.floors.strata import by_place
 from featstore.errors import NonFiniteStateError, SpecError
 from featstore.runtime.console import human_bytes
 from featstore.store import Store
@@ -33,7 +34,7 @@ class Sample:
         xs: float32 ``(n, d)`` of every layer of the first model, about its origin.
         ys: The same of the second model.
         origins: What was taken off, ``(d,)`` a layer, of both models.
-        document: int64 ``(n,)``, the document of each row.
+        rows: Document, place in it and token of each row.
         of: How many pairs there were to choose from.
         pairs: The chosen ones.
     """
@@ -41,9 +42,14 @@ class Sample:
     xs: Layers
     ys: Layers
     origins: tuple[Layers, Layers]
-    document: NDArray[np.int64]
+    rows: Sampled
     of: int
     pairs: Pairs
+
+    @property
+    def document(self) -> NDArray[np.int64]:
+        """int64 ``(n,)``, the document of each row."""
+        return self.rows.document
 
     @property
     def n(self) -> int:
@@ -84,7 +90,7 @@ def draw(
     seed: int = 0,
     tick: Callable[[float], None] = lambda _: None,
 ) -> Sample:
-    """Read a sample of pairs, the same of every layer.
+    """Read a sample of pairs, the same of every layer, and at the same places of documents of similar length.
 
     Args:
         store: Complete store.
@@ -103,7 +109,12 @@ def draw(
     alone = models[0] == models[1]
     held = layers[:1] if alone else layers
     widths = [store.model(model).width for model, ks in zip(models, held, strict=False) for _ in ks]
-    chosen = limit_rows(pairs, affordable_rows(widths, max_rows, memory), seed)
+    origin = origin_of(store, pairs)
+    taken_rows = by_place(origin.document, origin.place, affordable_rows(widths, max_rows, memory), seed)
+    keep = np.zeros(len(pairs), dtype=bool)
+    keep[taken_rows] = True
+    chosen = pairs.where(keep)
+    rows = Sampled(origin.document[keep], origin.place[keep], origin.token[keep])
     sides: list[Layers] = []
     origins: list[Layers] = []
     for model, ks, numbers in zip(models, held, (chosen.row_source, chosen.row_target), strict=False):
@@ -111,7 +122,30 @@ def draw(
         sides.append([read_rows(store, model, k, numbers, o, tick) for k, o in zip(ks, taken, strict=True)])
         origins.append(taken)
     xs, ys = sides[0], sides[-1]
-    return Sample(xs, ys, (origins[0], origins[-1]), chosen.document.astype(np.int64), len(pairs), chosen)
+    return Sample(xs, ys, (origins[0], origins[-1]), rows, len(pairs), chosen)
+
+
+def origin_of(store: Store, pairs: Pairs) -> Sampled:
+    """Document, place and source token of every pair.
+
+    A place is the number of its window within the document, and that of the pair within the window: a model has read as
+    much at the same place of another document, but for what differs in how often tokens of both models end together.
+
+    Args:
+        store: Complete store.
+        pairs: Any.
+    """
+    tokens = store.tokens(pairs.source)
+    document = pairs.document.astype(np.int64)
+    window = tokens.window[pairs.row_source].astype(np.int64)
+    order = np.lexsort((pairs.row_source, window, document))
+    begins = np.diff(document[order], prepend=-1) != 0
+    first = window[order][np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
+    opens = begins | (np.diff(window[order], prepend=-1) != 0)
+    within = np.arange(len(order)) - np.maximum.accumulate(np.where(opens, np.arange(len(order)), 0))
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = (window[order] - first << 32) + within
+    return Sampled(document, place, tokens.id[pairs.row_source].astype(np.int64))
 
 
 def read_rows(

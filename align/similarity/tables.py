@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from align.similarity.floors import exchange
 from align.similarity.measures.base import Measure, Resampling, Result
 from align.similarity.measures.controls import Table, ceilings, floors, halves
 from align.similarity.sample import Layers, Sample
@@ -26,6 +27,8 @@ def compare(
     forms: tuple[str, str],
     draws: Resampling | None,
     twice: Twice,
+    permutations: int = 0,
+    most: int = exchange.FLOOR_ROWS,
     seed: int = 0,
     tick: Callable[[float], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -38,21 +41,23 @@ def compare(
         forms: Element formats of both models in the store.
         draws: For intervals; None where there is a single document.
         twice: A second reading of the same text by the same models, or why there is none.
+        permutations: Exchanges of partners behind each of its floors; 0 for none.
+        most: Rows of these floors at most.
         seed: Of the controls.
         tick: Called with the share of the work done since the last call.
 
     Returns:
         ``title``, ``closer``, ``symmetric``, ``bounds``; ``cross``, ``within`` and, where the measure is not symmetric,
         ``reverse``, float64 matrices with NaN where undefined; ``ci95`` of the same shapes with ``[low, high]`` or
-        None; ``facts`` and ``reasons`` by pair of layers; ``floors`` and ``ceilings``.
+        None; ``facts`` and ``reasons`` by pair of layers; ``floors``, ``permutations`` and ``ceilings``.
     """
     alone = sample.xs is sample.ys
     count = len(sample.xs)
     layers = list(sample.xs) if alone else [*sample.xs, *sample.ys]
     every = list(names[0]) if alone else [*names[0], *names[1]]
-    quarter = _share(tick, 0.4)
+    part = _share(tick, 0.3)
     wanted = [(i, j) for i in range(len(layers)) for j in range(len(layers)) if i <= j or not measure.symmetric]
-    found = measure(layers, wanted, draws, quarter)
+    found = measure(layers, wanted, draws, part)
     first, second = range(count), range(count) if alone else range(count, len(layers))
     models = list(dict.fromkeys(name.rpartition(":")[0] for name in (names[0][0], names[1][0])))
     within = {models[0]: _matrix(found, first, first)}
@@ -74,8 +79,21 @@ def compare(
     if not (measure.symmetric or alone):
         result["reverse"] = _matrix(found, second, first).T
         result["ci95"]["reverse"] = [list(column) for column in zip(*_intervals(found, second, first), strict=True)]
-    result["floors"] = _floors(measure, sample, names, seed, _share(tick, 0.3))
-    result["ceilings"] = _ceilings(measure, sample, names, forms, twice, seed, _share(tick, 0.3))
+    result["floors"] = _floors(measure, sample, names, seed, _share(tick, 0.2))
+    result["ceilings"] = _ceilings(measure, sample, names, forms, twice, seed, _share(tick, 0.2))
+    result["permutations"] = {}
+    if permutations:
+        result["permutations"] = exchange.floors(
+            measure,
+            sample.xs,
+            sample.ys,
+            sample.rows,
+            draws=permutations,
+            most=most,
+            seed=seed,
+            alone=alone,
+            tick=_share(tick, 0.3),
+        )
     return result
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from align.similarity.floors.reading import LEVEL, readings
 from featstore.text.roles import of_roles
 
 
@@ -27,7 +28,7 @@ def best_partners(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """The main figures as a table, each layer's best partner, the floor, and the other measures in a line each.
+    """The main figures as a table, each layer's best partner, the floors, and the other measures in a line each.
 
     Args:
         result: Contents of ``cka.json``.
@@ -41,12 +42,30 @@ def describe(result: Mapping[str, Any]) -> str:
         lines.append(f"{layer:10} | " + " ".join(f"{v:12.4f}" if v is not None else f"{'-':>12}" for v in row))
     for layer, best in best_partners(result).items():
         lines.append(f"{first}:{layer} is most like {second}:{best['layer']} ({best['cka']:.4f})")
-    floor = _numbers(result["null"]["cross"])
-    if floor:
-        lines.append(f"floor (shuffled pairs): at most {max(map(abs, floor)):.4f}")
+    lines += floor_lines(result)
     lines += _measures(result)
     lines += [f"undefined: {where}: {why}" for where, why in result["reasons"].items()]
     return "\n".join(lines)
+
+
+def floor_lines(result: Mapping[str, Any]) -> list[str]:
+    """The floors of the main figure, a line each.
+
+    Args:
+        result: Contents of ``cka.json``.
+    """
+    alone = result["models"][0] == result["models"][-1]
+    lines = []
+    for floor in readings(result.get("permutations") or {}, alone=alone):
+        if floor.reason is not None:
+            lines.append(f"no floor, {floor.name}: {floor.reason}")
+            continue
+        lines.append(
+            f"floor, {floor.name}: {floor.low:.4f} to {floor.high:.4f}, 95 % below {floor.edge:.4f}; {floor.above} of "
+            f"{floor.pairs} pairs of layers are above it (p <= {LEVEL} over all of them; {floor.draws} exchanges of "
+            f"{floor.rows} rows, {floor.documents} documents)"
+        )
+    return lines
 
 
 def _measures(result: Mapping[str, Any]) -> list[str]:
@@ -55,7 +74,9 @@ def _measures(result: Mapping[str, Any]) -> list[str]:
     sample = result["sample"]
     lines = [
         f"over {sample['rows']} of {sample['of']} pairs from {sample['documents']} documents, closest pair of layers:",
-        f"  {'':20} {'':>23} {'value':>8}  {'95 % interval':18} {'shuffled':>8} {'noise':>8} {'rounding':>8}",
+        "  {:20} {:>23} {:>8}  {:18} {:>17} {:>17} {:>8} {:>8}".format(
+            "", "", "value", "95 % interval", "documents", "token", "noise", "rounding"
+        ),
     ]
     for name, block in result["measures"].items():
         values = np.array(block["cross"], dtype=float)
@@ -67,14 +88,21 @@ def _measures(result: Mapping[str, Any]) -> list[str]:
         (a, b), layers = result["models"], result["layers"]
         interval = block["ci95"]["cross"][i][j]
         between = "-" if interval is None else f"{interval[0]:.4f} .. {interval[1]:.4f}"
-        floors = [block["floors"][kind]["cross"][i][j] for kind in ("shuffled", "noise")]
-        ceiling = block["ceilings"]["rounding"][a][i]
-        others = " ".join(f"{'-':>8}" if v is None else f"{v:8.4f}" for v in (*floors, ceiling))
+        exchanged = " ".join(f"{_exchanged(block, kind, i, j):>17}" for kind in ("documents", "token"))
+        controls = block["floors"]["noise"]["cross"][i][j], block["ceilings"]["rounding"][a][i]
+        others = exchanged + " " + " ".join(f"{'-':>8}" if v is None else f"{v:8.4f}" for v in controls)
         where = f"{a}:{layers[a][i]} {b}:{layers[b][j]}"
         lines.append(f"  {name:20} {where:>23} {values[i, j]:8.4f}  {between:18} {others}")
         if len(block["reasons"]):
             lines.append(f"  {'':20} {len(block['reasons'])} pairs of layers undefined, see cka.json")
     return lines
+
+
+def _exchanged(block: Mapping[str, Any], kind: str, i: int, j: int) -> str:
+    """Mean of a measure's floor at a pair of layers, and its p value."""
+    floor = (block.get("permutations") or {}).get(kind) or {}
+    mean, p = (floor[table][i][j] if floor.get(table) else None for table in ("mean", "p_max"))
+    return "-" if mean is None or p is None else f"{mean:.4f} (p {p:.3f})"
 
 
 def _closest(values: np.ndarray[Any, Any], closer: str, *, alone: bool) -> tuple[int, int]:
@@ -86,7 +114,3 @@ def _closest(values: np.ndarray[Any, Any], closer: str, *, alone: bool) -> tuple
         ranked = values
     i, j = np.unravel_index(np.nanargmax(ranked), ranked.shape)
     return int(i), int(j)
-
-
-def _numbers(table: Sequence[Sequence[float | None]]) -> list[float]:
-    return [v for row in table for v in row if v is not None]

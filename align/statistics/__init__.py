@@ -1,12 +1,14 @@
 """How sure a figure over documents is: intervals, tests and verdicts, over arrays alone."""
 
-from align.statistics.linearised import Estimate, Linearised, mean, quotient, ratio
+from align.statistics.linearised import FEW_DOCUMENTS, FEWEST, Estimate, Linearised, mean, quotient, ratio
 from align.statistics.multiple import holm, permutation_p
 from align.statistics.paired import Paired, paired_proportions
 from align.statistics.verdict import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict, judge
 
 __all__ = [
     "CONTRADICTED",
+    "FEWEST",
+    "FEW_DOCUMENTS",
     "SUPPORTED",
     "UNDECIDED",
     "Estimate",

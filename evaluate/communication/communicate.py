@@ -41,10 +41,11 @@ from evaluate.communication.messages import (
     text_bytes,
     wire_format,
 )
-from evaluate.communication.tasks.base import Example, Task, is_right
+from evaluate.communication.tasks.base import Example, Task
 from evaluate.communication.verdicts import (
     CONTROLS,
     METHODS,
+    beats_of,
     condition_name,
     describe,
     figures,
@@ -135,7 +136,7 @@ class Exchange:
             "summary_tokens": self.summary_tokens,
             "max_new_tokens": self.max_new_tokens,
             "decoding": "greedy",
-            "interval": "accuracies: Wilson, 95 %; gains: 95 % of 1000 resamples of the examples",
+            "interval": "accuracies: Wilson, 95 %; gains: Tango, 95 %, and exact p; both over clusters of questions",
             "tasks": entries,
             "verified": dict(self.verified),
             **({"start": starts} if (starts := self._starts(entries)) else {}),
@@ -409,13 +410,14 @@ class _Direction:
     ) -> dict[str, Any]:
         task = self.task
         right = {
-            name: np.array([_right(task, e, a) for e, a in zip(task.examples, given, strict=True)])
+            name: np.array([task.is_right(e, a) for e, a in zip(task.examples, given, strict=True)])
             for name, given in answers.items()
         }
+        clusters = [example.group for example in task.examples]
         conditions = {}
         for name, found in right.items():
             condition, _, pair = name.partition(" ")
-            conditions[name] = {"condition": condition, "pair": pair or None, **figures(found, sizes[name])}
+            conditions[name] = {"condition": condition, "pair": pair or None, **figures(found, sizes[name], clusters)}
         gains: dict[str, dict[str, Any]] = {}
         keys = [to.aligner.pair.key for to in maps]
         for pair in keys:
@@ -426,7 +428,9 @@ class _Direction:
                 against = {"silent": "silent"}
                 against |= {control: f"{condition_name(method, control)} {pair}" for control in CONTROLS}
                 gains[f"{method} {pair}"] = {
-                    control: gain(mapped, right[other]) for control, other in against.items() if other in right
+                    control: gain(mapped, right[other], clusters)
+                    for control, other in against.items()
+                    if other in right
                 }
         pairs: dict[str, dict[str, Any]] = {}
         for to in maps:
@@ -440,14 +444,19 @@ class _Direction:
             "source": self.source.name,
             "target": self.target.name,
             "n": len(task.examples),
+            "clusters": len(set(clusters)),
             "chance": task.chance,
             "chance_is": task.chance_is,
-            "scoring": "choice of the highest likelihood" if task.has_choices else "answer in the first line",
+            "scoring": "choice of the highest likelihood"
+            if task.has_choices
+            else "first answer named in the first line",
             "conditions": conditions,
+            "text_over_silent": gain(right["text"], right["silent"], clusters),
             "gains": gains,
+            "beats": beats_of(gains),
             "pairs": pairs,
             "reasons": reasons,
-            "warnings": [*side_channels(self.leaks), *warnings_of(right, keys, task.chance, gains)],
+            "warnings": [*side_channels(self.leaks), *warnings_of(right, keys, task.chance, gains, clusters)],
             "examples": [
                 {
                     "context": e.context,
@@ -479,10 +488,6 @@ def _targets_texts(task: Task) -> tuple[list[str], ...]:
 def _start(prompt: str) -> int:
     """First byte of the context in a prompt; nothing that varies comes before it."""
     return len(prompt.partition("{context}")[0].encode())
-
-
-def _right(task: Task, example: Example, answer: str) -> bool:
-    return answer == example.answers[0] if task.has_choices else is_right(answer, example.answers)
 
 
 def _partners(examples: Sequence[Example], rng: np.random.Generator) -> list[int] | None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student
 
-from align.metrics import document_bootstrap
+from align.statistics import holm, paired_proportions, ratio
 from evaluate.injection.verified import leak_mark, leak_words
 from featstore.runtime.console import human_bytes
 
@@ -17,6 +18,8 @@ METHODS = ("replace", "sum", "mean", "aligned")
 CONTROLS = ("random", "shuffled")
 #: Below it an interval of an accuracy near one half is wider than 0.34.
 FEW = 30
+#: Coverage of every interval.
+LEVEL = 0.95
 _Z95 = 1.959963984540054
 
 
@@ -32,55 +35,126 @@ def condition_name(method: str, control: str | None = None) -> str:
     return control if method == "replace" else f"{method}_{control}"
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson 1927): it holds at 0 and 1 and for few examples.
+def wilson(right: float, n: float, quantile: float = _Z95) -> tuple[float, float]:
+    """The score interval of a proportion (Wilson 1927): it holds at 0 and 1 and for few examples.
 
     (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n), with p = right/n.
 
     Args:
-        right: Right answers.
+        right: Right answers; need not be whole.
         n: Answers.
+        quantile: z; that of the standard normal for 95 %.
     """
-    p, z2 = right / n, _Z95**2
+    p, z2 = right / n, quantile**2
     middle = p + z2 / (2 * n)
-    half = _Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    half = quantile * math.sqrt(max(p * (1 - p), 0.0) / n + z2 / (4 * n * n))
     # None and all right have 0 and 1 for an end, which rounding would miss.
     low = 0.0 if right == 0 else (middle - half) / (1 + z2 / n)
     high = 1.0 if right == n else (middle + half) / (1 + z2 / n)
     return low, high
 
 
-def figures(right: NDArray[np.bool_], size: float) -> dict[str, Any]:
+def accuracy_interval(right: NDArray[np.bool_], clusters: ArrayLike) -> tuple[float, float]:
+    """Wilson's 95 % interval where questions come in clusters.
+
+    Counts are divided by the design effect, the variance between clusters over that of independent questions (Rao and
+    Scott, Biometrics 48, 1992), and the quantile is of t with one degree of freedom less than there are clusters.
+
+    Args:
+        right: bool ``(n,)``.
+        clusters: ``(n,)``, which questions belong together.
+    """
+    n, count = len(right), int(right.sum())
+    owner = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sizes = np.bincount(owner)
+    if len(sizes) == n:
+        return wilson(count, n)
+    if len(sizes) == 1:
+        # One piece of evidence, whose spread nobody knows.
+        return wilson(count / n, 1)
+    between = float(np.square(ratio(np.bincount(owner, weights=right), sizes).influence).sum())
+    alone = float(np.square(ratio(right, np.ones(n)).influence).sum())
+    # Where all are right, or none, nothing tells the questions of a cluster apart.
+    effect = max(1.0, between / alone) if alone > 0 else n / len(sizes)
+    return wilson(count / effect, n / effect, float(student.ppf((1 + LEVEL) / 2, len(sizes) - 1)))
+
+
+def figures(right: NDArray[np.bool_], size: float, clusters: ArrayLike) -> dict[str, Any]:
     """Accuracy with its interval, and what was sent.
 
     Args:
         right: bool ``(n,)``.
         size: Mean bytes on the wire for an example.
+        clusters: ``(n,)``, which questions belong together.
     """
     count = int(right.sum())
     return {
         "accuracy": count / len(right),
-        "ci95": list(wilson(count, len(right))),
+        "ci95": list(accuracy_interval(right, clusters)),
         "right": count,
         "n": len(right),
         "bytes": size,
     }
 
 
-def gain(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> dict[str, Any]:
-    """How much more often the first is right on the same examples; the interval resamples examples.
+def gain(first: NDArray[np.bool_], second: NDArray[np.bool_], clusters: ArrayLike) -> dict[str, Any]:
+    """How much more often the first is right on the same examples.
 
     Args:
         first: bool ``(n,)``.
         second: bool ``(n,)``.
+        clusters: ``(n,)``, which questions belong together.
     """
-    difference = first.astype(np.float64) - second.astype(np.float64)
-    table = np.stack([difference, np.ones_like(difference)], axis=1)
-    return {"value": float(difference.mean()), "ci95": list(document_bootstrap(table, (0, 1)))}
+    found = paired_proportions(first, second, clusters)
+    return {
+        "value": found.value,
+        "ci95": [found.low, found.high],
+        "p": found.p,
+        "first_alone": found.first_alone,
+        "second_alone": found.second_alone,
+        "clusters": found.clusters,
+        "above": found.above,
+    }
+
+
+#: What a way of sending states has to beat.
+AGAINST = ("silent", *CONTROLS)
+
+
+def beats_of(gains: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Which ways of sending states beat the question alone and both their controls.
+
+    To beat all of them is an intersection of three tests, whose p value is the largest; the ways are as many tests as
+    there are of them, and their p values are adjusted for that (Holm).
+
+    Args:
+        gains: By mapped condition, what :func:`gain` gives against each of :data:`AGAINST` that was run.
+    """
+    p = {
+        name: max(against[other]["p"] if against[other]["value"] > 0 else 1.0 for other in AGAINST)
+        if set(AGAINST) <= set(against)
+        else None
+        for name, against in gains.items()
+    }
+    adjusted = dict(zip(p, holm(list(p.values())), strict=True))
+    return {
+        name: {
+            "p": p[name],
+            "p_adjusted": (value := adjusted[name]),
+            "beats": None
+            if value is None
+            else value <= 1 - LEVEL and all(against[other]["above"] for other in AGAINST),
+        }
+        for name, against in gains.items()
+    }
 
 
 def warnings_of(
-    right: Mapping[str, NDArray[np.bool_]], pairs: Sequence[str], chance: float, gains: Mapping[str, Any]
+    right: Mapping[str, NDArray[np.bool_]],
+    pairs: Sequence[str],
+    chance: float,
+    gains: Mapping[str, Any],
+    clusters: ArrayLike,
 ) -> list[dict[str, str]]:
     """What stands against reading the accuracies as communication.
 
@@ -89,9 +163,10 @@ def warnings_of(
         pairs: Keys of the layer pairs.
         chance: Accuracy of an answer that looks at nothing.
         gains: By mapped condition, what :func:`gain` gives against each control.
+        clusters: ``(n,)``, which questions belong together.
     """
     n = len(right["text"])
-    text, (lowest, _) = float(right["text"].mean()), wilson(int(right["text"].sum()), n)
+    text, (lowest, _) = float(right["text"].mean()), accuracy_interval(right["text"], clusters)
     found: list[dict[str, str]] = []
     if n < FEW:
         low, high = wilson(n // 2, n)
@@ -106,33 +181,38 @@ def warnings_of(
                 "the task, so states cannot be seen to carry anything; use an easier task or a larger model",
             )
         )
-    told = gain(right["text"], right["silent"])
-    if not told["ci95"][0] > 0:
+    told = gain(right["text"], right["silent"], clusters)
+    if not told["above"]:
         found.append(
             _warning(
                 "text-no-better-than-silent",
                 f"with the text {text:.0%} are right, without it {right['silent'].mean():.0%}: the context "
-                "makes no difference beyond its interval",
+                f"makes no clear difference ({_counts(told)})",
             )
         )
     for pair in pairs:
         for method in METHODS:
             # A map may lack a method: one of windows has no single states.
             against = gains.get(f"{method} {pair}", {})
-            level = [c for c in CONTROLS if c in against and not against[c]["ci95"][0] > 0]
+            level = [c for c in CONTROLS if c in against and not against[c]["above"]]
             if level:
                 mapped = right[f"{method} {pair}"].mean()
                 others = " and ".join(
-                    f"{right[f'{condition_name(method, c)} {pair}'].mean():.0%} with {_WHAT[c]}" for c in level
+                    f"{right[f'{condition_name(method, c)} {pair}'].mean():.0%} with {_WHAT[c]} ({_counts(against[c])})"
+                    for c in level
                 )
                 found.append(
                     _warning(
                         "no-better-than-control",
-                        f"{pair}, {method}: {mapped:.0%} right with mapped states, {others}: no better by more than "
-                        "its interval",
+                        f"{pair}, {method}: {mapped:.0%} right with mapped states, {others}: not clearly better",
                     )
                 )
     return found
+
+
+def _counts(gain: Mapping[str, Any]) -> str:
+    """Which questions tell, in words."""
+    return f"{gain['first_alone']} to {gain['second_alone']} questions, p {gain['p']:.2g}"
 
 
 def undelivered(lost: Sequence[int], target: str) -> dict[str, str]:
@@ -178,11 +258,11 @@ def describe(result: Mapping[str, Any]) -> str:
     lines = []
     for key, entry in result["tasks"].items():
         lines.append(
-            f"{key}: {entry['source']} reads, {entry['target']} answers; {entry['n']} examples, "
+            f"{key}: {entry['source']} reads, {entry['target']} answers; {entry['n']} examples{_of(entry)}, "
             f"chance {entry['chance']:.1%} ({entry['chance_is']})"
         )
         pair, beside = None, ""
-        for block in entry["conditions"].values():
+        for name, block in entry["conditions"].items():
             if block["pair"] != pair:
                 pair = block["pair"]
                 about = entry["pairs"][pair]
@@ -199,6 +279,26 @@ def describe(result: Mapping[str, Any]) -> str:
                 f"{indent}{block['condition']:{20 - len(indent)}} {block['accuracy']:6.1%}  "
                 f"({low:.1%} .. {high:.1%})  {human_bytes(block['bytes']):>8}{beside}"
             )
+            told = [f"{other} {gain['value']:+.1%} ({_counts(gain)})" for other, gain in _gains(entry, name)]
+            lines += [f"{indent}  over {line}" for line in told]
+        beats = entry.get("beats", {})
+        if known := [name for name, found in beats.items() if found["beats"] is not None]:
+            won = [name for name in known if beats[name]["beats"]]
+            lines.append(
+                f"  {len(won)} of {len(known)} ways to send states beat the question alone, random and shuffled states "
+                f"(p adjusted for {len(known)}){': ' + '; '.join(won) if won else ''}"
+            )
         lines += [f"  {name}: not run, {reason}" for name, reason in entry["reasons"].items()]
         lines += [f"  warning: {warning['message']}" for warning in entry["warnings"]]
     return "\n".join(lines)
+
+
+def _gains(entry: Mapping[str, Any], name: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """What a condition is compared with, and the gains of it; a file of an earlier version has no counts to show."""
+    found = entry.get("gains", {}).get(name, {}) if name != "text" else {"silent": entry.get("text_over_silent")}
+    return [(other, gain) for other, gain in found.items() if gain and gain.get("first_alone") is not None]
+
+
+def _of(entry: Mapping[str, Any]) -> str:
+    clusters = entry.get("clusters")
+    return f" in {clusters} clusters" if clusters is not None and clusters != entry["n"] else ""

@@ -3,6 +3,7 @@
 =================  ====================================================================================
 condition          if it did as well as ``mapped`` ...
 =================  ====================================================================================
+``token``          ... the source's current token would be enough: a table of predictions without any context
 ``mean``           ... the target would need no information from the source at all
 ``zero``           ... the target would ignore the layer
 ``random_norm``    ... only the size of the states would matter
@@ -19,10 +20,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from align.maps.fitted import Aligner
+from align.maps.fitted import Adapter, Aligner
 from align.solvers import random_orthogonal
+from align.tokens.files import FILE, load_tables
+from align.tokens.table import TokenTable
+from featstore.errors import AdapterError
 
-CONTROLS = ("mean", "zero", "random_norm", "random_rotation", "shuffled", "raw")
+CONTROLS = ("token", "mean", "zero", "random_norm", "random_rotation", "shuffled", "raw")
 
 
 def control_states(
@@ -35,6 +39,7 @@ def control_states(
     *,
     mapped: NDArray[np.float32] | None = None,
     other_mapped: NDArray[np.float32] | None = None,
+    predicted: NDArray[np.float32] | str = "nothing was predicted from the token alone",
 ) -> NDArray[np.float32] | str:
     """The states of a control at the positions that would take mapped states.
 
@@ -48,12 +53,16 @@ def control_states(
         mapped: float32 ``(n, d_target)``, the mapped states where they are at hand: a map of windows cannot make them
             from ``source``.
         other_mapped: float32 ``(n, d_target)``, mapped states of other text, in place of mapping ``other``.
+        predicted: float32 ``(n, d_target)``, what is predicted from the source token at each position alone; or why
+            there is no such prediction.
 
     Returns:
         float32 ``(n, d_target)``, or the reason why the control does not exist.
     """
     tensors = aligner.tensors
     d_source, d_target = aligner.widths
+    if name == "token":
+        return predicted
     if name == "mean":
         return np.broadcast_to(tensors["control_mean"], (len(source), d_target)).copy()
     if name == "zero":
@@ -75,6 +84,37 @@ def control_states(
     if d_source != d_target:
         return f"widths differ ({d_source} and {d_target})"
     return source
+
+
+def token_table(adapter: Adapter, aligner: Aligner) -> TokenTable | str:
+    """What a run predicts a map's target states to be from the source's current token alone.
+
+    Args:
+        adapter: The run's adapter.
+        aligner: One of its maps.
+
+    Returns:
+        The predictions, or why the run has none.
+
+    Raises:
+        AdapterError: They are damaged, or of another width than the map gives.
+    """
+    if not (adapter.directory / FILE).is_file():
+        return (
+            f"the run has no {FILE}: it was made by an earlier version, or from a store without rows; train it again "
+            "from one that has them"
+        )
+    tables = load_tables(adapter.directory)
+    key, width = aligner.pair.key, aligner.widths[1]
+    if key not in tables.pairs:
+        return f"{FILE} of the run has no predictions for {key}"
+    table = tables.table(key)
+    if table.mean.shape != (width,):
+        raise AdapterError(
+            f"{tables.path}: the predictions for {key} have width {table.mean.size}, the map gives {width}; train the "
+            "run again"
+        )
+    return table
 
 
 @lru_cache(maxsize=2)

@@ -97,10 +97,15 @@ class Evidence:
         stitched = self._read(Stitched, f"runs/{run}/{into}")
         return None if stitched is None else stitched.pairs.get(key)
 
-    def recovered(self, run: str, key: str, *, best: bool = False, into: str = "") -> Value | None:
-        """Share of the stitched loss recovered, against the mean state or the best control."""
+    def recovered(self, run: str, key: str, *, token: bool = False, into: str = "") -> Value | None:
+        """Share of the stitched loss recovered, from the mean state or from the source's token alone."""
         entry = self.stitched(run, key, into)
-        return None if entry is None else Value.of(entry.recovered_best_control if best else entry.recovered)
+        return None if entry is None else Value.of(entry.recovered_token if token else entry.recovered)
+
+    def beyond_token(self, run: str, key: str, into: str = "") -> Value | None:
+        """Nats per token by which mapped states do better than the prediction from the source's token alone."""
+        entry = self.stitched(run, key, into)
+        return None if entry is None else Value.between(entry.beyond_token.nats, entry.beyond_token.ci95)
 
     def tasks(self, run: str) -> Mapping[str, TaskAnswers]:
         """A run's part of ``communicate.json`` by task; empty where it is not done."""

@@ -70,10 +70,10 @@ def _layers(evidence: Evidence) -> Figure | None:
             aside = _ASIDE * (2 * place + colour - 2.5)
             points = [(depth + aside, values[pair.key]) for depth, pair in zip(depths, pairs, strict=True)]
             _line(left, points, f"{run}, {way}", linestyle=style, color=f"C{colour}")
-        against = [evidence.recovered("affine", pair.key, best=True) for pair in pairs]
+        against = [evidence.beyond_token("affine", pair.key) for pair in pairs]
         _line(right, list(zip(depths, against, strict=True)), f"affine, {way}", color=f"C{colour}")
     left.set(xlabel="depth of the source layer", ylabel="R2 on test documents")
-    right.set(xlabel="depth of the source layer", ylabel="recovered against the best control")
+    right.set(xlabel="depth of the source layer", ylabel="nats per token below the token alone")
     right.axhline(0, color="grey", linewidth=1)
     for axes in (left, right):
         axes.xaxis.set_major_formatter(lambda depth, _: f"{depth:.0%}")

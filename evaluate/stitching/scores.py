@@ -1,8 +1,6 @@
-"""What a stitched run is judged by: sums over documents, and from them losses, divergences, shares and intervals.
+"""What a stitched run is judged by, as sums over documents: the tokens of one document depend on each other.
 
-Every figure is pooled over tokens, and its 95 % interval resamples whole documents, because the tokens of one document
-depend on each other. With p the target's own predictions on untouched states and q those under a condition, in nats
-for every scored token:
+With p the target's own predictions on untouched states and q those under a condition, in nats for every scored token:
 
     loss = -log q(next token)        KL = sum_v p(v) (log p(v) - log q(v))
 
@@ -12,17 +10,12 @@ scored tokens span, and so compare across tokenizers; perplexities, exp(loss), d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from align.metrics import document_bootstrap
-from evaluate.injection.verified import leak_mark, leak_words
-from featstore.text.roles import of_roles
 from featstore.text.tokens import TokenizedWindow
 
 #: The first token whose prediction counts: the first ones are read off the start of the text alone.
@@ -55,9 +48,14 @@ class Tally:
         row = np.array([nats, tokens, size, divergence, tokens if same is None else same], dtype=np.float64)
         self.sums[document] = self.sums.get(document, np.zeros(len(row))) + row
 
+    @property
+    def documents(self) -> list[int]:
+        """Numbers of the documents with a scored token, ascending: others say nothing, and are no documents here."""
+        return [number for number in sorted(self.sums) if self.sums[number][TOKENS] > 0]
+
     def table(self) -> NDArray[np.float64]:
-        """``(documents, 5)`` in document order."""
-        return np.stack([self.sums[d] for d in sorted(self.sums)])
+        """``(documents, 5)``, a row for each of :attr:`documents`."""
+        return np.array([self.sums[number] for number in self.documents]).reshape(-1, 5)
 
 
 def add_window(
@@ -113,155 +111,3 @@ def _predictions(
         parts.append((nats, divergence, log_p.argmax(dim=-1) == log_q.argmax(dim=-1)))
     nats, divergence, same = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     return nats.double().numpy(), divergence.double().numpy(), same.numpy()
-
-
-def figures(table: NDArray[np.float64], mean: NDArray[np.float64] | None = None) -> dict[str, Any]:
-    """Figures of a condition.
-
-    Args:
-        table: From :meth:`Tally.table`.
-        mean: The same of the mean control, over the same documents; None where nothing is compared with it.
-
-    Returns:
-        ``nats_per_token`` with its interval ``ci95``, ``perplexity``, ``bits_per_byte``, ``kl`` from the untouched
-        predictions in nats per token, ``top1``, the share of tokens with the untouched first choice, and, with
-        ``mean``, ``below_mean``, nats per token less than under the mean control; each with its own ``<name>_ci95``.
-        Bits per byte are None where the tokens span no byte.
-    """
-    sums = table.sum(axis=0)
-    nats = sums[NATS] / sums[TOKENS]
-    ci95 = document_bootstrap(table, (NATS, TOKENS))
-    found: dict[str, Any] = {
-        "nats_per_token": nats,
-        "ci95": list(ci95),
-        "perplexity": perplexity(nats),
-        "perplexity_ci95": [perplexity(bound) for bound in ci95],
-        **_bits(table),
-    }
-    for name, column in (("kl", DIVERGENCE), ("top1", SAME)):
-        found[name] = sums[column] / sums[TOKENS]
-        found[f"{name}_ci95"] = list(document_bootstrap(table, (column, TOKENS)))
-    if mean is not None:
-        joined = np.stack([mean[:, NATS] - table[:, NATS], table[:, TOKENS]], axis=1)
-        found["below_mean"] = joined[:, 0].sum() / joined[:, 1].sum()
-        found["below_mean_ci95"] = list(document_bootstrap(joined, (0, 1)))
-    return found
-
-
-def alone(table: NDArray[np.float64]) -> dict[str, Any]:
-    """Figures of a model by itself on its own tokens.
-
-    Args:
-        table: From :meth:`Tally.table`.
-
-    Returns:
-        ``n_documents``, ``n_tokens``, ``n_bytes``, ``nats_per_token`` with ``ci95``, ``perplexity``, ``bits_per_byte``
-        and their intervals.
-    """
-    block = figures(table)
-    own = {name: block[name] for name in block if not name.startswith(("kl", "top1"))}
-    counts = {"n_documents": len(table), "n_tokens": int(table[:, TOKENS].sum()), "n_bytes": int(table[:, BYTES].sum())}
-    return counts | own
-
-
-def perplexity(nats: float) -> float:
-    """exp(loss); infinity where that is no number of float64.
-
-    Args:
-        nats: Loss per token.
-    """
-    with np.errstate(over="ignore"):
-        return float(np.exp(nats))
-
-
-def _bits(table: NDArray[np.float64]) -> dict[str, Any]:
-    if not table[:, BYTES].any():
-        return {"bits_per_byte": None, "bits_per_byte_ci95": [None, None]}
-    bits = np.stack([table[:, NATS] / np.log(2), table[:, BYTES]], axis=1)
-    total = bits.sum(axis=0)
-    return {"bits_per_byte": total[0] / total[1], "bits_per_byte_ci95": list(document_bootstrap(bits, (0, 1)))}
-
-
-def recovered(tables: Mapping[str, NDArray[np.float64]], control: str) -> dict[str, Any]:
-    """Share of the way from a control's loss to the clean one: (control - mapped) / (control - clean).
-
-    Args:
-        tables: By condition; ``clean``, ``mapped`` and the control.
-        control: Its name.
-
-    Returns:
-        ``value`` and ``ci95``; NaN where the control does no harm.
-    """
-    joined = np.concatenate([tables[name][:, :1] for name in (control, "mapped", "clean")], axis=1)
-
-    def share(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-        worst, mapped, clean = totals.T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            result: NDArray[np.float64] = np.where(worst > clean, (worst - mapped) / (worst - clean), np.nan)
-        return result
-
-    value = float(share(joined.sum(axis=0, keepdims=True))[0])
-    return {"value": value, "ci95": list(document_bootstrap(joined, share))}
-
-
-def describe(result: dict[str, Any]) -> str:
-    """The losses as lines for people.
-
-    Args:
-        result: From :func:`evaluate.stitching.stitch.stitch`.
-    """
-    lines = []
-    hidden = result.get("keep") == "hide"
-    for key, entry in result["pairs"].items():
-        lines.append(
-            f"{key}: {entry['n_tokens']} tokens{of_roles(result.get('roles'))} of {entry['n_documents']} documents, "
-            f"{entry['replaced_share']:.0%} of positions replaced{', the others hidden' if hidden else ''}"
-        )
-        leak, known = entry.get("leak"), "leak" in entry
-        if told := leak_words(leak, known=known):
-            lines.append(f"  {told}")
-        beside = leak_mark(leak, known=known)
-        beside = f"  [{beside}]" if beside else ""
-        for name, block in entry["conditions"].items():
-            if block is None:
-                lines.append(f"  {name:16} -  ({entry['reasons'].get(name, 'not run')})")
-            else:
-                lines.append(
-                    f"  {name:16} {_number(block['nats_per_token'], '7.3f')} nats/token "
-                    f"{_interval(block['ci95'], '.2f')}  {_number(block['bits_per_byte'], '6.3f')} bits/byte  "
-                    f"KL {_number(block['kl'], '6.3f')}  top-1 {_number(block['top1'], '4.0%')}"
-                    f"{'' if name == 'clean' else beside}"
-                )
-        best = entry["recovered_best_control"]
-        for name, block in (("mean", entry["recovered"]), (best["control"], best)):
-            share = f"{_number(block['value'], '6.1%')} against {name} {_interval(block['ci95'], '.1%')}"
-            lines.append(f"  recovered {share}{beside}")
-        lines += _alone_lines(entry)
-        if entry.get("rate"):
-            rate = entry["rate"]
-            lines.append(
-                f"  sent: {rate['latent_bytes']:,} bytes a window, "
-                f"{rate['latent_bytes_per_text_byte']:.2f} for a byte of text"
-            )
-        if not entry["self_bit_identical"]:
-            lines.append("  warning: self-injection changed the logits; do not trust these figures")
-    return "\n".join(lines)
-
-
-def _alone_lines(entry: dict[str, Any]) -> list[str]:
-    blocks = {role: block for role, block in entry["alone"].items() if block}
-    if "source" not in blocks:
-        return []
-    return [
-        f"  {role} alone: perplexity {_number(block['perplexity'], '.2f')}, "
-        f"{_number(block['bits_per_byte'], '.3f')} bits/byte {_interval(block['bits_per_byte_ci95'], '.2f')}"
-        for role, block in blocks.items()
-    ]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _interval(ci: Sequence[float | None], form: str) -> str:
-    return f"[{', '.join(_number(value, form) for value in ci)}]"

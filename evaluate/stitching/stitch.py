@@ -2,7 +2,7 @@
 
 The source states are the store's; only the target is loaded (and, where it is to be scored by itself, afterwards the
 source). Every condition replaces the same positions of the same windows, and the loss is over the predictions of the
-third token on. Intervals resample documents.
+third token on, summed by document.
 
 Roles select which predictions are scored. States are put in at all positions all the same: a prediction of the
 assistant's text rests on the whole text before it, and the question is what it is worth when that came from the source.
@@ -18,12 +18,16 @@ import torch
 from numpy.typing import NDArray
 
 from align.maps.fitted import Adapter, Aligner
-from evaluate.injection.controls import CONTROLS, control_states
+from align.tokens.table import TokenTable
+from evaluate.injection.controls import CONTROLS, control_states, token_table
 from evaluate.injection.loading import Loaded, Models, check_card, choose
 from evaluate.injection.verified import leak_at, recorded, side_channels, start_token
 from evaluate.injection.wire import Rows, Wire, wire
-from evaluate.stitching.scores import FIRST_SCORED, Tally, add_window, alone, describe, figures, recovered
+from evaluate.stitching.figures import alone, compared, figures, size
+from evaluate.stitching.findings import findings
+from evaluate.stitching.scores import BYTES, DIVERGENCE, FIRST_SCORED, NATS, SAME, TOKENS, Tally, add_window
 from evaluate.stitching.windows import Window, scored_windows
+from evaluate.stitching.words import describe
 from featstore.errors import AdapterError, SpecError
 from featstore.models import residual as sites
 from featstore.models.devices import DeviceMap
@@ -35,7 +39,7 @@ from featstore.text.roles import role_names
 from featstore.text.splits import SPLITS, TEST
 from featstore.text.tokens import TokenizedWindow
 
-__all__ = ["CONDITIONS", "describe", "stitch"]
+__all__ = ["CONDITIONS", "describe", "measure", "stitch"]
 
 CONDITIONS = ("clean", "self", "mapped", *CONTROLS)
 
@@ -58,7 +62,21 @@ def _refuse_another_store(adapter: Adapter, store: Store) -> None:
         )
 
 
-def stitch(
+def stitch(store: Store, adapter: Adapter, **options: Any) -> dict[str, Any]:
+    """The contents of ``stitch.json`` alone.
+
+    Args:
+        store: As of :func:`measure`.
+        adapter: As there.
+        options: As there.
+
+    Raises:
+        FeatstoreError: As there.
+    """
+    return measure(store, adapter, **options)[0]
+
+
+def measure(
     store: Store,
     adapter: Adapter,
     *,
@@ -77,7 +95,7 @@ def stitch(
     models: Mapping[str, Loaded] | None = None,
     allow_side_channel: bool = False,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Stitched loss of every map of a run, with controls and intervals.
 
     Args:
@@ -105,7 +123,7 @@ def stitch(
         quiet: No progress.
 
     Returns:
-        The contents of ``stitch.json``.
+        The contents of ``stitch.json``, and of ``stitch_documents.json``.
 
     Raises:
         AdapterError: The adapter was fitted from another store, does not fit a model, or is damaged.
@@ -126,7 +144,8 @@ def stitch(
     for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
         wires = [wire(adapter, a) for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
         windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens, roles=scored_roles)
-        runs.append(_Stitcher(store, windows, wires, keep=keep, controls=controls, seed=seed))
+        tokens = {w.aligner.pair.key: token_table(adapter, w.aligner) for w in wires}
+        runs.append(_Stitcher(store, windows, wires, tokens, keep=keep, controls=controls, seed=seed))
     sources = [run.source for run in runs] if source_alone else []
     # The second model is known to fit before the first one has worked for an hour.
     names = [*(run.target for run in runs), *sources]
@@ -165,16 +184,18 @@ def stitch(
                     for done in run.alone(loaded):
                         tick(done)
         del loaded
-    return {
+    stitched = {
         "adapter_type": adapter.card["type"],
         "split": SPLITS[split],
         "keep": keep,
         "roles": None if scored_roles is None else list(scored_roles),
         "seed": seed,
-        "pairs": {w.aligner.pair.key: run.entry(w) | _leak(w, verified) for run in runs for w in run.wires},
+        "pairs": {w.aligner.pair.key: _judged(run.entry(w), w, verified) for run in runs for w in run.wires},
         "verified": verified,
         **({"start": starts} if starts else {}),
     }
+    sums = {w.aligner.pair.key: run.documents(w) for run in runs for w in run.wires}
+    return stitched, {"split": SPLITS[split], "pairs": sums}
 
 
 class _Stitcher:
@@ -185,12 +206,13 @@ class _Stitcher:
         store: Store,
         windows: Sequence[Window],
         wires: Sequence[Wire],
+        tokens: Mapping[str, TokenTable | str],
         *,
         keep: str,
         controls: Sequence[str],
         seed: int,
     ) -> None:
-        self.windows, self.wires, self._controls = windows, wires, controls
+        self.windows, self.wires, self._tokens, self._controls = windows, wires, tokens, controls
         self.source, self.target = wires[0].aligner.pair.source, wires[0].aligner.pair.target
         self._store, self._keep, self._seed = store, keep, seed
         self._tallies: dict[tuple[str, str], Tally] = {}
@@ -255,10 +277,12 @@ class _Stitcher:
         rows = self._rows(window, aligner)
         mapped, source = to.states(rows, window), rows[window.taken[places]]
         other, other_mapped = self._elsewhere(window, to, len(places), rng)
+        table = self._tokens[aligner.pair.key]
+        token = table if isinstance(table, str) else table.predict(window.source.ids[window.taken[places]])
         states: dict[str, Rows | torch.Tensor | str] = {"self": own, "mapped": mapped}
         for name in self._controls:
             states[name] = control_states(
-                name, aligner, source, other, rng, self._seed, mapped=mapped, other_mapped=other_mapped
+                name, aligner, source, other, rng, self._seed, mapped=mapped, other_mapped=other_mapped, predicted=token
             )
         return states
 
@@ -300,35 +324,59 @@ class _Stitcher:
     def entry(self, to: Wire) -> dict[str, Any]:
         """The pair's part of ``stitch.json``, less what was tested on its target."""
         key, pair = to.aligner.pair.key, to.aligner.pair
-        tables = {name: self._tallies[key, name].table() for name in CONDITIONS if (key, name) in self._tallies}
+        tables = {name: tally.table() for name, tally in self._by_condition(key).items()}
         ordinary = sum(int((~w.target.special).sum()) for w in self.windows)
         replaced = sum(len(w.places) for w in self.windows)
-        mean = tables["mean"]
+        lacking = self._reasons.get(key, {}) | {
+            name: "not asked for" for name in CONTROLS if name not in self._controls
+        }
+        # Raw states are no control where widths differ, nor of a model against itself, of which they are the truth.
+        no_raw = pair.source == pair.target or "raw" in self._reasons.get(key, {})
+        rivals = [name for name in CONTROLS if not (name == "raw" and no_raw)]
+        judged, reasons = compared(tables, rivals, lacking)
         entry: dict[str, Any] = {
-            "n_documents": len(tables["clean"]),
-            "n_tokens": int(tables["clean"][:, 1].sum()),
+            **size(tables["clean"]),
             "replaced_share": replaced / max(ordinary, 1),
             "self_bit_identical": self._identical[key],
-            "conditions": {name: figures(tables[name], mean) if name in tables else None for name in CONDITIONS},
-            "reasons": self._reasons.get(key, {})
-            | {name: "not asked for" for name in CONTROLS if name not in self._controls},
+            "conditions": {
+                name: figures(tables[name], tables["mean"]) if name in tables else None for name in CONDITIONS
+            },
+            "reasons": lacking | reasons,
+            **judged,
         }
-        controls = [name for name in CONTROLS if name in tables and not (pair.source == pair.target and name == "raw")]
-        best = min(controls, key=lambda name: entry["conditions"][name]["nats_per_token"])
-        entry["recovered"] = recovered(tables, "mean")
-        entry["recovered_best_control"] = {"control": best, **recovered(tables, best)}
         by_itself = self._source_tally.table() if self._source_tally.sums else None
         entry["alone"] = {"source": None if by_itself is None else alone(by_itself), "target": alone(tables["clean"])}
         if (rate := to.rate([w.size for w in self.windows])) is not None:
             entry["rate"] = rate
         return entry
 
+    def documents(self, to: Wire) -> dict[str, Any]:
+        """The pair's part of ``stitch_documents.json``."""
+        tallies = self._by_condition(to.aligner.pair.key)
+        tables = {name: tally.table() for name, tally in tallies.items()}
+        clean = tables["clean"]
+        return {
+            "documents": tallies["clean"].documents,
+            "tokens": _whole(clean[:, TOKENS]),
+            "bytes": _whole(clean[:, BYTES]),
+            "nats": {name: table[:, NATS].tolist() for name, table in tables.items()},
+            "kl": {name: table[:, DIVERGENCE].tolist() for name, table in tables.items()},
+            "same": {name: _whole(table[:, SAME]) for name, table in tables.items()},
+        }
 
-def _leak(to: Wire, verified: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands beside the figures of a pair."""
+    def _by_condition(self, key: str) -> dict[str, Tally]:
+        return {name: self._tallies[key, name] for name in CONDITIONS if (key, name) in self._tallies}
+
+
+def _whole(sums: NDArray[np.float64]) -> list[int]:
+    return [int(value) for value in sums]
+
+
+def _judged(entry: dict[str, Any], to: Wire, verified: Mapping[str, Any]) -> dict[str, Any]:
+    """The pair's figures with what stands beside them: the leak at the target's layer, and what limits them."""
     pair = to.aligner.pair
     leak = leak_at(verified, pair.target, pair.target_layer)
-    return {"leak": leak, "warnings": side_channels({pair.key: leak})}
+    return entry | {"leak": leak, "warnings": [*side_channels({pair.key: leak}), *findings(pair.key, entry)]}
 
 
 def _ids(tokens: TokenizedWindow, model: Loaded) -> torch.Tensor:

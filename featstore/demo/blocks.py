@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from featstore.runtime.provenance import read_json
-from featstore.runtime.records import EMPTY, Interval, Number, Record, Table
+from featstore.runtime.records import EMPTY, Flag, Interval, Number, Record, Table
 
 #: What the demo answers, in its order: what is planted, what is learnt, what is there without learning.
 PLANTED, APART, UNTRAINED = "planted answer", "trained apart", "untrained"
@@ -29,6 +29,20 @@ class Share(Record):
     ci95: Interval | None = None
 
 
+class Beyond(Record):
+    """How much lower the stitched loss is with the map than with the prediction from the token alone.
+
+    Attributes:
+        nats: Nats per token.
+        ci95: Its 95 % interval over documents.
+        beaten: Whether the whole interval is above 0; null without one.
+    """
+
+    nats: Number | None = None
+    ci95: Interval | None = None
+    beaten: Flag | None = None
+
+
 class MapFigures(Record):
     """One map of one layer pair on the test documents.
 
@@ -41,6 +55,8 @@ class MapFigures(Record):
         nats_per_token: The target's stitched loss by condition; empty where nothing was put in.
         recovered: Share of the stitched loss between the mean state and the target's own.
         recovered_token: The same counted from the prediction from the token alone.
+        beyond_token: The difference to that prediction, on which decisions rest.
+        beats_every_control: Whether the loss is lower than under every control; null where that is undecided.
     """
 
     r2: Number | None = None
@@ -51,6 +67,8 @@ class MapFigures(Record):
     nats_per_token: Table[Number | None] = EMPTY
     recovered: Share | None = None
     recovered_token: Share | None = None
+    beyond_token: Beyond | None = None
+    beats_every_control: Flag | None = None
 
 
 class CkaFloor(Record):
@@ -157,12 +175,10 @@ def _stitched(entry: dict[str, Any] | None) -> dict[str, Any]:
     if entry is None:
         return {}
     losses = {name: figures and figures["nats_per_token"] for name, figures in entry["conditions"].items()}
-    shares = {name: _share(entry[name]) for name in ("recovered", "recovered_token") if name in entry}
-    return {"nats_per_token": losses, **shares}
-
-
-def _share(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: entry.get(name) for name in ("value", "ci95")}
+    figures: dict[str, Any] = {"nats_per_token": losses, "beats_every_control": entry.get("beats_every_control")}
+    for name, kind in (("recovered", Share), ("recovered_token", Share), ("beyond_token", Beyond)):
+        figures[name] = {member: entry.get(name, {}).get(member) for member in kind.model_fields}
+    return figures
 
 
 def _cka(similarity: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from featstore.demo.blocks import (
     APART,
     PLANTED,
     UNTRAINED,
+    Beyond,
     Block,
     CkaFigures,
     CkaFloor,
@@ -31,6 +32,7 @@ PURPOSES = {
 _QUOTED = "affine"
 _ALPHA = 0.05
 _NONE = "-"
+_LOSSES = ("clean", "mapped", "token", "mean")
 
 
 def describe(result: DemoResult) -> str:
@@ -53,8 +55,8 @@ def _block(name: str, block: Block) -> Iterator[str]:
         floors = "  ".join(f"{_floor(figures.floors.get(name)):22}" for name in ("documents", "token"))
         yield f"{'cka':12} {key:24} {_number(figures.value):>6}  {floors}".rstrip()
     yield (
-        f"{'map':12} {'layers':24} {'R2':>6} {'token':>6} {'beyond':>6} {'clean':>6} {'mapped':>6} {'mean':>6}  "
-        f"{'recovered [95 %]':24}  beyond the token [95 %]"
+        f"{'map':12} {'layers':24} {'R2':>6} {'token':>6} {'beyond':>6} {'clean':>6} {'mapped':>6} {'token':>6} {'mean':>6}"
+        f"  {'recovered [95 %]':24}  {'beyond the token [95 %]':24}  nats beyond it [95 %]"
     )
     for type_, pairs in block.maps.items():
         for key, figures in _by_depth(pairs):
@@ -66,8 +68,8 @@ def _map(type_: str, key: str, figures: MapFigures) -> str:
     scores = (figures.r2, figures.token_r2, figures.partial_r2)
     row = f"{type_:12} {key:24}" + "".join(f" {_number(score):>6}" for score in scores)
     if figures.nats_per_token:
-        row += "".join(f" {_number(figures.nats_per_token.get(name), 2):>6}" for name in ("clean", "mapped", "mean"))
-        row += f"  {_share(figures.recovered):24}  {_share(figures.recovered_token)}"
+        row += "".join(f" {_number(figures.nats_per_token.get(name), 2):>6}" for name in _LOSSES)
+        row += f"  {_share(figures.recovered):24}  {_share(figures.recovered_token):24}  {_nats(figures.beyond_token)}"
     return row.rstrip()
 
 
@@ -121,9 +123,9 @@ def _map_says(key: str, figures: MapFigures) -> Iterator[str]:
             f"The {_QUOTED} map {key} has R2 {_number(figures.r2)}, the current token alone {figures.token_r2:.3f}: "
             f"{_beyond(figures.partial_r2, figures.partial_r2_ci95)}."
         )
-    share = figures.recovered_token
-    if share is not None and share.value is not None:
-        yield f"Put into the target it recovers {share.value:.1%} of the loss that the token leaves{_excludes(share)}."
+    beyond = figures.beyond_token
+    if beyond is not None and beyond.nats is not None:
+        yield f"Put into the target it {_decided(beyond)}, and recovers {_share(figures.recovered)} from the mean state."
 
 
 def _beyond(partial: float, interval: Sequence[float | None] | None) -> str:
@@ -138,16 +140,28 @@ def _beyond(partial: float, interval: Sequence[float | None] | None) -> str:
     return f"the map cannot be told from the token ({shown})"
 
 
-def _excludes(share: Share) -> str:
-    low, high = share.ci95 or (None, None)
+def _decided(beyond: Beyond) -> str:
+    shown = f"{_nats(beyond)} nats/token less loss than the token alone"
+    low, high = beyond.ci95 or (None, None)
     if low is None or high is None:
-        return ", without an interval that could decide"
-    return f"{_between(share.ci95)}" + ("" if low > 0 or high < 0 else ", which may be none")
+        return f"leaves {shown}, without an interval that could decide"
+    if low > 0:
+        return f"leaves {shown}"
+    if high < 0:
+        return f"does worse than the token alone ({_nats(beyond)} nats/token)"
+    return f"cannot be told from the token alone ({_nats(beyond)} nats/token)"
 
 
 def _between(interval: Sequence[float | None] | None) -> str:
     low, high = interval or (None, None)
     return "" if low is None or high is None else f" [{low:.1%}, {high:.1%}]"
+
+
+def _nats(beyond: Beyond | None) -> str:
+    if beyond is None or beyond.nats is None:
+        return _NONE
+    low, high = beyond.ci95 or (None, None)
+    return f"{beyond.nats:.2f}" + ("" if low is None or high is None else f" [{low:.2f}, {high:.2f}]")
 
 
 def _share(share: Share | None) -> str:

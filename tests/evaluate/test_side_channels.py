@@ -28,7 +28,7 @@ from evaluate.injection.own_loop import _read
 from evaluate.reporting import build_report
 from evaluate.results import read_communication, read_generations, read_stitch
 from evaluate.stitching.epochs import EpochEvaluation
-from evaluate.stitching.scores import describe as describe_losses
+from evaluate.stitching.words import describe as describe_losses
 from featstore.errors import ProbeError, SpecError
 from featstore.extraction.job import prepare
 from featstore.extraction.run import extract

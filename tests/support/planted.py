@@ -71,6 +71,7 @@ def plant(
     splits: Sequence[int] | None = None,
     document: NDArray[np.integer[Any]] | None = None,
     role: NDArray[np.integer[Any]] | None = None,
+    tokens: NDArray[np.integer[Any]] | None = None,
 ) -> Planted:
     """Write a store of models ``a`` and ``b`` whose i-th ordinary rows are a pair.
 
@@ -88,11 +89,12 @@ def plant(
         splits: Split of each document; :func:`document_splits` if not given.
         document: Document of every row, non-decreasing, instead of equal lengths.
         role: Role of every row; without, the store has no such column.
+        tokens: Token id of every row, in either model; its place among all of its model's rows modulo 256 if not given.
     """
     with pytest.MonkeyPatch.context() as patch:
         # No power cut will hit a test.
         patch.setattr(os, "fsync", lambda _: None)
-        return _plant(path, x, y, documents, depths, form, sink_threshold, splits, document, role)
+        return _plant(path, x, y, documents, depths, form, sink_threshold, splits, document, role, tokens)
 
 
 def _plant(
@@ -106,6 +108,7 @@ def _plant(
     splits: Sequence[int] | None,
     given: NDArray[np.integer[Any]] | None,
     role: NDArray[np.integer[Any]] | None,
+    tokens: NDArray[np.integer[Any]] | None,
 ) -> Planted:
     sides = [side if isinstance(side, Mapping) else {1: side} for side in (x, y)]
     n = len(next(iter(sides[0].values())))
@@ -145,7 +148,7 @@ def _plant(
             },
         )
         for name, layers, depth, starts in (("a", sides[0], depths[0], False), ("b", sides[1], depths[1], True)):
-            _write_model(writer, name, layers, lengths, depth, starts, form, rng, role)
+            _write_model(writer, name, layers, lengths, depth, starts, form, rng, role, tokens)
         store = writer.view
         for name in ("a", "b"):
             writer.vectors(
@@ -169,6 +172,7 @@ def _write_model(
     form: str,
     rng: np.random.Generator,
     role: NDArray[np.integer[Any]] | None,
+    tokens: NDArray[np.integer[Any]] | None,
 ) -> None:
     n, width = next(iter(layers.values())).shape
     # Where each document begins among the rows; a start token goes before it.
@@ -182,6 +186,9 @@ def _write_model(
         column = np.zeros(len(special), dtype=np.uint8)
         column[~special] = role
         roles = {f"models/{name}/tokens/role": column}
+    ids = np.arange(len(special), dtype=np.int32) % 256
+    if tokens is not None:
+        ids[~special] = tokens
     base = f"models/{name}"
     write_groups(writer, name, parse_format(form))
     writer.group(
@@ -209,7 +216,7 @@ def _write_model(
     writer.vectors(
         f"{base}/tokens",
         {
-            f"{base}/tokens/id": np.arange(len(special), dtype=np.int32) % 256,
+            f"{base}/tokens/id": ids,
             f"{base}/tokens/byte_end": ends,
             f"{base}/tokens/window": window,
             f"{base}/tokens/special": special,

@@ -39,6 +39,32 @@ def _selves(depth: np.ndarray, rng: np.random.Generator, width: float) -> np.nda
     return found
 
 
+def floors_of(cross: list[list[Any]], closer: str) -> dict[str, Any]:
+    """Floors with exchanged partners: documents well below every value, the token just below the best ones."""
+
+    def table(of: Any) -> list[list[Any]]:
+        return [[None if v is None else float(of(v)) for v in row] for row in cross]
+
+    best = max((v for row in cross for v in row if v is not None), default=1.0)
+    sign = 1 if closer == "higher" else -1
+    shares = {"documents": 0.1, "token": 0.8}
+    return {
+        name: {
+            "value": table(lambda v: v),
+            "mean": table(lambda v, share=share: v * share if sign > 0 else v + 1 - share),
+            "p95": table(lambda v, share=share: v * (share + 0.05) if sign > 0 else v + 0.95 - share),
+            "p": table(lambda _: 0.025),
+            "p_max": table(lambda v, share=share: 0.025 if sign < 0 or v > share * best else 0.6),
+            "rows": 8000,
+            "of": 98000,
+            "documents": 56,
+            "draws": 39,
+            "seed": 0,
+        }
+        for name, share in shares.items()
+    }
+
+
 def similarity_result(
     rows: int = 5,
     columns: int = 5,
@@ -94,6 +120,7 @@ def similarity_result(
         "kernel": "linear",
         **main,
         "null": {"cross": noise(0.002), "n": 4096, "method": "shuffled pairs", "estimator": "debiased"},
+        "permutations": floors_of(main["cross"], "higher"),
         "masked_rows": 40,
         "keep_sinks": keep_sinks,
         "masked" if keep_sinks else "unmasked": other,
@@ -141,6 +168,7 @@ def _measure(
         "cross": cross,
         "within": within,
         "ci95": {"cross": around(cross), "within": {key: around(table) for key, table in within.items()}},
+        "permutations": floors_of(cross, "lower" if lower else "higher"),
         "facts": facts if name == "rbf-cka" else {},
         "reasons": reasons | {"twice": "the model was not loaded"},
         "floors": {"shuffled": {"cross": turned(noise(0.003))}, "noise": {"cross": turned(noise(0.02))}},

@@ -125,7 +125,8 @@ def test_stitching_recovers_what_no_control_does(road: SimpleNamespace) -> None:
         assert nats["self"] == nats["clean"]
         assert nats["clean"] < nats["mapped"] < min(nats[c] for c in ("mean", "zero", "random_norm", "shuffled", "raw"))
         assert entry["recovered"]["value"] > 0.65
-        assert entry["recovered_best_control"]["value"] > 0.6
+        assert entry["beyond_token"]["nats"] > 0
+        assert {name for name, block in entry["controls"].items() if block["nats"] <= 0} == set()
         # Random states as long as the mapped ones are no better than the mean state by more than their interval.
         assert entry["conditions"]["random_norm"]["below_mean_ci95"][0] <= 0
 

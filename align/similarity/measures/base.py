@@ -88,6 +88,36 @@ class Result:
         return float(low), float(high)
 
 
+@dataclass(frozen=True, eq=False)
+class Partners:
+    """Exchanges of partners over one set of rows.
+
+    Attributes:
+        index: int64 ``(exchanges, n)``, each line a permutation of the rows: in exchange b row i of the first side is
+            compared with row ``index[b, i]`` of the second.
+        document: int64 ``(n,)``, the document of each row, as its true partner has it.
+    """
+
+    index: NDArray[np.int64]
+    document: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        """Validate shapes and permutations.
+
+        Raises:
+            FitError: A line is no permutation of the rows, or documents are of other rows.
+        """
+        n = len(self.document)
+        if self.index.ndim != 2 or self.index.shape[1] != n:
+            raise FitError(f"partners of shape {self.index.shape} for the documents of {n} rows")
+        if not (np.sort(self.index, axis=1) == np.arange(n)).all():
+            raise FitError("partners must be a permutation of the rows in every exchange")
+
+    def inverse(self) -> Partners:
+        """The same exchanges as the second side sees them: who compares itself with row j."""
+        return Partners(np.argsort(self.index, axis=1), self.document)
+
+
 class Measure(Protocol):
     """A measure over rows in memory.
 
@@ -97,6 +127,7 @@ class Measure(Protocol):
         closer: Whether similar layers get higher or lower values.
         symmetric: Whether (x, y) and (y, x) are the same; where not, only the pairs asked for are computed.
         bounds: The values it can take in principle, for a plot's scale; None for an open side.
+        floor_rows: Rows that its floors are made from at most: fewer where every exchange is another decomposition.
     """
 
     name: str
@@ -104,6 +135,7 @@ class Measure(Protocol):
     closer: Literal["higher", "lower"]
     symmetric: bool
     bounds: tuple[float | None, float | None]
+    floor_rows: int
 
     def __call__(
         self, layers: Sequence[NDArray[np.float32]], wanted: Wanted, draws: Resampling | None, tick: Tick
@@ -120,5 +152,25 @@ class Measure(Protocol):
 
         Returns:
             A result for every pair wanted; what is undefined is NaN with a reason, never an exception.
+        """
+        ...
+
+    def under(
+        self, xs: Sequence[NDArray[np.float32]], ys: Sequence[NDArray[np.float32]], partners: Partners, tick: Tick
+    ) -> Array:
+        """Compare every layer of one side with every layer of the other under exchanged partners.
+
+        Layers are prepared once for all exchanges. The values are those of
+        :func:`align.similarity.measures.partners.recomputed`, to rounding; where exchanges mix documents, debiased CKA
+        leaves out what is a pair within a document on either side, while that would know the first side's alone.
+
+        Args:
+            xs: Layers of the first side, float32 ``(n, d)`` each.
+            ys: Layers of the second.
+            partners: Exchanges.
+            tick: Progress.
+
+        Returns:
+            float64 ``(exchanges, layers of the first side, layers of the second)``, NaN where undefined.
         """
         ...

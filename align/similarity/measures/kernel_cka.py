@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.moments.scatter import Array, Rows
-from align.similarity.measures.base import Resampling, Result, Tick, Wanted
+from align.similarity.measures.base import Partners, Resampling, Result, Tick, Wanted
+from align.similarity.measures.exchanged import Similarities, cosines
 from align.similarity.measures.panels import (
     Pair,
     centred,
@@ -40,7 +41,7 @@ from align.similarity.measures.panels import (
     tile,
     with_selves,
 )
-from align.solvers.row_effects import Documents
+from align.solvers.row_effects import Documents, in_order
 from featstore.errors import FitError
 
 #: Rows among which the median distance is taken.
@@ -179,6 +180,7 @@ class Cka:
     closer: Literal["higher", "lower"] = "higher"
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+    floor_rows: int = 8192
 
     def __call__(
         self, layers: Sequence[NDArray[np.float32]], wanted: Wanted, draws: Resampling | None, tick: Tick
@@ -192,6 +194,10 @@ class Cka:
             FitError: Layers, pairs and draws do not belong together.
         """
         return _compare(layers, wanted, draws, tick, fraction=None)
+
+    def under(self, xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick) -> Array:
+        """Compare layers under exchanged partners (:class:`align.similarity.measures.base.Measure`)."""
+        return _exchanged(xs, ys, partners, tick, fraction=None)
 
 
 class RbfCka:
@@ -209,6 +215,7 @@ class RbfCka:
     closer: Literal["higher", "lower"] = "higher"
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+    floor_rows: int = 8192
 
     def __init__(self, fraction: float = 1.0) -> None:
         if not (math.isfinite(fraction) and fraction > 0):
@@ -226,6 +233,10 @@ class RbfCka:
             FitError: Layers, pairs and draws do not belong together.
         """
         return _compare(layers, wanted, draws, tick, fraction=self.fraction)
+
+    def under(self, xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick) -> Array:
+        """Compare layers under exchanged partners (:class:`align.similarity.measures.base.Measure`)."""
+        return _exchanged(xs, ys, partners, tick, fraction=self.fraction)
 
 
 def _compare(
@@ -264,3 +275,54 @@ def _compare(
         reason = reason_of(pair, reasons)
         results[pair] = Result(math.nan, reason, none, facts) if reason else cosine(pair, products, groups, facts)
     return results
+
+
+def _exchanged(
+    xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick, *, fraction: float | None
+) -> Array:
+    """CKA of two sides under exchanged partners; a row keeps its document on either side."""
+    sides = [[_similarities(layer, partners.document, fraction) for layer in side] for side in (xs, ys)]
+    return cosines(sides[0], sides[1], partners, tick, between=partners.document)
+
+
+def _similarities(layer: Rows, document: NDArray[np.int64], fraction: float | None) -> Similarities | None:
+    """A kernel less its row effects over pairs of different documents; None where CKA is undefined."""
+    order, documents = in_order(document)
+    of, n = centred(layer), len(layer)
+    if documents.reason is not None or of.reason is not None:
+        return None
+    sigma = None if fraction is None else median_bandwidth(of.rows, fraction=fraction)
+    if sigma == 0:
+        return None
+    norms = _norms(of.rows)
+
+    def kernel(start: int, stop: int) -> Rows:
+        if sigma is None:
+            k = tile(of.rows[start:stop], of.rows)
+        else:
+            k = _squared_distances(of.rows[start:stop], of.rows, norms[start:stop], norms)
+            k *= -1 / (2 * sigma * sigma)
+            np.exp(k, out=k)
+        k[document[start:stop, None] == document] = 0
+        return k
+
+    if sigma is None:
+        # Known without a pass over the pairs: products with the sum of all other documents.
+        by_document = np.zeros((len(documents.sizes), of.rows.shape[1]))
+        np.add.at(by_document, document, of.rows)
+        totals = np.einsum("id,id->i", of.rows, (by_document.sum(axis=0) - by_document)[document])
+    else:
+        step = panel_rows(n, 1)
+        totals = np.concatenate([kernel(i, min(i + step, n)).sum(axis=1, dtype=np.float64) for i in range(0, n, step)])
+    effects = np.empty(n, dtype=of.rows.dtype)
+    effects[order] = documents.effects(totals[order])
+
+    def panel(start: int, stop: int) -> Rows:
+        k = kernel(start, stop)
+        k -= effects[start:stop, None]
+        k -= effects
+        k[document[start:stop, None] == document] = 0
+        return k
+
+    diagonal = float(n) if sigma is not None else float(norms.sum(dtype=np.float64))
+    return Similarities(panel, (4 * float(np.finfo(of.rows.dtype).eps) * diagonal) ** 2)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.moments.scatter import Array, Rows
-from align.similarity.measures.base import Resampling, Result, Tick, Wanted
+from align.similarity.measures.base import Partners, Resampling, Result, Tick, Wanted
 from align.similarity.measures.panels import (
     Pair,
     centred,
@@ -108,6 +108,7 @@ class _NeighbourMeasure:
     symmetric: bool = True
     #: Whether a neighbour counts by how near it is, or simply as one.
     weighted: bool = False
+    floor_rows: int = 8192
 
     def __init__(self, k: int = 10) -> None:
         if k < 1:
@@ -165,6 +166,78 @@ class _NeighbourMeasure:
                 facts["chance"] = self.k / (n - 1)
             results[pair] = cosine(pair, products, groups, facts)
         return results
+
+    def under(self, xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick) -> Array:
+        """Compare layers under exchanged partners (:class:`align.similarity.measures.base.Measure`)."""
+        found = np.full((len(partners.index), len(xs), len(ys)), math.nan)
+        sides = [[self._known(layer) for layer in side] for side in (xs, ys)]
+        # By row number, so that two neighbourhoods are compared by one search.
+        for b, line in enumerate(partners.index):
+            place = np.argsort(line)
+            for j, other in enumerate(sides[1]):
+                if other is None:
+                    continue
+                keys, weights = other.exchanged(line, place)
+                for i, one in enumerate(sides[0]):
+                    if one is not None:
+                        found[b, i, j] = one.shared(keys, weights) / (one.size * other.size)
+            tick(1 / len(found))
+        return found
+
+    def _known(self, layer: Rows) -> _Neighbourhood | None:
+        """A layer's neighbourhoods; None where it has none."""
+        if len(layer) <= self.k:
+            return None
+        of = centred(layer)
+        unit, reason = (of.rows, of.reason) if of.reason else _unit(of.rows)
+        if reason is not None:
+            return None
+        near = nearest(unit, self.k)
+        expected = unit.astype(np.float64) @ unit.mean(axis=0, dtype=np.float64)
+        weight = near.product - expected[:, None] if self.weighted else np.ones_like(near.product)
+        square = float(np.square(weight).sum())
+        if not square > near.index.size * (4 * float(np.finfo(layer.dtype).eps)) ** 2:
+            return None
+        return _Neighbourhood(near.index, weight, math.sqrt(square))
+
+
+@dataclass(frozen=True, eq=False)
+class _Neighbourhood:
+    """Whom every row names, and how much each counts.
+
+    Attributes:
+        index: int64 ``(n, k)``.
+        weight: float64 ``(n, k)``.
+        size: Root sum of squares of the weights.
+    """
+
+    index: NDArray[np.int64]
+    weight: Array
+    size: float
+
+    def exchanged(self, line: NDArray[np.int64], place: NDArray[np.int64]) -> tuple[NDArray[np.int64], Array]:
+        """Pairs of rows as row * n + neighbour in the numbers of the first side, ascending, and their weights.
+
+        Args:
+            line: int64 ``(n,)``, the partner of each row.
+            place: Its inverse.
+        """
+        n = len(line)
+        keys = (np.arange(n)[:, None] * n + place[self.index[line]]).ravel()
+        order = np.argsort(keys)
+        return keys[order], self.weight[line].ravel()[order]
+
+    def shared(self, keys: NDArray[np.int64], weights: Array) -> float:
+        """The sum of products of weights over pairs that both sides name.
+
+        Args:
+            keys: Of the other side.
+            weights: Of the other side.
+        """
+        n = len(self.index)
+        own = (np.arange(n)[:, None] * n + self.index).ravel()
+        at = np.minimum(np.searchsorted(keys, own), len(keys) - 1)
+        return float(self.weight.ravel() @ (weights[at] * (keys[at] == own)))
 
 
 class MutualKnn(_NeighbourMeasure):

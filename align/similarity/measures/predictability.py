@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.moments.scatter import Array
-from align.similarity.measures.base import Resampling, Result, Tick, Wanted
+from align.similarity.measures.base import Partners, Resampling, Result, Tick, Wanted
 from align.similarity.measures.influence import centred, drawn_sums, still, unfit
 from align.solvers.ridge import path_errors, ridge_weight, strengths
 from align.solvers.spectrum import Spectrum
@@ -169,6 +169,7 @@ class RidgeR2:
     closer: Literal["higher", "lower"] = "higher"
     symmetric = False
     bounds: tuple[float | None, float | None] = (None, 1.0)
+    floor_rows: int = 2048
 
     def __init__(self, lambdas: Sequence[float] | None = None) -> None:
         self.grid = strengths(lambdas)
@@ -217,6 +218,28 @@ class RidgeR2:
                     results[pair] = score(source, sides[pair[1]])
                     tick(part)
         return results
+
+    def under(
+        self, xs: Sequence[NDArray[np.float32]], ys: Sequence[NDArray[np.float32]], partners: Partners, tick: Tick
+    ) -> Array:
+        """Compare layers under exchanged partners (:class:`align.similarity.measures.base.Measure`).
+
+        Folds are made of the documents of the first side.
+        """
+        found = np.full((len(partners.index), len(xs), len(ys)), math.nan)
+        count = len(np.unique(partners.document))
+        if count < _FEWEST:
+            return found
+        fold = dealt(partners.document, min(FOLDS, count))
+        members = [np.flatnonzero(fold == number) for number in range(min(FOLDS, count))]
+        score = _Scorer(self.name, members, self.grid, None)
+        for i, layer in enumerate(xs):
+            source = _Source(_Side.of(layer, members), np.array([len(member) for member in members]))
+            for b, line in enumerate(partners.index):
+                for j, other in enumerate(ys):
+                    found[b, i, j] = score(source, _Side.of(other[line], members)).value
+                tick(1 / (len(xs) * len(found)))
+        return found
 
 
 @dataclass(frozen=True, eq=False)

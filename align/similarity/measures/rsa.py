@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.moments.scatter import Array, Rows
-from align.similarity.measures.base import Resampling, Result, Tick, Wanted
+from align.similarity.measures.base import Partners, Resampling, Result, Tick, Wanted
+from align.similarity.measures.exchanged import Similarities, cosines
 from align.similarity.measures.panels import (
     Pair,
     Panel,
@@ -43,6 +44,7 @@ class Rsa:
     closer: Literal["higher", "lower"] = "higher"
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+    floor_rows: int = 8192
 
     def __call__(
         self, layers: Sequence[NDArray[np.float32]], wanted: Wanted, draws: Resampling | None, tick: Tick
@@ -96,6 +98,30 @@ class Rsa:
             drawn = None if groups.counts is None else found[1:]
             results[pair] = Result(float(found[0]), None, drawn, groups.facts())
         return results
+
+    def under(self, xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick) -> Array:
+        """Compare layers under exchanged partners (:class:`align.similarity.measures.base.Measure`)."""
+        sides = [[_similarities(layer) for layer in side] for side in (xs, ys)]
+        return cosines(sides[0], sides[1], partners, tick)
+
+
+def _similarities(layer: Rows) -> Similarities | None:
+    """Correlations between rows about their mean over all pairs; None where a layer has none."""
+    of, n = centred(layer), len(layer)
+    profiles, reason = (of.rows, of.reason) if of.reason else _profiles(of.rows)
+    if n < MIN_ROWS or reason is not None:
+        return None
+    wide = profiles.sum(axis=0, dtype=np.float64)
+    own = float(np.einsum("id,id->", profiles, profiles, dtype=np.float64))
+    mean = profiles.dtype.type((float(wide @ wide) - own) / (n * (n - 1)))
+
+    def panel(start: int, stop: int) -> Rows:
+        similarity = tile(profiles[start:stop], profiles)
+        similarity -= mean
+        similarity[np.arange(stop - start), np.arange(start, stop)] = 0
+        return similarity
+
+    return Similarities(panel, (4 * float(np.finfo(profiles.dtype).eps) * n) ** 2)
 
 
 class _Correlations:

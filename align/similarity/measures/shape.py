@@ -27,8 +27,9 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from align.moments.scatter import Array
-from align.similarity.measures.base import Resampling, Result, Tick, Wanted
+from align.similarity.measures.base import Partners, Resampling, Result, Tick, Wanted
 from align.similarity.measures.influence import centred, drawn_sums, still, unfit
+from align.similarity.measures.partners import each
 from align.solvers.linalg import svd
 
 #: Below this share of the sizes a squared distance is summed from what is left, not as a difference of sizes.
@@ -44,6 +45,7 @@ class ShapeDistance:
 
     closer: Literal["higher", "lower"] = "lower"
     symmetric = True
+    floor_rows: int = 2048
 
     def __init__(self, *, angular: bool) -> None:
         self.angular = angular
@@ -72,12 +74,7 @@ class ShapeDistance:
         part = 1 / max(len(used) + len(wanted), 1)
         rows, constant, squares = {}, {}, {}
         for i in used:
-            x = centred(layers[i])
-            spread = float(np.einsum("ij,ij->", x, x))
-            constant[i] = still(layers[i], spread)
-            if self.angular and not constant[i]:
-                x /= math.sqrt(spread)
-            rows[i], squares[i] = x, np.einsum("ij,ij->i", x, x)
+            rows[i], squares[i], constant[i] = self._prepared(layers[i])
             tick(part)
         results = {}
         for i, j in wanted:
@@ -88,6 +85,28 @@ class ShapeDistance:
                 results[i, j] = Result(math.nan, reason)
             tick(part)
         return results
+
+    def under(
+        self, xs: Sequence[NDArray[np.float32]], ys: Sequence[NDArray[np.float32]], partners: Partners, tick: Tick
+    ) -> Array:
+        """Compare layers under exchanged partners (:class:`align.similarity.measures.base.Measure`)."""
+        found = np.full((len(partners.index), len(xs), len(ys)), math.nan)
+        first, second = ([self._prepared(layer) for layer in side] for side in (xs, ys))
+        for b, i, j in each(partners, first, second, tick):
+            (x, xx, still_x), (y, yy, still_y) = first[i], second[j]
+            if unfit((still_x, still_y), len(x), self.name) is None:
+                line = partners.index[b]
+                found[b, i, j] = self._compare(x, y[line], xx, yy[line], None).value
+        return found
+
+    def _prepared(self, layer: NDArray[np.float32]) -> tuple[Array, Array, bool]:
+        """Rows as they are compared, the squares of each and whether none varies."""
+        x = centred(layer)
+        spread = float(np.einsum("ij,ij->", x, x))
+        constant = still(layer, spread)
+        if self.angular and not constant:
+            x /= math.sqrt(spread)
+        return x, np.einsum("ij,ij->i", x, x), constant
 
     def _compare(self, x: Array, y: Array, xx: Array, yy: Array, draws: Resampling | None) -> Result:
         cross = x.T @ y

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,8 +22,9 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from align.moments.scatter import Array
-from align.similarity.measures.base import Resampling, Result, Tick, Wanted
+from align.similarity.measures.base import Partners, Resampling, Result, Tick, Wanted
 from align.similarity.measures.influence import centred, linear_draws, still, unfit
+from align.similarity.measures.partners import each
 from align.solvers.linalg import eigh, svd
 from featstore.errors import FitError
 
@@ -99,6 +100,7 @@ class CanonicalCorrelation:
 
     closer: Literal["higher", "lower"] = "higher"
     bounds: tuple[float | None, float | None] = (0.0, 1.0)
+    floor_rows: int = 2048
 
     def __init__(self, *, weighted: bool, share: float) -> None:
         if not 0 < share <= 1:
@@ -138,6 +140,20 @@ class CanonicalCorrelation:
             results[i, j] = self._compare(found[i], found[j], len(layers[i]), draws)
             tick(part)
         return results
+
+    def under(
+        self, xs: Sequence[NDArray[np.float32]], ys: Sequence[NDArray[np.float32]], partners: Partners, tick: Tick
+    ) -> Array:
+        """Compare layers under exchanged partners (:class:`align.similarity.measures.base.Measure`)."""
+        found = np.empty((len(partners.index), len(xs), len(ys)))
+        first, second = ([principal(layer, self.share) for layer in side] for side in (xs, ys))
+        n = len(partners.document)
+        for b, i, j in each(partners, first, second, tick):
+            y = second[j]
+            # Scores in another order are those of the rows in that order; loadings do not change.
+            moved = y if y.scores is None else replace(y, scores=y.scores[partners.index[b]])
+            found[b, i, j] = self._compare(first[i], moved, n, None).value
+        return found
 
     def _compare(self, x: Principal, y: Principal, n: int, draws: Resampling | None) -> Result:
         reason = unfit((x.constant, y.constant), n, self.name)

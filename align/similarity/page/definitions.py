@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from align.similarity.floors.reading import NAMES
+
 
 class Definition(NamedTuple):
     """A measure in words.
@@ -79,9 +81,10 @@ MEASURES: dict[str, Definition] = {
     ),
 }
 
-#: Where there is nothing to find.
+#: Where there is less to find, or nothing.
 FLOORS = {
-    "shuffled": "pairs shuffled",
+    **NAMES,
+    "shuffled": "rows shuffled",
     "noise": "noise of the same covariance",
 }
 #: Where all is found.

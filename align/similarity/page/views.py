@@ -5,9 +5,11 @@ one drawing serves all of them. A view is what JSON can hold::
 
     {"id", "title", "closer", "symmetric", "n", "rows_text", "scale": {"low", "high", "closer"},
      "blocks": [{"key", "title", "state", "rows": {"model", "layers"}, "columns": {...}, "values", "ci", "reasons",
-                 "floors": [{"name", "values", "n"}], "ceilings": [{"name", "values" | "rows" and "columns"}],
+                 "floors": [{"name", "values", "n"} | {"edge", "p"}],
+                 "ceilings": [{"name", "values" | "rows" and "columns"}],
                  "facts": {"rows", "columns", "cells"}, "beside": {"state", "values", "n", "reasons"} | None}]}
 
+A floor with exchanged partners has its ``edge``, which 5 % of the exchanges pass, and the corrected p of every cell.
 Every matrix is indexed ``[row's layer][column's layer]``; ``reasons`` has keys ``"i,j"``.
 """
 
@@ -81,8 +83,10 @@ def _main(result: dict[str, Any]) -> View:
     blocks = []
     for key, title, rows, columns in _places(result):
         block = _block(result, key, title, rows, columns, _matrix(result, key), result.get("reasons") or {})
-        if key == "cross" and any(True for _ in values_of(floor.get("cross"))):
-            name = (floor.get("method") or "pairs shuffled").replace("shuffled pairs", FLOORS["shuffled"])
+        block["floors"] = list(_exchanged(result.get("permutations") or {}, key))
+        # Shuffled rows are no floor beside ones that keep what documents share.
+        if key == "cross" and not block["floors"] and any(True for _ in values_of(floor.get("cross"))):
+            name = (floor.get("method") or "shuffled pairs").replace("shuffled pairs", FLOORS["shuffled"])
             block["floors"].append({"name": name, "values": floor["cross"], "n": floor.get("n")})
         # Stores without rows have the main figures only: there is nothing to lay beside them.
         if other and _matrix(other, key) and any(True for _ in values_of(_matrix(other, key))):
@@ -113,7 +117,11 @@ def _sampled(result: dict[str, Any], name: str, content: dict[str, Any]) -> View
             continue
         block = _block(result, key, title, rows, columns, values, reasons)
         block["ci"] = _matrix(content.get("ci95") or {}, key)
+        block["floors"] = list(_exchanged(content.get("permutations") or {}, key))
+        exchanged = bool(block["floors"])
         for floor, matrices in (content.get("floors") or {}).items():
+            if exchanged and floor == "shuffled":
+                continue
             if any(True for _ in values_of(_matrix(matrices or {}, key))):
                 entry = {"name": FLOORS.get(floor, floor), "values": _matrix(matrices, key), "n": matrices.get("n")}
                 block["floors"].append(entry)
@@ -135,6 +143,20 @@ def _sampled(result: dict[str, Any], name: str, content: dict[str, Any]) -> View
         "a sample of the paired rows",
         blocks,
     )
+
+
+def _exchanged(permutations: dict[str, Any], key: str) -> Iterable[dict[str, Any]]:
+    """The floors with exchanged partners, where a block has them."""
+    for name, floor in permutations.items():
+        tables = {"cross": floor, "reverse": floor.get("opposite") or {}}.get(key, {})
+        if any(True for _ in values_of(tables.get("mean"))):
+            yield {
+                "name": FLOORS.get(name, name),
+                "values": tables["mean"],
+                "edge": tables["p95"],
+                "p": tables["p_max"],
+                "n": floor.get("rows"),
+            }
 
 
 def _view(

@@ -9,13 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from align.similarity.floors.reading import LEVEL, NAMES, readings
 from align.similarity.page.views import Matrix, View, beside, best, values_of
+from align.statistics import FEW_DOCUMENTS
 
 #: A linear fit or a covariance of d dimensions from fewer than ten rows each is mostly noise.
 ROWS_PER_DIMENSION = 10
-#: Below so many documents the resampled intervals are themselves uncertain.
-FEW_DOCUMENTS = 20
 
+#: What a floor exchanges, in a sentence.
+_WHAT = {
+    NAMES["documents"]: "documents in each other's place at equal positions",
+    NAMES["token"]: "partners of the same token in another document",
+}
+_NARROW = "\u202f"
 _NUMBERS = re.compile(r"\d+(\.\d+)?")
 
 
@@ -198,20 +204,22 @@ def _first_reason(view: View) -> str:
 
 
 def _floor(result: dict[str, Any], main: View) -> str:
-    block = main["blocks"][0]
-    if not block["floors"]:
-        return (
-            f"There is no floor beside these figures: {(result.get('null') or {}).get('reason') or 'none is defined'}."
+    alone = main["blocks"][0]["same"]
+    found = readings(result.get("permutations") or {}, alone=alone)
+    if not found:
+        return "There is no floor beside these figures: none was asked for."
+    sentences = []
+    for floor in found:
+        if floor.reason is not None:
+            sentences.append(f"There is no floor with {_WHAT.get(floor.name, floor.name)}: {floor.reason}.")
+            continue
+        rows = f"{count(floor.rows)} rows of {count(floor.documents)} documents"
+        sentences.append(
+            f"With {_WHAT.get(floor.name, floor.name)}, {rows} give {number(floor.low)} to {number(floor.high)} on "
+            f"average (95{_NARROW}% below {number(floor.edge)}): {floor.above} of {floor.pairs} pairs of layers are "
+            f"above that floor (p \u2264 {LEVEL}, corrected for all of them)."
         )
-    floor = block["floors"][0]
-    found = list(values_of(floor["values"]))
-    over = f" over {count(floor['n'])} rows" if floor.get("n") else ""
-    values = _compared(block)
-    above = sum(v > max(found) for v in values)
-    return (
-        f"The floor ({floor['name']}{over}) lies between {number(min(found))} and {number(max(found))}: "
-        f"{above} of {len(values)} pairs of layers are above the highest of it."
-    )
+    return " ".join(sentences)
 
 
 def _sinks(result: dict[str, Any], main: View) -> str:
@@ -286,7 +294,10 @@ def _few_rows(result: dict[str, Any]) -> str:
 def _biased(result: dict[str, Any]) -> str:
     if result.get("estimator") != "biased":
         return ""
-    return "The biased estimator is near 1 for any two layers where rows are few; compare it with its floor only."
+    return (
+        "The biased estimator is near 1 for any two layers where rows are few; only its distance from that of shuffled "
+        "rows tells anything."
+    )
 
 
 def _sinks_kept(result: dict[str, Any]) -> str:

@@ -1,45 +1,21 @@
 """What a task is, how its prompts are written, and when an answer counts.
 
 The reader (A) sees the context; the answerer (B) sees the question and, in some conditions, the context or a summary of
-it. An answer is free text, where it counts if an accepted answer stands in its first line, or a choice, where the one
-of the highest likelihood counts.
+it. An answer is free text, where the first of the task's answers that its first line names counts, or a choice, where
+the one of the highest likelihood counts.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from evaluate.communication.tasks.chance import chance_of
+from evaluate.communication.tasks.example import Example
+from evaluate.communication.tasks.scoring import Names, is_right
 from featstore.errors import SpecError
 
-_ARTICLES = {"a", "an", "the"}
-_WORD = re.compile(r"\w+")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question about one context.
-
-    Attributes:
-        context: What only A reads.
-        question: What B is asked.
-        answers: What counts as right; the first is the one shown.
-        choices: What B chooses from, one of them right; empty for a free answer.
-        cue: How the answer begins; may be empty.
-    """
-
-    context: str
-    question: str
-    answers: tuple[str, ...]
-    choices: tuple[str, ...] = ()
-    cue: str = ""
-
-    @property
-    def right(self) -> int:
-        """Which of the choices is right."""
-        return self.choices.index(self.answers[0])
+__all__ = ["Example", "Task"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +25,7 @@ class Task:
     Attributes:
         name: Shown and used as the key of the results.
         examples: At least one.
-        chance: Accuracy of the best answer that looks at neither context nor states.
-        chance_is: What that answer is, in words.
+        others: What could be taken for an answer beside the examples' own: to name it first is to be wrong.
         context_prompt: What A reads, with ``{context}``.
         question_prompt: What B reads alone, with ``{question}`` and ``{cue}``.
         text_prompt: What B reads with the context, with all three.
@@ -59,8 +34,7 @@ class Task:
 
     name: str
     examples: tuple[Example, ...]
-    chance: float
-    chance_is: str
+    others: tuple[str, ...] = ()
     context_prompt: str = "{context}"
     question_prompt: str = "Question: {question}\nAnswer:{cue}"
     text_prompt: str = "{context}\nQuestion: {question}\nAnswer:{cue}"
@@ -80,6 +54,36 @@ class Task:
     def has_choices(self) -> bool:
         """Whether B chooses instead of writing."""
         return bool(self.examples[0].choices)
+
+    @cached_property
+    def names(self) -> Names:
+        """All that counts as an answer."""
+        return Names([*(answer for example in self.examples for answer in example.answers), *self.others])
+
+    @cached_property
+    def _chance(self) -> tuple[float, str]:
+        return chance_of(self.examples, self.names)
+
+    @property
+    def chance(self) -> float:
+        """Accuracy on these examples of the best answer that does not read (:mod:`.chance`)."""
+        return self._chance[0]
+
+    @property
+    def chance_is(self) -> str:
+        """What that answer is, in words."""
+        return self._chance[1]
+
+    def is_right(self, example: Example, answer: str) -> bool:
+        """Whether an answer counts.
+
+        Args:
+            example: The question.
+            answer: What B wrote, or the choice it took.
+        """
+        if self.has_choices:
+            return answer == example.answers[0]
+        return is_right(answer, example.answers, self.names)
 
     def context_text(self, example: Example) -> str:
         """A's prompt."""
@@ -107,33 +111,3 @@ class Task:
 def _spaced(cue: str) -> str:
     # A cue ends without a space: tokenizers of this family put the space before a word into its token.
     return f" {cue}" if cue else ""
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words without punctuation and accents.
-
-    Args:
-        text: Any.
-    """
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    return _WORD.findall(plain)
-
-
-def is_right(text: str, answers: Sequence[str]) -> bool:
-    """Whether a free answer holds an accepted one: its words, in a row, in the first line that is not empty.
-
-    Case, accents, punctuation and an article before the accepted answer do not matter.
-
-    Args:
-        text: What B wrote.
-        answers: What is accepted.
-    """
-    lines = [line for line in text.splitlines() if line.strip()]
-    said = words(lines[0]) if lines else []
-    for answer in answers:
-        wanted = words(answer)
-        if len(wanted) > 1 and wanted[0] in _ARTICLES:
-            del wanted[0]
-        if wanted and any(said[i : i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1)):
-            return True
-    return False

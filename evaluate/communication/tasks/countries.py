@@ -2,12 +2,11 @@
 
 The country is not in the text. The question names only the person, so that an answer needs both what the text says and
 what the reader knows. The task is that of "Communicating Activations Between Language Model Agents" (arXiv 2501.14082,
-"Countries"); the facts here are our own list.
+"Countries"); the facts here are our own list. Countries that are not in an example are answers as well, so that a list
+of many counts as the first of them.
 """
 
 from __future__ import annotations
-
-from collections import Counter
 
 import numpy as np
 
@@ -121,13 +120,6 @@ def countries(count: int, seed: int) -> Task:
     for i in order:
         landmark, names = LANDMARKS[i]
         person = NAMES[int(rng.integers(len(NAMES)))]
-        examples.append(
-            Example(f"{person} is at {landmark}.", f"Which country is {person} in?", names, cue=f"{person} is in")
-        )
-    most = max(Counter(country for _, names in LANDMARKS for country in set(names)).values())
-    return Task(
-        "countries",
-        tuple(examples),
-        chance=most / len(LANDMARKS),
-        chance_is="always the most frequent country of the list",
-    )
+        question, cue = f"Which country is {person} in?", f"{person} is in"
+        examples.append(Example(f"{person} is at {landmark}.", question, names, cue=cue, cluster=landmark))
+    return Task("countries", tuple(examples), others=tuple(name for _, names in LANDMARKS for name in names))

@@ -1,21 +1,22 @@
 """Tasks of one's own: a JSON object a line.
 
 ``{"context": "...", "question": "...", "answer": "..."}``, with ``"choices": ["...", ...]`` for questions that are
-answered by choosing, ``"cue": "..."`` for how the answer begins, and several accepted answers as a list.
+answered by choosing, ``"cue": "..."`` for how the answer begins, and several accepted answers as a list. Lines of one
+context, or of one ``"cluster": "..."``, are no independent evidence, and intervals know that.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from evaluate.communication.tasks.base import Example, Task, words
+from evaluate.communication.tasks.base import Example, Task
+from evaluate.communication.tasks.scoring import words
 from featstore.errors import SpecError
 
 _NEEDED = ("context", "question", "answer")
-_KNOWN = (*_NEEDED, "choices", "cue")
+_KNOWN = (*_NEEDED, "choices", "cue", "cluster")
 
 
 def from_jsonl(path: Path, count: int | None = None) -> Task:
@@ -42,15 +43,7 @@ def from_jsonl(path: Path, count: int | None = None) -> Task:
             examples.append(example)
     if not examples:
         raise SpecError(f"--task jsonl:{path} holds no example; write one JSON object a line")
-    chosen = tuple(examples[:count])
-    if chosen and chosen[0].choices:
-        chance, chance_is = sum(1 / len(e.choices) for e in chosen) / len(chosen), "one of the choices at random"
-    else:
-        counted = Counter(answer for e in chosen for answer in {" ".join(words(a)) for a in e.answers})
-        most = max(counted.values(), default=1)
-        chance = most / len(chosen) if most > 1 else 0.0
-        chance_is = "always the most frequent answer" if most > 1 else "no answer occurs twice"
-    return Task(f"jsonl:{path.name}", chosen, chance=chance, chance_is=chance_is)
+    return Task(f"jsonl:{path.name}", tuple(examples[:count]))
 
 
 def _example(line: str, where: str) -> Example:
@@ -69,8 +62,9 @@ def _example(line: str, where: str) -> Example:
     for name in ("context", "question"):
         if not (isinstance(value[name], str) and value[name].strip()):
             _refuse(where, f"{name!r} is {value[name]!r}, not text")
-    if not isinstance(value.get("cue", ""), str):
-        _refuse(where, f"'cue' is {value['cue']!r}, not text")
+    for name in ("cue", "cluster"):
+        if not isinstance(value.get(name, ""), str):
+            _refuse(where, f"{name!r} is {value[name]!r}, not text")
     answers = _texts(value["answer"] if isinstance(value["answer"], list) else [value["answer"]], "answer", where)
     choices = _texts(value.get("choices") or [], "choices", where)
     if not choices and not all(words(answer) for answer in answers):
@@ -81,7 +75,8 @@ def _example(line: str, where: str) -> Example:
         _refuse(where, f"the answer {answers[0]!r} is not among the choices")
     if choices and len(answers) > 1:
         _refuse(where, "one answer, where there are choices")
-    return Example(value["context"], value["question"], answers, choices, value.get("cue", "").strip())
+    cue, cluster = (value.get(name, "").strip() for name in ("cue", "cluster"))
+    return Example(value["context"], value["question"], answers, choices, cue, cluster)
 
 
 def _texts(values: Any, name: str, where: str) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """*lookup*: several things and their codes; what is the code of one of them?
 
-Nothing but the context tells: no model knows the codes. The number of pairs says how much there is to remember.
+Nothing but the context tells: no model knows the codes. The number of pairs says how much there is to remember. Every
+place in the context is asked for equally often, so that an answer from one place is right once in as many examples as
+there are pairs, which is the task's chance: it shows that a code arrived, and not which.
 """
 
 from __future__ import annotations
@@ -35,18 +37,19 @@ def lookup(count: int, seed: int, pairs: int = 4) -> Task:
     if not 1 <= pairs <= len(THINGS):
         raise SpecError(f"task lookup with {pairs} pairs: choose 1 to {len(THINGS)}, such as lookup:4")
     rng = np.random.default_rng(seed)
-    examples = []
-    for _ in range(count):
+    examples: list[Example] = []
+    others: list[str] = []
+    for asked in map(int, rng.permutation(np.arange(count) % pairs)):
         things = [THINGS[i] for i in rng.choice(len(THINGS), size=pairs, replace=False)]
         codes = [str(code) for code in _LOWEST + rng.choice(_HIGHEST - _LOWEST + 1, size=pairs, replace=False)]
-        asked = int(rng.integers(pairs))
+        others += codes
         examples.append(
             Example(
                 " ".join(f"The code of the {thing} is {code}." for thing, code in zip(things, codes, strict=True)),
                 f"What is the code of the {things[asked]}?",
                 (codes[asked],),
                 cue=f"The code of the {things[asked]} is",
+                cluster=things[asked],
             )
         )
-    chance = 1 / (_HIGHEST - _LOWEST + 1)
-    return Task("lookup", tuple(examples), chance=chance, chance_is="a code of four digits at random")
+    return Task("lookup", tuple(examples), others=tuple(others))

@@ -49,7 +49,8 @@ def tipsheets(count: int, seed: int) -> Task:
     """
     rng = np.random.default_rng(seed)
     # The better one is the first of the note in half of the examples, and the first of the question in half of either.
-    places = rng.permutation(np.arange(count) % 4)
+    # Two that are left over differ in both.
+    places = rng.permutation(np.array([0, 3, 1, 2])[np.arange(count) % 4])
     examples = []
     for place in map(int, places):
         better, worse = (COMPANIES[i] for i in rng.choice(len(COMPANIES), size=2, replace=False))
@@ -63,6 +64,8 @@ def tipsheets(count: int, seed: int) -> Task:
                 (better,),
                 choices,
                 "You should invest in",
+                # Who likes a company's name is right about it again and again.
+                cluster=better,
             )
         )
-    return Task("tipsheets", tuple(examples), chance=0.5, chance_is="one of two choices")
+    return Task("tipsheets", tuple(examples))

@@ -105,7 +105,7 @@ class Series:
     Attributes:
         name: As the key says it.
         points: Place and mark; a mark without a value breaks the line.
-        style: Which colour and marker, 0 to 7, 6 being muted and 7 the colour of text; None for those of its place.
+        style: Which colour and marker, 0 to 8, 6 being muted and 7 the colour of text; None for those of its place.
     """
 
     name: str

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from evaluate.reporting.prose.notes import Note
-from evaluate.reporting.prose.words import Verdict, best_control, between_models
+from evaluate.reporting.prose.words import Verdict, baselines, between_models
 from evaluate.reporting.reading.inputs import Pair, Run
-from evaluate.reporting.reading.names import control_name, leak_of, share
+from evaluate.reporting.reading.names import control_name, gain, leak_of, share
 from evaluate.reporting.reading.numbers import count, interval, percent, percent_number, say, score, show
 from evaluate.reporting.sections import cka, communicate
-from evaluate.reporting.sections.gains import beats_all
+from evaluate.reporting.sections.gains import winning
 
-_SPAN = "of the loss between the mean state and the clean run"
 #: Kinds of warning that the answer names; all of them stand further down.
 _CODES = 4
 #: With so many ways tried, a single one above its controls proves little.
@@ -26,7 +25,7 @@ def headline(runs: Sequence[Run], judged: Sequence[Verdict]) -> Markup:
 
     Args:
         runs: What was read.
-        judged: The verdicts, best first.
+        judged: The verdicts, in the order in which validation ranks the maps.
     """
     judged = between_models(judged)
     tested = [v for v in judged if v.kind != "none"]
@@ -43,22 +42,48 @@ def headline(runs: Sequence[Run], judged: Sequence[Verdict]) -> Markup:
             negation,
         )
     unclear = sum(v.kind == "open" for v in tested)
-    best = tested[0]
-    figure = _share(best)
+    # Chosen by validation and quoted on test: the largest of several test figures would be too large.
+    first = tested[0]
     if not good:
         lead = "The map does not beat" if len(tested) == 1 else f"None of {len(tested)} maps beats"
         if unclear:
             lead = lead.replace("does not beat", "does not clearly beat")
             lead = lead.replace("beats", "clearly beats")
-        return say("{} its controls. The best, {}, recovers {} {}.", lead, best.title, figure, _SPAN)
+        return say("{} its controls. {} {}{}.", lead, _named(tested), _shown(first), _on(first))
     if len(tested) == 1:
-        text = "{} beats every control: it recovers {} {}{}."
-        return say(text, best.title, figure, _SPAN, _on(best))
+        return say("{} beats every control: it {}{}.", first.title, _shown(first), _on(first))
     rest = len(judged) - len(tested)
     verb = "beats" if len(good) == 1 else "beat"
     lead = f"{len(good)} of {len(tested)} injected maps {verb} every control"
     lead += f"; {rest} more were fitted, not injected." if rest else "."
-    return say("{} The best, {}, recovers {} {}{}.", lead, good[0].title, _share(good[0]), _SPAN, _on(good[0]))
+    but = "" if first.kind == "good" else ", and is not among them"
+    return say("{} {} {}{}{}.", lead, _named(tested), _shown(first), _on(first), but)
+
+
+def _named(tested: Sequence[Verdict]) -> Markup:
+    """The map that is quoted, and by what it was chosen."""
+    first = tested[0]
+    if len(tested) == 1:
+        return say("{}", first.title)
+    how = "The first, " if first.choice[1] == float("-inf") else "The one with the highest validation R², "
+    return say("{}{},", how, first.title)
+
+
+def _shown(verdict: Verdict) -> Markup:
+    """What a map was shown to do: first what is left beyond the token alone."""
+    stitched = verdict.run.file("stitch.json").get("pairs", verdict.pair.key)
+    beyond, leak = stitched.get("beyond_token"), leak_of(stitched).tag
+    if beyond.get("nats").number is None:
+        text = (
+            "recovers {} of the loss between the mean state and the clean run, of which the source’s token alone may "
+        )
+        return say(text + "explain any part", share(stitched.get("recovered"), leak))
+    why = stitched.get("reasons", "recovered_token").text
+    part = share(stitched.get("recovered_token"), leak, why)
+    if (beyond.get("nats").number or 0.0) <= 0:
+        return say("adds nothing to the source’s token alone ({})", gain(beyond, leak))
+    text = "lowers the loss by {} from where the source’s token alone brings it, {} of the way to the clean run"
+    return say(text, gain(beyond, leak), part)
 
 
 def sentences(runs: Sequence[Run], judged: Sequence[Verdict], notes: Sequence[Note]) -> list[Markup]:
@@ -85,32 +110,43 @@ def _held_out(judged: Sequence[Verdict]) -> Markup:
     known = [(v, metrics) for v, metrics in tests if metrics.get("test", "r2").number is not None]
     if not known:
         return say("")
-    best, metrics = max(known, key=lambda entry: entry[1].get("test", "r2").number or 0.0)
+    chosen, metrics = max(known, key=lambda entry: entry[0].choice[1])
     r2 = metrics.get("test", "r2")
     words = say("On held-out text ")
-    words += say("{} predicts the target’s states ", best.title)
-    words += say("best: " if len(known) > 1 else "with ")
+    words += say("{} predicts the target’s states ", chosen.title)
+    if len(known) > 1 and chosen.choice[1] > float("-inf"):
+        words += say("(validation ranks it first) ")
     ends = interval(metrics.get("test", "r2_ci95"), score)
-    words += say("R² {} {}" if ends else "R² {}{}", show(r2, score), ends)
-    name, rival = best_control(metrics)
-    if not name:
+    words += say("with R² {} {}" if ends else "with R² {}{}", show(r2, score), ends)
+    partial = metrics.get("test", "partial_r2")
+    if partial.number is not None:
+        text = " and explains {} {} of the error that the source’s token alone leaves (partial R²)"
+        words += say(text, show(partial, score), interval(metrics.get("test", "partial_r2_ci95"), score))
+    rivals, unbeaten = baselines(metrics)
+    if not rivals:
         return words + say(". No control stands beside it.")
-    if (r2.number or 0.0) <= (rival.number or 0.0):
-        return words + say(", which is no better than {} ({}).", name, show(rival, score))
-    return words + say(", where the best control, {}, reaches {}.", name, show(rival, score))
+    if unbeaten:
+        name = unbeaten[0]
+        return words + say(", which is no better than {} ({}).", name, show(rivals[name], score))
+    return words + say(", above {} beside it.", "every control" if len(rivals) > 1 else "the one control")
 
 
 def _ceiling(judged: Sequence[Verdict]) -> Markup:
     own = [v for v in judged if v.pair.is_ceiling and v.kind != "none"]
     if not own or len(own) == len(judged):
         return say("")
-    worst = min(own, key=lambda verdict: verdict.rank)
-    text = "The ceiling, a model mapped to itself, recovers {}{}."
-    return say(text, "at least " if len(own) > 1 else "", _share(worst))
+    shares = [v.run.file("stitch.json").get("pairs", v.pair.key, "recovered") for v in own]
+    shares = [block for block in shares if block.get("value").number is not None]
+    if not shares:
+        return say("")
+    if len(shares) == 1:
+        return say("The ceiling, a model mapped to itself, recovers {}.", share(shares[0]))
+    lowest = min(shares, key=lambda block: block.get("value").number or 0.0)
+    return say("The ceiling, models mapped to themselves, recovers {} or more.", show(lowest.get("value"), percent))
 
 
 def _answers(runs: Sequence[Run]) -> Markup:
-    found = communicate.best_answers(runs)
+    found = communicate.chosen_answers(runs)
     if not found:
         return say("")
     best, task = found[0], found[0].task
@@ -131,18 +167,18 @@ def _answers(runs: Sequence[Run]) -> Markup:
         beside = task.get("conditions", name, "accuracy")
         if beside.number is not None:
             words += say(", {} {}", show(beside, percent), told)
-    ways = [against for entry in found for against in entry.ways]
+    ways = sum(1 for entry in found for _ in entry.task.get("gains").items())
     if not ways:
         return words + say(".")
-    winning = sum(map(beats_all, ways))
-    counted = f"{winning or 'none'} {'are' if winning > 1 else 'is'}"
-    if len(ways) == 1:
-        counted = "It is" if winning else "It is not"
+    won = sum(winning(entry.task) for entry in found)
+    counted = f"{won or 'none'} {'are' if won > 1 else 'is'}"
+    if ways == 1:
+        counted = "It is" if won else "It is not"
         return words + say(". {} above the question alone, random and shuffled states beyond the interval.", counted)
     text = ". Of the {} ways to send states that were tried, {} above the question alone, random and shuffled states "
-    words += say(text + "by more than the interval of the difference.", len(ways), counted)
-    # At 95 % every twentieth interval lies off zero by chance, and a way has to pass three that depend on each other.
-    return words + say(" One of so many may be chance.") if winning == 1 and len(ways) >= _MANY_WAYS else words
+    words += say(text + "by more than the interval of the difference.", ways, counted)
+    # p values are adjusted within a task; a file of an earlier version has none, and several tasks are more tests.
+    return words + say(" One of so many may be chance.") if won == 1 and ways >= _MANY_WAYS else words
 
 
 def _caution(notes: Sequence[Note]) -> Markup:
@@ -164,7 +200,7 @@ def _caution(notes: Sequence[Note]) -> Markup:
 
 
 def _without_maps(runs: Sequence[Run]) -> Markup:
-    if communicate.best_answers(runs):
+    if communicate.chosen_answers(runs):
         return say("No map was injected here; the target was asked what only the source has read.")
     if not any("cka.json" in run.files for run in runs):
         what = "This run is" if len(runs) == 1 else "These runs are"
@@ -175,8 +211,3 @@ def _without_maps(runs: Sequence[Run]) -> Markup:
         Markup(" ").join(found),
         "this directory" if len(runs) == 1 else "these directories",
     )
-
-
-def _share(verdict: Verdict) -> Markup:
-    stitched = verdict.run.file("stitch.json").get("pairs", verdict.pair.key)
-    return share(stitched.get("recovered"), leak_of(stitched).tag)

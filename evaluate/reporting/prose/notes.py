@@ -8,19 +8,24 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from align.statistics import FEW_DOCUMENTS
 from evaluate.reporting.reading.inputs import Node, Pair, Run
 from evaluate.reporting.reading.numbers import count, nats, say, show
 from evaluate.reporting.sections import cka, communicate
 
 #: Self-injection must leave the loss as it is; rounding in an average over tokens stays below this.
 NEUTRAL_NATS = 1e-3
-#: A bootstrap over fewer documents gives an interval that is only a hint.
-FEW_DOCUMENTS = 10
 
 #: What says that a result is none comes before what makes it smaller.
 _FIRST = (
     *("self-injection", "side-channel", "different stores", "sinks-kept", "sinks kept", "after-final-norm"),
-    *("no-better-than-controls", "no-better-than-control", "retrieval-at-chance", "infonce-at-chance"),
+    *(
+        "token-explains",
+        "no-better-than-controls",
+        "no-better-than-control",
+        "retrieval-at-chance",
+        "infonce-at-chance",
+    ),
     *("text-near-chance", "text-no-better-than-silent", "failed cell", "unfinished run", "torn log"),
 )
 #: Layer pairs and runs named in a line; the others stand in its details.
@@ -242,9 +247,11 @@ def _stitch_warnings(stitched: Node) -> list[tuple[str, Markup]]:
         )
         found.append(("self-injection", say(text, show(clean, nats), show(own, nats))))
     documents = stitched.get("n_documents")
-    if documents.number is not None and documents.number < FEW_DOCUMENTS:
+    codes = {warning.get("code").text for warning in stitched.get("warnings")}
+    # Files of earlier versions do not say so themselves.
+    if documents.number is not None and documents.number < FEW_DOCUMENTS and "few-documents" not in codes:
         text = "The stitched intervals come from {} documents; take them as a hint."
-        found.append(("few documents", say(text, show(documents, count))))
+        found.append(("few-documents", say(text, show(documents, count))))
     return found
 
 

@@ -10,12 +10,13 @@ from markupsafe import Markup
 
 from evaluate.reporting.prose.notes import is_neutral
 from evaluate.reporting.reading.inputs import Node, Pair, Run
-from evaluate.reporting.reading.names import control_name, leak_of, share, type_name
-from evaluate.reporting.reading.numbers import nats, percent, say, show
+from evaluate.reporting.reading.names import control_name, gain, leak_of, share, type_name
+from evaluate.reporting.reading.numbers import interval, nats, percent, say, score, show
 
 #: Below this, two R2 are called equal in words; the table shows both.
 _TIE = 0.005
 _BASELINES = {
+    "token": "the source’s token alone",
     "mean": "the mean state",
     "identity": "the states as they are (identity)",
     "random_rotation": "a random rotation",
@@ -27,7 +28,13 @@ Kind = Literal["good", "poor", "open", "none"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the evidence says about one map: sentences on injection and on held-out states."""
+    """What the evidence says about one map: sentences on injection and on held-out states.
+
+    Attributes:
+        choice: Whether it was injected, and its R2 on validation rows: by these maps are ordered and one is picked to
+            be quoted. What is quoted is measured on test rows, and the largest of several test figures would be too
+            large.
+    """
 
     kind: Kind
     tag: str
@@ -35,7 +42,7 @@ class Verdict:
     pair: Pair
     stitched: tuple[Markup, ...]
     held_out: tuple[Markup, ...]
-    rank: tuple[bool, float]
+    choice: tuple[bool, float]
 
     @property
     def title(self) -> str:
@@ -44,13 +51,13 @@ class Verdict:
 
 
 def verdicts(runs: Sequence[Run]) -> list[Verdict]:
-    """Judge every map of every run, best first; those of a model to itself, the ceiling, come last.
+    """Judge every map of every run, in the order in which validation ranks them; a model's map to itself comes last.
 
     Args:
         runs: What was read.
     """
     found = [_judge(run, pair) for run in runs for pair in run.pairs]
-    return sorted(found, key=lambda verdict: (not verdict.pair.is_ceiling, verdict.rank), reverse=True)
+    return sorted(found, key=lambda verdict: (not verdict.pair.is_ceiling, verdict.choice), reverse=True)
 
 
 def between_models(judged: Sequence[Verdict]) -> list[Verdict]:
@@ -65,58 +72,28 @@ def between_models(judged: Sequence[Verdict]) -> list[Verdict]:
 def _judge(run: Run, pair: Pair) -> Verdict:
     metrics = run.file("metrics.json").get("pairs", pair.key)
     stitched = run.file("stitch.json").get("pairs", pair.key)
-    recovered = stitched.get("recovered", "value")
+    figures = (stitched.get("recovered", "value"), stitched.get("beyond_token", "nats"))
     stops = [event for event in run.log if event.get("event").value == "stop" and event.get("pair").text == pair.key]
     start = run.trained and bool(stops) and stops[-1].get("best_epoch").number == 0
     held_out = tuple(_held_out(metrics, trained=run.trained, start_is_kept=start))
-    if recovered.number is None:
+    validated = _number(metrics.get("val", "r2"))
+    if all(figure.number is None for figure in figures):
         why = stitched.get("reasons", "recovered").text
         if stitched.value is not None and not why:
             why = _nothing_to_recover(stitched)
         unknown = (say("The recovered share is not known: {}.", why),) if why else ()
         tag = "stitched, no figure" if stitched.value is not None else "not injected yet"
-        rank = (False, _number(metrics.get("test", "r2")))
-        return Verdict("none", tag, run, pair, unknown, held_out, rank)
+        return Verdict("none", tag, run, pair, unknown, held_out, (False, validated))
     kind, tag, sentences = _stitched(stitched)
-    rank = (True, recovered.number)
-    return Verdict(kind, tag, run, pair, tuple(sentences), held_out, rank)
+    return Verdict(kind, tag, run, pair, tuple(sentences), held_out, (True, validated))
 
 
 def _stitched(stitched: Node) -> tuple[Kind, str, list[Markup]]:
-    loss = {c: stitched.get("conditions", c, "nats_per_token") for c in ("clean", "mapped", "mean")}
-    recovered, best = stitched.get("recovered"), stitched.get("recovered_best_control")
     leak = leak_of(stitched)
-    value = recovered.get("value").number or 0.0
-    text = (
-        "Recovers {} of the loss between the mean state ({} nats/token) and the clean run ({})."
-        if value > 0
-        else "No better than the mean state: recovers {} of the loss between it ({} nats/token) and the clean run ({})."
-    )
-    sentences = [say(text, share(recovered, leak.tag), show(loss["mean"], nats), show(loss["clean"], nats))]
-    gain, low = best.get("value"), best.get("ci95", 0).number
-    control = best.get("control").text
-    reached = stitched.get("conditions", control, "nats_per_token")
-    against = say("({}, {} nats/token)", control_name(control) or "unnamed", show(reached, nats))
-    if gain.number is None:
-        why = stitched.get("reasons", "recovered_best_control").text
-        sentences.append(say("No comparison with the best control{}.", why and f": {why}"))
-        kind, tag = _against_conditions(stitched)
-    elif gain.number <= 0 or value <= 0:
-        text = "Does not beat its best control {}: it reaches {} nats/token, {} of the way from there."
-        sentences.append(say(text, against, show(loss["mapped"], nats), share(best, leak.tag)))
-        kind, tag = "poor", "does not beat its controls"
-    elif low is None:
-        text = "Counted from its best control {}, {}, without an interval: that may be chance."
-        sentences.append(say(text, against, share(best, leak.tag)))
-        kind, tag = "open", "not clearly above its controls"
-    elif low <= 0:
-        text = "Counted from its best control {}, {}: that interval includes zero, so no gain is shown."
-        sentences.append(say(text, against, share(best, leak.tag)))
-        kind, tag = "open", "not clearly above its controls"
-    else:
-        sentences.append(say("Counted from its best control {}, {}.", against, share(best, leak.tag)))
-        kind, tag = "good", "beats every control"
-    if 0 < value < 0.5:
+    kind, tag, controls = _against_controls(stitched)
+    sentences = [_beyond_token(stitched), _from_the_mean(stitched), controls]
+    value = stitched.get("recovered", "value").number
+    if value is not None and 0 < value < 0.5:
         sentences.append(say("Most of that loss remains."))
     if kind == "good" and not is_neutral(stitched):
         sentences.append(
@@ -130,6 +107,66 @@ def _stitched(stitched: Node) -> tuple[Kind, str, list[Markup]]:
     return kind, tag, sentences
 
 
+def _beyond_token(stitched: Node) -> Markup:
+    beyond, leak = stitched.get("beyond_token"), leak_of(stitched).tag
+    token, clean = (stitched.get("conditions", name, "nats_per_token") for name in ("token", "clean"))
+    if beyond.get("nats").number is None:
+        why = stitched.get("reasons", "beyond_token").text
+        return say("What it adds to the source’s token alone is not known{}.", why and f": {why}")
+    if _number(beyond.get("nats")) <= 0:
+        text = "Adds nothing to the source’s token alone ({} nats/token): the difference is {}."
+        return say(text, show(token, nats), gain(beyond, leak))
+    text = (
+        "Lowers the loss by {} from where the source’s token alone brings it ({}), {} of the way to the clean run ({})."
+    )
+    why = stitched.get("reasons", "recovered_token").text
+    part = share(stitched.get("recovered_token"), leak, why)
+    return say(text, gain(beyond, leak), show(token, nats), part, show(clean, nats))
+
+
+def _from_the_mean(stitched: Node) -> Markup:
+    recovered, leak = stitched.get("recovered"), leak_of(stitched).tag
+    mean, clean = (stitched.get("conditions", name, "nats_per_token") for name in ("mean", "clean"))
+    value = recovered.get("value").number
+    if value is None:
+        why = stitched.get("reasons", "recovered").text or _nothing_to_recover(stitched)
+        return say("The share recovered from the mean state is not known{}.", why and f": {why}")
+    text = (
+        "Recovers {} of the loss between the mean state ({} nats/token) and the clean run ({})."
+        if value > 0
+        else "No better than the mean state: recovers {} of the loss between it ({} nats/token) and the clean run ({})."
+    )
+    return say(text, share(recovered, leak), show(mean, nats), show(clean, nats))
+
+
+def _against_controls(stitched: Node) -> tuple[Kind, str, Markup]:
+    """Whether every control is beaten, in nats per token on the same documents."""
+    leak = leak_of(stitched).tag
+    blocks = {name: block for name, block in stitched.get("controls").items() if block.get("nats").number is not None}
+    if not blocks:
+        return *_against_conditions(stitched), say("The controls were not compared with it document by document.")
+
+    def named(names: Sequence[str]) -> Markup:
+        return Markup(", ").join(say("{} ({})", control_name(name), gain(blocks[name], leak)) for name in names)
+
+    beats = stitched.get("beats_every_control").value
+    ahead = [name for name, block in blocks.items() if _number(block.get("nats")) <= 0]
+    level = [name for name, block in blocks.items() if block.get("beaten").value is False and name not in ahead]
+    if ahead:
+        text = "Does not beat {}: the loss with mapped states is no lower."
+        return "poor", "does not beat its controls", say(text, named(ahead))
+    if beats is True:
+        closest = stitched.get("closest_control").text
+        words = named([closest]) if closest in blocks else control_name(closest)
+        return "good", "beats every control", say("Every control is beaten; the closest is {}.", words)
+    if level:
+        text = "Not told from {}: the interval includes zero, so no gain is shown."
+        return "open", "not clearly above its controls", say(text, named(level))
+    why = stitched.get("reasons", "beats_every_control").text
+    text = "It was not compared with every control{}."
+    return "open", "controls not compared", say(text, why and f": {why}")
+
+
 def _nothing_to_recover(stitched: Node) -> str:
     mean, clean = (stitched.get("conditions", name, "nats_per_token").number for name in ("mean", "clean"))
     if mean is None or clean is None or mean > clean:
@@ -138,42 +175,43 @@ def _nothing_to_recover(stitched: Node) -> str:
 
 
 def _against_conditions(stitched: Node) -> tuple[Kind, str]:
-    # Without the interval against the best control, losses alone can refute a map but not prove it.
-    controls = ("mean", "zero", "random_norm", "random_rotation", "shuffled", "raw")
+    # Without intervals of the differences, losses alone can refute a map but not prove it.
+    controls = ("token", "mean", "zero", "random_norm", "random_rotation", "shuffled", "raw")
     mapped = stitched.get("conditions", "mapped", "nats_per_token").number
     losses = [stitched.get("conditions", c, "nats_per_token").number for c in controls]
-    known = [loss for loss in losses if loss is not None]
-    if mapped is not None and known and mapped >= min(known):
+    if mapped is not None and any(loss is not None and mapped >= loss for loss in losses):
         return "poor", "does not beat its controls"
     return "open", "controls not compared"
 
 
-def best_control(metrics: Node) -> tuple[str, Node]:
-    """The simple baseline with the highest held-out R2, in words, and that R2; an empty name for none.
+def baselines(metrics: Node) -> tuple[dict[str, Node], list[str]]:
+    """Held-out R2 of every simple baseline, by its name in words, and the names of those that the map does not beat.
 
     Args:
         metrics: A layer pair's part of ``metrics.json``.
     """
     rivals = {name: metrics.get("baselines", key, "r2") for key, name in _BASELINES.items()}
     known = {name: r2 for name, r2 in rivals.items() if r2.number is not None}
-    best = max(known, key=lambda name: _number(known[name]), default="")
-    return best, known.get(best, Node())
+    own = _number(metrics.get("test", "r2"))
+    return known, [name for name, r2 in known.items() if _number(r2) >= own]
 
 
 def _held_out(metrics: Node, *, trained: bool, start_is_kept: bool) -> list[Markup]:
     r2 = metrics.get("test", "r2")
     if r2.number is None:
         return []
+    rivals, unbeaten = baselines(metrics)
     sentences = []
-    name, rival = best_control(metrics)
-    if not name:
+    if not rivals:
         sentences.append(say("Held-out R² {}.", show(r2)))
-    elif _number(r2) > _number(rival):
-        text = "Held-out R² {}; the best simple baseline, {}, reaches {}."
-        sentences.append(say(text, show(r2), name, show(rival)))
+    elif unbeaten:
+        sentences.append(say("Held-out R² {} does not beat {}.", show(r2), _listed(rivals, unbeaten)))
     else:
-        text = "Held-out R² {} does not beat {} ({})."
-        sentences.append(say(text, show(r2), name, show(rival)))
+        sentences.append(say("Held-out R² {}, above {}.", show(r2), _listed(rivals, list(rivals))))
+    partial = metrics.get("test", "partial_r2")
+    if partial.number is not None:
+        text = "Of the error that the source’s token alone leaves it explains {} {} (partial R²)."
+        sentences.append(say(text, show(partial, score), interval(metrics.get("test", "partial_r2_ci95"), score)))
     if start_is_kept:
         sentences.append(say("Training found nothing better than its start: epoch 0 is kept."))
     closed = metrics.get("baselines", "closed_form")
@@ -185,6 +223,10 @@ def _held_out(metrics: Node, *, trained: bool, start_is_kept: bool) -> list[Mark
         text = "The nearest target state is the true partner in {} of cases (chance {}){}."
         sentences.append(say(text, show(top, percent), show(chance, percent), near))
     return sentences
+
+
+def _listed(rivals: dict[str, Node], names: Sequence[str]) -> Markup:
+    return Markup(", ").join(say("{} ({})", name, show(rivals[name])) for name in names)
 
 
 def _against_closed_form(r2: Node, closed: Node, *, trained: bool) -> Markup:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from align.maps.registry import map_types
 from evaluate.injection.verified import leak_mark, leak_words
 from evaluate.reporting.reading.inputs import Node, Run
-from evaluate.reporting.reading.numbers import interval, percent, percent_number, say, show
+from evaluate.reporting.reading.numbers import interval, nats, percent, percent_number, say, show
 from featstore.runtime.records import Record
 
 
@@ -24,15 +24,27 @@ def type_name(run: Run) -> str:
     return titles.get(run.type) or run.type.capitalize() or "The map"
 
 
-def share(block: Node, leak: Markup | None = None) -> Markup:
+def share(block: Node, leak: Markup | None = None, why: str = "") -> Markup:
     """A recovered share with its interval, ``85 % [82, 88]``.
 
     Args:
         block: With ``value`` and ``ci95``.
         leak: The tag of a leak at its layer.
+        why: What a dash says where there is none.
     """
     ends = interval(block.get("ci95"), percent_number)
-    return say("{} {}{}" if ends else "{}{}{}", show(block.get("value"), percent), ends, leak or "")
+    return say("{} {}{}" if ends else "{}{}{}", show(block.get("value"), percent, why), ends, leak or "")
+
+
+def gain(block: Node, leak: Markup | None = None) -> Markup:
+    """A difference of losses with its interval, ``0.94 nats/token [0.55, 1.33]``.
+
+    Args:
+        block: With ``nats`` and ``ci95``.
+        leak: The tag of a leak at its layer.
+    """
+    ends = interval(block.get("ci95"), nats)
+    return say("{} nats/token{}{}{}", show(block.get("nats"), nats), " " if ends else "", ends, leak or "")
 
 
 @dataclass(frozen=True)

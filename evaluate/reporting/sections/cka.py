@@ -7,15 +7,25 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from align.similarity.floors.reading import LEVEL, NAMES, readings
 from align.similarity.page.palette import Scale
 from evaluate.reporting.drawing.heatmap import legend
 from evaluate.reporting.drawing.matrices import Panel, cells_of, height, layer_name, panel, rows_of
 from evaluate.reporting.reading.inputs import Node, Origin, Run
-from evaluate.reporting.reading.numbers import count, say, show
+from evaluate.reporting.reading.numbers import count, fixed, say, show
 from evaluate.reporting.sections.measures import Measures, measures
 from featstore.text.roles import of_roles
 
-#: Similarity of shuffled pairs above this means that the estimate itself is biased upwards.
+#: What is exchanged for a floor.
+_WHAT = {
+    "documents": "documents in each other's place at equal positions",
+    "token": "partners of the same token in another document",
+}
+_FLOOR_NOTES = {
+    "documents": "Documents in each other's place at equal positions, mean over exchanges, {} rows.",
+    "token": "Partners of the same token in another document, mean over exchanges, {} rows.",
+}
+#: Similarity of shuffled rows above this means that the estimate itself is biased upwards.
 _HIGH_NULL = 0.05
 #: A cell that moves further than this when masked rows return is made by those rows.
 _SINK_SHIFT = 0.05
@@ -52,13 +62,19 @@ def similarity(run: Run) -> Similarity | None:
         if "unmasked" in beside.at
         else "The same without sinks and other masked rows, n = {}."
     )
-    chance = say("What chance gives: {}, n = {}.", null.get("method").text or "shuffled pairs", _count(null))
+    shuffled = say("Rows shuffled, n = {}: what the estimator says of no relation at all.", _count(null))
+    floors = [
+        (title, floor, floor.get("mean"), (a, b), say(_FLOOR_NOTES[kind], show(floor.get("rows"), count)))
+        for kind, title in NAMES.items()
+        if (floor := cka.get("permutations", kind)).value is not None
+    ]
     wanted = [
         (f"{a} × {b}", cka, cka.get("cross"), (a, b), say("Every layer of one with every of the other.")),
         (f"{a} × {a}", cka, cka.get("within", a), (a, a), say("Within {}.", a)),
         (f"{b} × {b}", cka, cka.get("within", b), (b, b), say("Within {}.", b)),
         (beside.at.rsplit("/", 1)[-1], beside, beside.get("cross"), (a, b), say(note, _count(beside))),
-        ("shuffled pairs", null, null.get("cross"), (a, b), chance),
+        *floors,
+        ("rows shuffled", null, null.get("cross"), (a, b), shuffled),
     ]
     if a == b:
         del wanted[1:3]  # the cross matrix of a model with itself is what "within" would repeat
@@ -98,15 +114,40 @@ def findings(run: Run) -> list[Markup]:
     if best is None:
         return []
     sentences = [say("Most alike are {}: CKA {}.", _name(cka, best[0], best[1]), show(best[2]))]
-    null = _largest(cka.get("null", "cross"))
-    if null is not None:
-        sentences.append(say("Shuffled pairs reach {} at most.", show(null)))
+    sentences += _above(cka)
     sentences.append(
         say(
             "CKA ignores rotation, scale and offset: it says which layers are alike, not whether a "
             "map between them is right."
         )
     )
+    return sentences
+
+
+def _above(cka: Node) -> list[Markup]:
+    """What each floor says, in a sentence."""
+    a, b = _models(cka)
+    sentences = []
+    for kind in NAMES:
+        floor = cka.get("permutations", kind)
+        if floor.value is None:
+            continue
+        [found] = readings({kind: dict(floor.value)}, alone=a == b)
+        if found.reason is not None:
+            sentences.append(say("There is no floor with {}: {}.", _WHAT[kind], found.reason))
+            continue
+        sentences.append(
+            say(
+                "With {}, CKA is {} to {} on average: {} of {} pairs of layers are above that floor (p at most {} over "
+                "all of them).",
+                _WHAT[kind],
+                fixed(found.low, 3),
+                fixed(found.high, 3),
+                found.above,
+                found.pairs,
+                LEVEL,
+            )
+        )
     return sentences
 
 
@@ -122,7 +163,7 @@ def warnings(run: Run) -> list[tuple[str, Markup]]:
         notes.append(("sinks kept", say("A few rows of huge norm decide these similarities.")))
     null = _largest(cka.get("null", "cross"))
     if null is not None and (null.number or 0.0) > _HIGH_NULL:
-        text = "CKA of shuffled pairs reaches {}: read the map against that, not 0."
+        text = "CKA of shuffled rows reaches {}: the estimator is biased upwards."
         notes.append(("high null", say(text, show(null))))
     beside = _beside(cka)
     shifts = [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -12,8 +13,9 @@ from evaluate.reporting.drawing.svg import Dots, dot_plot
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
 from evaluate.reporting.reading.names import NO_LEAK, Leak, control_name, leak_of
 from evaluate.reporting.reading.numbers import count, dash, exact, fixed, interval, percent, percent_number, say, show
-from evaluate.reporting.sections.gains import Gains, beats_all, gains, standing
+from evaluate.reporting.sections.gains import Gains, beats_all, gains, standing, winning
 from evaluate.reporting.sections.stitched import mark_of
+from featstore.runtime.records import EMPTY
 
 #: What is known of a condition by its first word; any other counts as one of the map's.
 _MEANING = {
@@ -56,7 +58,7 @@ def exchanges(run: Run) -> list[Exchange]:
     Args:
         run: The run.
     """
-    found = []
+    found, validated = [], _validated(run)
     for name, task in run.file("communicate.json").get("tasks").items():
         conditions = _ordered(task)
         several = len({_pair(condition) for condition in conditions} - {""}) > 1
@@ -76,7 +78,9 @@ def exchanges(run: Run) -> list[Exchange]:
         more = gains(task, f"{name}, {run.label}")
         plots = _plots(run, name, task)
         meanings = tuple(dict.fromkeys((_word(name), meaning) for name in conditions if (meaning := _meaning(name))))
-        exchange = Exchange(name, run.label, source, _words(task), plots, rows, texts, more, _omitted(task), meanings)
+        exchange = Exchange(
+            name, run.label, source, _words(task, validated), plots, rows, texts, more, _omitted(task), meanings
+        )
         found.append(exchange)
     return found
 
@@ -172,18 +176,18 @@ def _leak(task: Node, condition: str) -> Leak:
 
 
 @dataclass(frozen=True)
-class Best:
-    """The way of sending states with the most right answers in one task of one run.
+class Chosen:
+    """The way of sending states that stands for one task of one run; its answers did not choose it.
 
     Attributes:
         condition: Its name in the file.
-        ways: The gains of all ways of the task.
+        val_r2: Validation R2 of its layer pair, by which it was chosen.
     """
 
     run: str
     task: Node
     condition: str
-    ways: tuple[Node, ...]
+    val_r2: float | None
 
     @property
     def is_ceiling(self) -> bool:
@@ -201,14 +205,9 @@ class Best:
         """What leaks at its layer beside the states."""
         return _leak(self.task, self.condition)
 
-    @property
-    def against(self) -> Node:
-        """Its gains over each control."""
-        return self.task.get("gains", self.condition)
 
-
-def best_answers(runs: Sequence[Run]) -> list[Best]:
-    """The best way of every task and run: those above all controls first, and among them the most right answers.
+def chosen_answers(runs: Sequence[Run]) -> list[Chosen]:
+    """What stands for every task and run, the highest validation R2 first.
 
     Tasks in which a model reads for itself, the ceiling, count only where there are no others.
 
@@ -217,32 +216,53 @@ def best_answers(runs: Sequence[Run]) -> list[Best]:
     """
     found = []
     for run in runs:
+        validated = _validated(run)
         tasks = [task for _, task in run.file("communicate.json").get("tasks").items()]
         for task in tasks:
-            blocks = dict(task.get("conditions").items())
-            mapped = [
-                name
-                for name, block in blocks.items()
-                if condition_kind(name) == "mapped" and block.get("accuracy").number is not None
-            ]
-            if mapped:
-                best = max(mapped, key=lambda name: _accuracy(blocks[name]))
-                found.append(Best(run.label, task, best, tuple(way for _, way in task.get("gains").items())))
-    found = [best for best in found if not best.is_ceiling] or found
-    return sorted(found, key=lambda best: (not beats_all(best.against), -_accuracy(best.block)))
+            condition = _chosen(task, validated)
+            if condition:
+                found.append(Chosen(run.label, task, condition, validated.get(_pair(condition))))
+    found = [one for one in found if not one.is_ceiling] or found
+    return sorted(found, key=lambda one: -_high(one.val_r2))
 
 
-def _words(task: Node) -> Markup:
+def _validated(run: Run) -> dict[str, float]:
+    pairs = run.file("metrics.json").get("pairs").items()
+    return {key: r2 for key, metrics in pairs if (r2 := metrics.get("val", "r2").number) is not None}
+
+
+def _chosen(task: Node, validated: Mapping[str, float]) -> str:
+    """The way that is quoted: that of the layer pair with the highest validation R2 which sends the most."""
+    mapped = [
+        name
+        for name, block in _ordered(task).items()
+        if condition_kind(name) == "mapped" and block.get("accuracy").number is not None
+    ]
+
+    def place(name: str) -> tuple[float, int]:
+        way, _, key = name.partition(" ")
+        return -_high(validated.get(key)), _WAYS.index(way) if way in _WAYS else len(_WAYS)
+
+    # Without validation figures the first layer pair of the file.
+    return min(mapped, key=place, default="")
+
+
+def _high(r2: float | None) -> float:
+    return -math.inf if r2 is None else r2
+
+
+def _words(task: Node, validated: Mapping[str, float] = EMPTY) -> Markup:
     of = dict(task.get("conditions").items())
     known = {name: block for name, block in of.items() if block.get("accuracy").number is not None}
-    mapped = [name for name in known if condition_kind(name) == "mapped"]
-    if not mapped:
+    best = _chosen(task, validated)
+    if not best:
         return say("No map answered any question.")
-    best = max(mapped, key=lambda name: _accuracy(known[name]))
     controls = [name for name in known if condition_kind(name) == "control" or _word(name) == "silent"]
     rival = max(controls, key=lambda name: _accuracy(known[name]), default="")
-    sentences = say(
-        "Best of the maps is {}: {} of {} questions right", *_named(task, known, best), show(task.get("n"), exact)
+    several = len({_pair(name) for name in known if _pair(name) in validated}) > 1
+    why = " (the layer pair of the highest validation R²)" if several else ""
+    sentences = say("Sent as {}", control_name(best)) + say(
+        "{}: {} of {} questions right", why, _named(task, known, best)[1], show(task.get("n"), exact)
     )
     ends = interval(known[best].get("ci95"), percent_number)
     sentences += say(" {}", ends) if ends else say("")
@@ -276,20 +296,26 @@ def _paired(best: str, against: dict[str, Node], task: Node) -> Markup:
     level = [control_name(control) for control in known if standing(against[control]) != "above"]
     if level:
         words = say(" That is not above {} by more than the interval of the difference.", " or ".join(level))
-    elif beats_all(task.get("gains", best)):
+    elif beats_all(task, best):
         words = say(
             " On the same questions that is above the question alone, random and shuffled states, each by more "
             "than the interval of the difference."
+        )
+    elif task.get("beats", best, "p_adjusted").number is not None:
+        words = say(
+            " That is above the question alone, random and shuffled states, each beyond its interval, but among so "
+            "many ways to send states that may be chance (adjusted p {}).",
+            show(task.get("beats", best, "p_adjusted"), exact),
         )
     else:
         words = say(" That is above {}; the other controls were not run.", " and ".join(map(control_name, known)))
     ways = [way for _, way in task.get("gains").items()]
     if len(ways) > 1:
-        winning = sum(map(beats_all, ways))
+        won = winning(task)
         words += say(
             " Of {} ways to send states, {} above all three.",
             len(ways),
-            f"{winning or 'none'} {'are' if winning > 1 else 'is'}",
+            f"{won or 'none'} {'are' if won > 1 else 'is'}",
         )
     return words
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from evaluate.reporting.drawing.svg import Mark, Series, chart_key, line_chart
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
 from evaluate.reporting.reading.names import control_name, leak_of, type_name
-from evaluate.reporting.sections.stitched import SHARES, mark_of
+from evaluate.reporting.sections.stitched import FROM, SHARES, mark_of
 
 #: A line through fewer layers shows no course.
 _LAYERS = 2
@@ -19,6 +19,7 @@ _LAYERS = 2
 _STYLES = {
     "mapped": 0,
     "clean": 7,
+    "token": 8,
     "mean": 1,
     "zero": 4,
     "random_norm": 5,
@@ -26,7 +27,6 @@ _STYLES = {
     "shuffled": 2,
     "raw": 6,
 }
-_SHARE_NAMES = {"recovered": "from the mean state", "recovered_best_control": "from the best control"}
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,18 @@ def r2_by_layer(runs: Sequence[Run]) -> Chart | None:
 
 
 def recovered_by_layer(runs: Sequence[Run]) -> Chart | None:
-    """Draw the recovered share over source layers, a line for every run with at least two.
+    """Draw the share recovered of what the token alone leaves over source layers, a line for every run with two.
 
     Args:
         runs: What was read.
     """
 
     def find(run: Run, pair: Pair) -> tuple[Node, Node]:
-        block = run.file("stitch.json").get("pairs", pair.key, "recovered")
+        block = run.file("stitch.json").get("pairs", pair.key, "recovered_token")
         return block.get("value"), block.get("ci95")
 
-    return _of_runs(runs, "Recovered share by source layer", "recovered share", "stitch.json", find)
+    title = "Recovered of what the token alone leaves, by source layer"
+    return _of_runs(runs, title, "recovered share", "stitch.json", find)
 
 
 def stitched_curves(run: Run) -> list[Chart]:
@@ -84,13 +85,13 @@ def stitched_curves(run: Run) -> list[Chart]:
             if (points := _points(blocks, name, partial(_loss, name)))
         ]
         shares = [
-            Series(_SHARE_NAMES[name], points, style)
+            Series(FROM[name], points, style)
             for style, (name, _) in enumerate(SHARES)
-            if (points := _points(blocks, _SHARE_NAMES[name], partial(_share, name)))
+            if (points := _points(blocks, FROM[name], partial(_share, name)))
         ]
         for title, axis, lines, lines_at in (
             ("loss by layer", "nats per token", losses, ()),
-            ("recovered by layer", "share of the loss", shares, ((0.0, "nothing"), (1.0, "all"))),
+            ("recovered by layer", "share of the loss", shares, ((0.0, "as the control"), (1.0, "as clean"))),
         ):
             if not lines:
                 continue

@@ -1,7 +1,8 @@
 """How much more often mapped states give the right answer than each control: ``gains`` of ``communicate.json``.
 
-A gain is the difference of two accuracies on the same examples with its 95 % interval. One that includes zero shows
-nothing, however large its middle.
+A gain is the difference of two accuracies on the same examples with its 95 % interval, its exact p value and the
+questions that only one of the two gets right. It shows something where the interval leaves out zero and the exact test
+agrees, and among many ways to send states only where Holm's adjustment for their number leaves it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from markupsafe import Markup
 from evaluate.reporting.drawing.svg import Mark, coordinate, point
 from evaluate.reporting.reading.inputs import Node, Pair
 from evaluate.reporting.reading.names import control_name, leak_of
-from evaluate.reporting.reading.numbers import dash, interval, percent, percent_number, say, show
+from evaluate.reporting.reading.numbers import dash, exact, interval, percent, percent_number, say, show
 from evaluate.reporting.sections.stitched import mark_of
 from evaluate.reporting.sections.tables import Cell
 
@@ -23,12 +24,14 @@ Standing = Literal["above", "level", "below", "unknown"]
 
 #: Controls in the order of their columns; others that a file names follow.
 _CONTROLS = ("silent", "random", "shuffled")
+#: Largest p value that shows anything.
+_LEVEL = 0.05
 #: Width of the drawing in a cell.
 _SPARK = 96
 _MARKS: dict[Standing, tuple[str, str]] = {
-    "above": ("▲", "above it by more than the interval"),
-    "level": ("○", "the interval includes zero: no difference shown"),
-    "below": ("▼", "below it by more than the interval"),
+    "above": ("▲", "above it: the interval leaves out zero, and the exact test agrees"),
+    "level": ("○", "no difference shown"),
+    "below": ("▼", "below it: the interval leaves out zero, and the exact test agrees"),
     "unknown": ("?", "no interval is given"),
 }
 
@@ -49,25 +52,40 @@ class Gains:
 
 
 def standing(gain: Node) -> Standing:
-    """Where a gain's interval lies.
+    """Where a gain lies: its interval and its exact test have to agree.
 
     Args:
-        gain: With ``value`` and ``ci95``.
+        gain: With ``value``, ``ci95`` and ``p``; a file of an earlier version has no p, and the interval decides.
     """
     low, high = (gain.get("ci95", end).number for end in (0, 1))
     if gain.get("value").number is None or low is None or high is None:
         return "unknown"
+    p = gain.get("p").number
+    if p is not None and p > _LEVEL:
+        return "level"
     return "above" if low > 0 else "below" if high < 0 else "level"
 
 
-def beats_all(against: Node) -> bool:
-    """Whether a way of sending states is above every control that a task needs for it.
+def beats_all(task: Node, name: str) -> bool:
+    """Whether a way of sending states beats the question alone and both its controls.
 
     Args:
-        against: The gains of one condition, by control; without a random and a shuffled one nothing is shown.
+        task: One of the tasks of ``communicate.json``.
+        name: The way, with its layer pair; without a random and a shuffled control nothing is shown.
     """
-    found = {control: standing(gain) for control, gain in against.items()}
-    return set(_CONTROLS) <= set(found) and all(place == "above" for place in found.values())
+    found = {control: standing(gain) for control, gain in task.get("gains", name).items()}
+    above = set(_CONTROLS) <= set(found) and all(place == "above" for place in found.values())
+    adjusted = task.get("beats", name, "p_adjusted").number
+    return above and (adjusted is None or adjusted <= _LEVEL)
+
+
+def winning(task: Node) -> int:
+    """How many ways of sending states beat everything.
+
+    Args:
+        task: One of the tasks of ``communicate.json``.
+    """
+    return sum(beats_all(task, name) for name, _ in task.get("gains").items())
 
 
 def gains(task: Node, label: str) -> Gains | None:
@@ -109,7 +127,7 @@ def _row(
     leak = leak_of(task.get("pairs", key)).tag
     cells.append(Cell(show(accuracy, percent) + leak, _sort(accuracy), "num"))
     above = [standing(against.get(control)) == "above" for control in controls]
-    all_of = beats_all(against)
+    all_of = beats_all(task, name)
     count = f"{sum(above)} of {len(controls)}"
     cells.append(Cell(say("<b>{}</b>" if all_of else "{}", count), str(sum(above)), "num"))
     cells += [_gain(task, name, control, against.get(control), bounds, label) for control in controls]
@@ -131,7 +149,10 @@ def _gain(task: Node, name: str, control: str, gain: Node, bounds: tuple[float, 
     value, ends = show(gain.get("value"), _points), interval(gain.get("ci95"), percent_number)
     words = f"{control_name(name)} over {control_name(control)}"
     spark = _spark(mark_of(gain.get("value"), gain.get("ci95"), words, standing(gain)), bounds, f"{words}, {label}")
-    return Cell(say("{}{} {} {}", spark, drawn, value, ends), _sort(gain.get("value")), "num")
+    alone = [gain.get(f"{which}_alone") for which in ("first", "second")]
+    # Questions that only one of the two gets right are all that tells.
+    counts = say(" ({}:{})", *(show(node, exact) for node in alone)) if all(n.number is not None for n in alone) else ""
+    return Cell(say("{}{} {} {}{}", spark, drawn, value, ends, counts), _sort(gain.get("value")), "num")
 
 
 def _points(value: float) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from align.similarity.floors.reading import LEVEL, NAMES
 from align.similarity.page.palette import Scale
 from evaluate.reporting.drawing.matrices import Panel, cells_of, height, panel, rows_of
 from evaluate.reporting.drawing.svg import Mark, Series, chart_key, line_chart
@@ -75,11 +76,18 @@ def _of(sample: Node) -> Markup:
 
 
 def _floor(content: Node) -> Markup:
-    # The floors' cells lie close together: their middle says what unrelated layers get.
-    found = [cell.number or 0.0 for _, _, cell in cells_of(content.get("floors", "shuffled", "cross"))]
-    if not found:
-        return say("")
-    return say("Shuffled pairs get {} (median).", fixed(statistics.median(found), 3))
+    """Both floors of a measure: their middle, since cells lie close together, and the pairs of layers above them."""
+    words = say("")
+    for kind, name in NAMES.items():
+        floor = content.get("permutations", kind)
+        found = [cell.number for _, _, cell in cells_of(floor.get("mean")) if cell.number is not None]
+        if not found:
+            continue
+        ps = [cell.number for _, _, cell in cells_of(floor.get("p_max")) if cell.number is not None]
+        above = sum(p <= LEVEL for p in ps)
+        text = "{}: {} (median), {} of {} pairs of layers closer. "
+        words += say(text, name.capitalize(), fixed(statistics.median(found), 3), above, len(ps))
+    return words
 
 
 def _ranks(label: str, cka: Node, names: dict[str, list[str]]) -> tuple[Markup, Markup] | None:

@@ -12,14 +12,13 @@ from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
 from evaluate.reporting.reading.names import control_name, leak_of, share
 from evaluate.reporting.reading.numbers import count, dash, interval, nats, percent, percent_number, say, score, show
 from evaluate.reporting.sections.sent import Sent, accuracy_charts, rate_style, reference_rate, sent
-from evaluate.reporting.sections.stitched import mark_of, why_not
+from evaluate.reporting.sections.stitched import FROM, SHARES, mark_of, why_not
 from evaluate.reporting.sections.tables import Cell
 
 #: Codecs of one rate, and how they are drawn; others that a file names follow.
 _STYLES = {"compress": 0, "pca": 1, "strided": 2}
 _TITLES = {"compress": "R²", "pca": "R² of PCA"}
-_CONDITIONS = {"mapped": 0, "mean": 1, "shuffled": 2, "clean": 7}
-_SHARES = {"recovered": ("from the mean state", 0), "recovered_best_control": ("from the best control", 1)}
+_CONDITIONS = {"mapped": 0, "token": 8, "mean": 1, "shuffled": 2, "clean": 7}
 #: Style of maps that do not compress.
 _WHOLE = 5
 #: Rates closer than this share of them are one.
@@ -103,7 +102,7 @@ def _rates(key: str, points: Sequence[_Point]) -> Rates:
         "bytes per text byte",
         *(_TITLES.get(n) or f"R² {control_name(n)}" for n in codecs),
     )
-    header += ("mapped nats", "recovered", *(f"right, {task}" for task in tasks))
+    header += ("mapped nats", "beyond token", "recovered", *(f"right, {task}" for task in tasks))
     rows = [_row(point, list(codecs), answers, tasks) for point in compressed]
     rows += [_whole_row(point, list(codecs), answers, tasks) for point in whole]
     rows += _text_rows(answers, tasks, len(codecs))
@@ -137,14 +136,14 @@ def _charts(
     as_they_are = "states as they are"
     held = [line(control_name(name), _STYLES.get(name), _held(name), injected=False) for name in codecs]
     held.append(apart(as_they_are, lambda p: (p.test.get("r2"), p.test.get("r2_ci95"))))
-    recovered = [line(words, style, _shared(name)) for name, (words, style) in _SHARES.items()]
-    recovered.append(apart(as_they_are, _shared("recovered")))
+    recovered = [line(FROM[name], style, _shared(name)) for style, (name, _) in enumerate(SHARES)]
+    recovered.append(apart(as_they_are, _shared(SHARES[0][0])))
     losses = [line(control_name(name), style, _lost(name)) for name, style in _CONDITIONS.items()]
     losses.append(apart(as_they_are, _lost("mapped")))
     charts = []
     for name, axis, found, levels in (
         ("Held-out R²", "R²", held, ()),
-        ("Recovered share", "share of the loss", recovered, ((0.0, "nothing"), (1.0, "all"))),
+        ("Recovered share", "share of the loss", recovered, ((0.0, "as the control"), (1.0, "as clean"))),
         ("Stitched loss", "nats per token", losses, ()),
     ):
         lines = [series for series in found if series is not None]
@@ -270,20 +269,26 @@ def _text_rows(answers: Sequence[Sent], tasks: Sequence[str], codecs: int) -> li
         why = "text is no state"
         cells = [Cell(say("{}", first.run.label), first.run.label), Cell(say("{}", words), words), _none(why)]
         cells.append(Cell(first.shown, repr(first.rate), "num"))
-        cells += [_none(why)] * (codecs + 2)
+        cells += [_none(why)] * (codecs + 3)
         cells += [_accuracy(found.get(task)) for task in tasks]
         rows.append(tuple(cells))
     return rows
 
 
-def _stitched_cells(point: _Point) -> tuple[Cell, Cell]:
-    why = "there is no stitch.json" if point.stitched.value is None else why_not(point.stitched, "mapped", "not given")
-    loss, recovered = _loss(point, "mapped")[0], point.stitched.get("recovered")
-    known, leak = recovered.get("value").number is not None, leak_of(point.stitched).tag
-    return (
-        _number(loss, show(loss, nats, why) + (leak if loss.number is not None else Markup(""))),
-        _number(recovered.get("value"), share(recovered, leak) if known else dash(why)),
-    )
+def _stitched_cells(point: _Point) -> tuple[Cell, ...]:
+    there = point.stitched.value is not None
+    leak = leak_of(point.stitched).tag
+
+    def why(name: str) -> str:
+        return why_not(point.stitched, name, "not given") if there else "there is no stitch.json"
+
+    loss = _loss(point, "mapped")[0]
+    cells = [_number(loss, show(loss, nats, why("mapped")) + (leak if loss.number is not None else Markup("")))]
+    for name, _ in SHARES:
+        block = point.stitched.get(name)
+        known = block.get("value").number is not None
+        cells.append(_number(block.get("value"), share(block, leak) if known else dash(why(name))))
+    return tuple(cells)
 
 
 def _right(run: Run, kind: str, answers: Sequence[Sent], task: str, rate: float | None = None) -> Cell:

@@ -9,16 +9,17 @@ from markupsafe import Markup
 
 from evaluate.reporting.drawing.svg import Dots, Mark, dot_plot
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
-from evaluate.reporting.reading.names import NO_LEAK, Leak, control_name, leak_of, share, type_name
+from evaluate.reporting.reading.names import NO_LEAK, Leak, control_name, gain, leak_of, share, type_name
 from evaluate.reporting.reading.numbers import Style, count, dash, interval, nats, percent, say, score, show
 from featstore.text.roles import of_roles
 
 #: Conditions of a stitched run and what each puts into the target, in the order they are drawn.
 CONDITIONS = {
-    "clean": "the target untouched: the floor",
+    "clean": "the target untouched",
     "self": "the target’s own states put back: must equal clean",
     "mapped": "the source’s states through the map: the result",
-    "mean": "the target’s mean state everywhere: no information",
+    "token": "the best prediction from the source’s current token alone: no context",
+    "mean": "the target’s mean state at every replaced position: nothing of the source",
     "zero": "zeros",
     "random_norm": "random directions of the mapped states’ norms",
     "random_rotation": "the source’s states through a random rotation",
@@ -30,11 +31,15 @@ _MORE: tuple[tuple[str, str, Style], ...] = (
     ("kl", "KL from clean", score),
     ("top1", "same top token", percent),
 )
+#: Heading of the differences from the mapped loss.
+_MARGIN = "above mapped, 95 %"
 #: The two recovered shares in stitch.json, and what they are.
 SHARES = (
-    ("recovered", "share of the loss between mean state and clean run that the map recovers"),
-    ("recovered_best_control", "the same, counted from the best control instead of the mean state"),
+    ("recovered_token", "share of the loss between the source’s token alone and the clean run that the map recovers"),
+    ("recovered", "the same, counted from the mean state instead of the token"),
 )
+#: What they are counted from, in words.
+FROM = {"recovered_token": "from the token alone", "recovered": "from the mean state"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Stitched:
     title: str
     run: str
     source: Origin
-    recovered: Markup
+    beyond: Markup
     caption: Markup
     plot: Markup
     more: tuple[str, ...]
@@ -52,7 +57,7 @@ class Stitched:
 
 
 def forest(runs: Sequence[Run]) -> Markup | None:
-    """Draw the recovered share of every map with its interval, from the mean state and best control.
+    """Draw the recovered share of every map with its interval, from the token alone and from the mean state.
 
     Args:
         runs: What was read.
@@ -63,13 +68,13 @@ def forest(runs: Sequence[Run]) -> Markup | None:
             blocks = [(stitched.get(name), name) for name, _ in SHARES]
             title = f"{run.label} · {Pair.parse(key)}"
             marks = [
-                mark_of(block.get("value"), block.get("ci95"), f"{control_name(name)}, {title}", kind)
+                mark_of(block.get("value"), block.get("ci95"), f"recovered {FROM[name]}, {title}", kind)
                 for (block, name), kind in zip(blocks, ("mapped", "hollow"), strict=True)
             ]
             value = marks[0].value
             leak = leak_of(stitched).text
             text = ", ".join(part for part in (percent(value), leak) if part) if value is not None else ""
-            note = "" if text else why_not(stitched, "recovered", "no figure in stitch.json")
+            note = "" if text else _short(why_not(stitched, "recovered_token", "no figure in stitch.json"))
             lines.append(Dots(title, marks, text, note))
     if not lines:
         return None
@@ -97,15 +102,16 @@ def stitched_losses(run: Run) -> list[Stitched]:
         why = {name: why_not(pair, name, f"{name} is not in stitch.json") for name in names}
         leak = leak_of(pair)
         caption = say(
-            "Split {}: {} documents, {} tokens{}, {} of positions replaced. Counted from the best "
-            "control ({}) the map recovers {}.",
+            "Split {}: {} documents{}, {} tokens{}, {} of positions replaced. Beyond the source’s token alone {}. "
+            "Counted from the mean state the map recovers {}.",
             stitch.get("split").text or "unnamed",
             show(pair.get("n_documents"), count),
+            _effective(pair.get("effective_documents")),
             show(pair.get("n_tokens"), count),
             of_roles([node.text for node in stitch.get("roles")]),
             show(pair.get("replaced_share"), percent),
-            control_name(pair.get("recovered_best_control", "control").text) or "not named",
-            share(pair.get("recovered_best_control"), leak.tag),
+            _beyond(pair, leak),
+            share(pair.get("recovered"), leak.tag, why_not(pair, "recovered", "no figure in stitch.json")),
         )
         if leak.words:
             caption += say(" <b>{}</b>.", leak.words.capitalize())
@@ -131,16 +137,14 @@ def stitched_losses(run: Run) -> list[Stitched]:
                 show(conditions[name].get("nats_per_token"), nats, why[name]) + beside[name].tag,
                 interval(conditions[name].get("ci95")) or dash(why[name]),
                 show(conditions[name].get("bits_per_byte"), score, why[name]),
-                tuple(show(conditions[name].get(key), style, why[name]) for key, _, style in more),
+                (_margin(pair, name), *(show(conditions[name].get(key), style, why[name]) for key, _, style in more)),
             )
             for name in names
         )
         title = f"{type_name(run)}, {Pair.parse(key)}"
         source = run.origin("stitch.json")
-        recovered = share(pair.get("recovered"), leak.tag)
-        blocks.append(
-            Stitched(title, run.label, source, recovered, caption, plot, tuple(figure[1] for figure in more), rows)
-        )
+        headings = (_MARGIN, *(figure[1] for figure in more))
+        blocks.append(Stitched(title, run.label, source, _beyond(pair, leak), caption, plot, headings, rows))
     return blocks
 
 
@@ -148,9 +152,38 @@ def _condition_line(name: str, block: Node, why: str, leak: Leak) -> Dots:
     loss = block.get("nats_per_token")
     mark = mark_of(loss, block.get("ci95"), control_name(name), kind_of(name))
     if loss.number is None:
-        # Long reasons would run out of the drawing; the table has them whole.
-        return Dots(control_name(name), [], "–", why if len(why) <= 40 else why[:39] + "…")
+        return Dots(control_name(name), [], "–", _short(why))
     return Dots(control_name(name), [mark], ", ".join(part for part in (nats(loss.number), leak.text) if part))
+
+
+def _short(why: str) -> str:
+    # Long reasons would run out of the drawing; the table has them whole.
+    return why if len(why) <= 40 else why[:39] + "…"
+
+
+def _effective(node: Node) -> Markup:
+    return say("") if node.number is None else say(" (as many as {} equally long ones)", show(node, count))
+
+
+def _beyond(pair: Node, leak: Leak) -> Markup:
+    beyond = pair.get("beyond_token")
+    if beyond.get("nats").number is None:
+        return dash(why_not(pair, "beyond_token", "no figure in stitch.json"))
+    why = why_not(pair, "recovered_token", "no figure in stitch.json")
+    return say("{}, {} of what it leaves", gain(beyond, leak.tag), share(pair.get("recovered_token"), why=why))
+
+
+def _margin(pair: Node, name: str) -> Markup:
+    """How much lower the loss is with mapped states than under a control."""
+    block = pair.get("controls", name)
+    if block.get("nats").number is None:
+        return dash("not a control of this map" if kind_of(name) != "control" else why_not(pair, name, "not compared"))
+    beaten = {True: "▲", False: "○"}.get(block.get("beaten").value, "?")
+    title = {"▲": "beaten: the interval is above zero", "○": "the interval is not above zero"}.get(
+        beaten, "no interval"
+    )
+    mark = say('<span class="{}" title="{}">{}</span>', "above" if beaten == "▲" else "level", title, beaten)
+    return say("{} {} {}", mark, show(block.get("nats"), nats), interval(block.get("ci95"), nats))
 
 
 def mark_of(value: Node, ci: Node, name: str, kind: str) -> Mark:

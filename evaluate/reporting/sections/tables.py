@@ -54,21 +54,31 @@ class _Entry:
     shared: int = 1
 
     @property
-    def r2(self) -> float:
-        value = self.block.get("r2").number
-        return float("-inf") if value is None else value
+    def validated(self) -> float:
+        """R2 on validation rows, of maps alone: ordered by test figures, the first would be too large."""
+        value = self.run.file("metrics.json").get("pairs", self.pair.key, "val", "r2").number
+        return float("-inf") if value is None or self.kind != "map" else value
 
 
 #: Title, hint, key of the block, how to write it.
 _FIGURES: tuple[tuple[str, str, str, Style], ...] = (
     ("R²", "held-out R², test split, with its 95 % interval over documents", "r2", score),
+    (
+        "partial R²",
+        "share explained of the error that the source’s token alone leaves, test split",
+        "partial_r2",
+        score,
+    ),
     ("top-1", "share of mapped states whose nearest target state is the true partner", "retrieval_top1", percent),
     ("chance", "top-1 by guessing", "retrieval_chance", percent),
     ("cosine", "mean cosine, mean state subtracted", "cosine_centered", score),
     ("median dim", "median of R² over dimensions", "r2_median_dim", score),
 )
-#: Baselines of every map, in the order in which equal ones stand.
-_CONTROLS = ("mean", "identity", "random_rotation", "shuffled")
+#: Those before the stitched shares, each with its interval.
+_FIRST = 2
+#: Baselines of every map, in the order of their rows.
+_CONTROLS = ("token", "mean", "identity", "random_rotation", "shuffled")
+_BOUNDED = {key for _, _, key, _ in _FIGURES[:_FIRST]}
 #: Baselines of compressed maps that send as much as they do.
 _CODECS = {"pca": "same rate: PCA", "strided": "same rate: every n\u2011th state"}
 
@@ -76,10 +86,10 @@ COLUMNS = (
     Column("run", "directory"),
     Column("layers", "source layer → target layer"),
     Column("what", "type of the map, or what stands in for it"),
-    Column(*_FIGURES[0][:2]),
-    Column("recovered", SHARES[0][1]),
-    Column("past best control", SHARES[1][1]),
-    *(Column(title, hint) for title, hint, _, _ in _FIGURES[1:]),
+    *(Column(title, hint) for title, hint, _, _ in _FIGURES[:_FIRST]),
+    Column("beyond token", SHARES[0][1]),
+    Column("recovered", SHARES[1][1]),
+    *(Column(title, hint) for title, hint, _, _ in _FIGURES[_FIRST:]),
     Column("with sinks", "held-out R² with the attention sinks left in"),
     Column("trainable", "trainable parameters"),
     Column("warnings", "warnings in metrics.json; their texts stand in the summary"),
@@ -87,7 +97,7 @@ COLUMNS = (
 
 
 def leaderboard(runs: Sequence[Run]) -> list[Row]:
-    """Build the rows: by layer pair, the maps by held-out R2, then closed forms, then controls.
+    """Build the rows: by layer pair, the maps in the order of their validation R2, then closed forms, then controls.
 
     A closed form or control that several runs share to the last digit is one row, which says so.
 
@@ -97,8 +107,15 @@ def leaderboard(runs: Sequence[Run]) -> list[Row]:
     entries = list(_merged([entry for run in runs for pair in run.pairs for entry in _entries(run, pair)]))
     order = list(dict.fromkeys(entry.pair.key for entry in entries))
     kinds = ("map", "closed", "control")
-    entries.sort(key=lambda entry: (order.index(entry.pair.key), kinds.index(entry.kind), -entry.r2))
+    entries.sort(
+        key=lambda entry: (order.index(entry.pair.key), kinds.index(entry.kind), -entry.validated, _place(entry))
+    )
     return [Row(entry.kind, tuple(_cells(entry))) for entry in entries]
+
+
+def _place(entry: _Entry) -> int:
+    name = entry.place[-1]
+    return _CONTROLS.index(name) if name in _CONTROLS else len(_CONTROLS)
 
 
 def _entries(run: Run, pair: Pair) -> Iterator[_Entry]:
@@ -139,13 +156,14 @@ def _cells(entry: _Entry) -> Iterator[Cell]:
     yield Cell(say("{}{}", run.label, others), run.label, "name")
     yield Cell(say("{}", pair), str(pair))
     yield Cell(say("{}", entry.what), entry.what)
-    yield _figure(entry, metrics, *_FIGURES[0][2:])
+    for _, _, key, style in _FIGURES[:_FIRST]:
+        yield _figure(entry, metrics, key, style)
     for name, _ in SHARES:
         block = stitched.get(name) if is_map else Node()
         why = why_not(stitched, name, _missing(run, "stitch.json")) if is_map else "only maps are injected"
         html = share(block, leak_of(stitched).tag) if block.get("value").number is not None else dash(why)
         yield Cell(html, _sort(block.get("value")), "num")
-    for _, _, key, style in _FIGURES[1:]:
+    for _, _, key, style in _FIGURES[_FIRST:]:
         yield _figure(entry, metrics, key, style)
     if not is_map:
         yield from (
@@ -166,9 +184,9 @@ def _cells(entry: _Entry) -> Iterator[Cell]:
 def _figure(entry: _Entry, metrics: Node, key: str, style: Style) -> Cell:
     node = entry.block.get(key)
     html = show(node, style, _reason(entry.run, metrics, (*entry.place, key)))
-    if key != "r2":
+    if key not in _BOUNDED:
         return Cell(html, _sort(node), "num")
-    ends = interval(entry.block.get("r2_ci95"), score)
+    ends = interval(entry.block.get(f"{key}_ci95"), score)
     return Cell(say("{} {}", html, ends) if ends else html, _sort(node), "num main")
 
 

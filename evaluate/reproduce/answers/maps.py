@@ -40,7 +40,7 @@ def which_layers(evidence: Evidence) -> Answer:
     rows: list[tuple[str, ...]] = []
     scores: dict[str, Value] = {}
     for pair in both(evidence.places):
-        r2, against = evidence.test("affine", pair.key), evidence.recovered("affine", pair.key, best=True)
+        r2, against = evidence.test("affine", pair.key), evidence.beyond_token("affine", pair.key)
         if r2 is None:
             continue
         if against is not None:
@@ -55,16 +55,20 @@ def which_layers(evidence: Evidence) -> Answer:
                 figure(r2),
                 figure(evidence.test("affine", pair.key, "cka_debiased")),
                 share(evidence.recovered("affine", pair.key)),
-                share(against),
-                (None if stitched is None else stitched.recovered_best_control.control) or "-",
+                share(evidence.recovered("affine", pair.key, token=True)),
+                figure(against, "+.3f"),
+                (None if stitched is None else stitched.closest_control) or "-",
             )
         )
     if not rows:
         return answer
-    header = ("layers", "depth", "Procrustes R2", "affine R2", "CKA", "recovered", "against best control", "which is")
+    header = (
+        *("layers", "depth", "Procrustes R2", "affine R2", "CKA", "recovered"),
+        *("of what the token leaves", "nats beyond the token", "closest control"),
+    )
     answer.tables.append(Table("Test documents, by layer", header, rows))
     answer.sources += [f"runs/{run}/metrics.json" for run in ("procrustes", "affine")] + ["runs/affine/stitch.json"]
-    answer.found = "The stitched loss is not there, or no control does harm, so that nothing can be recovered."
+    answer.found = "No stitched loss says what mapped states add to the source's token alone."
     if scores:
         works = [key for key, value in scores.items() if value.above_zero]
         best = max(scores, key=lambda key: scores[key].value)
@@ -75,8 +79,8 @@ def which_layers(evidence: Evidence) -> Answer:
         if known:
             answer.verdict = HELD if failed == known else PARTLY if failed or len(works) < len(scores) else NOT
         answer.found = (
-            f"{len(works)} of {len(scores)} layer pairs recover more than the best control does, with their whole "
-            f"interval; most at {arrow(best)} ({share(scores[best])}). "
+            f"At {len(works)} of {len(scores)} layer pairs mapped states lower the loss from where the source's token "
+            f"alone brings it, with their whole interval; most at {arrow(best)} ({figure(scores[best], '.3f')} nats). "
             + ("Of the last layer there is no figure." if not known else _last_layer(failed, known))
         )
     return answer

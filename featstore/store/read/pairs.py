@@ -45,6 +45,7 @@ class Pairs:
         sink: bool ``(m,)``, either token is an attention sink.
         role: uint8 ``(m,)``, who wrote the last byte that both have read: a number in
             :data:`featstore.text.roles.ROLES`.
+        token: int32 ``(m,)``, id of the source's token.
         coverage: Share of each side's ordinary tokens that have a partner, (source, target).
     """
 
@@ -56,6 +57,7 @@ class Pairs:
     document: NDArray[np.int32]
     sink: NDArray[np.bool_]
     role: NDArray[np.uint8]
+    token: NDArray[np.int32]
     coverage: tuple[float, float]
 
     def __len__(self) -> int:
@@ -67,7 +69,7 @@ class Pairs:
         Args:
             keep: bool ``(m,)``.
         """
-        names = ("row_source", "row_target", "split", "document", "sink", "role")
+        names = ("row_source", "row_target", "split", "document", "sink", "role", "token")
         return replace(self, **{name: getattr(self, name)[keep] for name in names})
 
     def select(

@@ -535,6 +535,7 @@ class Store:
             tokens_a.sink[row_a] | tokens_b.sink[row_b],
             # The same in both: they have read the same bytes.
             tokens_a.role[row_a],
+            tokens_a.id[row_a],
             (len(row_a) / ordinary[0], len(row_b) / ordinary[1]),
         )
 

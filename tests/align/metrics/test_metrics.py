@@ -336,6 +336,7 @@ class TestRetrieval:
                 "retrieval_mrr": np.mean(1 / rank),
                 "retrieval_median_rank": np.median(rank),
                 "retrieval_chance": 1 / 60,
+                "retrieval_ceiling": 1.0,
                 "retrieval_gallery": 60,
             }
         )
@@ -398,21 +399,21 @@ EDGES = {
 @pytest.mark.parametrize("case", EDGES)
 def test_nothing_raises_and_each_null_has_a_reason(case: str, dtype: type) -> None:
     y, y_hat = (a.astype(dtype) for a in EDGES[case])
-    figures, reasons = score(y, y_hat, np.full(y.shape[1], 2.0))
+    figures, reasons = score(y, y_hat, np.full(y.shape[1], 2.0), tokens=np.arange(len(y)) // 4)
     assert tuple(figures) == KEYS
     assert set(reasons) == {key for key, value in figures.items() if value is None}
     json.dumps(figures, allow_nan=False)
     assert figures["n"] == len(y)
     assert figures["retrieval_gallery"] == len(y)
     expected_nulls = {
-        "no rows": 13,
+        "no rows": 17,
         "good": 0,
-        "infinite prediction": 13,
-        "nan target": 13,
+        "infinite prediction": 17,
+        "nan target": 17,
         "constant prediction": 2,
         "zero prediction": 3,
         "three rows": 2,
-        "one row": 7,
+        "one row": 11,
     }
     if case in expected_nulls:
         assert len(reasons) == expected_nulls[case], reasons
@@ -421,8 +422,9 @@ def test_nothing_raises_and_each_null_has_a_reason(case: str, dtype: type) -> No
 class TestScorer:
     def test_blocks_and_reused_buffers_do_not_matter(self) -> None:
         y, y_hat = (a.astype(np.float32) for a in noisy(13, n=900))
-        whole, _ = score(y, y_hat, np.zeros(12), gallery=50, cka_rows=200)
-        scorer = Scorer(np.zeros(12), 900, gallery=50, cka_rows=200)
+        tokens = np.arange(900) % 50
+        whole, _ = score(y, y_hat, np.zeros(12), gallery=50, cka_rows=200, tokens=tokens)
+        scorer = Scorer(np.zeros(12), 900, gallery=50, cka_rows=200, tokens=tokens)
         buffers = np.empty((2, 100, 12), dtype=np.float32)
         for start in range(0, 900, 100):
             buffers[0], buffers[1] = y[start : start + 100], y_hat[start : start + 100]

@@ -14,6 +14,7 @@ from align.runs.findings import (
     Site,
     Training,
     after_the_norm,
+    few_documents,
     few_rows,
     findings,
     gram_facts,
@@ -28,6 +29,7 @@ from align.runs.findings import (
     sinks_dominate,
     sinks_kept,
     still_improving,
+    token_explains,
 )
 from align.solvers import lambda_grid
 from featstore.errors import FitError
@@ -227,18 +229,71 @@ def test_everything_together_in_one_order() -> None:
     entry = {
         "train": {"r2": 0.9},
         "val": {"r2": 0.1},
-        "test": {"r2": 0.1, "retrieval_top1": 0.0, "retrieval_chance": 0.01},
-        "baselines": {**CONTROLS, "closed_form": OPTIMUM},
+        "test": {"r2": 0.1, "partial_r2": -0.5, "retrieval_top1": 0.0, "retrieval_chance": 0.01},
+        "baselines": {**CONTROLS, "token": {"r2": 0.4}, "closed_form": OPTIMUM},
         "by_mask": masks(0.1, 0.9),
     }
     facts: dict[str, Any] = {"parts": chance(4.0), "n_train": 10, "width": 16, "coverage": (0.1, 0.1)}
     beside = {"gram": Gram(10, 16, 1.0, 0.0), "sites": last(None), "lam": 10.0, "training": Training(2, 2, 2)}
+    beside["documents"] = 4
     found = findings(entry=entry, keep_sinks=True, **facts, **beside)
     assert [f["code"] for f in found] == [
         "few-rows", "near-singular", "coverage", "after-final-norm", "sinks-kept", "sink-dominated",
-        "infonce-at-chance", "overfit", "loses-to-closed-form", "no-better-than-controls", "retrieval-at-chance",
-        "lambda-at-grid-end", "still-improving",
+        "infonce-at-chance", "overfit", "loses-to-closed-form", "no-better-than-controls", "token-explains",
+        "retrieval-at-chance", "lambda-at-grid-end", "still-improving", "few-documents",
     ]  # fmt: skip
     # What an entry need not have, and what a run does not know, is no finding.
     small = {"train": None, "val": {}, "test": {"r2": 0.5}}
     assert findings(entry=small, parts={}, n_train=160, width=16, coverage=(1.0, 1.0), keep_sinks=False) == []
+
+
+def explained(r2: float, token: float | None, partial: float | None, interval: Any = None) -> list[str]:
+    block = None if token is None else {"r2": token}
+    found = list(token_explains({"r2": r2, "partial_r2": partial, "partial_r2_ci95": interval}, block))
+    return [finding["message"] for finding in found]
+
+
+@pytest.mark.parametrize(
+    ("r2", "token", "partial", "interval", "says"),
+    [
+        (0.446, 0.653, -0.6, [-0.7, -0.5], ["0.446", "0.653", "-0.600 [-0.700, -0.500]"]),
+        # Above the margin, and not told from nothing.
+        (0.70, 0.65, 0.14, [-0.02, 0.3], ["0.140"]),
+        (0.653, 0.65, 0.009, [0.005, 0.012], ["0.009"]),
+        (0.653, 0.65, 0.009, None, ["0.009"]),
+        (1.0, 1.0, None, None, ["nothing is left"]),
+    ],
+)
+def test_what_the_token_explains_is_said_with_both_figures(
+    r2: float, token: float, partial: float | None, interval: Any, says: list[str]
+) -> None:
+    [message] = explained(r2, token, partial, interval)
+    assert all(words in message for words in says)
+
+
+@pytest.mark.parametrize(
+    ("r2", "token", "partial", "interval"),
+    [
+        (0.80, 0.60, 0.5, [0.4, 0.6]),
+        (0.80, 0.60, 0.5, None),
+        (0.5, None, None, None),
+        # Nobody summed by document, so nothing is known of what is left.
+        (0.5, 0.6, None, None),
+    ],
+)
+def test_what_is_left_beyond_the_token_is_no_finding(
+    r2: float, token: float | None, partial: float | None, interval: Any
+) -> None:
+    assert explained(r2, token, partial, interval) == []
+
+
+@pytest.mark.parametrize(("documents", "words"), [(1, "1 test document: below 3"), (2, "no interval"), (9, "wide")])
+def test_few_documents_are_said_to_be_few(documents: int, words: str) -> None:
+    [finding] = few_documents(documents)
+    assert finding["code"] == "few-documents"
+    assert words in finding["message"]
+
+
+@pytest.mark.parametrize("documents", [10, 1000, None])
+def test_enough_documents_are_no_finding(documents: int | None) -> None:
+    assert list(few_documents(documents)) == []

@@ -25,11 +25,12 @@ from tests.support.planted import TEST, VAL, Planted, leaky, only, plant, rotati
 from tests.support.tiers import tiered
 
 KEY = "a:1->b:1"
-BASELINES = {"mean", "identity", "random_rotation", "shuffled", "closed_form"}
+BASELINES = {"mean", "identity", "random_rotation", "shuffled", "token", "closed_form"}
 FIGURES = {
     *("r2", "r2_median_dim", "r2_without_top_dims", "mse", "cosine", "cosine_centered", "cka_debiased"),
     *("retrieval_top1", "retrieval_top5", "retrieval_mrr", "retrieval_median_rank", "retrieval_chance"),
-    *("retrieval_gallery", "n"),
+    *("retrieval_ceiling", "retrieval_gallery", "retrieval_same_token_top1", "retrieval_same_token_chance"),
+    *("retrieval_same_token_ceiling", "retrieval_same_token_gallery", "retrieval_same_token_tokens", "n"),
 }
 
 
@@ -86,6 +87,7 @@ def test_a_run_directory_holds_what_its_description_says(lora: Path) -> None:
         "metrics.json",
         "run.yaml",
         "tensorboard",
+        "tokens.safetensors",
         *epochs,
     }
     [events] = (lora / "tensorboard").glob("events.out.tfevents.*")

@@ -138,13 +138,27 @@ def test_views_hold_the_numbers_where_they_belong() -> None:
     assert main["cross"]["beside"]["n"] == 98040
     assert main["within:twin"]["values"] == result["within"]["twin"]
     assert main["within:twin"]["beside"]["values"] == result["unmasked"]["within"]["twin"]
-    assert main["cross"]["floors"] == [{"name": "pairs shuffled", "values": result["null"]["cross"], "n": 4096}]
+    exchanged = result["permutations"]["documents"]
+    assert main["cross"]["floors"][0] == {
+        "name": "documents exchanged",
+        "values": exchanged["mean"],
+        "edge": exchanged["p95"],
+        "p": exchanged["p_max"],
+        "n": 8000,
+    }
+    assert [floor["name"] for floor in main["cross"]["floors"]] == ["documents exchanged", "same token elsewhere"]
+    assert main["within:twin"]["floors"] == []
+    without = views({**result, "permutations": {}})[0]["blocks"][0]
+    assert without["floors"] == [{"name": "rows shuffled", "values": result["null"]["cross"], "n": 4096}]
     for name, given in result["measures"].items():
         blocks = {block["key"]: block for block in shown[name]["blocks"]}
         assert blocks["cross"]["values"] == given["cross"]
         assert blocks["cross"]["ci"] == given["ci95"]["cross"]
         assert blocks["within:smol"]["ci"] == given["ci95"]["within"]["smol"]
-        assert [f["values"] for f in blocks["cross"]["floors"]] == [f["cross"] for f in given["floors"].values()]
+        assert [f["values"] for f in blocks["cross"]["floors"]] == [
+            *(floor["mean"] for floor in given["permutations"].values()),
+            given["floors"]["noise"]["cross"],
+        ]
         assert ("reverse" in blocks) == (name in ("pwcca", "ridge-r2"))
         if "reverse" in blocks:
             assert blocks["reverse"]["values"] == given["reverse"]
@@ -187,7 +201,7 @@ def test_one_model_alone_is_compared_with_its_other_layers() -> None:
     first, floor, *_ = words.summary(result, views(result))
     upper = values[np.triu_indices(5, 1)]
     assert f"the median over all pairs of layers is {np.median(upper):.3f}." in first
-    assert "10 of 10 pairs of layers" in floor
+    assert "10 of 10 pairs of layers are above that floor" in floor
 
 
 def test_the_best_of_equals_is_the_first() -> None:
@@ -246,7 +260,17 @@ def test_lettering_has_the_better_contrast() -> None:
 
 def test_the_summary_says_what_the_numbers_say() -> None:
     result = bare()
-    result |= {"cross": [[0.81], [0.4]], "null": {**result["null"], "cross": [[0.01], [0.5]], "n": 400}, "reasons": {}}
+    result |= {"cross": [[0.81], [0.4]], "reasons": {}}
+    result["permutations"] = {
+        "documents": {
+            "mean": [[0.01], [0.5]],
+            "p95": [[0.02], [0.6]],
+            "p_max": [[0.025], [0.3]],
+            "rows": 400,
+            "documents": 9,
+        },
+        "token": {"reason": "hardly any token"},
+    }
     result["unmasked"]["cross"] = [[0.8], [0.99]]
     result["within"]["a"] = [[1.0, 0.1], [0.1, 1.0]]
     shown = views(result)
@@ -255,7 +279,11 @@ def test_the_summary_says_what_the_numbers_say() -> None:
         "a 0 × b 0 are the most alike, with debiased linear CKA 0.810 over 500 paired rows; the median over all pairs "
         "of layers is 0.605."
     )
-    assert "over 400 rows) lies between 0.010 and 0.500: 1 of 2 pairs of layers are above" in floor
+    assert floor == (
+        "With documents in each other's place at equal positions, 400 rows of 9 documents give 0.010 to 0.500 on "
+        "average (95\u202f% below 0.600): 1 of 2 pairs of layers are above that floor (p \u2264 0.05, corrected for "
+        "all of them). There is no floor with partners of the same token in another document: hardly any token."
+    )
     assert sinks == (
         "3 rows are attention sinks and left out. With them in, linear CKA changes by up to 0.590 "
         "(a 3 × b 0: from 0.400 to 0.990)."
@@ -267,7 +295,7 @@ def test_the_summary_of_little_says_what_is_missing() -> None:
     result = bare()
     first, floor, sinks = words.summary(result, views(result))
     assert first == "a 0 × b 0: debiased linear CKA 0.500 over 500 paired rows."
-    assert floor == "There is no floor beside these figures: no rows."
+    assert floor == "There is no floor beside these figures: none was asked for."
     assert views(result)[0]["blocks"][0]["floors"] == []
     assert sinks.endswith("what they change was not computed.")
     (undefined,) = words.warnings(result, views(result))
@@ -307,7 +335,8 @@ def test_every_measure_has_its_line() -> None:
     assert line.pair == f"smol {7 * i} × twin {7 * j}"
     assert line.value == f"{values[i, j]:.3f}"
     assert line.interval == "[{:.3f}, {:.3f}]".format(*given["ci95"]["cross"][i][j])
-    assert line.floor.startswith(f"{np.median(given['floors']['shuffled']['cross']):.3f}")
+    floor = [v for row in given["permutations"]["documents"]["mean"] for v in row if v is not None]
+    assert line.floor == f"{np.median(floor):.3f} (documents exchanged)"
     assert line.agrees == "5 of 5"
     assert set(TITLES) <= set(MEASURES)
 
@@ -359,7 +388,7 @@ def test_pictures_show_the_numbers(tmp_path: Path) -> None:
     pictures = heatmaps._measures(others)
     titles = [axes.get_title() for axes in pictures.axes if axes.get_title()]
     assert len(titles) == len(TITLES) + 2
-    assert "floor, pairs shuffled: 1.2" in next(t for t in titles if t.startswith("Angular"))
+    assert "floor, documents exchanged: 1." in next(t for t in titles if t.startswith("Angular"))
     assert any("darker is more alike (lower values)" in title for title in titles)
 
 
@@ -440,7 +469,8 @@ def test_pointing_focusing_and_tapping_show_the_numbers_of_a_cell(tab: Tab, page
         "smol 0 × twin 7, attention sinks masked",
         f"RBF CKA {given['cross'][0][1]:.3f}",
         f"95 % interval [{low:.3f}, {high:.3f}]",
-        f"floor: pairs shuffled {words.number(given['floors']['shuffled']['cross'][0][1])}",
+        f"floor: documents exchanged {words.number(given['permutations']['documents']['mean'][0][1])}, 5 % beyond ",
+        f" {words.number(given['permutations']['documents']['p95'][0][1])}, p = 0.025",
         f"floor: noise of the same covariance {words.number(given['floors']['noise']['cross'][0][1])}",
         "smol 0, rounded as stored 0.9999",
         "twin 7, rounded as stored 0.9998",
@@ -549,7 +579,8 @@ def test_lines_follow_the_numbers(tab: Tab, pages: dict[str, Path]) -> None:
     lines = """(where) => Object.fromEntries([...document.querySelectorAll(where + " g[data-series]")].map(
       (g) => [g.dataset.series, [...g.querySelectorAll("title")].map((t) => t.textContent)]))"""
     found = tab.run(f"({lines})('#profile')")
-    assert list(found) == ["at the nearest depth", "best partner", "floor: pairs shuffled", "attention sinks left in"]
+    floors = ["floor: documents exchanged", "floor: same token elsewhere"]
+    assert list(found) == ["at the nearest depth", "best partner", *floors, "attention sinks left in"]
     for name, table in (
         ("at the nearest depth", result["cross"]),
         ("attention sinks left in", result["unmasked"]["cross"]),
@@ -563,7 +594,7 @@ def test_lines_follow_the_numbers(tab: Tab, pages: dict[str, Path]) -> None:
     # A line is told by more than its colour.
     paths = "[...document.querySelectorAll('#profile g[data-series] > path:first-child')]"
     dashes = tab.run(f"{paths}.map(p => p.getAttribute('stroke-dasharray'))")
-    assert len(set(dashes)) == len(dashes) == 4
+    assert len(set(dashes)) == len(dashes) == 5
 
 
 def test_numbers_stand_in_the_cells_of_small_maps_only(tab: Tab, pages: dict[str, Path]) -> None:
@@ -582,7 +613,7 @@ def test_colours_may_start_at_the_floor(tab: Tab, pages: dict[str, Path]) -> Non
     tab.choose("#measure", "angular-distance")
     given = result["measures"]["angular-distance"]
     fill = f"document.querySelector(\"{CELL.format(block='cross', panel='main', i=0, j=1)}\").getAttribute('fill')"
-    value, floor = given["cross"][0][1], given["floors"]["shuffled"]["cross"][0][1]
+    value, floor = given["cross"][0][1], given["permutations"]["documents"]["mean"][0][1]
     assert tab.run(fill) == "#{:02x}{:02x}{:02x}".format(*colour(1 - value / (math.pi / 2)))
     tab.choose("#colours", "floor")
     assert tab.run(fill) == "#{:02x}{:02x}{:02x}".format(*colour(1 - value / floor))

@@ -23,8 +23,9 @@ from evaluate.communication import messages
 from evaluate.communication.asking import Prompt, PutIn, ask, prompts_of
 from evaluate.communication.communicate import COMMON, describe, identity, prepare
 from evaluate.communication.messages import deliverable, read, within
-from evaluate.communication.tasks.base import Example, Task, words
+from evaluate.communication.tasks.base import Example, Task
 from evaluate.communication.tasks.named import make
+from evaluate.communication.tasks.scoring import words
 from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name
 from evaluate.injection.loading import Loaded, load
 from evaluate.injection.positions import source_positions
@@ -192,7 +193,7 @@ def test_tokens_without_a_row_in_the_embedding_are_refused(pair: SimpleNamespace
 
 def test_a_prompt_longer_than_the_context_is_refused(pair: SimpleNamespace) -> None:
     long = Example("word " * 1100, "Which?", ("word",))
-    task = Task("long", (long,), 0, "")
+    task = Task("long", (long,))
     with pytest.raises(SpecError, match=r"has \d+ tokens; with 16 new ones it exceeds the context of 'llama' \(1024\)"):
         prepare(pair.adapter, models=pair.models, quiet=True).result(task)
 
@@ -240,7 +241,7 @@ def test_an_example_that_cannot_be_spelt_is_named_before_anything_is_asked(
     for context, question in ((f"Here{UNSPELT}.", "Where?"), ("Here.", f"Where{UNSPELT}?")):
         examples = (Example("There.", "Where?", ("there",)), Example(context, question, ("here",)))
         with pytest.raises(OffsetError, match=r"model 'llama': example 2: no token covers character"):
-            prepare(pair.adapter, models=unable, quiet=True).result(Task("mine", examples, 0, ""))
+            prepare(pair.adapter, models=unable, quiet=True).result(Task("mine", examples))
 
 
 def test_a_token_that_may_have_read_more_than_the_context_is_outside_of_it() -> None:
@@ -472,7 +473,7 @@ def test_a_context_is_found_after_words_that_come_before_it(
     # Bytes are not characters, neither in what comes before the context nor in it; it has 21 bytes.
     example = Example("Zoë est à Orléans.", "Where?", ("Orléans",))
     prompts = {"context_prompt": "Voilà: {context}", "text_prompt": "Écoute, déjà: {context}\n{question}{cue}"}
-    task, key = Task("voilà", (example,), 0, "", **prompts), "llama:2->mistral:2"
+    task, key = Task("voilà", (example,), **prompts), "llama:2->mistral:2"
     seen = shown(pair, task, monkeypatch)
     [prompt], given = seen[f"aligned {key}"]
     read_by = {"llama": "Voilà: ", "mistral": "Écoute, déjà: "}
@@ -489,7 +490,7 @@ def test_a_context_is_found_after_words_that_come_before_it(
 
 
 def test_examples_of_one_answer_have_no_shuffled_states(pair: SimpleNamespace) -> None:
-    task = Task("same", tuple(Example(f"{n} rains.", "What?", ("rain",)) for n in ("It", "This")), 1, "always rain")
+    task = Task("same", tuple(Example(f"{n} rains.", "What?", ("rain",)) for n in ("It", "This")))
     adapter = own_map(pair, "mistral", 2)
     [entry] = prepare(adapter, max_new_tokens=1, models=pair.models, quiet=True).result(task)["tasks"].values()
     gone = [f"{name} mistral:2->mistral:2" for name in NAMES if "shuffled" in name]
@@ -544,13 +545,13 @@ def test_accuracies_count_the_answers_given(pair: SimpleNamespace) -> None:
     # The right answers are what the model says with the text, where that has words, but for one of them.
     loaded = pair.models["mistral"]
     asked = [Example(f"{text} {i}", "What?", ("",)) for i in range(4) for text in TEXTS]
-    said = [greedy(loaded, Task("said", (e,), 0, "").text(e), 3) for e in asked]
+    said = [greedy(loaded, Task("said", (e,)).text(e), 3) for e in asked]
     lines = [(text.strip().splitlines() or [""])[0] for text in said]
     some = [i for i, line in enumerate(lines) if words(line)][:4]
     assert len(some) == 4
     answers = [lines[i] for i in some[:3]] + ["something else"]
     told = tuple(replace(asked[i], answers=(answer,)) for i, answer in zip(some, answers, strict=True))
-    task, said = Task("said", told, 0, ""), [said[i] for i in some]
+    task, said = Task("said", told), [said[i] for i in some]
     found = prepare(own_map(pair, "mistral", 2), max_new_tokens=3, models=pair.models, quiet=True).result(task)
     block = found["tasks"]["said"]["conditions"]["text"]
     assert [e["given"]["text"] for e in found["tasks"]["said"]["examples"]] == said
@@ -559,7 +560,7 @@ def test_accuracies_count_the_answers_given(pair: SimpleNamespace) -> None:
 
 def test_the_table_names_conditions_sizes_and_warnings(result: dict[str, Any]) -> None:
     text = describe(result)
-    assert "countries (llama->mistral): llama reads, mistral answers; 6 examples, chance 6.6%" in text
+    assert "countries (llama->mistral): llama reads, mistral answers; 6 examples, chance 16.7% (always " in text
     assert text.count("aligned_shuffled ") == 4
     assert "llama:2->mistral:2, 1616 numbers in the map" in text
     assert "96 B" in text
@@ -591,10 +592,14 @@ def test_gains_are_over_the_controls_of_the_same_method(pair: SimpleNamespace, m
         others = {"silent": "silent"} | {control: condition_name(method, control) for control in CONTROLS}
         values = {name: block["value"] for name, block in found["gains"][f"{method} {key}"].items()}
         assert values == {name: (right[method] - right[other]) / 16 for name, other in others.items()}
+    # The text is right where the question alone is, and once more.
+    told = found["text_over_silent"]
+    assert (told["first_alone"], told["second_alone"], told["clusters"]) == (right["text"] - right["silent"], 0, 16)
+    assert set(found["beats"]) == set(found["gains"])
 
 
 def test_a_choice_is_right_as_a_whole(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = Task("two", (Example("He is in York.", "Where?", ("York",), ("York", "New York")),) * 2, 0.5, "a coin")
+    task = Task("two", (Example("He is in York.", "Where?", ("York",), ("York", "New York")),) * 2)
     planted(monkeypatch, lambda name, i: i if name == "text" else 1)
     found = prepare(own_map(pair, "mistral", 2), models=pair.models, quiet=True).result(task)["tasks"]["two"]
     assert found["scoring"] == "choice of the highest likelihood"

@@ -50,7 +50,7 @@ def run(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
 @pytest.fixture(scope="module")
 def task() -> Task:
     short = make("countries", 3, seed=2).examples
-    return Task("mixed", (*short, Example(LONG.strip(), "Where did it rain?", ("the north",))), 0.0, "no answer")
+    return Task("mixed", (*short, Example(LONG.strip(), "Where did it rain?", ("the north",))))
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,6 @@ def test_a_context_longer_than_either_model_is_refused(run: SimpleNamespace, who
     name = {"source": "llama", "target": "mistral"}[who]
     info = replace(run.models[name].info, context=60)
     models = {**run.models, name: replace(run.models[name], info=info)}
-    task = Task("long", (Example(LONG, "Where?", ("there",)),), 0, "")
+    task = Task("long", (Example(LONG, "Where?", ("there",)),))
     with pytest.raises(SpecError, match=rf"exceeds the context of '{name}' \(60\); use shorter examples"):
         prepare(run.adapter, models=models, quiet=True).result(task)

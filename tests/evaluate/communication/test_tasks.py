@@ -13,12 +13,23 @@ import torch
 from scipy.stats import binomtest
 
 from evaluate.communication.messages import WIRE_FORMATS, read, received, state_bytes, text_bytes, wire_format, within
-from evaluate.communication.tasks.base import Example, Task, is_right, words
+from evaluate.communication.tasks.base import Example, Task
 from evaluate.communication.tasks.countries import LANDMARKS
 from evaluate.communication.tasks.lookup import THINGS
 from evaluate.communication.tasks.named import NAMES, make
+from evaluate.communication.tasks.scoring import Names, is_right, words
 from evaluate.communication.tasks.tipsheets import BAD, GOOD
-from evaluate.communication.verdicts import FEW, condition_name, describe, figures, gain, warnings_of, wilson
+from evaluate.communication.verdicts import (
+    FEW,
+    accuracy_interval,
+    beats_of,
+    condition_name,
+    describe,
+    figures,
+    gain,
+    warnings_of,
+    wilson,
+)
 from evaluate.injection.loading import Loaded
 from featstore.errors import SpecError
 from featstore.models.loading import inspect_model, load_model
@@ -44,15 +55,11 @@ def test_every_landmark_comes_once_before_any_comes_again() -> None:
 
 
 def test_a_country_is_never_given_away() -> None:
-    for example in make("countries", 200).examples:
+    task = make("countries", 200)
+    for example in task.examples:
         person = example.context.partition(" ")[0]
         assert (example.question, example.cue) == (f"Which country is {person} in?", f"{person} is in")
-        assert not is_right(f"{example.context} {example.question}", example.answers)
-
-
-def test_the_chance_of_countries_is_the_share_of_the_commonest() -> None:
-    counted = Counter(name for _, names in LANDMARKS for name in names)
-    assert make("countries", 4).chance == pytest.approx(counted.most_common(1)[0][1] / len(LANDMARKS))
+        assert not task.is_right(example, f"{example.context} {example.question}")
 
 
 def test_a_tip_sheet_praises_the_right_company() -> None:
@@ -88,7 +95,6 @@ def test_a_code_is_that_of_the_thing_asked_for(name: str, pairs: int) -> None:
         asked.add(list(told).index(thing))
     # Not always the same place.
     assert len(asked) >= min(pairs, 4)
-    assert task.chance == pytest.approx(1 / 9000)
 
 
 @pytest.mark.parametrize("name", ["countries", "tipsheets", "lookup"])
@@ -100,13 +106,13 @@ def test_the_seed_decides_the_examples(name: str) -> None:
 
 def test_prompts_put_the_context_first_and_the_cue_last() -> None:
     example = Example("{It} rains.", "Wet?", ("yes",), cue="It is")
-    task = Task("t", (example,), 0.5, "a coin")
+    task = Task("t", (example,))
     assert task.context_text(example) == "{It} rains."
     assert task.question_text(example) == "Question: Wet?\nAnswer: It is"
     assert task.text(example) == "{It} rains.\nQuestion: Wet?\nAnswer: It is"
     assert task.text(example, "Rain.") == "Rain.\nQuestion: Wet?\nAnswer: It is"
     assert task.summary_text(example) == "{It} rains.\nIn short,"
-    assert Task("t", (Example("c", "q", ("a",)),), 0, "").question_text(Example("c", "q", ("a",))).endswith("Answer:")
+    assert Task("t", (Example("c", "q", ("a",)),)).question_text(Example("c", "q", ("a",))).endswith("Answer:")
 
 
 @pytest.mark.parametrize(
@@ -121,9 +127,9 @@ def test_no_examples_are_refused() -> None:
     with pytest.raises(SpecError, match="--examples 0: a task needs at least one"):
         make("countries", 0)
     with pytest.raises(SpecError, match="'t' has no examples"):
-        Task("t", (), 0, "")
+        Task("t", ())
     with pytest.raises(SpecError, match="mixes"):
-        Task("t", (Example("c", "q", ("a",)), Example("c", "q", ("a",), ("a", "b"))), 0, "")
+        Task("t", (Example("c", "q", ("a",)), Example("c", "q", ("a",), ("a", "b"))))
     assert len(NAMES) == 5
     assert len(THINGS) == 30
 
@@ -144,17 +150,17 @@ def test_a_file_gives_its_first_examples(tmp_path: Path) -> None:
     task = make(name, 100)
     assert task.name == "jsonl:t.jsonl"
     assert [e.answers for e in task.examples] == [("Yes.",), ("yes", "sure"), ("no",), ("sure",)]
-    assert (task.chance, task.chance_is) == (0.5, "always the most frequent answer")
+    assert (task.chance, task.chance_is) == (0.5, "always 'Yes.'")
     first = make(name, 1)
     assert first.examples == task.examples[:1]
-    assert (first.chance, first.chance_is) == (0.0, "no answer occurs twice")
 
 
 def test_a_file_may_have_choices_and_cues(tmp_path: Path) -> None:
     two = {**GOOD_LINE, "choices": ["no", "yes"], "cue": " It is "}
     four = {**GOOD_LINE, "choices": ["yes", "no", "maybe", "東京"]}
     task = make(written(tmp_path / "t.jsonl", two, four), 9)
-    assert task.chance == pytest.approx((1 / 2 + 1 / 4) / 2)
+    # The first of two choices, or the second, is one of the two answers as well.
+    assert (task.chance, task.chance_is) == (1.0, "always 'yes'")
     assert [(e.right, e.cue) for e in task.examples] == [(1, "It is"), (0, "")]
 
 
@@ -169,6 +175,7 @@ def test_a_file_may_have_choices_and_cues(tmp_path: Path) -> None:
         ({**GOOD_LINE, "context": "  "}, "'context' is '  ', not text"),
         ({**GOOD_LINE, "question": 3}, "'question' is 3, not text"),
         ({**GOOD_LINE, "cue": 3}, "'cue' is 3, not text"),
+        ({**GOOD_LINE, "cluster": 3}, "'cluster' is 3, not text"),
         ({**GOOD_LINE, "answer": 3}, r"'answer' is \[3\], not text"),
         ({**GOOD_LINE, "answer": []}, "'answer' is an empty list"),
         ({**GOOD_LINE, "answer": "?!"}, "no letter or digit"),
@@ -217,7 +224,28 @@ def test_a_file_without_examples_is_refused(tmp_path: Path, content: bytes | Non
     ],
 )
 def test_an_answer_is_found_by_its_words(said: str, answers: tuple[str, ...], right: bool) -> None:
-    assert is_right(said, answers) is right
+    assert is_right(said, answers, Names(answers)) is right
+
+
+@pytest.mark.parametrize(
+    ("said", "first"),
+    [
+        ("France, Italy", "France"),
+        ("not Italy but France", "Italy"),
+        ("Great Britain", "Great Britain"),
+        ("little Britain", "Britain"),
+        ("It is the South of South Africa", "South Africa"),
+        # The pronoun is no country.
+        ("Let us say Italy", "Italy"),
+        ("the US, not Italy", "US"),
+        ("the uk", None),
+        ("somewhere\nItaly", None),
+    ],
+)
+def test_of_several_answers_the_first_counts(said: str, first: str | None) -> None:
+    every = ("France", "Italy", "Britain", "Great Britain", "South Africa", "US", "UK")
+    names = Names(every)
+    assert [answer for answer in every if is_right(said, (answer,), names)] == ([] if first is None else [first])
 
 
 def test_words_are_plain() -> None:
@@ -231,22 +259,112 @@ def test_words_are_plain() -> None:
 def test_the_interval_is_wilsons(right: int, n: int) -> None:
     reference = binomtest(right, n).proportion_ci(method="wilson")
     assert wilson(right, n) == pytest.approx((reference.low, reference.high), abs=1e-12)
-    found = figures(np.arange(n) < right, 7.0)
+    found = figures(np.arange(n) < right, 7.0, np.arange(n))
     assert found == {"accuracy": right / n, "ci95": list(wilson(right, n)), "right": right, "n": n, "bytes": 7.0}
+
+
+def test_questions_of_one_cluster_widen_the_interval() -> None:
+    """Five questions that always agree are one question: 20 of 100 are known no better than 4 of 20."""
+    owner = np.repeat(np.arange(20), 5)
+    together = np.isin(owner, (3, 7, 11, 15))
+    low, high = accuracy_interval(together, owner)
+    # The quantile is that of t with 19 degrees of freedom, and an unbiased variance divides by 19.
+    wanted = wilson(0.2 * 19, 19, 2.093024)
+    assert (low, high) == (pytest.approx(wanted[0], abs=0.01), pytest.approx(wanted[1], abs=0.01))
+    # Clusters with nothing in common are hardly worse than questions that stand alone.
+    apart = np.tile([True, False, False, False, False], 20)
+    assert accuracy_interval(apart, owner)[1] == pytest.approx(wilson(20, 100, 2.093024)[1], abs=1e-6)
+    # Where all are right or wrong, clusters are all that can be counted.
+    assert accuracy_interval(owner < 0, owner) == pytest.approx(wilson(0, 20, 2.093024))
+    assert accuracy_interval(owner >= 0, owner * 0) == pytest.approx(wilson(1, 1))
+
+
+def test_intervals_of_clustered_accuracies_cover() -> None:
+    """Thirty landmarks, each asked about four times, some of them known and some not."""
+    rng = np.random.default_rng(0)
+    owner = np.repeat(np.arange(30), 4)
+    covered = {"clusters": 0, "alone": 0}
+    for _ in range(400):
+        known = rng.beta(0.5, 0.5, 30)[owner]
+        right = rng.random(120) < known
+        for name, groups in (("clusters", owner), ("alone", np.arange(120))):
+            low, high = accuracy_interval(right, groups)
+            covered[name] += low <= 0.5 <= high
+    assert 0.92 <= covered["clusters"] / 400 <= 0.98
+    assert covered["alone"] / 400 < 0.85
+
+
+ALONE = np.arange(40)
 
 
 def test_a_gain_is_paired() -> None:
     first = np.array([True] * 8 + [False] * 2)
-    assert gain(first, first) == {"value": 0.0, "ci95": [0.0, 0.0]}
-    found = gain(first, ~first)
+    same = gain(first, first, np.arange(10))
+    assert (same["value"], same["p"], same["above"]) == (0.0, 1.0, False)
+    assert same["ci95"][0] < 0 < same["ci95"][1], "no difference among ten questions is not known to be none"
+    found = gain(first, ~first, np.arange(10))
     assert found["value"] == pytest.approx(0.6)
+    assert (found["first_alone"], found["second_alone"], found["clusters"]) == (8, 2, 10)
     low, high = found["ci95"]
     assert -0.1 < low < 0.6 < high <= 1
-    # Of 200 examples two are gained and none lost: unpaired intervals of 0.50 and 0.49 would overlap by far.
+    # Of 200 examples eight are gained and none lost: unpaired intervals of 0.50 and 0.46 would overlap by far.
     many = np.arange(200) < 100
     fewer = many.copy()
     fewer[:8] = False
-    assert gain(many, fewer)["ci95"][0] > 0
+    assert gain(many, fewer, np.arange(200))["above"]
+
+
+@pytest.mark.parametrize(("alone", "above"), [(4, False), (5, False), (6, True)])
+def test_four_to_none_of_forty_is_not_above(alone: int, above: bool) -> None:
+    found = gain(alone > ALONE, ALONE < 0, ALONE)
+    assert found["p"] == pytest.approx(2 * 0.5**alone)
+    assert found["above"] is above
+    # The interval alone would say so.
+    assert found["ci95"][0] > 0
+
+
+def test_questions_about_one_landmark_are_one_question() -> None:
+    """Twelve to none, of which each four are about one landmark, are three to none."""
+    owner = ALONE // 4
+    assert gain(ALONE < 12, ALONE < 0, ALONE)["above"]
+    found = gain(ALONE < 12, ALONE < 0, owner)
+    assert (found["p"], found["above"], found["clusters"]) == (pytest.approx(0.25), False, 10)
+
+
+def test_a_way_has_to_beat_everything_and_many_ways_are_many_tests() -> None:
+    def against(**alone: int) -> dict[str, Any]:
+        return {name: gain(count > ALONE, ALONE < 0, ALONE) for name, count in alone.items()}
+
+    # 7 to none is p 0.0156, 6 to none 0.031, 9 to none 0.0039.
+    clear, weak = against(silent=12, random=9, shuffled=12), against(silent=12, random=12, shuffled=7)
+    level, partial = against(silent=12, random=3, shuffled=12), against(silent=12, random=12)
+    found = beats_of({"a": clear, "b": weak, "c": level, "d": partial})
+    assert [found[name]["beats"] for name in "abcd"] == [True, True, False, None]
+    assert found["a"]["p"] == pytest.approx(2 * 0.5**9)
+    assert found["b"]["p_adjusted"] == pytest.approx(2 * 2 * 0.5**7)
+    assert found["d"] == {"p": None, "p_adjusted": None, "beats": None}
+    # Among ten ways that show nothing the weak one is chance.
+    crowd = {f"x{i}": level for i in range(10)}
+    assert not beats_of({"b": weak, **crowd})["b"]["beats"]
+    assert beats_of({"a": clear, **crowd})["a"]["beats"]
+    worse = {name: gain(ALONE < 0, ALONE < 12, ALONE) for name in ("silent", "random", "shuffled")}
+    assert beats_of({"w": worse})["w"] == {"p": 1.0, "p_adjusted": 1.0, "beats": False}
+
+
+def test_equal_ways_rarely_beat_anything() -> None:
+    """Eight ways that know nothing, forty questions: one in twenty tasks at most has a way that seems to."""
+    rng = np.random.default_rng(1)
+    won = 0
+    for _ in range(100):
+        gains = {
+            str(way): {
+                name: gain(rng.random(40) < 0.2, rng.random(40) < 0.2, ALONE)
+                for name in ("silent", "random", "shuffled")
+            }
+            for way in range(8)
+        }
+        won += any(found["beats"] for found in beats_of(gains).values())
+    assert won <= 5
 
 
 def verdicts(**accuracies: float) -> list[dict[str, str]]:
@@ -261,12 +379,12 @@ def verdicts(**accuracies: float) -> list[dict[str, str]]:
     }
     gains = {
         f"{method} p": {
-            control: gain(right[f"{method} p"], right[f"{condition_name(method, control)} p"])
+            control: gain(right[f"{method} p"], right[f"{condition_name(method, control)} p"], np.arange(n))
             for control in ("random", "shuffled")
         }
         for method in ("replace", "sum", "mean", "aligned")
     }
-    return warnings_of(right, ["p"], 0.05, gains)
+    return warnings_of(right, ["p"], 0.05, gains, np.arange(n))
 
 
 def test_a_clear_result_has_no_warning() -> None:
@@ -279,6 +397,16 @@ def test_a_clear_result_has_no_warning() -> None:
         ({"text": 0.08}, "text-near-chance", "the text itself gives only 8% where chance is 5%"),
         ({"text": 0.5, "silent": 0.5}, "text-no-better-than-silent", "with the text 50% are right, without it 50%"),
         ({"n": FEW - 1}, "few-examples", f"{FEW - 1} examples"),
+        (
+            {"text": 0.15, "silent": 0.11},
+            "text-no-better-than-silent",
+            "no clear difference (4 to 0 questions, p 0.12)",
+        ),
+        (
+            {"replace": 0.15},
+            "no-better-than-control",
+            "p, replace: 15% right with mapped states, 10% with random vectors",
+        ),
         ({"replace": 0.1}, "no-better-than-control", "p, replace: 10% right with mapped states, 10% with random"),
         ({"sum_shuffled": 0.6}, "no-better-than-control", "p, sum: 60% right with mapped states, 60% with the states"),
         (

@@ -96,23 +96,25 @@ def test_columns_show_what_their_headings_say(tmp_path: Path) -> None:
     metric = f"/pairs/{made.PAIR}"
     figures = ("retrieval_top1", "retrieval_chance", "cosine_centered", "r2_median_dim")
     row = [
-        f"{metric}/test/r2",
+        *(f"{metric}/test/r2{k}" for k in ("", "_ci95/0", "_ci95/1")),
+        *(f"{metric}/test/partial_r2{k}" for k in ("", "_ci95/0", "_ci95/1")),
+        *(f"{metric}/recovered_token/{k}" for k in ("value", "ci95/0", "ci95/1")),
         *(f"{metric}/recovered/{k}" for k in ("value", "ci95/0", "ci95/1")),
-        *(f"{metric}/recovered_best_control/{k}" for k in ("value", "ci95/0", "ci95/1")),
         *(f"{metric}/test/{k}" for k in figures),
         f"{metric}/by_mask/kept/r2",
         "/pairs/0/parameters/trainable",
         *(f"{metric}/baselines/closed_form/{k}" for k in ("r2", *figures)),
+        *(f"{metric}/baselines/token/{k}" for k in ("r2", *figures)),
         *(f"{metric}/baselines/mean/{k}" for k in ("r2", *figures)),
-        *(f"{metric}/baselines/shuffled/{k}" for k in ("r2", *figures)),
-        *(f"{metric}/baselines/random_rotation/{k}" for k in ("r2", *figures)),
         *(f"{metric}/baselines/identity/{k}" for k in ("r2", *figures)),
+        *(f"{metric}/baselines/random_rotation/{k}" for k in ("r2", *figures)),
+        *(f"{metric}/baselines/shuffled/{k}" for k in ("r2", *figures)),
     ]
     start = board.index(row[-1]) - len(row) + 1
     assert board[start : start + len(row)] == row
     headings = re.findall(r'<th scope="col" title="[^"]*"[^>]*>([^<]*)</th>', found.html)
     assert headings == [
-        *("run", "layers", "what", "R²", "recovered", "past best control", "top-1", "chance", "cosine"),
+        *("run", "layers", "what", "R²", "partial R²", "beyond token", "recovered", "top-1", "chance", "cosine"),
         *("median dim", "with sinks", "trainable", "warnings"),
     ]
     condition = f"{metric}/conditions/mapped"
@@ -128,7 +130,7 @@ def test_marks_lie_where_their_values_are(tmp_path: Path) -> None:
         r"x2=\"([\d.]+)\"[^>]*/><circle cx=\"([\d.]+)\"",
         plot,
     )
-    assert len(marks) == 8
+    assert len(marks) == 9
     values, lows, highs, left, right, centres = (list(map(float, column)) for column in zip(*marks, strict=True))
     scale = (centres[3] - centres[0]) / (values[3] - values[0])
     for value, place in zip(values + lows + highs, centres + left + right, strict=True):
@@ -188,8 +190,10 @@ def test_verdict_follows_the_numbers(tmp_path: Path, stitched: dict[str, Any] | 
 def test_summary_sentence_gives_share_interval_and_control(tmp_path: Path) -> None:
     text = page(run_of(tmp_path)).text.replace("\u202f", " ")
     assert (
-        "Recovers 85 % [82, 88] of the loss between the mean state (11.20 nats/token) and the clean "
-        "run (3.70). Counted from its best control (shuffled, 10.71 nats/token), 84 % [80, 87]."
+        "Lowers the loss by 0.90 nats/token [0.70, 1.11] from where the source’s token alone brings it (5.69), "
+        "45 % [40, 50] of the way to the clean run (3.70). "
+        "Recovers 85 % [82, 88] of the loss between the mean state (11.20 nats/token) and the clean run (3.70). "
+        "Every control is beaten; the closest is token (0.90 nats/token [0.70, 1.11])."
     ) in text
 
 
@@ -199,7 +203,7 @@ def test_summary_sentence_gives_share_interval_and_control(tmp_path: Path) -> No
         (0.861, 0.8703, "falls short of the closed form (ridge, R² 0.870): suspect the learning rate"),
         (0.868, 0.8703, "The closed form (ridge, R² 0.870) is as good."),
         (0.9, 0.8703, "above the closed form (ridge, R² 0.870)"),
-        (-0.2, -0.2, "Held-out R² \u22120.200 does not beat the mean state (0.000)."),
+        (-0.2, -0.2, "Held-out R² \u22120.200 does not beat the source’s token alone (0.446), the mean state (0.000)"),
     ],
 )
 def test_held_out_figures_are_judged(tmp_path: Path, r2: float, closed: float, words: str) -> None:
@@ -342,7 +346,7 @@ def test_several_directories_share_one_page(tmp_path: Path) -> None:
         made.write(tmp_path / "similar", {"cka.json": made.cka()}),
         tmp_path / "one",
     )
-    assert "1 of 2 injected maps beats every control. The best, Procrustes at smol:15 → twin:15" in found.text
+    assert "1 of 2 injected maps beats every control. The one with the highest validation R², Procrustes" in found.text
     assert "different stores" in found.text
     # Once in the answer at the top, once as a warning that holds for both.
     assert found.text.count("few-rows") == 2
@@ -350,7 +354,7 @@ def test_several_directories_share_one_page(tmp_path: Path) -> None:
     rows = re.findall(r'<tr class="(\w+)"><td class="name" data-sort="(\w+)">', html)
     # From different stores nothing is shared, however equal the digits.
     assert rows[:4] == [("map", "one"), ("map", "two"), ("closed", "one"), ("closed", "two")]
-    assert rows[4:] == [("control", "one"), ("control", "two")] * 4
+    assert rows[4:] == [("control", "one"), ("control", "two")] * 5
     assert "2 of" not in found.text
 
 
@@ -365,7 +369,7 @@ def test_bad_news_never_folds_away(tmp_path: Path) -> None:
     assert shown.count("verdict good") == 4
     assert shown.count("verdict poor") == 1
     assert folded.count("verdict good") == 4
-    assert "Recovered share by source layer" in html
+    assert "Recovered of what the token alone leaves, by source layer" in html
 
 
 def test_labels_tell_equal_names_apart_without_machine_paths(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_links_lead_to_files_that_are_there(tab: Tab, full: Path) -> None:
 def test_the_leaderboard_sorts_both_ways_with_gaps_last(tab: Tab, full: Path) -> None:
     tab.open(full)
     headings = tab.run("[...document.querySelectorAll('.board th')].map(h => h.innerText.trim())")
-    for title in ("R²", "recovered", "past best control"):
+    for title in ("R²", "recovered", "beyond token"):
         place = headings.index(title)
         button = f".board th:nth-child({place + 1}) button"
         before = sorted(column(tab, place))

@@ -227,9 +227,12 @@ def test_closed_forms_and_controls_that_runs_share_are_one_row(tmp_path: Path) -
     assert rows[:3] == [("map", "one"), ("map", "two"), ("closed", "one")]
     assert names == [
         "closed form: ridge",
-        *(f"control: {name}" for name in ("mean", "shuffled", "shuffled", "random rotation", "identity", "identity")),
+        *(
+            f"control: {name}"
+            for name in ("token", "mean", "identity", "identity", "random rotation", "shuffled", "shuffled")
+        ),
     ]
-    assert found.text.count("one and 1 more") == 2
+    assert found.text.count("one and 1 more") == 3
 
 
 def plot_of(html: str, label: str) -> list[tuple[str, float, float]]:
@@ -249,7 +252,7 @@ def test_curves_over_layers_lie_where_their_values_are(tmp_path: Path) -> None:
     html = page(layered(tmp_path), run_of(tmp_path)).html
     loss = plot_of(html, "Procrustes, smol → twin: loss by layer, layers")
     assert {title.split(",")[0] for title, _, _ in loss} == {
-        *("mapped", "clean", "mean", "zero", "random norm", "random rotation", "shuffled")
+        *("mapped", "clean", "token", "mean", "zero", "random norm", "random rotation", "shuffled")
     }
     found = {title.split(": ")[0]: (x, y) for title, x, y in loss}
     mapped = [found[f"mapped, smol:{k} → twin:{k}"] for k in (0, 15, 30)]
@@ -259,7 +262,8 @@ def test_curves_over_layers_lie_where_their_values_are(tmp_path: Path) -> None:
         assert (clean - y) / (clean - mean) == pytest.approx((value - 3.7) / (11.2 - 3.7), abs=1e-3)
     shares = [t for t, _, _ in plot_of(html, "Procrustes, smol → twin: recovered by layer, layers")]
     assert "from the mean state, smol:30 → twin:30: 0.9 [0.8213, 0.8822]" in shares
-    assert "from the best control, smol:30 → twin:30: 0.8 [0.8012, 0.8702]" in shares
+    # 0.8 of 4.5 + 0.8 - 3.7.
+    assert "from the token alone, smol:30 → twin:30: 0.5 [0.45, 0.55]" in shares
     assert "by layer, run" not in html
 
 
@@ -292,7 +296,7 @@ def answers(change: dict[str, Any], *without: str) -> str:
 
 
 def test_answers_are_judged_against_the_best_control() -> None:
-    start = "Best of the maps is aligned: 82 % of 50 questions right [69, 90]; the text itself gives 96 %, "
+    start = "Sent as aligned: 82 % of 50 questions right [69, 90]; the text itself gives 96 %, "
     start += "the question alone 4 %, guessing 2 %. "
     assert answers({}) == start + "That is clearly above every control; the highest is random (6 %)."
     assert answers({"shuffled": (0.6, 0.5, 0.7)}) == start + "That is not clearly above the control shuffled (60 %)."
@@ -302,9 +306,8 @@ def test_answers_are_judged_against_the_best_control() -> None:
     assert answers({}, "random", "silent").endswith(
         "No control was run, so nothing shows that the states carried the answer."
     )
-    assert answers({"replace smol:15->twin:15": (0.9, 0.8, 0.95)}).startswith(
-        "Best of the maps is replace smol:15 → twin:15"
-    )
+    # What was right most often is not quoted for that.
+    assert answers({"replace smol:15->twin:15": (0.9, 0.8, 0.95)}).startswith("Sent as aligned: 82 %")
     assert answers({"aligned_shuffled": (0.9, 0.8, 0.95)}).endswith(
         "no better than the control aligned shuffled (90 %)."
     )
@@ -359,7 +362,12 @@ def test_every_layer_pair_has_its_answers_drawn_beside_what_needs_none(tmp_path:
         conditions[f"aligned-random smol:{k}->random:{k}"] = conditions["random"]
     del conditions["aligned"], conditions["replace"], conditions["random"]
     found = page(made.write(tmp_path / "run", {"communicate.json": result}))
-    assert "Best of the maps is aligned smol:15 → random:15: 65 %" in found.text.replace("\u202f", " ")
+    assert "Sent as aligned smol:0 → random:0: 50 %" in found.text.replace("\u202f", " ")
+    # Of several layer pairs validation chooses, whatever the answers are.
+    scored = {f"smol:{k}->random:{k}": {"test": {}, "val": {"r2": r2}} for k, r2 in ((0, 0.2), (15, 0.3))}
+    told = {"communicate.json": result, "metrics.json": {"type": "affine", "pairs": scored}}
+    text = page(made.write(tmp_path / "validated", told)).text.replace("\u202f", " ")
+    assert "Sent as aligned smol:15 → random:15 (the layer pair of the highest validation R²): 65 %" in text
     assert "above every control; the highest is aligned-random smol:0 → random:0 (6 %)" in found.text.replace(
         "\u202f", " "
     )

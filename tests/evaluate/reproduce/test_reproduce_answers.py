@@ -60,15 +60,21 @@ class Planted:
         self.write(f"runs/{name}/documents.json", {"pairs": dict.fromkeys(keys, block)})
         self.write(f"runs/{name}/adapter.json", {})
 
-    def stitch(self, run, recovered, *, keys=KEYS, best=None, into="", identical=True):
+    def stitch(self, run, recovered, *, keys=KEYS, beyond=None, into="", identical=True):
         def block(value):
             return {"value": value, "ci95": [value - 0.05, value + 0.05]}
 
-        names = ("clean", "mapped", "mean", "random_norm", "shuffled")
+        names = ("clean", "mapped", "token", "mean", "random_norm", "shuffled")
+        beyond = recovered if beyond is None else beyond
+        against = {"nats": beyond, "ci95": [beyond - 0.05, beyond + 0.05], "p": 0.01, "beaten": beyond > 0.05}
         entry = {
             "conditions": {name: {"nats_per_token": 3.0 + i} for i, name in enumerate(names)},
             "recovered": block(recovered),
-            "recovered_best_control": {"control": "shuffled", **block(recovered if best is None else best)},
+            "recovered_token": block(beyond),
+            "beyond_token": against,
+            "controls": {"token": against},
+            "beats_every_control": against["beaten"],
+            "closest_control": "token",
             "self_bit_identical": identical,
         }
         where = f"runs/{run}/{into}/stitch.json" if into else f"runs/{run}/stitch.json"
@@ -236,7 +242,7 @@ def test_which_layers_work(planted, last, verdict, words):
     for key, entry in block["pairs"].items():
         layer = int(key.rpartition(":")[2])
         if layer in last:
-            entry["recovered_best_control"] |= {"value": last[layer], "ci95": [-0.2, 0.0]}
+            entry["beyond_token"] |= {"nats": last[layer], "ci95": [-0.2, 0.0], "beaten": False}
     planted.write("runs/affine/stitch.json", block)
     answer = maps.which_layers(planted.evidence)
     assert answer.verdict == verdict
@@ -289,9 +295,9 @@ def test_the_ceiling(planted, r2, recovered, identical, verdict):
 
 @pytest.mark.parametrize(("procrustes", "affine", "verdict"), [(0.8, 0.8, HELD), (0.8, 0.01, PARTLY), (0.0, 0.02, NOT)])
 def test_whether_anything_beats_the_controls(planted, procrustes, affine, verdict):
-    for run, best in (("procrustes", procrustes), ("affine", affine)):
+    for run, beyond in (("procrustes", procrustes), ("affine", affine)):
         planted.run(run, 0.8)
-        planted.stitch(run, 0.9, keys=[MIDDLE], best=best)
+        planted.stitch(run, 0.9, keys=[MIDDLE], beyond=beyond)
     answer = models.controls(planted.evidence)
     assert answer.verdict == verdict
     assert f"{(procrustes > 0.05) + (affine > 0.05)} of 2 stitched losses" in answer.found

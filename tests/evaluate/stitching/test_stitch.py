@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +16,24 @@ import torch
 from align.maps.fitted import Aligner, load_adapter, save_adapter
 from align.runs.train import train
 from align.settings import Settings
+from align.tokens.table import TokenTable
 from evaluate.injection.controls import CONTROLS
 from evaluate.injection.loading import Models
 from evaluate.injection.positions import source_positions
+from evaluate.results import read_stitch_documents
 from evaluate.stitching.stitch import CONDITIONS, describe, stitch
 from evaluate.stitching.windows import Window, scored_windows
-from featstore.errors import PairingError, SpecError
+from featstore.errors import AdapterError, PairingError, SpecError
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
 from featstore.runtime.console import jsonable
 from featstore.store import Store, open_store
 from featstore.text.splits import TEST
 from tests.support.commands import call, strict_json
+from tests.support.token_tables import what_the_map_makes_of_tokens, write_table
+
+#: Enough for windows of both test documents.
+TOKENS = 600
 
 
 def extracted(path: Path, corpus: Path, *models: str, layers: tuple[str, ...], form: str = "float32") -> Path:
@@ -56,7 +63,8 @@ def itself(tiny_llama: Path, short_corpus: Path, tmp_path_factory: pytest.TempPa
     base = tmp_path_factory.mktemp("itself")
     store = extracted(base / "s.zarr", short_corpus, f"llama={tiny_llama}", layers=("0,1,3",))
     train(Settings(str(store), "procrustes"), base / "run", quiet=True)
-    return SimpleNamespace(store=open_store(store), run=base / "run", adapter=load_adapter(base / "run"))
+    adapter = load_adapter(base / "run")
+    return SimpleNamespace(store=open_store(store), run=base / "run", adapter=adapter)
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +75,13 @@ def pair(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNa
     adapter = load_adapter(run)
     store = open_store(tiny_store)
     return SimpleNamespace(
-        store=store, run=run, adapter=adapter, result=stitch(store, adapter, max_tokens=350, quiet=True)
+        store=store, run=run, adapter=adapter, result=stitch(store, adapter, max_tokens=TOKENS, quiet=True)
     )
 
 
 @pytest.fixture(scope="module")
 def ceiling(itself: SimpleNamespace) -> dict[str, Any]:
-    return stitch(itself.store, itself.adapter, max_tokens=350, quiet=True)
+    return stitch(itself.store, itself.adapter, max_tokens=TOKENS, quiet=True)
 
 
 def test_a_model_mapped_to_itself_recovers_everything(ceiling: dict[str, Any]) -> None:
@@ -88,7 +96,7 @@ def test_a_model_mapped_to_itself_recovers_everything(ceiling: dict[str, Any]) -
         assert nats["mean"] > nats["clean"] + 0.1
         assert entry["recovered"]["value"] == pytest.approx(1, abs=1e-3)
         # Its own raw states are no control of a model against itself.
-        assert entry["recovered_best_control"]["control"] != "raw"
+        assert "raw" not in entry["controls"]
 
 
 def test_the_clean_loss_is_the_cross_entropy_of_the_third_token_on(itself: SimpleNamespace, tiny_llama: Path) -> None:
@@ -112,7 +120,7 @@ def test_the_clean_loss_is_the_cross_entropy_of_the_third_token_on(itself: Simpl
     spanned = len(text.encode()) - int(window.target.byte_end[1])
     assert clean["bits_per_byte"] == pytest.approx(total / math.log(2) / spanned, rel=1e-6)
     # One document gives no interval.
-    assert all(math.isnan(bound) for bound in clean["ci95"])
+    assert clean["ci95"] is None
 
 
 def test_nats_and_bits_are_one_measure_in_two_units(pair: SimpleNamespace) -> None:
@@ -135,17 +143,58 @@ def test_every_condition_is_there_or_says_why_not(pair: SimpleNamespace) -> None
         assert list(entry["conditions"]) == list(CONDITIONS)
         assert entry["conditions"]["raw"] is None
         widths = "48 and 32" if key.startswith("llama") else "32 and 48"
-        assert entry["reasons"] == {"raw": f"widths differ ({widths})"}
+        assert entry["reasons"]["raw"] == f"widths differ ({widths})"
         for name in set(CONDITIONS) - {"raw"}:
             figures = entry["conditions"][name]
-            low, high = figures["ci95"]
-            assert low <= figures["nats_per_token"] <= high
+            # The tiny store has two test documents: too few for an interval, and the file says so.
+            assert figures["ci95"] is None
+            assert (name in entry["controls"]) == (name in CONTROLS)
         assert entry["self_bit_identical"]
         assert entry["conditions"]["self"] == entry["conditions"]["clean"]
         assert 0.5 < entry["replaced_share"] <= 1
-        # Random models predict nothing; states from nowhere cannot make that better by much.
-        assert entry["n_documents"] >= 2
+        assert 1 < entry["effective_documents"] <= entry["n_documents"] == 2
+        assert "at least 3 test documents, not 2" in entry["reasons"]["ci95"]
+        assert [found["code"] for found in entry["warnings"]][:1] == ["few-documents"]
     strict_json(json.dumps(jsonable(pair.result)))
+
+
+def test_a_map_that_is_the_table_of_tokens_adds_nothing_to_it(pair: SimpleNamespace, tmp_path: Path) -> None:
+    # At layer 0 a state is its token, and so is what any map makes of it.
+    key = "llama:0->mistral:0"
+    aligner = pair.adapter.aligners[key]
+    write_table(tmp_path, pair.adapter, key, what_the_map_makes_of_tokens(pair.store, aligner))
+    planted = replace(pair.adapter, directory=tmp_path, aligners={key: aligner})
+    entry = stitch(pair.store, planted, max_tokens=TOKENS, quiet=True)["pairs"][key]
+    mapped, token = (entry["conditions"][name] for name in ("mapped", "token"))
+    assert token["nats_per_token"] == pytest.approx(mapped["nats_per_token"], abs=1e-5)
+    assert entry["beyond_token"]["nats"] == pytest.approx(0, abs=1e-5)
+    assert not entry["beats_every_control"]
+    share = entry["recovered_token"]["value"]
+    assert share is None or share == pytest.approx(0, abs=1e-2)
+    # The run's own table is another one: the mean state of each token, not what a map makes of it.
+    own = pair.result["pairs"][key]
+    assert own["conditions"]["mapped"] == mapped
+    assert own["conditions"]["token"] != token
+
+
+def test_a_run_without_a_table_says_that_it_has_none(pair: SimpleNamespace, tmp_path: Path) -> None:
+    key, options = "llama:2->mistral:2", {"layers": "2", "max_tokens": 1, "quiet": True}
+    adapter = replace(pair.adapter, directory=tmp_path, aligners={key: pair.adapter.aligners[key]})
+    entry = stitch(pair.store, adapter, **options)["pairs"][key]
+    assert entry["conditions"]["token"] is None
+    for name in ("token", "beyond_token", "recovered_token"):
+        assert "the run has no tokens.safetensors: it was made by an earlier version" in entry["reasons"][name]
+    # A table of another layer, one of another width, and a damaged one.
+    narrow = TokenTable(np.arange(2), np.zeros((2, 5), np.float32), np.zeros(5, np.float32))
+    write_table(tmp_path, pair.adapter, "llama:3->mistral:4", narrow)
+    entry = stitch(pair.store, adapter, **options)["pairs"][key]
+    assert entry["reasons"]["token"] == "tokens.safetensors of the run has no predictions for llama:2->mistral:2"
+    write_table(tmp_path, pair.adapter, key, narrow)
+    with pytest.raises(AdapterError, match="have width 5, the map gives 32"):
+        stitch(pair.store, adapter, **options)
+    (tmp_path / "tokens.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(AdapterError, match="is damaged"):
+        stitch(pair.store, adapter, **options)
 
 
 def test_controls_may_be_chosen_and_change_nothing_else(pair: SimpleNamespace) -> None:
@@ -157,11 +206,16 @@ def test_controls_may_be_chosen_and_change_nothing_else(pair: SimpleNamespace) -
     for name in ("clean", "self", "mapped", "mean", "shuffled"):
         assert some["conditions"][name] == everything["conditions"][name]
     assert {name for name, reason in some["reasons"].items() if reason == "not asked for"} == {
-        *("zero", "random_norm", "random_rotation", "raw"),
+        *("token", "zero", "random_norm", "random_rotation", "raw", "beyond_token", "recovered_token"),
     }
-    assert all(some["conditions"][name] is None for name in ("zero", "random_norm", "random_rotation", "raw"))
+    assert all(some["conditions"][name] is None for name in ("token", "zero", "random_norm", "random_rotation", "raw"))
     assert some["recovered"] == everything["recovered"]
-    assert some["recovered_best_control"]["control"] in ("mean", "shuffled")
+    assert some["controls"] == {name: everything["controls"][name] for name in some["controls"]}
+    # What was not run is not beaten; within a single document there are no others to take states from.
+    assert "mean" in some["controls"]
+    assert set(some["controls"]) <= {"mean", "shuffled"}
+    assert not some["beats_every_control"]
+    assert some["reasons"]["beyond_token"] == "not asked for"
     for wrong in (("shuffled",), ("mean", "noise")):
         with pytest.raises(SpecError, match="choose mean and any of"):
             stitch(pair.store, pair.adapter, controls=wrong, **options)
@@ -179,12 +233,13 @@ def test_a_run_of_both_directions_scores_both_models(pair: SimpleNamespace) -> N
 
 def test_the_seed_decides_the_random_controls_and_nothing_else(pair: SimpleNamespace) -> None:
     again, other = (
-        stitch(pair.store, pair.adapter, layers="2", max_tokens=350, seed=seed, quiet=True)["pairs"] for seed in (0, 1)
+        stitch(pair.store, pair.adapter, layers="2", max_tokens=TOKENS, seed=seed, quiet=True)["pairs"]
+        for seed in (0, 1)
     )
     for key in again:
         one, two = again[key]["conditions"], other[key]["conditions"]
         assert one == pair.result["pairs"][key]["conditions"]
-        for name in ("clean", "self", "mapped", "mean", "zero"):
+        for name in ("clean", "self", "mapped", "token", "mean", "zero"):
             assert one[name] == two[name], name
         for name in ("random_norm", "random_rotation", "shuffled"):
             assert one[name] != two[name], name
@@ -299,7 +354,7 @@ def test_under_hide_only_the_self_check_keeps_the_rest(pair: SimpleNamespace, mo
     monkeypatch.setattr(module, "inject", spy)
     result = stitch(pair.store, pair.adapter, layers="2", max_tokens=1, keep="hide", quiet=True)
     assert result["keep"] == "hide"
-    assert seen == ["hide", "own", *["hide"] * 5] * 2
+    assert seen == ["hide", "own", *["hide"] * 6] * 2
     own = stitch(pair.store, pair.adapter, layers="2", max_tokens=1, quiet=True)["pairs"]
     for key, entry in result["pairs"].items():
         # The check that injection is exact is made without hiding, which alone changes predictions.
@@ -363,11 +418,21 @@ def test_the_command_writes_what_it_prints(
     pair: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ("evaluate", "stitch", "--store", pair.store.path, "--adapter", pair.run, "--layers", "2")
-    shown = call(capsys, *base, "--max-tokens", "350", "--out", tmp_path, "--json").json
+    shown = call(capsys, *base, "--max-tokens", str(TOKENS), "--out", tmp_path, "--json").json
     assert shown == strict_json((tmp_path / "stitch.json").read_text())
     expected = strict_json(json.dumps(jsonable(pair.result)))["pairs"]
     assert shown["pairs"] == {key: expected[key] for key in ("llama:2->mistral:2", "mistral:2->llama:2")}
     assert not (pair.run / "stitch.json").exists()
+    sums = read_stitch_documents(tmp_path)
+    for key, entry in shown["pairs"].items():
+        own = sums.pairs[key]
+        assert len(own.documents) == entry["n_documents"]
+        for name, block in entry["conditions"].items():
+            if block is None:
+                assert name not in own.nats
+                continue
+            assert sum(own.nats[name]) / sum(own.tokens) == pytest.approx(block["nats_per_token"])
+    assert len(sums.to_pandas()) == sum(len(own.nats) * len(own.documents) for own in sums.pairs.values())
     text = call(capsys, *base, "--max-tokens", "200", "--out", tmp_path).out
     assert "llama:2->mistral:2" in text
     assert "nats/token" in text

@@ -18,8 +18,9 @@ from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner, load_adapter
 from align.runs.train import train
 from align.settings import Settings
+from align.tokens.table import TokenTable
 from evaluate.generation import generate
-from evaluate.injection.controls import CONTROLS
+from evaluate.injection.controls import CONTROLS, token_table
 from evaluate.injection.loading import load
 from evaluate.injection.wire import Rows, Wire, wire
 from evaluate.stitching.stitch import _Stitcher
@@ -38,7 +39,9 @@ def run(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
     # The training documents: there are more of them.
     windows = scored_windows(store, "llama", "mistral", split=0, max_tokens=2500)
     assert len({w.document for w in windows}) > 2
-    return SimpleNamespace(adapter=adapter, store=store, windows=windows)
+    table = token_table(adapter, adapter.aligners[KEY])
+    assert isinstance(table, TokenTable)
+    return SimpleNamespace(adapter=adapter, store=store, windows=windows, table=table)
 
 
 def tokens_of(ids: Any, special: Any = None) -> TokenizedWindow:
@@ -52,7 +55,9 @@ def tokens_of(ids: Any, special: Any = None) -> TokenizedWindow:
 def stitcher(run: SimpleNamespace, to: Any = None, *, seed: int = 0, windows: list[Window] | None = None) -> Any:
     to = to or wire(run.adapter, run.adapter.aligners[KEY])
     given = run.windows if windows is None else windows
-    return SimpleNamespace(to=to, inner=_Stitcher(run.store, given, [to], keep="own", controls=CONTROLS, seed=seed))
+    tokens = {to.aligner.pair.key: run.table}
+    inner = _Stitcher(run.store, given, [to], tokens, keep="own", controls=CONTROLS, seed=seed)
+    return SimpleNamespace(to=to, inner=inner)
 
 
 def states(run: SimpleNamespace, at: int, **options: Any) -> dict[str, Any]:
@@ -83,6 +88,16 @@ def test_mapped_states_are_those_of_the_tokens_that_the_places_take(run: SimpleN
         )
 
 
+def test_token_states_are_predictions_for_the_tokens_whose_rows_the_places_take(run: SimpleNamespace) -> None:
+    ids = run.table.ids.tolist()
+    for at, window in enumerate(run.windows[:4]):
+        tokens = run.store.tokens("llama").id[window.source_row + window.taken[window.places]]
+        # The table keeps the tokens of validation and test text; others are predicted to have the mean state.
+        expected = [run.table.states[ids.index(token)] if token in ids else run.table.mean for token in tokens]
+        assert any(token in ids for token in tokens)
+        np.testing.assert_array_equal(states(run, at)["token"], expected)
+
+
 def test_shuffled_states_are_ordinary_ones_of_other_documents_of_the_split(run: SimpleNamespace) -> None:
     aligner = run.adapter.aligners[KEY]
     rows = [aligner.apply(source_rows(run.store, window)) for window in run.windows]
@@ -107,7 +122,7 @@ def test_the_seed_and_the_window_fix_what_is_drawn(run: SimpleNamespace) -> None
         if isinstance(first[name], str):
             continue
         np.testing.assert_array_equal(first[name], again[name])
-        assert np.array_equal(first[name], other[name]) == (name in ("mean", "zero")), name
+        assert np.array_equal(first[name], other[name]) == (name in ("token", "mean", "zero")), name
     # Another window draws other vectors, and is turned by the same rotation.
     next_one = states(run, 1)
     n = min(len(first["random_norm"]), len(next_one["random_norm"]))
@@ -198,7 +213,7 @@ def test_a_windows_size_is_that_of_its_text(run: SimpleNamespace) -> None:
 
 def test_the_share_replaced_is_of_ordinary_tokens(run: SimpleNamespace) -> None:
     made = stitcher(run)
-    for name in ("clean", "self", "mapped", "mean"):
+    for name in ("clean", "self", "mapped", "mean", "token"):
         made.inner._tallies[KEY, name] = tally = _tally()
         assert tally.sums
     made.inner._identical[KEY] = True

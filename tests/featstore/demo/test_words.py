@@ -17,14 +17,15 @@ KEY, DEEP = "a:8->b:2", "a:16->b:4"
 
 
 def block(
-    *, partial=0.2, partial_ci95=(0.1, 0.3), token=0.6, cka=0.5, p=(0.025, 0.025), share=(0.4, (0.2, 0.6))
+    *, partial=0.2, partial_ci95=(0.1, 0.3), token=0.6, cka=0.5, p=(0.025, 0.025), nats=(0.4, (0.2, 0.6))
 ) -> Block:
     floors = {
         name: {"value": cka, "mean": 0.1, "p95": 0.15, "p": each}
         for name, each in zip(("documents", "token"), p, strict=True)
     }
     figures = {"r2": 0.7, "token_r2": token, "partial_r2": partial, "partial_r2_ci95": partial_ci95}
-    figures["recovered_token"] = {"value": share[0], "ci95": share[1]}
+    figures["beyond_token"] = {"nats": nats[0], "ci95": nats[1]}
+    figures["recovered"] = {"value": 0.8, "ci95": (0.7, 0.9)}
     return Block.parse(
         {
             "source": "a",
@@ -44,22 +45,25 @@ class TestSentences:
         text = said()
         assert "R2 0.700, the current token alone 0.600" in text
         assert "the map predicts 20.0% of what the token leaves [10.0%, 30.0%]" in text
-        assert "recovers 40.0% of the loss that the token leaves [20.0%, 60.0%]." in text
+        assert (
+            "it leaves 0.40 [0.20, 0.60] nats/token less loss than the token alone, and recovers 80.0% [70.0%" in text
+        )
 
     def test_what_cannot_be_told_is_not_claimed(self):
-        text = said(partial=0.02, partial_ci95=(-0.05, 0.09), share=(0.1, (-0.2, 0.4)))
+        text = said(partial=0.02, partial_ci95=(-0.05, 0.09), nats=(0.1, (-0.2, 0.4)))
         assert "the map cannot be told from the token (2.0% of what the token leaves [-5.0%, 9.0%])" in text
-        assert "which may be none" in text
+        assert "it cannot be told from the token alone (0.10 [-0.20, 0.40] nats/token)" in text
         assert "predicts" not in text
 
     def test_what_is_worse_is_called_worse(self):
-        text = said(partial=-0.3, partial_ci95=(-0.5, -0.1), share=(-0.4, (-0.6, -0.2)))
-        assert "the map does worse than the token" in text
+        text = said(partial=-0.3, partial_ci95=(-0.5, -0.1), nats=(-0.4, (-0.6, -0.2)))
+        assert "the map does worse than the token (" in text
+        assert "it does worse than the token alone (" in text
         assert "predicts" not in text
 
     @pytest.mark.parametrize("interval", [None, (None, None)])
     def test_without_an_interval_nothing_is_decided(self, interval):
-        text = said(partial_ci95=interval, share=(0.4, interval))
+        text = said(partial_ci95=interval, nats=(0.4, interval))
         assert text.count("without an interval that could decide") == 2
 
     @pytest.mark.parametrize(("p", "more"), [(0.025, True), (0.05, True), (0.075, False), (1.0, False)])
@@ -102,7 +106,7 @@ class TestTable:
             DemoResult.parse({"blocks": {PLANTED: old}, "report": "r.html", "total_seconds": 3})
         ).splitlines()
         assert lines[2].split() == ["cka", KEY, "0.500", "-", "-"]
-        assert lines[4].split() == ["affine", KEY, "0.700", "-", "-", "3.00", "-", "9.00", "-", "-"]
+        assert lines[4].split() == ["affine", KEY, "0.700", "-", "-", "3.00", "-", "-", "9.00", "-", "-", "-"]
         assert lines[-1].endswith("open r.html")
 
     def test_blocks_and_layers_stand_in_their_order_also_when_read_back(self, tmp_path):
@@ -130,7 +134,8 @@ class TestReading:
         (tmp_path / "metrics.json").write_text(json.dumps({"pairs": pairs}))
         share = {"value": 0.4, "ci95": [0.2, 0.6], "reason": None}
         conditions = {"clean": {"nats_per_token": 3.0}, "raw": None}
-        entry = {"conditions": conditions, "recovered": share, "recovered_token": share}
+        beyond = {"nats": 0.5, "ci95": [0.1, 0.9], "p": 0.01, "beaten": True}
+        entry = {"conditions": conditions, "recovered": share, "recovered_token": share, "beyond_token": beyond}
         (tmp_path / "stitch.json").write_text(json.dumps({"pairs": {KEY: entry}}))
         floor = {
             "value": [[0.4, 0], [0, 0.3]],
@@ -155,6 +160,8 @@ class TestReading:
         assert dict(figures.nats_per_token) == {"clean": 3.0, "raw": None}
         assert figures.recovered_token is not None
         assert (figures.recovered_token.value, figures.recovered_token.ci95) == (0.4, (0.2, 0.6))
+        assert figures.beyond_token is not None
+        assert (figures.beyond_token.nats, figures.beyond_token.beaten) == (0.5, True)
         deep = found.maps["affine"][DEEP]
         assert (deep.r2, deep.token_r2, deep.partial_r2, deep.recovered_token) == (0.5, None, None, None)
         assert [found.cka[key].value for key in (KEY, DEEP)] == [0.5, 0.6]

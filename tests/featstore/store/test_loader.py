@@ -51,7 +51,18 @@ class Numbers:
 def pairs_of(source: np.ndarray, target: np.ndarray) -> Pairs:
     m = len(source)
     zeros = np.zeros(m, np.uint8)
-    return Pairs("a", "b", source, target, zeros, np.zeros(m, np.int32), np.zeros(m, bool), zeros, (1.0, 1.0))
+    return Pairs(
+        "a",
+        "b",
+        source,
+        target,
+        zeros,
+        np.zeros(m, np.int32),
+        np.zeros(m, bool),
+        zeros,
+        np.zeros(m, np.int32),
+        (1.0, 1.0),
+    )
 
 
 def loader(n: int, *, batch: int = 1, batches: int | None = None, layout: Layout = LAYOUTS["hot"]) -> PairBatches:

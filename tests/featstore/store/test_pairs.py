@@ -256,6 +256,7 @@ class TestInAStore:
             assert pairs.document[i] == document
             assert pairs.split[i] == corpus.document_split[document]
             assert pairs.sink[i] == (a.sink[row_a] or b.sink[row_b])
+            assert pairs.token[i] == a.id[row_a]
         assert 0 < pairs.sink.sum() < len(pairs) / 10
 
 
@@ -269,6 +270,7 @@ class TestSelect:
         np.array([0, 0, 1, 1, 2, 2], np.int32),
         np.array([True, False] * 3),
         np.array([2, 3, 3, 2, 2, 3], np.uint8),
+        np.arange(6, dtype=np.int32) + 100,
         (1.0, 0.5),
     )
 

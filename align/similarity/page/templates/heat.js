@@ -7,7 +7,10 @@ function cellFacts(view, block, panel, i, j) {
   const ends = panel.main ? at(block.ci, i, j) : null;
   if (ends) facts.push(["95 % interval", interval(ends)]);
   if (panel.main) {
-    for (const floor of block.floors) facts.push([`floor: ${floor.name}`, number(at(floor.values, i, j))]);
+    for (const floor of block.floors) {
+      const beyond = floor.p ? `, 5 % beyond ${number(at(floor.edge, i, j))}, p = ${number(at(floor.p, i, j))}` : "";
+      facts.push([`floor: ${floor.name}`, number(at(floor.values, i, j)) + beyond]);
+    }
     for (const ceiling of block.ceilings) {
       if (ceiling.reason) facts.push([ceiling.name, `\u2013 (${ceiling.reason})`]);
       else if (ceiling.values) facts.push([ceiling.name, number(at(ceiling.values, i, j))]);

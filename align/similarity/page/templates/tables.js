@@ -43,7 +43,10 @@ function numbersTable(view, block) {
     figure(block.beside ? block.state : "value", (r) => at(block.values, r.i, r.j)),
   ];
   if (block.ci) columns.push(figure("95 % from", (r) => (at(block.ci, r.i, r.j) || [null])[0]), figure("to", (r) => (at(block.ci, r.i, r.j) || [null, null])[1]));
-  for (const floor of block.floors) columns.push(figure(`floor: ${floor.name}`, (r) => at(floor.values, r.i, r.j)));
+  for (const floor of block.floors) {
+    columns.push(figure(`floor: ${floor.name}`, (r) => at(floor.values, r.i, r.j)));
+    if (floor.p) columns.push(figure("5 % beyond", (r) => at(floor.edge, r.i, r.j)), figure("p", (r) => at(floor.p, r.i, r.j)));
+  }
   for (const ceiling of block.ceilings) if (ceiling.values) columns.push(figure(ceiling.name, (r) => at(ceiling.values, r.i, r.j)));
   if (block.beside) columns.push(figure(block.beside.state, (r) => at(block.beside.values, r.i, r.j)));
   if (Object.keys(block.reasons).length) columns.push({ title: "why undefined", why: true, of: (r) => block.reasons[`${r.i},${r.j}`] ?? "", text: (r) => block.reasons[`${r.i},${r.j}`] ?? "" });

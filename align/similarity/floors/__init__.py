@@ -1,0 +1,1 @@
+"""Floors that keep what documents, positions and tokens have in common: values under exchanged partners."""

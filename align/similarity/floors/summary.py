@@ -1,0 +1,53 @@
+"""What exchanges say of a value: mean, 95th percentile, p value, and one that holds over all pairs of layers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+
+from align.moments.scatter import Array
+from align.statistics import permutation_p
+
+#: Draws that differ from the value by less than this share of the largest figure are equal to it, to float32 rounding.
+_EQUAL = 1e-6
+
+
+def summary(found: Array, closer: Literal["higher", "lower"], *, alone: bool = False) -> dict[str, Any]:
+    """Value, floor and p values of every pair of layers.
+
+    ``p = (1 + #{draws at least as close as the value}) / (1 + draws)`` (Phipson and Smyth, Stat. Appl. Genet. Mol.
+    Biol. 9:39, 2010). ``p_max`` compares the value with the closest figure of each draw over all pairs of layers, made
+    with the same exchange: the chance that any of them comes so close where nothing is to be found (Westfall and Young
+    1993).
+
+    Args:
+        found: float64 ``(1 + draws, layers, layers)``, the true pairing first, NaN where undefined.
+        closer: Whether higher or lower values are closer.
+        alone: Of one model with itself: a layer with itself takes no part in the maximum.
+
+    Returns:
+        float64 matrices ``value``, ``mean``, ``p95`` (for ``lower`` the 5th percentile), ``p`` and ``p_max``, NaN where
+        undefined or without draws.
+    """
+    value, draws = found[0], found[1:]
+    nothing = np.full(value.shape, np.nan)
+    if not len(draws):
+        return {"value": value, "mean": nothing, "p95": nothing, "p": nothing, "p_max": nothing}
+    sign = 1.0 if closer == "higher" else -1.0
+    known = np.isfinite(value) & np.isfinite(draws).all(axis=0)
+    finite = np.abs(found[np.isfinite(found)])
+    bar = value - sign * _EQUAL * (float(finite.max()) if finite.size else 0.0)
+    counted = np.where(known & ~np.eye(*value.shape, dtype=bool) if alone else known, sign * draws, -np.inf)
+    largest = sign * counted.max(axis=(1, 2))
+    with warnings.catch_warnings():
+        # Layers without values have no quantiles.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        tables = {
+            "mean": draws.mean(axis=0),
+            "p95": sign * np.quantile(sign * draws, 0.95, axis=0),
+            "p": permutation_p(bar, draws, closer=closer),
+            "p_max": permutation_p(bar, np.broadcast_to(largest[:, None, None], draws.shape), closer=closer),
+        }
+    return {"value": value, **{name: np.where(known, table, np.nan) for name, table in tables.items()}}
