@@ -36,7 +36,8 @@ def to_device(scatter: Scatter, device: str) -> Scatter:
         FitError: torch does not know the device, or it has no float64.
     """
     convert = to_numpy if device == "cpu" else _sender(device)
-    return replace(scatter, **{name: convert(getattr(scatter, name)) for name in ("mean_x", "mean_y", "gx", "gy", "c")})
+    parts: dict[str, Any] = {name: convert(getattr(scatter, name)) for name in ("mean_x", "mean_y", "gx", "gy", "c")}
+    return replace(scatter, **parts)
 
 
 def _sender(device: str) -> Any:

@@ -138,10 +138,8 @@ def test_the_finding_of_a_missing_intercept_has_figures_and_a_remedy(tmp_path: P
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
 def test_cka_knows_no_column_far_from_zero(tmp_path: Path, kernel: str) -> None:
     near, moved = tenth(tmp_path / "near", 16, 16), tenth(tmp_path / "far", 16, 16, far=1e5)
-    for estimator in ("debiased", "biased"):
-        figures = []
-        for name, planted in (("a", near), ("b", moved)):
-            out = tmp_path / f"{name}-{estimator}"
-            align.cka(str(planted.path), estimator=estimator, kernel=kernel, out=out, quiet=True)
-            figures.append(json.loads((out / "cka.json").read_text())["cross"][0][0])
-        assert figures[1] == pytest.approx(figures[0], abs=2e-3)
+    figures = []
+    for name, planted in (("a", near), ("b", moved)):
+        align.cka(str(planted.path), kernel=kernel, out=tmp_path / name, quiet=True)
+        figures.append(json.loads((tmp_path / name / "cka.json").read_text())["cross"][0][0])
+    assert figures[1] == pytest.approx(figures[0], abs=2e-3)
