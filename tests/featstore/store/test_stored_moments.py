@@ -446,7 +446,9 @@ def test_what_moments_say_of_a_map_is_what_its_rows_say(related_pair: Path) -> N
             assert reasons[key] == NEEDS_ROWS
         assert reasons["cka_debiased"] == NEEDS_DOCUMENTS
         if figures["cka_debiased_rows"] is not None:
-            assert figures["cka_debiased_rows"] == pytest.approx(expected["cka_debiased_rows"], abs=1e-5), name
+            # A shuffled control has next to no scale: of its float32 rows the mean takes the digits.
+            tolerance = 1e-3 if name == "shuffled" else 1e-5
+            assert figures["cka_debiased_rows"] == pytest.approx(expected["cka_debiased_rows"], abs=tolerance), name
             with_cka.add(name)
         assert {key for key, value in figures.items() if value is None} == reasons.keys()
     assert with_cka == {"procrustes", "identity", "random_rotation", "shuffled"}
