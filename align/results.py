@@ -492,6 +492,9 @@ class SimilarityTables(Record):
         cross: ``(layers of the first model, layers of the second)``.
         within: By model ``(layers, layers)``.
         n: Rows.
+        estimator: Of these figures.
+        documents: Documents that the rows are of.
+        effective_documents: How many documents of equal length would weigh as much.
         reasons: Why a cell is null, by ``<model>:<layer> <model>:<layer>``.
         sigmas: Bandwidth of the RBF kernel by ``<model>:<layer>``, in units of the states.
         batches: Minibatches, with ``--estimator minibatch``.
@@ -501,6 +504,9 @@ class SimilarityTables(Record):
     cross: Matrix = ()
     within: Table[Matrix] = EMPTY
     n: Whole | None = None
+    estimator: str | None = None
+    documents: Whole | None = None
+    effective_documents: Number | None = None
     reasons: Table[str] = EMPTY
     sigmas: Table[Number | None] | None = None
     batches: Whole | None = None
@@ -703,7 +709,10 @@ class Similarity(SimilarityTables):
         models: The two names; equal for a model with itself.
         layers: Layer numbers by model; the rows and columns of the matrices.
         widths: Width of the residual stream by model.
-        estimator: ``debiased``, ``biased`` or ``minibatch``.
+        estimator: ``debiased`` (over pairs of rows of different documents), ``debiased-rows`` (of different rows),
+            ``biased`` or ``minibatch``. A store that holds moments alone has ``debiased-rows`` where ``debiased`` was
+            asked for.
+        correct_features: Whether self terms leave out a dimension with itself.
         kernel: ``linear`` or ``rbf``.
         null: The main figure of shuffled rows.
         permutations: The floors of the main figure: ``documents`` (documents in each other's place) and ``token``
@@ -727,6 +736,7 @@ class Similarity(SimilarityTables):
     layers: Table[tuple[Whole, ...]] = EMPTY
     widths: Table[Whole] = EMPTY
     estimator: str | None = None
+    correct_features: Flag | None = None
     kernel: str | None = None
     null: Floor | None = None
     permutations: Table[PermutationFloor] = EMPTY
