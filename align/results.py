@@ -152,7 +152,7 @@ class CkaChange(Record):
     Attributes:
         before: Of the source's states and the target's; null where the states cannot be compared as they are.
         after: Of the mapped states and the target's.
-        invariant: Whether no map of this type can change it (a rotation cannot).
+        invariant: Whether no map of this type can change it (a rotation cannot, with a factor or without).
     """
 
     before: Number | None = None
