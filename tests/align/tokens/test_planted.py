@@ -256,7 +256,7 @@ def test_a_compressed_run_has_the_token_at_its_own_positions(tmp_path: Path) -> 
     entry = run(planted, tmp_path / "run", "compress", latents=4, latent_dim=8, epochs=1)
     token = entry["baselines"]["token"]
     assert token["n"] == entry["test"]["n"]
-    assert token["r2"] == pytest.approx(0.8, abs=0.03)
+    assert token["r2"] == pytest.approx(0.8, abs=0.05)
     assert token["all_positions"] is None
     assert "paired positions alone" in entry["reasons"]["baselines.token.all_positions"]
     assert entry["test"]["partial_r2"] < 0
