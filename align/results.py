@@ -86,7 +86,7 @@ class Scores(Record):
         retrieval_ceiling: ``retrieval_top1`` of the true states themselves, below 1 where states are equal.
         retrieval_gallery: States in the gallery.
         retrieval_same_token_top1: Share of mapped states whose nearest state among those of the same source token
-            (centred cosine) is their own partner.
+            (cosine about the token's own mean on either side) is their own partner.
         retrieval_same_token_chance: The same of a map that knows the token alone: mean of 1 / states of the token.
         retrieval_same_token_ceiling: The same of the true states themselves.
         retrieval_same_token_gallery: States in these galleries together, 2048 at most, of a token 32 at most.
