@@ -123,8 +123,10 @@ def load(run: RunGiven) -> Maps:
     return Maps(load_adapter(as_path("run", run)))
 
 
-def compare(runs: RunGiven | Iterable[RunGiven]) -> Leaderboard:
-    """Compare the test figures of runs, with intervals of their differences, closed-form optima and controls.
+def compare(runs: RunGiven | Iterable[RunGiven], *, reference: RunGiven | None = None) -> Leaderboard:
+    """Compare the test figures of runs with a reference named beforehand, with closed-form optima and baselines.
+
+    What is called better is judged over the whole table: in one table of equal runs in twenty, at most, anything is.
 
     >>> import align
     >>> runs = [align.train("wt103.zarr", type, layers="50%", quiet=True) for type in ("procrustes", "affine")]
@@ -134,17 +136,21 @@ def compare(runs: RunGiven | Iterable[RunGiven]) -> Leaderboard:
 
     Args:
         runs: Run directories, or :class:`Run` objects.
+        reference: One of them, or a baseline such as ``"token"`` or ``"closed_form"``; None for the first of them that
+            has the layer pair.
 
     Raises:
         AdapterError: A directory holds no finished run, or a damaged one.
-        SpecError: There are none.
+        SpecError: There are none, or the reference is neither one of them nor a baseline of theirs.
     """
     from align.sweeps.compare import compare_runs
 
     given = [runs] if isinstance(runs, str | os.PathLike) else several("runs", runs, "run directories, or runs")
     if not given:
         raise SpecError("there are no runs to compare; give their directories")
-    return Leaderboard.parse(jsonable(compare_runs([as_path("run", run) for run in given])), "the comparison")
+    named = None if reference is None else str(as_path("reference", reference))
+    found = compare_runs([as_path("run", run) for run in given], named)
+    return Leaderboard.parse(jsonable(found), "the comparison")
 
 
 @overload

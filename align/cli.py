@@ -157,12 +157,19 @@ def cka(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="What the runs are compared with: one of them, or a baseline such as token or closed_form; default "
+            "the run named first."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print one table of several runs, with closed-form optima and controls."""
+    """Print one table of several runs, with closed-form optima and baselines, and what of it is more than chance."""
     from align import api
 
-    board = api.compare(runs)
+    board = api.compare(runs, reference=reference)
     emit(board.content(), escape(str(board)), as_json=as_json)
 
 
@@ -187,6 +194,13 @@ def sweep(
     config: Annotated[Path | None, typer.Option(help="A run.yaml with whatever else the runs share.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler; default a local one.")] = None,
     workers: Annotated[int | None, typer.Option(help="Number of local processes; default one per core.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="What the runs are compared with: one of them by its name, or a baseline such as token; default the "
+            "first of the grid."
+        ),
+    ] = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
@@ -208,7 +222,7 @@ def sweep(
         both=given["both"] or shared.both,
         roles=roles_text(given["roles"]) or shared.roles,
     )
-    result = sweeping.sweep(settings, grid, out, scheduler=scheduler, workers=workers)
+    result = sweeping.sweep(settings, grid, out, scheduler=scheduler, workers=workers, reference=reference)
     emit(result, escape(sweeping.describe(result)), as_json=as_json)
     if result["failed"]:
         raise typer.Exit(1)

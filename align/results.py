@@ -126,7 +126,9 @@ class Baseline(Scores):
     """Figures of a map that is not the run's own, on the same test rows.
 
     Attributes:
-        name: Which closed form the optimum is; of ``closed_form`` alone.
+        name: Of ``closed_form``, which closed form the optimum is; of ``shuffled``, what was exchanged: ``documents
+            exchanged`` (targets from other documents at equal places) or ``rows shuffled`` (where moments are stored
+            without rows, or train rows are more than 262,144 beside them).
     """
 
     name: str | None = None
@@ -150,7 +152,7 @@ class CkaChange(Record):
     Attributes:
         before: Of the source's states and the target's; null where the states cannot be compared as they are.
         after: Of the mapped states and the target's.
-        invariant: Whether no map of this type can change it (a rotation cannot).
+        invariant: Whether no map of this type can change it (a rotation cannot, with a factor or without).
     """
 
     before: Number | None = None

@@ -6,10 +6,10 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from align.results import RatePoint
-from align.sweeps.compare import describe
+from align.sweeps.table import describe
 from featstore.errors import SpecError
 from featstore.runtime.records import EMPTY, Flag, Interval, Number, Record, Table, Whole, flat, frame
-from featstore.runtime.sheets import Sheet, counted, number, with_interval
+from featstore.runtime.sheets import NONE, Sheet, counted, number, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,19 +22,60 @@ PLOTS = ("scores", "rate")
 
 
 class Versus(Record):
-    """A difference of R2, both maps resampled on the same documents.
+    """A difference of R2, both maps on the same documents.
 
     Attributes:
-        run: The other run; absent where it is the closed form of the same run.
+        run: The other run; null where it is a baseline of the same run, absent where it is its closed form.
+        baseline: Name of the baseline; null where it is a run.
         difference: R2 of this map minus the other's.
         ci95: Its 95 % interval.
-        verdict: ``better``, ``worse``, ``no clear difference``, or ``unknown`` without an interval.
+        p: Two-sided p value of no difference.
+        p_adjusted: The same, adjusted for all differences of the table (Holm).
+        verdict: ``better`` or ``worse`` where the adjusted p value is at most 5 %, ``no clear difference``, or
+            ``unknown`` where nothing can be tested.
     """
 
     run: str | None = None
+    baseline: str | None = None
     difference: Number | None = None
     ci95: Interval | None = None
+    p: Number | None = None
+    p_adjusted: Number | None = None
     verdict: str = "unknown"
+
+
+class Reference(Record):
+    """What the runs are compared with.
+
+    Attributes:
+        run: A run directory; null for a baseline.
+        baseline: A baseline of every run; null for a run.
+        named: Whether it was named; else it is the run given first that has the layer pair.
+    """
+
+    run: str | None = None
+    baseline: str | None = None
+    named: Flag | None = None
+
+
+class Choice(Record):
+    """The run that validation chooses, and its test figure.
+
+    Attributes:
+        pair: Layer pair.
+        set: Number of the set of rows.
+        run: Run directory.
+        val_r2: The highest validation R2 of the runs.
+        r2: Test R2 of that run.
+        r2_ci95: Its 95 % interval over documents.
+    """
+
+    pair: str
+    set: Whole
+    run: str
+    val_r2: Number | None = None
+    r2: Number | None = None
+    r2_ci95: Interval | None = None
 
 
 class Optimum(Record):
@@ -61,8 +102,11 @@ class Row(Record):
         trainable: Parameters that were fitted.
         shipped: Numbers needed to apply the map.
         n: Test rows.
+        partial_r2: R2 beyond the prediction from the source's current token alone.
+        partial_r2_ci95: Its 95 % interval over documents.
         r2: Pooled R2.
         r2_ci95: Its 95 % interval over documents.
+        val_r2: R2 on validation rows, by which runs are chosen.
         r2_median_dim: Median over dimensions.
         cosine_centered: Mean cosine about the target's train mean.
         retrieval_top1: Share of mapped states whose nearest state is their own partner.
@@ -70,8 +114,8 @@ class Row(Record):
         cka_debiased: Debiased CKA of mapped and true states.
         closed_form: The optimum of the map's class.
         baselines: R2 of baselines and controls by name.
-        versus_best: Difference to the best run; None of the best itself.
-        versus_closed_form: Difference to the optimum.
+        versus_reference: Difference to the reference; None of the reference itself.
+        versus_closed_form: Difference to the optimum; None where that is the reference.
         warnings: Codes of what a careful reader would object to.
         reasons: Why a figure is null.
     """
@@ -84,8 +128,11 @@ class Row(Record):
     trainable: Whole | None = None
     shipped: Whole | None = None
     n: Whole | None = None
+    partial_r2: Number | None = None
+    partial_r2_ci95: Interval | None = None
     r2: Number | None = None
     r2_ci95: Interval | None = None
+    val_r2: Number | None = None
     r2_median_dim: Number | None = None
     cosine_centered: Number | None = None
     retrieval_top1: Number | None = None
@@ -93,7 +140,7 @@ class Row(Record):
     cka_debiased: Number | None = None
     closed_form: Optimum | None = None
     baselines: Table[Number | None] = EMPTY
-    versus_best: Versus | None = None
+    versus_reference: Versus | None = None
     versus_closed_form: Versus | None = None
     warnings: tuple[str, ...] = ()
     reasons: Table[str] = EMPTY
@@ -132,10 +179,13 @@ class RunRate(RatePoint):
 
 
 class Leaderboard(Record):
-    """What :func:`align.compare` found, best R2 first within each layer pair and set of rows.
+    """What :func:`align.compare` found, highest validation R2 first within each layer pair and set of rows.
 
     Attributes:
         rows: The maps.
+        reference: What they are compared with.
+        tests: How many differences were judged together.
+        chosen: What validation chooses of several runs.
         sets: The sets of rows that they were scored on.
         rate_distortion: Points of compressed runs, fewest bytes first.
     """
@@ -143,6 +193,9 @@ class Leaderboard(Record):
     command: ClassVar[str] = "align compare"
 
     rows: tuple[Row, ...] = ()
+    reference: Reference = Reference()
+    tests: Whole = 0
+    chosen: tuple[Choice, ...] = ()
     sets: tuple[RowSet, ...] = ()
     rate_distortion: tuple[RunRate, ...] = ()
 
@@ -150,7 +203,8 @@ class Leaderboard(Record):
         """One row for every map.
 
         Baselines become columns ``baseline_<name>``, the optimum ``closed_form`` and ``closed_form_r2``, differences
-        ``versus_best_difference``, ``_low``, ``_high`` and ``_verdict``; warnings are joined by commas.
+        ``versus_reference_difference``, ``_low``, ``_high``, ``_p``, ``_p_adjusted`` and ``_verdict``; warnings are
+        joined by commas.
         """
         return frame({**flat(row), **_more(row)} for row in self.rows)
 
@@ -188,8 +242,10 @@ class Leaderboard(Record):
         """One line."""
         runs = counted(len({row.run for row in self.rows}), "run")
         pairs = counted(len({row.pair for row in self.rows}), "layer pair")
-        best = max((row for row in self.rows if row.r2 is not None), key=lambda row: row.r2 or 0.0, default=None)
-        return f"<Leaderboard {runs}, {pairs}" + (f", best {best.run!r} R2 {best.r2:.3f}>" if best else ">")
+        said = [v.verdict for row in self.rows for v in (row.versus_reference, row.versus_closed_form) if v]
+        verdicts = ", ".join(f"{said.count(word)} {word}" for word in dict.fromkeys(said))
+        reference = self.reference.baseline or self.reference.run
+        return f"<Leaderboard {runs}, {pairs}, reference {reference!r}{verdicts and ': '}{verdicts}>"
 
     def __str__(self) -> str:
         """The lines that `align compare` prints."""
@@ -209,23 +265,33 @@ class Leaderboard(Record):
 
     def _sheets(self) -> list[Sheet]:
         labels = self._labels()
-        heads = ("run", "type", "R2 [95 %]", "minus best", "optimum", "minus optimum")
+        heads = (
+            "run", "type", "beyond token", "R2 [95 %]", "val R2", "minus reference", "verdict", "optimum",
+            "minus optimum", "verdict",
+        )  # fmt: skip
         sheets = []
         for key, block in self._blocks().items():
             rows, notes = [], []
             for row in block:
-                best, closed = row.versus_best or Versus(), row.versus_closed_form or Versus()
+                other, closed = row.versus_reference, row.versus_closed_form
                 rows.append(
                     (
                         labels[row.run],
                         row.type,
+                        with_interval(row.partial_r2, row.partial_r2_ci95),
                         with_interval(row.r2, row.r2_ci95),
-                        with_interval(best.difference, best.ci95, "+.3f"),
+                        number(row.val_r2),
+                        *_versus(other),
                         number(row.closed_form.r2 if row.closed_form else None),
-                        with_interval(closed.difference, closed.ci95, "+.3f"),
+                        *_versus(closed),
                     )
                 )
                 notes += [f"{labels[row.run]}: {', '.join(row.warnings)}"] if row.warnings else []
+            notes += [
+                f"validation chooses {labels[one.run]}: test R2 {with_interval(one.r2, one.r2_ci95)}"
+                for one in self.chosen
+                if (one.pair, one.set) == key
+            ]
             sheets.append(Sheet(f"{self._title(*key)}, {block[0].n} test rows", heads, tuple(rows), tuple(notes)))
         return sheets
 
@@ -247,10 +313,19 @@ class Leaderboard(Record):
         return figure
 
 
+def _versus(versus: Versus | None) -> tuple[str, str]:
+    if versus is None:
+        return NONE, NONE
+    adjusted = "" if versus.p_adjusted is None else f" (p {versus.p_adjusted:.2g})"
+    return with_interval(versus.difference, versus.ci95, "+.3f"), f"{versus.verdict}{adjusted}"
+
+
 def _more(row: Row) -> dict[str, Any]:
     more: dict[str, Any] = {f"baseline_{name}": value for name, value in row.baselines.items()}
     more |= {"closed_form": row.closed_form.name, "closed_form_r2": row.closed_form.r2} if row.closed_form else {}
-    for name, versus in (("versus_best", row.versus_best), ("versus_closed_form", row.versus_closed_form)):
+    for name, versus in (("versus_reference", row.versus_reference), ("versus_closed_form", row.versus_closed_form)):
         if versus is not None:
-            more |= {f"{name}_{column}": value for column, value in flat(versus).items() if column != "run"}
+            more |= {
+                f"{name}_{column}": value for column, value in flat(versus).items() if column not in ("run", "baseline")
+            }
     return {**more, "warnings": ", ".join(row.warnings)}

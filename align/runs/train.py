@@ -21,7 +21,7 @@ from align.runs.judge import Judge
 from align.runs.plan import Sharing
 from align.runs.rundir import RunDirectory, check_free, default_directory
 from align.settings import Settings
-from align.tokens.table import TokenTables
+from align.tokens.table import TokenTable, TokenTables
 from align.training.plan import Placement
 from featstore.errors import MissingPackageError, SpecError
 from featstore.runtime.console import check_directory, err, progress
@@ -65,8 +65,9 @@ def train(settings: Settings, out: Path | None = None, *, resume: bool = False, 
     quiet = quiet or not first
     with _tracking(job, settings, out) as tracker:
         files = RunDirectory(out, settings, resume=resume, writes=first)
-        models = _epoch_evaluation(job, quiet=quiet) if settings.eval_models else None
-        run = _Run(job, Reporting(files, tracker, models, resume, quiet))
+        tables = _token_tables(job)
+        models = _epoch_evaluation(job, tables, quiet=quiet) if settings.eval_models else None
+        run = _Run(job, Reporting(files, tracker, models, resume, quiet), tables)
         for direction in job.directions:
             run.direction(direction)
         return {"run": str(out), **run.finish()}
@@ -85,7 +86,13 @@ def _tracking(job: Job, settings: Settings, out: Path) -> Iterator[Tracker | Non
         yield tracker
 
 
-def _epoch_evaluation(job: Job, *, quiet: bool) -> EpochEvaluation:
+def _token_tables(job: Job) -> TokenTables:
+    """The baselines from the source's token alone, one for each target layer."""
+    targets = {(d.source, d.target, pair.target_layer) for d in job.directions for pair in d.wanted}
+    return TokenTables(job.data.store, len(targets))
+
+
+def _epoch_evaluation(job: Job, tables: TokenTables, *, quiet: bool) -> EpochEvaluation:
     """Whoever can say what a map does to the models; this room knows none."""
     found = list(entry_points(group=EPOCH_EVALUATION))
     if not found:
@@ -94,23 +101,28 @@ def _epoch_evaluation(job: Job, *, quiet: bool) -> EpochEvaluation:
             "again (pip install -e .), or leave the option out and use `evaluate stitch` afterwards"
         )
     evaluation = found[0].load()
-    made: EpochEvaluation = evaluation(job.data.store, job.card(), device=job.device, seed=job.seed, quiet=quiet)
+    ways = {(d.source, d.target): d.pairs for d in job.directions}
+
+    def token(pair: LayerPair) -> TokenTable | str:
+        return tables.of(ways[pair.source, pair.target], pair.target_layer)
+
+    made: EpochEvaluation = evaluation(
+        job.data.store, job.card(), token=token, device=job.device, seed=job.seed, quiet=quiet
+    )
     return made
 
 
 class _Run:
     """Makes and evaluates the maps of a run, one direction after the other."""
 
-    def __init__(self, job: Job, reporting: Reporting) -> None:
-        self.job, self.reporting = job, reporting
+    def __init__(self, job: Job, reporting: Reporting, tables: TokenTables) -> None:
+        self.job, self.reporting, self.tables = job, reporting, tables
         # Of several processes each has a GPU of its own.
         self.device = Ranks.from_environment().device(job.device)
         self.aligners: list[Aligner] = []
         self.entries: dict[str, Any] = {}
         self.documents: dict[str, Any] = {}
         self.partners: list[dict[str, Any]] = []
-        targets = {(d.source, d.target, pair.target_layer) for d in job.directions for pair in d.wanted}
-        self.tables = TokenTables(job.data.store, len(targets))
 
     def direction(self, direction: Direction) -> None:
         direction.pairs.where(direction.pairs.split == TEST).need(1, "testing")

@@ -23,8 +23,8 @@ from align.resources import dask_client
 from align.runs.plots import plot_rate_distortion
 from align.settings import Settings, load_settings
 from align.sweeps.compare import compare_runs
-from align.sweeps.compare import describe as describe_comparison
 from align.sweeps.grid import Cell, Grid, cells, parse_grid
+from align.sweeps.table import describe as describe_comparison
 from featstore.errors import CorruptDataError, FeatstoreError, SpecError, StoreStateError
 from featstore.runtime.console import check_directory, jsonable, progress
 from featstore.runtime.provenance import write_json
@@ -44,6 +44,7 @@ def sweep(
     *,
     scheduler: str | None = None,
     workers: int | None = None,
+    reference: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Carry out every run of a grid, or what is left of it, and compare them all.
@@ -58,16 +59,19 @@ def sweep(
         scheduler: Address of a Dask scheduler whose workers reach the store and ``out`` under the same paths; None for
             processes of this machine.
         workers: Processes of this machine; None for as many as there are cores, or cells if these are fewer.
+        reference: Cell, or baseline such as ``token``, that the others are compared with; None for the first finished
+            cell of the grid that has the layer pair.
         quiet: No progress.
 
     Returns:
         What ``sweep.json`` holds: ``grid``, ``store``, ``cells`` (``{"name", "run", "settings", "status": "done",
-        "skipped", "failed" or "waiting", "seconds", "error", "pairs": {key: {"r2", "r2_ci95"}}}``), ``failed`` (names);
-        and under ``comparison`` what :func:`align.sweeps.compare.compare_runs` says of all finished cells, under
-        ``plots`` the names of the files drawn of them.
+        "skipped", "failed" or "waiting", "seconds", "error", "pairs": {key: {"val_r2", "r2", "r2_ci95"}}}``),
+        ``failed`` (names); and under ``comparison`` what :func:`align.sweeps.compare.compare_runs` says of all finished
+        cells, under ``plots`` the names of the files drawn of them.
 
     Raises:
-        SpecError: An invalid run, a directory that holds a run of other settings, or no scheduler answers.
+        SpecError: An invalid run, a directory that holds a run of other settings, a reference that is no finished cell
+            and no baseline, or no scheduler answers.
         FeatstoreError: The store cannot be read.
     """
     if workers is not None and workers < 1:
@@ -98,7 +102,9 @@ def sweep(
         with _client(scheduler, workers or min(os.cpu_count() or 1, len(todo))) as client:
             _run_all(client, todo, out, record, quiet=quiet)
     finished = [out / cell.name for cell in placed if _finished(cell.settings, out / cell.name)]
-    comparison = compare_runs(finished)
+    # A cell by its name, which is that of its directory.
+    of_cell = str(out / reference) if reference in {cell.name for cell in placed} else reference
+    comparison = compare_runs(finished, of_cell)
     return {
         **record.value(),
         "comparison": comparison,
@@ -143,7 +149,7 @@ class _Record:
     def done(self, cell: Cell, status: str, seconds: float | None) -> None:
         """Note a finished cell."""
         rows = compare_runs([self._out / cell.name])["rows"]
-        pairs = {row["pair"]: {name: row[name] for name in ("r2", "r2_ci95")} for row in rows}
+        pairs = {row["pair"]: {name: row[name] for name in ("val_r2", "r2", "r2_ci95")} for row in rows}
         self._cells[cell.name] |= {"status": status, "seconds": seconds, "pairs": pairs}
         self._write()
 

@@ -28,7 +28,8 @@ from align.maps.fitted import Aligner, load_adapter, save_adapter
 from align.metrics import debiased_cka
 from align.results import read_metrics, read_similarity
 from align.settings import LoopSettings, Settings
-from align.sweeps.compare import compare_runs, describe
+from align.sweeps.compare import compare_runs
+from align.sweeps.table import describe
 from featstore import open_store
 from featstore.errors import (
     AdapterError,
@@ -541,7 +542,7 @@ def test_a_similarity_shows_itself(planted: Planted) -> None:
     assert repr(found) == str(found)
     assert repr(found).startswith("<Similarity 2 layers of a x 2 of b: debiased linear CKA ")
     for text in (rich_text(found), found._repr_html_()):
-        assert all(words in text for words in ("a:1", "b:2", f"{value:.3f}", "floor (shuffled pairs)"))
+        assert all(words in text for words in ("a:1", "b:2", f"{value:.3f}", "same token elsewhere"))
     table = found.to_pandas()
     assert table.cka.tolist() == [value for row in found.cross for value in row]
     assert "rsa" in table
@@ -664,16 +665,25 @@ def test_a_leaderboard_is_that_of_the_command(runs: dict[str, align.Run], capsys
 def test_a_leaderboard_shows_itself(runs: dict[str, align.Run]) -> None:
     board = align.compare([runs["affine"], runs["lora"]])
     [best, second] = [row for row in board.rows if row.pair == KEY]
-    assert best.versus_best is None
-    assert second.versus_best is not None
+    affine, lora = sorted((best, second), key=lambda row: row.type)
+    assert affine.versus_reference is None
+    assert lora.versus_reference is not None
+    assert (best.val_r2 or 0.0) >= (second.val_r2 or 0.0)
+    assert board.chosen[0].run == best.run
+    named = align.compare([runs["affine"], runs["lora"]], reference=runs["lora"])
+    assert named.reference.run == str(runs["lora"].path)
+    assert {row.type for row in named.rows if row.pair == KEY and row.versus_reference} == {"affine"}
+    assert align.compare(runs["affine"], reference="identity").reference.baseline == "identity"
+    with pytest.raises(SpecError, match="--reference 'nothing' is neither"):
+        align.compare(runs["affine"], reference="nothing")
     table = board.to_pandas()
     assert len(table) == len(board.rows) == 5
     assert table[table.pair == KEY].r2.tolist() == [best.r2, second.r2]
-    assert {"run", "type", "r2_low", "r2_high", "baseline_mean", "versus_best_difference"} <= set(table.columns)
+    assert {"run", "type", "r2", "val_r2", "baseline_mean", "versus_reference_verdict"} <= set(table.columns)
     assert isinstance(table, pd.DataFrame)
     for text in (rich_text(board), board._repr_html_().replace("&gt;", ">")):
-        assert all(words in text for words in (KEY, "affine", "lora", f"{best.r2:.3f}", "minus best"))
-    assert "2 runs, 4 layer pairs" in repr(board)
+        assert all(words in text for words in (KEY, "affine", "lora", f"{best.r2:.3f}", "minus reference", "val R2"))
+    assert f"2 runs, 4 layer pairs, reference {str(runs['affine'].path)!r}: " in repr(board)
     figure = board.plot()
     assert [axes.get_title() for axes in figure.axes] == ["a:1->b:1", "a:2->b:2", "b:1->a:1", "b:2->a:2"]
     assert [line.get_text() for line in figure.axes[0].get_yticklabels()] == [Path(r.run).name for r in (best, second)]

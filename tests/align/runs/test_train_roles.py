@@ -15,7 +15,7 @@ from align.runs.train import describe
 from align.settings import Settings, load_settings
 from align.similarity.compare import Comparison
 from align.sweeps.compare import compare_runs
-from align.sweeps.compare import describe as describe_comparison
+from align.sweeps.table import describe as describe_comparison
 from featstore.errors import PairingError, SpecError, StoreStateError
 from featstore.store.moments.stored import add_moments
 from tests.support.commands import call, strict_json
