@@ -211,7 +211,7 @@ def stitch(
         split: ``train``, ``val`` or ``test``.
         max_tokens: Maximum number of target tokens: a number, ``"20k"``, or ``"all"`` (or None).
         keep: What later blocks read of positions that take no state: ``own``, the target's own states, or ``hide``,
-            nothing.
+            nothing but the start token, which a model that has none of its own is given.
         roles: Score only target tokens of these roles: ``"assistant"``, ``["user", "assistant"]``, or ``"all"``; None
             for the roles that the run was fitted to. States are put in at all positions, whatever their roles.
         source_alone: Also load the source model and score it by itself.

@@ -13,9 +13,19 @@ from featstore.store import Store, open_store
 from featstore.store.format.dtypes import register
 
 if TYPE_CHECKING:
-    from featstore.api import demo_pair, extract, rebuild, sample_texts
+    from featstore.api import demo_pair, extract, rebuild, sample_texts, small_models
 
-__all__ = ["FeatstoreError", "Store", "demo_pair", "errors", "extract", "open_store", "rebuild", "sample_texts"]
+__all__ = [
+    "FeatstoreError",
+    "Store",
+    "demo_pair",
+    "errors",
+    "extract",
+    "open_store",
+    "rebuild",
+    "sample_texts",
+    "small_models",
+]
 
 register()
 

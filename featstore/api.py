@@ -1,4 +1,4 @@
-"""What a notebook calls: :func:`extract`, :func:`open_store`, :func:`rebuild`, :func:`demo_pair`, :func:`sample_texts`.
+"""What a notebook calls: stores made, opened and derived again, and the models and texts of the demo.
 
 Arguments are the flags of the commands, with the same defaults, checks and errors.
 """
@@ -16,8 +16,9 @@ from featstore.store import Store, open_store
 
 if TYPE_CHECKING:
     from featstore.demo.pair import DemoPair
+    from featstore.demo.small import SmallModels
 
-__all__ = ["Layers", "Models", "demo_pair", "extract", "open_store", "rebuild", "sample_texts"]
+__all__ = ["Layers", "Models", "demo_pair", "extract", "open_store", "rebuild", "sample_texts", "small_models"]
 
 #: Models by their short name, or ``NAME=REF`` as on the command line.
 Models: TypeAlias = Mapping[str, str | Path] | Sequence[str]
@@ -204,6 +205,28 @@ def demo_pair(out: str | Path = ".cache/demo", *, same_tokenizer: bool = False) 
     from featstore.demo.pair import build_pair
 
     return build_pair(Path(out), Path(out) / "assets", same_tokenizer=same_tokenizer)
+
+
+def small_models(out: str | Path = ".cache/demo", *, seed: int = 0) -> SmallModels:
+    """A small model that was trained apart from every other, and its untrained copy: `featstore calibrate --small`.
+
+    Both come out of this package; nothing is downloaded. With a model of one's own the first is a pair without a
+    planted answer, and the second says what a method finds where nothing was learnt.
+
+    Args:
+        out: Where the model directories go (7 MB each).
+        seed: Draws the untrained weights.
+
+    Returns:
+        The models: ``.models`` and ``.dataset`` are what :func:`extract` takes; ``.trained``, ``.untrained``.
+
+    Raises:
+        CorruptDataError: A file in the package is not the one that was released.
+        NoSpaceError: The disk is too full.
+    """
+    from featstore.demo.small import build_small
+
+    return build_small(Path(out), seed=seed)
 
 
 def model_texts(models: Models) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from featstore.errors import SpecError
 from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS
 from featstore.runtime.console import add_version, check_directory, emit, err, human, human_bytes, run_app
 from featstore.runtime.quantities import parse_bytes
@@ -414,13 +415,28 @@ def doctor(
 def calibrate(
     out: Annotated[Path, typer.Option(help="Where the models go.")] = Path(".cache/demo"),
     same_tokenizer: Annotated[bool, typer.Option(help="The exact twin, with the first model's tokenizer.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the planted rotation.")] = 0,
+    small: Annotated[
+        bool,
+        typer.Option(
+            "--small", help="The small model that was trained apart, and its untrained copy; nothing is downloaded."
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the planted rotation, or of the untrained weights.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Build the calibration pair: a real model and a twin whose hidden states are a known rotation of its own."""
+    """Build the calibration pair, a real model and a twin whose states are a known rotation of its own, or --small."""
+    check_directory(out)
+    if small:
+        from featstore.demo.small import build_small
+
+        if same_tokenizer:
+            raise SpecError("--small and --same-tokenizer build different models; give one of them")
+        models = build_small(out, seed=seed)
+        result = {"trained": str(models.trained), "untrained": str(models.untrained), "seed": seed}
+        emit(result, f"{models.trained}\n{models.untrained}", as_json=as_json)
+        return
     from featstore.demo.pair import build_pair
 
-    check_directory(out)
     pair_ = build_pair(out, out / "assets", seed=seed, same_tokenizer=same_tokenizer)
     result = {"source": str(pair_.source), "target": str(pair_.target), "rotation": str(pair_.rotation), "seed": seed}
     emit(result, f"{pair_.source}\n{pair_.target}\n{pair_.rotation}", as_json=as_json)
@@ -432,7 +448,7 @@ def demo(
     cache: Annotated[Path, typer.Option(help="Where the demo models are built once.")] = Path(".cache/demo"),
     as_json: Json = False,
 ) -> None:
-    """Do the whole job on two real models: build, extract, train, compare, stitch, generate, report."""
+    """Do the whole job on three pairs of models: build, extract, train, compare, stitch, generate, report."""
     from featstore.demo.run import run_demo
 
     check_directory(out)

@@ -64,6 +64,31 @@ def demo_models() -> SimpleNamespace:
     return SimpleNamespace(smollm2=pair.source, twin=pair.target, twin_same=same.target)
 
 
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory):
+    """The small model that comes with the package, and its untrained copy; nothing is downloaded."""
+    from featstore.demo.small import build_small
+
+    return build_small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def untrained_store(small_models, tmp_path_factory) -> Path:
+    """A store of the small model (first) and its untrained copy, on text of the sample; nothing is downloaded."""
+    from tests.support.apart import quick_store
+
+    return quick_store(small_models, tmp_path_factory.mktemp("untrained"))
+
+
+@pytest.fixture(scope="session")
+def apart_store(demo_models, small_models, tmp_path_factory) -> Path:
+    """A store of a pair trained apart, SmolLM2 (first) and the small model, on text of the sample."""
+    from tests.support.apart import write_store
+
+    models = {"smollm2": demo_models.smollm2, "small": small_models.trained}
+    return write_store(models, ("smollm2=0,15,30", "small=0,2,4"), tmp_path_factory.mktemp("apart"))
+
+
 def lively(model, seed: int, sink: int):
     """Give a random model weights under which blocks matter, gains differ and one token is an attention sink.
 

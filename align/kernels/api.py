@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from align.kernels import reference
 from align.kernels.centre import Centred, centre, check_layers
+from align.kernels.documents import shared_of, within
 from align.kernels.forms import Form, all_pairs, choose_form
 from align.kernels.panels import panel_sums
 from align.kernels.reference import Estimator, Kernel, check_names, median_bandwidth
 from align.kernels.triton.launch import Path, cross_square, triton_path
+from align.solvers.row_effects import Documents, in_order
 from featstore.errors import FitError, MissingPackageError
 
 Array = NDArray[np.float64]
@@ -132,7 +134,11 @@ def _fro(x: torch.Tensor, y: torch.Tensor, path: Path | None) -> torch.Tensor:
 
 
 def _feature(
-    layers: list[Centred], pairs: list[tuple[int, int]], estimator: Estimator, path: Path | None
+    layers: list[Centred],
+    pairs: list[tuple[int, int]],
+    estimator: Estimator,
+    path: Path | None,
+    documents: Documents | None,
 ) -> tuple[Array, Array]:
     """HSIC from cross-covariances: |C|_F^2 for the biased one, and with row norms for the unbiased (Song et al. 2012).
 
@@ -142,6 +148,11 @@ def _feature(
     fro = np.full((count, count), math.nan)
     for i, j in pairs:
         fro[i, j] = fro[j, i] = float(_fro(layers[i].rows, layers[j].rows, path))
+    if documents is not None:
+        own, rows = within(layers, documents)
+        shared, taken = shared_of(-rows, documents).cpu().numpy(), own.cpu().numpy()
+        size = np.diag(fro + taken + 2 * np.abs(shared)) / documents.freedom
+        return (fro - taken - 2 * shared) / documents.freedom, size
     if estimator == "biased":
         return fro / (n - 1) ** 2, np.diag(fro) / (n - 1) ** 2
     norms = torch.stack([x.norms for x in layers])
@@ -157,14 +168,22 @@ def _naive(
     kernel: Kernel,
     estimator: Estimator,
     sigmas: list[float] | None,
+    documents: Documents | None,
 ) -> tuple[Array, Array]:
     grams = [
         reference.gram(x.detach().to(device="cpu", dtype=torch.float64).numpy(), kernel, None if sigmas is None else s)
         for x, s in zip(layers, sigmas or [math.nan] * len(layers), strict=True)
     ]
     found = np.full((len(layers), len(layers)), math.nan)
+    if documents is not None:
+        labels = np.repeat(np.arange(len(documents.sizes)), documents.sizes)
+        residuals = [reference.without_row_effects(g, labels) for g in grams]
     for i, j in pairs:
-        found[i, j] = found[j, i] = reference.hsic(grams[i], grams[j], estimator)
+        if documents is None:
+            value = reference.hsic(grams[i], grams[j], estimator)
+        else:
+            value = reference.hsic_of_residuals(residuals[i], residuals[j], documents)
+        found[i, j] = found[j, i] = value
     return found, np.array([float(np.sum(g * g)) / len(g) ** 2 for g in grams])
 
 
@@ -175,6 +194,7 @@ def compare_layers(
     estimator: Estimator = "debiased",
     sigmas: Sequence[float] | None = None,
     wanted: Sequence[tuple[int, int]] | None = None,
+    documents: Any = None,
     form: Form | str | None = None,
     backend: Backend = "auto",
 ) -> LayerSimilarity:
@@ -191,16 +211,20 @@ def compare_layers(
         estimator: ``debiased`` (HSIC_1) or ``biased`` (HSIC_0).
         sigmas: Bandwidths, one a layer; each layer's median distance when None.
         wanted: Pairs of positions; all when None. Self terms are computed either way.
+        documents: int64 ``(n,)`` labels, an array or a tensor: pairs of rows of one document are left out, and row
+            effects fitted on the others (:mod:`align.solvers.row_effects`). Rows of a document need not follow each
+            other. Of ``debiased`` alone; None for every row its own document.
         form: ``naive``, ``feature`` or ``panels``; :func:`choose_form` when None.
         backend: ``triton``, ``torch``, or whichever the device allows.
 
     Raises:
-        FitError: Layers, bandwidths, pairs or names that are not as above, or rows that are not finite.
+        FitError: Layers, bandwidths, pairs, documents or names that are not as above, or rows that are not finite.
         MissingPackageError: Triton was asked for where it cannot run.
     """
     check_names(kernel, estimator)
     rows = [_tensor(x) for x in layers]
     check_layers(rows)
+    rows, blocks = _in_order(rows, documents, estimator)
     count, n, device = len(rows), len(rows[0]), rows[0].device
     for pair in wanted or ():
         if len(pair) != 2 or not all(0 <= p < count for p in pair):
@@ -215,20 +239,24 @@ def compare_layers(
     ready = [centre(x, "full" if path is None else "tensor") for x in rows]
     used = _bandwidths(rows, kernel, sigmas)
     reasons = {k: "its rows do not differ" for k, x in enumerate(ready) if not x.varies}
+    if blocks is not None and (undefined := blocks.reason):
+        nothing = np.full((count, count), math.nan)
+        backend_used = "torch" if path is None else "triton"
+        return LayerSimilarity(nothing, dict.fromkeys(range(count), undefined), used, chosen, backend_used)
     for k, sigma in enumerate(used or ()):
         if math.isnan(sigma) and k not in reasons:
             reasons[k] = "the median distance between its rows is 0, which gives no bandwidth; give one as sigma"
     usable = None if used is None else [1.0 if math.isnan(s) else s for s in used]
     if chosen == Form.NAIVE:
         held = [x if c.varies else torch.zeros_like(x) for x, c in zip(rows, ready, strict=True)]
-        hsic, size = _naive(held, pairs, kernel, estimator, usable)
+        hsic, size = _naive(held, pairs, kernel, estimator, usable, blocks)
     else:
         scales = np.array([x.scale for x in ready])
         if chosen == Form.FEATURE:
-            hsic, size = _feature(ready, pairs, estimator, path)
+            hsic, size = _feature(ready, pairs, estimator, path, blocks)
         else:
             scaled = None if usable is None else [s * x.scale for s, x in zip(usable, ready, strict=True)]
-            found, sizes = panel_sums(ready, scaled, path=path).hsic(estimator)
+            found, sizes = panel_sums(ready, scaled, documents=blocks, path=path).hsic(estimator)
             hsic, size = found.cpu().numpy(), sizes.cpu().numpy()
             hsic = (hsic + hsic.T) / 2
             asked = np.zeros_like(hsic, dtype=bool)
@@ -248,6 +276,23 @@ def compare_layers(
     return LayerSimilarity(hsic, reasons, used, chosen, "torch" if path is None else "triton")
 
 
+def _in_order(
+    rows: list[torch.Tensor], documents: Any, estimator: Estimator
+) -> tuple[list[torch.Tensor], Documents | None]:
+    """Rows in the order of their documents, and these; as they are where there are none."""
+    if documents is None:
+        return rows, None
+    if estimator != "debiased":
+        raise FitError(f"documents are for the estimator 'debiased', not {estimator!r}; leave them out")
+    order, found = in_order(documents.cpu().numpy() if isinstance(documents, torch.Tensor) else documents)
+    if found.n != len(rows[0]):
+        raise FitError(f"{found.n} document labels for {len(rows[0])} rows: give one for each row")
+    if (np.diff(order) == 1).all():
+        return rows, found
+    places = torch.from_numpy(order).to(rows[0].device)
+    return [x[places] for x in rows], found
+
+
 def _form(form: Form | str) -> Form:
     try:
         return Form(form)
@@ -262,6 +307,7 @@ def hsic_matrix(
     estimator: Estimator = "debiased",
     sigmas: Sequence[float] | None = None,
     wanted: Sequence[tuple[int, int]] | None = None,
+    documents: Any = None,
     form: Form | str | None = None,
     backend: Backend = "auto",
 ) -> Array:
@@ -273,7 +319,14 @@ def hsic_matrix(
         float64 ``(layers, layers)``.
     """
     return compare_layers(
-        layers, kernel=kernel, estimator=estimator, sigmas=sigmas, wanted=wanted, form=form, backend=backend
+        layers,
+        kernel=kernel,
+        estimator=estimator,
+        sigmas=sigmas,
+        wanted=wanted,
+        documents=documents,
+        form=form,
+        backend=backend,
     ).hsic
 
 
@@ -284,6 +337,7 @@ def cka_matrix(
     estimator: Estimator = "debiased",
     sigmas: Sequence[float] | None = None,
     wanted: Sequence[tuple[int, int]] | None = None,
+    documents: Any = None,
     form: Form | str | None = None,
     backend: Backend = "auto",
 ) -> Array:
@@ -295,5 +349,12 @@ def cka_matrix(
         float64 ``(layers, layers)``; NaN where undefined, for which ``compare_layers(...).reasons`` has the reason.
     """
     return compare_layers(
-        layers, kernel=kernel, estimator=estimator, sigmas=sigmas, wanted=wanted, form=form, backend=backend
+        layers,
+        kernel=kernel,
+        estimator=estimator,
+        sigmas=sigmas,
+        wanted=wanted,
+        documents=documents,
+        form=form,
+        backend=backend,
     ).cka()

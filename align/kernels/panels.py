@@ -10,11 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from align.kernels.centre import Centred
+from align.kernels.documents import shared_of
 from align.kernels.reference import Estimator, median_bandwidth
 from align.kernels.triton.launch import PanelKernels, Path
+from align.solvers.row_effects import Documents, alone
 from featstore.errors import FitError
 
 #: Bytes of the panels of all layers.
@@ -29,14 +32,16 @@ class Sums:
     """What both estimators need of the Gram matrices, in float64.
 
     Attributes:
-        products: ``(layers, layers)``, the sum of K_ij L_ij over i < j.
-        rows: ``(layers, n)``, row sums without the diagonal.
+        products: ``(layers, layers)``, the sum of K_ij L_ij over i < j of different documents.
+        rows: ``(layers, n)``, row sums over other documents; without the diagonal, where every row is its own.
         diagonal: ``(layers, n)``.
+        documents: In the order of the rows; None where every row is its own.
     """
 
     products: torch.Tensor
     rows: torch.Tensor
     diagonal: torch.Tensor
+    documents: Documents | None = None
 
     def hsic(self, estimator: Estimator) -> tuple[torch.Tensor, torch.Tensor]:
         """HSIC_1 or HSIC_0 of every two layers, and the size of the terms that a self-HSIC is the difference of.
@@ -48,6 +53,11 @@ class Sums:
             float64 ``(layers, layers)`` and ``(layers,)``.
         """
         n = self.rows.shape[1]
+        if self.documents is not None:
+            products = 2 * self.products
+            shared = shared_of(self.rows, self.documents)
+            whole = self.documents.freedom
+            return (products - 2 * shared) / whole, (products + 2 * shared.abs()).diagonal() / whole
         if estimator == "debiased":
             total = self.rows.sum(1)
             products, totals = 2 * self.products, torch.outer(total, total) / ((n - 1) * (n - 2))
@@ -76,13 +86,20 @@ class _PanelProducts:
     """The same as :class:`PanelKernels` from products of the torch library."""
 
     def __init__(
-        self, layers: Sequence[Centred], factors: Sequence[float] | None, shifts: Sequence[float], size: int
+        self,
+        layers: Sequence[Centred],
+        ends: torch.Tensor,
+        factors: Sequence[float] | None,
+        shifts: Sequence[float],
+        size: int,
     ) -> None:
         self._layers, self._factors, self._shifts, self._size = layers, factors, shifts, size
+        self._ends, self._places = ends, torch.arange(len(ends), device=ends.device)
 
     def __call__(self, first: int, second: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         upper, lower = slice(first, first + self._size), slice(second, second + self._size)
         panels, rows, columns = [], [], []
+        left_out = self._ends[upper, None] > self._places[None, lower]
         for position, layer in enumerate(self._layers):
             left, right = layer.rows[upper], layer.rows[lower]
             panel = left @ right.T
@@ -90,8 +107,7 @@ class _PanelProducts:
                 norms = layer.norms.to(panel.dtype)
                 panel.mul_(-2).add_(norms[upper][:, None]).add_(norms[lower][None, :]).clamp_(min=0)
                 panel.mul_(self._factors[position]).exp_().sub_(self._shifts[position])
-            if first == second:
-                panel.triu_(1)
+            panel.masked_fill_(left_out, 0)
             rows.append(panel.sum(1, dtype=torch.float64))
             columns.append(panel.sum(0, dtype=torch.float64))
             panels.append(panel.flatten())
@@ -122,13 +138,19 @@ def shift_of(layer: Centred, factor: float) -> float:
 
 
 def panel_sums(
-    layers: Sequence[Centred], sigmas: Sequence[float] | None, *, path: Path | None = None, size: int | None = None
+    layers: Sequence[Centred],
+    sigmas: Sequence[float] | None,
+    *,
+    documents: Documents | None = None,
+    path: Path | None = None,
+    size: int | None = None,
 ) -> Sums:
     """Sums over the Gram matrices of all layers.
 
     Args:
         layers: Centred layers of the same number of rows, on one device.
         sigmas: Bandwidths in the units of the centred rows; None for the linear kernel.
+        documents: In whose order the rows are; pairs within them are left out. None for every row its own.
         path: How the Triton kernels read operands; None for the torch library.
         size: Samples along a macro-tile, a multiple of 256; :func:`panel_size` when None.
 
@@ -141,9 +163,11 @@ def panel_sums(
         raise FitError(f"macro-tiles of {size} samples: give a multiple of 256")
     factors = None if sigmas is None else [-0.5 / s**2 for s in sigmas]
     shifts = [0.0] * count if factors is None else [shift_of(x, f) for x, f in zip(layers, factors, strict=True)]
-    step: PanelKernels | _PanelProducts = _PanelProducts(layers, factors, shifts, size)
+    of = alone(n) if documents is None else documents
+    ends = torch.from_numpy(np.repeat(np.cumsum(of.sizes), of.sizes).astype(np.int32)).to(device)
+    step: PanelKernels | _PanelProducts = _PanelProducts(layers, ends, factors, shifts, size)
     if path is not None:
-        step = PanelKernels([x.rows for x in layers], [x.norms for x in layers], factors, shifts, size, path)
+        step = PanelKernels([x.rows for x in layers], [x.norms for x in layers], ends, factors, shifts, size, path)
     products = torch.zeros((count, count), dtype=torch.float64, device=device)
     rows = torch.zeros((count, n), dtype=torch.float64, device=device)
     # The diagonal first: off it every place of a buffer is written, on it only those of the upper triangle.
@@ -158,4 +182,4 @@ def panel_sums(
         diagonal = torch.stack([x.norms for x in layers])
     else:
         diagonal = (1 - torch.tensor(shifts, dtype=torch.float64, device=device))[:, None].expand(count, n)
-    return Sums(products, rows, diagonal)
+    return Sums(products, rows, diagonal, documents)

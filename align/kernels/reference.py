@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from align.solvers.row_effects import Documents
 from featstore.errors import FitError
 
 Array = NDArray[np.float64]
@@ -76,6 +77,39 @@ def hsic0(k: Array, m: Array) -> float:
     n = len(k)
     centred = k - k.mean(0)[None, :] - k.mean(1)[:, None] + k.mean()
     return float(np.sum(centred * m)) / (n - 1) ** 2
+
+
+def without_row_effects(k: Array, documents: Any) -> Array:
+    """What is left of a kernel over pairs of rows of different documents: residuals of K_ij = a_i + a_j there.
+
+    The normal equations themselves, dense, whatever their structure.
+
+    Args:
+        k: Gram matrix ``(n, n)``.
+        documents: ``(n,)`` labels.
+
+    Returns:
+        float64 ``(n, n)``, 0 within documents.
+    """
+    labels = np.asarray(documents)
+    between = labels[:, None] != labels[None, :]
+    normal = np.diag(between.sum(1)).astype(np.float64) + between
+    effects = np.linalg.lstsq(normal, np.where(between, k, 0.0).sum(1), rcond=None)[0]
+    return np.asarray(np.where(between, k - effects[:, None] - effects[None, :], 0.0))
+
+
+def hsic_of_residuals(a: Array, b: Array, documents: Documents) -> float:
+    """HSIC over documents from :func:`without_row_effects` of two kernels: HSIC_1 where each row is its own document.
+
+    Args:
+        a: ``(n, n)`` of one side.
+        b: That of the other.
+        documents: How many rows each document has.
+
+    Returns:
+        The value; NaN where no pairs of rows are left.
+    """
+    return math.nan if documents.reason else float(np.sum(a * b)) / documents.freedom
 
 
 def hsic1(k: Array, m: Array) -> float:

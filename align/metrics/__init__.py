@@ -5,7 +5,6 @@ data never raises and never warns. The keys are those of a block of ``metrics.js
 (docs/results.md).
 """
 
-from align.metrics.bootstrap import document_bootstrap
 from align.metrics.documents import DocumentSums, add_intervals, paired_difference, r2_interval, r2_of
 from align.metrics.partial import TOKEN, add_partial, partial_r2
 from align.metrics.ranking import RETRIEVAL_KEYS, retrieval
@@ -42,7 +41,6 @@ __all__ = [
     "debiased_cka",
     "debiased_cka_from_moments",
     "debiased_ckas",
-    "document_bootstrap",
     "hsic0_linear",
     "hsic1_linear",
     "paired_difference",

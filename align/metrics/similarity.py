@@ -303,11 +303,28 @@ def _cosine(hsic: Array, size: Array, rows: Sequence[Rows] | None, documents: Do
             if width < 2:
                 return math.nan, f"of the {_NAMES[side]} set of states {width} feature is known: too few to correct for"
             own[side] = (own[side] - hsic_of_features_alone(z, documents)) * width / (width - 1)
+    return cka_of_sums(float(hsic[0, 1]), own, size, of)
+
+
+def cka_of_sums(
+    cross: float, own: Sequence[float] | Array, size: Sequence[float] | Array, of: str = "self-HSIC"
+) -> tuple[float, str | None]:
+    """CKA from what two kernels without row effects have in common with each other and with themselves.
+
+    Args:
+        cross: Sum of their products.
+        own: The two sums of squares.
+        size: The sizes of the terms that these are the difference of.
+        of: What to call the sums of squares.
+
+    Returns:
+        ``(value, None)``, or ``(nan, reason)`` where a sum of squares is rounding alone.
+    """
     for name, value, terms in zip(_NAMES, own, size, strict=True):
         # A self-HSIC is never negative in exact arithmetic; at this size only rounding is left.
         if not value > _ROUNDING * terms:
             return math.nan, f"{of} of the {name} set of states is not positive"
-    return float(hsic[0, 1] / math.sqrt(own[0] * own[1])), None
+    return cross / math.sqrt(own[0] * own[1]), None
 
 
 def hsic_of_features_alone(rows: Rows, documents: Documents) -> float:

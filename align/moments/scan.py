@@ -10,11 +10,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
 
 from align.layers import LayerPair
+from align.moments.control import exchanged
 from align.moments.device import multiplier
 from align.moments.scatter import Array, Moments, as_if_shuffled, end_to_end, means
 from featstore.errors import FitError, SpecError, StoreStateError
@@ -25,6 +27,9 @@ from featstore.store.moments.stored import MEMORY, Site, SitePair, StoredMoments
 from featstore.store.moments.sums import Block, BlockSums, Multiply, assemble
 from featstore.store.read.pairs import Pairs
 from featstore.text.splits import TRAIN, VALIDATION
+
+#: Beside stored moments, which read no row, the shuffled control passes over so many train rows at most.
+EXCHANGED_ROWS = 2**18
 
 #: Fewest train pairs: below, no fit is worth the name.
 MINIMUM_PAIRS = 8
@@ -42,11 +47,14 @@ class Scan:
         train: Moments of the train pairs.
         val: Moments of the validation pairs.
         seed: Of the shuffled control.
+        exchange: Gives the train moments with documents exchanged at equal places, by a pass over the rows; None where
+            there are no rows, or more than are worth a pass beside stored moments.
     """
 
     train: Moments
     val: Moments
     seed: tuple[int, ...] = (0,)
+    exchange: Callable[[], Moments] | None = None
 
     @property
     def means(self) -> tuple[Array, Array]:
@@ -55,11 +63,19 @@ class Scan:
 
     @property
     def shuffled(self) -> Moments:
-        """The train moments drawn as if targets had been permuted: a fit to them must find nothing.
+        """The train moments with partners of other rows: what a fit to them finds is no relation of these rows.
 
-        Drawn when asked for; the same seed and layer pair give the same draw, whatever else was scanned.
+        With documents exchanged where that can be done, otherwise drawn as if rows had been shuffled. Made when asked
+        for; the same seed and layer pair give the same, whatever else was scanned.
         """
+        if self.exchange is not None:
+            return self.exchange()
         return as_if_shuffled(self.train, np.random.default_rng(self.seed))
+
+    @property
+    def control(self) -> str:
+        """How partners are taken away for :attr:`shuffled`, in words."""
+        return "rows shuffled" if self.exchange is None else "documents exchanged"
 
 
 def limit_rows(pairs: Pairs, max_rows: int | None, seed: int) -> Pairs:
@@ -156,7 +172,8 @@ def scans(
         found = {}
         for pair in group:
             fit, check = (_moments(pair, origins, blocks.__getitem__) for origins, blocks in sums)
-            found[pair.key] = Scan(fit, check, _seed(seed, pair))
+            own = _seed(seed, pair)
+            found[pair.key] = Scan(fit, check, own, partial(exchanged, store, train, pair, fit, own))
         yield found
 
 
@@ -349,7 +366,11 @@ def stored_scan(stored: StoredMoments, wanted: Sequence[LayerPair], *, seed: int
     result = {}
     for pair in wanted:
         train, val = (_read(stored, pair, split, shared) for split in (TRAIN, VALIDATION))
-        result[pair.key] = Scan(train, val, _seed(seed, pair))
+        own = _seed(seed, pair)
+        rows = stored.store.pairs(pair.source, pair.target).select(TRAIN)
+        few = len(rows) <= EXCHANGED_ROWS and all(has_rows(stored.store, *site) for site in sites_of(pair))
+        exchange = partial(exchanged, stored.store, rows, pair, train, own) if few else None
+        result[pair.key] = Scan(train, val, own, exchange)
     return result
 
 

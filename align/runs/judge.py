@@ -107,6 +107,8 @@ class Judge:
                 entry["baselines"][name] = figures
         if candidate.optimum is not None:
             entry["baselines"]["closed_form"]["name"] = candidate.optimum[1]
+        if (control := entry["baselines"].get("shuffled")) is not None:
+            control["name"] = moments.control
         add_intervals(entry, NEEDS_ROWS if sums is None else sums)
         add_partial(entry, NEEDS_ROWS if sums is None else sums)
         entry["by_role"] = self._direction.by_role

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import entry_points
@@ -21,7 +21,7 @@ from align.runs.judge import Judge
 from align.runs.plan import Sharing
 from align.runs.rundir import RunDirectory, check_free, default_directory
 from align.settings import Settings
-from align.tokens.table import TokenTables
+from align.tokens.table import TokenTable, TokenTables
 from align.training.plan import Placement
 from featstore.errors import MissingPackageError, SpecError
 from featstore.runtime.console import check_directory, err, progress
@@ -65,8 +65,9 @@ def train(settings: Settings, out: Path | None = None, *, resume: bool = False, 
     quiet = quiet or not first
     with _tracking(job, settings, out) as tracker:
         files = RunDirectory(out, settings, resume=resume, writes=first)
-        models = _epoch_evaluation(job, quiet=quiet) if settings.eval_models else None
-        run = _Run(job, Reporting(files, tracker, models, resume, quiet))
+        tables = _token_tables(job)
+        models = _epoch_evaluation(job, tables, quiet=quiet) if settings.eval_models else None
+        run = _Run(job, Reporting(files, tracker, models, resume, quiet), tables)
         for direction in job.directions:
             run.direction(direction)
         return {"run": str(out), **run.finish()}
@@ -85,7 +86,13 @@ def _tracking(job: Job, settings: Settings, out: Path) -> Iterator[Tracker | Non
         yield tracker
 
 
-def _epoch_evaluation(job: Job, *, quiet: bool) -> EpochEvaluation:
+def _token_tables(job: Job) -> TokenTables:
+    """The baselines from the source's token alone, one for each target layer."""
+    targets = {(d.source, d.target, pair.target_layer) for d in job.directions for pair in d.wanted}
+    return TokenTables(job.data.store, len(targets))
+
+
+def _epoch_evaluation(job: Job, tables: TokenTables, *, quiet: bool) -> EpochEvaluation:
     """Whoever can say what a map does to the models; this room knows none."""
     found = list(entry_points(group=EPOCH_EVALUATION))
     if not found:
@@ -94,23 +101,28 @@ def _epoch_evaluation(job: Job, *, quiet: bool) -> EpochEvaluation:
             "again (pip install -e .), or leave the option out and use `evaluate stitch` afterwards"
         )
     evaluation = found[0].load()
-    made: EpochEvaluation = evaluation(job.data.store, job.card(), device=job.device, seed=job.seed, quiet=quiet)
+    ways = {(d.source, d.target): d.pairs for d in job.directions}
+
+    def token(pair: LayerPair) -> TokenTable | str:
+        return tables.of(ways[pair.source, pair.target], pair.target_layer)
+
+    made: EpochEvaluation = evaluation(
+        job.data.store, job.card(), token=token, device=job.device, seed=job.seed, quiet=quiet
+    )
     return made
 
 
 class _Run:
     """Makes and evaluates the maps of a run, one direction after the other."""
 
-    def __init__(self, job: Job, reporting: Reporting) -> None:
-        self.job, self.reporting = job, reporting
+    def __init__(self, job: Job, reporting: Reporting, tables: TokenTables) -> None:
+        self.job, self.reporting, self.tables = job, reporting, tables
         # Of several processes each has a GPU of its own.
         self.device = Ranks.from_environment().device(job.device)
         self.aligners: list[Aligner] = []
         self.entries: dict[str, Any] = {}
         self.documents: dict[str, Any] = {}
         self.partners: list[dict[str, Any]] = []
-        targets = {(d.source, d.target, pair.target_layer) for d in job.directions for pair in d.wanted}
-        self.tables = TokenTables(job.data.store, len(targets))
 
     def direction(self, direction: Direction) -> None:
         direction.pairs.where(direction.pairs.split == TEST).need(1, "testing")
@@ -228,6 +240,7 @@ def describe(result: dict[str, Any]) -> str:
     Args:
         result: From :func:`train`.
     """
+    everywhere = _said_of_all([entry["warnings"] for entry in result["pairs"].values()])
     lines = [f"{'pair':28} {_line(_HEADS)}   best control R2"]
     for key, entry in result["pairs"].items():
         lines.append(f"{key:28} {_line(_figures(entry))}   {_best_control(entry)}")
@@ -237,8 +250,19 @@ def describe(result: dict[str, Any]) -> str:
         if result.get("roles") is not None:
             rows = (f"{role} ({of['train']} train, {of['test']} test)" for role, of in entry["by_role"].items())
             lines.append(f"  only rows of the roles {', '.join(rows)}")
-        lines += [f"  {w.get('level', 'warning')}: {w['message']}" for w in entry["warnings"]]
+        lines += [f"  {said}" for said in map(_said, entry["warnings"]) if said not in everywhere]
+    lines += [f"all pairs: {said}" for said in everywhere]
     return "\n".join([*lines, _LEGEND, f"run: {result['run']}"])
+
+
+def _said(finding: Mapping[str, str]) -> str:
+    return f"{finding.get('level', 'warning')}: {finding['message']}"
+
+
+def _said_of_all(findings: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
+    """What is said of each of several layer pairs in the same words, in order."""
+    said = [[_said(finding) for finding in each] for each in findings]
+    return [words for words in said[0] if all(words in each for each in said)] if len(said) > 1 else []
 
 
 def _line(cells: Sequence[str]) -> str:

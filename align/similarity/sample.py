@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from align.moments.places import places
 from align.similarity.floors.exchange import Sampled
 from align.similarity.floors.strata import by_place
 from featstore.errors import NonFiniteStateError, SpecError
@@ -128,24 +129,12 @@ def draw(
 def origin_of(store: Store, pairs: Pairs) -> Sampled:
     """Document, place and source token of every pair.
 
-    A place is the number of its window within the document, and that of the pair within the window: a model has read as
-    much at the same place of another document, but for what differs in how often tokens of both models end together.
-
     Args:
         store: Complete store.
         pairs: Any.
     """
-    tokens = store.tokens(pairs.source)
-    document = pairs.document.astype(np.int64)
-    window = tokens.window[pairs.row_source].astype(np.int64)
-    order = np.lexsort((pairs.row_source, window, document))
-    begins = np.diff(document[order], prepend=-1) != 0
-    first = window[order][np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
-    opens = begins | (np.diff(window[order], prepend=-1) != 0)
-    within = np.arange(len(order)) - np.maximum.accumulate(np.where(opens, np.arange(len(order)), 0))
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = (window[order] - first << 32) + within
-    return Sampled(document, place, tokens.id[pairs.row_source].astype(np.int64))
+    token = store.tokens(pairs.source).id[pairs.row_source].astype(np.int64)
+    return Sampled(pairs.document.astype(np.int64), places(store, pairs), token)
 
 
 def read_rows(

@@ -88,9 +88,8 @@ class Documents:
 
     @cached_property
     def weights(self) -> Array:
-        """``1 / (n - n_d)``, float64 ``(documents,)``; infinite for a single document."""
-        with np.errstate(divide="ignore"):
-            return np.asarray(1.0 / (self.n - self.sizes), dtype=np.float64)
+        """``1 / (n - n_d)``, float64 ``(documents,)``; 0 for a single document, which leaves no pairs."""
+        return np.asarray(1.0 / (self.n - self.sizes) if len(self.sizes) > 1 else np.zeros(len(self.sizes)))
 
     @cached_property
     def longest(self) -> int:
@@ -156,6 +155,31 @@ class Documents:
         """
         found: Array = products - (np.asarray(first) * self.weights) @ self.others(second).T
         return found
+
+    def shared_of_sums(
+        self, products: ArrayLike, quadratic: ArrayLike, first: tuple[Array, Array], second: tuple[Array, Array]
+    ) -> Array:
+        """The same where no document is held: from sums over documents, weighted by what is known beforehand.
+
+        Args:
+            products: ``(...)``, as for :meth:`shared`.
+            quadratic: ``(...)``, ``sum_d weights_d inverses_d R_d S_d``, R of the first kernel and S of the second.
+            first: ``sum_d inverses_d R_d`` and R of the longest document, each of a shape that broadcasts to theirs.
+            second: The same of S.
+
+        Returns:
+            float64 ``(...)``.
+        """
+        (r, r_longest), (s, s_longest) = first, second
+        n, longest = self.n, int(self.sizes[self.longest])
+        if len(self.sizes) < 2:
+            return np.full(np.shape(products), np.nan)
+        if len(self.sizes) == 2:
+            return np.asarray(products - (r * s_longest + r_longest * s) / (2.0 * longest * (n - longest)))
+        f, q = n - 2 * longest, float(self.sizes @ self.inverses)
+        total = (s_longest + f * s) / (f * (1 + q) + longest)
+        effects: Array = total * r - quadratic + (s - q * total) * r_longest / (n - longest)
+        return np.asarray(products - effects)
 
 
 def in_order(labels: ArrayLike) -> tuple[NDArray[np.int64], Documents]:

@@ -4,7 +4,7 @@
 condition          if it did as well as ``mapped`` ...
 =================  ====================================================================================
 ``token``          ... the source's current token would be enough: a table of predictions without any context
-``mean``           ... the target would need no information from the source at all
+``mean``           ... the target would need nothing of the source at the replaced positions
 ``zero``           ... the target would ignore the layer
 ``random_norm``    ... only the size of the states would matter
 ``random_rotation``... any rotation would do, not the fitted one

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner
+from align.tokens.table import TokenTable
 from evaluate.generation.generate import PROMPTS, generate
 from evaluate.injection.loading import Loaded, load
 from evaluate.stitching.stitch import stitch
@@ -22,8 +24,8 @@ from featstore.text.splits import VALIDATION
 #: Enough for a trend; the figure to report is `evaluate stitch` on the test split.
 _TOKENS = 1000
 _NEW_TOKENS = 24
-#: Every control is a pass over the text; these two are what a map of states that means nothing amounts to.
-_CONTROLS = ("mean", "shuffled")
+#: Every control is a pass over the text; these are what a map amounts to that adds nothing to the token, or to nothing.
+_CONTROLS = ("token", "mean", "shuffled")
 
 
 class EpochEvaluation:
@@ -32,14 +34,24 @@ class EpochEvaluation:
     Args:
         store: The store that the run is fitted from.
         card: The run's card: models, store, mask.
+        token: What the run predicts from the source's token alone for a layer pair, or why it does not; None where
+            nobody knows.
         device: Where the models run.
         seed: Of the random controls.
         quiet: No progress.
     """
 
     def __init__(
-        self, store: Store, card: Mapping[str, Any], *, device: str = "auto", seed: int = 0, quiet: bool = False
+        self,
+        store: Store,
+        card: Mapping[str, Any],
+        *,
+        token: Callable[[LayerPair], TokenTable | str] | None = None,
+        device: str = "auto",
+        seed: int = 0,
+        quiet: bool = False,
     ) -> None:
+        self._token = token or (lambda _: "the run gave no predictions from the token alone")
         self._store, self._seed, self._quiet, self._device = store, seed, quiet, device
         self._card = dict(card)
         self._models: dict[str, Loaded] = {}
@@ -69,7 +81,8 @@ class EpochEvaluation:
             pair.target, target.verdict, (pair.target_layer,), remedy="leave --eval-models out or choose other --layers"
         )
         shared: dict[str, Any] = {"models": self._models, "seed": self._seed, "quiet": True}
-        stitched = stitch(self._store, adapter, split=VALIDATION, max_tokens=_TOKENS, controls=_CONTROLS, **shared)
+        scored: dict[str, Any] = {"split": VALIDATION, "max_tokens": _TOKENS, "controls": _CONTROLS}
+        stitched = stitch(self._store, adapter, tokens={key: self._token(pair)}, **scored, **shared)
         texts = generate(adapter, PROMPTS, max_new_tokens=_NEW_TOKENS, conditions=("mapped",), **shared)
         generations = [
             {

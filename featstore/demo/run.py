@@ -1,47 +1,87 @@
-"""The whole job on two real models, through the same commands a user types.
+"""The whole job on real models, through the same commands a user types.
 
 Every stage is a command of its own process, printed before it runs, so that the demo is also the tutorial. Stages that
-are done are not repeated: an interrupted demo goes on where it stopped.
+are done are not repeated: an interrupted demo goes on where it stopped. Three pairs are read into one store and
+compared in the same way: one whose answer is planted, one that was trained apart, one of which half is untrained.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from featstore.demo.blocks import APART, PLANTED, UNTRAINED, Block, DemoResult, read_block
 from featstore.demo.pair import build_pair
-from featstore.demo.sample import sample_path
-from featstore.runtime.console import err, human_seconds
-from featstore.runtime.provenance import write_json
+from featstore.demo.small import build_small
+from featstore.demo.words import describe
+from featstore.runtime.console import err
+from featstore.runtime.records import write
 from featstore.runtime.subcommands import run_stage
 
-#: Small enough for two cores, large enough that every figure means something.
-_EXTRACT = ("--layers", "0%,25%,50%,75%,100%", "--max-documents", "60", "--max-document-bytes", "1200")
-_TYPES: dict[str, tuple[str, ...]] = {
-    "procrustes": (),
-    "linear": (),
-    "affine": (),
-    "lora": ("--layers", "25%,50%,75%"),
-}
-#: What is injected: `linear` differs from `affine` by a mean that hardly matters here.
-_STITCHED = ("procrustes", "affine", "lora")
-_STITCHED_LAYER = "50%"
-_STITCH_TOKENS = "1200"
+#: Small enough for two cores, large enough that every figure means something: nine documents are for the test.
+_EXTRACT = ("--layers", "0%,25%,50%,75%,100%", "--max-documents", "90", "--max-document-bytes", "800")
+_MIDDLE = ("--layers", "50%")
+_INNER = ("--layers", "25%,50%,75%")
+_PROMPTED = "procrustes"
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two models of the store and what is done with them.
+
+    Attributes:
+        name: Of the block.
+        target: The other model than SmolLM2.
+        aside: What its run directories begin with.
+        types: Options of `align train` by type of map.
+        stitched: Types whose maps are put into the target, at the middle layer.
+    """
+
+    name: str
+    target: str
+    aside: str
+    types: dict[str, tuple[str, ...]]
+    stitched: tuple[str, ...] = ()
+
+    def run(self, what: str) -> str:
+        """Name of a run directory."""
+        return f"{self.aside}{what}"
+
+
+_SOURCE = "smollm2"
+_PAIRS = (
+    _Pair(
+        PLANTED,
+        "twin",
+        "",
+        {"procrustes": ("--both",), "affine": ("--both",), "lora": ("--both", *_INNER)},
+        stitched=("procrustes", "affine", "lora"),
+    ),
+    _Pair(
+        APART,
+        "small",
+        "apart-",
+        {"procrustes": (), "affine": (), "lora": _INNER},
+        stitched=("procrustes", "affine", "lora"),
+    ),
+    # An untrained model predicts nothing: there is no loss to recover.
+    _Pair(UNTRAINED, "untrained", "untrained-", {"affine": ()}),
+)
 
 
 def run_demo(out: Path, cache: Path) -> dict[str, Any]:
-    """Build the calibration pair and do everything with it.
+    """Build the models and do everything with each pair.
 
     Args:
-        out: Directory for the store, the runs and the report.
+        out: Directory for the store, the runs, the report and ``demo.json``.
         cache: Where the demo models are built once.
 
     Returns:
-        The main figures, the seconds of each stage, and the report's path.
+        The contents of ``demo.json`` (:class:`featstore.demo.blocks.DemoResult`), and ``text``, the same for people.
 
     Raises:
         StageError: A stage failed.
@@ -56,76 +96,53 @@ def run_demo(out: Path, cache: Path) -> dict[str, Any]:
         seconds[name] = time.perf_counter() - start
         return result
 
-    err.rule("build the demo pair", align="left")
+    err.rule("build the demo models", align="left")
     pair = stage("build", lambda: build_pair(cache, cache / "assets"))
+    small = stage("build small", lambda: build_small(cache))
     store, runs = out / "demo.zarr", out / "runs"
-    models = ("--model", f"smollm2={pair.source}", "--model", f"twin={pair.target}")
-    extract = (*models, "--dataset", f"jsonl:{sample_path()}", *_EXTRACT, "--store", str(store))
+    models = [f"--model={name}={path}" for name, path in {**pair.models, **small.models}.items()]
+    extract = (*models, "--dataset", pair.dataset, *_EXTRACT, "--store", str(store))
     summary = stage("extract", lambda: run_stage("featstore", "extract", *extract))
-    for type_, scope in _TYPES.items():
-        run = runs / type_
-        if not (run / "adapter.json").exists():
-            what = ("--type", type_, "--both", *scope, "--out", str(run))
-            stage(f"train {type_}", partial(run_stage, "align", "train", "--store", str(store), *what))
-    if not (runs / "cka" / "cka.json").exists():
-        stage("cka", lambda: run_stage("align", "cka", "--store", str(store), "--out", str(runs / "cka")))
-    for type_ in _STITCHED:
-        run = runs / type_
-        if not (run / "stitch.json").exists():
-            scope = ("--layers", _STITCHED_LAYER, "--max-tokens", _STITCH_TOKENS)
-            stitch = ("stitch", "--store", str(store), "--adapter", str(run), *scope)
-            stage(f"stitch {type_}", partial(run_stage, "evaluate", *stitch))
-    if not (runs / "procrustes" / "generations.json").exists():
-        run = runs / "procrustes"
-        prompts = ("generate", "--adapter", str(run), "--layers", _STITCHED_LAYER)
+    for each in _PAIRS:
+        _compare(each, store, runs, stage)
+    if not (runs / _PROMPTED / "generations.json").exists():
+        prompts = ("generate", "--adapter", str(runs / _PROMPTED), *_MIDDLE)
         stage("generate", partial(run_stage, "evaluate", *prompts))
     report = out / "report.html"
-    directories = [str(runs / name) for name in (*_TYPES, "cka")]
+    directories = [str(runs / each.run(what)) for each in _PAIRS for what in (*each.types, "cka")]
     stage("report", lambda: run_stage("evaluate", "report", *directories, "--out", str(report)))
-    result = {"report": str(report), "store": summary, "runs": _figures(runs), "seconds": seconds}
-    result["total_seconds"] = time.perf_counter() - started
-    write_json(out / "demo.json", result)
-    return {**result, "text": _describe(result)}
-
-
-def _figures(runs: Path) -> dict[str, Any]:
-    """The figures that matter: held-out R2 and the share of the stitched loss that each map recovers."""
-    figures: dict[str, Any] = {}
-    for type_ in _TYPES:
-        metrics = json.loads((runs / type_ / "metrics.json").read_text())["pairs"]
-        path = runs / type_ / "stitch.json"
-        stitched = json.loads(path.read_text())["pairs"] if path.exists() else {}
-        figures[type_] = {
-            key: {"r2": metrics[key]["test"]["r2"], **_stitched(stitched.get(key))}
-            for key in sorted(metrics, key=_by_depth)
+    result = DemoResult.parse(
+        {
+            "blocks": {each.name: _figures(each, runs) for each in _PAIRS},
+            "report": str(report),
+            "seconds": seconds,
+            "store": summary,
+            "total_seconds": time.perf_counter() - started,
         }
-    return figures
+    )
+    write(result, out)
+    return {**result.content(), "text": describe(result)}
 
 
-def _by_depth(key: str) -> tuple[str, int]:
-    model, _, layer = key.partition("->")[0].rpartition(":")
-    return model, int(layer)
+def _compare(pair: _Pair, store: Path, runs: Path, stage: Callable[[str, Callable[[], Any]], Any]) -> None:
+    """Fit, compare and stitch one pair, as far as that is not done."""
+    err.rule(f"{pair.name}: {_SOURCE} and {pair.target}", align="left")
+    for type_, scope in pair.types.items():
+        run = runs / pair.run(type_)
+        if not (run / "adapter.json").exists():
+            what = ("--source", _SOURCE, "--target", pair.target, "--type", type_, *scope, "--out", str(run))
+            stage(f"train {run.name}", partial(run_stage, "align", "train", "--store", str(store), *what))
+    cka = runs / pair.run("cka")
+    if not (cka / "cka.json").exists():
+        what = ("--models", f"{_SOURCE},{pair.target}", "--out", str(cka))
+        stage(cka.name, partial(run_stage, "align", "cka", "--store", str(store), *what))
+    for type_ in pair.stitched:
+        run = runs / pair.run(type_)
+        if not (run / "stitch.json").exists():
+            stitch = ("stitch", "--store", str(store), "--adapter", str(run), *_MIDDLE, "--max-tokens", "all")
+            stage(f"stitch {run.name}", partial(run_stage, "evaluate", *stitch))
 
 
-def _stitched(entry: dict[str, Any] | None) -> dict[str, Any]:
-    if entry is None:
-        return {}
-    losses = {name: figures and figures["nats_per_token"] for name, figures in entry["conditions"].items()}
-    shown = ("beyond_token", "recovered_token", "recovered", "beats_every_control", "closest_control")
-    return {"nats_per_token": losses, **{name: entry[name] for name in shown}}
-
-
-def _describe(result: dict[str, Any]) -> str:
-    lines = [f"{'map':12} {'layers':22} {'R2':>6} {'clean':>6} {'mapped':>6} {'mean':>6}  recovered [95 %]"]
-    for type_, pairs in result["runs"].items():
-        for key, entry in pairs.items():
-            row = f"{type_:12} {key:22} {entry['r2']:6.3f}"
-            if "recovered" in entry:
-                losses = entry["nats_per_token"]
-                row += "".join(f" {losses[name]:6.2f}" for name in ("clean", "mapped", "mean"))
-                row += f"  {entry['recovered']['value']:.1%} "
-                ends = entry["recovered"]["ci95"]
-                row += "[no interval]" if ends is None else f"[{ends[0]:.1%}, {ends[1]:.1%}]"
-            lines.append(row)
-    lines.append(f"done in {human_seconds(result['total_seconds'])}; open {result['report']}")
-    return "\n".join(lines)
+def _figures(pair: _Pair, runs: Path) -> Block:
+    directories = {type_: runs / pair.run(type_) for type_ in pair.types}
+    return read_block(_SOURCE, pair.target, runs / pair.run("cka"), directories)

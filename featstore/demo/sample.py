@@ -13,6 +13,12 @@ def sample_path() -> Path:
     return Path(str(resources.files("featstore") / "data" / "wikipedia_sample.jsonl.gz"))
 
 
+def sample_articles() -> list[tuple[str, str]]:
+    """Title and text of each article of the sample, in the order of the file."""
+    rows = [json.loads(line) for line in gzip.decompress(sample_path().read_bytes()).splitlines()]
+    return [(row["title"], row["text"]) for row in rows]
+
+
 def sample_texts() -> list[str]:
     """The texts of the sample, an article each, in the order of the file; at most 4096 UTF-8 bytes of every article."""
-    return [json.loads(line)["text"] for line in gzip.decompress(sample_path().read_bytes()).splitlines()]
+    return [text for _, text in sample_articles()]

@@ -16,7 +16,7 @@ from featstore.errors import NonFiniteStateError
 from featstore.extraction.forward import BatchReader
 from featstore.models.fingerprint import Weights
 from featstore.runtime.provenance import read_json
-from featstore.store.conversion.pilot_rows import pilot_windows, without_sinks
+from featstore.store.conversion.pilot_rows import origin_of, pilot_windows, without_sinks
 from featstore.store.format.elements import Format, column_scale_of
 from featstore.store.read.vectors import read_vector
 from featstore.store.write.writer import StoreWriter
@@ -112,7 +112,7 @@ def write_pilot(writer: StoreWriter, reader: BatchReader, layers: Sequence[int],
         ordinary, median = without_sinks(np.concatenate(parts[layer]))
         base = f"models/{name}"
         arrays = {
-            f"{base}/origin/{layer}": ordinary.mean(axis=0, dtype=np.float64).astype(np.float32),
+            f"{base}/origin/{layer}": origin_of(ordinary, median),
             f"{base}/median_norm/{layer}": np.array([median], dtype=np.float64),
         }
         if form.column_scaled:

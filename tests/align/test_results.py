@@ -35,7 +35,9 @@ from tests.support.similarity_fixture import similarity_result
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     x = {k: spectrum_rows(1500, 16, k) for k in (1, 2)}
-    return plant(tmp_path_factory.mktemp("results") / "s.zarr", x, {k: 0.5 * x[k] @ rotation(16, k) for k in (1, 2)})
+    y = {k: 0.5 * x[k] @ rotation(16, k) for k in (1, 2)}
+    # Four test documents: fewer than three have no interval.
+    return plant(tmp_path_factory.mktemp("results") / "s.zarr", x, y, documents=40)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from featstore.store import Store, open_store
+from featstore.store.conversion.pilot_rows import origin_of
 from featstore.store.format.elements import Encoded, parse_format
 from featstore.store.format.shards import parse_layout
 from featstore.store.format.version import FORMAT_VERSION
@@ -239,7 +240,7 @@ def _write_model(
         median = np.median(stored.norms[pilot])
         ordinary = kind.decode(stored.stored)[pilot][stored.norms[pilot] <= 5 * median]
         vectors = {
-            f"{base}/origin/{layer}": ordinary.mean(axis=0).astype(np.float32),
+            f"{base}/origin/{layer}": origin_of(ordinary, float(median)),
             f"{base}/median_norm/{layer}": np.array([median], dtype=np.float64),
         }
         writer.vectors(f"{base}/pilot-{layer}", vectors)

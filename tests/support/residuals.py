@@ -9,16 +9,20 @@ import numpy as np
 
 
 def without_row_effects(kernel: Any, documents: Any) -> Any:
-    """Residuals of K_ij = a_i + a_j over the pairs of rows of different documents, zero within documents."""
+    """Residuals of K_ij = a_i + a_j over the pairs of rows of different documents, zero within documents.
+
+    The design itself where it is small; of more rows its normal equations, whose matrix is dense.
+    """
     labels, n = np.asarray(documents), len(kernel)
-    i, j = np.nonzero(labels[:, None] != labels[None, :])
-    design = np.zeros((len(i), n))
-    design[np.arange(len(i)), i] += 1
-    design[np.arange(len(i)), j] += 1
-    effects = np.linalg.lstsq(design, kernel[i, j], rcond=None)[0]
-    found = np.zeros((n, n))
-    found[i, j] = kernel[i, j] - design @ effects
-    return found
+    between = labels[:, None] != labels[None, :]
+    if n <= 60:
+        i, j = np.nonzero(between)
+        design = np.eye(n)[i] + np.eye(n)[j]
+        effects = np.linalg.lstsq(design, kernel[i, j], rcond=None)[0]
+    else:
+        normal = np.diag(between.sum(axis=1)) + between
+        effects = np.linalg.lstsq(normal, np.where(between, kernel, 0).sum(axis=1), rcond=None)[0]
+    return np.where(between, kernel - effects[:, None] - effects, 0)
 
 
 def cosine_of_kernels(k: Any, m: Any, documents: Any) -> float:

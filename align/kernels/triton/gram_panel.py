@@ -4,11 +4,15 @@ With K the Gram matrix and K~ its copy with a zero diagonal, both estimators nee
 
     tr(K~ L~) = 2 \sum_{i<j} K_ij L_ij,     r_i = \sum_j K~_ij,     1'K~1 = \sum_i r_i,
 
-and 1'K~L~1 = r(K)'r(L). So nothing below the diagonal is ever computed, and of the upper triangle one macro-tile of
-TS x TS samples at a time is enough: this kernel writes it for every layer in turn, ``contract`` multiplies the layers'
-panels, and the next macro-tile overwrites them. The sums over the rows of a tile belong to the samples on its left
-edge, those over its columns to the samples on its top edge, since K is symmetric. Each program writes its own sums to
-its own place; the host adds them in float64 in a fixed order.
+and 1'K~L~1 = r(K)'r(L). Over documents K~ is zero for all pairs of rows within a document, and the same sums are all
+that is needed (:mod:`align.solvers.row_effects`): rows come in the order of their documents, so of row i those pairs
+are left whose j is at or past the end of its document.
+
+So nothing below the diagonal is ever computed, and of the upper triangle one macro-tile of TS x TS samples at a time is
+enough: this kernel writes it for every layer in turn, ``contract`` multiplies the layers' panels, and the next
+macro-tile overwrites them. The sums over the rows of a tile belong to the samples on its left edge, those over its
+columns to the samples on its top edge, since K is symmetric. Each program writes its own sums to its own place; the
+host adds them in float64 in a fixed order.
 
 Linear: K_ij = x_i'x_j. RBF: K_ij = exp(-max(|x_i|^2 + |x_j|^2 - 2 x_i'x_j, 0) / (2 sigma^2)) - shift. Both estimators
 are blind to a constant added to K (U-centring and centring remove it); subtracting the kernel's value at the typical
@@ -27,6 +31,7 @@ from align.kernels.triton.products import tile_from_descriptors, tile_from_point
 def finish(
     gram: tl.tensor,
     norms: tl.tensor,
+    ends: tl.tensor,
     panel: tl.tensor,
     row_sums: tl.tensor,
     column_sums: tl.tensor,
@@ -42,8 +47,9 @@ def finish(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ) -> None:
-    """Kernel values of a tile to the panel, zero on and below the diagonal and past the last row, and their sums.
+    """Kernel values of a tile to the panel, and their sums; zero below the diagonal, within documents, past the end.
 
+    ``ends`` int32 ``(n,)`` is the row after the last of each row's document: of its own where each has one.
     ``row`` and ``column`` count within the macro-tile, whose first sample is ``row0`` and ``column0``. Sums over the
     columns of tile column t go to row t of ``row_sums`` (TS / BN, TS), those over the rows of tile row t to row t of
     ``column_sums`` (TS / BM, TS).
@@ -58,7 +64,8 @@ def finish(
         right = tl.load(norms + j, mask=j < n, other=0.0)
         distance = tl.maximum(left[:, None] + right[None, :] - 2.0 * gram, 0.0)
         value = tl.exp2(distance * factor) - shift
-    value = tl.where((i[:, None] < j[None, :]) & (j < n)[None, :], value, 0.0)
+    end = tl.load(ends + i, mask=i < n, other=n)
+    value = tl.where((end[:, None] <= j[None, :]) & (j < n)[None, :], value, 0.0)
     tl.store(panel + r[:, None] * TS + c[None, :], value)
     tl.store(row_sums + (column // BN) * TS + r, tl.sum(value, axis=1))
     tl.store(column_sums + (row // BM) * TS + c, tl.sum(value, axis=0))
@@ -69,6 +76,7 @@ def gram_panel(
     a: tl.tensor,
     b: tl.tensor,
     norms: tl.tensor,
+    ends: tl.tensor,
     panel: tl.tensor,
     row_sums: tl.tensor,
     column_sums: tl.tensor,
@@ -92,7 +100,9 @@ def gram_panel(
     row = tl.load(order + 2 * tl.program_id(0)) * BM
     column = tl.load(order + 2 * tl.program_id(0) + 1) * BN
     gram = tile_from_descriptors(a, b, row0 + row, column0 + column, depth, BM, BN, BK)
-    finish(gram, norms, panel, row_sums, column_sums, n, row0, column0, row, column, factor, shift, RBF, TS, BM, BN)
+    finish(
+        gram, norms, ends, panel, row_sums, column_sums, n, row0, column0, row, column, factor, shift, RBF, TS, BM, BN
+    )
 
 
 @triton.jit
@@ -100,6 +110,7 @@ def gram_panel_pointers(
     x: tl.tensor,
     stride: tl.tensor,
     norms: tl.tensor,
+    ends: tl.tensor,
     panel: tl.tensor,
     row_sums: tl.tensor,
     column_sums: tl.tensor,
@@ -120,4 +131,6 @@ def gram_panel_pointers(
     row = tl.load(order + 2 * tl.program_id(0)) * BM
     column = tl.load(order + 2 * tl.program_id(0) + 1) * BN
     gram = tile_from_pointers(x, x, row0 + row, column0 + column, n, n, depth, stride, stride, BM, BN, BK)
-    finish(gram, norms, panel, row_sums, column_sums, n, row0, column0, row, column, factor, shift, RBF, TS, BM, BN)
+    finish(
+        gram, norms, ends, panel, row_sums, column_sums, n, row0, column0, row, column, factor, shift, RBF, TS, BM, BN
+    )

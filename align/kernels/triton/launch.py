@@ -123,6 +123,7 @@ class PanelKernels:
     Args:
         rows: Layers ``(n, d)`` of one type or several.
         norms: float64 ``(n,)`` each.
+        ends: int32 ``(n,)``, the row after the last of each row's document.
         factors: -1/(2 sigma^2) of each layer; None for the linear kernel.
         shifts: What is subtracted from the RBF kernel, one a layer.
         size: Samples along a macro-tile, a multiple of 256.
@@ -133,6 +134,7 @@ class PanelKernels:
         self,
         rows: Sequence[torch.Tensor],
         norms: Sequence[torch.Tensor],
+        ends: torch.Tensor,
         factors: Sequence[float] | None,
         shifts: Sequence[float],
         size: int,
@@ -141,7 +143,7 @@ class PanelKernels:
         device = rows[0].device
         count = len(rows)
         self._rows = [operand(x) for x in rows]
-        self._norms = [x.to(torch.float32) for x in norms]
+        self._norms, self._ends = [x.to(torch.float32) for x in norms], ends
         self._factors, self._shifts, self._size, self._path = factors, shifts, size, path
         self._panels = torch.zeros((count, size * size), dtype=torch.float32, device=device)
         self._row_sums = torch.zeros((count, size // BN, size), dtype=torch.float32, device=device)
@@ -181,7 +183,7 @@ class PanelKernels:
         x, order, rbf = self._rows[layer], self._orders[first == second], self._factors is not None
         factor = 0.0 if self._factors is None else self._factors[layer] * float(np.log2(np.e))
         step = _BYTES // x.element_size()
-        buffers = (self._panels[layer], self._row_sums[layer], self._column_sums[layer], order)
+        buffers = (self._ends, self._panels[layer], self._row_sums[layer], self._column_sums[layer], order)
         numbers = (*x.shape, first, second, factor, self._shifts[layer])
         sizes = {"RBF": rbf, "TS": self._size, "BM": BM, "BN": BN, "BK": step, "num_warps": 8}
         if self._path == "descriptors":

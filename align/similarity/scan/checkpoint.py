@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.similarity.scan.planning import Plan, Selection, Site
+from align.solvers.row_effects import Documents
 from featstore.errors import CorruptDataError, StoreStateError
 from featstore.runtime.provenance import digest, write_atomic
 from featstore.store import Store
@@ -36,7 +37,14 @@ _ASIDE = re.compile(r"\.block-\d{4,}\.npz\..*\.part\Z")
 Arrays = dict[str, NDArray[Any]]
 
 
-def identity_of(store: Store, pairs: Pairs, selection: Selection, sites: Sequence[Site], cuts: Plan) -> dict[str, Any]:
+def identity_of(
+    store: Store,
+    pairs: Pairs,
+    selection: Selection,
+    sites: Sequence[Site],
+    cuts: Plan,
+    documents: Documents | None = None,
+) -> dict[str, Any]:
     """All that decides the sums of a scan, as JSON values; where the store lies does not.
 
     Args:
@@ -45,6 +53,7 @@ def identity_of(store: Store, pairs: Pairs, selection: Selection, sites: Sequenc
         selection: How.
         sites: The layers.
         cuts: The plan.
+        documents: Of the pairs, where sums are by document.
     """
     rows, origins = hashlib.sha256(), hashlib.sha256()
     for numbers in (pairs.row_source, pairs.row_target):
@@ -65,6 +74,8 @@ def identity_of(store: Store, pairs: Pairs, selection: Selection, sites: Sequenc
         "n": cuts.n,
         "run": cuts.run,
         "cut": cuts.cut,
+        # Sums about the mean, not about the origin, and of other kinds.
+        **({} if documents is None else {"documents": hashlib.sha256(documents.sizes.tobytes()).hexdigest()}),
     }
 
 

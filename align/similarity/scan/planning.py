@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 from align.moments.scatter import BLOCK_ROWS
+from align.solvers.row_effects import Documents
 from featstore.errors import SpecError
 from featstore.runtime.console import human_bytes
 
@@ -20,6 +22,10 @@ SLOTS = 4
 _LEAST_RUNS = 8
 #: Longest run: adding its result up costs nothing beside it, and no more than so many rows are summed in vain.
 _LONGEST_RUN = 1 << 16
+#: Rows of short documents whose kernels are made together.
+TOGETHER = 128
+#: What an entry of a product costs that is squared, and added up in float64, in multiplications of rows.
+_ENTRY = 320
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,25 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A run of pairs that one task sums.
+
+    Attributes:
+        start: First pair.
+        stop: Pair after the last.
+        document: The long document that these are a piece of; None where the run has whole short ones, or knows none.
+        first: Whether this is its first piece.
+        last: Whether this is its last piece.
+    """
+
+    start: int
+    stop: int
+    document: int | None = None
+    first: bool = True
+    last: bool = True
+
+
+@dataclass(frozen=True)
 class Run:
     """A task: one block over one run of pairs.
 
@@ -71,6 +96,8 @@ class Run:
         cut: Pairs of one float32 product.
         batch: Rows of a batch, None where none are made.
         seed: Of the batches.
+        span: The run, of sums by document; None where these know no documents.
+        alone: Whether every feature is summed alone as well.
     """
 
     groups: tuple[tuple[Site, ...], ...]
@@ -79,6 +106,8 @@ class Run:
     cut: int
     batch: int | None
     seed: int
+    span: Span | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,10 +117,11 @@ class Plan:
     Attributes:
         n: Rows.
         cut: Rows of one float32 product.
-        run: Rows of a task; a multiple of ``cut``.
+        run: Rows of a task at most; a multiple of ``cut``.
         groups: Places of the layers of each group.
         slots: Results that may exist or be in the making at a time.
         memory: Bytes that so many take, with the rows they are made from and what adds them up.
+        spans: The runs, which cover all rows in order.
     """
 
     n: int
@@ -100,6 +130,7 @@ class Plan:
     groups: tuple[tuple[int, ...], ...]
     slots: int
     memory: int
+    spans: tuple[Span, ...]
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -109,10 +140,17 @@ class Plan:
     @property
     def runs(self) -> list[tuple[int, int]]:
         """First row and row after the last of every run."""
-        return [(start, min(start + self.run, self.n)) for start in range(0, self.n, self.run)]
+        return [(span.start, span.stop) for span in self.spans]
 
 
-def plan(widths: Sequence[int], n: int, *, memory: int = MEMORY, batch: int | None = None) -> Plan:
+def plan(
+    widths: Sequence[int],
+    n: int,
+    *,
+    memory: int = MEMORY,
+    batch: int | None = None,
+    documents: Documents | None = None,
+) -> Plan:
     """Cut a scan up: the fewest groups of which :data:`SLOTS` tasks fit into memory, or else a task of single layers.
 
     Args:
@@ -120,6 +158,8 @@ def plan(widths: Sequence[int], n: int, *, memory: int = MEMORY, batch: int | No
         n: Rows.
         memory: Bytes for everything at once: results, rows, and the totals they are added to.
         batch: Rows of a batch, where batches are made.
+        documents: Of the rows, one after another, where sums are by document. Then runs end where documents do, and a
+            document longer than a product of rows has runs of its own.
 
     Raises:
         SpecError: Not even single layers fit, or batches are too small or too large.
@@ -131,23 +171,43 @@ def plan(widths: Sequence[int], n: int, *, memory: int = MEMORY, batch: int | No
         # Batches are dealt from the rows of a cut: the more, the less they are of one document.
         cut = BLOCK_ROWS - BLOCK_ROWS % batch
     run = min(max(-(-n // _LEAST_RUNS // cut), 1), max(_LONGEST_RUN // cut, 1)) * cut
+    spans = tuple(Span(start, min(start + run, n)) for start in range(0, n, run))
+    if documents is not None:
+        spans = tuple(_by_document(documents, run, cut))
     # A store of fewer rows than a cut needs no room for a whole one.
     rows = min(cut, n)
     for count in range(1, len(widths) + 1):
         groups = _packed(widths, max(-(-sum(widths) // count), *widths))
-        task, rest = _bytes(groups, widths, rows, batch)
+        task, rest = _bytes(groups, widths, rows, batch, spans if documents is not None else None)
         if rest + SLOTS * task <= memory:
             break
     else:
         groups = [[place] for place in range(len(widths))]
-        task, rest = _bytes(groups, widths, rows, batch)
+        task, rest = _bytes(groups, widths, rows, batch, spans if documents is not None else None)
     if rest + task > memory:
         raise SpecError(
             f"{human_bytes(memory)} of memory are too few for layers of width {max(widths)}; "
             f"allow at least {human_bytes(rest + task)}"
         )
     slots = (memory - rest) // task
-    return Plan(n, cut, run, tuple(map(tuple, groups)), slots, rest + slots * task)
+    return Plan(n, cut, run, tuple(map(tuple, groups)), slots, rest + slots * task, spans)
+
+
+def _by_document(documents: Documents, run: int, cut: int) -> Iterator[Span]:
+    """Runs of whole documents, and pieces of those that are longer than a product of rows."""
+    begun = at = 0
+    for number, size in enumerate(documents.sizes.tolist()):
+        if at > begun and (size > cut or at + size - begun > run):
+            yield Span(begun, at)
+            begun = at
+        if size > cut:
+            for start in range(at, at + size, run):
+                stop = min(start + run, at + size)
+                yield Span(start, stop, number, start == at, stop == at + size)
+            begun = at + size
+        at += size
+    if at > begun:
+        yield Span(begun, at)
 
 
 def _packed(widths: Sequence[int], limit: int) -> list[list[int]]:
@@ -159,7 +219,13 @@ def _packed(widths: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
-def _bytes(groups: Sequence[Sequence[int]], widths: Sequence[int], rows: int, batch: int | None) -> tuple[int, int]:
+def _bytes(
+    groups: Sequence[Sequence[int]],
+    widths: Sequence[int],
+    rows: int,
+    batch: int | None,
+    spans: Sequence[Span] | None,
+) -> tuple[int, int]:
     """What one task takes while it runs, and what adding up takes; of the largest block."""
     sums = sorted((sum(widths[i] for i in group) for group in groups), reverse=True)
     p, q = sums[0], sums[min(1, len(sums) - 1)]
@@ -170,5 +236,22 @@ def _bytes(groups: Sequence[Sequence[int]], widths: Sequence[int], rows: int, ba
         layers = 2 * max(map(len, groups))
         # The rows of a batch, and those of one layer in float64.
         task += batch * batch * (8 * layers + 12) + 4 * batch * beside + 8 * batch * max(widths)
+    beyond = 0
+    if spans is not None:
+        layers, most = 2 * max(map(len, groups)), min(rows, longest_kernel(p, q))
+        # Kernels of the rows of a document, and what is widened of them or of the product.
+        task += 4 * layers * most * (most + 128) + 8 * 256 * max(widths)
+        # The sums of a document whose pieces are not all there, and a copy in a checkpoint.
+        beyond = 2 * 8 * p * q if any(not span.last for span in spans) else 0
     # The total, a result on its way to it, what a checkpoint writes; the centred copies of one pair of layers.
-    return task, 3 * 8 * p * q + 4 * 8 * max(widths) ** 2
+    return task, 3 * 8 * p * q + 4 * 8 * max(widths) ** 2 + beyond
+
+
+def longest_kernel(width_p: int, width_q: int) -> int:
+    """The longest document whose kernels are made; of a longer one it is its product of features, which is cheaper.
+
+    Args:
+        width_p: Of all layers of the first group.
+        width_q: Of the second, or the first again.
+    """
+    return max(TOGETHER, math.isqrt(_ENTRY * width_p * width_q // (width_p + width_q)))

@@ -8,16 +8,18 @@ more tasks are under way at a time than fit into the memory allowed, and a block
 four scalars for each pair of layers.
 
 With G groups the rows of a layer are read G times; groups are as wide as the memory permits.
+
+Sums by document (:mod:`align.similarity.scan.documents`) take the rows about the mean of all. A pass before finds it:
+it reads every layer once more, and multiplies nothing. Runs end where documents end. A document that is longer than a
+product of rows has runs of its own, whose sums stand beside the total until the last of them is in.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -26,28 +28,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.moments.scan import need_rows
-from align.moments.scatter import Array
 from align.similarity.scan.checkpoint import Kept, identity_of, read_blocks, write_block
-from align.similarity.scan.partials import Adder, Partial, Rows, UnusableRow, columns_of, nothing, terms_of
+from align.similarity.scan.documents import Between, close, nothing_between, terms_between
+from align.similarity.scan.partials import Partial, columns_of, nothing, terms_of
 from align.similarity.scan.planning import MEMORY, Plan, Run, Selection, Site, plan
 from align.similarity.scan.terms import Terms, check_estimator, joined
-from featstore.errors import (
-    CorruptDataError,
-    FeatstoreError,
-    NonFiniteStateError,
-    PairingError,
-    SpecError,
-    StoreAccessError,
-    StoreStateError,
-)
+from align.similarity.scan.worker import ONE_THREAD, by_document, opened, origin_of, sum_rows, sum_run
+from align.solvers.row_effects import Documents
+from featstore.errors import CorruptDataError, PairingError, SpecError
 from featstore.runtime.console import Tick, progress
-from featstore.store import Store, open_store
+from featstore.store import Store
 from featstore.store.read.pairs import Pairs
 
 #: Rows of a batch of the minibatch estimator.
 BATCH = 256
 #: Seconds between two writes of a block's unfinished sums.
 CHECKPOINT_SECONDS = 30.0
+#: What reading a number costs, in multiplications of numbers.
+_READING = 16.0
+#: Before the names of the sums of a document that is not whole yet, in a checkpoint.
+_OPEN = "open_"
 
 
 def stream(
@@ -57,6 +57,7 @@ def stream(
     client: Any,
     checkpoint: Path | None = None,
     estimator: str = "debiased",
+    correct_features: bool = False,
     memory: int = MEMORY,
     batch: int = BATCH,
     seed: int = 0,
@@ -74,9 +75,11 @@ def stream(
         client: Dask client.
         checkpoint: Directory of the state from which a killed scan goes on; its files stay until
             :func:`align.similarity.scan.checkpoint.discard`. None to keep none.
-        estimator: ``minibatch`` sums HSIC_1 over batches beside the rest. They are dealt by a seeded permutation from
-            up to 16,384 pairs in a row, not from neighbours: a batch of one document would see how its text resembles
-            itself. Not from the whole store either, which would read all of it for every few batches.
+        estimator: ``debiased`` sums by document, the others over all rows; ``minibatch`` sums HSIC_1 over batches
+            beside these. They are dealt by a seeded permutation from up to 16,384 pairs in a row, not from neighbours:
+            a batch of one document would see how its text resembles itself. Not from the whole store either, which
+            would read all of it for every few batches.
+        correct_features: Sum for every feature alone as well; of ``debiased``.
         memory: Bytes that all results, rows and sums may take at a time, on all workers together. The pairs' row
             numbers and the mapped store come on top.
         batch: Rows of a batch.
@@ -96,19 +99,22 @@ def stream(
     size = batch if check_estimator(estimator) == "minibatch" else None
     if not sites or len(set(sites)) < len(sites):
         raise SpecError("there are no layers to compare, or one is named twice; name each once")
-    store, pairs = _opened(selection)
+    store, pairs = opened(selection)
     _check(store, pairs, selection, sites, size)
-    cuts = plan([store.model(site.model).width for site in sites], len(pairs), memory=memory, batch=size)
+    pairs, documents = by_document(selection) if estimator == "debiased" else (pairs, None)
+    widths = [store.model(site.model).width for site in sites]
+    cuts = plan(widths, len(pairs), memory=memory, batch=size, documents=documents)
     identity = {
-        **identity_of(store, pairs, selection, sites, cuts),
+        **identity_of(store, pairs, selection, sites, cuts, documents),
         "batch": size,
         "seed": size and seed,
         "ranks": ranks,
+        **({"features": True} if correct_features else {}),
     }
-    with _ONE_THREAD, progress(label, len(pairs), "rows", quiet=quiet) as tick:
-        scan = _Scan(client, selection, tuple(sites), store, cuts, checkpoint, identity)
+    with ONE_THREAD, progress(label, len(pairs), "rows", quiet=quiet) as tick:
+        scan = _Scan(client, selection, tuple(sites), store, cuts, checkpoint, identity, documents, correct_features)
         found = scan.carry_out(size, seed, tick, ranks=ranks)
-    return joined(found, cuts.groups, batched=size is not None)
+    return joined(found, cuts.groups, batched=size is not None, documents=documents, widths=widths)
 
 
 class _Scan:
@@ -116,63 +122,119 @@ class _Scan:
 
     def __init__(
         self, client: Any, selection: Selection, sites: tuple[Site, ...], store: Store, cuts: Plan,
-        directory: Path | None, identity: dict[str, Any],
+        directory: Path | None, identity: dict[str, Any], documents: Documents | None, alone: bool,
     ) -> None:  # fmt: skip
         self.client, self.selection, self.sites, self.cuts = client, selection, sites, cuts
         self.widths = [store.model(site.model).width for site in sites]
-        self.origins = [_origin(store, site) for site in sites]
-        self.directory, self.identity = directory, identity
+        self.origins = [origin_of(store, site) for site in sites]
+        self.directory, self.identity, self.documents, self.alone = directory, identity, documents, alone
         self.kept = {} if directory is None else read_blocks(directory, identity)
         # Twice as many as there are threads keep all of them busy; a scheduler may get its workers later.
         self.slots = min(cuts.slots, 2 * max(sum(client.nthreads().values()), 4))
         self.written = monotonic()
         areas = [self._area(block) for block in range(len(cuts.blocks))]
-        self.shares = [area / sum(areas) for area in areas]
+        # To find the means, every number is read once and added up.
+        reading = 0.0 if documents is None else _READING * sum(self.widths)
+        self.shares = [area / (sum(areas) + reading) for area in areas]
 
     def carry_out(self, batch: int | None, seed: int, tick: Tick, *, ranks: bool) -> list[dict[str, NDArray[Any]]]:
         """The terms of every block."""
-        runs = self.cuts.runs
+        spans = self.cuts.spans
         # What is on disk counts as done.
         for block, kept in self.kept.items():
-            tick(sum(stop - start for start, stop in runs[: kept.runs]) * self.shares[block])
+            tick(sum(span.stop - span.start for span in spans[: kept.runs]) * self.shares[block])
         found = {block: kept.arrays for block, kept in self.kept.items() if kept.complete}
+        if self.documents is not None:
+            self._find_means(tick, needed=len(found) < len(self.cuts.blocks))
         tasks, waiting = self._tasks(batch, seed), deque[tuple[int, int, Any]]()
-        total: Partial | None = None
+        total: Partial | Between | None = None
+        open_: Between | None = None
         while True:
             while len(waiting) < self.slots and (task := next(tasks, None)) is not None:
                 block, number, run = task
+                means = [[self.origins[i] for i in group] for group in self._groups(block)]
                 # In order: what is waited for comes first.
-                order = -(block * len(runs) + number)
+                order = -(block * len(spans) + number)
                 with self._asking():
-                    future = self.client.submit(sum_run, self.selection, run, pure=False, priority=order)
+                    future = self.client.submit(
+                        sum_run, self.selection, run, means if run.span else (), pure=False, priority=order
+                    )
                 waiting.append((block, number, future))
             if not waiting:
                 return [found[block] for block in range(len(self.cuts.blocks))]
             block, number, future = waiting.popleft()
-            total = self._begun(block) if total is None else total
+            if total is None:
+                total, open_ = self._begun(block)
             with self._asking():
                 part = future.result()
-            total.include(part)
+            span = spans[number]
+            if span.first and span.last:
+                total.include(part)
+            else:
+                open_ = self._opened_document(block) if open_ is None else open_
+                open_.include(part)
+                if span.last and self.documents is not None and span.document is not None:
+                    close(open_, self._widths(block), self.documents, span.document)
+                    total.include(open_)  # type: ignore[arg-type]
+                    open_ = None
             # A future that is held keeps its result in a worker's memory.
             del future, part
-            start, stop = runs[number]
-            if number + 1 == len(runs):
-                groups = self._groups(block)
-                widths = [[self.widths[i] for i in group] for group in groups]
-                found[block] = terms_of(total, widths, [self.origins[i] for i in groups[0]], ranks=ranks)
+            if number + 1 == len(spans):
+                found[block] = self._finished(block, total, ranks=ranks)
                 total = None
-                self._write(block, Kept(len(runs), True, found[block]))
+                self._write(block, Kept(len(spans), True, found[block]))
             elif monotonic() - self.written >= CHECKPOINT_SECONDS:
-                self._write(block, Kept(number + 1, False, dict(total.arrays)))
-            tick((stop - start) * self.shares[block])
+                beside = {} if open_ is None else {f"{_OPEN}{name}": value for name, value in open_.arrays.items()}
+                self._write(block, Kept(number + 1, False, {**total.arrays, **beside}))
+            tick((span.stop - span.start) * self.shares[block])
+
+    def _find_means(self, tick: Tick, *, needed: bool) -> None:
+        """The means of all layers in place of the store's origins; rows about them sum to zero."""
+        share = max(1 - sum(self.shares), 0.0)
+        if not needed:
+            tick(share * self.cuts.n)
+            return
+        spans, total = iter(self.cuts.spans), np.zeros(sum(self.widths))
+        waiting = deque[tuple[int, Any]]()
+        while True:
+            while len(waiting) < self.slots and (span := next(spans, None)) is not None:
+                with self._asking():
+                    future = self.client.submit(
+                        sum_rows, self.selection, self.sites, span.start, span.stop, self.cuts.cut, pure=False
+                    )
+                waiting.append((span.stop - span.start, future))
+            if not waiting:
+                break
+            rows, future = waiting.popleft()
+            with self._asking():
+                total += future.result()
+            tick(rows * share)
+        for place, columns in enumerate(columns_of(self.widths)):
+            self.origins[place] = self.origins[place] + total[columns] / self.cuts.n
+
+    def _widths(self, block: int) -> list[list[int]]:
+        return [[self.widths[i] for i in group] for group in self._groups(block)]
+
+    def _finished(self, block: int, total: Partial | Between, *, ranks: bool) -> dict[str, NDArray[Any]]:
+        origins = [self.origins[i] for i in self._groups(block)[0]]
+        if isinstance(total, Partial):
+            return terms_of(total, self._widths(block), origins, ranks=ranks)
+        documents = self.documents or Documents(np.ones(total.counts[0], np.int64))
+        return terms_between(total, self._widths(block), origins, documents, ranks=ranks)
 
     def _tasks(self, batch: int | None, seed: int) -> Iterator[tuple[int, int, Run]]:
         for block in range(len(self.cuts.blocks)):
             groups = tuple(tuple(self.sites[i] for i in group) for group in self._groups(block))
             begun = self.kept[block].runs if block in self.kept else 0
-            for number, (start, stop) in enumerate(self.cuts.runs):
+            for number, span in enumerate(self.cuts.spans):
                 if number >= begun:
-                    yield block, number, Run(groups, start, stop, self.cuts.cut, batch, seed)
+                    by_document = None if self.documents is None else span
+                    alone = self.alone and len(groups) == 1
+                    yield (
+                        block,
+                        number,
+                        Run(groups, span.start, span.stop, self.cuts.cut, batch, seed, by_document, alone),
+                    )
 
     def _groups(self, block: int) -> list[tuple[int, ...]]:
         return [self.cuts.groups[g] for g in dict.fromkeys(self.cuts.blocks[block])]
@@ -181,11 +243,20 @@ class _Scan:
         p, *q = (sum(self.widths[i] for i in group) for group in self._groups(block))
         return p * q[0] if q else p * p / 2
 
-    def _begun(self, block: int) -> Partial:
-        if block in self.kept:
-            return Partial(**self.kept.pop(block).arrays)
-        p, *q = ([self.widths[i] for i in group] for group in self._groups(block))
-        return nothing(p, q[0] if q else None)
+    def _begun(self, block: int) -> tuple[Partial | Between, Between | None]:
+        """The sums of a block so far, and of the document that is not whole yet."""
+        kept = self.kept.pop(block).arrays if block in self.kept else None
+        if self.documents is None:
+            p, *q = self._widths(block)
+            return (nothing(p, q[0] if q else None) if kept is None else Partial(**kept)), None
+        if kept is None:
+            return self._opened_document(block), None
+        beside = {name.removeprefix(_OPEN): kept.pop(name) for name in list(kept) if name.startswith(_OPEN)}
+        return Between(**kept), Between(**beside) if beside else None
+
+    def _opened_document(self, block: int) -> Between:
+        p, *q = self._widths(block)
+        return nothing_between(p, q[0] if q else None, alone=self.alone)
 
     def _write(self, block: int, kept: Kept) -> None:
         if self.directory is not None:
@@ -211,97 +282,6 @@ class _Scan:
             raise SpecError(f"the Dask scheduler went away ({error!r}); start it and run again{kept}") from error
 
 
-def sum_run(selection: Selection, run: Run) -> Partial:
-    """What a worker does: reads a run of rows cut by cut, takes them about their origins, adds up.
-
-    Args:
-        selection: Of which pairs.
-        run: Which layers, which of the pairs.
-
-    Raises:
-        StoreAccessError: The store cannot be reached from here.
-        StoreStateError: Another store is there.
-        NonFiniteStateError: A row that cannot be multiplied.
-        CorruptDataError: Damaged data.
-    """
-    try:
-        store, pairs = _opened_by_worker(selection)
-        return _summed(store, pairs, run)
-    except OSError as error:
-        if isinstance(error, FeatstoreError):
-            raise
-        raise StoreAccessError(f"a worker cannot read {selection.path} ({error}); make it readable there") from error
-
-
-def _summed(store: Store, pairs: Pairs, run: Run) -> Partial:
-    widths = [[store.model(site.model).width for site in group] for group in run.groups]
-    adder = Adder(widths[0], widths[1] if len(widths) > 1 else None, run.cut)
-    most = min(run.cut, run.stop - run.start)
-    room = [np.empty((most, sum(of)), np.float32) for of in widths]
-    # Stored in float32: nothing is rounded but the difference.
-    origins = {site: _origin(store, site).astype(np.float32) for group in run.groups for site in group}
-    # The scheduler runs as many tasks as there are cores.
-    with _ONE_THREAD:
-        for start in range(run.start, run.stop, run.cut):
-            stop = min(start + run.cut, run.stop)
-            rows = [z[: stop - start] for z in room]
-            for z, group, of in zip(rows, run.groups, widths, strict=True):
-                for site, columns in zip(group, columns_of(of), strict=True):
-                    states = _states(store, site, _numbers(pairs, site)[start:stop])
-                    with np.errstate(invalid="ignore", over="ignore"):
-                        np.subtract(states, origins[site], out=z[:, columns])
-            try:
-                adder.add(rows)
-            except UnusableRow as bad:
-                site = run.groups[bad.group][bad.index]
-                number = int(_numbers(pairs, site)[start + bad.row])
-                raise NonFiniteStateError(
-                    f"row {number} of layer {site.layer} of {site.model!r} (pair {start + bad.row}) in {store.path} "
-                    "holds NaN, infinity or a value too large to square; extract that layer again"
-                ) from None
-            if run.batch is not None:
-                order = np.random.default_rng((run.seed, start // run.cut)).permutation(stop - start)
-                adder.add_batches(rows, run.batch, order)
-    return adder.total
-
-
-def _numbers(pairs: Pairs, site: Site) -> NDArray[np.int64]:
-    return pairs.row_source if site.source else pairs.row_target
-
-
-def _states(store: Store, site: Site, numbers: NDArray[np.int64]) -> Rows:
-    reader = store.rows(site.model, site.layer)
-    # Rows in a row are read without being sorted, and need no copy where the file holds float32.
-    if numbers[-1] - numbers[0] + 1 == len(numbers) and (np.diff(numbers) == 1).all():
-        return reader[int(numbers[0]) : int(numbers[-1]) + 1]
-    return reader[numbers]
-
-
-def _origin(store: Store, site: Site) -> Array:
-    return store.origin(site.model, site.layer).astype(np.float32).astype(np.float64)
-
-
-def _opened(selection: Selection) -> tuple[Store, Pairs]:
-    store = open_store(selection.path)
-    if store.fingerprint != selection.fingerprint:
-        raise StoreStateError(f"{selection.path} is not the store that was asked for, or has changed since; run again")
-    pairs = store.pairs(selection.source, selection.target, selection.policy)
-    return store, pairs.select(keep_sinks=selection.keep_sinks, roles=selection.roles)
-
-
-@lru_cache(maxsize=4)
-def _opened_by_worker(selection: Selection) -> tuple[Store, Pairs]:
-    """A worker's own store and pairs, opened once for all its tasks."""
-    try:
-        return _opened(selection)
-    except (StoreAccessError, StoreStateError):
-        raise
-    except (FeatstoreError, OSError) as error:
-        raise StoreAccessError(
-            f"a worker cannot open {selection.path} ({error}); it must be at the same place on every machine"
-        ) from error
-
-
 def _check(store: Store, pairs: Pairs, selection: Selection, sites: Sequence[Site], batch: int | None) -> None:
     """Refuse what the workers would stumble over."""
     least, what = (4, "CKA needs at least 4") if batch is None else (batch, f"one batch has {batch}")
@@ -317,30 +297,3 @@ def _check(store: Store, pairs: Pairs, selection: Selection, sites: Sequence[Sit
                 f"layer {site.layer} of {site.model!r} in {store.path} has {rows} rows, its model {expected}; "
                 "extract that layer again"
             )
-
-
-class _OneThread:
-    """Holds BLAS to one thread from the first who enters to the last who leaves, on any threads of this process."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._limit: Any = None
-
-    def __enter__(self) -> None:
-        from threadpoolctl import threadpool_limits
-
-        with self._lock:
-            self._inside += 1
-            self._limit = self._limit or threadpool_limits(1)
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside and self._limit is not None:
-                self._limit.restore_original_limits()
-                self._limit = None
-
-
-#: The number of threads decides how BLAS cuts a product, and with that its last bits. The limit is the process's own,
-#: while tasks come and go on several threads: one that ends must not lift it under another.
-_ONE_THREAD = _OneThread()

@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from scipy.special import entr
 
 from align.metrics import biased_cka_from_moments, debiased_cka_from_moments
+from align.metrics.similarity import cka_of_sums
 from align.moments.scatter import Array, Moments
+from align.solvers.row_effects import Documents
 from featstore.errors import SpecError
 
-ESTIMATORS = ("debiased", "biased", "minibatch")
+#: Over pairs of rows of different documents, of different rows, over all pairs, and of different rows within batches.
+ESTIMATORS = ("debiased", "debiased-rows", "biased", "minibatch")
 
 
 def effective_rank(scatter: Array) -> float:
@@ -49,6 +52,12 @@ class Terms:
         batched: float64 ``(S, S)``, sums of HSIC_1 over batches; None unless asked for.
         batches: How many.
         batch_rows: Rows that are in one of them; fewer than n by what made no whole batch.
+        hsic: float64 ``(S, S)``, sums of products over pairs of rows of different documents without row effects; None
+            of a scan that knew no documents. Then ``d`` is NaN.
+        size: float64 ``(S,)``, the size of the terms that ``hsic`` of a layer with itself is the difference of.
+        corrected: float64 ``(S,)``, ``hsic`` of a layer with itself over pairs of different features, as many as all
+            have; NaN where it was not asked for, or of a single feature.
+        undefined: Why nothing is left to compare over documents.
     """
 
     n: int
@@ -60,6 +69,10 @@ class Terms:
     batched: Array | None
     batches: int
     batch_rows: int
+    hsic: Array | None = None
+    size: Array | None = None
+    corrected: Array | None = None
+    undefined: str | None = None
 
     @property
     def participation_ratio(self) -> Array:
@@ -93,18 +106,28 @@ class Terms:
         )  # fmt: skip
 
 
-def joined(blocks: Sequence[Mapping[str, NDArray[Any]]], groups: Sequence[Sequence[int]], *, batched: bool) -> Terms:
+def joined(
+    blocks: Sequence[Mapping[str, NDArray[Any]]],
+    groups: Sequence[Sequence[int]],
+    *,
+    batched: bool = False,
+    documents: Documents | None = None,
+    widths: Sequence[int] = (),
+) -> Terms:
     """The terms of all layers from those of each two groups.
 
     Args:
-        blocks: From :func:`align.similarity.scan.partials.terms_of`, of the groups (0, 0), (0, 1), ..., (1, 1), ...
-            over the same rows.
+        blocks: From :func:`align.similarity.scan.partials.terms_of`, or with documents from
+            :func:`align.similarity.scan.documents.terms_between`, of the groups (0, 0), (0, 1), ..., (1, 1), ... over
+            the same rows.
         groups: Places of the layers of each group.
         batched: Whether batches were made.
+        documents: Of the rows, where the sums are by document.
+        widths: With them, of every layer.
     """
     count = sum(map(len, groups))
-    square = {name: np.zeros((count, count)) for name in ("fro", "d", "batched")}
-    single = {name: np.zeros(count) for name in ("a", "mean", "effective_rank")}
+    square = {name: np.zeros((count, count)) for name in ("fro", "d", "batched", "hsic") if name in blocks[0]}
+    single = {name: np.zeros(count) for name in ("a", "mean", "effective_rank", "size", "alone") if name in blocks[0]}
     for (p, q), block in zip(combinations_with_replacement(groups, 2), blocks, strict=True):
         for name, values in square.items():
             values[np.ix_(p, q)] = block[name]
@@ -113,7 +136,16 @@ def joined(blocks: Sequence[Mapping[str, NDArray[Any]]], groups: Sequence[Sequen
             for name, value in single.items():
                 value[list(p)] = block[name]
     n, batches, rows = (int(value) for value in blocks[0]["counts"])
-    terms = Terms(n, square["fro"], square["d"], **single, batched=None, batches=batches, batch_rows=rows)
+    d = square.get("d", np.full((count, count), math.nan))
+    about = {name: single[name] for name in ("a", "mean", "effective_rank")}
+    terms = Terms(n, square["fro"], d, **about, batched=None, batches=batches, batch_rows=rows)
+    if documents is not None:
+        own, wide = np.diag(square["hsic"]), np.asarray(widths, dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            corrected = np.where(wide > 1, (own - single["alone"]) * wide / (wide - 1), math.nan)
+        terms = replace(
+            terms, hsic=square["hsic"], size=single["size"], corrected=corrected, undefined=documents.reason
+        )
     for place in range(count):
         # Of rounding there is a spectrum, too.
         if biased_cka_from_moments(terms.moments(place, place))[1] is not None:
@@ -135,39 +167,64 @@ def check_estimator(name: str) -> str:
     return name
 
 
-def similarity(terms: Terms, estimator: str = "debiased") -> tuple[Array, dict[tuple[int, int], str]]:
+def similarity(
+    terms: Terms, estimator: str = "debiased", *, correct_features: bool = False
+) -> tuple[Array, dict[tuple[int, int], str]]:
     """CKA of every two layers.
 
-    ``debiased`` and ``biased`` are exact over all rows. ``minibatch`` averages HSIC_1 over batches, numerator and
-    denominators apart, and divides then (Nguyen, Raghu and Kornblith, ICLR 2021).
+    ``debiased``, ``debiased-rows`` and ``biased`` are exact over all rows. ``minibatch`` averages HSIC_1 over batches,
+    numerator and denominators apart, and divides then (Nguyen, Raghu and Kornblith, ICLR 2021).
 
     Args:
         terms: What a scan found.
         estimator: One of :data:`ESTIMATORS`.
+        correct_features: As for :func:`align.metrics.debiased_cka`; of ``debiased`` alone. A layer with itself is 1.
 
     Returns:
         ``(values, reasons)``: a symmetric float64 ``(S, S)`` matrix, NaN where undefined, and the reason by position in
         the upper triangle. Never clamped.
 
     Raises:
-        SpecError: Unknown estimator, or a scan without batches.
+        SpecError: Unknown estimator, or a scan without what it takes.
     """
     check_estimator(estimator)
+    if (estimator == "debiased") != (terms.hsic is not None) and estimator != "biased":
+        raise SpecError(f"this scan was not made for {estimator!r}; scan with that estimator")
     if estimator == "minibatch" and terms.batched is None:
         raise SpecError("this scan made no batches; scan with the estimator 'minibatch'")
     values = np.full(terms.fro.shape, math.nan)
     reasons: dict[tuple[int, int], str] = {}
-    compute = biased_cka_from_moments if estimator == "biased" else debiased_cka_from_moments
     for r in range(len(terms.a)):
         for c in range(r, len(terms.a)):
-            value, reason = compute(terms.moments(r, c))
-            # Layers without structure over all rows have none in batches; rounding may seem to be some.
-            if reason is None and estimator == "minibatch":
-                value, reason = _of_batches(terms, r, c)
+            value, reason = _of_two(terms, r, c, estimator, correct_features=correct_features)
             values[r, c] = values[c, r] = value
             if reason is not None:
                 reasons[r, c] = reason
     return values, reasons
+
+
+def _of_two(terms: Terms, r: int, c: int, estimator: str, *, correct_features: bool) -> tuple[float, str | None]:
+    moments = terms.moments(r, c)
+    if estimator == "biased":
+        return biased_cka_from_moments(moments)
+    if estimator == "debiased":
+        return _between(terms, r, c, correct_features=correct_features)
+    value, reason = debiased_cka_from_moments(moments)
+    # Layers without structure over all rows have none in batches; rounding may seem to be some.
+    return _of_batches(terms, r, c) if reason is None and estimator == "minibatch" else (value, reason)
+
+
+def _between(terms: Terms, r: int, c: int, *, correct_features: bool) -> tuple[float, str | None]:
+    hsic, size, corrected = terms.hsic, terms.size, terms.corrected
+    if hsic is None or size is None or corrected is None:
+        return math.nan, "no sums were made by document"
+    # Layers that do not vary are found as they are everywhere.
+    if reason := terms.undefined or biased_cka_from_moments(terms.moments(r, c))[1]:
+        return math.nan, reason
+    own, of = [hsic[r, r], hsic[c, c]], "self-HSIC"
+    if correct_features and r != c:
+        own, of = [corrected[r], corrected[c]], "self-HSIC over pairs of different features"
+    return cka_of_sums(float(hsic[r, c]), own, [size[r], size[c]], of)
 
 
 def _of_batches(terms: Terms, r: int, c: int) -> tuple[float, str | None]:

@@ -23,7 +23,7 @@ _CONDITIONS = {"mapped": 0, "token": 8, "mean": 1, "shuffled": 2, "clean": 7}
 _WHOLE = 5
 #: Rates closer than this share of them are one.
 _SAME_RATE = 0.01
-_AXIS = "bytes on the wire per byte of text"
+_AXIS = "bytes sent per byte of text"
 
 
 @dataclass(frozen=True)

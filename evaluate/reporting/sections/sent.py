@@ -1,6 +1,6 @@
 """Right answers against rate: what each way of sending states costs for a byte of text, and how often it answers right.
 
-A rate is bytes on the wire for each byte of the text that only the source has read. The text itself has rate 1, its
+A rate is bytes sent for each byte of the text that only the source has read. The text itself has rate 1, its
 summary less or more, and states as they are some hundreds.
 """
 
@@ -36,7 +36,7 @@ class Sent:
     Attributes:
         kind: One of the keys of ``_KINDS``.
         way: The condition without its layer pair.
-        rate: Bytes on the wire for a byte of text, above zero.
+        rate: Bytes sent for a byte of text, above zero.
         shown: The rate with its origin.
         leak: What leaks beside the states; nothing beside a text.
     """
@@ -145,7 +145,7 @@ def accuracy_charts(points: Sequence[Sent], key: str) -> list[tuple[str, Markup,
         svg = line_chart(
             lines,
             label=f"Right answers against rate, {task}, {Pair.parse(key)}",
-            axes=("bytes on the wire per byte of text", "share of right answers"),
+            axes=("bytes sent per byte of text", "share of right answers"),
             references=_references(of[0].run, task, key),
             log=True,
         )

@@ -46,3 +46,21 @@ def without_sinks(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], float
     norms: NDArray[Any] = np.linalg.norm(rows, axis=1)
     median = float(np.median(norms))
     return rows[norms <= _LOUD * median], median
+
+
+def origin_of(ordinary: NDArray[np.float32], median: float) -> NDArray[np.float32]:
+    """The point about which a layer's moments are summed: the mean of the rows of about the median norm.
+
+    Where states lie far from zero, the few that do not (a first token's, say) would draw the mean away from all others,
+    and sums of float32 products about such a point lose the others' variance.
+
+    Args:
+        ordinary: float32 ``(m, width)``, from :func:`without_sinks`.
+        median: The median norm of all rows.
+
+    Returns:
+        float32 ``(width,)``.
+    """
+    near = ordinary[np.linalg.norm(ordinary, axis=1) * _LOUD >= median]
+    mean: NDArray[np.float32] = near.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mean

@@ -434,7 +434,7 @@ class Store:
         return self.vector(f"models/{model}/norm/{layer}")
 
     def origin(self, model: str, layer: int) -> NDArray[np.float64]:
-        """The pilot's mean state, a fixed origin for accumulating moments without cancellation.
+        """The mean of the pilot's ordinary states, a fixed origin for accumulating moments without cancellation.
 
         Args:
             model: Model name.

@@ -24,6 +24,7 @@ from align.metrics import biased_cka, debiased_cka
 from align.metrics.similarity import FEW_ROWS
 from featstore.errors import FitError, MissingPackageError
 from tests.support import ROOT
+from tests.support.residuals import cosine_of_kernels
 
 FORMS = [(form, kernel) for form in ("naive", "feature", "panels") for kernel in ("linear", "rbf")]
 FORMS.remove(("feature", "rbf"))
@@ -395,3 +396,34 @@ def test_the_kernels_in_the_interpreter(words):
     )
     assert done.returncode == 0, done.stdout[-6000:]
     assert "passed" in done.stdout
+
+
+@pytest.mark.parametrize("sizes", [(300, 40, 7, 1, 1, 200, 151), (1,) * 700, (350, 350), (500, 200)])
+@pytest.mark.parametrize(("form", "kernel"), FORMS)
+def test_pairs_within_documents_are_left_out(form, kernel, sizes):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    n = 700 if form != "naive" else 60
+    layers, labels = [x[:n] for x in data("benign", 700)], labels[:n]
+    found = compare_layers(layers, kernel=kernel, form=form, documents=torch.from_numpy(labels))
+    sigmas = found.sigmas or [None] * 3
+    grams = [reference.gram(x.double().numpy(), kernel, s) for x, s in zip(layers, sigmas, strict=True)]
+    for i, k in enumerate(grams):
+        for j, m in enumerate(grams):
+            assert found.cka()[i, j] == pytest.approx(cosine_of_kernels(k, m, labels), abs=TOLERANCE[kernel])
+    if len(sizes) == 700:
+        usual = compare_layers(layers, kernel=kernel, form=form)
+        np.testing.assert_allclose(found.hsic, usual.hsic, rtol=1e-5)
+    again = compare_layers(layers, kernel=kernel, form=form, documents=labels)
+    assert found.hsic.tobytes() == again.hsic.tobytes()
+
+
+@pytest.mark.parametrize("form", ["naive", "feature", "panels"])
+def test_documents_that_leave_nothing(form):
+    layers = data("benign", 40)
+    found = compare_layers(layers, form=form, documents=np.zeros(40))
+    assert np.isnan(found.cka()).all()
+    assert all("all 40 are of one" in found.reasons[k] for k in range(3))
+    with pytest.raises(FitError, match="39 document labels for 40 rows"):
+        compare_layers(layers, form=form, documents=np.zeros(39))
+    with pytest.raises(FitError, match="are for the estimator 'debiased'"):
+        compare_layers(layers, form=form, estimator="biased", documents=np.arange(40))

@@ -37,7 +37,7 @@ from align.kernels.triton.xcov_fro import xcov_fro, xcov_fro_pointers
 
 TYPE, STEP = "bf16", 64
 NAMES = {"norms": "*fp32", "panel": "*fp32", "row_sums": "*fp32", "column_sums": "*fp32", "sums": "*fp32",
-         "order": "*i32", "factor": "fp32", "shift": "fp32"}
+         "order": "*i32", "ends": "*i32", "factor": "fp32", "shift": "fp32"}
 
 def code(kernel, capability, stages, **constants):
     constants |= {"BM": BM, "BN": BN, "BK": STEP}

@@ -23,6 +23,8 @@ from align.kernels.centre import Centred, centre  # noqa: E402
 from align.kernels.panels import panel_sums  # noqa: E402
 from align.kernels.triton import launch  # noqa: E402
 from align.kernels.triton.launch import cross_square, triton_path  # noqa: E402
+from align.solvers.row_effects import Documents  # noqa: E402
+from tests.support.residuals import cosine_of_kernels  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 PATHS = ("descriptors", "pointers") if INTERPRETED or triton_path(DEVICE) == "descriptors" else ("pointers",)
@@ -111,6 +113,25 @@ def test_panels_are_the_gram_matrices(path, dtype, kernel):
         hsic = found.hsic(estimator)[0].cpu().numpy()
         cka = hsic / np.sqrt(np.outer(np.diag(hsic), np.diag(hsic)))
         assert np.abs(cka - naive(expected, estimator)).max() < LOOSER * (1e-6 if kernel == "linear" else 5e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_pairs_within_documents_are_zero(path, kernel):
+    """Documents that end within tiles, on their edges and across macro-tiles; the last row alone."""
+    documents = Documents(np.array([100, 1, 27, 128, 43, 1]))
+    labels = np.repeat(np.arange(6), documents.sizes)
+    layers = [centre(x, "tensor") for x in states(300, (33, 70), torch.float32)]
+    sigmas = None if kernel == "linear" else [3.0, 6.0]
+    found = panel_sums(layers, sigmas, documents=documents, path=path, size=256)
+    expected = grams(layers, sigmas)
+    for k, gram in enumerate(expected):
+        shift = 1 - float(found.diagonal[k, 0]) if kernel == "rbf" else 0.0
+        off = np.where(labels[:, None] == labels, 0, gram - shift)
+        assert np.abs(found.rows[k].cpu().numpy() - off.sum(1)).max() < LOOSER * 1e-6 * np.abs(off).sum(1).max()
+    hsic = found.hsic("debiased")[0].cpu().numpy()
+    cka = hsic / np.sqrt(np.outer(np.diag(hsic), np.diag(hsic)))
+    assert cka[0, 1] == pytest.approx(cosine_of_kernels(*expected, labels), abs=LOOSER * 5e-6)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -26,7 +26,6 @@ from align.metrics import (
     biased_cka_from_moments,
     debiased_cka,
     debiased_cka_from_moments,
-    document_bootstrap,
     hsic0_linear,
     hsic1_linear,
     paired_difference,
@@ -458,59 +457,6 @@ class TestScorer:
             scorer.update(np.zeros((4, 2)), np.zeros((4, 2)))
         with pytest.raises(FitError, match="negative"):
             Scorer(np.zeros(2), -1)
-
-
-class TestDocumentBootstrap:
-    def test_agrees_with_scipy(self) -> None:
-        rng = np.random.default_rng(16)
-        tokens = rng.integers(50, 150, 60).astype(float)
-        nats = tokens * (3 + 0.5 * rng.standard_normal(60))
-        got = document_bootstrap(np.stack([nats, tokens], axis=1), (0, 1), draws=4000)
-        reference = scipy.stats.bootstrap(
-            (nats, tokens),
-            lambda a, b, axis: a.sum(axis) / b.sum(axis),
-            paired=True,
-            method="percentile",
-            n_resamples=4000,
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        assert got == pytest.approx(tuple(reference), abs=0.01)
-        assert got[0] < nats.sum() / tokens.sum() < got[1]
-
-    def test_a_statistic_of_several_columns(self) -> None:
-        rng = np.random.default_rng(17)
-        clean, mapped, mean = 3.0, 4.0, 11.0
-        level = rng.uniform(0.8, 1.2, (40, 1))
-        sums = level * [[clean, mapped, mean]]
-
-        def recovered(totals: Any) -> Any:
-            return (totals[:, 2] - totals[:, 1]) / (totals[:, 2] - totals[:, 0])
-
-        # Documents differ in level, not in the ratio: no uncertainty is left.
-        assert document_bootstrap(sums, recovered) == pytest.approx((7 / 8, 7 / 8))
-
-    def test_covers_the_truth_about_95_times_in_100(self) -> None:
-        rng = np.random.default_rng(18)
-        covered = 0
-        for seed in range(200):
-            values = np.stack([rng.standard_normal(50), np.ones(50)], axis=1)
-            low, high = document_bootstrap(values, (0, 1), draws=400, seed=seed)
-            covered += low <= 0 <= high
-        assert 180 <= covered <= 199
-
-    def test_seeded(self) -> None:
-        values = np.random.default_rng(19).random((30, 2))
-        assert document_bootstrap(values, (0, 1)) == document_bootstrap(values, (0, 1))
-        assert document_bootstrap(values, (0, 1)) != document_bootstrap(values, (0, 1), seed=1)
-
-    def test_what_cannot_be_said_is_nan(self) -> None:
-        assert np.isnan(document_bootstrap(np.ones((1, 2)), (0, 1))).all()
-        assert np.isnan(document_bootstrap(np.zeros((0, 2)), (0, 1))).all()
-        assert np.isnan(document_bootstrap(np.zeros((5, 2)), (0, 1))).all()
-        with pytest.raises(FitError, match="finite"):
-            document_bootstrap(np.array([[1, np.nan]]), (0, 1))
-        with pytest.raises(FitError, match="draws"):
-            document_bootstrap(np.ones((4, 2)), (0, 1), draws=0)
 
 
 class TestDocumentSums:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from align.closed_form.scaling import Unscaled
 from align.runs.findings import (
     EIGENVALUE_FLOOR,
     Gram,
+    Intercept,
     Site,
     Training,
     after_the_norm,
@@ -24,6 +26,8 @@ from align.runs.findings import (
     low_coverage,
     near_singular,
     no_better_than_controls,
+    no_intercept,
+    no_scale,
     overfit,
     retrieval_at_chance,
     sinks_dominate,
@@ -77,6 +81,41 @@ BOUNDARIES: dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...], str, tuple[st
         (Gram(5000, 100, 1e9, 0.01),),
         "near-singular",
         ("1.0% of the 100", "1.0e+09", "reduced-rank"),
+    ),
+    "scale: too large": (
+        no_scale,
+        (Unscaled(below(0.8), 0.5, 0.5),),
+        (Unscaled(0.8, 0.5, 0.51),),
+        "no-scale",
+        ("least squares gives it 0.8,", "from 0.500 to 0.500", "leave out --no-scale"),
+    ),
+    "scale: too small": (
+        no_scale,
+        (Unscaled(above(1.25), None, None),),
+        (Unscaled(1.25, None, None),),
+        "no-scale",
+        ("1.25:",),
+    ),
+    "scale: R2": (
+        no_scale,
+        (Unscaled(1.1, 0.25, above(0.26)),),
+        (Unscaled(1.1, 0.25, 0.26),),
+        "no-scale",
+        ("1.1", "from 0.250 to 0.260"),
+    ),
+    "intercept": (
+        no_intercept,
+        (Intercept(0.25, above(0.26)),),
+        (Intercept(0.25, 0.26),),
+        "no-intercept",
+        ("0.250 and 0.260 with an intercept", "--type affine"),
+    ),
+    "intercept: nothing varies": (
+        no_intercept,
+        (Intercept(0.0, 1.0),),
+        (Intercept(math.nan, math.nan),),
+        "no-intercept",
+        (),
     ),
     "coverage: source": (low_coverage, ((below(0.8), 1.0),), ((0.8, 1.0),), "coverage", ("80%",)),
     "coverage: target": (low_coverage, ((1.0, 0.5),), ((1.0, 0.8),), "coverage", ("50%",)),

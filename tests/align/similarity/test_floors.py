@@ -204,7 +204,7 @@ def world(count: int = 14, seed: int = 0, *, planted: float = 0.0, by_token: flo
 
 
 def test_one_vector_for_every_token_is_at_the_token_floor() -> None:
-    x, _, rows = world(planted=1, by_token=1)
+    x, _, rows = world(planted=0.5, by_token=2)
     y = np.random.default_rng(9).normal(size=(30, 6)).astype(np.float32)[rows.token]
     for measure in parse_measures("all"):
         found = floors(measure, [x], [y], rows, draws=19)

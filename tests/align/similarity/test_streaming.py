@@ -24,13 +24,15 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import align.similarity.scan.planning as planning_module
 import align.similarity.scan.streaming as streaming
+import align.similarity.scan.worker as worker
 from align.moments.scatter import means, moments_of, moved
 from align.resources import dask_client
 from align.similarity.scan.checkpoint import Kept, discard, read_blocks, write_block
 from align.similarity.scan.partials import Adder, Partial, Rows, UnusableRow, nothing, terms_of
 from align.similarity.scan.planning import SLOTS, Selection, Site, plan
-from align.similarity.scan.streaming import stream, sum_run
+from align.similarity.scan.streaming import stream
 from align.similarity.scan.terms import Terms, similarity
+from align.similarity.scan.worker import sum_run
 from featstore.errors import (
     CorruptDataError,
     FitError,
@@ -48,6 +50,7 @@ from tests.support.planted import Planted, plant, spectrum_rows
 SITES = [Site("a", 0, source=True), Site("a", 1, source=True), Site("a", 2, source=True),
          Site("b", 0, source=False), Site("b", 2, source=False)]  # fmt: skip
 N = 700
+ROWS: dict[str, Any] = {"estimator": "debiased-rows", "quiet": True}
 
 
 def hsic1(x: Any, y: Any) -> float:
@@ -112,7 +115,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scanned(planted: Planted, client: Any, **options: Any) -> Terms:
-    return stream(selection_of(planted), SITES, client=client, quiet=True, **options)
+    """Over all pairs of rows, unless told otherwise: sums by document have a file of their own."""
+    return stream(selection_of(planted), SITES, client=client, quiet=True, **{"estimator": "debiased-rows", **options})
 
 
 def bits(terms: Terms) -> list[Any]:
@@ -148,7 +152,7 @@ def test_every_pair_of_layers_equals_the_naive_formulas(planted: Planted, client
     terms = scanned(planted, client)
     assert terms.n == N
     assert terms.batched is None
-    values, reasons = similarity(terms)
+    values, reasons = similarity(terms, "debiased-rows")
     assert reasons == {}
     np.testing.assert_allclose(values, naive(layers_of(planted), hsic1), atol=1e-6)
     np.testing.assert_array_equal(values, values.T)
@@ -164,7 +168,7 @@ def test_groups_runs_and_cuts_do_not_matter(planted: Planted, client: Any, short
     assert len(cuts.groups) > 1
     assert len(cuts.runs) > 8
     terms = scanned(planted, client, memory=memory)
-    np.testing.assert_allclose(similarity(terms)[0], naive(layers_of(planted), hsic1), atol=1e-6)
+    np.testing.assert_allclose(similarity(terms, "debiased-rows")[0], naive(layers_of(planted), hsic1), atol=1e-6)
     whole = scanned(planted, client)
     for name in ("fro", "d", "a", "mean", "effective_rank", "participation_ratio"):
         np.testing.assert_allclose(getattr(terms, name), getattr(whole, name), rtol=1e-6)
@@ -182,7 +186,9 @@ def test_whole_numbers_give_the_same_figures_in_any_cut(
     for cut, run in ((4096, 4096), (61, 61), (7, 21)):
         monkeypatch.setattr(planning_module, "CUT_ROWS", cut)
         monkeypatch.setattr(planning_module, "_LONGEST_RUN", run)
-        terms = stream(selection_of(planted), [SITES[0], SITES[3]], client=client, quiet=True)
+        terms = stream(
+            selection_of(planted), [SITES[0], SITES[3]], client=client, estimator="debiased-rows", quiet=True
+        )
         found.append(json.dumps([terms.fro.tolist(), terms.d.tolist(), terms.a.tolist()]))
     assert len(set(found)) == 1
 
@@ -229,7 +235,7 @@ def test_states_that_do_not_vary_are_undefined_with_a_reason(
     whole = Store.origin
     monkeypatch.setattr(Store, "origin", lambda *site: whole(*site) + 0.1)
     terms = stream(selection_of(planted), sites, client=client, estimator="minibatch", batch=50, quiet=True)
-    for estimator in ("debiased", "biased", "minibatch"):
+    for estimator in ("debiased-rows", "biased", "minibatch"):
         values, reasons = similarity(terms, estimator)
         assert np.isnan(values[1]).all()
         assert np.isnan(values[:, 1]).all()
@@ -269,7 +275,7 @@ def test_minibatch_cka_equals_its_formula_over_dealt_rows(planted: Planted, clie
     expected = naive(layers_of(planted), lambda x, y: float(np.mean([hsic1(x[b], y[b]) for b in order])))
     np.testing.assert_allclose(similarity(terms, "minibatch")[0], expected, atol=1e-6)
     # The exact figures come from the same pass.
-    np.testing.assert_allclose(similarity(terms)[0], naive(layers_of(planted), hsic1), atol=1e-6)
+    np.testing.assert_allclose(similarity(terms, "debiased-rows")[0], naive(layers_of(planted), hsic1), atol=1e-6)
     other = scanned(planted, client, estimator="minibatch", batch=64, seed=4)
     assert (other.batched != terms.batched).all()
 
@@ -280,7 +286,7 @@ def test_one_batch_of_all_rows_is_the_exact_figure(planted: Planted, client: Any
     # Batches are multiplied in float64; only taking the origin off rounds their rows once more.
     np.testing.assert_allclose(found, naive(layers_of(planted), hsic1), rtol=0, atol=2e-9)
     # The exact figure is made of float32 products, and as near to the formula as everywhere here.
-    np.testing.assert_allclose(found, similarity(terms)[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found, similarity(terms, "debiased-rows")[0], rtol=0, atol=1e-6)
 
 
 def test_a_batch_with_an_outlier_keeps_its_digits() -> None:
@@ -426,7 +432,7 @@ def test_memory_stays_within_the_plan_and_is_flat_in_rows(
         assert cuts.memory <= memory
         assert len(cuts.groups) > 1
         # The store and its pairs are opened once, and are not what is bounded here.
-        streaming._opened_by_worker(selection)
+        worker.opened_by_worker(selection)
         tracemalloc.start()
         try:
             stream(selection, sites, client=client, checkpoint=tmp_path / f"c{n}", memory=memory, quiet=True)
@@ -444,7 +450,7 @@ def test_blas_keeps_to_one_thread_until_the_last_task_is_done() -> None:
 
     with threadpool_limits(2):
         before = threads()
-        limit = streaming._OneThread()
+        limit = worker.OneThread()
         with limit:
             with limit:
                 assert threads() == {1}
@@ -487,7 +493,7 @@ CHILD = """
     import align.similarity.scan.planning as planning
     import align.similarity.scan.streaming as streaming
     from align.resources import dask_client
-    from tests.align.similarity.test_streaming import SITES, Ticks
+    from tests.align.similarity.test_streaming import ROWS, SITES, Ticks
     from featstore.store import open_store
 
     def main():
@@ -500,7 +506,7 @@ CHILD = """
             Ticks(patch, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
             selection = planning.Selection(store, open_store(store).fingerprint, "a", "b", "end", False)
             with dask_client(None, quiet=True) as client:
-                streaming.stream(selection, SITES, client=client, checkpoint=kept, memory=260_000, quiet=True)
+                streaming.stream(selection, SITES, client=client, checkpoint=kept, memory=260_000, **ROWS)
 
     if __name__ == "__main__":
         main()
@@ -522,8 +528,8 @@ def test_a_killed_process_goes_on_to_the_same_bits(
     blocks = {int(path.stem.partition("-")[2]) for path in kept.glob("block-*.npz")}
     assert blocks == set(range(20 // runs + 1))
     started = []
-    whole = streaming._summed
-    monkeypatch.setattr(streaming, "_summed", lambda *a: (started.append(a[2]), whole(*a))[1])
+    whole = worker._summed
+    monkeypatch.setattr(worker, "_summed", lambda *a: (started.append(a[2]), whole(*a))[1])
     ticks = Ticks(monkeypatch)
     assert bits(scanned(planted, client, memory=260_000, checkpoint=kept)) == expected
     # The twentieth tick came after its write: 20 tasks are there, and none of them is done again.
@@ -542,16 +548,18 @@ def test_a_checkpoint_of_another_scan_is_refused(planted: Planted, client: Any, 
     scanned(planted, client, checkpoint=kept)
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     with pytest.raises(StoreStateError, match=r"of another scan: keep_sinks is False there and True here; remove it"):
-        stream(selection_of(planted, keep_sinks=True), SITES, client=client, checkpoint=kept, quiet=True)
+        stream(selection_of(planted, keep_sinks=True), SITES, client=client, checkpoint=kept, **ROWS)
     # The same rows, and yet another question.
     with pytest.raises(StoreStateError, match=r"of another scan: roles is None there and \['text'\] here; remove it"):
-        stream(replace(selection_of(planted), roles=("text",)), SITES, client=client, checkpoint=kept, quiet=True)
+        stream(replace(selection_of(planted), roles=("text",)), SITES, client=client, checkpoint=kept, **ROWS)
     with pytest.raises(StoreStateError, match="of another scan: groups is"):
         scanned(planted, client, checkpoint=kept, memory=260_000)
     with pytest.raises(StoreStateError, match="batch is None there and 50 here"):
         scanned(planted, client, checkpoint=kept, estimator="minibatch", batch=50)
+    with pytest.raises(StoreStateError, match="documents is None there and"):
+        scanned(planted, client, checkpoint=kept, estimator="debiased")
     with pytest.raises(StoreStateError, match="layers is"):
-        stream(selection_of(planted), SITES[::-1], client=client, checkpoint=kept, quiet=True)
+        stream(selection_of(planted), SITES[::-1], client=client, checkpoint=kept, **ROWS)
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
 
 
@@ -605,7 +613,7 @@ def test_too_few_pairs_are_refused(tmp_path: Path, client: Any) -> None:
 def test_what_cannot_be_meant_is_refused(planted: Planted, client: Any) -> None:
     with pytest.raises(PairingError, match="700 pairs of a and b: one batch has 701"):
         scanned(planted, client, estimator="minibatch", batch=701)
-    with pytest.raises(SpecError, match="estimator 'hsic': choose one of debiased, biased, minibatch"):
+    with pytest.raises(SpecError, match="estimator 'hsic': choose one of debiased, debiased-rows, biased, minibatch"):
         scanned(planted, client, estimator="hsic")
     with pytest.raises(SpecError, match="this scan made no batches"):
         similarity(scanned(planted, client), "minibatch")
@@ -651,7 +659,7 @@ def test_models_without_pairs_are_refused(planted: Planted, client: Any, monkeyp
 def test_a_worker_that_cannot_read_the_store_says_so(
     planted: Planted, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    streaming._opened_by_worker.cache_clear()
+    worker.opened_by_worker.cache_clear()
     run = planning_module.Run((tuple(SITES[:1]),), 0, 16, 16, None, 0)
     away = Selection(str(tmp_path / "away.zarr"), planted.store.fingerprint, "a", "b", "end", keep_sinks=False)
     with pytest.raises(StoreAccessError, match=r"a worker cannot open .*away.zarr .*same place on every machine"):
@@ -659,9 +667,7 @@ def test_a_worker_that_cannot_read_the_store_says_so(
     other = Selection(str(planted.path), "0" * 64, "a", "b", "end", keep_sinks=False)
     with pytest.raises(StoreStateError, match="is not the store that was asked for"):
         sum_run(other, run)
-    monkeypatch.setattr(
-        streaming, "_states", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
-    )
+    monkeypatch.setattr(worker, "_states", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(StoreAccessError, match=r"a worker cannot read .*Permission denied"):
         scanned(planted, client)
 
@@ -746,6 +752,6 @@ def test_schedulers_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_store_is_opened_as_the_workers_do(planted: Planted) -> None:
-    store, pairs = streaming._opened(selection_of(planted))
+    store, pairs = worker.opened(selection_of(planted))
     assert store.fingerprint == open_store(planted.path).fingerprint
     assert len(pairs) == N

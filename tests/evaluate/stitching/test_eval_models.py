@@ -37,9 +37,16 @@ def test_every_epoch_has_its_stitched_loss_and_texts_and_models_load_once(
         record = json.loads((tmp_path / "run" / f"eval_epoch_{number}.json").read_text())
         stitched = record["pairs"]["llama:2->mistral:2"]["stitched"]
         assert stitched["self_bit_identical"]
-        assert {"clean", "mapped", "mean"} <= {name for name, block in stitched["conditions"].items() if block}
+        assert {"clean", "mapped", "token", "mean"} <= {name for name, block in stitched["conditions"].items() if block}
         assert [entry["prompt"] for entry in record["generations"]] == list(PROMPTS)
         assert all(isinstance(entry["text"], str) for entry in record["generations"])
+        assert stitched["beyond_token"]["nats"] is not None
+    # The token's prediction is that of the run, the same at every epoch.
+    first, last = (
+        json.loads((tmp_path / "run" / f"eval_epoch_{number}.json").read_text())["pairs"]["llama:2->mistral:2"]
+        for number in (0, 2)
+    )
+    assert first["stitched"]["conditions"]["token"] == last["stitched"]["conditions"]["token"]
     # The map before training is the mean prediction: it is injected as it is scored.
     first = json.loads((tmp_path / "run" / "eval_epoch_0.json").read_text())["pairs"]["llama:2->mistral:2"]["stitched"]
     losses = {name: block["nats_per_token"] for name, block in first["conditions"].items() if block}
