@@ -82,7 +82,7 @@ def _questions(gain: Gain, level: float) -> int | None:
     if gain.value is None or gain.value <= 0 or first <= second:
         return None
     n = (first - second) / gain.value
-    for times in np.geomspace(1, 1000, 200):
+    for times in map(float, np.geomspace(1, 1000, 200)):
         one, other = round(first * times), round(second * times)
         if binomtest(one, one + other).pvalue <= level:
             return math.ceil(n * times)
