@@ -42,6 +42,8 @@ def ceiling(evidence: Evidence) -> Answer:
             f"recovered, mean over {len(rows)} layer pairs; own states put back are "
             f"{'' if all(identical) else 'not '}bit-identical."
         )
+        if r2_of_all.reason is not None:
+            answer.words.append(f"There is no interval: {r2_of_all.reason}.")
         if answer.verdict == CONTRADICTED:
             answer.words.append("Figures of two models below cannot be read as a loss between models.")
         header = ("layers", "R2", "recovered", "own states bit-identical")

@@ -82,12 +82,14 @@ def test_the_analysis_says_only_what_the_files_say(programme):
     for answer in programme.result["answers"]:
         assert answer["question"] in text
         assert f"Verdict: **{answer['verdict']}**" in text
+    assert "There is no interval: an interval needs at least 3 test documents, not 2" in text
     affine = json.loads((programme.out / "runs/affine/metrics.json").read_text())["pairs"]
     stitched = json.loads((programme.out / "runs/affine/stitch.json").read_text())["pairs"]
     assert set(affine) == set(stitched)
     for key, entry in affine.items():
-        low, high = entry["test"]["r2_ci95"]
-        assert f"{entry['test']['r2']:.3f} [{low:.3f}, {high:.3f}]" in text
+        # Two test documents make no interval.
+        assert entry["test"]["r2_ci95"] is None
+        assert f"| {entry['test']['r2']:.3f} |" in text
         assert key.replace("->", " → ") in text
     talk = json.loads((programme.out / "runs/affine/communicate.json").read_text())["tasks"]
     # Both directions, and both models with themselves.
