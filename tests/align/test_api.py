@@ -154,12 +154,12 @@ def test_other_ways_to_give_options(planted: Planted, tmp_path: Path) -> None:
         components=np.int32(3),
         memory="2MiB",
         seed=np.int64(3),
-        scale=np.True_,
+        scale=np.False_,
         roles=["text", "assistant"],
         out=str(tmp_path / "run"),
         quiet=True,
     )
-    own = Settings(str(planted.path), layer_map="1:2,2:1", components="3", memory=2**21, scale=True,
+    own = Settings(str(planted.path), layer_map="1:2,2:1", components="3", memory=2**21, scale=False,
                    roles="text,assistant", loop=LoopSettings(seed=3))  # fmt: skip
     assert run.settings == own
     assert align.train(planted.path, "reduced-rank", rank=2, lr=1, out=tmp_path / "rr", quiet=True).settings.loop == (

@@ -375,9 +375,20 @@ def test_every_measure_has_its_floors_ceilings_and_intervals(measured: dict[str,
         assert np.array(block["ceilings"]["halves"]["cross"]).shape == (3, 2)
         assert block["ceilings"]["twice"] is None
         assert "no second reading of 'a'" in block["ceilings"]["reasons"]["twice"]
-        low, high = block["ci95"]["cross"][1][1]
-        assert low <= high
-        assert low - 0.1 * abs(low) <= cross[1, 1] <= high + 0.1 * abs(high), name
+        documents = block["permutations"]["documents"]
+        if name in ("cka", "rbf-cka", "ridge-r2"):
+            low, high = block["ci95"]["cross"][1][1]
+            assert low <= cross[1, 1] <= high, name
+            assert "excess" not in documents
+        else:
+            # Biased by how many rows there are: an interval of what is above the floor alone.
+            assert block["ci95"]["cross"][1][1] is None
+            assert "excess_ci95" in block["ci95"]["reason"]
+            low, high = documents["excess_ci95"][1][1]
+            assert low <= documents["excess"][1][1] <= high, name
+            assert documents["excess"][1][1] == pytest.approx((documents["value"] - documents["mean"])[1, 1])
+            assert sign * low > 0
+        assert documents["p_max"][1][1] == 1 / 40, name
         assert ("reverse" in block) == (not block["symmetric"])
         if block["symmetric"]:
             np.testing.assert_array_equal(block["within"]["a"], np.transpose(block["within"]["a"]))

@@ -540,6 +540,12 @@ def test_a_run_without_rows_is_the_run_with_them(
             assert missing <= here["reasons"].keys()
         for name in ("mean", "identity", "random_rotation", "shuffled"):
             assert here["baselines"][name]["r2"] == pytest.approx(there["baselines"][name]["r2"], rel=1e-6, abs=1e-6)
+        assert there["baselines"]["token"]["r2"] is not None
+        assert here["baselines"]["token"] is None
+        assert here["token"] is None
+        assert here["reasons"]["baselines.token"] == NEEDS_ROWS
+        assert here["test"]["partial_r2"] is None
+        assert here["reasons"]["test.partial_r2"] == NEEDS_ROWS
         assert here["by_mask"]["masked"]["r2"] == here["test"]["r2"]
         assert here["by_mask"]["kept"] is None
         assert here["reasons"]["by_mask.kept"] == NEEDS_ROWS
