@@ -5,7 +5,8 @@
 The scan opens a synthetic bfloat16 store, reads and centres its rows, sums all that debiased CKA of 10 layers takes
 over Dask on this machine's cores, and adds the parts up. The bare products are the same 55 blocks, as one symmetric
 float32 product of the same cuts, on as many threads. Wanted: the scan over all pairs of rows (`debiased-rows`) takes at
-most 1.2 times as long, and the scan over documents (`debiased`) at most 1.3 times as long as that. The peak of memory that is the scan's own (not mapped files) is taken in a process of its own, at two numbers of rows.
+most 1.2 times as long, and the scan over documents (`debiased`) at most 1.3 times as long as that. The peak of
+memory that is the scan's own (not mapped files) is taken in a process of its own, at two numbers of rows.
 """
 
 from __future__ import annotations
