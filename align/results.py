@@ -86,7 +86,7 @@ class Scores(Record):
         retrieval_ceiling: ``retrieval_top1`` of the true states themselves, below 1 where states are equal.
         retrieval_gallery: States in the gallery.
         retrieval_same_token_top1: Share of mapped states whose nearest state among those of the same source token
-            (centred cosine) is their own partner.
+            (cosine about the token's own mean on either side) is their own partner.
         retrieval_same_token_chance: The same of a map that knows the token alone: mean of 1 / states of the token.
         retrieval_same_token_ceiling: The same of the true states themselves.
         retrieval_same_token_gallery: States in these galleries together, 2048 at most, of a token 32 at most.
@@ -492,6 +492,9 @@ class SimilarityTables(Record):
         cross: ``(layers of the first model, layers of the second)``.
         within: By model ``(layers, layers)``.
         n: Rows.
+        estimator: Of these figures.
+        documents: Documents that the rows are of.
+        effective_documents: How many documents of equal length would weigh as much.
         reasons: Why a cell is null, by ``<model>:<layer> <model>:<layer>``.
         sigmas: Bandwidth of the RBF kernel by ``<model>:<layer>``, in units of the states.
         batches: Minibatches, with ``--estimator minibatch``.
@@ -501,6 +504,9 @@ class SimilarityTables(Record):
     cross: Matrix = ()
     within: Table[Matrix] = EMPTY
     n: Whole | None = None
+    estimator: str | None = None
+    documents: Whole | None = None
+    effective_documents: Number | None = None
     reasons: Table[str] = EMPTY
     sigmas: Table[Number | None] | None = None
     batches: Whole | None = None
@@ -536,6 +542,8 @@ class Exchanged(Record):
         p95: 95th percentile over exchanges; of a distance, where lower is closer, the 5th.
         p: (1 + exchanges at least as close as the value) / (1 + exchanges).
         p_max: The same with the closest of all layer pairs in each exchange: corrected for the number of layer pairs.
+        excess: Value less mean, of ``documents`` of a measure that is biased by how many rows there are.
+        excess_ci95: Its 95 % interval over documents: of what is expected with as many rows.
     """
 
     value: Matrix = ()
@@ -543,6 +551,8 @@ class Exchanged(Record):
     p95: Matrix = ()
     p: Matrix = ()
     p_max: Matrix = ()
+    excess: Matrix = ()
+    excess_ci95: tuple[tuple[Interval | None, ...], ...] = ()
 
 
 class PermutationFloor(Exchanged):
@@ -603,6 +613,7 @@ class MeasureIntervals(Record):
     """95 % intervals of a measure, of the shapes of its values; null where there is none.
 
     Attributes:
+        reason: Why there is none at all.
         cross: Of ``cross``.
         reverse: Of ``reverse``.
         within: Of ``within``.
@@ -611,6 +622,7 @@ class MeasureIntervals(Record):
     cross: tuple[tuple[Interval | None, ...], ...] = ()
     reverse: tuple[tuple[Interval | None, ...], ...] = ()
     within: Table[tuple[tuple[Interval | None, ...], ...]] = EMPTY
+    reason: str | None = None
 
 
 class MeasureFloor(Record):
@@ -703,7 +715,10 @@ class Similarity(SimilarityTables):
         models: The two names; equal for a model with itself.
         layers: Layer numbers by model; the rows and columns of the matrices.
         widths: Width of the residual stream by model.
-        estimator: ``debiased``, ``biased`` or ``minibatch``.
+        estimator: ``debiased`` (over pairs of rows of different documents), ``debiased-rows`` (of different rows),
+            ``biased`` or ``minibatch``. A store that holds moments alone has ``debiased-rows`` where ``debiased`` was
+            asked for.
+        correct_features: Whether self terms leave out a dimension with itself.
         kernel: ``linear`` or ``rbf``.
         null: The main figure of shuffled rows.
         permutations: The floors of the main figure: ``documents`` (documents in each other's place) and ``token``
@@ -727,6 +742,7 @@ class Similarity(SimilarityTables):
     layers: Table[tuple[Whole, ...]] = EMPTY
     widths: Table[Whole] = EMPTY
     estimator: str | None = None
+    correct_features: Flag | None = None
     kernel: str | None = None
     null: Floor | None = None
     permutations: Table[PermutationFloor] = EMPTY
@@ -751,7 +767,7 @@ class Similarity(SimilarityTables):
         first, second = self.models[0], self.models[-1]
         columns: dict[str, Matrix] = {"cka": self.cross}
         for name, floor in self.permutations.items():
-            columns |= {f"{name}_{key}": getattr(floor, key) for key in Exchanged.model_fields}
+            columns |= {f"{name}_{key}": getattr(floor, key) for key in ("value", "mean", "p95", "p", "p_max")}
         columns |= {} if self.unmasked is None else {"unmasked": self.unmasked.cross}
         columns |= {} if self.masked is None else {"masked": self.masked.cross}
         columns |= {f"{name}_sample" if name == "cka" else name: m.cross for name, m in self.measures.items()}

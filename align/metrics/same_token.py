@@ -2,6 +2,10 @@
 
 Equal tokens have similar states, so retrieval among any rows is half won by knowing the token. Among rows of one token
 a prediction from the token alone scores chance, and only what is known of the context tells one row from another.
+
+Both sides are centred by their own mean over the token's rows. About the train mean, what the token says is common to
+all its rows and larger than what the context says: every prediction is then nearest to the same row, and a map that
+explains a fifth of what the token leaves looks like one that knows the token alone.
 """
 
 from __future__ import annotations
@@ -10,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from align.metrics.ranking import rank_of_partners
-from align.metrics.rows import Figures, checked_rows
-from align.moments.scatter import Rows
+from align.metrics.rows import ROUNDING, Figures, checked_rows
+from align.moments.scatter import Array, Rows
 from featstore.errors import FitError
 
 SAME_TOKEN_KEYS = (
@@ -60,17 +64,13 @@ def same_token_rows(
     return chosen
 
 
-def retrieval_same_token(y: Rows, y_hat: Rows, tokens: ArrayLike, *, centre: ArrayLike) -> tuple[Figures, str | None]:
-    """Find each true row among the true rows of its own token by the cosine of its prediction.
-
-    Both are centred about the train mean, as in :func:`align.metrics.retrieval`. About a token's own mean the figure
-    would be of another question, which a prediction that is right up to that mean would win.
+def retrieval_same_token(y: Rows, y_hat: Rows, tokens: ArrayLike) -> tuple[Figures, str | None]:
+    """Find each true row among the true rows of its own token by the cosine of its prediction, both centred.
 
     Args:
         y: ``(n, dy)`` true states.
         y_hat: ``(n, dy)`` predicted ones.
         tokens: Integers ``(n,)``, the source token of every row; rows whose token is alone are left out.
-        centre: ``(dy,)`` mean target state over the train rows.
 
     Returns:
         ``retrieval_same_token_top1`` (mean over rows), ``_chance`` (mean of 1 / rows of the token) and ``_ceiling``
@@ -79,8 +79,8 @@ def retrieval_same_token(y: Rows, y_hat: Rows, tokens: ArrayLike, *, centre: Arr
     Raises:
         FitError: Shapes do not fit.
     """
-    mean = np.asarray(centre, dtype=np.float64)
-    y, y_hat, ids = checked_rows("y", y, mean.size), checked_rows("y_hat", y_hat, mean.size), np.asarray(tokens)
+    width, ids = np.shape(y)[-1], np.asarray(tokens)
+    y, y_hat = checked_rows("y", y, width), checked_rows("y_hat", y_hat, width)
     if not len(y) == len(y_hat) == len(ids):
         raise FitError(f"y has {len(y)} rows, y_hat {len(y_hat)} and tokens {len(ids)}")
     _, place, counts = np.unique(ids, return_inverse=True, return_counts=True)
@@ -95,9 +95,9 @@ def retrieval_same_token(y: Rows, y_hat: Rows, tokens: ArrayLike, *, centre: Arr
         return figures, "no source token occurs twice among the rows"
     if not (np.isfinite(y).all() and np.isfinite(y_hat).all()):
         return figures, "a true or predicted state is not finite"
-    top = ceiling = 0.0
+    top, ceiling, zero = 0.0, 0.0, np.zeros(width)
     for rows in groups:
-        found, _ = rank_of_partners(y[rows], y_hat[rows], mean)
+        found, _ = rank_of_partners(_centred(y[rows]), _centred(y_hat[rows]), zero)
         hits, most = found["retrieval_top1"], found["retrieval_ceiling"]
         # Where all states of a token are the same one, any row is as good as another.
         top += 1.0 if hits is None else hits * len(rows)
@@ -106,3 +106,12 @@ def retrieval_same_token(y: Rows, y_hat: Rows, tokens: ArrayLike, *, centre: Arr
     figures["retrieval_same_token_chance"] = len(groups) / size
     figures["retrieval_same_token_ceiling"] = ceiling / size
     return figures, None
+
+
+def _centred(rows: Rows) -> Array:
+    """Rows about their own mean, zero where nothing but rounding is left."""
+    wide = rows.astype(np.float64)
+    away = wide - wide.mean(axis=0)
+    rounding = np.linalg.norm(away, axis=1) <= ROUNDING * np.linalg.norm(wide, axis=1).max()
+    away[rounding] = 0.0
+    return away

@@ -164,7 +164,7 @@ class Scorer:
         if self._same is None:
             return {"retrieval_same_token_gallery": 0, "retrieval_same_token_tokens": 0}, NO_TOKENS
         sample, tokens = self._same
-        return retrieval_same_token(*sample.rows(), tokens, centre=self._rows.mean)
+        return retrieval_same_token(*sample.rows(), tokens)
 
 
 def score(

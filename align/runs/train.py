@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import entry_points
@@ -240,6 +240,7 @@ def describe(result: dict[str, Any]) -> str:
     Args:
         result: From :func:`train`.
     """
+    everywhere = _said_of_all([entry["warnings"] for entry in result["pairs"].values()])
     lines = [f"{'pair':28} {_line(_HEADS)}   best control R2"]
     for key, entry in result["pairs"].items():
         lines.append(f"{key:28} {_line(_figures(entry))}   {_best_control(entry)}")
@@ -249,8 +250,19 @@ def describe(result: dict[str, Any]) -> str:
         if result.get("roles") is not None:
             rows = (f"{role} ({of['train']} train, {of['test']} test)" for role, of in entry["by_role"].items())
             lines.append(f"  only rows of the roles {', '.join(rows)}")
-        lines += [f"  {w.get('level', 'warning')}: {w['message']}" for w in entry["warnings"]]
+        lines += [f"  {said}" for said in map(_said, entry["warnings"]) if said not in everywhere]
+    lines += [f"all pairs: {said}" for said in everywhere]
     return "\n".join([*lines, _LEGEND, f"run: {result['run']}"])
+
+
+def _said(finding: Mapping[str, str]) -> str:
+    return f"{finding.get('level', 'warning')}: {finding['message']}"
+
+
+def _said_of_all(findings: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
+    """What is said of each of several layer pairs in the same words, in order."""
+    said = [[_said(finding) for finding in each] for each in findings]
+    return [words for words in said[0] if all(words in each for each in said)] if len(said) > 1 else []
 
 
 def _line(cells: Sequence[str]) -> str:

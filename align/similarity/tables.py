@@ -49,7 +49,8 @@ def compare(
     Returns:
         ``title``, ``closer``, ``symmetric``, ``bounds``; ``cross``, ``within`` and, where the measure is not symmetric,
         ``reverse``, float64 matrices with NaN where undefined; ``ci95`` of the same shapes with ``[low, high]`` or
-        None; ``facts`` and ``reasons`` by pair of layers; ``floors``, ``permutations`` and ``ceilings``.
+        None, of a biased measure with a ``reason`` why there are none; ``facts`` and ``reasons`` by pair of layers;
+        ``floors``, ``permutations`` and ``ceilings``.
     """
     alone = sample.xs is sample.ys
     count = len(sample.xs)
@@ -61,10 +62,11 @@ def compare(
     first, second = range(count), range(count) if alone else range(count, len(layers))
     models = list(dict.fromkeys(name.rpartition(":")[0] for name in (names[0][0], names[1][0])))
     within = {models[0]: _matrix(found, first, first)}
-    ci = {models[0]: _intervals(found, first, first)}
+    draws_of = None if measure.biased else draws
+    ci = {models[0]: _intervals(found, first, first, draws_of)}
     if not alone:
         within[models[1]] = _matrix(found, second, second)
-        ci[models[1]] = _intervals(found, second, second)
+        ci[models[1]] = _intervals(found, second, second, draws_of)
     result: dict[str, Any] = {
         "title": measure.title,
         "closer": measure.closer,
@@ -72,13 +74,20 @@ def compare(
         "bounds": list(measure.bounds),
         "cross": _matrix(found, first, second),
         "within": within,
-        "ci95": {"cross": _intervals(found, first, second), "within": ci},
+        "ci95": {"cross": _intervals(found, first, second, draws_of), "within": ci},
         "facts": {f"{every[i]} {every[j]}": one.facts for (i, j), one in found.items() if one.facts},
         "reasons": {f"{every[i]} {every[j]}": one.reason for (i, j), one in found.items() if one.reason},
     }
     if not (measure.symmetric or alone):
         result["reverse"] = _matrix(found, second, first).T
-        result["ci95"]["reverse"] = [list(column) for column in zip(*_intervals(found, second, first), strict=True)]
+        result["ci95"]["reverse"] = [
+            list(column) for column in zip(*_intervals(found, second, first, draws_of), strict=True)
+        ]
+    if measure.biased:
+        result["ci95"]["reason"] = (
+            "unrelated rows get another value by how many they are: the interval of the value less its floor stands "
+            "there, as excess_ci95"
+        )
     result["floors"] = _floors(measure, sample, names, seed, _share(tick, 0.2))
     result["ceilings"] = _ceilings(measure, sample, names, forms, twice, seed, _share(tick, 0.2))
     result["permutations"] = {}
@@ -90,6 +99,7 @@ def compare(
             sample.rows,
             draws=permutations,
             most=most,
+            resamples=0 if draws is None else len(draws.counts),
             seed=seed,
             alone=alone,
             tick=_share(tick, 0.3),
@@ -183,8 +193,10 @@ def _matrix(found: _Found, rows: Sequence[int], columns: Sequence[int]) -> NDArr
     return np.array([[_at(found, i, j).value for j in columns] for i in rows], dtype=np.float64)
 
 
-def _intervals(found: _Found, rows: Sequence[int], columns: Sequence[int]) -> list[list[tuple[float, float] | None]]:
-    return [[_at(found, i, j).interval() for j in columns] for i in rows]
+def _intervals(
+    found: _Found, rows: Sequence[int], columns: Sequence[int], draws: Resampling | None
+) -> list[list[tuple[float, float] | None]]:
+    return [[_at(found, i, j).interval(draws) for j in columns] for i in rows]
 
 
 def _values(table: Table) -> NDArray[np.float64]:

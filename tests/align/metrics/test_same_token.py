@@ -49,15 +49,17 @@ def test_without_repeated_tokens_there_are_no_rows(tokens: list[int]) -> None:
 def test_it_is_retrieval_within_each_token() -> None:
     rng = np.random.default_rng(0)
     tokens, y = texts(1, 300), rng.normal(size=(300, 6))
-    y_hat, centre = y + 0.8 * rng.normal(size=y.shape), rng.normal(size=6)
-    found, reason = retrieval_same_token(y, y_hat, tokens, centre=centre)
+    y_hat = y + 0.8 * rng.normal(size=y.shape)
+    found, reason = retrieval_same_token(y, y_hat, tokens)
     assert reason is None
     hits = chances = rows = 0.0
     for token in np.unique(tokens):
         own = tokens == token
         if own.sum() < 2:
             continue
-        hits += own.sum() * float(retrieval(y[own], y_hat[own], centre=centre)["retrieval_top1"] or 0)
+        # What is subtracted from either side is its own.
+        mean, shift = y[own].mean(axis=0), y_hat[own].mean(axis=0) - y[own].mean(axis=0)
+        hits += own.sum() * float(retrieval(y[own], y_hat[own] - shift, centre=mean)["retrieval_top1"] or 0)
         chances, rows = chances + 1, rows + own.sum()
     assert found["retrieval_same_token_top1"] == pytest.approx(hits / rows)
     assert found["retrieval_same_token_chance"] == pytest.approx(chances / rows)
@@ -70,12 +72,22 @@ def test_the_token_alone_scores_exactly_chance_and_the_truth_the_ceiling() -> No
     rng = np.random.default_rng(2)
     tokens, table = texts(3, 400), rng.normal(size=(40, 6))
     y = rng.normal(size=(400, 6))
-    found, _ = retrieval_same_token(y, table[tokens], tokens, centre=np.zeros(6))
+    found, _ = retrieval_same_token(y, table[tokens], tokens)
     assert found["retrieval_same_token_top1"] == pytest.approx(found["retrieval_same_token_chance"], abs=1e-12)
     # A layer where equal tokens have equal states: nobody can do better than chance among them.
-    found, _ = retrieval_same_token(table[tokens], table[tokens], tokens, centre=np.zeros(6))
+    found, _ = retrieval_same_token(table[tokens], table[tokens], tokens)
     assert found["retrieval_same_token_top1"] == found["retrieval_same_token_ceiling"]
     assert found["retrieval_same_token_ceiling"] == pytest.approx(found["retrieval_same_token_chance"], abs=1e-12)
+
+
+def test_what_the_token_says_does_not_hide_what_the_context_says() -> None:
+    """A token ten times as loud as its context, and a map that knows a quarter of the context."""
+    rng = np.random.default_rng(8)
+    tokens, table, context = texts(9, 600), 10 * rng.normal(size=(40, 12)), rng.normal(size=(600, 12))
+    y_hat = 0.9 * table[tokens] + 0.5 * context + 0.9 * rng.normal(size=context.shape)
+    found, _ = retrieval_same_token(table[tokens] + context, y_hat, tokens)
+    top, chance = (float(found[f"retrieval_same_token_{name}"] or 0) for name in ("top1", "chance"))
+    assert top > 3 * chance
 
 
 def test_the_ceiling_is_what_a_perfect_map_scores() -> None:
@@ -91,14 +103,14 @@ def test_the_ceiling_is_what_a_perfect_map_scores() -> None:
 
 def test_nothing_to_retrieve_has_a_reason() -> None:
     y = np.random.default_rng(0).normal(size=(3, 2))
-    found, reason = retrieval_same_token(y, y, [1, 2, 3], centre=np.zeros(2))
+    found, reason = retrieval_same_token(y, y, [1, 2, 3])
     assert found["retrieval_same_token_top1"] is None
     assert found["retrieval_same_token_gallery"] == 0
     assert reason == "no source token occurs twice among the rows"
-    _, reason = retrieval_same_token(y, y * np.nan, [1, 1, 1], centre=np.zeros(2))
+    _, reason = retrieval_same_token(y, y * np.nan, [1, 1, 1])
     assert "not finite" in (reason or "")
     with pytest.raises(FitError, match="tokens 2"):
-        retrieval_same_token(y, y, [1, 2], centre=np.zeros(2))
+        retrieval_same_token(y, y, [1, 2])
 
 
 @pytest.mark.parametrize("cuts", [[], [1, 2, 1500], [700, 1400, 2100]])
@@ -111,7 +123,7 @@ def test_a_stream_keeps_the_rows_that_were_chosen(cuts: list[int]) -> None:
         scorer.update(y[start:stop], y_hat[start:stop])
     found, reasons = scorer.result()
     rows = same_token_rows(tokens, np.random.default_rng(0).spawn(3)[2])
-    expected, _ = retrieval_same_token(y[rows], y_hat[rows], tokens[rows], centre=np.zeros(5))
+    expected, _ = retrieval_same_token(y[rows], y_hat[rows], tokens[rows])
     assert reasons == {}
     assert {key: found[key] for key in expected} == expected
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from align.layers import LayerPair
+from align.tokens.table import fit_table
 from tests.support.commands import strict_json
 from tests.support.planted import Planted, only, plant, trained
 
@@ -52,8 +54,8 @@ def test_the_token_alone_leaves_nothing_to_a_map(tmp_path: Path) -> None:
         assert token["partial_r2_ci95"] == [0, 0]
         assert entry["test"]["partial_r2"] <= 0
         assert "token-explains" in codes(entry)
-        for name in ("retrieval_same_token_top1",):
-            assert entry["test"][name] == pytest.approx(entry["test"]["retrieval_same_token_chance"], abs=0.06)
+        same, chance = (entry["test"][f"retrieval_same_token_{name}"] for name in ("top1", "chance"))
+        assert same == pytest.approx(chance, abs=0.06)
         assert token["retrieval_same_token_top1"] == pytest.approx(token["retrieval_same_token_chance"], abs=1e-12)
 
 
@@ -203,6 +205,93 @@ def test_a_run_records_how_the_token_was_fitted_and_sums_its_errors(tmp_path: Pa
     expected = prior + share * (means[world.tokens] - prior)
     np.testing.assert_allclose(predicted, expected[split == 2], atol=2e-4)
     assert entry["baselines"]["token"]["mse"] == pytest.approx(((y - expected)[split == 2] ** 2).mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("entries", [0, 30, 1000])
+def test_a_table_within_little_memory_predicts_the_rest_from_layer_0(tmp_path: Path, entries: int) -> None:
+    world = World(7)
+    y = 0.5 * world.targets[world.tokens] + world.embedding[world.tokens] @ world.mixing + 0.2 * world.noise
+    store = plant(tmp_path / "s.zarr", {0: world.zero, 1: world.x}, y, documents=DOCUMENTS, tokens=world.tokens).store
+    pairs = store.pairs("a", "b").select()
+    full = fit_table(store, pairs, 1)
+    small = fit_table(store, pairs, 1, memory=entries * 8 * D)
+    assert small.facts["train_rows"] == full.facts["train_rows_in_table"] == full.facts["train_rows"]
+    if entries == 1000:
+        assert small.facts == full.facts
+        np.testing.assert_array_equal(small.states, full.states)
+        return
+    # An entry is a sum over train and one over validation rows.
+    assert small.facts["tokens"] == entries // 2
+    frequent = np.argsort(-np.bincount(world.tokens[np.isin(np.arange(N), pairs.row_source[pairs.split == 0])]))
+    rare = np.sort(frequent[entries // 2 :])
+    weight = np.linalg.lstsq(world.zero[:, :D], y, rcond=None)[0]
+    assert np.corrcoef(small.predict(rare).ravel(), (world.embedding[rare] @ weight).ravel())[0, 1] > 0.98
+
+
+def test_predictions_beyond_what_is_kept_are_those_of_layer_0_or_in_a_file_the_mean(tmp_path: Path) -> None:
+    from align.tokens.files import load_tables, save_tables
+
+    world = World(8)
+    y = world.targets[world.tokens] + 0.5 * world.noise
+    store = plant(tmp_path / "s.zarr", {0: world.zero, 1: world.x}, y, documents=DOCUMENTS, tokens=world.tokens).store
+    pairs = store.pairs("a", "b").select()
+    full, few = (fit_table(store, pairs, 1, keep=keep) for keep in (1 << 30, 10 * 4 * D))
+    scored = world.tokens[store.corpus.window_split[store.tokens("a").window] != 0]
+    np.testing.assert_array_equal(full.ids, np.unique(scored))
+    assert len(few.ids) == 10
+    np.testing.assert_array_equal(few.states, full.predict(few.ids))
+    counts = np.bincount(scored, minlength=VOCABULARY)
+    others = np.setdiff1d(full.ids, few.ids)
+    assert counts[few.ids].min() >= counts[others].max()
+    assert few.others is not None
+    np.testing.assert_allclose(few.predict(others), few.others(others), rtol=1e-6)
+    save_tables(tmp_path, {"a->b:1": few}, [LayerPair("a", (1,), "b", 1)], store="x")
+    np.testing.assert_array_equal(load_tables(tmp_path).table("a:1->b:1").predict(others), [few.mean] * len(others))
+
+
+def test_a_compressed_run_has_the_token_at_its_own_positions(tmp_path: Path) -> None:
+    world = World(9, n=2400)
+    y = world.targets[world.tokens] + 0.5 * world.noise
+    planted = plant(tmp_path / "s.zarr", {0: world.zero, 1: world.x}, y, documents=DOCUMENTS, tokens=world.tokens)
+    entry = run(planted, tmp_path / "run", "compress", latents=4, latent_dim=8, epochs=1)
+    token = entry["baselines"]["token"]
+    assert token["n"] == entry["test"]["n"]
+    assert token["r2"] == pytest.approx(0.8, abs=0.05)
+    assert token["all_positions"] is None
+    assert "paired positions alone" in entry["reasons"]["baselines.token.all_positions"]
+    assert entry["test"]["partial_r2"] < 0
+    assert entry["baselines"]["pca"]["partial_r2"] < 0
+    assert "token-explains" in codes(entry)
+    assert set(entry["rate_distortion"]["r2"]) == {"compress", "pca", "strided"}
+    sums = strict_json((tmp_path / "run" / "documents.json").read_text())["pairs"]["a:1->b:1"]
+    assert 1 - sum(sums["sse"]["token"]) / sum(sums["sst"]) == pytest.approx(token["r2"], abs=1e-6)
+    # The same table scored row by row.
+    plain = run(planted, tmp_path / "affine")
+    assert plain["token"] == entry["token"]
+    assert plain["baselines"]["token"]["r2"] == pytest.approx(token["r2"], abs=1e-9)
+
+
+def test_the_summary_leads_with_what_is_left_beyond_the_token(tmp_path: Path) -> None:
+    from align.notebook.run import Run
+    from align.runs.train import describe
+
+    world = World(10, n=3000)
+    y = world.targets[world.tokens] + 0.5 * world.noise
+    planted = plant(tmp_path / "s.zarr", {0: world.zero, 1: world.x}, y, tokens=world.tokens)
+    result = trained(planted, tmp_path / "run", "affine", layer_map="0:1,1:1")
+    entry = result["pairs"]["a:1->b:1"]
+    head, *_ = describe(result).splitlines()
+    assert head.split()[:2] == ["pair", "beyond"]
+    test, token = entry["test"], entry["baselines"]["token"]
+    line = next(line for line in describe(result).splitlines() if line.startswith("a:1->b:1"))
+    assert line.split()[1:4] == [f"{test['partial_r2']:.3f}", f"{test['r2']:.3f}", f"{token['r2']:.3f}"]
+    # Two test documents, said once for both layer pairs.
+    assert describe(result).count("2 test documents: below 3 there is no interval") == 1
+    assert "token" not in line.rsplit("   ", 1)[1], "the token is no control"
+    shown = str(Run(tmp_path / "run")._sheet())
+    assert "beyond the token" in shown
+    assert f"{test['partial_r2']:.3f}" in shown
+    assert f"{test['partial_r2']:.3f}" in repr(Run(tmp_path / "run"))
 
 
 def test_runs_are_the_same_to_the_byte(tmp_path: Path) -> None:
