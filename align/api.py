@@ -276,6 +276,7 @@ def _cka_of_store(
 ) -> Similarity:
     from align.layers import choose_models
     from align.resources import choose_device, dask_client
+    from align.results import SimilarityDocuments
     from align.similarity.compare import Comparison
     from align.similarity.measures.by_name import parse_measures
     from featstore.models.references import parse_layers
@@ -320,7 +321,8 @@ def _cka_of_store(
     with dask_client(scheduler, workers=workers, quiet=quiet) as client:
         found = Similarity.parse(jsonable(comparison.run(client)))
     if directory is not None:
-        found.write(directory)
+        sums = comparison.by_document
+        found.write(directory, None if sums is None else SimilarityDocuments.parse(jsonable(sums)))
         comparison.discard()
     return found
 

@@ -778,6 +778,47 @@ class Similarity(SimilarityTables):
         )
 
 
+class WithoutDocument(Record):
+    """A measure without each document.
+
+    Attributes:
+        values: By ``<model>:<layer> <model>:<layer>``, in the order of ``documents``.
+        reason: Why there are none.
+    """
+
+    values: Table[tuple[Number | None, ...]] = EMPTY
+    reason: str | None = None
+
+
+class SimilarityDocuments(Record):
+    """Contents of ``cka_documents.json``: every measure without each document, for intervals of any kind.
+
+    Attributes:
+        models: The two names.
+        documents: Numbers of the documents in the store.
+        rows: Rows of each in the sample.
+        measures: By name.
+    """
+
+    file: ClassVar[str] = "cka_documents.json"
+    command: ClassVar[str] = "align cka --measures"
+    always: ClassVar[tuple[str, ...]] = ("models", "documents", "rows")
+
+    models: tuple[str, ...] = ()
+    documents: tuple[Whole, ...] = ()
+    rows: tuple[Whole, ...] = ()
+    measures: Table[WithoutDocument] = EMPTY
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for every measure, pair of layers and document: ``value`` is that of all other documents."""
+        return frame(
+            {"measure": name, "pair": pair, "document": document, "rows": rows, "value": value}
+            for name, measure in self.measures.items()
+            for pair, values in measure.values.items()
+            for document, rows, value in zip(self.documents, self.rows, values, strict=True)
+        )
+
+
 # Readers and writers -----------------------------------------------------------------------------------------------
 
 
@@ -865,6 +906,24 @@ def write_epoch(run: Path, epoch: EpochRecord) -> Path:
     return write(epoch, run, name=epoch_file(epoch.epoch))
 
 
+def read_similarity_documents(where: Path | str) -> SimilarityDocuments:
+    """Read ``cka_documents.json``.
+
+    Args:
+        where: Its directory, or the file.
+
+    Raises:
+        AdapterError: There is none.
+        CorruptDataError: It is damaged.
+    """
+    return read(SimilarityDocuments, where)
+
+
+def write_similarity_documents(directory: Path, documents: SimilarityDocuments) -> Path:
+    """Write ``cka_documents.json`` into a directory and return its path."""
+    return write(documents, directory)
+
+
 def write_similarity(directory: Path, similarity: Similarity) -> Path:
     """Write ``cka.json`` into a directory and return its path."""
     return write(similarity, directory)
@@ -897,4 +956,4 @@ def kind_of(name: str) -> type[Record] | None:
     """
     if _EPOCH_FILE.fullmatch(name):
         return EpochRecord
-    return {kind.file: kind for kind in (Metrics, Documents, Similarity)}.get(name)
+    return {kind.file: kind for kind in (Metrics, Documents, Similarity, SimilarityDocuments)}.get(name)

@@ -152,6 +152,8 @@ class Comparison:
             plan(widths, len(self.everything), memory=memory, batch=batch, documents=documents)
         if self.measures or kernel == "rbf":
             affordable_rows(widths, max_rows, memory)
+        #: Contents of ``cka_documents.json`` after :meth:`run`; None without measures.
+        self.by_document: dict[str, Any] | None = None
         self._samples: dict[tuple[bool, int], Sample] = {}
 
     def run(self, client: Any) -> dict[str, Any]:
@@ -367,6 +369,13 @@ class Comparison:
                     seed=self.seed,
                     tick=lambda share, tick=tick: tick(100 * share),  # type: ignore[misc]
                 )
+        numbers, sizes = np.unique(sample.document, return_counts=True)
+        self.by_document = {
+            "models": list(self.models),
+            "documents": numbers.tolist(),
+            "rows": sizes.tolist(),
+            "measures": {name: block.pop("without") for name, block in found.items()},
+        }
         about = {
             "rows": sample.n,
             "of": sample.of,

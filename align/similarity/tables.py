@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from align.similarity.by_document import measured
 from align.similarity.floors import exchange
 from align.similarity.measures.base import Measure, Resampling, Result
 from align.similarity.measures.controls import Table, ceilings, floors, halves
@@ -25,7 +26,7 @@ def compare(
     names: tuple[Sequence[str], Sequence[str]],
     *,
     forms: tuple[str, str],
-    draws: Resampling | None,
+    draws: Resampling,
     twice: Twice,
     permutations: int = 0,
     most: int = exchange.FLOOR_ROWS,
@@ -39,7 +40,7 @@ def compare(
         sample: Rows; of one model alone both sides are the same.
         names: ``model:layer`` of every layer of both sides.
         forms: Element formats of both models in the store.
-        draws: For intervals; None where there is a single document.
+        draws: Documents, and draws of them for intervals.
         twice: A second reading of the same text by the same models, or why there is none.
         permutations: Exchanges of partners behind each of its floors; 0 for none.
         most: Rows of these floors at most.
@@ -50,7 +51,7 @@ def compare(
         ``title``, ``closer``, ``symmetric``, ``bounds``; ``cross``, ``within`` and, where the measure is not symmetric,
         ``reverse``, float64 matrices with NaN where undefined; ``ci95`` of the same shapes with ``[low, high]`` or
         None, of a biased measure with a ``reason`` why there are none; ``facts`` and ``reasons`` by pair of layers;
-        ``floors``, ``permutations`` and ``ceilings``.
+        ``floors``, ``permutations`` and ``ceilings``; ``without``, for ``cka_documents.json``.
     """
     alone = sample.xs is sample.ys
     count = len(sample.xs)
@@ -58,7 +59,7 @@ def compare(
     every = list(names[0]) if alone else [*names[0], *names[1]]
     part = _share(tick, 0.3)
     wanted = [(i, j) for i in range(len(layers)) for j in range(len(layers)) if i <= j or not measure.symmetric]
-    found = measure(layers, wanted, draws, part)
+    found, without = measured(measure, layers, wanted, draws, part)
     first, second = range(count), range(count) if alone else range(count, len(layers))
     models = list(dict.fromkeys(name.rpartition(":")[0] for name in (names[0][0], names[1][0])))
     within = {models[0]: _matrix(found, first, first)}
@@ -88,6 +89,10 @@ def compare(
             "unrelated rows get another value by how many they are: the interval of the value less its floor stands "
             "there, as excess_ci95"
         )
+    if isinstance(without, str):
+        result["without"] = {"values": {}, "reason": without}
+    else:
+        result["without"] = {"values": {f"{every[i]} {every[j]}": values for (i, j), values in without.items()}}
     result["floors"] = _floors(measure, sample, names, seed, _share(tick, 0.2))
     result["ceilings"] = _ceilings(measure, sample, names, forms, twice, seed, _share(tick, 0.2))
     result["permutations"] = {}
@@ -99,7 +104,7 @@ def compare(
             sample.rows,
             draws=permutations,
             most=most,
-            resamples=0 if draws is None else len(draws.counts),
+            resamples=len(draws.counts),
             seed=seed,
             alone=alone,
             tick=_share(tick, 0.3),

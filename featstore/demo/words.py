@@ -113,7 +113,8 @@ def _cka_says(key: str, figures: CkaFigures) -> Iterator[str]:
     if token is not None and token.p is not None and token.value is not None and token.mean is not None:
         verdict = "more than" if token.p <= _ALPHA else "not demonstrably more than"
         rows = f"Of rows with a partner of the same token elsewhere it is {token.value:.3f}"
-        yield f"{rows}: {verdict} those partners give ({_floor(token)}), {token.value - token.mean:+.3f} beyond the token."
+        beyond = f"{token.value - token.mean:+.3f} beyond the token"
+        yield f"{rows}: {verdict} those partners give ({_floor(token)}), {beyond}."
 
 
 def _map_says(key: str, figures: MapFigures) -> Iterator[str]:

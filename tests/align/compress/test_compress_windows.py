@@ -31,7 +31,8 @@ def window(ends_x: list[int], ends_y: list[int], *, pairs: list[tuple[int, int]]
     x = np.arange(1, len(ends_x) + 1, dtype=np.float32)[:, None] * np.array([1.0, 10.0, 100.0], np.float32)
     paired = np.array(pairs or [], dtype=np.int64).reshape(-1, 2)
     ends = (np.array(side, dtype=np.int32) for side in (ends_x, ends_y))
-    return Window(0, x, np.zeros((len(ends_y), 2), np.float32), *ends, paired[:, 0], paired[:, 1])
+    y, tokens = np.zeros((len(ends_y), 2), np.float32), np.zeros(len(x), np.int32)
+    return Window(0, x, y, tokens, *ends, paired[:, 0], paired[:, 1])
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import align
 from align.kernels.reference import cka, rbf_gram
 from align.metrics import debiased_cka
+from align.results import read_similarity_documents
 from align.similarity.compare import Comparison
 from align.similarity.measures.by_name import parse_measures
 from align.similarity.measures.controls import floors, halves
@@ -504,3 +506,19 @@ def test_the_command_measures(planted: Planted, tmp_path: Path, capsys: pytest.C
         (("--workers", "0"), "0 worker processes"),
     ):
         assert words in call(capsys, *base, *option).refusal
+
+
+def test_every_measure_is_written_without_each_document(planted: Planted, tmp_path: Path) -> None:
+    found = align.cka(planted.path, layers="0,2", measures="cka,svcca,ridge-r2", draws=30, quiet=True, out=tmp_path)
+    assert "cka_documents.json" in found.files
+    sums = read_similarity_documents(tmp_path)
+    assert sum(sums.rows) == found.sample.rows
+    assert len(sums.documents) == len(sums.rows) == 20
+    values = np.array(sums.measures["cka"].values["a:2 b:2"])
+    assert values.shape == (20,)
+    assert abs(values.mean() - found.measures["cka"].cross[1][1]) < 0.02
+    # The jackknife's standard error is about that behind the interval.
+    low, high = found.measures["cka"].ci95.cross[1][1]
+    jackknife = np.sqrt(19 / 20 * np.square(values - values.mean()).sum())
+    assert 0.5 < jackknife / ((high - low) / 2 / 2.09) < 2
+    assert set(sums.to_pandas().measure) == {"cka", "svcca", "ridge-r2"}
