@@ -198,17 +198,18 @@ def debiased_ckas(
         spread = float(np.einsum("ij,ij->", sides[-1], sides[-1], dtype=np.float64))
         reasons.append(_constant(name, spread, len(rows), mean))
     reason = next(filter(None, reasons), None)
-    products = None if reason else [a @ a.T for a in sides] if few else _squares(sides)
-    found = []
+    grams = [] if reason or not few else [a @ a.T for a in sides]
+    squares = np.zeros((2, 2)) if reason or few else _squares(sides)
+    found: list[tuple[float, str | None]] = []
     for order, documents in ordered:
         if why := documents.reason or reason:
             found.append((math.nan, why))
             continue
         rows_in_order = sides if order is None else [rows[order] for rows in sides]
         if few:
-            hsic, size = _hsic_of_grams([k if order is None else k[np.ix_(order, order)] for k in products], documents)
+            hsic, size = _hsic_of_grams([k if order is None else k[np.ix_(order, order)] for k in grams], documents)
         else:
-            hsic, size = _hsic_of_features(rows_in_order, products, documents)
+            hsic, size = _hsic_of_features(rows_in_order, squares, documents)
         found.append(_cosine(hsic, size, rows_in_order if correct_features else None, documents))
     return found
 

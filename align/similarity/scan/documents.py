@@ -104,11 +104,16 @@ def nothing_between(widths_p: Sequence[int], widths_q: Sequence[int] | None, *, 
         np.zeros(3, np.int64),
         # BLAS fills triangles column by column.
         np.zeros((p, q), order="F" if same else "C"),
-        *(np.zeros((i, j)) for _ in range(3)),
-        *(np.zeros(size) for size in (i, j, i, j)),
-        np.zeros(p),
-        np.zeros(q),
-        np.zeros((_ALONE, p if alone and same else 0)),
+        own=np.zeros((i, j)),
+        weighted=np.zeros((i, j)),
+        quadratic=np.zeros((i, j)),
+        linear_p=np.zeros(i),
+        linear_q=np.zeros(j),
+        longest_p=np.zeros(i),
+        longest_q=np.zeros(j),
+        sum_p=np.zeros(p),
+        sum_q=np.zeros(q),
+        alone=np.zeros((_ALONE, p if alone and same else 0)),
     )
 
 
@@ -217,7 +222,7 @@ class DocumentAdder:
         if bad:
             raise UnusableRow(*min(bad))
         if self._same:
-            product = ssyrk(1.0, rows[0].T, c=self._product, overwrite_c=1)
+            product: Rows = ssyrk(1.0, rows[0].T, c=self._product, overwrite_c=1)
         else:
             product = np.matmul(rows[0].T, rows[1], out=self._product)
         np.add(self.total.gram, product, out=self.total.gram)

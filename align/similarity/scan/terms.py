@@ -137,8 +137,10 @@ def joined(
                 value[list(p)] = block[name]
     n, batches, rows = (int(value) for value in blocks[0]["counts"])
     d = square.get("d", np.full((count, count), math.nan))
-    about = {name: single[name] for name in ("a", "mean", "effective_rank")}
-    terms = Terms(n, square["fro"], d, **about, batched=None, batches=batches, batch_rows=rows)
+    terms = Terms(
+        n, square["fro"], d, single["a"], single["mean"], single["effective_rank"],
+        batched=None, batches=batches, batch_rows=rows,
+    )  # fmt: skip
     if documents is not None:
         own, wide = np.diag(square["hsic"]), np.asarray(widths, dtype=np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
