@@ -479,10 +479,12 @@ def no_scale(unscaled: Unscaled | None) -> Iterator[Finding]:
     if unscaled is None:
         return
     factor, before, after = unscaled.factor, unscaled.before, unscaled.after
-    known = before is not None and after is not None
-    if NEAR_ONE[0] <= factor <= NEAR_ONE[1] and not (known and after > before + MARGIN):
+    gain, rise = 0.0, ""
+    if before is not None and after is not None:
+        gain = after - before
+        rise = f", and validation R2 of the rotation alone would rise from {before:.3f} to {after:.3f}"
+    if NEAR_ONE[0] <= factor <= NEAR_ONE[1] and gain <= MARGIN:
         return
-    rise = f", and validation R2 of the rotation alone would rise from {before:.3f} to {after:.3f}" if known else ""
     yield _warn(
         "no-scale",
         f"the rotation has no factor, where least squares gives it {factor:.3g}{rise}: the two sides differ in norm, "
