@@ -110,8 +110,8 @@ def retrieval_same_token(y: Rows, y_hat: Rows, tokens: ArrayLike) -> tuple[Figur
 
 def _centred(rows: Rows) -> Array:
     """Rows about their own mean, zero where nothing but rounding is left."""
-    wide = rows.astype(np.float64)
-    away = wide - wide.mean(axis=0)
+    wide: Array = rows.astype(np.float64)
+    away: Array = wide - wide.mean(axis=0)
     rounding = np.linalg.norm(away, axis=1) <= ROUNDING * np.linalg.norm(wide, axis=1).max()
     away[rounding] = 0.0
     return away

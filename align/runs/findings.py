@@ -479,11 +479,11 @@ def no_scale(unscaled: Unscaled | None) -> Iterator[Finding]:
     if unscaled is None:
         return
     factor, before, after = unscaled.factor, unscaled.before, unscaled.after
-    gains, rise = False, ""
+    gain, rise = 0.0, ""
     if before is not None and after is not None:
-        gains = after > before + MARGIN
+        gain = after - before
         rise = f", and validation R2 of the rotation alone would rise from {before:.3f} to {after:.3f}"
-    if NEAR_ONE[0] <= factor <= NEAR_ONE[1] and not gains:
+    if NEAR_ONE[0] <= factor <= NEAR_ONE[1] and gain <= MARGIN:
         return
     yield _warn(
         "no-scale",
