@@ -22,7 +22,7 @@ from featstore.runtime.console import err, human_seconds
 from featstore.runtime.provenance import write_json
 
 _EVERY = 20
-#: What the demo reads of its articles: so many, and of each so many bytes.
+#: Text that the demo reads, to measure on: the openings of so many articles, so many bytes of each.
 _DEMO_ARTICLES, _DEMO_BYTES = 60, 1200
 
 
