@@ -68,7 +68,10 @@ def test_a_hidden_run_names_the_start_of_every_target(run: Path, models: dict[st
         "mistral": ["2"],
         "llama": ["2"],
     }
-    assert all(pair.leak == 0 and not pair.warnings for pair in result.pairs.values())
+    # A window of one document has no interval; nothing else is to be objected to.
+    for pair in result.pairs.values():
+        assert pair.leak == 0
+        assert [found.code for found in pair.warnings] == ["few-documents"]
 
 
 def test_a_result_does_not_depend_on_what_was_tested_before(
