@@ -111,7 +111,7 @@ def write_pilot(writer: StoreWriter, reader: BatchReader, layers: Sequence[int],
     for layer in wanted:
         ordinary, median = without_sinks(np.concatenate(parts[layer]))
         base = f"models/{name}"
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             f"{base}/origin/{layer}": origin_of(ordinary, median),
             f"{base}/median_norm/{layer}": np.array([median], dtype=np.float64),
         }
