@@ -160,6 +160,7 @@ def cka(
     models: tuple[str, str] | list[str] | str | None = None,
     layers: Layers | None = None,
     estimator: str = "debiased",
+    correct_features: bool = False,
     kernel: str = "linear",
     policy: str = "end",
     keep_sinks: bool = False,
@@ -184,7 +185,9 @@ def cka(
     other: ArrayLike | torch.Tensor,
     /,
     *,
+    documents: ArrayLike | torch.Tensor | None = None,
     estimator: str = "debiased",
+    correct_features: bool = False,
     kernel: str = "linear",
 ) -> float: ...
 
@@ -195,7 +198,9 @@ def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
     ``cka(store)`` compares all layers with all layers over the whole store, exactly, and returns a :class:`Similarity`.
     ``cka(x, y)`` compares two arrays ``(n, d1)`` and ``(n, d2)``, numpy or torch, whose i-th rows belong together, and
     returns a float: 1 for the same up to rotation, shift and scale, about 0 for unrelated rows, never clamped. Of
-    arrays there are the keywords ``estimator`` (``debiased`` or ``biased``) and ``kernel`` alone.
+    arrays there are the keywords ``documents`` (labels ``(n,)``, which document each row is of: pairs within one are
+    left out; without them every row is its own), ``estimator`` (``debiased`` or ``biased``), ``correct_features`` and
+    ``kernel`` alone.
 
     >>> import align, numpy as np
     >>> align.cka("wt103.zarr", layers="0%,50%", quiet=True).estimator
@@ -211,8 +216,11 @@ def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
 
             - ``models``: two names, ``("llama", "mistral")`` or ``"llama,mistral"``; None for the store's first two.
             - ``layers``: layers of both models: ``[8, 16]``, ``"8,16"`` or ``"25%,50%"``; None for all.
-            - ``estimator``: ``debiased``, ``biased`` or ``minibatch``; ``kernel``: ``linear`` over all rows, or ``rbf``
-              over a sample of ``max_rows`` (16384).
+            - ``estimator``: ``debiased`` (over pairs of rows of different documents), ``debiased-rows`` (of different
+              rows), ``biased`` or ``minibatch``; ``kernel``: ``linear`` over all rows, or ``rbf`` over a sample of
+              ``max_rows`` (16384).
+            - ``correct_features``: take the dimensions for a sample of a larger population of features
+              (arXiv 2502.15104); of ``debiased``.
             - ``policy``: pair policy, ``end``, ``word`` or ``byte``; ``keep_sinks``: sinks in the main figures.
             - ``roles``: only rows of these roles, ``"assistant"`` or ``["user", "assistant"]``; None for all.
             - ``measures``: others, over the sample: names such as ``["rsa"]``, or ``"all"``; ``draws``: resamples of
@@ -249,6 +257,7 @@ def _cka_of_store(
     models: tuple[str, str] | list[str] | str | None = None,
     layers: Layers | None = None,
     estimator: str = "debiased",
+    correct_features: bool = False,
     kernel: str = "linear",
     policy: str = "end",
     keep_sinks: bool = False,
@@ -267,6 +276,7 @@ def _cka_of_store(
 ) -> Similarity:
     from align.layers import choose_models
     from align.resources import choose_device, dask_client
+    from align.results import SimilarityDocuments
     from align.similarity.compare import Comparison
     from align.similarity.measures.by_name import parse_measures
     from featstore.models.references import parse_layers
@@ -293,6 +303,7 @@ def _cka_of_store(
         models=chosen,
         layers=held,
         estimator=estimator,
+        correct_features=typed("correct_features", correct_features, "bool"),
         kernel=kernel,
         policy=policy,
         keep_sinks=keep_sinks,
@@ -310,7 +321,8 @@ def _cka_of_store(
     with dask_client(scheduler, workers=workers, quiet=quiet) as client:
         found = Similarity.parse(jsonable(comparison.run(client)))
     if directory is not None:
-        found.write(directory)
+        sums = comparison.by_document
+        found.write(directory, None if sums is None else SimilarityDocuments.parse(jsonable(sums)))
         comparison.discard()
     return found
 
@@ -334,15 +346,32 @@ def _model_names(models: tuple[str, str] | list[str] | str | None) -> list[str]:
     return [name.strip() for name in names]
 
 
-def _cka_of_arrays(x: Any, y: Any, *, estimator: str = "debiased", kernel: str = "linear", **others: Any) -> float:
+def _cka_of_arrays(
+    x: Any,
+    y: Any,
+    *,
+    documents: Any = None,
+    estimator: str = "debiased",
+    correct_features: bool = False,
+    kernel: str = "linear",
+    **others: Any,
+) -> float:
     if others:
         raise TypeError(
-            f"align.cka() of two arrays has the keywords estimator and kernel, not {next(iter(others))!r}; for a "
-            "comparison of layers in a store give its path"
+            "align.cka() of two arrays has the keywords documents, estimator, correct_features and kernel, not "
+            f"{next(iter(others))!r}; for a comparison of layers in a store give its path"
         )
+    if correct_features:
+        return _corrected(x, y, documents, estimator, kernel)
     from align.kernels.api import compare_layers
 
-    found = compare_layers([x, y], kernel=kernel, estimator=estimator, wanted=[(0, 1)])  # type: ignore[arg-type]
+    found = compare_layers(
+        [x, y],
+        kernel=kernel,  # type: ignore[arg-type]
+        estimator=estimator,  # type: ignore[arg-type]
+        wanted=[(0, 1)],
+        documents=documents,
+    )
     for place, reason in found.reasons.items():
         which = ("first", "second")[place]
         warnings.warn(f"CKA is undefined: {reason} (the {which} array)", RuntimeWarning, stacklevel=3)
@@ -396,3 +425,17 @@ def _complete_signature() -> inspect.Signature:
 
 
 train.__signature__ = _complete_signature()  # type: ignore[attr-defined]
+
+
+def _corrected(x: Any, y: Any, documents: Any, estimator: str, kernel: str) -> float:
+    """CKA of the populations that the features of two arrays are samples of."""
+    from align.metrics import debiased_cka
+
+    if (estimator, kernel) != ("debiased", "linear"):
+        raise SpecError("correct_features is of the estimator 'debiased' with the linear kernel; leave the others out")
+    arrays = [given.detach().cpu().double().numpy() if hasattr(given, "detach") else given for given in (x, y)]
+    labels = documents.cpu().numpy() if hasattr(documents, "cpu") else documents
+    value, reason = debiased_cka(arrays[0], arrays[1], labels, correct_features=True)
+    if reason:
+        warnings.warn(f"CKA is undefined: {reason}", RuntimeWarning, stacklevel=4)
+    return value

@@ -88,7 +88,19 @@ def _typed(context: typer.Context) -> set[str]:
 @app.command()
 def cka(
     store: Annotated[Path, typer.Option(help="Path of the store.")],
-    estimator: Annotated[str, typer.Option(help="debiased, biased, minibatch.")] = "debiased",
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="debiased, over pairs of rows of different documents; debiased-rows, of different rows; biased; "
+            "minibatch."
+        ),
+    ] = "debiased",
+    correct_features: Annotated[
+        bool,
+        typer.Option(
+            "--correct-features", help="Take dimensions for a sample of a larger population of features; of debiased."
+        ),
+    ] = False,
     kernel: Annotated[str, typer.Option(help="linear, over all rows; or rbf, over a sample.")] = "linear",
     models: Annotated[str | None, typer.Option(help="Two models, A,B; default the store's first two.")] = None,
     layers: Annotated[
@@ -129,6 +141,7 @@ def cka(
     found = api.cka(
         store,
         estimator=estimator,
+        correct_features=correct_features,
         kernel=kernel,
         models=models,
         layers=layers,

@@ -492,6 +492,9 @@ class SimilarityTables(Record):
         cross: ``(layers of the first model, layers of the second)``.
         within: By model ``(layers, layers)``.
         n: Rows.
+        estimator: Of these figures.
+        documents: Documents that the rows are of.
+        effective_documents: How many documents of equal length would weigh as much.
         reasons: Why a cell is null, by ``<model>:<layer> <model>:<layer>``.
         sigmas: Bandwidth of the RBF kernel by ``<model>:<layer>``, in units of the states.
         batches: Minibatches, with ``--estimator minibatch``.
@@ -501,6 +504,9 @@ class SimilarityTables(Record):
     cross: Matrix = ()
     within: Table[Matrix] = EMPTY
     n: Whole | None = None
+    estimator: str | None = None
+    documents: Whole | None = None
+    effective_documents: Number | None = None
     reasons: Table[str] = EMPTY
     sigmas: Table[Number | None] | None = None
     batches: Whole | None = None
@@ -536,6 +542,8 @@ class Exchanged(Record):
         p95: 95th percentile over exchanges; of a distance, where lower is closer, the 5th.
         p: (1 + exchanges at least as close as the value) / (1 + exchanges).
         p_max: The same with the closest of all layer pairs in each exchange: corrected for the number of layer pairs.
+        excess: Value less mean, of ``documents`` of a measure that is biased by how many rows there are.
+        excess_ci95: Its 95 % interval over documents: of what is expected with as many rows.
     """
 
     value: Matrix = ()
@@ -543,6 +551,8 @@ class Exchanged(Record):
     p95: Matrix = ()
     p: Matrix = ()
     p_max: Matrix = ()
+    excess: Matrix = ()
+    excess_ci95: tuple[tuple[Interval | None, ...], ...] = ()
 
 
 class PermutationFloor(Exchanged):
@@ -603,6 +613,7 @@ class MeasureIntervals(Record):
     """95 % intervals of a measure, of the shapes of its values; null where there is none.
 
     Attributes:
+        reason: Why there is none at all.
         cross: Of ``cross``.
         reverse: Of ``reverse``.
         within: Of ``within``.
@@ -611,6 +622,7 @@ class MeasureIntervals(Record):
     cross: tuple[tuple[Interval | None, ...], ...] = ()
     reverse: tuple[tuple[Interval | None, ...], ...] = ()
     within: Table[tuple[tuple[Interval | None, ...], ...]] = EMPTY
+    reason: str | None = None
 
 
 class MeasureFloor(Record):
@@ -703,7 +715,10 @@ class Similarity(SimilarityTables):
         models: The two names; equal for a model with itself.
         layers: Layer numbers by model; the rows and columns of the matrices.
         widths: Width of the residual stream by model.
-        estimator: ``debiased``, ``biased`` or ``minibatch``.
+        estimator: ``debiased`` (over pairs of rows of different documents), ``debiased-rows`` (of different rows),
+            ``biased`` or ``minibatch``. A store that holds moments alone has ``debiased-rows`` where ``debiased`` was
+            asked for.
+        correct_features: Whether self terms leave out a dimension with itself.
         kernel: ``linear`` or ``rbf``.
         null: The main figure of shuffled rows.
         permutations: The floors of the main figure: ``documents`` (documents in each other's place) and ``token``
@@ -727,6 +742,7 @@ class Similarity(SimilarityTables):
     layers: Table[tuple[Whole, ...]] = EMPTY
     widths: Table[Whole] = EMPTY
     estimator: str | None = None
+    correct_features: Flag | None = None
     kernel: str | None = None
     null: Floor | None = None
     permutations: Table[PermutationFloor] = EMPTY
@@ -751,7 +767,7 @@ class Similarity(SimilarityTables):
         first, second = self.models[0], self.models[-1]
         columns: dict[str, Matrix] = {"cka": self.cross}
         for name, floor in self.permutations.items():
-            columns |= {f"{name}_{key}": getattr(floor, key) for key in Exchanged.model_fields}
+            columns |= {f"{name}_{key}": getattr(floor, key) for key in ("value", "mean", "p95", "p", "p_max")}
         columns |= {} if self.unmasked is None else {"unmasked": self.unmasked.cross}
         columns |= {} if self.masked is None else {"masked": self.masked.cross}
         columns |= {f"{name}_sample" if name == "cka" else name: m.cross for name, m in self.measures.items()}
@@ -759,6 +775,47 @@ class Similarity(SimilarityTables):
             {"first_layer": a, "second_layer": b, **{name: matrix[i][j] for name, matrix in columns.items() if matrix}}
             for i, a in enumerate(self.layers[first])
             for j, b in enumerate(self.layers[second])
+        )
+
+
+class WithoutDocument(Record):
+    """A measure without each document.
+
+    Attributes:
+        values: By ``<model>:<layer> <model>:<layer>``, in the order of ``documents``.
+        reason: Why there are none.
+    """
+
+    values: Table[tuple[Number | None, ...]] = EMPTY
+    reason: str | None = None
+
+
+class SimilarityDocuments(Record):
+    """Contents of ``cka_documents.json``: every measure without each document, for intervals of any kind.
+
+    Attributes:
+        models: The two names.
+        documents: Numbers of the documents in the store.
+        rows: Rows of each in the sample.
+        measures: By name.
+    """
+
+    file: ClassVar[str] = "cka_documents.json"
+    command: ClassVar[str] = "align cka --measures"
+    always: ClassVar[tuple[str, ...]] = ("models", "documents", "rows")
+
+    models: tuple[str, ...] = ()
+    documents: tuple[Whole, ...] = ()
+    rows: tuple[Whole, ...] = ()
+    measures: Table[WithoutDocument] = EMPTY
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for every measure, pair of layers and document: ``value`` is that of all other documents."""
+        return frame(
+            {"measure": name, "pair": pair, "document": document, "rows": rows, "value": value}
+            for name, measure in self.measures.items()
+            for pair, values in measure.values.items()
+            for document, rows, value in zip(self.documents, self.rows, values, strict=True)
         )
 
 
@@ -849,6 +906,24 @@ def write_epoch(run: Path, epoch: EpochRecord) -> Path:
     return write(epoch, run, name=epoch_file(epoch.epoch))
 
 
+def read_similarity_documents(where: Path | str) -> SimilarityDocuments:
+    """Read ``cka_documents.json``.
+
+    Args:
+        where: Its directory, or the file.
+
+    Raises:
+        AdapterError: There is none.
+        CorruptDataError: It is damaged.
+    """
+    return read(SimilarityDocuments, where)
+
+
+def write_similarity_documents(directory: Path, documents: SimilarityDocuments) -> Path:
+    """Write ``cka_documents.json`` into a directory and return its path."""
+    return write(documents, directory)
+
+
 def write_similarity(directory: Path, similarity: Similarity) -> Path:
     """Write ``cka.json`` into a directory and return its path."""
     return write(similarity, directory)
@@ -881,4 +956,4 @@ def kind_of(name: str) -> type[Record] | None:
     """
     if _EPOCH_FILE.fullmatch(name):
         return EpochRecord
-    return {kind.file: kind for kind in (Metrics, Documents, Similarity)}.get(name)
+    return {kind.file: kind for kind in (Metrics, Documents, Similarity, SimilarityDocuments)}.get(name)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 #: What :meth:`Similarity.write` may write.
-_FILES = ("cka.json", "cka.html", "cka.png", "cka.svg", "measures.png", "measures.svg")
+_FILES = ("cka.json", "cka_documents.json", "cka.html", "cka.png", "cka.svg", "measures.png", "measures.svg")
 
 
 class Similarity(results.Similarity):
@@ -64,16 +64,19 @@ class Similarity(results.Similarity):
         self._written = directory, tuple(names)
         return self
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Path, by_document: results.SimilarityDocuments | None = None) -> None:
         """Write ``cka.json``, the page and the pictures.
 
         Args:
             directory: Where.
+            by_document: For ``cka_documents.json``; None for none.
         """
         from align.similarity import heatmaps, page
 
         content = self.content()
         names = (results.write_similarity(directory, self).name, page.write(content, directory))
+        if by_document is not None:
+            names = (names[0], results.write_similarity_documents(directory, by_document).name, *names[1:])
         self.at(directory, (*names, *heatmaps.plot(content, directory)))
 
     @property

@@ -24,6 +24,7 @@ from align.similarity.scan.planning import MEMORY, Selection, Site, plan
 from align.similarity.scan.streaming import BATCH, stream
 from align.similarity.scan.terms import check_estimator, effective_rank, similarity
 from align.similarity.tables import Twice, compare
+from align.solvers.row_effects import in_order
 from featstore.errors import PairingError, SpecError
 from featstore.models.fingerprint import Weights
 from featstore.runtime.console import err, progress
@@ -40,6 +41,11 @@ DRAWS = 1000
 _PARTS = {False: "masked", True: "with-sinks"}
 #: Rows of the floor of linear CKA: of unrelated rows more say the same.
 _NULL_ROWS = 4096
+#: What is said where documents are asked of a store that cannot tell them apart.
+MOMENTS_KNOW_NO_DOCUMENTS = (
+    "the store holds moments alone, sums in which documents cannot be told apart: the figures are of --estimator "
+    "debiased-rows, which few documents raise; extract rows for debiased"
+)
 
 
 class Comparison:
@@ -49,7 +55,12 @@ class Comparison:
         path: The store.
         models: Two model names; equal for one model alone.
         layers: Layers by model.
-        estimator: ``debiased``, ``biased`` or ``minibatch``.
+        estimator: ``debiased`` (over pairs of rows of different documents), ``debiased-rows`` (of different rows),
+            ``biased`` or ``minibatch``. A store that holds moments alone, which know no documents, answers ``debiased``
+            with ``debiased-rows`` and says so.
+        correct_features: Take the dimensions for a sample of a larger population of features
+            (:func:`align.metrics.debiased_cka`); of ``debiased`` with the linear kernel, over rows. Floors and measures
+            do without.
         kernel: ``linear``, over all rows; or ``rbf``, over a sample.
         policy: Pair policy.
         keep_sinks: Whether the main figures include attention sinks.
@@ -76,6 +87,7 @@ class Comparison:
         models: tuple[str, str],
         layers: Mapping[str, Sequence[int]],
         estimator: str = "debiased",
+        correct_features: bool = False,
         kernel: str = "linear",
         policy: str = "end",
         keep_sinks: bool = False,
@@ -95,6 +107,9 @@ class Comparison:
             raise SpecError(f"--kernel {kernel!r}: choose one of {', '.join(KERNELS)}")
         if kernel == "rbf" and estimator == "minibatch":
             raise SpecError("--estimator minibatch is of the linear kernel; leave out --kernel rbf")
+        if correct_features and (estimator != "debiased" or kernel != "linear"):
+            raise SpecError("--correct-features is of --estimator debiased with --kernel linear; leave the others out")
+        self.correct_features = correct_features
         self.path, self.models, self.layers = path, models, {name: tuple(layers[name]) for name in models}
         self.kernel, self.policy, self.keep_sinks = kernel, policy, keep_sinks
         self.roles = role_names(roles)
@@ -113,7 +128,11 @@ class Comparison:
         wanted = list(combinations_with_replacement(named, 2))
         self.rows = all(has_rows(self.store, *site) for site in named)
         self.stored = None
-        if estimator != "minibatch" and kernel == "linear":
+        if correct_features and not self.rows:
+            need_rows(self.store, wanted, "--correct-features")
+        # Moments know no documents: rows are asked wherever there are any.
+        from_moments = estimator in ("debiased-rows", "biased") or (estimator == "debiased" and not self.rows)
+        if from_moments and kernel == "linear":
             self.stored = usable_moments(
                 self.store, models, wanted, policy=policy, keep_sinks=keep_sinks, roles=self.roles
             )
@@ -122,11 +141,19 @@ class Comparison:
         if self.measures and not self.rows:
             need_rows(self.store, wanted, f"--measures {self.measures[0].name}")
         # What cannot be meant is refused before a scheduler is asked for.
+        if self.stored is not None and estimator == "debiased":
+            self.estimator = "debiased-rows"
+            if not quiet:
+                err.print(MOMENTS_KNOW_NO_DOCUMENTS)
         widths = [self.store.model(site.model).width for site in self.sites]
         if self.rows and kernel == "linear":
-            plan(widths, len(self.everything), memory=memory, batch=BATCH if estimator == "minibatch" else None)
+            documents = in_order(self.everything.document)[1] if estimator == "debiased" else None
+            batch = BATCH if estimator == "minibatch" else None
+            plan(widths, len(self.everything), memory=memory, batch=batch, documents=documents)
         if self.measures or kernel == "rbf":
             affordable_rows(widths, max_rows, memory)
+        #: Contents of ``cka_documents.json`` after :meth:`run`; None without measures.
+        self.by_document: dict[str, Any] | None = None
         self._samples: dict[tuple[bool, int], Sample] = {}
 
     def run(self, client: Any) -> dict[str, Any]:
@@ -153,6 +180,7 @@ class Comparison:
             "layers": {name: list(ks) for name, ks in self.layers.items()},
             "widths": {name: self.store.model(name).width for name in self.layers},
             "estimator": self.estimator,
+            "correct_features": self.correct_features,
             "kernel": self.kernel,
             **main,
             "null": self._shuffled(),
@@ -198,7 +226,8 @@ class Comparison:
 
     def _tables(self, client: Any, *, keep_sinks: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """The main matrices with sinks or without, and effective ranks."""
-        n = len(self._pairs(keep_sinks=keep_sinks))
+        pairs = self._pairs(keep_sinks=keep_sinks)
+        n = len(pairs)
         ranks: dict[str, Any] = {}
         facts: dict[str, Any] = {}
         if self.kernel == "rbf":
@@ -217,13 +246,14 @@ class Comparison:
                 client=client,
                 checkpoint=None if self.checkpoint is None else self.checkpoint / _PARTS[keep_sinks],
                 estimator=self.estimator,
+                correct_features=self.correct_features,
                 memory=self.memory,
                 seed=self.seed,
                 ranks=keep_sinks == self.keep_sinks,
                 quiet=self.quiet,
                 label="cka with sinks" if keep_sinks else "cka",
             )
-            values, reasons = similarity(terms, self.estimator)
+            values, reasons = similarity(terms, self.estimator, correct_features=self.correct_features)
             ranks = _ranks(self.sites, terms.effective_rank, terms.participation_ratio)
             if self.estimator == "minibatch":
                 facts = {"batches": terms.batches, "batch_rows": terms.batch_rows}
@@ -238,6 +268,9 @@ class Comparison:
             within[second] = values[count:, count:]
         names = [f"{site.model}:{site.layer}" for site in self.sites]
         undefined = {f"{names[r]} {names[c]}": why for (r, c), why in reasons.items()}
+        if "documents" not in facts:
+            facts |= _documents(pairs.document)
+        facts["estimator"] = self.estimator
         return {"n": n, **facts, "cross": cross, "within": within, "reasons": undefined}, ranks
 
     def _rbf(
@@ -257,7 +290,9 @@ class Comparison:
             ys = [y[order] for y in ys]
         layers = [torch.from_numpy(rows).to(self.device) for rows in (*sample.xs, *ys)]
         biased: Estimator = "biased" if self.estimator == "biased" else "debiased"
-        found = compare_layers(layers, kernel="rbf", estimator=biased)
+        # Of shuffled rows nobody can say which document they are of.
+        documents = sample.document if self.estimator == "debiased" and not shuffled else None
+        found = compare_layers(layers, kernel="rbf", estimator=biased, documents=documents)
         reasons = {
             (r, c): found.reasons[k]
             for r, c in combinations_with_replacement(range(len(layers)), 2)
@@ -265,7 +300,7 @@ class Comparison:
             if k in found.reasons
         }
         sigmas = dict(zip([f"{s.model}:{s.layer}" for s in self.sites], found.sigmas or [], strict=False))
-        return found.cka(), reasons, {"n": sample.n, "sigmas": sigmas}
+        return found.cka(), reasons, {"n": sample.n, "sigmas": sigmas, **_documents(sample.document)}
 
     def _exchanged(self) -> dict[str, Any]:
         """The floors of the main figure, over a sample of rows; none in a store without rows."""
@@ -294,13 +329,15 @@ class Comparison:
     def _shuffled(self) -> dict[str, Any]:
         """The main figure of the same states with rows shuffled: the estimator's own bias, which is no floor."""
         count = len(self.layers[self.models[0]])
-        about = {"method": "shuffled pairs", "estimator": "debiased", "kernel": self.kernel}
+        # A row in another's place is of no document: all pairs of different rows count.
+        about = {"method": "shuffled pairs", "estimator": "debiased-rows", "kernel": self.kernel}
         columns = self.sites[count:] or self.sites
         if not self.rows:
             return {"cross": np.full((count, len(columns)), math.nan), "n": 0, **about, "reason": NEEDS_ROWS}
         if self.kernel == "rbf":
             values, _, facts = self._rbf(keep_sinks=self.keep_sinks, shuffled=True)
-            return {"cross": values[:count, count:], **about, "estimator": self.estimator, "n": facts["n"]}
+            estimator = "biased" if self.estimator == "biased" else "debiased-rows"
+            return {"cross": values[:count, count:], **about, "estimator": estimator, "n": facts["n"]}
         pairs, rng = self._pairs(keep_sinks=self.keep_sinks), np.random.default_rng(self.seed)
         chosen = np.sort(rng.choice(len(pairs), min(len(pairs), _NULL_ROWS), replace=False))
         order = rng.permutation(len(chosen))
@@ -332,6 +369,13 @@ class Comparison:
                     seed=self.seed,
                     tick=lambda share, tick=tick: tick(100 * share),  # type: ignore[misc]
                 )
+        numbers, sizes = np.unique(sample.document, return_counts=True)
+        self.by_document = {
+            "models": list(self.models),
+            "documents": numbers.tolist(),
+            "rows": sizes.tolist(),
+            "measures": {name: block.pop("without") for name, block in found.items()},
+        }
         about = {
             "rows": sample.n,
             "of": sample.of,
@@ -369,6 +413,12 @@ class Comparison:
             if held and np.array_equal(*tokens) and all(has_rows(self.store, name, k) for k in self.layers[model]):
                 return name
         return None
+
+
+def _documents(document: NDArray[np.integer]) -> dict[str, Any]:
+    """How many documents some pairs are of, and how many of equal length would weigh as much."""
+    sizes = in_order(document)[1]
+    return {"documents": len(sizes.sizes), "effective_documents": sizes.effective}
 
 
 def _ranks(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from align.similarity.by_document import measured
 from align.similarity.floors import exchange
 from align.similarity.measures.base import Measure, Resampling, Result
 from align.similarity.measures.controls import Table, ceilings, floors, halves
@@ -25,7 +26,7 @@ def compare(
     names: tuple[Sequence[str], Sequence[str]],
     *,
     forms: tuple[str, str],
-    draws: Resampling | None,
+    draws: Resampling,
     twice: Twice,
     permutations: int = 0,
     most: int = exchange.FLOOR_ROWS,
@@ -39,7 +40,7 @@ def compare(
         sample: Rows; of one model alone both sides are the same.
         names: ``model:layer`` of every layer of both sides.
         forms: Element formats of both models in the store.
-        draws: For intervals; None where there is a single document.
+        draws: Documents, and draws of them for intervals.
         twice: A second reading of the same text by the same models, or why there is none.
         permutations: Exchanges of partners behind each of its floors; 0 for none.
         most: Rows of these floors at most.
@@ -49,7 +50,8 @@ def compare(
     Returns:
         ``title``, ``closer``, ``symmetric``, ``bounds``; ``cross``, ``within`` and, where the measure is not symmetric,
         ``reverse``, float64 matrices with NaN where undefined; ``ci95`` of the same shapes with ``[low, high]`` or
-        None; ``facts`` and ``reasons`` by pair of layers; ``floors``, ``permutations`` and ``ceilings``.
+        None, of a biased measure with a ``reason`` why there are none; ``facts`` and ``reasons`` by pair of layers;
+        ``floors``, ``permutations`` and ``ceilings``; ``without``, for ``cka_documents.json``.
     """
     alone = sample.xs is sample.ys
     count = len(sample.xs)
@@ -57,14 +59,15 @@ def compare(
     every = list(names[0]) if alone else [*names[0], *names[1]]
     part = _share(tick, 0.3)
     wanted = [(i, j) for i in range(len(layers)) for j in range(len(layers)) if i <= j or not measure.symmetric]
-    found = measure(layers, wanted, draws, part)
+    found, without = measured(measure, layers, wanted, draws, part)
     first, second = range(count), range(count) if alone else range(count, len(layers))
     models = list(dict.fromkeys(name.rpartition(":")[0] for name in (names[0][0], names[1][0])))
     within = {models[0]: _matrix(found, first, first)}
-    ci = {models[0]: _intervals(found, first, first)}
+    draws_of = None if measure.biased else draws
+    ci = {models[0]: _intervals(found, first, first, draws_of)}
     if not alone:
         within[models[1]] = _matrix(found, second, second)
-        ci[models[1]] = _intervals(found, second, second)
+        ci[models[1]] = _intervals(found, second, second, draws_of)
     result: dict[str, Any] = {
         "title": measure.title,
         "closer": measure.closer,
@@ -72,13 +75,24 @@ def compare(
         "bounds": list(measure.bounds),
         "cross": _matrix(found, first, second),
         "within": within,
-        "ci95": {"cross": _intervals(found, first, second), "within": ci},
+        "ci95": {"cross": _intervals(found, first, second, draws_of), "within": ci},
         "facts": {f"{every[i]} {every[j]}": one.facts for (i, j), one in found.items() if one.facts},
         "reasons": {f"{every[i]} {every[j]}": one.reason for (i, j), one in found.items() if one.reason},
     }
     if not (measure.symmetric or alone):
         result["reverse"] = _matrix(found, second, first).T
-        result["ci95"]["reverse"] = [list(column) for column in zip(*_intervals(found, second, first), strict=True)]
+        result["ci95"]["reverse"] = [
+            list(column) for column in zip(*_intervals(found, second, first, draws_of), strict=True)
+        ]
+    if measure.biased:
+        result["ci95"]["reason"] = (
+            "unrelated rows get another value by how many they are: the interval of the value less its floor stands "
+            "there, as excess_ci95"
+        )
+    if isinstance(without, str):
+        result["without"] = {"values": {}, "reason": without}
+    else:
+        result["without"] = {"values": {f"{every[i]} {every[j]}": values for (i, j), values in without.items()}}
     result["floors"] = _floors(measure, sample, names, seed, _share(tick, 0.2))
     result["ceilings"] = _ceilings(measure, sample, names, forms, twice, seed, _share(tick, 0.2))
     result["permutations"] = {}
@@ -90,6 +104,7 @@ def compare(
             sample.rows,
             draws=permutations,
             most=most,
+            resamples=len(draws.counts),
             seed=seed,
             alone=alone,
             tick=_share(tick, 0.3),
@@ -183,8 +198,10 @@ def _matrix(found: _Found, rows: Sequence[int], columns: Sequence[int]) -> NDArr
     return np.array([[_at(found, i, j).value for j in columns] for i in rows], dtype=np.float64)
 
 
-def _intervals(found: _Found, rows: Sequence[int], columns: Sequence[int]) -> list[list[tuple[float, float] | None]]:
-    return [[_at(found, i, j).interval() for j in columns] for i in rows]
+def _intervals(
+    found: _Found, rows: Sequence[int], columns: Sequence[int], draws: Resampling | None
+) -> list[list[tuple[float, float] | None]]:
+    return [[_at(found, i, j).interval(draws) for j in columns] for i in rows]
 
 
 def _values(table: Table) -> NDArray[np.float64]:

@@ -86,8 +86,7 @@ def _measures(result: Mapping[str, Any]) -> list[str]:
             continue
         i, j = _closest(values, block["closer"], alone=result["models"][0] == result["models"][1])
         (a, b), layers = result["models"], result["layers"]
-        interval = block["ci95"]["cross"][i][j]
-        between = "-" if interval is None else f"{interval[0]:.4f} .. {interval[1]:.4f}"
+        between = _interval(block, i, j)
         exchanged = " ".join(f"{_exchanged(block, kind, i, j):>17}" for kind in ("documents", "token"))
         controls = block["floors"]["noise"]["cross"][i][j], block["ceilings"]["rounding"][a][i]
         others = exchanged + " " + " ".join(f"{'-':>8}" if v is None else f"{v:8.4f}" for v in controls)
@@ -95,7 +94,22 @@ def _measures(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"  {name:20} {where:>23} {values[i, j]:8.4f}  {between:18} {others}")
         if len(block["reasons"]):
             lines.append(f"  {'':20} {len(block['reasons'])} pairs of layers undefined, see cka.json")
+    if any(_documents(block).get("excess_ci95") for block in result["measures"].values()):
+        lines.append("  intervals with a sign are those of the value less its floor with documents exchanged")
     return lines
+
+
+def _documents(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (block.get("permutations") or {}).get("documents") or {}
+
+
+def _interval(block: Mapping[str, Any], i: int, j: int) -> str:
+    """The interval of a value; of a biased measure, with signs, that of the value less its floor."""
+    interval, sign = block["ci95"]["cross"][i][j], ""
+    if interval is None:
+        excess = _documents(block).get("excess_ci95")
+        interval, sign = (excess[i][j] if excess else None), "+"
+    return "-" if interval is None else f"{interval[0]:{sign}.4f} .. {interval[1]:{sign}.4f}"
 
 
 def _exchanged(block: Mapping[str, Any], kind: str, i: int, j: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import ArrayLike
@@ -35,8 +36,8 @@ def to_device(scatter: Scatter, device: str) -> Scatter:
         FitError: torch does not know the device, or it has no float64.
     """
     convert = to_numpy if device == "cpu" else _sender(device)
-    parts = (scatter.mean_x, scatter.mean_y, scatter.gx, scatter.gy, scatter.c)
-    return Scatter(scatter.n, *(convert(part) for part in parts), unit=scatter.unit)
+    parts: dict[str, Any] = {name: convert(getattr(scatter, name)) for name in ("mean_x", "mean_y", "gx", "gy", "c")}
+    return replace(scatter, **parts)
 
 
 def _sender(device: str) -> Any:

@@ -35,6 +35,10 @@ from featstore.errors import FitError
 Array = NDArray[np.float64]
 
 
+def _float64(values: ArrayLike) -> Array:
+    return np.asarray(values, dtype=np.float64)
+
+
 @dataclass(frozen=True, eq=False)
 class Documents:
     """How many rows each document has, and the least squares that follow from it.
@@ -57,7 +61,7 @@ class Documents:
     @cached_property
     def pairs(self) -> int:
         """Ordered pairs of rows of different documents."""
-        return self.n**2 - sum(size * size for size in self.sizes.tolist())
+        return int(self.n**2 - sum(size * size for size in self.sizes.tolist()))
 
     @property
     def freedom(self) -> int:
@@ -153,7 +157,7 @@ class Documents:
         Returns:
             float64 ``(p, q)``.
         """
-        found: Array = products - (np.asarray(first) * self.weights) @ self.others(second).T
+        found: Array = _float64(products) - (_float64(first) * self.weights) @ self.others(second).T
         return found
 
     def shared_of_sums(
@@ -175,11 +179,12 @@ class Documents:
         if len(self.sizes) < 2:
             return np.full(np.shape(products), np.nan)
         if len(self.sizes) == 2:
-            return np.asarray(products - (r * s_longest + r_longest * s) / (2.0 * longest * (n - longest)))
+            effects: Array = (r * s_longest + r_longest * s) / (2.0 * longest * (n - longest))
+            return _float64(products) - effects
         f, q = n - 2 * longest, float(self.sizes @ self.inverses)
         total = (s_longest + f * s) / (f * (1 + q) + longest)
-        effects: Array = total * r - quadratic + (s - q * total) * r_longest / (n - longest)
-        return np.asarray(products - effects)
+        effects = total * r - _float64(quadratic) + (s - q * total) * r_longest / (n - longest)
+        return _float64(products) - effects
 
 
 def in_order(labels: ArrayLike) -> tuple[NDArray[np.int64], Documents]:

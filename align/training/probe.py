@@ -8,8 +8,10 @@ from contextlib import closing
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from align.solvers.row_effects import in_order
 from align.training import losses
 from align.training.modules import TrainedMap
 from align.training.plan import LOSSES
@@ -19,31 +21,34 @@ from featstore.store.read.loader import PairBatches
 SAMPLE = 256
 
 
-def u_centred(rows: Tensor) -> Tensor:
-    """The U-centred Gram matrix of rows, float64, with a zero diagonal.
+class _BetweenDocuments:
+    """Gram matrices without pairs within documents and without row effects (:mod:`align.solvers.row_effects`).
 
-    Its products sum to ``n (n - 3)`` times the unbiased HSIC_1 (Song et al. 2012; Szekely and Rizzo 2014, Partial
-    distance correlation with methods for dissimilarities, definition 2)::
-
-        A_ij - sum_k A_ik / (n - 2) - sum_k A_kj / (n - 2) + sum_kl A_kl / ((n - 1)(n - 2)),  i != j
+    The rows are few and always the same, so the effects come from one matrix, made once: the inverse of the normal
+    equations, in whatever order rows and documents are.
 
     Args:
-        rows: (n, d), n at least 4.
+        document: int64 ``(n,)``, which document each row is of.
+        device: Where the rows are.
     """
-    n = len(rows)
-    # About their mean first, which changes nothing but the rounding.
-    centred = rows.double() - rows.double().mean(dim=0)
-    gram = centred @ centred.T
-    gram.fill_diagonal_(0.0)
-    sums = gram.sum(dim=0) / (n - 2)
-    gram -= sums
-    gram -= sums[:, None]
-    gram += sums.sum() / (n - 1)
-    return gram.fill_diagonal_(0.0)
+
+    def __init__(self, document: NDArray[np.int64], device: torch.device) -> None:
+        between = document[:, None] != document
+        # Of two documents the equations are singular, and any solution will do.
+        inverse = np.linalg.pinv(np.diag(between.sum(axis=1)).astype(np.float64) + between, hermitian=True)
+        self._between, self._inverse = (torch.from_numpy(each).to(device) for each in (between, inverse))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The residual kernel of rows (n, d), float64 (n, n)."""
+        # About their mean first, which changes nothing but the rounding.
+        centred = rows.double() - rows.double().mean(dim=0)
+        gram = (centred @ centred.T) * self._between
+        effects = self._inverse @ gram.sum(dim=0)
+        return (gram - effects - effects[:, None]) * self._between
 
 
 class CkaProbe:
-    """Debiased linear CKA between a map's predictions and their targets, on the same rows every time.
+    """Debiased linear CKA between a map's predictions and their targets, over documents, on the same rows every time.
 
     The targets' side is computed once; a figure costs the predictions of :data:`SAMPLE` rows and one product of them.
 
@@ -61,8 +66,10 @@ class CkaProbe:
         blocks = list(chosen.blocks(n))
         self._x = torch.from_numpy(np.concatenate([block.x for block in blocks])).to(device)
         self._target: Tensor | None = None
-        if n >= 4:
-            self._target = u_centred(torch.from_numpy(np.concatenate([block.y for block in blocks])).to(device))
+        document = chosen.pairs.document.astype(np.int64)
+        if in_order(document)[1].reason is None:
+            self._residual = _BetweenDocuments(document, device)
+            self._target = self._residual(torch.from_numpy(np.concatenate([block.y for block in blocks])).to(device))
 
     def __call__(self, module: TrainedMap) -> tuple[float | None, float]:
         """The CKA and what it cost.
@@ -71,13 +78,13 @@ class CkaProbe:
             module: The map, on the probe's device.
 
         Returns:
-            The figure, None below 4 rows or where a side does not vary; and seconds.
+            The figure, None where a side does not vary or no rows of different documents are left; and seconds.
         """
         start = time.perf_counter()
         if self._target is None:
             return None, 0.0
         with torch.no_grad():
-            own = u_centred(module(self._x))
+            own = self._residual(module(self._x))
             target = self._target
             products = torch.stack([(own * target).sum(), (own * own).sum(), (target * target).sum()])
         cross, one, other = products.tolist()

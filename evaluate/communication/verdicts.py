@@ -279,14 +279,14 @@ def describe(result: Mapping[str, Any]) -> str:
                 f"{indent}{block['condition']:{20 - len(indent)}} {block['accuracy']:6.1%}  "
                 f"({low:.1%} .. {high:.1%})  {human_bytes(block['bytes']):>8}{beside}"
             )
-            told = [f"{other} {gain['value']:+.1%} ({_counts(gain)})" for other, gain in _gains(entry, name)]
-            lines += [f"{indent}  over {line}" for line in told]
+            counted = [f"{other} {gain['value']:+.1%} ({_counts(gain)})" for other, gain in _gains(entry, name)]
+            lines += [f"{indent}  over {line}" for line in counted]
         beats = entry.get("beats", {})
-        if known := [name for name, found in beats.items() if found["beats"] is not None]:
-            won = [name for name in known if beats[name]["beats"]]
+        if tested := [name for name, found in beats.items() if found["beats"] is not None]:
+            won = [name for name in tested if beats[name]["beats"]]
             lines.append(
-                f"  {len(won)} of {len(known)} ways to send states beat the question alone, random and shuffled states "
-                f"(p adjusted for {len(known)}){': ' + '; '.join(won) if won else ''}"
+                f"  {len(won)} of {len(tested)} ways to send states beat the question alone, random and shuffled states"
+                f" (p adjusted for {len(tested)}){': ' + '; '.join(won) if won else ''}"
             )
         lines += [f"  {name}: not run, {reason}" for name, reason in entry["reasons"].items()]
         lines += [f"  warning: {warning['message']}" for warning in entry["warnings"]]

@@ -61,7 +61,10 @@ class StitchResult(ShownResult, Stitched):
                 for name, losses in _measured(pair.conditions)
             ]
             notes = [f"{line} ({mark})" if mark else line for line in _verdict(pair)]
-            notes += [f"{name}: {reason}" for name, reason in pair.reasons.items()]
+            notes += [
+                f"{name}: {'not run, ' if name in pair.conditions else ''}{reason}"
+                for name, reason in pair.reasons.items()
+            ]
             if told := leak_words(pair.leak, known=pair.has("leak")):
                 notes.append(told)
             others = [found for found in pair.warnings if found.code != SIDE_CHANNEL]
@@ -69,7 +72,8 @@ class StitchResult(ShownResult, Stitched):
             if pair.self_bit_identical is False:
                 notes.append("warning: self-injection changed the logits; do not trust these figures")
             effective = "" if pair.effective_documents is None else f" ({pair.effective_documents:.1f} effective)"
-            title = f"{key}: {pair.n_tokens} tokens{of_roles(self.roles)} of {pair.n_documents} documents{effective}"
+            documents = counted(pair.n_documents or 0, "document")
+            title = f"{key}: {pair.n_tokens} tokens{of_roles(self.roles)} of {documents}{effective}"
             columns = (
                 *("condition", "nats/token", "95 %", "minus mapped", "95 %", "bits/byte", "KL", "top-1"),
                 *(["leak"] if mark else []),

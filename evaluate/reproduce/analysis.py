@@ -1,4 +1,4 @@
-"""``ANALYSIS.md``: the programme's questions, each expectation beside its measurement, with the figures behind it."""
+"""``ANALYSIS.md``: the programme's questions, each claim beside its measurement, with the figures behind it."""
 
 from __future__ import annotations
 
@@ -73,10 +73,12 @@ def _head(store: Store, places: Places) -> str:
         f"# What connects {places.source} and {places.target}\n\n"
         f"Models: {models}. Layer pairs: {layers}. Pairs of token states: {counts}.{left_out}\n\n"
         "Maps are fitted on train documents, chosen on validation, and every figure below is of test documents unless "
-        "it says otherwise. Brackets are 95 % intervals over resampled documents, of accuracies over questions. An "
-        "expectation holds at a layer pair where the interval of the measured figure overlaps the expected range, and "
-        "holds on the whole where it does at more than half of them. The expectations are those of the experiment that "
-        "this programme repeats, as they were written down before it; it had neither validation nor controls."
+        "it says otherwise. Brackets are 95 % intervals over documents, of accuracies over questions. A claim is about "
+        "one figure, the mean over all layer pairs where there are several. It is *supported* where the whole interval "
+        "lies inside the claimed range, *contradicted* where it lies wholly outside, and *undecided* elsewhere, with "
+        "the number of documents that would decide it if the figure stayed as it is. The claims are those of the "
+        "experiment that this programme repeats, as they were written down before it; it had neither validation nor "
+        "controls."
     )
 
 
@@ -86,17 +88,22 @@ def _summary(answers: Sequence[Answer]) -> str:
             f"[{answer.question}](#{number}-{_anchor(answer.question)})",
             answer.expected,
             answer.found,
-            f"**{answer.verdict}**",
+            _verdict(answer),
         )
         for number, answer in enumerate(answers, 1)
     ]
     return f"## The questions\n\n{_markdown(Table('', ('question', 'expected', 'measured', 'verdict'), rows))}"
 
 
+def _verdict(answer: Answer) -> str:
+    needed = "" if answer.decided_by is None else f" (about {human(answer.decided_by)} {answer.unit} would decide)"
+    return f"**{answer.verdict}**{needed}"
+
+
 def _section(number: int, answer: Answer, drawn: Sequence[str], out: Path) -> str:
     parts = [
         f"## {number}. {answer.question}",
-        f"Expected: {answer.expected}\n\nMeasured: {answer.found}\n\nVerdict: **{answer.verdict}**",
+        f"Claimed: {answer.expected}\n\nMeasured: {answer.found}\n\nVerdict: {_verdict(answer)}",
         " ".join(answer.words),
     ]
     parts += [f"![{Path(name).stem}]({name})" for name in answer.plots if name in drawn]

@@ -15,10 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.metrics import paired_difference, r2_of
-from align.results import Documents, EpochRecord, Metrics, PairEpoch, PairMetrics, epoch_file
-from align.statistics import quotient
+from align.results import Documents, EpochRecord, Metrics, PairDocuments, PairEpoch, PairMetrics, epoch_file
+from align.statistics import Estimate, quotient
 from evaluate.reproduce.places import Places
-from evaluate.results import Communication, Share, Stitched, StitchedPair, TaskAnswers
+from evaluate.results import (
+    Communication,
+    Share,
+    Stitched,
+    StitchedDocuments,
+    StitchedPair,
+    StitchedSums,
+    TaskAnswers,
+)
 from featstore.runtime.records import EMPTY, Interval, Record, read
 
 _R = TypeVar("_R", bound=Record)
@@ -38,6 +46,15 @@ class Value:
         """Whether the whole interval is."""
         return self.low is not None and self.low > 0
 
+    def less(self, constant: float) -> Value:
+        """The figure with a constant taken off.
+
+        Args:
+            constant: 1 of a quotient, for what it is more than the same.
+        """
+        ends = (None if end is None else end - constant for end in (self.low, self.high))
+        return Value(self.value - constant, *ends)
+
     def show(self, form: str = ".3f") -> str:
         """As text, the interval in brackets.
 
@@ -47,6 +64,16 @@ class Value:
         if self.low is None or self.high is None:
             return format(self.value, form)
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+    @classmethod
+    def estimated(cls, estimate: Estimate | None, less: float = 0.0) -> Value | None:
+        """From an estimate, None where there is none.
+
+        Args:
+            estimate: With its interval, where it has one.
+            less: Is taken off: 1 of a quotient, for what it is more than the same.
+        """
+        return None if estimate is None else cls(estimate.value, estimate.low, estimate.high).less(less)
 
     @classmethod
     def of(cls, share: Share) -> Value | None:
@@ -97,6 +124,11 @@ class Evidence:
         stitched = self._read(Stitched, f"runs/{run}/{into}")
         return None if stitched is None else stitched.pairs.get(key)
 
+    def stitched_sums(self, run: str, key: str) -> StitchedSums | None:
+        """A layer pair's sums of stitched losses by document."""
+        found = self._read(StitchedDocuments, f"runs/{run}")
+        return None if found is None else found.pairs.get(key)
+
     def recovered(self, run: str, key: str, *, token: bool = False, into: str = "") -> Value | None:
         """Share of the stitched loss recovered, from the mean state or from the source's token alone."""
         entry = self.stitched(run, key, into)
@@ -122,6 +154,11 @@ class Evidence:
         if entry is None:
             return None
         return Value.between(getattr(entry.test, name), getattr(entry.test, f"{name}_ci95", None))
+
+    def validated(self, run: str, key: str) -> float | None:
+        """Validation R2 of a layer pair, by which things are chosen; None where there is none."""
+        entry = self.pairs(run).get(key)
+        return None if entry is None or entry.val is None else entry.val.r2
 
     def curve(self, run: str, key: str, figure: Callable[[PairEpoch], float | None]) -> list[float]:
         """A validation figure of a layer pair by epoch, that before training first.
@@ -168,9 +205,14 @@ class Evidence:
         ci = quotient(r2_of(*here), r2_of(*there)).interval if len(here[0]) == len(there[0]) else None
         return Value.between(values[0].value / values[1].value, ci)
 
-    def _sums(self, run: str, key: str) -> tuple[_COLUMNS, _COLUMNS] | None:
+    def sums(self, run: str, key: str) -> PairDocuments | None:
+        """A layer pair's sums of squares by document, those of its own map among them."""
         documents = self._read(Documents, f"runs/{run}")
         entry = None if documents is None else documents.pairs.get(key)
-        if entry is None or "map" not in entry.sse:
+        return None if entry is None or "map" not in entry.sse else entry
+
+    def _sums(self, run: str, key: str) -> tuple[_COLUMNS, _COLUMNS] | None:
+        entry = self.sums(run, key)
+        if entry is None:
             return None
         return np.array(entry.sse["map"], dtype=np.float64), np.array(entry.sst, dtype=np.float64)

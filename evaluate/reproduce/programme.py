@@ -83,8 +83,9 @@ class _Programme:
         out = ("--out", f"{self._run(run)}/{into}") if into else ()
         command = ("stitch", "--store", str(self.store), "--adapter", self._run(run), *arguments)
         command = (*command, "--max-tokens", self.scale.stitch_tokens, *out)
-        made = f"runs/{run}/{into}/stitch.json" if into else f"runs/{run}/stitch.json"
-        self._add(f"stitch {run}{' ' if into else ''}{into}", "evaluate", command, (made,), (run,))
+        where = f"runs/{run}/{into}" if into else f"runs/{run}"
+        made = (f"{where}/stitch_documents.json", f"{where}/stitch.json")
+        self._add(f"stitch {run}{' ' if into else ''}{into}", "evaluate", command, made, (run,))
 
     def communicate(self, run: str, *arguments: str) -> None:
         """The tasks, with a run's states."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from align.statistics import FEW_DOCUMENTS
+from align.statistics import FEW_DOCUMENTS, FEWEST
+from align.statistics.linearised import FEWEST_EFFECTIVE
+from featstore.runtime.sheets import counted
 
 #: The map adds nothing that can be told from zero to the prediction from the token alone.
 EXPLAINED = "token-explains"
@@ -21,11 +23,17 @@ def findings(key: str, entry: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         entry: Its part of ``stitch.json``.
     """
     documents, effective = entry["n_documents"], entry["effective_documents"]
-    if effective < FEW_DOCUMENTS:
+    if documents < FEWEST or effective < FEWEST_EFFECTIVE:
         yield {
             "code": FEW,
-            "message": f"{key}: the intervals of stitched losses come from {documents} documents, which say as much as "
-            f"{effective:.1f} equally long ones; take them as a hint, or extract more text",
+            "message": f"{key}: {_counted(documents, effective)} of stitched losses: too few for an interval, and no "
+            "figure can be told from chance; extract more documents",
+        }
+    elif effective < FEW_DOCUMENTS:
+        yield {
+            "code": FEW,
+            "message": f"{key}: the intervals of stitched losses come from {_counted(documents, effective)}; they are "
+            "wide, and what holds of these documents need not hold of others; extract more documents",
         }
     beyond = entry["beyond_token"]
     if beyond["beaten"] is False:
@@ -36,3 +44,9 @@ def findings(key: str, entry: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             f"{high:.3f}] from where the source token alone brings it, an interval that is not above 0: what is "
             "recovered may be the token's, and nothing is shown about its context",
         }
+
+
+def _counted(documents: int, effective: float) -> str:
+    """The documents, and how many equally long ones would say as much where that is fewer."""
+    said = counted(documents, "document")
+    return said if round(effective, 1) >= documents else f"{said} (as much as {effective:.1f} equally long ones)"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evaluate.injection.verified import SIDE_CHANNEL, leak_mark, leak_words
+from featstore.runtime.sheets import counted
 from featstore.text.roles import of_roles
 
 
@@ -49,8 +50,8 @@ def documents_of(entry: dict[str, Any]) -> str:
     Args:
         entry: A layer pair's part of ``stitch.json``.
     """
-    documents, effective = entry["n_documents"], entry.get("effective_documents")
-    return f"{documents} documents" if effective is None else f"{documents} documents ({effective:.1f} effective)"
+    documents, effective = counted(entry["n_documents"], "document"), entry.get("effective_documents")
+    return documents if effective is None else f"{documents} ({effective:.1f} effective)"
 
 
 def _told(entry: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from featstore.runtime.console import err
 
 #: The shipped files that make the model what it is.
 SHA256 = {
-    WEIGHTS: "5697d9babe08517b3856dd2c270c1e3fba1a9560b2267f8b373d0a6daeb26a12",
+    WEIGHTS: "312a9fa8f0dd78cedf99dad19a9959ad6a493da139a6ade58521315ad40d38af",
     "tokenizer.json": "59884c9bef92a74d4b2d8b2651a26f4ffcbae25a7db567901298ce256a96ca41",
 }
 _CONFIGURATION = "config.json"

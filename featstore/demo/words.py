@@ -54,10 +54,9 @@ def _block(name: str, block: Block) -> Iterator[str]:
     for key, figures in _by_depth(block.cka):
         floors = "  ".join(f"{_floor(figures.floors.get(name)):22}" for name in ("documents", "token"))
         yield f"{'cka':12} {key:24} {_number(figures.value):>6}  {floors}".rstrip()
-    yield (
-        f"{'map':12} {'layers':24} {'R2':>6} {'token':>6} {'beyond':>6} {'clean':>6} {'mapped':>6} {'token':>6} {'mean':>6}"
-        f"  {'recovered [95 %]':24}  {'beyond the token [95 %]':24}  nats beyond it [95 %]"
-    )
+    scores = "".join(f" {name:>6}" for name in ("R2", "token", "beyond", *_LOSSES))
+    shares = f"{'recovered [95 %]':24}  {'beyond the token [95 %]':24}  nats beyond it [95 %]"
+    yield f"{'map':12} {'layers':24}{scores}  {shares}"
     for type_, pairs in block.maps.items():
         for key, figures in _by_depth(pairs):
             yield _map(type_, key, figures)
@@ -114,7 +113,8 @@ def _cka_says(key: str, figures: CkaFigures) -> Iterator[str]:
     if token is not None and token.p is not None and token.value is not None and token.mean is not None:
         verdict = "more than" if token.p <= _ALPHA else "not demonstrably more than"
         rows = f"Of rows with a partner of the same token elsewhere it is {token.value:.3f}"
-        yield f"{rows}: {verdict} those partners give ({_floor(token)})."
+        beyond = f"{token.value - token.mean:+.3f} beyond the token"
+        yield f"{rows}: {verdict} those partners give ({_floor(token)}), {beyond}."
 
 
 def _map_says(key: str, figures: MapFigures) -> Iterator[str]:
@@ -125,7 +125,7 @@ def _map_says(key: str, figures: MapFigures) -> Iterator[str]:
         )
     beyond = figures.beyond_token
     if beyond is not None and beyond.nats is not None:
-        yield f"Put into the target it {_decided(beyond)}, and recovers {_share(figures.recovered)} from the mean state."
+        yield f"Put into the target it {_decided(beyond)}{_of_the_mean(figures.recovered)}."
 
 
 def _beyond(partial: float, interval: Sequence[float | None] | None) -> str:
@@ -155,6 +155,11 @@ def _decided(beyond: Beyond) -> str:
 def _between(interval: Sequence[float | None] | None) -> str:
     low, high = interval or (None, None)
     return "" if low is None or high is None else f" [{low:.1%}, {high:.1%}]"
+
+
+def _of_the_mean(share: Share | None) -> str:
+    known = share is not None and share.value is not None
+    return f"; of what the mean state costs it recovers {_share(share)}" if known else ""
 
 
 def _nats(beyond: Beyond | None) -> str:

@@ -154,12 +154,12 @@ def test_other_ways_to_give_options(planted: Planted, tmp_path: Path) -> None:
         components=np.int32(3),
         memory="2MiB",
         seed=np.int64(3),
-        scale=np.True_,
+        scale=np.False_,
         roles=["text", "assistant"],
         out=str(tmp_path / "run"),
         quiet=True,
     )
-    own = Settings(str(planted.path), layer_map="1:2,2:1", components="3", memory=2**21, scale=True,
+    own = Settings(str(planted.path), layer_map="1:2,2:1", components="3", memory=2**21, scale=False,
                    roles="text,assistant", loop=LoopSettings(seed=3))  # fmt: skip
     assert run.settings == own
     assert align.train(planted.path, "reduced-rank", rank=2, lr=1, out=tmp_path / "rr", quiet=True).settings.loop == (
@@ -565,6 +565,20 @@ def test_cka_of_arrays(estimator: Any, kernel: Any) -> None:
     assert align.cka(x, torch.from_numpy(y), estimator=estimator, kernel=kernel) == value
     if (estimator, kernel) == ("debiased", "linear"):
         assert align.cka(x, y) == pytest.approx(debiased_cka(x, y)[0], abs=1e-9)
+        labels = np.arange(len(x)) // 7
+        by_document = debiased_cka(x, y, labels)[0]
+        assert align.cka(x, torch.from_numpy(y), documents=torch.from_numpy(labels)) == pytest.approx(
+            by_document, abs=1e-6
+        )
+        # Features with nothing in common have no self-HSIC over pairs of different ones.
+        x, y = x + 2 * x[:, :1], y + 2 * y[:, :1]
+        corrected, reason = debiased_cka(x, y, labels, correct_features=True)
+        assert reason is None
+        assert align.cka(torch.from_numpy(x), y, documents=labels, correct_features=True) == pytest.approx(
+            corrected, abs=1e-9
+        )
+        with pytest.raises(SpecError, match="correct_features is of the estimator 'debiased'"):
+            align.cka(x, y, kernel="rbf", correct_features=True)
         assert align.cka(x, x @ rotation(6, 2) * 3 + 1) == pytest.approx(1.0)
         assert abs(align.cka(x, rng.normal(size=(300, 6)))) < 0.05
 
@@ -580,7 +594,7 @@ def test_cka_that_is_undefined_says_why() -> None:
     [
         (("x",), {}, TypeError, "two arrays of paired rows"),
         (("store", "x"), {}, TypeError, "one store, or two arrays"),
-        (("x", "x"), {"layers": [1]}, TypeError, "estimator and kernel, not 'layers'"),
+        (("x", "x"), {"layers": [1]}, TypeError, "documents, estimator, correct_features and kernel, not 'layers'"),
         (("x", "short"), {}, FitError, "30"),
         (("x", "nan"), {}, FitError, "finite"),
         (("x", "x"), {"kernel": "cubic"}, FitError, "cubic"),

@@ -101,7 +101,7 @@ def test_a_clean_layer_of_the_same_model_is_taken(world: SimpleNamespace) -> Non
     given: dict[str, Any] = {"layers": 3, "models": world.models, "write": False, "quiet": True}
     stitched = evaluate.stitch(world.store, world.mixed, max_tokens=60, keep="hide", **given)
     assert stitched.pairs[CLEAN].leak == 0
-    assert stitched.pairs[CLEAN].warnings == ()
+    assert [found.code for found in stitched.pairs[CLEAN].warnings] == ["few-documents"]
     assert list(stitched.verified) == ["gemma"]
     assert list(stitched.verified["gemma"].layers) == ["6"]
     assert "leak" not in describe_losses(stitched.content())
@@ -164,8 +164,8 @@ def test_the_leak_is_the_swap_tests_and_stands_in_every_file(world: SimpleNamesp
         assert sorted(result.verified) == names
         assert result.verified["gemma"].layers["2"].leak == allowed.leak
         assert result.verified["gemma"].blocks == 6
-    assert [w.code for w in stitched.pairs[LEAKS].warnings] == ["side-channel"]
-    assert stitched.pairs[CLEAN].warnings == ()
+    assert [w.code for w in stitched.pairs[LEAKS].warnings] == ["side-channel", "few-documents"]
+    assert [found.code for found in stitched.pairs[CLEAN].warnings] == ["few-documents"]
     assert [w.code for w in texts.warnings] == ["side-channel"]
     assert [w.message for w in task.warnings if w.code == "side-channel"] == [texts.warnings[0].message]
     assert texts.warnings[0].message.startswith(f"{LEAKS}: the swap test {allowed.mark.replace('leak', 'leaks')} at")

@@ -14,7 +14,7 @@ from align.moments.scatter import Array
 from align.similarity.floors import tokens
 from align.similarity.floors.strata import FEWEST, strata
 from align.similarity.floors.summary import summary
-from align.similarity.measures.base import Measure, Partners
+from align.similarity.measures.base import Measure, Partners, Resampling, resampling
 from align.similarity.measures.exchanged import bytes_needed
 
 Layers = Sequence[NDArray[np.float32]]
@@ -60,6 +60,7 @@ def floors(
     *,
     draws: int = PERMUTATIONS,
     most: int = FLOOR_ROWS,
+    resamples: int = 0,
     seed: int = 0,
     alone: bool = False,
     tick: Callable[[float], None] = lambda _: None,
@@ -73,6 +74,8 @@ def floors(
         rows: Where they come from.
         draws: Exchanges of each floor.
         most: Rows at most; a measure may allow fewer.
+        resamples: Draws of documents behind the interval of a biased measure's values less the mean of its floor
+            ``documents``; 0 for none.
         seed: Of rows and exchanges. The same seed exchanges the same rows for every measure with as many.
         alone: Whether both models are one.
         tick: Called with the share of the work done since the last call.
@@ -80,7 +83,7 @@ def floors(
     Returns:
         ``documents`` and ``token``: the matrices of :func:`align.similarity.floors.summary.summary`, those of the
         other direction as ``opposite`` where the measure has one, ``rows``, ``of``, ``documents`` and ``draws``; or
-        ``reason`` where there is no floor.
+        ``reason`` where there is no floor. Of a biased measure ``documents`` has ``excess`` and ``excess_ci95``, too.
     """
     most = min(most, measure.floor_rows)
     found = {}
@@ -95,12 +98,36 @@ def floors(
         x, y = [layer[chosen] for layer in xs], [layer[chosen] for layer in ys]
         both = not measure.symmetric and not alone
         part = _part(tick, 0.25 if both else 0.5)
+        # Intervals of a biased measure are those of what it is above the floor that keeps documents whole.
+        resampled = resampling(partners.document, draws=resamples, seed=seed) if resamples else None
+        of = resampled if measure.biased and name == "documents" else None
         tables = summary(measure.under(x, y, partners, part), measure.closer, alone=alone)
-        found[name] = {**tables, **about}
+        found[name] = {**tables, **about, **_excess(measure, x, y, tables["mean"], of)}
         if both:
             backwards: Array = measure.under(y, x, partners.inverse(), part).transpose(0, 2, 1)
-            found[name]["opposite"] = summary(backwards, measure.closer)
+            tables = summary(backwards, measure.closer)
+            excess = _excess(measure, y, x, tables["mean"].T, of)
+            found[name]["opposite"] = {**tables, **{key: _transposed(table) for key, table in excess.items()}}
     return found
+
+
+def _excess(measure: Measure, xs: Layers, ys: Layers, mean: Array, draws: Resampling | None) -> dict[str, Any]:
+    """``excess``, the values less the floor's mean, and ``excess_ci95``, over the rows of the floor."""
+    if draws is None:
+        return {}
+    wanted = [(i, len(xs) + j) for i in range(len(xs)) for j in range(len(ys))]
+    found = measure([*xs, *ys], wanted, draws, lambda _: None)
+    excess, intervals = np.full(mean.shape, np.nan), [[None] * len(ys) for _ in xs]
+    for i, k in wanted:
+        j, result = k - len(xs), found[i, k]
+        excess[i, j] = result.value - mean[i, j]
+        ends = result.interval(draws)
+        intervals[i][j] = None if ends is None else tuple(end - mean[i, j] for end in ends)
+    return {"excess": excess.tolist(), "excess_ci95": intervals}
+
+
+def _transposed(table: list[list[Any]]) -> list[list[Any]]:
+    return [list(column) for column in zip(*table, strict=True)]
 
 
 def _part(tick: Callable[[float], None], share: float) -> Callable[[float], None]:

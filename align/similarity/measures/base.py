@@ -14,8 +14,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from align.moments.scatter import Array
+from align.statistics.linearised import FEWEST, FEWEST_EFFECTIVE, LEVEL
 from featstore.errors import FitError
 
 #: Which layers of a list to compare: positions, the first at most the second.
@@ -36,6 +38,12 @@ class Resampling:
 
     document: NDArray[np.int64]
     counts: Array
+
+    @property
+    def effective(self) -> float:
+        """How many documents of equal length would weigh as much: ``1 / sum (n_d / n)^2``."""
+        sizes = np.bincount(self.document).astype(np.float64)
+        return float(sizes.sum() ** 2 / np.square(sizes).sum()) if sizes.size else 0.0
 
 
 def resampling(documents: NDArray[np.integer], *, draws: int = 1000, seed: int = 0) -> Resampling:
@@ -77,15 +85,27 @@ class Result:
     draws: Array | None = None
     facts: dict[str, float] | None = None
 
-    def interval(self) -> tuple[float, float] | None:
-        """The 95 % percentile interval over the resamples; None where there is none."""
-        if self.draws is None or not math.isfinite(self.value):
+    def interval(self, of: Resampling | None) -> tuple[float, float] | None:
+        """The 95 % interval: the value and as much to either side.
+
+        The standard deviation of the draws, times ``sqrt(D / (D - 1))`` since drawing D documents from D varies less
+        than drawing them from all there are, times the quantile of a t distribution with D - 1 degrees of freedom, D
+        being :attr:`Resampling.effective`. Percentiles of few documents' draws lie too close together.
+
+        Args:
+            of: The draws that the result was computed with.
+
+        Returns:
+            None without draws, or of fewer documents than :data:`align.statistics.linearised.FEWEST`.
+        """
+        if of is None or self.draws is None or not math.isfinite(self.value):
             return None
-        found = self.draws[np.isfinite(self.draws)]
-        if not found.size:
+        found, effective = self.draws[np.isfinite(self.draws)], of.effective
+        if found.size < 2 or of.counts.shape[1] < FEWEST or effective < FEWEST_EFFECTIVE:
             return None
-        low, high = np.quantile(found, [0.025, 0.975])
-        return float(low), float(high)
+        spread = float(found.std()) * math.sqrt(effective / (effective - 1))
+        reach = spread * float(stdtrit(effective - 1, 1 - (1 - LEVEL) / 2))
+        return self.value - reach, self.value + reach
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +147,8 @@ class Measure(Protocol):
         closer: Whether similar layers get higher or lower values.
         symmetric: Whether (x, y) and (y, x) are the same; where not, only the pairs asked for are computed.
         bounds: The values it can take in principle, for a plot's scale; None for an open side.
+        biased: Whether unrelated rows get another value than 0 (or, of a distance, the largest), by a margin that
+            depends on how many there are: the interval is then that of the value less its floor.
         floor_rows: Rows that its floors are made from at most: fewer where every exchange is another decomposition.
     """
 
@@ -135,6 +157,7 @@ class Measure(Protocol):
     closer: Literal["higher", "lower"]
     symmetric: bool
     bounds: tuple[float | None, float | None]
+    biased: bool
     floor_rows: int
 
     def __call__(

@@ -180,6 +180,7 @@ class Cka:
     closer: Literal["higher", "lower"] = "higher"
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+    biased: bool = False
     floor_rows: int = 8192
 
     def __call__(
@@ -215,6 +216,7 @@ class RbfCka:
     closer: Literal["higher", "lower"] = "higher"
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+    biased: bool = False
     floor_rows: int = 8192
 
     def __init__(self, fraction: float = 1.0) -> None:

@@ -108,6 +108,7 @@ class _NeighbourMeasure:
     symmetric: bool = True
     #: Whether a neighbour counts by how near it is, or simply as one.
     weighted: bool = False
+    biased: bool = True
     floor_rows: int = 8192
 
     def __init__(self, k: int = 10) -> None:

@@ -182,6 +182,15 @@ class Grouping:
         return np.outer(sizes, sizes) - np.diag(sizes)
 
 
+def most_groups(pairs: int) -> int:
+    """Documents that are told apart when sums of so many pairs of layers are kept together.
+
+    Args:
+        pairs: Of layers, each layer with itself included.
+    """
+    return max(2, min(GROUPS, int(np.sqrt(SUMS / pairs))))
+
+
 def grouping(draws: Resampling | None, n: int, *, pairs: int = 1) -> Grouping:
     """Put the rows in the order of their documents.
 
@@ -198,7 +207,7 @@ def grouping(draws: Resampling | None, n: int, *, pairs: int = 1) -> Grouping:
         rows = np.arange(n, dtype=np.int64)
         return Grouping(rows, np.zeros(1, np.int64), np.array([n], np.int64), None, alone(n))
     documents = draws.counts.shape[1]
-    groups = min(documents, max(2, min(GROUPS, int(np.sqrt(SUMS / pairs)))))
+    groups = min(documents, most_groups(pairs))
     group, counts = draws.document, draws.counts
     if groups < documents:
         group = group * groups // documents

@@ -169,6 +169,7 @@ class RidgeR2:
     closer: Literal["higher", "lower"] = "higher"
     symmetric = False
     bounds: tuple[float | None, float | None] = (None, 1.0)
+    biased: bool = False
     floor_rows: int = 2048
 
     def __init__(self, lambdas: Sequence[float] | None = None) -> None:

@@ -44,6 +44,7 @@ class Rsa:
     closer: Literal["higher", "lower"] = "higher"
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
+    biased: bool = True
     floor_rows: int = 8192
 
     def __call__(

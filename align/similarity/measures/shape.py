@@ -45,6 +45,7 @@ class ShapeDistance:
 
     closer: Literal["higher", "lower"] = "lower"
     symmetric = True
+    biased: bool = True
     floor_rows: int = 2048
 
     def __init__(self, *, angular: bool) -> None:

@@ -100,6 +100,7 @@ class CanonicalCorrelation:
 
     closer: Literal["higher", "lower"] = "higher"
     bounds: tuple[float | None, float | None] = (0.0, 1.0)
+    biased: bool = True
     floor_rows: int = 2048
 
     def __init__(self, *, weighted: bool, share: float) -> None:

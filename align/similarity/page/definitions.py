@@ -25,8 +25,9 @@ MEASURES: dict[str, Definition] = {
     "cka": Definition(
         "Linear CKA",
         "How far two layers find the same pairs of tokens alike: the inner products of all pairs of rows are compared, "
-        "scaled so that 1 means equal up to rotation, shift and one common factor.",
-        "Kornblith et al. 2019, arXiv 1905.00414; debiased by HSIC_1 of Song et al. 2012 (JMLR 13)",
+        "scaled so that 1 means equal up to rotation, shift and one common factor. Debiased, pairs of rows of one "
+        "document do not count.",
+        "Kornblith et al. 2019, arXiv 1905.00414; with a document a row, HSIC_1 of Song et al. 2012 (JMLR 13)",
     ),
     "rbf-cka": Definition(
         "RBF CKA",

@@ -5,11 +5,12 @@ one drawing serves all of them. A view is what JSON can hold::
 
     {"id", "title", "closer", "symmetric", "n", "rows_text", "scale": {"low", "high", "closer"},
      "blocks": [{"key", "title", "state", "rows": {"model", "layers"}, "columns": {...}, "values", "ci", "reasons",
-                 "floors": [{"name", "values", "n"} | {"edge", "p"}],
+                 "floors": [{"name", "values", "n"} | {"edge", "p", "excess"}],
                  "ceilings": [{"name", "values" | "rows" and "columns"}],
                  "facts": {"rows", "columns", "cells"}, "beside": {"state", "values", "n", "reasons"} | None}]}
 
-A floor with exchanged partners has its ``edge``, which 5 % of the exchanges pass, and the corrected p of every cell.
+A floor with exchanged partners has its ``edge``, which 5 % of the exchanges pass, the corrected p of every cell
+and, of a biased measure, the interval of the value less the floor, its ``excess``.
 Every matrix is indexed ``[row's layer][column's layer]``; ``reasons`` has keys ``"i,j"``.
 """
 
@@ -155,6 +156,7 @@ def _exchanged(permutations: dict[str, Any], key: str) -> Iterable[dict[str, Any
                 "values": tables["mean"],
                 "edge": tables["p95"],
                 "p": tables["p_max"],
+                "excess": tables.get("excess_ci95") or None,
                 "n": floor.get("rows"),
             }
 

@@ -12,7 +12,8 @@ from evaluate.reproduce.answers.maps import (
     multi_layer,
     which_layers,
 )
-from evaluate.reproduce.answers.models import ceiling, communication, controls, rates
+from evaluate.reproduce.answers.models import ceiling, controls, rates
+from evaluate.reproduce.answers.tasks import communication
 from evaluate.reproduce.answers.training import epochs, gradient, in_the_model
 from evaluate.reproduce.evidence import Evidence
 

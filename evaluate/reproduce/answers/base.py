@@ -1,22 +1,24 @@
-"""What an answer is, and when an expectation counts as held."""
+"""What an answer is, and what a measurement says of a claim.
+
+A claim names a range, or a side of a value. It is supported where the whole interval of the measured figure lies inside
+the range, contradicted where it lies wholly outside, and undecided elsewhere (:func:`align.statistics.judge`): an
+interval that overlaps the range shows no more than that nobody measured enough.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from align.statistics import CONTRADICTED, SUPPORTED, UNDECIDED, Estimate, Verdict, judge
 from evaluate.reproduce.evidence import Value
 
-HELD, PARTLY, LESS, MORE, NOT, ANSWERED, OPEN = (
-    "held",
-    "held in part",
-    "less than expected",
-    "more than expected",
-    "did not hold",
-    "answered",
-    "cannot be said",
-)
+#: Of a question that claims nothing; and of one whose steps are not done, or whose figure does not exist.
+ANSWERED, OPEN = "answered", "cannot be said"
+#: Largest p value that shows anything, adjusted where many are looked at.
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,11 @@ class Answer:
     Attributes:
         question: What was asked.
         expected: What the original expected.
-        verdict: One of this module's.
+        verdict: ``supported``, ``contradicted`` or ``undecided``; ``answered`` where nothing is claimed, or ``cannot be
+            said``.
+        decided_by: How many test documents, or questions, would decide what is undecided, if the figure stayed as it
+            is; None where nobody knows.
+        unit: What is counted.
         found: The measurement in one sentence.
         words: Further sentences.
         tables: Figures.
@@ -52,6 +58,8 @@ class Answer:
     question: str
     expected: str
     verdict: str = OPEN
+    decided_by: int | None = None
+    unit: str = "test documents"
     found: str = "its steps are not done"
     words: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
@@ -62,56 +70,47 @@ class Answer:
         """As a JSON value."""
         return asdict(self)
 
-
-@dataclass(frozen=True)
-class Judged:
-    """How many measurements fall within an expected range, below it and above."""
-
-    within: int
-    below: int
-    above: int
-
-    @property
-    def verdict(self) -> str:
-        """What most of them say; ``held in part`` where none of the three has more than half."""
-        total = self.within + self.below + self.above
-        if not total:
-            return OPEN
-        for count, verdict in ((self.within, HELD), (self.below, LESS), (self.above, MORE)):
-            if 2 * count > total:
-                return verdict
-        return PARTLY
-
-    def words(self, what: str) -> str:
-        """The counts as a sentence.
+    def judge(self, *verdicts: Verdict) -> None:
+        """Take the verdict of claims that have to hold together.
 
         Args:
-            what: Is counted, such as ``layer pairs``.
+            verdicts: Of each.
         """
-        total = self.within + self.below + self.above
-        return f"Of {total} {what}, {self.within} lie in the expected range, {self.below} below and {self.above} above."
+        together = all_of(verdicts)
+        self.verdict, self.decided_by = together.state, together.documents
+
+    def claim(self, estimate: Estimate, low: float = -math.inf, high: float = math.inf) -> None:
+        """Judge the claim that a figure lies within a range, and say why where it cannot be judged.
+
+        Args:
+            estimate: The figure.
+            low: The range's lower end.
+            high: Its upper end.
+        """
+        self.judge(judge(estimate, low, high))
+        if estimate.reason is not None:
+            self.words.append(f"There is no interval: {estimate.reason}.")
 
 
-def judge(values: Sequence[Value], low: float, high: float) -> Judged:
-    """Compare measurements with an expected range: inside is what has an interval that overlaps it.
+def all_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict on several claims together: all have to be supported, and one that is contradicted is enough.
 
     Args:
-        values: Measurements; one without an interval is its own.
-        low: Least expected.
-        high: Most expected.
+        verdicts: Of each, at least one.
     """
-    below = above = 0
-    for value in values:
-        least = value.value if value.low is None else value.low
-        most = value.value if value.high is None else value.high
-        below += most < low
-        above += least > high
-    return Judged(len(values) - below - above, below, above)
+    states = [verdict.state for verdict in verdicts]
+    if CONTRADICTED in states:
+        return Verdict(CONTRADICTED, None)
+    if UNDECIDED not in states:
+        return Verdict(SUPPORTED, None)
+    needed = [verdict.documents for verdict in verdicts if verdict.state == UNDECIDED]
+    known = [count for count in needed if count is not None]
+    return Verdict(UNDECIDED, max(known) if len(known) == len(needed) else None)
 
 
-def share(value: Value | None) -> str:
+def share(value: Value | None, form: str = ".1%") -> str:
     """A share in percent with its interval, a dash where there is none."""
-    return "-" if value is None else value.show(".1%")
+    return "-" if value is None else value.show(form)
 
 
 def figure(value: Value | None, form: str = ".3f") -> str:

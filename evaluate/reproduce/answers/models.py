@@ -2,57 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
-from align.results import Finding, Metrics
-from evaluate.reproduce.answers.base import (
-    ANSWERED,
-    HELD,
-    NOT,
-    PARTLY,
-    Answer,
-    Table,
-    arrow,
-    figure,
-    share,
-)
+from align.results import Metrics
+from align.statistics import CONTRADICTED, SUPPORTED, Verdict, judge
+from evaluate.reproduce.answers.base import ANSWERED, Answer, Table, arrow, figure, share
 from evaluate.reproduce.evidence import Evidence, Value
-from evaluate.results import Answers, Communication, Stitched, StitchedPair
-from featstore.runtime.console import human_bytes
-from featstore.runtime.records import EMPTY
+from evaluate.reproduce.pooled import Place, controls_of, nats_below, r2_mean, recovered_share
+from evaluate.results import Communication, Stitched, StitchedPair
 
 
 def ceiling(evidence: Evidence) -> Answer:
     """A model with itself: what the instrument says where nothing can be lost."""
     answer = Answer(
         "Is the instrument right? (same-model pairs, the ceiling)",
-        "A model's own states must come back whole.",
+        f"A model's own states come back whole: R2 above {_WHOLE_R2}, more than {_WHOLE_SHARE:.0%} of the loss, and "
+        "the bits.",
     )
     places = evidence.places
     rows: list[tuple[str, ...]] = []
-    right: list[bool] = []
+    own: list[Place] = []
+    identical: list[bool] = []
     for model in (places.source, places.target):
         run = f"self-{model}"
         for key in evidence.pairs(run):
             entry, r2 = evidence.stitched(run, key), evidence.test(run, key)
-            recovered = evidence.recovered(run, key)
-            identical = "-" if entry is None else "yes" if entry.self_bit_identical else "no"
-            rows.append((arrow(key), figure(r2, ".5f"), share(recovered), identical))
-            right.append(r2 is not None and r2.value > 0.999 and (entry is None or bool(entry.self_bit_identical)))
-            right.append(recovered is None or recovered.value > 0.98)
+            said = "-" if entry is None else "yes" if entry.self_bit_identical else "no"
+            rows.append((arrow(key), figure(r2, ".5f"), share(evidence.recovered(run, key)), said))
+            own.append((run, key))
+            identical += [] if entry is None else [bool(entry.self_bit_identical)]
             answer.sources += [f"runs/{run}/metrics.json", f"runs/{run}/stitch.json"]
-    if rows:
-        answer.verdict = HELD if all(right) else NOT
+    r2_of_all = r2_mean(evidence, own)
+    if r2_of_all is not None:
+        # Where the mean state does no harm, nothing can be recovered, and nothing is claimed of it.
+        shares = recovered_share(evidence, own)
+        told = [] if shares is None else [judge(shares, low=_WHOLE_SHARE)]
+        bits = Verdict(SUPPORTED if all(identical) else CONTRADICTED, None)
+        answer.judge(judge(r2_of_all, low=_WHOLE_R2), *told, bits)
         answer.found = (
-            "Yes: a model's map to itself is the identity, and its loss comes back."
-            if all(right)
-            else "No: figures of two models below cannot be read as a loss between models."
+            f"R2 {figure(Value.estimated(r2_of_all), '.5f')}, {share(Value.estimated(shares))} of the stitched loss "
+            f"recovered, mean over {len(rows)} layer pairs; own states put back are "
+            f"{'' if all(identical) else 'not '}bit-identical."
         )
+        if answer.verdict == CONTRADICTED:
+            answer.words.append("Figures of two models below cannot be read as a loss between models.")
         header = ("layers", "R2", "recovered", "own states bit-identical")
         answer.tables.append(Table("Procrustes from a model to itself, test documents", header, rows))
     return answer
 
 
+#: What counts as whole: rounding and a rotation in float32 leave more than this.
+_WHOLE_R2, _WHOLE_SHARE = 0.999, 0.98
 #: Runs whose stitched loss is compared with its controls.
 _STITCHED = ("procrustes", "linear", "affine", "lora", "joint")
 
@@ -61,7 +59,7 @@ def controls(evidence: Evidence) -> Answer:
     """Stitched loss against every control, and tasks against theirs."""
     answer = Answer(
         "Does anything beat the controls?",
-        "There were none.",
+        "There were none; here, that affine maps do better than each of them, the source's token alone among them.",
     )
     rows: list[tuple[str, ...]] = []
     beaten: list[bool] = []
@@ -91,25 +89,23 @@ def controls(evidence: Evidence) -> Answer:
             "closest control",
         )
         answer.tables.append(Table("Stitched loss (nats per token), test documents", header, rows))
-        answer.verdict = HELD if all(beaten) else PARTLY if any(beaten) else NOT
-        answer.found = (
-            f"{sum(beaten)} of {len(beaten)} stitched losses are below that of every control, the token alone among "
-            "them, each difference with its whole interval."
-        )
-    told = [
-        (f"{task}: {name}", gains)
-        for task, entry in evidence.tasks("affine").items()
-        for name, gains in entry.gains.items()
-        if entry.source != entry.target
-    ]
-    if told:
-        won = [name for name, gains in told if all((Value.of(g) or Value(0)).above_zero for g in gains.values())]
+        answer.found = "The affine map's stitched losses have no sums by document."
+        # All layer pairs together, and named beforehand: the affine map is the programme's main one.
+        places = [("affine", key) for key in evidence.pairs("affine")]
+        below = {name: found for name in controls_of(evidence, places) if (found := nats_below(evidence, places, name))}
+        if below:
+            answer.judge(*(judge(found, low=0.0) for found in below.values()))
+            closest = min(below, key=lambda name: below[name].value)
+            answer.found = (
+                f"Affine maps are {figure(Value.estimated(below[closest]), '+.3f')} nats per token below the closest "
+                f"of {len(below)} controls ({closest}), mean over all layer pairs."
+            )
+            if reason := below[closest].reason:
+                answer.words.append(f"There is no interval: {reason}.")
         answer.found += (
-            f" Of {len(told)} ways to put the other model's states into a question, {len(won)} beat every control and "
-            "silence beyond their intervals."
+            f" Of the {len(beaten)} stitched losses in the table {sum(beaten)} are below that of every control, each "
+            "difference with its whole interval."
         )
-        answer.words.append(f"These are {'; '.join(map(arrow, won))}." if won else "No task shows communication.")
-        answer.sources.append("runs/affine/communicate.json")
     answer.sources = list(dict.fromkeys(answer.sources))
     return answer
 
@@ -123,73 +119,6 @@ def _against_controls(run: str, key: str, entry: StitchedPair) -> tuple[str, ...
     return (run, arrow(key), *shown, *shares, entry.closest_control or "-")
 
 
-#: Conditions of a task in the order of the question: nothing, states, text.
-_ORDER = ("silent", "replace", "sum", "mean", "aligned", "random", "shuffled", "aligned_random", "aligned_shuffled")
-
-
-def communication(evidence: Evidence) -> Answer:
-    """Accuracy of every condition, and what it sends."""
-    answer = Answer(
-        "Can the target answer what only the source has read?",
-        "States were injected at layer 0, without the prompt and without controls; texts were called a validation.",
-    )
-    counted: list[bool] = []
-    best: tuple[float, str, str] | None = None
-    for task, entry in evidence.tasks("affine").items():
-        rows = []
-        for name, answers in _ordered(entry.conditions):
-            accuracy = Value.between(answers.accuracy, answers.ci95)
-            pair = "" if answers.pair is None else arrow(answers.pair)
-            told = {c: Value.of(gain) for c, gain in entry.gains.get(name, EMPTY).items()}
-            sent = "-" if answers.bytes is None else human_bytes(answers.bytes)
-            gains = (_gain(told.get(c)) for c in _AGAINST)
-            rows.append((answers.condition or name, pair, share(accuracy), sent, *gains))
-            if name in entry.gains and entry.source != entry.target:
-                counted.append(all(value is not None and value.above_zero for value in told.values()))
-                if best is None or _accuracy(answers) > best[0]:
-                    best = (_accuracy(answers), name, task)
-        who = f"{entry.source} reads, {entry.target} answers"
-        chance = "unknown" if entry.chance is None else f"{entry.chance:.1%}"
-        title = f"{task}: {entry.n} questions, chance {chance}; {who}"
-        answer.tables.append(
-            Table(title, ("condition", "layers", "right", "sent", *(f"more than {c}" for c in _AGAINST)), rows)
-        )
-        if entry.source == entry.target and entry.gains:
-            right = {name: _accuracy(entry.conditions[name]) for name in entry.gains}
-            own = max(right, key=right.__getitem__)
-            answer.words.append(f"The ceiling, {entry.source} with itself: {arrow(own)}, {right[own]:.0%} right.")
-        answer.words += [f"{task}: {warning.message}." for warning in _general(entry.warnings)]
-    if counted and best is not None:
-        answer.verdict = HELD if all(counted) else PARTLY if any(counted) else NOT
-        entry = evidence.tasks("affine")[best[2]]
-        silent, text = (_accuracy(entry.conditions[name]) for name in ("silent", "text"))
-        others = f"told nothing {silent:.0%} are, with the text {text:.0%}"
-        answer.found = f"Best is {arrow(best[1])} with {best[0]:.0%} right; {others}."
-        answer.sources.append("runs/affine/communicate.json")
-    return answer
-
-
-_AGAINST = ("silent", "random", "shuffled")
-
-
-def _ordered(conditions: Mapping[str, Answers]) -> list[tuple[str, Answers]]:
-    place = {name: i for i, name in enumerate((*_ORDER, "summary", "text"))}
-    return sorted(conditions.items(), key=lambda item: (item[1].pair or "", place.get(item[1].condition or "", 99)))
-
-
-def _accuracy(answers: Answers) -> float:
-    return 0.0 if answers.accuracy is None else answers.accuracy
-
-
-def _gain(value: Value | None) -> str:
-    return "" if value is None else value.show("+.0%")
-
-
-def _general(warnings: Iterable[Finding]) -> list[Finding]:
-    """Those of the task as a whole: what holds of single conditions stands in their row."""
-    return [warning for warning in warnings if warning.code != "no-better-than-control"]
-
-
 def rates(evidence: Evidence) -> Answer:
     """Compressed runs: R2, stitched loss and accuracy against bytes."""
     answer = Answer(
@@ -198,7 +127,7 @@ def rates(evidence: Evidence) -> Answer:
         plots=["rates.png"],
     )
     rows: list[tuple[float, tuple[str, ...]]] = []
-    beats_text = False
+    halves: list[str] = []
     for run in compressed_runs(evidence):
         for key, entry in evidence.pairs(run).items():
             rate = entry.rate_distortion
@@ -206,7 +135,11 @@ def rates(evidence: Evidence) -> Answer:
                 continue
             r2, recovered = evidence.test(run, key), evidence.recovered(run, key)
             per_byte = rate.bytes_per_text_byte
-            beats_text = beats_text or (per_byte < 1 and recovered is not None and recovered.value > 0.5)
+            if per_byte < 1 and recovered is not None:
+                # Half of the stitched loss for less than a byte a byte: what the whole interval says of it.
+                known = recovered.low is not None and recovered.high is not None
+                more, less = known and (recovered.low or 0) > 0.5, known and (recovered.high or 0) < 0.5
+                halves.append("more than half" if more else "less than half" if less else "perhaps half")
             codecs = (figure(Value.between(rate.r2.get(name), None)) for name in ("pca", "strided"))
             shape = f"{rate.latents} × {rate.latent_dim}"
             accuracies = (share(accuracy_of(evidence, run, key, name)) for name in ("aligned", "silent", "text"))
@@ -225,10 +158,12 @@ def rates(evidence: Evidence) -> Answer:
         answer.found = (
             f"The largest format ({most[0]}) sends {most[1]} bytes for a byte of text and keeps R2 {most[2]}; "
             + (
-                "below one byte for a byte of text more than half of the stitched loss is recovered."
-                if beats_text
-                else "at no rate below that of the text itself is half of the stitched loss recovered."
+                "of the stitched loss, the rates below that of the text itself recover "
+                + ", ".join(f"{word} ({halves.count(word)})" for word in dict.fromkeys(halves))
+                if halves
+                else "there is no stitched loss at a rate below that of the text itself"
             )
+            + "."
         )
         header = ("latents", "bytes per text byte", "R2", "PCA R2", "strided R2", "recovered")
         task = ("bytes per text byte of the task", "aligned right", "silent", "text")

@@ -61,8 +61,8 @@ class Stage:
 
 
 #: Short windows cost least; long ones teach the positions that a document of the demo has.
-STAGES = (Stage(steps=260, windows=16, length=128), Stage(steps=80, windows=4, length=512))
-_MATRICES, _OTHERS = 0.02, 0.002
+STAGES = (Stage(steps=160, windows=16, length=128), Stage(steps=40, windows=4, length=512))
+_MATRICES, _OTHERS = 0.008, 0.0003
 #: Steps on the table of neighbours, and their learning rate.
 COUNT_STEPS, _COUNT_RATE = 80, 0.02
 _WARM_UP = 0.05

@@ -110,8 +110,9 @@ def test_procrustes_is_that_of_scipy() -> None:
 @pytest.mark.parametrize("lam", [0.0, 0.3])
 def test_ridge_is_that_of_sklearn(lam: float) -> None:
     x, y = noisy(sigma=0.5)
-    for fit, about, intercept in ((AffineAligner(lam), x.mean(0), True), (LinearAligner(lam), 0.0, False)):
-        alpha = lam * float(((x - about) ** 2).sum()) / x.shape[1]
+    for fit, intercept in ((AffineAligner(lam), True), (LinearAligner(lam), False)):
+        # Strengths are relative to the variance, with and without an intercept.
+        alpha = lam * float(((x - x.mean(0)) ** 2).sum()) / x.shape[1]
         reference = Ridge(alpha, fit_intercept=intercept) if lam else LinearRegression(fit_intercept=intercept)
         np.testing.assert_allclose(fit.fit(x, y).predict(x), reference.fit(x, y).predict(x), atol=1e-8)
         assert fit.lam_ == lam
@@ -223,7 +224,7 @@ def test_pipeline_grid_search_and_clone() -> None:
                           {"reducedrankaligner__rank": [1, 4, 8]}, cv=3).fit(x, y)  # fmt: skip
     assert search.best_params_ == {"reducedrankaligner__rank": 8}
     copy = clone(ReducedRankAligner(3, 0.1, "procrustes"))
-    assert copy.get_params() == {"rank": 3, "lam": 0.1, "skip": "procrustes"}
+    assert copy.get_params() == {"rank": 3, "lam": 0.1, "skip": "procrustes", "scale": True}
     assert copy.set_params(rank=2).fit(x, y).factors_[0].shape == (8, 2)
 
 

@@ -28,6 +28,7 @@ KEY = "a:1->b:1"
 BASELINES = {"mean", "identity", "random_rotation", "shuffled", "token", "closed_form"}
 FIGURES = {
     *("r2", "r2_median_dim", "r2_without_top_dims", "mse", "cosine", "cosine_centered", "cka_debiased"),
+    "cka_debiased_rows",
     *("retrieval_top1", "retrieval_top5", "retrieval_mrr", "retrieval_median_rank", "retrieval_chance"),
     *("retrieval_ceiling", "retrieval_gallery", "retrieval_same_token_top1", "retrieval_same_token_chance"),
     *("retrieval_same_token_ceiling", "retrieval_same_token_gallery", "retrieval_same_token_tokens", "n"),

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import align
 from align.kernels.reference import cka, rbf_gram
+from align.metrics import debiased_cka
+from align.results import read_similarity_documents
 from align.similarity.compare import Comparison
 from align.similarity.measures.by_name import parse_measures
 from align.similarity.measures.controls import floors, halves
@@ -23,6 +26,7 @@ from featstore.errors import PairingError, SpecError
 from featstore.runtime.console import jsonable
 from tests.support.commands import call, strict_json
 from tests.support.planted import Planted, plant, rotation, spectrum_rows
+from tests.support.residuals import cosine_of_kernels
 
 LAYERS = {"a": (0, 1, 2), "b": (0, 2)}
 
@@ -38,12 +42,14 @@ def hsic1(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741 - the field's na
     return float(total / (n * (n - 3)))
 
 
-def naive_debiased(x: np.ndarray, y: np.ndarray) -> float:
+def naive_debiased(x: np.ndarray, y: np.ndarray, document: Any = None) -> float:
     # Rounding to what is stored comes first: the store's float32 is not the question here.
     x, y = (side.astype(np.float32).astype(np.float64) for side in (x, y))
     # HSIC does not depend on where the origin is, but its rounding does.
     x, y = x - x.mean(0), y - y.mean(0)
     k, l = x @ x.T, y @ y.T  # noqa: E741
+    if document is not None:
+        return cosine_of_kernels(k, l, document)
     return hsic1(k, l) / math.sqrt(hsic1(k, k) * hsic1(l, l))
 
 
@@ -96,14 +102,19 @@ def test_every_pair_of_layers_equals_the_naive_formula(planted: Planted, result:
     x, y = planted.x, planted.y
     for i, one in enumerate(LAYERS["a"]):
         for j, two in enumerate(LAYERS["b"]):
-            assert result["cross"][i][j] == pytest.approx(naive_debiased(x[one], y[two]), abs=1e-6)
+            assert result["cross"][i][j] == pytest.approx(naive_debiased(x[one], y[two], planted.document), abs=1e-6)
         for j, two in enumerate(LAYERS["a"]):
-            assert result["within"]["a"][i][j] == pytest.approx(naive_debiased(x[one], x[two]), abs=1e-6)
+            assert result["within"]["a"][i][j] == pytest.approx(
+                naive_debiased(x[one], x[two], planted.document), abs=1e-6
+            )
     for i, one in enumerate(LAYERS["b"]):
         for j, two in enumerate(LAYERS["b"]):
-            assert result["within"]["b"][i][j] == pytest.approx(naive_debiased(y[one], y[two]), abs=1e-6)
+            assert result["within"]["b"][i][j] == pytest.approx(
+                naive_debiased(y[one], y[two], planted.document), abs=1e-6
+            )
     assert result["n"] == 700
-    assert result["estimator"] == "debiased"
+    assert result["estimator"] == result["unmasked"]["estimator"] == "debiased"
+    assert (result["documents"], result["effective_documents"]) == (20, pytest.approx(20))
     assert result["reasons"] == {}
     assert result["layers"] == {"a": [0, 1, 2], "b": [0, 2]}
 
@@ -163,7 +174,7 @@ def test_sinks_decide_unless_they_are_masked(tmp_path: Path, client: Any) -> Non
     assert abs(masked["cross"][0][0]) < 0.02
     assert masked["unmasked"]["cross"][0][0] > 0.99
     rest = np.delete(np.arange(2000), at)
-    assert masked["cross"][0][0] == pytest.approx(naive_debiased(x[rest], y[rest]), abs=1e-6)
+    assert masked["cross"][0][0] == pytest.approx(naive_debiased(x[rest], y[rest], planted.document[rest]), abs=1e-6)
     kept = compared(planted, layers=layers, keep_sinks=True)
     assert kept["keep_sinks"] is True
     assert kept["masked_rows"] == masked["masked_rows"]
@@ -192,12 +203,15 @@ def test_four_pairs_are_enough(tmp_path: Path, client: Any) -> None:
 
 
 def test_an_unknown_estimator_is_refused(planted: Planted) -> None:
-    with pytest.raises(SpecError, match="estimator 'hsic': choose one of debiased, biased, minibatch"):
+    with pytest.raises(SpecError, match="estimator 'hsic': choose one of debiased, debiased-rows, biased, minibatch"):
         compared(planted, estimator="hsic")
     with pytest.raises(SpecError, match="--kernel 'cosine': choose one of linear, rbf"):
         compared(planted, kernel="cosine")
     with pytest.raises(SpecError, match="minibatch is of the linear kernel"):
         compared(planted, kernel="rbf", estimator="minibatch")
+    for options in ({"kernel": "rbf"}, {"estimator": "debiased-rows"}):
+        with pytest.raises(SpecError, match="--correct-features is of --estimator debiased"):
+            compared(planted, correct_features=True, **options)
 
 
 def test_states_that_do_not_vary_are_null_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,6 +305,17 @@ def test_the_best_partner_of_a_layer() -> None:
     assert best_partners(table) == {"0": {"layer": 4, "cka": 0.9}, "8": {"layer": 0, "cka": 0.5}}
 
 
+def test_every_row_its_own_document_is_asked_for_by_name(planted: Planted, client: Any) -> None:
+    found = compared(planted, estimator="debiased-rows", permutations=0)
+    assert found["estimator"] == "debiased-rows"
+    assert found["cross"][0][0] == pytest.approx(naive_debiased(planted.x[0], planted.y[0]), abs=1e-6)
+    corrected = compared(planted, correct_features=True, permutations=0)
+    assert corrected["correct_features"] is True
+    x, y = planted.x[0].astype(np.float32), planted.y[2].astype(np.float32)
+    expected, _ = debiased_cka(x, y, planted.document, correct_features=True)
+    assert corrected["cross"][0][1] == pytest.approx(expected, abs=1e-5)
+
+
 def test_minibatch_is_an_estimate_of_the_same(planted: Planted, result: dict[str, Any], client: Any) -> None:
     found = compared(planted, estimator="minibatch")
     assert (found["batches"], found["batch_rows"]) == (2, 512)
@@ -310,7 +335,8 @@ def test_the_rbf_kernel_equals_its_formula(planted: Planted, client: Any, estima
                 rbf_gram(rows[k].astype(np.float64), found["sigmas"][name])
                 for rows, k, name in ((sample.xs, i, f"a:{one}"), (sample.ys, j, f"b:{two}"))
             ]
-            assert found["cross"][i][j] == pytest.approx(cka(*grams, estimator), abs=5e-6)
+            expected = cka(*grams, estimator) if estimator == "biased" else cosine_of_kernels(*grams, sample.document)
+            assert found["cross"][i][j] == pytest.approx(expected, abs=5e-6)
     assert np.abs(found["null"]["cross"]).max() < (0.03 if estimator == "debiased" else 0.4)
     assert found["null"]["kernel"] == "rbf"
 
@@ -351,9 +377,20 @@ def test_every_measure_has_its_floors_ceilings_and_intervals(measured: dict[str,
         assert np.array(block["ceilings"]["halves"]["cross"]).shape == (3, 2)
         assert block["ceilings"]["twice"] is None
         assert "no second reading of 'a'" in block["ceilings"]["reasons"]["twice"]
-        low, high = block["ci95"]["cross"][1][1]
-        assert low <= high
-        assert low - 0.1 * abs(low) <= cross[1, 1] <= high + 0.1 * abs(high), name
+        documents = block["permutations"]["documents"]
+        if name in ("cka", "rbf-cka", "ridge-r2"):
+            low, high = block["ci95"]["cross"][1][1]
+            assert low <= cross[1, 1] <= high, name
+            assert "excess" not in documents
+        else:
+            # Biased by how many rows there are: an interval of what is above the floor alone.
+            assert block["ci95"]["cross"][1][1] is None
+            assert "excess_ci95" in block["ci95"]["reason"]
+            low, high = documents["excess_ci95"][1][1]
+            assert low <= documents["excess"][1][1] <= high, name
+            assert documents["excess"][1][1] == pytest.approx((documents["value"] - documents["mean"])[1, 1])
+            assert sign * low > 0
+        assert documents["p_max"][1][1] == 1 / 40, name
         assert ("reverse" in block) == (not block["symmetric"])
         if block["symmetric"]:
             np.testing.assert_array_equal(block["within"]["a"], np.transpose(block["within"]["a"]))
@@ -469,3 +506,19 @@ def test_the_command_measures(planted: Planted, tmp_path: Path, capsys: pytest.C
         (("--workers", "0"), "0 worker processes"),
     ):
         assert words in call(capsys, *base, *option).refusal
+
+
+def test_every_measure_is_written_without_each_document(planted: Planted, tmp_path: Path) -> None:
+    found = align.cka(planted.path, layers="0,2", measures="cka,svcca,ridge-r2", draws=30, quiet=True, out=tmp_path)
+    assert "cka_documents.json" in found.files
+    sums = read_similarity_documents(tmp_path)
+    assert sum(sums.rows) == found.sample.rows
+    assert len(sums.documents) == len(sums.rows) == 20
+    values = np.array(sums.measures["cka"].values["a:2 b:2"])
+    assert values.shape == (20,)
+    assert abs(values.mean() - found.measures["cka"].cross[1][1]) < 0.02
+    # The jackknife's standard error is about that behind the interval.
+    low, high = found.measures["cka"].ci95.cross[1][1]
+    jackknife = np.sqrt(19 / 20 * np.square(values - values.mean()).sum())
+    assert 0.5 < jackknife / ((high - low) / 2 / 2.09) < 2
+    assert set(sums.to_pandas().measure) == {"cka", "svcca", "ridge-r2"}

@@ -236,7 +236,7 @@ class TestPlanted:
             x = shared[0] + rng.standard_normal((120, 5))
             found = compared(kind(), x, x + shared[1] + rng.standard_normal((120, 5)), draws)
             values.append(found.value)
-            intervals.append(found.interval())
+            intervals.append(found.interval(draws))
         truth = float(np.mean(values))
         assert 0.85 <= np.mean([low <= truth <= high for low, high in intervals]) <= 1
 
@@ -261,7 +261,7 @@ class TestUndefined:
             found = compared(kind(), one, other, draws)
             assert math.isnan(found.value)
             assert found.reason == reason
-            assert found.interval() is None
+            assert found.interval(draws) is None
             if draws is not None:
                 assert np.isnan(found.draws).all()
 

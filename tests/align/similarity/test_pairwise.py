@@ -149,7 +149,7 @@ class TestAgainstNaiveFormulas:
         assert found.value == pytest.approx(expected_value, abs=1e-10)
         without_draws = compared(measure, x, y, Resampling(draws.document, np.zeros((0, len(sizes)))))
         assert without_draws.value == found.value
-        assert without_draws.interval() is None
+        assert without_draws.interval(Resampling(draws.document, np.zeros((0, len(sizes))))) is None
 
     @each_measure
     def test_a_draw_of_every_document_once_is_the_value(self, measure: Any) -> None:
@@ -271,7 +271,7 @@ class TestPlanted:
         found = compared(measure, x, y, draws)
         assert math.isnan(found.value)
         assert "all 20 are of one" in (found.reason or "")
-        assert found.interval() is None
+        assert found.interval(draws) is None
         assert math.isfinite(compared(Rsa(), x, y, draws).value)
 
     @pytest.mark.parametrize(("a", "noise"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.5)])
@@ -309,7 +309,7 @@ class TestPlanted:
         covered, offsets = [], []
         for _ in range(200):
             found = compared(measure, *planted(document), draws)
-            interval = found.interval()
+            interval = found.interval(draws)
             assert interval is not None
             covered.append(interval[0] <= population <= interval[1])
             offsets.append(np.mean(found.draws) - found.value)
@@ -390,7 +390,7 @@ class TestUndefined:
             assert math.isnan(found.value)
             assert found.reason is not None
             assert reason in found.reason
-            assert found.interval() is None
+            assert found.interval(draws) is None
             if draws is not None:
                 assert np.isnan(found.draws).all()
 

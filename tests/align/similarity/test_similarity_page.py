@@ -144,6 +144,7 @@ def test_views_hold_the_numbers_where_they_belong() -> None:
         "values": exchanged["mean"],
         "edge": exchanged["p95"],
         "p": exchanged["p_max"],
+        "excess": None,
         "n": 8000,
     }
     assert [floor["name"] for floor in main["cross"]["floors"]] == ["documents exchanged", "same token elsewhere"]

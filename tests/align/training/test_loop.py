@@ -227,7 +227,8 @@ def test_the_probe_is_the_metric(data: Ready) -> None:
     probe = CkaProbe(data.val, 0, torch.device("cpu"))
     [block] = data.val.blocks(1000)
     with torch.no_grad():
-        expected, _ = debiased_cka(block.y, module(torch.from_numpy(block.x)).numpy())
+        mapped = module(torch.from_numpy(block.x)).numpy()
+        expected, _ = debiased_cka(block.y, mapped, data.val.pairs.document[block.pairs])
     value, seconds = probe(module)
     assert value == pytest.approx(expected, abs=1e-6)
     assert seconds > 0

@@ -416,3 +416,33 @@ def test_a_model_mapped_to_itself_is_the_ceiling_and_not_the_answer(tmp_path: Pa
     # Alone it is what there is.
     assert "smol:15 → smol:15 beats every control: it lowers the loss by 2.50" in lede(ceiling)
     assert "The ceiling" not in lede(ceiling)
+
+
+def test_the_map_that_is_quoted_is_chosen_by_validation_and_not_by_test(tmp_path: Path) -> None:
+    def made_of(val: float, test: float, beyond: float) -> dict[str, Any]:
+        scored = made.metrics(test)
+        scored["pairs"][made.PAIR]["val"] = made.block(val)
+        return {
+            "metrics.json": scored,
+            "stitch.json": made.stitch(mapped=5.69 - beyond, gain=beyond, gain_ci=(beyond - 0.2, beyond + 0.2)),
+        }
+
+    lucky = made.write(tmp_path / "lucky", made_of(0.70, 0.88, 1.5))
+    chosen = made.write(tmp_path / "chosen", made_of(0.80, 0.86, 0.9))
+    for order in ((lucky, chosen), (chosen, lucky)):
+        text = lede(*order)
+        assert "2 of 2 injected maps beat every control. The one with the highest validation R²," in text
+        assert "lowers the loss by 0.90 nats/token [0.70, 1.10]" in text
+        assert "(validation ranks it first) with R² 0.860" in text
+        # Neither figure of the map that test happens to favour.
+        assert "1.50" not in text
+        assert "R² 0.880" not in text
+        html = page(*order).html
+        rows = re.findall(r'<tr class="map"><td class="name" data-sort="(\w+)">', html)
+        assert rows == ["chosen", "lucky"]
+    # One that validation prefers and no control supports is quoted all the same.
+    poor = made.write(tmp_path / "poor", made_of(0.9, 0.5, -0.3))
+    text = lede(lucky, poor)
+    assert "1 of 2 injected maps beats every control. The one with the highest validation R²," in text
+    assert "adds nothing to the source’s token alone (−0.30 nats/token [−0.50, −0.10])" in text
+    assert "and is not among them." in text

@@ -45,9 +45,8 @@ class TestSentences:
         text = said()
         assert "R2 0.700, the current token alone 0.600" in text
         assert "the map predicts 20.0% of what the token leaves [10.0%, 30.0%]" in text
-        assert (
-            "it leaves 0.40 [0.20, 0.60] nats/token less loss than the token alone, and recovers 80.0% [70.0%" in text
-        )
+        assert "it leaves 0.40 [0.20, 0.60] nats/token less loss than the token alone;" in text
+        assert "of what the mean state costs it recovers 80.0% [70.0%, 90.0%]." in text
 
     def test_what_cannot_be_told_is_not_claimed(self):
         text = said(partial=0.02, partial_ci95=(-0.05, 0.09), nats=(0.1, (-0.2, 0.4)))

@@ -10,6 +10,7 @@ function cellFacts(view, block, panel, i, j) {
     for (const floor of block.floors) {
       const beyond = floor.p ? `, 5 % beyond ${number(at(floor.edge, i, j))}, p = ${number(at(floor.p, i, j))}` : "";
       facts.push([`floor: ${floor.name}`, number(at(floor.values, i, j)) + beyond]);
+      if (floor.excess) facts.push(["95 % interval above that floor", interval(at(floor.excess, i, j)) || "\u2013"]);
     }
     for (const ceiling of block.ceilings) {
       if (ceiling.reason) facts.push([ceiling.name, `\u2013 (${ceiling.reason})`]);

@@ -46,6 +46,7 @@ function numbersTable(view, block) {
   for (const floor of block.floors) {
     columns.push(figure(`floor: ${floor.name}`, (r) => at(floor.values, r.i, r.j)));
     if (floor.p) columns.push(figure("5 % beyond", (r) => at(floor.edge, r.i, r.j)), figure("p", (r) => at(floor.p, r.i, r.j)));
+    if (floor.excess) columns.push(figure("above it, 95 % from", (r) => (at(floor.excess, r.i, r.j) || [null])[0]), figure("to", (r) => (at(floor.excess, r.i, r.j) || [null, null])[1]));
   }
   for (const ceiling of block.ceilings) if (ceiling.values) columns.push(figure(ceiling.name, (r) => at(ceiling.values, r.i, r.j)));
   if (block.beside) columns.push(figure(block.beside.state, (r) => at(block.beside.values, r.i, r.j)));
