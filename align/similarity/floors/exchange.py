@@ -117,12 +117,13 @@ def _excess(measure: Measure, xs: Layers, ys: Layers, mean: Array, draws: Resamp
         return {}
     wanted = [(i, len(xs) + j) for i in range(len(xs)) for j in range(len(ys))]
     found = measure([*xs, *ys], wanted, draws, lambda _: None)
-    excess, intervals = np.full(mean.shape, np.nan), [[None] * len(ys) for _ in xs]
+    excess = np.full(mean.shape, np.nan)
+    intervals: list[list[tuple[float, float] | None]] = [[None] * len(ys) for _ in xs]
     for i, k in wanted:
         j, result = k - len(xs), found[i, k]
         excess[i, j] = result.value - mean[i, j]
         ends = result.interval(draws)
-        intervals[i][j] = None if ends is None else tuple(end - mean[i, j] for end in ends)
+        intervals[i][j] = None if ends is None else (ends[0] - mean[i, j], ends[1] - mean[i, j])
     return {"excess": excess.tolist(), "excess_ci95": intervals}
 
 

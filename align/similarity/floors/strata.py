@@ -41,8 +41,8 @@ class Strata:
 
     @property
     def chosen(self) -> Index:
-        """The rows that take part, ascending."""
-        return np.sort(np.concatenate([np.zeros(0, np.int64), *(block.ravel() for block in self.rows)]))
+        """The rows that take part, by stratum, place and document."""
+        return np.concatenate([np.zeros(0, np.int64), *(block.T.ravel() for block in self.rows)])
 
     @property
     def documents(self) -> int:
@@ -79,11 +79,15 @@ class Strata:
         """
         chosen = self.chosen
         index = np.tile(np.arange(len(chosen)), (1 + draws, 1))
-        blocks = [np.searchsorted(chosen, block) for block in self.rows]
+        shapes = tuple((int(block.shape[0]), int(block.shape[1])) for block in self.rows)
         for line in index[1:]:
-            for block in blocks:
-                line[block] = block[rng.permutation(len(block))]
-        return Partners(index, np.unique(document[chosen], return_inverse=True)[1].astype(np.int64))
+            start = 0
+            for documents, places in shapes:
+                order = rng.permutation(documents)
+                own = line[start : start + documents * places].reshape(places, documents)
+                own[:] = own[:, order]
+                start += documents * places
+        return Partners(index, np.unique(document[chosen], return_inverse=True)[1].astype(np.int64), shapes)
 
 
 def strata(document: Index, place: Index) -> Strata:

@@ -39,7 +39,8 @@ def summary(found: Array, closer: Literal["higher", "lower"], *, alone: bool = F
     known = np.isfinite(value) & np.isfinite(draws).all(axis=0)
     finite = np.abs(found[np.isfinite(found)])
     bar = value - sign * _EQUAL * (float(finite.max()) if finite.size else 0.0)
-    counted = np.where(known & ~np.eye(*value.shape, dtype=bool) if alone else known, sign * draws, -np.inf)
+    itself = np.arange(value.shape[0])[:, None] == np.arange(value.shape[1])
+    counted = np.where(known & np.logical_not(itself) if alone else known, sign * draws, -np.inf)
     largest = sign * counted.max(axis=(1, 2))
     with warnings.catch_warnings():
         # Layers without values have no quantiles.

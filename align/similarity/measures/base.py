@@ -116,10 +116,13 @@ class Partners:
         index: int64 ``(exchanges, n)``, each line a permutation of the rows: in exchange b row i of the first side is
             compared with row ``index[b, i]`` of the second.
         document: int64 ``(n,)``, the document of each row, as its true partner has it.
+        strata: Documents and places of each stratum, where whole documents change places within strata: rows are then
+            in the order of strata, places and documents. Empty for other exchanges.
     """
 
     index: NDArray[np.int64]
     document: NDArray[np.int64]
+    strata: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Validate shapes and permutations.
@@ -135,7 +138,7 @@ class Partners:
 
     def inverse(self) -> Partners:
         """The same exchanges as the second side sees them: who compares itself with row j."""
-        return Partners(np.argsort(self.index, axis=1), self.document)
+        return Partners(np.argsort(self.index, axis=1), self.document, self.strata)
 
 
 class Measure(Protocol):

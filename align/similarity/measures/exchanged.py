@@ -79,15 +79,66 @@ def cosines(
     for part in parts if rows else []:
         given = [one for i in rows if (one := first[i]) is not None]
         taken = [one for j in part if (one := second[j]) is not None]
-        sums, *squares = _contracted(given, taken, partners.index, lambda done: tick(done / len(parts)))
+        share = len(parts)
+        if partners.strata:
+            sums, *squares = _by_strata(given, taken, partners, lambda done: tick(done / share))  # noqa: B023
+        else:
+            sums, *squares = _contracted(given, taken, partners.index, lambda done: tick(done / share))  # noqa: B023
         sizes = []
         for side, found_squares in zip((given, taken), squares, strict=True):
             rounding = [square <= one.least for square, one in zip(found_squares, side, strict=True)]
             sizes.append(np.where(rounding, np.nan, np.sqrt(found_squares)))
-        if between is not None:
+        if between is not None and not partners.strata:
             sums /= _shares(partners.index, between)[:, None, None]
         found[np.ix_(range(len(found)), rows, part)] = sums / np.multiply.outer(*sizes)
     return found
+
+
+def _by_strata(
+    first: Sequence[Similarities], second: Sequence[Similarities], partners: Partners, tick: Tick
+) -> tuple[Array, Array, Array]:
+    """What :func:`_contracted` gives, where whole documents change places within strata.
+
+    For documents d, e of two strata and f, g of the same strata, the products of A between d and e with B between f and
+    g, place by place, are one matrix product over places; an exchange is a sum over d and e of those with f and g the
+    documents in their place.
+    """
+    n, shapes = len(partners.document), partners.strata
+    starts = [0]
+    for documents, places in shapes:
+        starts.append(starts[-1] + documents * places)
+    # orders[s]: (exchanges, documents), the document in the place of each.
+    orders = [
+        partners.index[:, start : start + documents] - start
+        for start, (documents, _) in zip(starts[:-1], shapes, strict=True)
+    ]
+    sums = np.zeros((len(partners.index), len(first), len(second)))
+    squares = [np.zeros(len(first)), np.zeros(len(second))]
+    for s, (documents, places) in enumerate(shapes):
+        step = max(1, _PANEL // documents)
+        for place in range(0, places, step):
+            low = starts[s] + place * documents
+            high = min(low + step * documents, starts[s + 1])
+            sides = [np.stack([one.panel(low, high) for one in side]) for side in (first, second)]
+            for own, panels in zip(squares, sides, strict=True):
+                own += np.square(panels).sum(axis=2).sum(axis=1, dtype=np.float64)
+            for t in range(s, len(shapes)):
+                others, columns = shapes[t][0], slice(starts[t], starts[t + 1])
+                a, b = (
+                    panels[:, :, columns]
+                    .reshape(len(panels), -1, documents, shapes[t][1], others)
+                    .transpose(0, 2, 4, 1, 3)
+                    .reshape(len(panels) * documents * others, -1)
+                    for panels in sides
+                )
+                table = (a @ b.T).reshape(len(first), documents, others, len(second), documents, others)
+                d, e = np.arange(documents)[:, None], np.arange(others)
+                moved = orders[s][:, :, None], orders[t][:, None, :]
+                # (exchanges, d, e, first, second): what is indexed comes first.
+                picked = table.transpose(1, 2, 4, 5, 0, 3)[d, e, moved[0], moved[1]]
+                sums += (1 if s == t else 2) * picked.sum(axis=(1, 2), dtype=np.float64)
+            tick((high - low) / n)
+    return sums, squares[0], squares[1]
 
 
 def _contracted(

@@ -77,6 +77,25 @@ def test_prepared_layers_give_what_computing_anew_gives(measure: Measure, kind: 
         assert np.abs(back.transpose(0, 2, 1) - found).max() > 0.01
 
 
+@pytest.mark.parametrize("name", ["cka", "rbf-cka", "rsa"])
+def test_several_strata_give_what_computing_anew_gives(name: str) -> None:
+    rng = np.random.default_rng(4)
+    sizes = rng.integers(12, 40, 27)
+    document = np.repeat(np.arange(27), sizes)
+    found = strata(document, np.concatenate([np.arange(size) for size in sizes]))
+    partners = found.partners(document, 3, rng)
+    assert len(partners.strata) == 3
+    topic = rng.normal(size=(27, 5))[document[found.chosen]]
+    x, y, z = ((topic + rng.normal(size=topic.shape)).astype(np.float32) for _ in range(3))
+    [measure] = parse_measures(name)
+    exchanged = measure.under([x, z], [y], partners, silent)
+    np.testing.assert_allclose(exchanged, recomputed(measure, [x, z], [y], partners), atol=1e-6)
+    # The same exchanges without their strata: row by row, all pairs of rows within documents being left out as well.
+    if name == "rsa":
+        plain = measure.under([x, z], [y], Partners(partners.index, partners.document), silent)
+        np.testing.assert_allclose(plain, exchanged, atol=1e-6)
+
+
 def test_more_layers_than_are_gathered_together_give_the_same() -> None:
     document, _, token = rows_of()
     chosen, partners = whole_documents(1)
