@@ -58,8 +58,8 @@ def _block(name: str, block: Block) -> Iterator[str]:
     shares = f"{'recovered [95 %]':24}  {'beyond the token [95 %]':24}  nats beyond it [95 %]"
     yield f"{'map':12} {'layers':24}{scores}  {shares}"
     for type_, pairs in block.maps.items():
-        for key, figures in _by_depth(pairs):
-            yield _map(type_, key, figures)
+        for key, found in _by_depth(pairs):
+            yield _map(type_, key, found)
     yield from sentences(block)
 
 

@@ -49,13 +49,19 @@ def test_the_token_explains_more_of_an_untrained_model_than_any_map(untrained, t
         assert pair.test.partial_r2 < 0, key
 
 
-def test_cka_with_an_untrained_model_is_what_shared_tokens_give(untrained_store, tmp_path):
-    """Documents in each other's place give less: tokens are in common too. Partners of the same token give all."""
+def test_cka_with_an_untrained_model_is_mostly_what_shared_tokens_give(untrained_store, tmp_path):
+    """At the embedding all of it; deeper a random network mixes its context too, which two models share as well.
+
+    Documents in each other's place, which do not share their tokens, give much less: by that floor alone an untrained
+    network would be a finding.
+    """
     found = align.cka(untrained_store, out=tmp_path)
     documents, token = (found.permutations[name] for name in ("documents", "token"))
     for place in range(2):
         assert documents.value[place][place] > documents.p95[place][place]
-        assert token.value[place][place] == pytest.approx(token.mean[place][place], abs=0.02)
+        assert documents.mean[place][place] < token.mean[place][place]
+        assert token.mean[place][place] > 0.5 * token.value[place][place]
+    assert token.value[0][0] == pytest.approx(token.mean[0][0], abs=1e-3)
 
 
 @pytest.fixture(scope="module")

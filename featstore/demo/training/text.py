@@ -58,7 +58,8 @@ def read_articles(path: Path, apart: Iterable[tuple[str, str]]) -> Articles:
         path: JSON, an object with ``title`` and ``extract`` for each article.
         apart: Titles and texts that may not be trained on.
     """
-    titles, runs = set(), set()
+    titles: set[str] = set()
+    runs: set[tuple[str, ...]] = set()
     for title, text in apart:
         titles.add(_plain_title(title))
         runs.update(word_runs(text))
