@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/bench_floors.py --keep
 
-5 x 5 layers of width 576 over 8192 rows of 64 documents, of which floors take 4096 at most; measures that decompose something in every exchange are
+5 x 5 layers of width 576 over 8192 rows of 64 documents, of which floors take 4096 at most; measures that decompose
+something in every exchange are
 compared over the rows that their floors use (2048), of two layers a model. The measure runs over all pairs of layers,
 within models and between, with draws for its intervals, as `align cka --measures` runs it. Wanted is at most four times
 the time of the measure for CKA.
