@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/bench_floors.py --keep
 
-5 x 5 layers of width 576 over 8192 rows of 64 documents; measures that decompose something in every exchange are
+5 x 5 layers of width 576 over 8192 rows of 64 documents, of which floors take 4096 at most; measures that decompose
+something in every exchange are
 compared over the rows that their floors use (2048), of two layers a model. The measure runs over all pairs of layers,
 within models and between, with draws for its intervals, as `align cka --measures` runs it. Wanted is at most four times
 the time of the measure for CKA.
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from _measure import judged, keep, machine, seconds, versions_of
 
-from align.similarity.floors.exchange import PERMUTATIONS, Sampled, floors
+from align.similarity.floors.exchange import FLOOR_ROWS, PERMUTATIONS, Sampled, floors
 from align.similarity.measures.base import Measure, resampling
 from align.similarity.measures.by_name import parse_measures
 
@@ -61,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {}
     for measure in parse_measures(arguments.measures):
-        slow = measure.floor_rows < arguments.rows
+        slow = measure.floor_rows < FLOOR_ROWS
         n, layers = (measure.floor_rows, min(2, arguments.layers)) if slow else (arguments.rows, arguments.layers)
         one = found[measure.name] = cost(measure, n, layers, arguments.width, arguments.permutations)
         print(

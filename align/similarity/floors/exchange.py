@@ -23,7 +23,7 @@ Index = NDArray[np.int64]
 #: Exchanges behind a floor; with the value itself forty figures, so that p can be 0.025.
 PERMUTATIONS = 39
 #: Rows of a floor, at most: similarities between all pairs of them are held.
-FLOOR_ROWS = 8192
+FLOOR_ROWS = 4096
 #: Fewest rows that a floor is made from.
 _LEAST = 8
 

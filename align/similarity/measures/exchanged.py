@@ -154,7 +154,7 @@ def _contracted(
             squares[k] += float(np.square(panel).sum(axis=1).sum(dtype=np.float64))
             stacked[start:stop, :, k] = panel
     sums, own = np.zeros((len(index), len(first), width)), np.zeros(len(first))
-    gathered = np.empty((n, width), dtype=np.float32)
+    gathered, whole = (np.empty((n, width), dtype=np.float32) for _ in range(2))
     for start in range(0, n, _PANEL):
         stop = min(start + _PANEL, n)
         panels = np.stack([one.panel(start, stop)[:, start:] for one in first])
@@ -165,7 +165,9 @@ def _contracted(
             own += np.square(a).sum(axis=1)
             out = gathered[: n - i - 1]
             for total, line in zip(sums, index, strict=True):
-                np.take(stacked[line[i]], line[i + 1 :], axis=0, out=out, mode="clip")
+                # In order into the cache first: gathering from memory waits for every element.
+                np.copyto(whole, stacked[line[i]])
+                np.take(whole, line[i + 1 :], axis=0, out=out, mode="clip")
                 total += a @ out
         tick((2 * n - start - stop) * (stop - start) / n**2)
     return 2 * sums[:, :, : len(second)], 2 * own, squares

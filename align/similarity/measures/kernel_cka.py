@@ -181,7 +181,7 @@ class Cka:
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
     biased: bool = False
-    floor_rows: int = 8192
+    floor_rows: int = 4096
 
     def __call__(
         self, layers: Sequence[NDArray[np.float32]], wanted: Wanted, draws: Resampling | None, tick: Tick
@@ -217,7 +217,7 @@ class RbfCka:
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
     biased: bool = False
-    floor_rows: int = 8192
+    floor_rows: int = 4096
 
     def __init__(self, fraction: float = 1.0) -> None:
         if not (math.isfinite(fraction) and fraction > 0):
@@ -305,6 +305,9 @@ def _similarities(layer: Rows, document: NDArray[np.int64], fraction: float | No
             k = _squared_distances(of.rows[start:stop], of.rows, norms[start:stop], norms)
             k *= -1 / (2 * sigma * sigma)
             np.exp(k, out=k)
+        return k
+
+    def apart(k: Rows, start: int, stop: int) -> Rows:
         k[document[start:stop, None] == document] = 0
         return k
 
@@ -315,7 +318,10 @@ def _similarities(layer: Rows, document: NDArray[np.int64], fraction: float | No
         totals = np.einsum("id,id->i", of.rows, (by_document.sum(axis=0) - by_document)[document])
     else:
         step = panel_rows(n, 1)
-        totals = np.concatenate([kernel(i, min(i + step, n)).sum(axis=1, dtype=np.float64) for i in range(0, n, step)])
+        totals = np.empty(n)
+        for i in range(0, n, step):
+            stop = min(i + step, n)
+            totals[i:stop] = apart(kernel(i, stop), i, stop).sum(axis=1, dtype=np.float64)
     effects = np.empty(n, dtype=of.rows.dtype)
     effects[order] = documents.effects(totals[order])
 
@@ -323,8 +329,7 @@ def _similarities(layer: Rows, document: NDArray[np.int64], fraction: float | No
         k = kernel(start, stop)
         k -= effects[start:stop, None]
         k -= effects
-        k[document[start:stop, None] == document] = 0
-        return k
+        return apart(k, start, stop)
 
     diagonal = float(n) if sigma is not None else float(norms.sum(dtype=np.float64))
     return Similarities(panel, (4 * float(np.finfo(of.rows.dtype).eps) * diagonal) ** 2)

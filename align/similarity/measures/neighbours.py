@@ -109,7 +109,7 @@ class _NeighbourMeasure:
     #: Whether a neighbour counts by how near it is, or simply as one.
     weighted: bool = False
     biased: bool = True
-    floor_rows: int = 8192
+    floor_rows: int = 4096
 
     def __init__(self, k: int = 10) -> None:
         if k < 1:

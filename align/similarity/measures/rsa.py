@@ -45,7 +45,7 @@ class Rsa:
     symmetric: bool = True
     bounds: tuple[float | None, float | None] = (-1.0, 1.0)
     biased: bool = True
-    floor_rows: int = 8192
+    floor_rows: int = 4096
 
     def __call__(
         self, layers: Sequence[NDArray[np.float32]], wanted: Wanted, draws: Resampling | None, tick: Tick
