@@ -13,7 +13,7 @@ from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.moments.scan import Scan
 from align.moments.scatter import Array, centered
-from align.runs.findings import Training
+from align.runs.facts import Training
 from align.runs.job import Data, Direction
 from align.runs.judge import Candidate, Judge
 from align.runs.plan import MapPlan, Sharing

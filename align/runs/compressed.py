@@ -17,7 +17,7 @@ from align.maps.fitted import Aligner
 from align.metrics import TOKEN, DocumentSums, add_intervals, add_partial
 from align.moments.scan import Scan
 from align.runs.candidates import Reporting
-from align.runs.findings import Training, gram_facts
+from align.runs.facts import Training, gram_facts
 from align.runs.job import Data, Direction
 from align.runs.judge import Judge
 from align.runs.plan import MapPlan

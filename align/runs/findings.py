@@ -6,18 +6,13 @@ mean stands in docs/reading-results.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from align.closed_form.scaling import Unscaled
+from align.runs.facts import Gram, Intercept, Site, Training
 from align.solvers import lambda_grid
 from align.statistics import FEW_DOCUMENTS, FEWEST
-from featstore.errors import FitError
 
 Finding = dict[str, str]
 
@@ -39,95 +34,12 @@ RETRIEVAL_FACTOR = 3
 NEAR_ONE = (0.8, 1.25)
 #: Difference of debiased CKA with and without attention sinks that says the sinks make the figure.
 SINK_SHIFT = 0.1
-#: Eigenvalues below this part of the largest are rounding: Gram matrices are summed from float32 products.
-EIGENVALUE_FLOOR = float(np.finfo(np.float32).eps)
 #: Share of directions below the floor that makes a Gram matrix near-singular.
 SINGULAR_SHARE = 0.01
 
 # The clause of featstore.extraction.attributes.SITE_CONVENTION that matters here. Importing that module would bring
 # torch along.
 _BEFORE_THE_NORM = "L = before the final norm"
-
-
-@dataclass(frozen=True)
-class Gram:
-    """What matters of the centred Gram matrix of the source's train rows.
-
-    Attributes:
-        n: Rows.
-        width: Dimensions.
-        condition: Largest over smallest eigenvalue; infinite where the smallest is not positive.
-        below: Share of the eigenvalues below :data:`EIGENVALUE_FLOOR` times the largest.
-    """
-
-    n: int
-    width: int
-    condition: float
-    below: float
-
-
-@dataclass(frozen=True)
-class Site:
-    """A layer a map reads or writes.
-
-    Attributes:
-        model: Model name.
-        layer: Layer.
-        depth: Number of the model's blocks.
-        convention: The store's attribute ``site_convention``; None where it has none.
-    """
-
-    model: str
-    layer: int
-    depth: int
-    convention: str | None
-
-
-@dataclass(frozen=True)
-class Training:
-    """How gradient training ended.
-
-    Attributes:
-        best_epoch: The epoch whose map is kept.
-        last_epoch: The last one that was run.
-        epochs: The most that were allowed.
-    """
-
-    best_epoch: int
-    last_epoch: int
-    epochs: int
-
-
-@dataclass(frozen=True)
-class Intercept:
-    """What an intercept would do to a map without one.
-
-    Attributes:
-        without: R2 of the map on the validation rows; NaN where these do not vary.
-        with_one: R2 of the best affine map.
-    """
-
-    without: float
-    with_one: float
-
-
-def gram_facts(gram: ArrayLike, n: int) -> Gram:
-    """The facts of a Gram matrix, from its eigenvalues.
-
-    Args:
-        gram: float64 ``(d, d)``, centred: ``align.moments.scatter.centered(m).gx``; or its ``(d,)`` eigenvalues.
-        n: Rows it sums over.
-
-    Raises:
-        FitError: It is empty, not square, or not finite.
-    """
-    values = np.asarray(gram, dtype=np.float64)
-    if not values.size or values.ndim > 2 or values.shape != values.shape[::-1] or not np.isfinite(values).all():
-        raise FitError(f"a Gram matrix of shape {values.shape}; expected finite numbers, square or its eigenvalues")
-    eigenvalues = np.linalg.eigvalsh(values) if values.ndim == 2 else np.sort(values)
-    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
-    condition = largest / smallest if smallest > 0 else math.inf
-    return Gram(n, len(eigenvalues), condition, float(np.mean(eigenvalues <= EIGENVALUE_FLOOR * largest)))
 
 
 def findings(

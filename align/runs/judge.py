@@ -16,7 +16,8 @@ from align.maps.fitted import Aligner
 from align.metrics import TOKEN, DocumentSums, Figures, Reasons, add_intervals, add_partial
 from align.moments.scan import Scan, limit_rows, read_split, sites_of
 from align.moments.scatter import Array
-from align.runs.findings import Gram, Intercept, Site, Training, findings, gram_facts
+from align.runs.facts import Gram, Intercept, Site, Training, gram_facts
+from align.runs.findings import findings
 from align.runs.job import Data, Direction
 from align.scoring.moments import NEEDS_ROWS, score_moments
 from align.scoring.rows import TRAIN_ROWS, batches_of, score_all

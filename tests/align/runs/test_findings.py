@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 
 from align.closed_form.scaling import Unscaled
+from align.runs.facts import EIGENVALUE_FLOOR, Gram, Intercept, Site, Training, gram_facts
 from align.runs.findings import (
-    EIGENVALUE_FLOOR,
-    Gram,
-    Intercept,
-    Site,
-    Training,
     after_the_norm,
     few_documents,
     few_rows,
     findings,
-    gram_facts,
     infonce_at_chance,
     lambda_at_the_end,
     loses_to_closed_form,
