@@ -391,11 +391,11 @@ def no_scale(unscaled: Unscaled | None) -> Iterator[Finding]:
     if unscaled is None:
         return
     factor, before, after = unscaled.factor, unscaled.before, unscaled.after
-    gain, rise = 0.0, ""
+    gains, rise = False, ""
     if before is not None and after is not None:
-        gain = after - before
+        gains = after > before + MARGIN
         rise = f", and validation R2 of the rotation alone would rise from {before:.3f} to {after:.3f}"
-    if NEAR_ONE[0] <= factor <= NEAR_ONE[1] and gain <= MARGIN:
+    if NEAR_ONE[0] <= factor <= NEAR_ONE[1] and not gains:
         return
     yield _warn(
         "no-scale",
