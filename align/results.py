@@ -65,7 +65,7 @@ class Scores(Record):
 
     Attributes:
         r2: 1 - SSE / SST over all dimensions; SST is about the target's mean over the train rows.
-        r2_ci95: 95 % interval of ``r2`` over resampled documents; of the test split alone.
+        r2_ci95: 95 % interval of ``r2`` over documents; of the test split alone.
         partial_r2: 1 - SSE / SSE of the baseline ``token``: what is left beyond the source's current token; of the test
             split alone.
         partial_r2_ci95: Its 95 % interval over documents.
@@ -350,7 +350,7 @@ class Metrics(Record):
 
 
 class PairDocuments(Record):
-    """Sums over each test document of one layer pair, from which two runs are resampled together.
+    """Sums over each test document of one layer pair, from which intervals, and differences of two runs, are computed.
 
     Empty where the store holds no rows of these layers. The lists have one element a document.
 
@@ -683,7 +683,7 @@ class Measure(Record):
         reverse: ``reverse[i][j]`` from layer j of the second model to layer i of the first, of a measure with a
             direction.
         within: By model ``(layers, layers)``.
-        ci95: Intervals over resampled documents.
+        ci95: 95 % intervals over documents.
         facts: Numbers that a value depends on, by ``<model>:<layer> <model>:<layer>``.
         reasons: Why a cell is null.
         floors: ``shuffled`` (rows shuffled) and ``noise`` (Gaussian rows of the same covariance): controls of the

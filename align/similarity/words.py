@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from align.similarity.floors.reading import LEVEL, readings
+from align.similarity.floors.reading import FEWEST_DRAWS, LEVEL, readings
 from featstore.text.roles import of_roles
 
 
@@ -55,15 +55,23 @@ def floor_lines(result: Mapping[str, Any]) -> list[str]:
         result: Contents of ``cka.json``.
     """
     alone = result["models"][0] == result["models"][-1]
+    if "permutations" in result and not result["permutations"]:
+        return [
+            "no floors: what tokens, positions and documents in common give is not known; --permutations 39 says it"
+        ]
     lines = []
     for floor in readings(result.get("permutations") or {}, alone=alone):
         if floor.reason is not None:
             lines.append(f"no floor, {floor.name}: {floor.reason}")
             continue
+        rows = f"{floor.draws} exchanges of {floor.rows} rows, {floor.documents} documents"
+        said = f"floor, {floor.name}: {floor.low:.4f} to {floor.high:.4f}, 95 % below {floor.edge:.4f}; "
+        if floor.draws < FEWEST_DRAWS:
+            smallest = f"no p is below {1 / (1 + floor.draws):.2f}"
+            lines.append(f"{said}nothing is decided, {smallest}: use --permutations {FEWEST_DRAWS} or more ({rows})")
+            continue
         lines.append(
-            f"floor, {floor.name}: {floor.low:.4f} to {floor.high:.4f}, 95 % below {floor.edge:.4f}; {floor.above} of "
-            f"{floor.pairs} pairs of layers are above it (p <= {LEVEL} over all of them; {floor.draws} exchanges of "
-            f"{floor.rows} rows, {floor.documents} documents)"
+            f"{said}{floor.above} of {floor.pairs} pairs of layers are above it (p <= {LEVEL} over all of them; {rows})"
         )
     return lines
 
@@ -74,7 +82,7 @@ def _measures(result: Mapping[str, Any]) -> list[str]:
     sample = result["sample"]
     lines = [
         f"over {sample['rows']} of {sample['of']} pairs from {sample['documents']} documents, closest pair of layers:",
-        "  {:20} {:>23} {:>8}  {:18} {:>17} {:>17} {:>8} {:>8}".format(
+        "  {:20} {:>23} {:>8}  {:18} {:>25} {:>25} {:>8} {:>8}".format(
             "", "", "value", "95 % interval", "documents", "token", "noise", "rounding"
         ),
     ]
@@ -87,13 +95,17 @@ def _measures(result: Mapping[str, Any]) -> list[str]:
         i, j = _closest(values, block["closer"], alone=result["models"][0] == result["models"][1])
         (a, b), layers = result["models"], result["layers"]
         between = _interval(block, i, j)
-        exchanged = " ".join(f"{_exchanged(block, kind, i, j):>17}" for kind in ("documents", "token"))
+        exchanged = " ".join(f"{_exchanged(block, kind, i, j):>25}" for kind in ("documents", "token"))
         controls = block["floors"]["noise"]["cross"][i][j], block["ceilings"]["rounding"][a][i]
         others = exchanged + " " + " ".join(f"{'-':>8}" if v is None else f"{v:8.4f}" for v in controls)
         where = f"{a}:{layers[a][i]} {b}:{layers[b][j]}"
         lines.append(f"  {name:20} {where:>23} {values[i, j]:8.4f}  {between:18} {others}")
         if len(block["reasons"]):
             lines.append(f"  {'':20} {len(block['reasons'])} pairs of layers undefined, see cka.json")
+    if any(block.get("permutations") for block in result["measures"].values()):
+        lines.append(
+            "  documents and token: the value over the floor's own rows / mean of the exchanges (p over all pairs)"
+        )
     if any(_documents(block).get("excess_ci95") for block in result["measures"].values()):
         lines.append("  intervals with a sign are those of the value less its floor with documents exchanged")
     return lines
@@ -113,10 +125,13 @@ def _interval(block: Mapping[str, Any], i: int, j: int) -> str:
 
 
 def _exchanged(block: Mapping[str, Any], kind: str, i: int, j: int) -> str:
-    """Mean of a measure's floor at a pair of layers, and its p value."""
+    """A measure over the rows of its floor at a pair of layers, the floor's mean there, and the p value.
+
+    The value over the whole sample is of other rows, and may lie below a floor that the value here is above.
+    """
     floor = (block.get("permutations") or {}).get(kind) or {}
-    mean, p = (floor[table][i][j] if floor.get(table) else None for table in ("mean", "p_max"))
-    return "-" if mean is None or p is None else f"{mean:.4f} (p {p:.3f})"
+    value, mean, p = (floor[table][i][j] if floor.get(table) else None for table in ("value", "mean", "p_max"))
+    return "-" if value is None or mean is None or p is None else f"{value:.3f} / {mean:.3f} (p {p:.3f})"
 
 
 def _closest(values: np.ndarray[Any, Any], closer: str, *, alone: bool) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from typing import Any
 
 #: A pair of layers whose corrected p value is at most this is above a floor.
 LEVEL = 0.05
+#: With fewer exchanges no p value, 1 / (1 + exchanges) at the smallest, can be at most that.
+FEWEST_DRAWS = 19
 #: What is exchanged, as tables and sentences name it.
 NAMES = {"documents": "documents exchanged", "token": "same token elsewhere"}
 

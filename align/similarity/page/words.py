@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.similarity.floors.reading import LEVEL, NAMES, readings
+from align.similarity.floors.reading import FEWEST_DRAWS, LEVEL, NAMES, readings
 from align.similarity.page.views import Matrix, View, beside, best, values_of
 from align.statistics import FEW_DOCUMENTS
 
@@ -214,10 +214,15 @@ def _floor(result: dict[str, Any], main: View) -> str:
             sentences.append(f"There is no floor with {_WHAT.get(floor.name, floor.name)}: {floor.reason}.")
             continue
         rows = f"{count(floor.rows)} rows of {count(floor.documents)} documents"
+        decided = (
+            f"{floor.above} of {floor.pairs} pairs of layers are above that floor (p \u2264 {LEVEL}, corrected for all "
+            "of them)"
+            if floor.draws >= FEWEST_DRAWS
+            else f"{count(floor.draws)} exchanges are too few to decide anything, {FEWEST_DRAWS} are not"
+        )
         sentences.append(
             f"With {_WHAT.get(floor.name, floor.name)}, {rows} give {number(floor.low)} to {number(floor.high)} on "
-            f"average (95{_NARROW}% below {number(floor.edge)}): {floor.above} of {floor.pairs} pairs of layers are "
-            f"above that floor (p \u2264 {LEVEL}, corrected for all of them)."
+            f"average (95{_NARROW}% below {number(floor.edge)}): {decided}."
         )
     return " ".join(sentences)
 
@@ -312,7 +317,7 @@ def _sample(result: dict[str, Any], shown: Sequence[View]) -> str:
     if len(shown) < 2 or not rows:
         return ""
     of = f"a sample of {count(rows)} of {count(total)} rows" if total and rows < total else f"all {count(rows)} rows"
-    intervals = f"; their intervals resample {count(documents)} documents" if documents else ""
+    intervals = f"; their intervals are over {count(documents)} documents" if documents else ""
     return f"The other measures see {of}{intervals}."
 
 
@@ -320,7 +325,7 @@ def _few_documents(result: dict[str, Any], shown: Sequence[View]) -> str:
     documents = (result.get("sample") or {}).get("documents")
     if len(shown) < 2 or documents is None or documents >= FEW_DOCUMENTS:
         return ""
-    return f"The intervals resample {count(documents)} documents only and are themselves uncertain."
+    return f"The intervals are of {count(documents)} documents only and are wide."
 
 
 def _undefined(shown: Sequence[View]) -> list[str]:

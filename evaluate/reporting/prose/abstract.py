@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from evaluate.reporting.prose.notes import Note
-from evaluate.reporting.prose.words import Verdict, baselines, between_models
+from evaluate.reporting.prose.words import ALONE, Verdict, baselines, beats_token, between_models, is_above_zero
 from evaluate.reporting.reading.inputs import Pair, Run
 from evaluate.reporting.reading.names import control_name, gain, leak_of, share
 from evaluate.reporting.reading.numbers import count, interval, percent, percent_number, say, score, show
@@ -82,6 +82,8 @@ def _shown(verdict: Verdict) -> Markup:
     part = share(stitched.get("recovered_token"), leak, why)
     if (beyond.get("nats").number or 0.0) <= 0:
         return say("adds nothing to the source’s token alone ({})", gain(beyond, leak))
+    if not is_above_zero(beyond.get("ci95")):
+        return say("cannot be told from the source’s token alone ({})", gain(beyond, leak))
     text = "lowers the loss by {} from where the source’s token alone brings it, {} of the way to the clean run"
     return say(text, gain(beyond, leak), part)
 
@@ -128,6 +130,8 @@ def _held_out(judged: Sequence[Verdict]) -> Markup:
     if unbeaten:
         name = unbeaten[0]
         return words + say(", which is no better than {} ({}).", name, show(rivals[name], score))
+    if not beats_token(metrics):
+        return words + say(", which cannot be told from {}.", ALONE)
     return words + say(", above {} beside it.", "every control" if len(rivals) > 1 else "the one control")
 
 
@@ -205,7 +209,7 @@ def _without_maps(runs: Sequence[Run]) -> Markup:
     if not any("cka.json" in run.files for run in runs):
         what = "This run is" if len(runs) == 1 else "These runs are"
         return say("{} not finished: there is no map to judge yet.", what)
-    found = [sentence for run in runs for sentence in cka.findings(run)[:1]]
+    found = [sentence for run in runs for sentence in cka.findings(run)[:3]]
     return say(
         "{} No map was fitted in {}, so nothing here says whether one model can use the other’s states.",
         Markup(" ").join(found),

@@ -15,8 +15,10 @@ from evaluate.reporting.reading.numbers import interval, nats, percent, say, sco
 
 #: Below this, two R2 are called equal in words; the table shows both.
 _TIE = 0.005
+#: The baseline token in words.
+ALONE = "the source’s token alone"
 _BASELINES = {
-    "token": "the source’s token alone",
+    "token": ALONE,
     "mean": "the mean state",
     "identity": "the states as they are (identity)",
     "random_rotation": "a random rotation",
@@ -116,6 +118,9 @@ def _beyond_token(stitched: Node) -> Markup:
     if _number(beyond.get("nats")) <= 0:
         text = "Adds nothing to the source’s token alone ({} nats/token): the difference is {}."
         return say(text, show(token, nats), gain(beyond, leak))
+    if not is_above_zero(beyond.get("ci95")):
+        text = "Not told from the source’s token alone ({} nats/token): the difference is {}."
+        return say(text, show(token, nats), gain(beyond, leak))
     text = (
         "Lowers the loss by {} from where the source’s token alone brings it ({}), {} of the way to the clean run ({})."
     )
@@ -196,6 +201,25 @@ def baselines(metrics: Node) -> tuple[dict[str, Node], list[str]]:
     return known, [name for name, r2 in known.items() if _number(r2) >= own]
 
 
+def beats_token(metrics: Node) -> bool:
+    """Whether the interval of partial R2 is above zero; True where partial R2 is not known.
+
+    Args:
+        metrics: A layer pair's part of ``metrics.json``.
+    """
+    test = metrics.get("test")
+    return test.get("partial_r2").number is None or is_above_zero(test.get("partial_r2_ci95"))
+
+
+def is_above_zero(ends: Node) -> bool:
+    """Whether a whole interval is above zero; False without one, since nothing is shown then.
+
+    Args:
+        ends: A list of two numbers.
+    """
+    return _number(ends.get(0)) > 0
+
+
 def _held_out(metrics: Node, *, trained: bool, start_is_kept: bool) -> list[Markup]:
     r2 = metrics.get("test", "r2")
     if r2.number is None:
@@ -207,7 +231,11 @@ def _held_out(metrics: Node, *, trained: bool, start_is_kept: bool) -> list[Mark
     elif unbeaten:
         sentences.append(say("Held-out R² {} does not beat {}.", show(r2), _listed(rivals, unbeaten)))
     else:
-        sentences.append(say("Held-out R² {}, above {}.", show(r2), _listed(rivals, list(rivals))))
+        known = [name for name in rivals if name != ALONE or beats_token(metrics)]
+        text = "Held-out R² {}, above {}." if known else "Held-out R² {}."
+        sentences.append(say(text, show(r2), _listed(rivals, known)) if known else say(text, show(r2)))
+        if len(known) < len(rivals):
+            sentences.append(say("It is not told from {}.", _listed(rivals, [ALONE])))
     partial = metrics.get("test", "partial_r2")
     if partial.number is not None:
         text = "Of the error that the source’s token alone leaves it explains {} {} (partial R²)."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from align.similarity.floors.reading import LEVEL, NAMES, readings
+from align.similarity.floors.reading import FEWEST_DRAWS, LEVEL, NAMES, readings
 from align.similarity.page.palette import Scale
 from evaluate.reporting.drawing.heatmap import legend
 from evaluate.reporting.drawing.matrices import Panel, cells_of, height, layer_name, panel, rows_of
@@ -135,6 +135,11 @@ def _above(cka: Node) -> list[Markup]:
         [found] = readings({kind: dict(floor.value)}, alone=a == b)
         if found.reason is not None:
             sentences.append(say("There is no floor with {}: {}.", _WHAT[kind], found.reason))
+            continue
+        if found.draws < FEWEST_DRAWS:
+            text = "With {}, CKA is {} to {} on average; {} exchanges are too few to decide anything, {} are not."
+            ends = fixed(found.low, 3), fixed(found.high, 3)
+            sentences.append(say(text, _WHAT[kind], *ends, found.draws, FEWEST_DRAWS))
             continue
         sentences.append(
             say(

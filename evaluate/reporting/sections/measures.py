@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from align.similarity.floors.reading import LEVEL, NAMES
+from align.similarity.floors.reading import FEWEST_DRAWS, LEVEL, NAMES
 from align.similarity.page.palette import Scale
 from evaluate.reporting.drawing.matrices import Panel, cells_of, height, panel, rows_of
 from evaluate.reporting.drawing.svg import Mark, Series, chart_key, line_chart
@@ -85,8 +85,12 @@ def _floor(content: Node) -> Markup:
             continue
         ps = [cell.number for _, _, cell in cells_of(floor.get("p_max")) if cell.number is not None]
         above = sum(p <= LEVEL for p in ps)
+        middle = fixed(statistics.median(found), 3)
+        if (floor.get("draws").number or 0) < FEWEST_DRAWS:
+            words += say("{}: {} (median), too few exchanges to decide. ", name.capitalize(), middle)
+            continue
         text = "{}: {} (median), {} of {} pairs of layers closer. "
-        words += say(text, name.capitalize(), fixed(statistics.median(found), 3), above, len(ps))
+        words += say(text, name.capitalize(), middle, above, len(ps))
     return words
 
 

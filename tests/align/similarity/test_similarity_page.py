@@ -269,6 +269,7 @@ def test_the_summary_says_what_the_numbers_say() -> None:
             "p_max": [[0.025], [0.3]],
             "rows": 400,
             "documents": 9,
+            "draws": 39,
         },
         "token": {"reason": "hardly any token"},
     }

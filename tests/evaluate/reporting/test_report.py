@@ -18,6 +18,7 @@ from evaluate.reporting import build_report
 from evaluate.reporting.reading.inputs import read_runs
 from tests.support import report_fixtures as made
 from tests.support.report_fixtures import page, run_of
+from tests.support.similarity_fixture import floors_of
 
 
 def resolve(root: Path, pointer: str) -> Any:
@@ -195,6 +196,29 @@ def test_summary_sentence_gives_share_interval_and_control(tmp_path: Path) -> No
         "Recovers 85 % [82, 88] of the loss between the mean state (11.20 nats/token) and the clean run (3.70). "
         "Every control is beaten; the closest is token (0.90 nats/token [0.70, 1.11])."
     ) in text
+
+
+def test_a_difference_within_its_interval_is_no_gain(tmp_path: Path) -> None:
+    found = page(run_of(tmp_path, stitch=made.stitch(10.2, 0.13, 0.07, (-0.02, 0.15)))).text
+    assert "Not told from the source’s token alone (10.27 nats/token): the difference is 0.07" in found
+    assert "cannot be told from the source’s token alone" in found
+    assert "owers the loss by" not in found
+
+
+def test_held_out_states_within_the_interval_of_the_token_are_not_above_it(tmp_path: Path) -> None:
+    metrics = made.metrics()
+    metrics["pairs"][made.PAIR]["test"] |= {"partial_r2": 0.029, "partial_r2_ci95": [-0.057, 0.116]}
+    found = page(run_of(tmp_path, metrics=metrics)).text
+    assert "above the source’s token alone" not in found
+    assert "It is not told from the source’s token alone (0.446)." in found
+    assert "which cannot be told from the source’s token alone." in found
+
+
+def test_the_summary_says_both_floors_of_similarity(tmp_path: Path) -> None:
+    cka = made.cka() | {"permutations": floors_of(made.cka()["cross"], "higher")}
+    summary = page(made.write(tmp_path / "cka", {"cka.json": cka})).text.partition("Leaderboard")[0]
+    assert "With documents in each other's place at equal positions, CKA is" in summary
+    assert "With partners of the same token in another document, CKA is" in summary
 
 
 @pytest.mark.parametrize(
