@@ -283,12 +283,21 @@ def _exchanged(
     xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick, *, fraction: float | None
 ) -> Array:
     """CKA of two sides under exchanged partners; a row keeps its document on either side."""
-    sides = [[_similarities(layer, partners.document, fraction) for layer in side] for side in (xs, ys)]
+    sides = [[similarities(layer, partners.document, fraction) for layer in side] for side in (xs, ys)]
     return cosines(sides[0], sides[1], partners, tick, between=partners.document)
 
 
-def _similarities(layer: Rows, document: NDArray[np.int64], fraction: float | None) -> Similarities | None:
-    """A kernel less its row effects over pairs of different documents; None where CKA is undefined."""
+def similarities(layer: Rows, document: NDArray[np.int64], fraction: float | None) -> Similarities | None:
+    """A kernel less its row effects over pairs of different documents.
+
+    Args:
+        layer: float32 ``(n, d)``.
+        document: int64 ``(n,)``, numbered from 0 without gaps.
+        fraction: Bandwidth of a Gaussian kernel in median distances; None for the linear kernel.
+
+    Returns:
+        None where CKA is undefined.
+    """
     order, documents = in_order(document)
     of, n = centred(layer), len(layer)
     if documents.reason is not None or of.reason is not None:
