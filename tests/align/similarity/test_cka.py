@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import align
 from align.kernels.reference import cka, rbf_gram
@@ -21,7 +22,7 @@ from align.similarity.measures.by_name import parse_measures
 from align.similarity.measures.controls import floors, halves
 from align.similarity.measures.names import MEASURES
 from align.similarity.sample import Sample, affordable_rows, draw
-from align.similarity.words import best_partners
+from align.similarity.words import best_partners, describe
 from featstore.errors import PairingError, SpecError
 from featstore.runtime.console import jsonable
 from tests.support.commands import call, strict_json
