@@ -522,7 +522,7 @@ def test_every_measure_is_written_without_each_document(planted: Planted, tmp_pa
     low, high = found.measures["cka"].ci95.cross[1][1]
     jackknife = np.sqrt(19 / 20 * np.square(values - values.mean()).sum())
     assert 0.5 < jackknife / ((high - low) / 2 / 2.09) < 2
-    assert set(sums.to_pandas().measure) == {"cka", "svcca", "ridge-r2"}
+    assert set(sums.to_pandas().measure) == {"main", "cka", "svcca", "ridge-r2"}
 
 
 def test_the_main_figure_has_the_jackknife_s_interval_over_documents(planted: Planted, tmp_path: Path) -> None:
