@@ -225,8 +225,8 @@ def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
             - ``roles``: only rows of these roles, ``"assistant"`` or ``["user", "assistant"]``; None for all.
             - ``measures``: others, over the sample: names such as ``["rsa"]``, or ``"all"``; ``draws``: resamples of
               documents behind each interval (1000).
-            - ``permutations``: exchanges of partners behind each floor (39), 0 for no floors and no intervals of the main
-              figure: documents in each other's place, and partners of the same token elsewhere.
+            - ``permutations``: exchanges of partners behind each floor (39), 0 for no floors and no intervals of the
+              main figure: documents in each other's place, and partners of the same token elsewhere.
             - ``memory``: bytes, or such as ``"4GiB"``; ``scheduler``: address of a Dask scheduler; ``workers``: local
               processes instead of threads; ``device``: of RBF kernels; ``seed``: of sample, floors and draws.
             - ``out``: a directory for ``cka.json``, ``cka.html`` and the pictures, in which an interrupted scan is
