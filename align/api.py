@@ -197,8 +197,8 @@ def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
 
     ``cka(store)`` compares all layers with all layers over the whole store, exactly, and returns a :class:`Similarity`.
     ``cka(x, y)`` compares two arrays ``(n, d1)`` and ``(n, d2)``, numpy or torch, whose i-th rows belong together, and
-    returns a float: 1 for the same up to rotation, shift and scale, about 0 for unrelated rows, never clamped. Of
-    arrays there are the keywords ``documents`` (labels ``(n,)``, which document each row is of: pairs within one are
+    returns a float: 1 for the same up to rotation, shift and scale, 0 on average for independent rows, never clamped.
+    Of arrays there are the keywords ``documents`` (labels ``(n,)``, which document each row is of: pairs within one are
     left out; without them every row is its own), ``estimator`` (``debiased`` or ``biased``), ``correct_features`` and
     ``kernel`` alone.
 
@@ -225,8 +225,8 @@ def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
             - ``roles``: only rows of these roles, ``"assistant"`` or ``["user", "assistant"]``; None for all.
             - ``measures``: others, over the sample: names such as ``["rsa"]``, or ``"all"``; ``draws``: resamples of
               documents behind each interval (1000).
-            - ``permutations``: exchanges of partners behind each floor (39), 0 for no floors: documents in each other's
-              place, and partners of the same token elsewhere.
+            - ``permutations``: exchanges of partners behind each floor (39), 0 for no floors and no intervals of the
+              main figure: documents in each other's place, and partners of the same token elsewhere.
             - ``memory``: bytes, or such as ``"4GiB"``; ``scheduler``: address of a Dask scheduler; ``workers``: local
               processes instead of threads; ``device``: of RBF kernels; ``seed``: of sample, floors and draws.
             - ``out``: a directory for ``cka.json``, ``cka.html`` and the pictures, in which an interrupted scan is

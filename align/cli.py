@@ -122,7 +122,8 @@ def cka(
         int, typer.Option(min=1, help="Resamples of documents behind each interval.", rich_help_panel=_SAMPLE)
     ] = 1000,
     permutations: Annotated[
-        int, typer.Option(min=0, help="Exchanges of partners behind each floor; 0 for no floors.")
+        int,
+        typer.Option(min=0, help="Exchanges of partners behind each floor; 0 for no floors and no intervals of CKA."),
     ] = 39,
     memory: Annotated[
         str, typer.Option(help="Memory for sums, or for the sample: bytes, or such as 500M, 4GiB.")

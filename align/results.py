@@ -625,6 +625,31 @@ class MeasureIntervals(Record):
     reason: str | None = None
 
 
+class SimilarityIntervals(Record):
+    """95 % intervals of the main figure over documents; null where there is none.
+
+    The half width is that of debiased CKA without each document in turn, over a sample of the rows, by the jackknife.
+
+    Attributes:
+        cross: Of ``cross``.
+        within: Of ``within``.
+        rows: Rows of the sample.
+        of: Of how many.
+        documents: Documents that they come from.
+        effective_documents: How many documents of equal length would weigh as much; the t distribution has one degree
+            of freedom less.
+        reason: Why there is none at all.
+    """
+
+    cross: tuple[tuple[Interval | None, ...], ...] = ()
+    within: Table[tuple[tuple[Interval | None, ...], ...]] = EMPTY
+    rows: Whole | None = None
+    of: Whole | None = None
+    documents: Whole | None = None
+    effective_documents: Number | None = None
+    reason: str | None = None
+
+
 class MeasureFloor(Record):
     """A measure on states that have nothing in common.
 
@@ -723,6 +748,7 @@ class Similarity(SimilarityTables):
         null: The main figure of shuffled rows.
         permutations: The floors of the main figure: ``documents`` (documents in each other's place) and ``token``
             (partners of the same source token in another document).
+        ci95: Intervals of the main figure over documents.
         masked_rows: Rows that are attention sinks.
         keep_sinks: Whether the main figures include them.
         roles: The roles whose rows are compared (``--roles``); null for all.
@@ -746,6 +772,7 @@ class Similarity(SimilarityTables):
     kernel: str | None = None
     null: Floor | None = None
     permutations: Table[PermutationFloor] = EMPTY
+    ci95: SimilarityIntervals | None = None
     masked_rows: Whole | None = None
     keep_sinks: Flag | None = None
     roles: tuple[str, ...] | None = None
@@ -759,13 +786,17 @@ class Similarity(SimilarityTables):
     def to_pandas(self) -> pd.DataFrame:
         """One row for every layer of the first model and every layer of the second.
 
-        Columns are ``first_layer``, ``second_layer``, ``cka``, ``unmasked`` or ``masked``, and one of every measure by
-        its name; CKA over the sample of the measures is ``cka_sample``. Of the floors ``documents`` and ``token``
+        Columns are ``first_layer``, ``second_layer``, ``cka``, ``cka_low`` and ``cka_high`` (the ends of its interval),
+        ``unmasked`` or ``masked``, and one of every measure by its name; CKA over the sample of the measures is
+        ``cka_sample``. Of the floors ``documents`` and ``token``
         there are ``<floor>_value`` over their rows, ``<floor>_mean``, ``<floor>_p95``, ``<floor>_p``,
         ``<floor>_p_max``.
         """
         first, second = self.models[0], self.models[-1]
         columns: dict[str, Matrix] = {"cka": self.cross}
+        for end, key in enumerate(("cka_low", "cka_high")):
+            intervals = () if self.ci95 is None else self.ci95.cross
+            columns[key] = tuple(tuple(ends and ends[end] for ends in row) for row in intervals)
         for name, floor in self.permutations.items():
             columns |= {f"{name}_{key}": getattr(floor, key) for key in ("value", "mean", "p95", "p", "p_max")}
         columns |= {} if self.unmasked is None else {"unmasked": self.unmasked.cross}
@@ -790,32 +821,57 @@ class WithoutDocument(Record):
     reason: str | None = None
 
 
+class MainDocuments(WithoutDocument):
+    """Debiased CKA over the sample of the floors without each document, row effects fitted anew.
+
+    Attributes:
+        documents: Numbers of the documents in the store.
+        rows: Rows of each in the sample.
+        effective_documents: How many documents of equal length would weigh as much.
+        kernel: ``linear``, or ``rbf`` with the bandwidth of all rows of the sample.
+        reason: Why there are no intervals.
+    """
+
+    documents: tuple[Whole, ...] = ()
+    rows: tuple[Whole, ...] = ()
+    effective_documents: Number | None = None
+    kernel: str | None = None
+
+
 class SimilarityDocuments(Record):
-    """Contents of ``cka_documents.json``: every measure without each document, for intervals of any kind.
+    """Contents of ``cka_documents.json``: every figure without each document, for intervals of any kind.
 
     Attributes:
         models: The two names.
-        documents: Numbers of the documents in the store.
-        rows: Rows of each in the sample.
+        main: The main figure; null where it has no intervals.
+        documents: Numbers of the documents in the store that the measures see.
+        rows: Rows of each in the sample of the measures.
         measures: By name.
     """
 
     file: ClassVar[str] = "cka_documents.json"
-    command: ClassVar[str] = "align cka --measures"
-    always: ClassVar[tuple[str, ...]] = ("models", "documents", "rows")
+    command: ClassVar[str] = "align cka"
+    always: ClassVar[tuple[str, ...]] = ("models",)
 
     models: tuple[str, ...] = ()
+    main: MainDocuments | None = None
     documents: tuple[Whole, ...] = ()
     rows: tuple[Whole, ...] = ()
     measures: Table[WithoutDocument] = EMPTY
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row for every measure, pair of layers and document: ``value`` is that of all other documents."""
+        """One row for every measure, pair of layers and document: ``value`` is that of all other documents.
+
+        The main figure is the measure ``main``.
+        """
+        blocks = [(name, block.values, self.documents, self.rows) for name, block in self.measures.items()]
+        if self.main is not None:
+            blocks.insert(0, ("main", self.main.values, self.main.documents, self.main.rows))
         return frame(
-            {"measure": name, "pair": pair, "document": document, "rows": rows, "value": value}
-            for name, measure in self.measures.items()
-            for pair, values in measure.values.items()
-            for document, rows, value in zip(self.documents, self.rows, values, strict=True)
+            {"measure": name, "pair": pair, "document": document, "rows": count, "value": value}
+            for name, table, documents, rows in blocks
+            for pair, values in table.items()
+            for document, count, value in zip(documents, rows, values, strict=True)
         )
 
 

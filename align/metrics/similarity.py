@@ -75,7 +75,7 @@ def _constant(name: str, spread: float, n: int, mean: Array) -> str | None:
 
 
 def debiased_cka_from_moments(m: Moments) -> tuple[float, str | None]:
-    """CKA with unbiased HSIC_1 and linear kernels; about 0 for independent data of any width.
+    """CKA with unbiased HSIC_1 and linear kernels; 0 on average for independent rows of any width.
 
     Never clamped: it may be negative. HSIC_1 is a product of U-centred kernels, so it lies within [-1, 1] to rounding.
 
@@ -137,10 +137,10 @@ def debiased_cka(
     """Debiased CKA with linear kernels over pairs of rows of different documents.
 
     The cosine of what is left of the two kernels without their row effects, over the pairs of rows of different
-    documents (:mod:`align.solvers.row_effects`). About 0 for states that have nothing in common but the documents they
-    were read from, whatever their width and however few these are. Without documents every row is its own, which is
-    CKA with the unbiased HSIC_1 of Song et al. (2012), equation 5: rows of one document then count as independent, and
-    with few of them raise the figure of unrelated states. Never clamped: it may be negative.
+    documents (:mod:`align.solvers.row_effects`). 0 on average for states that have nothing in common but the documents
+    they were read from, whatever their width and however few these are. Without documents every row is its own: CKA
+    with the unbiased HSIC_1 of Song et al. (2012), equation 5. Rows of one document then count as independent, and with
+    few of them raise the figure of unrelated states. Never clamped: it may be negative.
 
     Few rows (:data:`FEW_ROWS`), and fewer rows than dimensions, are compared by their Gram matrices in float64; more by
     cross-products of their dimensions, of which float32 rows are multiplied in float32.

@@ -74,9 +74,10 @@ class Similarity(results.Similarity):
         from align.similarity import heatmaps, page
 
         content = self.content()
-        names = (results.write_similarity(directory, self).name, page.write(content, directory))
+        names = [results.write_similarity(directory, self).name]
         if by_document is not None:
-            names = (names[0], results.write_similarity_documents(directory, by_document).name, *names[1:])
+            names.append(results.write_similarity_documents(directory, by_document).name)
+        names.append(page.write(content, directory))
         self.at(directory, (*names, *heatmaps.plot(content, directory)))
 
     @property

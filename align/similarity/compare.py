@@ -15,6 +15,7 @@ from align.metrics import debiased_cka
 from align.moments.scan import need_rows, roles_selected, usable_moments
 from align.moments.scatter import centered, merge
 from align.scoring.moments import NEEDS_ROWS, layer_similarity
+from align.similarity.by_document import main_figure
 from align.similarity.floors.exchange import PERMUTATIONS, affordable, floors
 from align.similarity.measures.base import Measure, resampling
 from align.similarity.measures.kernel_cka import Cka, RbfCka
@@ -152,7 +153,7 @@ class Comparison:
             plan(widths, len(self.everything), memory=memory, batch=batch, documents=documents)
         if self.measures or kernel == "rbf":
             affordable_rows(widths, max_rows, memory)
-        #: Contents of ``cka_documents.json`` after :meth:`run`; None without measures.
+        #: Contents of ``cka_documents.json`` after :meth:`run`; None without measures and without floors.
         self.by_document: dict[str, Any] | None = None
         self._samples: dict[tuple[bool, int], Sample] = {}
 
@@ -185,6 +186,7 @@ class Comparison:
             **main,
             "null": self._shuffled(),
             "permutations": self._exchanged(),
+            "ci95": self._intervals(main),
             "masked_rows": len(self.everything) - len(masked),
             "keep_sinks": self.keep_sinks,
             "roles": None if self.roles is None else list(self.roles),
@@ -326,6 +328,25 @@ class Comparison:
             )
         return {name: {**floor, "of": sample.of, "estimator": "debiased"} for name, floor in found.items()}
 
+    def _intervals(self, main: Mapping[str, Any]) -> dict[str, Any]:
+        """Intervals of the main figure over the documents of the floors' sample."""
+        if not self.permutations:
+            return {"reason": "--permutations 0 asks for neither floors nor intervals"}
+        if not self.rows:
+            return {"reason": NEEDS_ROWS}
+        if self.estimator != "debiased" or self.correct_features:
+            which = "--correct-features" if self.correct_features else f"--estimator {self.estimator}"
+            return {"reason": f"{which} has no values without each document; --estimator debiased has"}
+        sample = self._sample(keep_sinks=self.keep_sinks, most=affordable(self.memory))
+        first, second = self.models
+        names = ([f"{first}:{k}" for k in self.layers[first]], [f"{second}:{k}" for k in self.layers[second]])
+        with progress("documents left out", 100, "%", quiet=self.quiet) as tick:
+            # The bandwidth of the main figure is the median distance.
+            fraction = 1.0 if self.kernel == "rbf" else None
+            found, documents = main_figure(sample, names, main, fraction=fraction, tick=lambda part: tick(100 * part))
+        self.by_document = {"models": [first, second], "main": {"kernel": self.kernel, **documents}}
+        return found
+
     def _shuffled(self) -> dict[str, Any]:
         """The main figure of the same states with rows shuffled: the estimator's own bias, which is no floor."""
         count = len(self.layers[self.models[0]])
@@ -371,7 +392,7 @@ class Comparison:
                 )
         numbers, sizes = np.unique(sample.document, return_counts=True)
         self.by_document = {
-            "models": list(self.models),
+            **(self.by_document or {"models": list(self.models)}),
             "documents": numbers.tolist(),
             "rows": sizes.tolist(),
             "measures": {name: block.pop("without") for name, block in found.items()},

@@ -49,17 +49,16 @@ def describe(result: Mapping[str, Any]) -> str:
 
 
 def floor_lines(result: Mapping[str, Any]) -> list[str]:
-    """The floors of the main figure, a line each.
+    """The intervals of the main figure and its floors, a line each.
 
     Args:
         result: Contents of ``cka.json``.
     """
     alone = result["models"][0] == result["models"][-1]
+    lines = _reach(result.get("ci95") or {}, alone=alone)
     if "permutations" in result and not result["permutations"]:
-        return [
-            "no floors: what tokens, positions and documents in common give is not known; --permutations 39 says it"
-        ]
-    lines = []
+        what = "what tokens, positions and documents in common give is not known"
+        lines.append(f"no floors: {what}; --permutations 39 says it")
     for floor in readings(result.get("permutations") or {}, alone=alone):
         if floor.reason is not None:
             lines.append(f"no floor, {floor.name}: {floor.reason}")
@@ -74,6 +73,22 @@ def floor_lines(result: Mapping[str, Any]) -> list[str]:
             f"{said}{floor.above} of {floor.pairs} pairs of layers are above it (p <= {LEVEL} over all of them; {rows})"
         )
     return lines
+
+
+def _reach(intervals: Mapping[str, Any], *, alone: bool) -> list[str]:
+    """How far the intervals of the main figure reach, in a line."""
+    if intervals.get("reason"):
+        return [f"no 95 % intervals: {intervals['reason']}"]
+    halves = [
+        (ends[1] - ends[0]) / 2
+        for i, row in enumerate(intervals.get("cross") or ())
+        for j, ends in enumerate(row)
+        if ends is not None and not (alone and j <= i)
+    ]
+    if not halves:
+        return []
+    over = f"jackknife over {intervals['documents']} documents of {intervals['rows']} of {intervals['of']} pairs"
+    return [f"95 % intervals: \u00b1 {min(halves):.4f} to {max(halves):.4f} ({over})"]
 
 
 def _measures(result: Mapping[str, Any]) -> list[str]:

@@ -522,7 +522,7 @@ def test_cka_of_a_store_is_that_of_the_command(
     saved = read_similarity(Path("command"))
     assert {**found.content(), "store": None} == {**saved.content(), "store": None}
     written = align.cka(str(planted.path), measures="rsa", out="own", **options)
-    assert (written.path, written.files[:2]) == (Path("own"), ["cka.json", "cka.html"])
+    assert (written.path, written.files[:3]) == (Path("own"), ["cka.json", "cka_documents.json", "cka.html"])
     for name in ("cka.json", "cka.png"):
         assert Path("own", name).read_bytes() == Path("command", name).read_bytes()
     assert sorted(path.name for path in Path("own").iterdir()) == sorted(written.files)
@@ -546,6 +546,8 @@ def test_a_similarity_shows_itself(planted: Planted) -> None:
     table = found.to_pandas()
     assert table.cka.tolist() == [value for row in found.cross for value in row]
     assert "rsa" in table
+    assert (table.cka_low < table.cka).all()
+    assert (table.cka < table.cka_high).all()
     assert isinstance(found.plot(), matplotlib.figure.Figure)
     assert "RSA" in found.plot(measures=True).axes[0].get_title()
     with pytest.raises(SpecError, match="no other measures"):

@@ -15,6 +15,7 @@ from align.results import (
     Metrics,
     Scores,
     Similarity,
+    SimilarityDocuments,
     epoch_files,
     kind_of,
     read_documents,
@@ -68,6 +69,8 @@ def test_cka_comes_back_byte_for_byte(planted: Planted, tmp_path: Path, capsys: 
     }.items():
         shown = call(capsys, "align", "cka", "--store", planted.path, "--out", tmp_path / name, *options, "--json").json
         check_file(Similarity, tmp_path / name / "cka.json", tmp_path)
+        if name != "minibatch":
+            check_file(SimilarityDocuments, tmp_path / name / "cka_documents.json", tmp_path)
         similarity = read_similarity(tmp_path / name)
         assert similarity.layers == {"a": (1, 2), "b": (1, 2)}
         assert [list(row) for row in similarity.cross] == shown["cross"]

@@ -226,6 +226,12 @@ def measured() -> dict[str, Any]:
                 "title": "RSA",
                 "cross": [[0.91, 0.32, 0.1], [0.4, 0.88, -0.05]],
                 "floors": {"shuffled": {"cross": [[0.01, 0.02, 0.03], [0.04, 0.05, 0.06]]}},
+                "permutations": {
+                    "documents": {
+                        "mean": [[0.07, 0.08, 0.09], [0.1, 0.11, 0.12]],
+                        "p_max": [[0.025, 0.5, 1.0], [0.2, 0.05, 1.0]],
+                    }
+                },
                 **sides,
             },
             "procrustes-distance": {"cross": distances, **sides, "closer": "lower", "bounds": [0, None]},

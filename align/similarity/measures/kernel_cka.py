@@ -6,10 +6,10 @@ of different documents
     A_ij = K_ij - a_i - a_j,   A_ij = 0 within documents
 
 leaves rows that sum to zero (:mod:`align.solvers.row_effects`), and debiased CKA (Kornblith et al. 2019) is the cosine
-of A and B over pairs of rows. It lies between -1 and 1, and is about 0 for layers that share nothing but the documents
-they were read from, whatever their width and however few these are. Where every row is its own document this is CKA
-with the unbiased HSIC_1 of Song et al. (2012, equation 5), and A the U-centred kernel of Szekely and Rizzo (2014,
-equation 2.5).
+of A and B over pairs of rows. It lies between -1 and 1, and is 0 on average for layers that share nothing but the
+documents they were read from, whatever their width and however few these are. Where every row is its own document this
+is CKA with the unbiased HSIC_1 of Song et al. (2012, equation 5), and A the U-centred kernel of Szekely and Rizzo
+(2014, equation 2.5).
 
 **Draws.** A draw weighs the pairs of rows (:mod:`align.similarity.measures.panels`) and keeps the row effects of the
 sample: ``sum p_ij A_ij B_ij`` over the roots of those of A with A and of B with B. Fitting them anew would change the
@@ -283,12 +283,21 @@ def _exchanged(
     xs: Sequence[Rows], ys: Sequence[Rows], partners: Partners, tick: Tick, *, fraction: float | None
 ) -> Array:
     """CKA of two sides under exchanged partners; a row keeps its document on either side."""
-    sides = [[_similarities(layer, partners.document, fraction) for layer in side] for side in (xs, ys)]
+    sides = [[similarities(layer, partners.document, fraction) for layer in side] for side in (xs, ys)]
     return cosines(sides[0], sides[1], partners, tick, between=partners.document)
 
 
-def _similarities(layer: Rows, document: NDArray[np.int64], fraction: float | None) -> Similarities | None:
-    """A kernel less its row effects over pairs of different documents; None where CKA is undefined."""
+def similarities(layer: Rows, document: NDArray[np.int64], fraction: float | None) -> Similarities | None:
+    """A kernel less its row effects over pairs of different documents.
+
+    Args:
+        layer: float32 ``(n, d)``.
+        document: int64 ``(n,)``, numbered from 0 without gaps.
+        fraction: Bandwidth of a Gaussian kernel in median distances; None for the linear kernel.
+
+    Returns:
+        None where CKA is undefined.
+    """
     order, documents = in_order(document)
     of, n = centred(layer), len(layer)
     if documents.reason is not None or of.reason is not None:

@@ -84,6 +84,7 @@ def _main(result: dict[str, Any]) -> View:
     blocks = []
     for key, title, rows, columns in _places(result):
         block = _block(result, key, title, rows, columns, _matrix(result, key), result.get("reasons") or {})
+        block["ci"] = _matrix(result.get("ci95") or {}, key) or None
         block["floors"] = list(_exchanged(result.get("permutations") or {}, key))
         # Shuffled rows are no floor beside ones that keep what documents share.
         if key == "cross" and not block["floors"] and any(True for _ in values_of(floor.get("cross"))):

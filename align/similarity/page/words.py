@@ -120,7 +120,7 @@ def summary(result: dict[str, Any], shown: Sequence[View]) -> list[str]:
         shown: Its views.
     """
     main = shown[0]
-    sentences = [_first(result, main), _floor(result, main), _sinks(result, main)]
+    sentences = [_first(result, main), _intervals(result), _floor(result, main), _sinks(result, main)]
     if len(shown) > 1 and (others := _agreement(shown)):
         sentences.append(others)
     sentences.append(_sample(result, shown))
@@ -321,11 +321,23 @@ def _sample(result: dict[str, Any], shown: Sequence[View]) -> str:
     return f"The other measures see {of}{intervals}."
 
 
-def _few_documents(result: dict[str, Any], shown: Sequence[View]) -> str:
-    documents = (result.get("sample") or {}).get("documents")
-    if len(shown) < 2 or documents is None or documents >= FEW_DOCUMENTS:
+def _intervals(result: dict[str, Any]) -> str:
+    """What the intervals of the main figure stand on."""
+    given = result.get("ci95") or {}
+    if given.get("reason"):
+        return f"Linear CKA has no intervals: {given['reason']}."
+    if not given.get("documents"):
         return ""
-    return f"The intervals are of {count(documents)} documents only and are wide."
+    rows = f"{count(given['rows'])} of {count(given['of'])} rows"
+    return f"Its intervals leave out each of {count(given['documents'])} documents in turn, over {rows}."
+
+
+def _few_documents(result: dict[str, Any], shown: Sequence[View]) -> str:
+    documents = (result.get("sample") or {}).get("documents") if len(shown) > 1 else None
+    documents = documents or (result.get("ci95") or {}).get("documents")
+    if documents is None or documents >= FEW_DOCUMENTS:
+        return ""
+    return f"The intervals are over {count(documents)} documents only and are themselves uncertain."
 
 
 def _undefined(shown: Sequence[View]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import align
 from align.kernels.reference import cka, rbf_gram
@@ -21,7 +22,7 @@ from align.similarity.measures.by_name import parse_measures
 from align.similarity.measures.controls import floors, halves
 from align.similarity.measures.names import MEASURES
 from align.similarity.sample import Sample, affordable_rows, draw
-from align.similarity.words import best_partners
+from align.similarity.words import best_partners, describe
 from featstore.errors import PairingError, SpecError
 from featstore.runtime.console import jsonable
 from tests.support.commands import call, strict_json
@@ -521,4 +522,51 @@ def test_every_measure_is_written_without_each_document(planted: Planted, tmp_pa
     low, high = found.measures["cka"].ci95.cross[1][1]
     jackknife = np.sqrt(19 / 20 * np.square(values - values.mean()).sum())
     assert 0.5 < jackknife / ((high - low) / 2 / 2.09) < 2
-    assert set(sums.to_pandas().measure) == {"cka", "svcca", "ridge-r2"}
+    assert set(sums.to_pandas().measure) == {"main", "cka", "svcca", "ridge-r2"}
+
+
+def test_the_main_figure_has_the_jackknife_s_interval_over_documents(planted: Planted, tmp_path: Path) -> None:
+    found = align.cka(planted.path, layers="0,2", permutations=3, quiet=True, out=tmp_path)
+    main = read_similarity_documents(tmp_path).main
+    assert main is not None
+    assert found.ci95 is not None
+    assert (main.kernel, main.reason, found.ci95.reason) == ("linear", None, None)
+    assert (found.ci95.rows, found.ci95.of, found.ci95.documents) == (700, 700, 20)
+    assert sum(main.rows) == 700
+    x, y, document = planted.x[2], planted.y[2], planted.document
+    want = [debiased_cka(x[document != d], y[document != d], document[document != d])[0] for d in main.documents]
+    np.testing.assert_allclose(main.values["a:2 b:2"], want, atol=1e-5)
+    spread = np.sqrt(19 / 20 * np.square(want - np.mean(want)).sum())
+    reach = stats.t(main.effective_documents - 1).ppf(0.975) * spread
+    value = found.cross[1][1]
+    assert found.ci95.cross[1][1] == pytest.approx((value - reach, value + reach), abs=1e-4)
+    assert found.ci95.within["b"][1][1] == pytest.approx((1.0, 1.0), abs=1e-5)
+    assert set(read_similarity_documents(tmp_path).to_pandas().measure) == {"main"}
+    table = found.to_pandas()
+    assert (table.cka_low[3], table.cka_high[3]) == found.ci95.cross[1][1]
+    text = describe(found.content())
+    assert "jackknife over 20 documents of 700 of 700 pairs" in text
+    assert "over 700 of 700 rows" in (tmp_path / "cka.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"permutations": 0}, "--permutations 0"),
+        ({"permutations": 3, "estimator": "biased"}, "--estimator biased"),
+        ({"permutations": 3, "correct_features": True}, "--correct-features"),
+    ],
+)
+def test_a_main_figure_without_intervals_says_why(planted: Planted, options: dict[str, Any], why: str) -> None:
+    found = align.cka(planted.path, layers="2", quiet=True, **options)
+    assert found.ci95 is not None
+    assert why in (found.ci95.reason or "")
+    assert f"no 95 % intervals: {why}" in describe(found.content())
+
+
+def test_the_gaussian_kernel_has_intervals_too(planted: Planted) -> None:
+    found = align.cka(planted.path, layers="2", kernel="rbf", permutations=3, quiet=True)
+    assert found.ci95 is not None
+    low, high = found.ci95.cross[0][0]
+    assert (low + high) / 2 == pytest.approx(found.cross[0][0])
+    assert 0 < high - low < 1

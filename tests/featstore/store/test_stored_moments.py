@@ -538,8 +538,13 @@ def test_a_run_without_rows_is_the_run_with_them(
             missing = {f"{block}.{figure}" for figure, value in here[block].items() if value is None}
             assert missing
             assert missing <= here["reasons"].keys()
-        for name in ("mean", "identity", "random_rotation", "shuffled"):
+        for name in ("mean", "identity", "random_rotation"):
             assert here["baselines"][name]["r2"] == pytest.approx(there["baselines"][name]["r2"], rel=1e-6, abs=1e-6)
+        # Documents can be exchanged where there are rows; sums of all rows leave rows shuffled. Both find nothing.
+        controls = [one["baselines"]["shuffled"] for one in (there, here)]
+        assert [control["name"] for control in controls] == ["documents exchanged", "rows shuffled"]
+        assert [control["r2"] for control in controls] == [pytest.approx(0.0, abs=0.1)] * 2
+        assert controls[0]["r2"] != controls[1]["r2"]
         assert there["baselines"]["token"]["r2"] is not None
         assert here["baselines"]["token"] is None
         assert here["token"] is None
