@@ -86,7 +86,8 @@ def _floor(content: Node) -> Markup:
         ps = [cell.number for _, _, cell in cells_of(floor.get("p_max")) if cell.number is not None]
         above = sum(p <= LEVEL for p in ps)
         middle = fixed(statistics.median(found), 3)
-        if (floor.get("draws").number or 0) < FEWEST_DRAWS:
+        draws = floor.get("draws").number
+        if draws is not None and draws < FEWEST_DRAWS:
             words += say("{}: {} (median), too few exchanges to decide. ", name.capitalize(), middle)
             continue
         text = "{}: {} (median), {} of {} pairs of layers closer. "
