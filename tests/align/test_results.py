@@ -124,7 +124,7 @@ def test_tables(runs: dict[str, Path]) -> None:
     similarity = Similarity.parse(similarity_result(3, 4))
     table = similarity.to_pandas()
     assert len(table) == 12
-    assert {"cka", "floor", "unmasked", "cka_sample", "rsa", "svcca"} <= set(table)
+    assert {"cka", "documents_mean", "token_p_max", "unmasked", "cka_sample", "rsa", "svcca"} <= set(table)
     assert table.loc[5, "cka_sample"] == similarity.measures["cka"].cross[1][1]
     assert table.loc[5, "cka"] == similarity.cross[1][1]
     assert (table.loc[5, "first_layer"], table.loc[5, "second_layer"]) == (7, 7)
