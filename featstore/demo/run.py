@@ -25,7 +25,6 @@ from featstore.runtime.subcommands import run_stage
 #: Small enough for two cores, large enough that every figure means something: nine documents are for the test.
 _EXTRACT = ("--layers", "0%,25%,50%,75%,100%", "--max-documents", "90", "--max-document-bytes", "800")
 _MIDDLE = ("--layers", "50%")
-_INNER = ("--layers", "25%,50%,75%")
 _PROMPTED = "procrustes"
 
 
@@ -58,14 +57,14 @@ _PAIRS = (
         PLANTED,
         "twin",
         "",
-        {"procrustes": ("--both",), "affine": ("--both",), "lora": ("--both", *_INNER)},
+        {"procrustes": ("--both",), "affine": ("--both",), "lora": ("--both", *_MIDDLE)},
         stitched=("procrustes", "affine", "lora"),
     ),
     _Pair(
         APART,
         "small",
         "apart-",
-        {"procrustes": (), "affine": (), "lora": _INNER},
+        {"procrustes": (), "affine": (), "lora": _MIDDLE},
         stitched=("procrustes", "affine", "lora"),
     ),
     # An untrained model predicts nothing: there is no loss to recover.
