@@ -58,14 +58,14 @@ _PAIRS = (
         "twin",
         "",
         {"procrustes": ("--both",), "affine": ("--both",), "lora": ("--both", *_MIDDLE)},
-        stitched=("procrustes", "affine", "lora"),
+        stitched=("affine",),
     ),
     _Pair(
         APART,
         "small",
         "apart-",
         {"procrustes": (), "affine": (), "lora": _MIDDLE},
-        stitched=("procrustes", "affine", "lora"),
+        stitched=("affine", "lora"),
     ),
     # An untrained model predicts nothing: there is no loss to recover.
     _Pair(UNTRAINED, "untrained", "untrained-", {"affine": ()}),

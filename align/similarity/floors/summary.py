@@ -19,8 +19,10 @@ def summary(found: Array, closer: Literal["higher", "lower"], *, alone: bool = F
 
     ``p = (1 + #{draws at least as close as the value}) / (1 + draws)`` (Phipson and Smyth, Stat. Appl. Genet. Mol.
     Biol. 9:39, 2010). ``p_max`` compares the value with the closest figure of each draw over all pairs of layers, made
-    with the same exchange: the chance that any of them comes so close where nothing is to be found (Westfall and Young
-    1993).
+    with the same exchange: the chance that any of them comes so close where nothing is to be found (Westfall and Young,
+    *Resampling-Based Multiple Testing*, 1993). Each pair of layers is first taken about the mean of its own value and
+    draws, in units of their spread, which no exchange changes: similar embeddings have a high floor, and would else
+    be the rival of every deeper pair.
 
     Args:
         found: float64 ``(1 + draws, layers, layers)``, the true pairing first, NaN where undefined.
@@ -40,8 +42,12 @@ def summary(found: Array, closer: Literal["higher", "lower"], *, alone: bool = F
     finite = np.abs(found[np.isfinite(found)])
     bar = value - sign * _EQUAL * (float(finite.max()) if finite.size else 0.0)
     itself = np.arange(value.shape[0])[:, None] == np.arange(value.shape[1])
-    counted = np.where(known & np.logical_not(itself) if alone else known, sign * draws, -np.inf)
-    largest = sign * counted.max(axis=(1, 2))
+    # Where nothing varies nothing stands out.
+    spread = np.where(known, found.std(axis=0), 1.0)
+    spread[spread == 0] = np.inf
+    centre = np.where(known, found.mean(axis=0), 0.0)
+    counted = np.where(known & np.logical_not(itself) if alone else known, sign * (draws - centre) / spread, -np.inf)
+    largest = np.broadcast_to(counted.max(axis=(1, 2))[:, None, None], draws.shape)
     with warnings.catch_warnings():
         # Layers without values have no quantiles.
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -49,6 +55,6 @@ def summary(found: Array, closer: Literal["higher", "lower"], *, alone: bool = F
             "mean": draws.mean(axis=0),
             "p95": sign * np.quantile(sign * draws, 0.95, axis=0),
             "p": permutation_p(bar, draws, closer=closer),
-            "p_max": permutation_p(bar, np.broadcast_to(largest[:, None, None], draws.shape), closer=closer),
+            "p_max": permutation_p(sign * (bar - centre) / spread, largest),
         }
     return {"value": value, **{name: np.where(known, table, np.nan) for name, table in tables.items()}}
