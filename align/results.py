@@ -541,8 +541,8 @@ class Exchanged(Record):
         mean: Mean over exchanges.
         p95: 95th percentile over exchanges; of a distance, where lower is closer, the 5th.
         p: (1 + exchanges at least as close as the value) / (1 + exchanges).
-        p_max: The same with the closest of all layer pairs in each exchange, each in units of its own spread: corrected for
-            the number of layer pairs.
+        p_max: The same with the closest of all layer pairs in each exchange, each in units of its own spread: corrected
+            for the number of layer pairs.
         excess: Value less mean, of ``documents`` of a measure that is biased by how many rows there are.
         excess_ci95: Its 95 % interval over documents: of what is expected with as many rows.
     """

@@ -303,7 +303,10 @@ def token_explains(test: Mapping[str, Any], token: Mapping[str, Any] | None) -> 
         left = "nothing is left to explain"
     elif partial <= MARGIN or (interval is not None and interval[0] <= 0):
         ends = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
-        left = f"of what the token leaves the map explains {partial:.3f}{ends} (partial R2)"
+        if partial < 0:
+            left = f"the map does worse than the token (partial R2 {partial:.3f}{ends})"
+        else:
+            left = f"of what the token leaves the map explains {partial:.3f}{ends} (partial R2)"
     else:
         return
     yield _warn(

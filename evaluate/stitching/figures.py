@@ -159,11 +159,15 @@ def _share(tables: Mapping[str, Sums], control: str, figure: str, reasons: dict[
     if not np.isfinite(estimate.value):
         reasons[figure] = f"the {control} control does no harm, so there is nothing to recover"
         return {"value": None, "ci95": None}
-    if estimate.interval is None:
-        reasons[f"{figure}.ci95"] = reasons.get("ci95") or (
+    if estimate.interval is None and "ci95" not in reasons:
+        # A share of next to nothing looks like any other share.
+        reasons[figure] = (
             f"the loss under the {control} control is not clearly above the clean one, and any share may be the true "
             "one; read the nats"
         )
+        return {"value": None, "ci95": None}
+    if estimate.interval is None:
+        reasons[f"{figure}.ci95"] = reasons["ci95"]
     return {"value": estimate.value, "ci95": _ends(estimate)}
 
 

@@ -31,7 +31,7 @@ def describe(result: dict[str, Any]) -> str:
             lines.append(f"  {told}")
         for name, block in entry["conditions"].items():
             lines.append(f"  {name:16} {_losses(entry, name, block)}{'' if name == 'clean' or not block else beside}")
-        lines.append(f"  recovered {_share(entry, 'recovered')} from the mean state{beside}")
+        lines.append(f"  recovered{_way(entry, 'recovered', ' {} from the mean state')}{beside}")
         lines += _alone_lines(entry)
         if rate := entry.get("rate"):
             lines.append(
@@ -64,8 +64,8 @@ def _beyond_token(entry: dict[str, Any]) -> str:
     if beyond["nats"] is None:
         return f"beyond the token: not known ({entry['reasons'].get('beyond_token', 'not run')})"
     return (
-        f"beyond the token: {beyond['nats']:+.3f} nats/token {_interval(beyond['ci95'], '+.3f')}, "
-        f"{_share(entry, 'recovered_token')} of the way from the token alone to clean"
+        f"beyond the token: {beyond['nats']:+.3f} nats/token {_interval(beyond['ci95'], '+.3f')}"
+        f"{_way(entry, 'recovered_token', ', {} of the way from the token alone to clean')}"
     )
 
 
@@ -92,8 +92,12 @@ def _losses(entry: dict[str, Any], name: str, block: dict[str, Any] | None) -> s
     )
 
 
-def _share(entry: dict[str, Any], name: str) -> str:
-    return f"{_number(entry[name]['value'], '.1%')} {_interval(entry[name]['ci95'], '.1%')}"
+def _way(entry: dict[str, Any], name: str, words: str) -> str:
+    """A share in words, or why there is none."""
+    share = entry[name]
+    if share["value"] is None:
+        return f": no share ({entry['reasons'].get(name, 'not run')})"
+    return words.format(f"{share['value']:.1%} {_interval(share['ci95'], '.1%')}")
 
 
 def _alone_lines(entry: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ _BASELINES = {
     "mean": "the mean state",
     "identity": "the states as they are (identity)",
     "random_rotation": "a random rotation",
-    "shuffled": "a map fitted to shuffled pairs",
+    "shuffled": "a map fitted to states of other text",
 }
 
 Kind = Literal["good", "poor", "open", "none"]
