@@ -23,7 +23,7 @@ from featstore.runtime.records import write
 from featstore.runtime.subcommands import run_stage
 
 #: Small enough for two cores, large enough that every figure means something: nine documents are for the test.
-_EXTRACT = ("--layers", "0%,25%,50%,75%,100%", "--max-documents", "90", "--max-document-bytes", "800")
+_EXTRACT = ("--layers", "0%,25%,50%,75%,100%", "--max-documents", "90", "--max-document-bytes", "600")
 _MIDDLE = ("--layers", "50%")
 _PROMPTED = "procrustes"
 
@@ -57,7 +57,7 @@ _PAIRS = (
         PLANTED,
         "twin",
         "",
-        {"procrustes": ("--both",), "affine": ("--both",), "lora": ("--both", *_MIDDLE)},
+        {"procrustes": ("--both",), "affine": ("--both",), "lora": _MIDDLE},
         stitched=("affine",),
     ),
     _Pair(
