@@ -25,7 +25,7 @@ from featstore.runtime.console import err
 
 #: The shipped files that make the model what it is.
 SHA256 = {
-    WEIGHTS: "312a9fa8f0dd78cedf99dad19a9959ad6a493da139a6ade58521315ad40d38af",
+    WEIGHTS: "f11bb648c3e0e8ff523822937b0a41a8bb5792fd7246ee68b00a07158b60d7e5",
     "tokenizer.json": "59884c9bef92a74d4b2d8b2651a26f4ffcbae25a7db567901298ce256a96ca41",
 }
 _CONFIGURATION = "config.json"
