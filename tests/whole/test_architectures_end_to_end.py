@@ -277,7 +277,9 @@ def test_stitching_replaces_the_stream_and_nothing_else(road: Road) -> None:
     assert list(result["pairs"]) == [KEY, BACK]
     for entry in result["pairs"].values():
         assert entry["self_bit_identical"]
-        assert (entry["leak"], entry["warnings"]) == (0, [])
+        assert entry["leak"] == 0
+        # One test document makes no interval, and that is all there is to say.
+        assert [found["code"] for found in entry["warnings"]] == ["few-documents"]
         assert entry["replaced_share"] > 0.5
         nats = {name: block["nats_per_token"] for name, block in entry["conditions"].items() if block}
         assert len(set(nats.values())) >= len(nats) - 1, "self and clean are alike, no others"

@@ -208,7 +208,7 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...]]] = {
     "policy not indexed": ("align train --store STORE --policy word", ("'word'", "featstore pair")),
     "config": ("align train --config FILE", ("FILE", "run.yaml")),
     "used directory": ("align train --store STORE --out RUN", ("RUN", "already holds a run")),
-    "estimator": ("align cka --store STORE --estimator hsic", ("'hsic'", "debiased, biased")),
+    "estimator": ("align cka --store STORE --estimator hsic", ("'hsic'", "debiased, debiased-rows, biased")),
     "one model": ("align cka --store STORE --models llama", ("'llama'", "two names")),
     "cka layers": ("align cka --store STORE --layers 1", ("layer 1 of 'llama'", "it holds 0, 2, 3")),
     "scheduler": ("align cka --store STORE --scheduler tcp://127.0.0.1:1", ("tcp://127.0.0.1:1", "no Dask")),

@@ -206,7 +206,8 @@ def test_nothing_is_found_where_nothing_is(unrelated: Planted, tmp_path: Path, t
 
 
 def test_a_good_map_draws_no_warning(rotated: Planted, tmp_path: Path) -> None:
-    assert only(trained(rotated, tmp_path, "procrustes"))["warnings"] == []
+    # The store is small; of the map there is nothing to say.
+    assert {w["code"] for w in only(trained(rotated, tmp_path, "procrustes"))["warnings"]} == {"few-documents"}
 
 
 def test_few_rows_draw_a_warning(rotated: Planted, tmp_path: Path) -> None:
@@ -318,7 +319,7 @@ def test_a_model_against_itself_is_the_identity(rotated: Planted, tmp_path: Path
     assert entry["test"]["r2"] == pytest.approx(1, abs=1e-9)
     assert entry["baselines"]["identity"]["r2"] == 1
     # Nothing left over for training to do: that is no warning of a map that loses.
-    assert {w["code"] for w in entry["warnings"]} <= {"no-better-than-controls"}
+    assert {w["code"] for w in entry["warnings"]} <= {"no-better-than-controls", "few-documents"}
 
 
 def test_the_seed_moves_the_random_controls_only(rotated: Planted) -> None:
