@@ -224,8 +224,11 @@ def test_a_text_goes_on_from_injected_states_however_a_model_goes_on(name: str) 
     everywhere = [own[0], own[1]], [range(9)] * 2
     clean = said(None)
     for injection in (aligned(own, *everywhere, layer=layer), last(own, own[:, -1], layer=layer)):
-        for found, wanted in zip(said(injection), clean, strict=True):
-            assert torch.equal(found, wanted)
+        first, *later = said(injection)
+        assert torch.equal(first, clean[0])
+        # Where what was read is read again with more rows beside it, some processors round its products otherwise.
+        for found, wanted in zip(later, clean[1:], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     moved = said(last(own, own[:, -1].flip(0), layer=layer))
     for found, wanted in zip(moved, clean, strict=True):
         assert ((found - wanted).abs().amax(dim=(1, 2)) > 1e-3).all()
