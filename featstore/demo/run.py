@@ -57,7 +57,7 @@ _PAIRS = (
         PLANTED,
         "twin",
         "",
-        {"procrustes": ("--both",), "affine": ("--both",), "lora": _MIDDLE},
+        {"procrustes": (), "affine": ("--both",), "lora": _MIDDLE},
         stitched=("affine",),
     ),
     _Pair(
