@@ -43,13 +43,17 @@ def in_turn(partners: Partners) -> Callable[[int, torch.device], torch.Tensor]:
 @pytest.mark.parametrize("planted", [0.0, 0.12, 1.0])
 def test_p_values_and_thresholds_are_the_peers(planted: float) -> None:
     xs, ys, rows = sides(planted)
-    partners = strata(rows.document, rows.place).partners(rows.document, DRAWS, np.random.default_rng(1))
+    chosen = strata(rows.document, rows.place)
+    partners = chosen.partners(rows.document, DRAWS, np.random.default_rng(1))
+    # Exchanges are of the rows that take part, in their order.
+    xs, ys = ([layer[chosen.chosen] for layer in side] for side in (xs, ys))
+    document = rows.document[chosen.chosen]
     [measure] = parse_measures("cka")
     found = measure.under(xs, ys, partners, lambda _: None)
     tables = summary(found, "higher")
 
     def cka(x: torch.Tensor, y: torch.Tensor) -> float:
-        return debiased_cka(x.numpy(), y.numpy(), documents=rows.document)[0]
+        return debiased_cka(x.numpy(), y.numpy(), documents=document)[0]
 
     x, y = ([torch.from_numpy(layer) for layer in side] for side in (xs, ys))
     for i, j in ((0, 0), (1, 2)):
