@@ -217,7 +217,7 @@ def tiny_store(tiny_llama, tiny_mistral, short_corpus, tmp_path_factory) -> Path
 def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `featstore`, `align` or `evaluate` as users do and return exit code, stdout and stderr."""
 
-    def run(command: str, *args: object, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(command: str, *args: object, timeout: float = 900, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command_line(command, *args),
             env=command_environment(**env),
