@@ -72,7 +72,7 @@ install_for_checks() {
     fi
     if [ "$(cat "$light/.installed" 2>/dev/null)" != "$wanted" ]; then
         echo "installing what the checks need into $light" >&2
-        "$light/bin/python" -m pip install -qq -c constraints.txt ruff mypy types-PyYAML pytest pytest-timeout hypothesis \
+        "$light/bin/python" -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt ruff mypy types-PyYAML pytest pytest-timeout hypothesis \
             numpy array-api-compat blake3 pydantic zarr numcodecs google-crc32c typer rich pyyaml regex safetensors threadpoolctl jinja2
         echo "$wanted" >"$light/.installed"
     fi
