@@ -60,19 +60,25 @@ install() {
 # What formatting, lint, types and walls need, without torch and its company: seconds instead of minutes. The whole
 # environment is used where it is there and current.
 install_for_checks() {
-    local wanted light
+    local wanted light base pip
     wanted=$(cat pyproject.toml constraints.txt | sha256sum)
     if [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$wanted" ]; then
         install
         return
     fi
     light=$VENV-check
-    if [ ! -x "$light/bin/python" ]; then
-        "$(find_python)" -m venv "$light"
+    base=$(find_python)
+    pip=("$light/bin/python" -m pip)
+    # An environment's own pip takes seconds to unpack; where the interpreter has one, that installs into it.
+    if "$base" -m pip --version >/dev/null 2>&1; then
+        pip=("$base" -m pip --python "$light/bin/python")
+        [ -x "$light/bin/python" ] || "$base" -m venv --without-pip "$light"
+    elif [ ! -x "$light/bin/python" ]; then
+        "$base" -m venv "$light"
     fi
     if [ "$(cat "$light/.installed" 2>/dev/null)" != "$wanted" ]; then
         echo "installing what the checks need into $light" >&2
-        "$light/bin/python" -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt ruff mypy types-PyYAML pytest pytest-timeout hypothesis \
+        "${pip[@]}" install -qq --no-compile -c constraints.txt ruff mypy types-PyYAML pytest pytest-timeout hypothesis \
             numpy array-api-compat blake3 pydantic zarr numcodecs google-crc32c typer rich pyyaml regex safetensors threadpoolctl jinja2
         echo "$wanted" >"$light/.installed"
     fi
