@@ -45,7 +45,7 @@ def imported(node: ast.AST) -> Iterator[str]:
 def at_import(node: ast.AST) -> Iterator[ast.AST]:
     """Statements that run when a module is imported: outside functions and outside `if TYPE_CHECKING`."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.expr)):
             continue
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
             continue
@@ -53,9 +53,23 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
         yield from at_import(child)
 
 
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements below a node; expressions, which are most of a tree, hold none."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):
+            yield child
+            yield from statements(child)
+
+
+@cache
+def import_statements(name: str) -> list[ast.Import | ast.ImportFrom]:
+    """The imports of a module, wherever they stand."""
+    return [node for node in statements(tree(name)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
 @cache
 def all_imports(name: str) -> set[str]:
-    return {target for node in ast.walk(tree(name)) for target in imported(node)}
+    return {target for node in import_statements(name) for target in imported(node)}
 
 
 @cache
@@ -67,10 +81,10 @@ def import_time_imports(name: str) -> set[str]:
 def used_modules(name: str) -> set[str]:
     """Modules whose definitions a module uses, lazily or not; what a package passes on counts as its definer's."""
     used = set()
-    for node in ast.walk(tree(name)):
+    for node in import_statements(name):
         if isinstance(node, ast.Import):
             used |= {alias.name for alias in node.names} & SOURCES.keys()
-        elif isinstance(node, ast.ImportFrom) and node.module in SOURCES:
+        elif node.module in SOURCES:
             for alias in node.names:
                 used.add(definer(node.module, alias.name))
     return used - {name}
@@ -81,7 +95,7 @@ def definer(module: str, name: str) -> str:
     if f"{module}.{name}" in SOURCES:
         return f"{module}.{name}"
     if module in PACKAGES:
-        for node in ast.walk(tree(module)):
+        for node in import_statements(module):
             if isinstance(node, ast.ImportFrom) and node.module in SOURCES:
                 for alias in node.names:
                     if (alias.asname or alias.name) == name:
