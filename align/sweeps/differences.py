@@ -71,7 +71,7 @@ def difference(first: Sums | str, second: Sums | str, name: str, where: str) -> 
         if isinstance(sums, str):
             return sums
     if isinstance(first, str) or isinstance(second, str) or MAP not in first.sse or name not in second.sse:
-        return f"{Documents.file} has no sums of {name}; train again"
+        return f"{Documents.file} has no sums of {name}: the run did not score it by document"
     if (first.documents, first.n) != (second.documents, second.n):
         return f"scored on other test rows than {where}"
     found = paired_difference((first.sse[MAP], first.sst), (second.sse[name], second.sst))

@@ -41,11 +41,6 @@ class Value:
     low: float | None = None
     high: float | None = None
 
-    @property
-    def above_zero(self) -> bool:
-        """Whether the whole interval is."""
-        return self.low is not None and self.low > 0
-
     def less(self, constant: float) -> Value:
         """The figure with a constant taken off.
 

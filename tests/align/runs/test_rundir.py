@@ -103,7 +103,7 @@ def test_of_several_processes_one_writes(tmp_path: Path) -> None:
     run.epoch(PAIR, epoch(1))
     run.step(PAIR, step(1, 1))
     run.stop(PAIR, epoch=1, best_epoch=1, reason="ran all 1 epochs")
-    run.finish({"pairs": {}}, {}, [], {})
+    run.finish({"pairs": {}}, {}, [], {}, {})
     assert not (tmp_path / "r").exists()
     assert run.last_epoch(PAIR)["val_loss"] == 0.5
 

@@ -31,7 +31,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Planted:
         2: (x[1] + x[2]) @ rotation(D, 12) + noise[2],
         3: x[1] @ rotation(D, 13) + noise[3],
     }
-    return plant(tmp_path_factory.mktemp("several") / "s.zarr", x, y, depths=(4, 4))
+    return plant(tmp_path_factory.mktemp("several") / "s.zarr", x, y, depths=(4, 4), documents=40)
 
 
 def test_a_joint_map_reads_what_no_single_layer_has(several: Planted, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_compress_run_has_its_rate_and_baselines(
     low, high = block["test"]["r2_ci95"]
     assert low <= block["test"]["r2"] <= high
     assert set(strict_json((tmp_path / "documents.json").read_text())["pairs"]["a:3->b:1"]["sse"]) == {
-        *("map", "pca", "strided"),
+        *("map", "pca", "strided", "token"),
     }
     back = load_adapter(tmp_path).aligners["a:3->b:1"]
     assert not back.takes_rows

@@ -238,7 +238,7 @@ def test_the_command_writes_json_and_heatmaps(
     shown = call(capsys, "align", "cka", "--store", planted.path, "--out", tmp_path, "--json").json
     saved = strict_json((tmp_path / "cka.json").read_text())
     assert {**saved, "files": None, "out": None} == {**shown, "files": None, "out": None}
-    assert shown["files"] == ["cka.json", "cka.html", "cka.png", "cka.svg"]
+    assert shown["files"] == ["cka.json", "cka_documents.json", "cka.html", "cka.png", "cka.svg"]
     assert not (tmp_path / "checkpoints").exists(), "what the scan kept goes when the result is written"
     assert "<script" in (tmp_path / "cka.html").read_text()
     np.testing.assert_array_equal(saved["cross"], result["cross"])

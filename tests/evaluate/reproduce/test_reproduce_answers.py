@@ -544,16 +544,22 @@ def test_verdicts_are_rarely_wrong_at_the_edge(planted, documents, times):
     rng = np.random.default_rng(100 + documents)
     planted.run("linear", 0.6)
     planted.run("lora", 0.5)
-    verdicts, covered = [], 0
+    verdicts, covered, without = [], 0, 0
     for _ in range(times):
         for run, pairs in independent(rng, documents, 0.9).items():
             planted.write(f"runs/{run}/documents.json", {"pairs": pairs})
         evidence = planted.evidence
         verdicts.append(maps.lora_keeps(evidence).verdict)
         estimate = r2_quotient(evidence, *([(run, key) for key in KEYS] for run in ("lora", "linear")))
-        covered += estimate.low <= 0.9 <= estimate.high
-    spread = 3 * np.sqrt(0.05 * 0.95 / times)
-    assert covered / times >= 0.95 - spread - 0.02
+        # Of three unequal documents one may hold nearly everything: then there is no interval, and no verdict.
+        if estimate.interval is None:
+            without += 1
+            assert verdicts[-1] not in (SUPPORTED, CONTRADICTED)
+        else:
+            covered += estimate.low <= 0.9 <= estimate.high
+    assert without <= (0.5 * times if documents < 6 else 0)
+    spread = 3 * np.sqrt(0.05 * 0.95 / (times - without))
+    assert covered / (times - without) >= 0.95 - spread - 0.02
     assert (verdicts.count(SUPPORTED) + verdicts.count(CONTRADICTED)) / times <= 0.05 + spread + 0.02
 
 
