@@ -32,6 +32,14 @@ class ModelLoadError(FeatstoreError, OSError):
     """A model, its configuration or its tokenizer cannot be loaded."""
 
 
+class StrangeReferenceError(FeatstoreError, PermissionError):
+    """A file names a model or a text that the user has not named, and nothing says that it may be used."""
+
+
+class PickledWeightsError(ModelLoadError, PermissionError):
+    """A model has no weights but pickled ones, which nothing says may be read."""
+
+
 class GatedModelError(ModelLoadError, PermissionError):
     """A model exists, but its licence must be accepted or a login is missing."""
 

@@ -13,7 +13,8 @@ from evaluate.reproduce.places import LAYERS, places
 from evaluate.reproduce.programme import Scale, Step, programme
 from evaluate.reproduce.running import Record, carry_out
 from featstore.errors import SpecError
-from featstore.models.references import parse_models
+from featstore.extraction.named import references_of
+from featstore.models.references import NOTHING, Allowed, parse_models
 from featstore.runtime.console import human_seconds
 from featstore.runtime.quantities import parse_budget
 from featstore.runtime.subcommands import run_stage
@@ -25,6 +26,8 @@ _DEMO_TEXT = ("--max-documents", "60", "--max-document-bytes", "1200")
 _CACHE = Path(".cache/demo")
 #: Of a store that is made, below the programme's directory.
 _STORE = "store.zarr"
+#: Commands that load models.
+_LOADING = ("extract", "stitch", "generate", "communicate")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,13 @@ def parse_scale(
 
 
 def reproduce(
-    out: Path, scale: Scale, *, store: Path | None, corpus: Corpus, run: Callable[..., Any] = run_stage
+    out: Path,
+    scale: Scale,
+    *,
+    store: Path | None,
+    corpus: Corpus,
+    allowed: Allowed = NOTHING,
+    run: Callable[..., Any] = run_stage,
 ) -> dict[str, Any]:
     """Carry out the programme, or what is left of it, and write its analysis.
 
@@ -96,6 +105,8 @@ def reproduce(
         scale: How much of everything.
         store: An existing store; None to make one in ``out``.
         corpus: What to make it from.
+        allowed: Whether models are loaded that the store names and the user has not, and pickled weights read. It does
+            not make a step another one.
         run: Runs a command; raises :class:`StageError` where it fails.
 
     Returns:
@@ -103,12 +114,16 @@ def reproduce(
         step, and ``failed`` (why, by step).
 
     Raises:
+        StrangeReferenceError: The store names models that the user has not named.
         StageError: The report could not be written.
         SpecError: The store could not be made, the programme cannot be run on it, or ``out`` holds results of other
             options.
         StoreNotFoundError: There is no store where it should be.
         KeyboardInterrupt: Interrupted; the same command goes on.
     """
+    if store is not None:
+        references_of(open_store(store), (), allowed)  # before the steps that need no model, which take hours
+    run = _allowing(run, allowed)
     first = [] if store is not None else [_extraction(out, corpus, build=True)]
     out.mkdir(parents=True, exist_ok=True)
     record = Record(out)
@@ -131,6 +146,17 @@ def reproduce(
         "seconds": seconds,
         "failed": failed,
     }
+
+
+def _allowing(run: Callable[..., Any], allowed: Allowed) -> Callable[..., Any]:
+    """Runs commands, those that load models with what the user allows."""
+    flags = (("--yes", allowed.references), ("--allow-pickle-weights", allowed.pickles))
+    given = tuple(flag for flag, set_ in flags if set_)
+
+    def run_allowing(tool: str, *arguments: str) -> Any:
+        return run(tool, *arguments, *(given if arguments[0] in _LOADING else ()))
+
+    return run_allowing
 
 
 def plan(opened: Store, store: Path, out: Path, scale: Scale) -> list[Step]:

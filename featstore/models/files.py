@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from featstore.models.references import ModelSpec
+from featstore.models.references import ModelSpec, expanded
 from featstore.runtime.provenance import read_json
 
 #: Single files and indexes of several, in the order in which transformers looks for them.
@@ -29,7 +29,7 @@ def weight_files(spec: ModelSpec) -> tuple[Path, ...]:
     Raises:
         CorruptDataError: An index or the configuration is damaged.
     """
-    path = Path(spec.ref).expanduser()
+    path = expanded(spec.ref)
     if path.suffix == ".gguf":
         return (path,) if path.is_file() else ()
     config = local_file(spec, "config.json")
@@ -65,7 +65,7 @@ def local_file(spec: ModelSpec, name: str) -> Path | None:
         spec: Name and reference; a directory or a hub id.
         name: File name.
     """
-    path = Path(spec.ref).expanduser()
+    path = expanded(spec.ref)
     if path.is_dir():
         return path / name if (path / name).is_file() else None
     if path.is_file() or spec.ref.startswith((".", "/", "~")):

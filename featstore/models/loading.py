@@ -30,6 +30,7 @@ from featstore.models.devices import (
 )
 from featstore.models.files import weight_files
 from featstore.models.opening import choose, loading, located, read_config, who
+from featstore.models.pickled import refuse_pickled_adapter, said_of_a_hub, weights_keywords
 from featstore.models.references import ModelSpec
 from featstore.models.skeletons import (
     asked_of,
@@ -146,6 +147,7 @@ def inspect_model(spec: ModelSpec, control_tokens: str = "text") -> ModelInfo:
         adapter = find_adapter(spec)
         if adapter:
             require_peft(adapter)
+            refuse_pickled_adapter(adapter)
         base = adapter.base if adapter else spec
         config = read_config(base)
         where = located(tokenizer_place(spec, base))
@@ -204,6 +206,7 @@ def load_model(
 
     Raises:
         ModelLoadError: As :func:`inspect_model`, or the weights are missing.
+        PickledWeightsError: There are no weights but pickled ones, and they are not allowed.
         MissingPackageError: As :func:`inspect_model`.
         AttentionError: The attention is not in the list, the model does not have it, or another one runs.
         SpecError: Unknown dtype or device, or a map that does not fit.
@@ -217,11 +220,13 @@ def load_model(
         adapter = find_adapter(spec)
         if adapter:
             require_peft(adapter)
+            refuse_pickled_adapter(adapter)
         base = adapter.base if adapter else spec
         config = read_config(base)
         quantization = quantization_of(None if base.ref.endswith(".gguf") else config, base.ref)
+        keywords = weights_keywords(base, config)
     choose(config, asked_of(base, attention))
-    keywords: dict[str, Any] = {"dtype": resolve_dtype(dtype, where.device)}
+    keywords |= {"dtype": resolve_dtype(dtype, where.device)}
     modules = check_place(spec, where)
     packed = quantization is not None and not quantization.get("dequantized")
     with offload_folder(where) as folder:
@@ -232,14 +237,20 @@ def load_model(
             keywords["device_map"] = {"": str(where.device)}
         with loading(spec):
             # What does not match is refused here, by name, rather than by transformers, which names nothing.
-            model, found = AutoModelForCausalLM.from_pretrained(
-                **located(base),
-                config=config,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **keywords,
-                **(without_adapter() if adapter else {}),
-            )
+            try:
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    **located(base),
+                    config=config,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **keywords,
+                    **(without_adapter() if adapter else {}),
+                )
+            except OSError as error:
+                refusal = said_of_a_hub(base, error)
+                if refusal is None:
+                    raise
+                raise refusal from error
             check_running(base, model, attention)
             without = _without(base, found["unexpected_keys"])
             if without:

@@ -11,12 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from featstore.errors import FeatstoreError, GatedModelError, MissingPackageError, ModelLoadError
 from featstore.models.attention import refuse_names
-from featstore.models.references import ModelSpec
+from featstore.models.references import ModelSpec, expanded
 
 #: Set by those who want transformers to fetch compiled code from a hub; transformers' own switch, with its words.
 _KERNELS = "USE_HUB_KERNELS"
@@ -43,7 +42,7 @@ def located(spec: ModelSpec) -> dict[str, Any]:
     Raises:
         ModelLoadError: A path leads to nothing.
     """
-    path = Path(spec.ref).expanduser()
+    path = expanded(spec.ref)
     common: dict[str, Any] = {"trust_remote_code": False}
     if path.suffix == ".gguf":
         if not path.is_file():
