@@ -21,6 +21,8 @@ from featstore.models.trust import vouch
 from featstore.runtime.provenance import read_json
 
 _CONFIG = "adapter_config.json"
+#: An adapter's weights that are not pickled.
+SAFE_ADAPTER = "adapter_model.safetensors"
 #: Under this name an adapter is known to peft; transformers' own default.
 _NAME = "default"
 #: Kinds of adapters that are tensors and numbers alone. The configurations of other kinds name further models,
@@ -226,7 +228,9 @@ def apply_adapter(model: Any, adapter: Adapter, where: dict[str, Any]) -> dict[s
     Raises:
         WeightsError: No layer of the model has the adapter, or one has it switched off.
     """
-    more = {"adapter_kwargs": {"revision": where["revision"]}} if "revision" in where else {}
+    more: dict[str, Any] = {"adapter_kwargs": {"revision": where["revision"]}} if "revision" in where else {}
+    # Where there is no safetensors file, transformers has to be told so: in a folder it does not look for the other one.
+    more["use_safetensors"] = fetched(adapter.spec, SAFE_ADAPTER) is not None
     found = model.load_adapter(where["pretrained_model_name_or_path"], adapter_name=_NAME, **more)
     idle = inactive(model)
     if idle is not None:

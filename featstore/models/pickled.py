@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from featstore.errors import PickledWeightsError
-from featstore.models.adapters import Adapter, fetched
+from featstore.models.adapters import SAFE_ADAPTER, Adapter, fetched
 from featstore.models.files import local_file
 from featstore.models.opening import who
 from featstore.models.references import ModelSpec
@@ -18,7 +18,6 @@ from featstore.runtime.provenance import read_json
 
 _SAFE = ".safetensors"
 _INDEX = "model.safetensors.index.json"
-_ADAPTER = "adapter_model.safetensors"
 #: Whole and in parts, as transformers looks for them.
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -61,7 +60,7 @@ def refuse_pickled_adapter(adapter: Adapter) -> None:
     Raises:
         PickledWeightsError: It has no others.
     """
-    if not adapter.spec.allowed.pickles and fetched(adapter.spec, _ADAPTER) is None:
+    if not adapter.spec.allowed.pickles and fetched(adapter.spec, SAFE_ADAPTER) is None:
         _refuse(adapter.spec, ["adapter_model.bin"])
 
 

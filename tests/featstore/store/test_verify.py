@@ -19,6 +19,7 @@ from featstore.extraction.job import prepare
 from featstore.extraction.reextract import COMPUTE_TOLERANCE, check_tokens, planned_batches, reextract, rounding_bound
 from featstore.extraction.run import extract
 from featstore.extraction.settings import Settings
+from featstore.models.references import Allowed
 from featstore.store.conversion.convert import convert
 from featstore.store.format.elements import FORMATS, Encoded, column_scale_of
 from featstore.store.format.shards import LAYOUTS
@@ -224,14 +225,16 @@ class TestTokensAgainstText:
         assert found["tokenized"] == ["llama"]
 
     def test_what_cannot_be_checked_is_said(self, real, sound, tiny_mistral):
-        assert len(check_tokens(open_store(sound), quiet=True)["not_checked"]) == 2
+        asked = check_tokens(open_store(sound), (), Allowed(references=True), quiet=True)
+        assert len(asked["not_checked"]) == 2
         writer = StoreWriter(real)
         values = open_store(real).model("llama").attributes
         writer.group("models/llama", {"featstore": values | {"reference": "/nowhere/at/all"}})
         reseal(real)
-        found = check_tokens(open_store(real), quiet=True)
+        found = check_tokens(open_store(real), (), Allowed(references=True), quiet=True)
         assert found["tokenized"] == ["mistral"]
         assert "no directory '/nowhere/at/all'" in found["not_checked"][0]
+        # What takes the place of a reference that nobody named needs no word.
         elsewhere = check_tokens(open_store(real), [f"llama={tiny_mistral}"], quiet=True)
         assert elsewhere["not_checked"] == ["llama: tokens against text, as its tokenizer has changed since"]
         with pytest.raises(SpecError, match="holds llama, mistral, name one of these"):
@@ -389,4 +392,7 @@ class TestTheCommand:
         assert other.code == 1
         assert "is not the model of this store" in other.out
         rewrite(real, "models/llama/tokens", lambda a: a["models/llama/tokens/id"].__setitem__(4, 5))
-        assert call(capsys, "featstore", "verify", real).code == 1
+        assert call(capsys, "featstore", "verify", real, "--retokenise").code == 1
+        alone = call(capsys, "featstore", "verify", real, "--json").json
+        assert (alone["damage"], alone["tokenized"]) == ([], [])  # nothing in the store contradicts it
+        assert alone["not_checked"][-1].endswith("give --retokenise or --reextract N")
