@@ -229,7 +229,7 @@ def apply_adapter(model: Any, adapter: Adapter, where: dict[str, Any]) -> dict[s
         WeightsError: No layer of the model has the adapter, or one has it switched off.
     """
     more: dict[str, Any] = {"adapter_kwargs": {"revision": where["revision"]}} if "revision" in where else {}
-    # Where there is no safetensors file, transformers has to be told so: in a folder it does not look for the other one.
+    # transformers has to be told where there is no safetensors file: in a folder it does not look for the other one.
     more["use_safetensors"] = fetched(adapter.spec, SAFE_ADAPTER) is not None
     found = model.load_adapter(where["pretrained_model_name_or_path"], adapter_name=_NAME, **more)
     idle = inactive(model)

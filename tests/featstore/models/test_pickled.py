@@ -112,7 +112,7 @@ def test_weights_that_are_not_there_are_not_called_pickled(pickled: Path) -> Non
 
 
 def test_the_commands_have_the_option(pickled: Path, short_corpus: Path, tmp_path: Path, capsys) -> None:
-    words = ("extract", "--model", f"m={pickled}", "--layers", "0", "--device", "cpu", "--max-tokens", 500)
+    words = ("extract", "--model", f"m={pickled}", "--layers", "0", "--device", "cpu", "--max-tokens", 3000)
     words = (*words, "--dataset", f"jsonl:{short_corpus}", "--store", tmp_path / "s.zarr")
     refusal = call(capsys, "featstore", *words)
     assert (refusal.code, refusal.out) == (2, "")
