@@ -17,6 +17,7 @@ from featstore.models.references import parse_models
 from featstore.runtime.console import human_seconds
 from featstore.runtime.quantities import parse_budget
 from featstore.runtime.subcommands import run_stage
+from featstore.runtime.writing import check_folder, make_folder
 from featstore.store import Store, open_store
 from featstore.text.roles import roles_text
 
@@ -110,7 +111,9 @@ def reproduce(
         KeyboardInterrupt: Interrupted; the same command goes on.
     """
     first = [] if store is not None else [_extraction(out, corpus, build=True)]
-    out.mkdir(parents=True, exist_ok=True)
+    for name in ("runs", _STORE):
+        check_folder(out, name, make=False)
+    make_folder(out)
     record = Record(out)
     if failed := carry_out(first, record, out, run=run):
         raise SpecError(f"the store could not be made ({failed['extract']}); mend that and give the same command")
