@@ -23,6 +23,7 @@ from align.settings import Settings
 from featstore.errors import SpecError
 from featstore.runtime.arguments import Layers, as_path, check_keywords, layers_text, several, typed, whole
 from featstore.runtime.console import check_directory, jsonable
+from featstore.runtime.writing import check_folder
 from featstore.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -284,6 +285,7 @@ def _cka_of_store(
     directory = None if out is None else as_path("out", out)
     if directory is not None:
         check_directory(directory)
+        check_folder(directory, "checkpoints", make=False)
     chosen_measures = parse_measures(_measures_text(measures))
     # A value of another type would otherwise show after a scan of minutes.
     max_rows, draws = typed("max_rows", max_rows, "int"), typed("draws", draws, "int")

@@ -215,13 +215,17 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Say what a store holds: models, rows, pairs, coverage; and of every layer size, energy and effective rank."""
+    from rich.markup import escape
+
     from featstore.store import open_store
     from featstore.store.inspect.summary import describe, describe_states, states_summary, summary
+    from featstore.store.read.links import links_of
 
     opened = open_store(store)
-    states = states_summary(opened, spectrum=not no_spectrum)
-    result = summary(opened) | {"states": states}
-    emit(result, f"{describe(result)}\n{describe_states(states)}", as_json=as_json)
+    states, links = states_summary(opened, spectrum=not no_spectrum), links_of(opened)
+    result = summary(opened) | {"states": states, "links": [link.to_dict() for link in links]}
+    lines = [describe(result), *(f"  link     {escape(str(link))}" for link in links), describe_states(states)]
+    emit(result, "\n".join(lines), as_json=as_json)
 
 
 @app.command()
@@ -254,6 +258,10 @@ def verify(
     device: Annotated[str, typer.Option(help="Where --reextract computes: auto, cpu, cuda, cuda:N.")] = "auto",
     device_map: DeviceMap = None,
     seed: Annotated[int, typer.Option(min=0, help="Which batches --reextract takes.")] = 0,
+    allow_links: Annotated[
+        bool,
+        typer.Option("--allow-links", help="Accept links that lead outside the store, which are damage otherwise."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a store against its checksums, shapes, text and, with --reextract, its models; exit 1 if it is damaged."""
@@ -261,9 +269,10 @@ def verify(
     from featstore.models.devices import parse_device_map
     from featstore.store import open_store
     from featstore.store.inspect.verify import verify_store
+    from featstore.store.read.links import Link
 
     places = parse_device_map(device_map)
-    result = verify_store(store)
+    result = verify_store(store, allow_links=allow_links)
     if not result["damage"]:
         text = check_tokens(open_store(store), tuple(model or ()))
         result = result | {"tokenized": text["tokenized"], "damage": text["damage"]}
@@ -279,6 +288,7 @@ def verify(
         )
         result["damage"] = result["reextract"].pop("damage")
     lines = [describe_reextract(result["reextract"])] if "reextract" in result else []
+    lines += [f"link: {inline(Link(**link))}" for link in result["links"]]
     lines += [f"not checked: {inline(line)}" for line in result["not_checked"]]
     lines += [f"damaged {inline(line)}" for line in result["damage"]] or [
         f"{store}: {result['files']} files, {human_bytes(result['bytes'])} verified; no damage"

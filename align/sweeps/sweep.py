@@ -7,10 +7,8 @@ checkpoint; anything else of it is done again.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +27,7 @@ from featstore.errors import CorruptDataError, FeatstoreError, SpecError, StoreS
 from featstore.runtime.console import check_directory, jsonable, progress
 from featstore.runtime.provenance import write_json
 from featstore.runtime.visible import inline
+from featstore.runtime.writing import check_folder, locked, remove_folder
 from featstore.store import open_store
 
 __all__ = ["Cell", "Grid", "cells", "describe", "parse_grid", "run_cell", "sweep"]
@@ -91,6 +90,8 @@ def sweep(
         else replace(cell, settings=replace(cell.settings, store=str(out / "stores" / f"{cell.form}.zarr")))
         for cell in wanted
     ]
+    for name in (_LOCKS, "stores"):
+        check_folder(out, name, make=False)
     for cell in placed:
         _refuse_another(cell, out)
     record = _Record(settings, grid, placed, out)
@@ -181,7 +182,7 @@ def _finished(settings: Settings, run: Path) -> bool:
 
 
 def _refuse_another(cell: Cell, out: Path) -> None:
-    run = out / cell.name
+    run = check_folder(out, cell.name, make=False)
     if (run / "adapter.json").is_file() and not _finished(cell.settings, run):
         raise SpecError(f"{run} holds a run of other settings; choose another --out, or remove that directory")
     if run.exists() and not (run / "run.yaml").is_file() and any(p.name[0] != "." for p in run.iterdir()):
@@ -269,20 +270,20 @@ def run_cell(settings: Settings, out: str, name: str) -> float:
 
     run = Path(out) / name
     start = time.perf_counter()
-    with _ONE_AT_A_TIME, threadpool_limits(1), _locked(Path(out) / _LOCKS / name):
+    with _ONE_AT_A_TIME, threadpool_limits(1), locked(check_folder(Path(out), _LOCKS) / name):
         # Whoever held the lock may have finished meanwhile.
         if not _finished(settings, run):
             resume = _begun(settings, run)
             if not resume:
                 # What a killed worker left of another kind is no run.
-                shutil.rmtree(run, ignore_errors=True)
+                remove_folder(Path(out), name)
             try:
                 train(settings, run, resume=resume, quiet=True)
             except (StoreStateError, CorruptDataError):
                 if not resume:
                     raise
                 # A state that cannot be gone on with costs time, not the cell.
-                shutil.rmtree(run, ignore_errors=True)
+                remove_folder(Path(out), name)
                 train(settings, run, quiet=True)
     return time.perf_counter() - start
 
@@ -296,11 +297,3 @@ def _begun(settings: Settings, run: Path) -> bool:
     except FeatstoreError:
         # Cut off while it was written.
         return False
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
