@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from featstore.errors import SpecError
+from featstore.models.attention import ATTENTIONS, parse_attention
 from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS
 from featstore.runtime.console import add_version, check_directory, emit, err, human, human_bytes, run_app
 from featstore.runtime.quantities import parse_bytes
@@ -108,7 +109,7 @@ def extract(
     ] = None,
     attn: Annotated[
         str | None,
-        typer.Option(help="transformers' attention: auto (sdpa where it exists), eager, sdpa, ...; by default auto."),
+        typer.Option(help=f"Attention: {', '.join(ATTENTIONS)}; by default auto, sdpa where a model has it."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; by default 0.")
@@ -396,7 +397,7 @@ def doctor(
     device_map: DeviceMap = None,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")] = "auto",
     attn: Annotated[
-        str, typer.Option(help="transformers' attention implementation; auto for sdpa where the model has it.")
+        str, typer.Option(help=f"Attention: {', '.join(ATTENTIONS)}; auto is sdpa where the model has it.")
     ] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -409,6 +410,7 @@ def doctor(
     from featstore.demo.doctor import describe_checks, examine
     from featstore.models.devices import parse_device_map
 
+    parse_attention(attn, "--attn")
     options = {"device": device, "device_map": parse_device_map(device_map), "dtype": dtype, "attention": attn}
     # Models that nobody named are not loaded: they may be large.
     probe = bool(model) and not quick

@@ -16,6 +16,10 @@ class SpecError(FeatstoreError, ValueError):
     """A flag or argument does not parse or names something impossible."""
 
 
+class AttentionError(SpecError):
+    """An implementation of attention is not in the list, or another one than the chosen one runs."""
+
+
 class CorpusError(FeatstoreError, ValueError):
     """The text cannot be read, or there is too little of it."""
 

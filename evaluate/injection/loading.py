@@ -13,6 +13,7 @@ from align.maps.fitted import Adapter, Aligner
 from featstore.errors import AdapterError, SpecError
 from featstore.models import loading as models
 from featstore.models import residual as sites
+from featstore.models.attention import AUTO, parse_attention
 from featstore.models.devices import DeviceMap, check_models, input_device, place, resolve_dtype
 from featstore.models.fingerprint import SCHEME, UNKNOWN, Weights
 from featstore.models.probe.prove import Needs, Proven, further, key_of, prove
@@ -165,6 +166,7 @@ def check(
     where = place(device, device_map, name)
     resolve_dtype(dtype, where.device)
     entry = card[name]
+    _attention(adapter, name)
     known = _known(adapter, moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision"))))
     models.check_place(known.spec, where)
     return known
@@ -309,20 +311,24 @@ def load(
 def _load(
     adapter: Adapter, known: Known, *, device: str, dtype: str, device_map: DeviceMap | None, quiet: bool
 ) -> Loaded:
-    entry = adapter.card["models"][known.spec.name]
     if not quiet:
         err.print(f"loading {known.spec.name}{known.info.peculiarities}")
     model = models.load_model(
         known.spec,
         device=device,
         dtype=dtype,
-        attention=entry.get("attention", "auto"),
+        attention=_attention(adapter, known.spec.name),
         device_map=device_map,
     )
     loaded = _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet), fresh=True)
     if loaded.verdict.left_out and not quiet:
         err.print(f"{known.spec.name} is read without its {loaded.verdict.left_out}")
     return loaded
+
+
+def _attention(adapter: Adapter, name: str) -> str:
+    """The attention that the states of a card's model came from; cards from before it was named leave it open."""
+    return parse_attention(adapter.card["models"][name].get("attention", AUTO), f"the card of {adapter.directory}")
 
 
 def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights, *, fresh: bool = False) -> Loaded:
