@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from align.maps.registry import having, map_type
 from align.options import flag, takes, values
@@ -74,7 +73,7 @@ def train(
     leave_group()
     if not Ranks.from_environment().first:
         return
-    emit(result, escape(describe(result)), as_json=as_json)
+    emit(result, describe(result), as_json=as_json)
     if not as_json and not map_type(settings.type).windows:
         err.print(f"next: evaluate stitch --store {settings.store} --adapter {result['run']}")
 
@@ -163,7 +162,7 @@ def cka(
     result = found.content()
     emit(
         {**result, "files": found.files, "out": str(out)},
-        escape(f"{describe_cka(result)}\nwritten to {out}: {', '.join(found.files)}"),
+        f"{describe_cka(result)}\nwritten to {out}: {', '.join(found.files)}",
         as_json=as_json,
     )
 
@@ -184,7 +183,7 @@ def compare(
     from align import api
 
     board = api.compare(runs, reference=reference)
-    emit(board.content(), escape(str(board)), as_json=as_json)
+    emit(board.content(), str(board), as_json=as_json)
 
 
 @app.command()
@@ -237,7 +236,7 @@ def sweep(
         roles=roles_text(given["roles"]) or shared.roles,
     )
     result = sweeping.sweep(settings, grid, out, scheduler=scheduler, workers=workers, reference=reference)
-    emit(result, escape(sweeping.describe(result)), as_json=as_json)
+    emit(result, sweeping.describe(result), as_json=as_json)
     if result["failed"]:
         raise typer.Exit(1)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from featstore.errors import SpecError
 from featstore.runtime.console import add_version, check_directory, emit, run_app
@@ -93,7 +92,7 @@ def stitch(
         seed=seed,
         out=out,
     ).content()
-    emit(result, escape(describe(result)), as_json=as_json)
+    emit(result, describe(result), as_json=as_json)
 
 
 @app.command()
@@ -142,7 +141,7 @@ def generate(
         seed=seed,
         out=out,
     ).content()
-    emit(result, escape(describe(result)), as_json=as_json)
+    emit(result, describe(result), as_json=as_json)
 
 
 @app.command()
@@ -197,7 +196,7 @@ def communicate(
         seed=seed,
         out=out,
     ).content()
-    emit(result, escape(describe(result)), as_json=as_json)
+    emit(result, describe(result), as_json=as_json)
 
 
 @app.command()
@@ -258,10 +257,10 @@ def reproduce(
         raise SpecError("--model, --dataset, --max-tokens and --layers make a store; leave them out with --store")
     if dry_run:
         listed = programme.commands(out, given, store=store, corpus=corpus)
-        emit(listed, escape(programme.describe_commands(listed)), as_json=as_json)
+        emit(listed, programme.describe_commands(listed), as_json=as_json)
         return
     result = programme.reproduce(out, given, store=store, corpus=corpus)
-    emit(result, escape(programme.describe(result)), as_json=as_json)
+    emit(result, programme.describe(result), as_json=as_json)
     if result["failed"]:
         raise typer.Exit(1)
 

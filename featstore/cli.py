@@ -11,6 +11,7 @@ from featstore.errors import SpecError
 from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS
 from featstore.runtime.console import add_version, check_directory, emit, err, human, human_bytes, run_app
 from featstore.runtime.quantities import parse_bytes
+from featstore.runtime.visible import inline
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 add_version(app, "featstore")
@@ -256,8 +257,6 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a store against its checksums, shapes, text and, with --reextract, its models; exit 1 if it is damaged."""
-    from rich.markup import escape
-
     from featstore.extraction.reextract import check_tokens, describe_reextract, reextract
     from featstore.models.devices import parse_device_map
     from featstore.store import open_store
@@ -280,8 +279,8 @@ def verify(
         )
         result["damage"] = result["reextract"].pop("damage")
     lines = [describe_reextract(result["reextract"])] if "reextract" in result else []
-    lines += [f"not checked: {escape(line)}" for line in result["not_checked"]]
-    lines += [f"[bold]damaged[/bold] {escape(line)}" for line in result["damage"]] or [
+    lines += [f"not checked: {inline(line)}" for line in result["not_checked"]]
+    lines += [f"damaged {inline(line)}" for line in result["damage"]] or [
         f"{store}: {result['files']} files, {human_bytes(result['bytes'])} verified; no damage"
     ]
     emit(result, "\n".join(lines), as_json=as_json)
@@ -350,12 +349,10 @@ def pair(
         raise SpecError("--model is for --rebuild: pairs follow from the token tables that are in the store")
     lines, result = [], {}
     if again:
-        from rich.markup import escape
-
         from featstore.extraction.rebuilding import describe_rebuild, rebuild
 
         result = rebuild(store, tuple(model or ()))
-        lines.append(escape(describe_rebuild(result)))
+        lines.append(describe_rebuild(result))
     if not again or policy != "end":
         added = add_pairs(store, policy)["pairs"]
         lines += [f"{key}: {human(entry['pairs'])} pairs" for key, entry in added.items()]

@@ -28,6 +28,7 @@ from align.sweeps.table import describe as describe_comparison
 from featstore.errors import CorruptDataError, FeatstoreError, SpecError, StoreStateError
 from featstore.runtime.console import check_directory, jsonable, progress
 from featstore.runtime.provenance import write_json
+from featstore.runtime.visible import inline
 from featstore.store import open_store
 
 __all__ = ["Cell", "Grid", "cells", "describe", "parse_grid", "run_cell", "sweep"]
@@ -121,7 +122,9 @@ def describe(result: dict[str, Any]) -> str:
     lines = [describe_comparison(result["comparison"])] if result["comparison"]["rows"] else []
     counts = {status: sum(cell["status"] == status for cell in result["cells"]) for status in ("done", "skipped")}
     lines.append(f"{counts['done']} runs made, {counts['skipped']} were there, {len(result['failed'])} failed")
-    lines += [f"failed: {cell['name']}: {cell['error']}" for cell in result["cells"] if cell["status"] == "failed"]
+    lines += [
+        f"failed: {cell['name']}: {inline(cell['error'])}" for cell in result["cells"] if cell["status"] == "failed"
+    ]
     lines += [f"drawn: {result['out']}/{name}" for name in result["plots"]]
     return "\n".join([*lines, f"sweep: {result['out']}"])
 

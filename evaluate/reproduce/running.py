@@ -118,7 +118,7 @@ def carry_out(
             missing[step.name] = f"it needs {lacking[0]!r}, which is not done"
             record.note(step, WAITING, error=missing[step.name])
             continue
-        err.print(f"step {number} of {len(steps)}: {step.name}, {human_seconds(seconds)} so far", markup=False)
+        err.print(f"step {number} of {len(steps)}: {step.name}, {human_seconds(seconds)} so far")
         start = time.perf_counter()
         record.note(step, RUNNING)
         try:

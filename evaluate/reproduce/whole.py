@@ -17,6 +17,7 @@ from featstore.models.references import parse_models
 from featstore.runtime.console import human_seconds
 from featstore.runtime.quantities import parse_budget
 from featstore.runtime.subcommands import run_stage
+from featstore.runtime.visible import inline
 from featstore.store import Store, open_store
 from featstore.text.roles import roles_text
 
@@ -194,7 +195,7 @@ def describe(result: Mapping[str, Any]) -> str:
         result: From :func:`reproduce`.
     """
     lines = [f"{answer['verdict']:18} {answer['question']} {answer['found']}" for answer in result["answers"]]
-    lines += [f"not done: {name}: {why}" for name, why in result["failed"].items()]
+    lines += [f"not done: {name}: {inline(why)}" for name, why in result["failed"].items()]
     lines.append(f"steps took {human_seconds(sum(result['seconds'].values()))}; read {result['analysis']}")
     return "\n".join(lines)
 
