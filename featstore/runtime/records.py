@@ -8,20 +8,32 @@ writing it again gives the same bytes. Numbers are finite, and stay integers whe
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Strict, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from featstore.errors import AdapterError, CorruptDataError, MemberError
-from featstore.runtime.provenance import read_json, write_json
+from featstore.runtime.provenance import parse_json, read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
 V = TypeVar("V")
+#: Keys that lead to damage, and what is wrong there.
+Fault = tuple[tuple[str | int, ...], str]
 R = TypeVar("R", bound="Record")
 
 
@@ -40,10 +52,21 @@ class Frozen(dict[str, V]):
         return type(self), (dict(self),)
 
 
-Whole = Annotated[int, Strict()]
+#: Largest integer that every array, seed and count of ours can hold.
+LARGEST = 2**64 - 1
+#: A count, number or index: an integer from 0 on.
+Whole = Annotated[int, Strict(), Field(ge=0, le=LARGEST)]
+#: A width, or a number of things of which there is one at least.
+Size = Annotated[int, Strict(), Field(ge=1, le=LARGEST)]
 Flag = Annotated[bool, Strict()]
 #: A finite number. An integer in a file stays one, so that it is written as it was read.
-Number = Annotated[int, Strict()] | Annotated[float, Strict()]
+Number = Annotated[int, Strict(), Field(ge=-LARGEST, le=LARGEST)] | Annotated[float, Strict()]
+#: A finite number from 0 on.
+Amount = Annotated[int, Strict(), Field(ge=0, le=LARGEST)] | Annotated[float, Strict(), Field(ge=0)]
+#: A finite number above 0.
+Positive = Annotated[int, Strict(), Field(ge=1, le=LARGEST)] | Annotated[float, Strict(), Field(gt=0)]
+#: A share of something: 0 to 1.
+Part = Annotated[int, Strict(), Field(ge=0, le=1)] | Annotated[float, Strict(), Field(ge=0, le=1)]
 #: Ends of a 95 % interval; null where one is undefined.
 Interval = tuple[Number | None, Number | None]
 #: Rows of numbers; null where a cell is undefined.
@@ -53,22 +76,35 @@ Table = Annotated[Mapping[str, V], AfterValidator(Frozen)]
 #: No members: the default of a table.
 EMPTY: Mapping[str, Any] = Frozen()
 
-#: What was expected, by the kind of pydantic's complaint.
+#: What was expected, by the kind of pydantic's complaint; its limits are in braces.
 _EXPECTED = {
     "int_type": "an integer",
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_unicode": "text",
     "tuple_type": "a list",
     "mapping_type": "an object",
     "dict_type": "an object",
     "model_type": "an object",
+    "model_attributes_type": "an object",
     "too_long": "a list of another length",
     "missing": "a list of another length",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "literal_error": "one of {expected}",
 }
+#: Complaints that are whole sentences of ours about the place.
+_SENTENCES = ("incomplete",)
+#: Objects and lists within each other that a document has at most; ours have a dozen.
+_DEEPEST = 64
 #: Characters of a damaged value that a message shows.
 _SHOWN = 40
+#: Characters of a key that a message shows.
+_LONGEST_KEY = 200
 #: Damaged places that a message names.
 _NAMED = 3
 
@@ -140,12 +176,35 @@ class Record(BaseModel):
             raise AttributeError(f"{type(self).__name__} declares no member {name!r}")
         return None
 
+    def faults(self) -> Iterator[Fault]:
+        """What no type can say: members that do not fit each other. Looked for where a whole file is read.
+
+        Yields:
+            Keys that lead from this record to the damage, and a sentence's rest on it: ``is 3, expected 2``.
+        """
+        yield from ()
+
     @model_validator(mode="after")
     def _complete(self, info: ValidationInfo) -> Self:
         missing = [name for name in self.always if name not in self.model_fields_set] if info.context else []
         if missing:
             raise PydanticCustomError("incomplete", "has no {name}", {"name": repr(missing[0])})
         return self
+
+
+def parsed(kind: type[R], data: bytes, where: str) -> R:
+    """Parse a whole document, such as one that stands inside of another file.
+
+    Args:
+        kind: What it holds.
+        data: Its UTF-8 text.
+        where: Named in errors.
+
+    Raises:
+        CorruptDataError: It is not a JSON object.
+        MemberError: A member is missing, not of its type, or does not fit the others.
+    """
+    return _parsed(kind, parse_json(data, where), where, complete=True)
 
 
 def read(kind: type[R], where: Path | str, *, name: str | None = None) -> R:
@@ -159,7 +218,7 @@ def read(kind: type[R], where: Path | str, *, name: str | None = None) -> R:
     Raises:
         AdapterError: There is no such file; the message says which command writes it.
         CorruptDataError: The file is not JSON.
-        MemberError: A member is missing or not of its type.
+        MemberError: A member is missing, not of its type, or does not fit the others.
     """
     path, name = Path(where), name or kind.file
     if not path.is_file() and path.name != name:
@@ -186,6 +245,10 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
     """
     content = _loaded(path)
     lost: dict[str, str] = {}
+    # Halves of surrogate pairs are shown as what they are; texts of models may hold anything.
+    for place, words in list(_unsound(content, halves=True)):
+        lost.setdefault(_pointer(place), f"{_pointer(place)} {words}")
+        _drop(content, place)
     while True:
         try:
             record = kind.model_validate(content)
@@ -250,17 +313,74 @@ def _loaded(path: Path) -> dict[str, Any]:
 
 
 def _parsed(kind: type[R], content: Mapping[str, Any], where: str, *, complete: bool) -> R:
+    found = [f"{_pointer(place)} {words}" for place, words in _unsound(content)]
+    if not found:
+        try:
+            record = kind.model_validate(content, context={"complete": True} if complete else None)
+        except ValidationError as error:
+            found = [words for _, words in _damage(error, content)]
+        else:
+            found = [f"{_pointer(place)} {words}" for place, words in _misfits(record)] if complete else []
+            if not found:
+                return record
+    raise MemberError(f"{_line(where, found)}; restore it or re-create it")
+
+
+def _unsound(content: Any, *, halves: bool = False) -> Iterator[Fault]:
+    """Values that no member may have, declared or not: what a later step could neither compute with nor write.
+
+    Walks without recursion: a document may be nested as deeply as a parser follows.
+    """
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), content)]
+    while waiting:
+        place, inside = waiting.pop()
+        for key, value in inside.items() if isinstance(inside, Mapping) else enumerate(inside):
+            if isinstance(key, str) and not (halves or _encodes(key)):
+                yield place, f"has the member {_shown(key)}, expected text in names"
+            if isinstance(value, dict | list):
+                if len(place) + 1 < _DEEPEST:
+                    waiting.append(((*place, key), value))
+                else:
+                    yield (*place, key), f"is nested {_DEEPEST} deep, expected a value"
+            elif isinstance(value, str):
+                if not (halves or _encodes(value)):
+                    yield (*place, key), f"is {_shown(value)}, expected text without halves of surrogate pairs"
+            elif isinstance(value, float):
+                if not math.isfinite(value):
+                    yield (*place, key), f"is {_shown(value)}, expected a finite number"
+            elif isinstance(value, int) and abs(value) > LARGEST:
+                yield (*place, key), f"is {_shown(value)}, expected an integer of 64 bits"
+
+
+def _encodes(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
-        return kind.model_validate(content, context={"complete": True} if complete else None)
-    except ValidationError as error:
-        found = [words for _, words in _damage(error, content)]
-        raise MemberError(f"{_line(where, found)}; restore it or re-create it") from error
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _damage(error: ValidationError, content: Any) -> list[tuple[tuple[str | int, ...], str]]:
+def _misfits(value: Any, place: tuple[str | int, ...] = ()) -> Iterator[Fault]:
+    """Faults of a record and of all records inside of it."""
+    if isinstance(value, Record):
+        for inner, words in value.faults():
+            yield (*place, *inner), words
+        for name in value.model_fields_set & type(value).model_fields.keys():
+            yield from _misfits(getattr(value, name), (*place, name))
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _misfits(each, (*place, key))
+    elif isinstance(value, tuple):
+        for number, each in enumerate(value):
+            yield from _misfits(each, (*place, number))
+
+
+def _damage(error: ValidationError, content: Any) -> list[Fault]:
     """Each damaged place once: the keys that lead to it, and what is wrong there."""
     found: dict[tuple[str | int, ...], str] = {}
-    for each in error.errors(include_url=False, include_context=False):
+    for each in error.errors(include_url=False):
         value: Any = content
         place: tuple[str | int, ...] = ()
         # A place ends with names of the types that were tried; only what leads through the content counts.
@@ -268,9 +388,11 @@ def _damage(error: ValidationError, content: Any) -> list[tuple[tuple[str | int,
             if not _leads(value, key):
                 break
             value, place = value[key], (*place, key)
-        expected = f"is {_shown(value)}, expected {_EXPECTED.get(each['type'], each['msg'])}"
+        limits = each.get("ctx", {})
+        expected = _EXPECTED.get(each["type"], "another value").format(**limits)
         # Of several types that were tried the last is the widest.
-        found[place] = f"{_pointer(place)} {each['msg'] if each['type'] == 'incomplete' else expected}"
+        words = each["msg"] if each["type"] in _SENTENCES else f"is {_shown(value)}, expected {expected}"
+        found[place] = f"{_pointer(place)} {words}"
     return list(found.items())
 
 
@@ -301,7 +423,8 @@ def _drop(content: Any, place: tuple[str | int, ...]) -> None:
 
 
 def _pointer(place: Sequence[str | int]) -> str:
-    return "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in place) or "/"
+    keys = (str(key).replace("~", "~0").replace("/", "~1") for key in place)
+    return "".join(f"/{key if key.isprintable() else repr(key)[1:-1]}"[:_LONGEST_KEY] for key in keys) or "/"
 
 
 def _shown(value: Any) -> str:
