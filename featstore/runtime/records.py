@@ -105,6 +105,8 @@ _DEEPEST = 64
 _SHOWN = 40
 #: Characters of a key that a message shows.
 _LONGEST_KEY = 200
+#: What to do about a damaged document.
+_REMEDY = "restore it or re-create it"
 #: Damaged places that a message names.
 _NAMED = 3
 
@@ -192,28 +194,30 @@ class Record(BaseModel):
         return self
 
 
-def parsed(kind: type[R], data: bytes, where: str) -> R:
+def parsed(kind: type[R], data: bytes, where: str, *, remedy: str = _REMEDY) -> R:
     """Parse a whole document, such as one that stands inside of another file.
 
     Args:
         kind: What it holds.
         data: Its UTF-8 text.
         where: Named in errors.
+        remedy: What to do about damage.
 
     Raises:
         CorruptDataError: It is not a JSON object.
         MemberError: A member is missing, not of its type, or does not fit the others.
     """
-    return _parsed(kind, parse_json(data, where), where, complete=True)
+    return _parsed(kind, parse_json(data, where), where, complete=True, remedy=remedy)
 
 
-def read(kind: type[R], where: Path | str, *, name: str | None = None) -> R:
+def read(kind: type[R], where: Path | str, *, name: str | None = None, remedy: str = _REMEDY) -> R:
     """Read a result.
 
     Args:
         kind: What the file holds.
         where: The file, or the directory that it lies in.
         name: The file's name in a directory, where it is not the record's own.
+        remedy: What to do about damage.
 
     Raises:
         AdapterError: There is no such file; the message says which command writes it.
@@ -225,7 +229,7 @@ def read(kind: type[R], where: Path | str, *, name: str | None = None) -> R:
         path /= name
     if not path.is_file():
         raise AdapterError(f"no {path.name} in {str(path.parent)!r}; make one with `{kind.command}`")
-    return _parsed(kind, _loaded(path), str(path), complete=True)
+    return _parsed(kind, _loaded(path), str(path), complete=True, remedy=remedy)
 
 
 def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
@@ -312,7 +316,7 @@ def _loaded(path: Path) -> dict[str, Any]:
         raise CorruptDataError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _parsed(kind: type[R], content: Mapping[str, Any], where: str, *, complete: bool) -> R:
+def _parsed(kind: type[R], content: Mapping[str, Any], where: str, *, complete: bool, remedy: str = _REMEDY) -> R:
     found = [f"{_pointer(place)} {words}" for place, words in _unsound(content)]
     if not found:
         try:
@@ -323,7 +327,7 @@ def _parsed(kind: type[R], content: Mapping[str, Any], where: str, *, complete: 
             found = [f"{_pointer(place)} {words}" for place, words in _misfits(record)] if complete else []
             if not found:
                 return record
-    raise MemberError(f"{_line(where, found)}; restore it or re-create it")
+    raise MemberError(f"{_line(where, found)}; {remedy}")
 
 
 def _unsound(content: Any, *, halves: bool = False) -> Iterator[Fault]:
@@ -336,7 +340,7 @@ def _unsound(content: Any, *, halves: bool = False) -> Iterator[Fault]:
         place, inside = waiting.pop()
         for key, value in inside.items() if isinstance(inside, Mapping) else enumerate(inside):
             if isinstance(key, str) and not (halves or _encodes(key)):
-                yield place, f"has the member {_shown(key)}, expected text in names"
+                yield place, f"has the member {shown(key)}, expected text in names"
             if isinstance(value, dict | list):
                 if len(place) + 1 < _DEEPEST:
                     waiting.append(((*place, key), value))
@@ -344,12 +348,12 @@ def _unsound(content: Any, *, halves: bool = False) -> Iterator[Fault]:
                     yield (*place, key), f"is nested {_DEEPEST} deep, expected a value"
             elif isinstance(value, str):
                 if not (halves or _encodes(value)):
-                    yield (*place, key), f"is {_shown(value)}, expected text without halves of surrogate pairs"
+                    yield (*place, key), f"is {shown(value)}, expected text without halves of surrogate pairs"
             elif isinstance(value, float):
                 if not math.isfinite(value):
-                    yield (*place, key), f"is {_shown(value)}, expected a finite number"
+                    yield (*place, key), f"is {shown(value)}, expected a finite number"
             elif isinstance(value, int) and abs(value) > LARGEST:
-                yield (*place, key), f"is {_shown(value)}, expected an integer of 64 bits"
+                yield (*place, key), f"is {shown(value)}, expected an integer of 64 bits"
 
 
 def _encodes(text: str) -> bool:
@@ -391,7 +395,7 @@ def _damage(error: ValidationError, content: Any) -> list[Fault]:
         limits = each.get("ctx", {})
         expected = _EXPECTED.get(each["type"], "another value").format(**limits)
         # Of several types that were tried the last is the widest.
-        words = each["msg"] if each["type"] in _SENTENCES else f"is {_shown(value)}, expected {expected}"
+        words = each["msg"] if each["type"] in _SENTENCES else f"is {shown(value)}, expected {expected}"
         found[place] = f"{_pointer(place)} {words}"
     return list(found.items())
 
@@ -427,7 +431,12 @@ def _pointer(place: Sequence[str | int]) -> str:
     return "".join(f"/{key if key.isprintable() else repr(key)[1:-1]}"[:_LONGEST_KEY] for key in keys) or "/"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a message shows it: short, and printable whatever it holds.
+
+    Args:
+        value: Of a JSON document.
+    """
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list | tuple):
