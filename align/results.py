@@ -337,7 +337,7 @@ class Metrics(Record):
     """
 
     file: ClassVar[str] = "metrics.json"
-    command: ClassVar[str] = "align train"
+    made_by: ClassVar[str] = "align train"
     always: ClassVar[tuple[str, ...]] = ("type", "pairs")
 
     type: str = ""
@@ -403,7 +403,7 @@ class Documents(Record):
     """
 
     file: ClassVar[str] = "documents.json"
-    command: ClassVar[str] = "align train"
+    made_by: ClassVar[str] = "align train"
     always: ClassVar[tuple[str, ...]] = ("pairs",)
 
     pairs: Table[PairDocuments] = EMPTY
@@ -483,7 +483,7 @@ class EpochRecord(Record):
     """
 
     file: ClassVar[str] = "eval_epoch_0.json"
-    command: ClassVar[str] = "align train"
+    made_by: ClassVar[str] = "align train"
     always: ClassVar[tuple[str, ...]] = ("epoch", "pairs")
 
     epoch: Whole = 0
@@ -789,7 +789,7 @@ class Similarity(SimilarityTables):
     """
 
     file: ClassVar[str] = "cka.json"
-    command: ClassVar[str] = "align cka"
+    made_by: ClassVar[str] = "align cka"
     always: ClassVar[tuple[str, ...]] = ("models", "layers", "cross")
 
     models: tuple[str, ...] = ()
@@ -922,7 +922,7 @@ class SimilarityDocuments(Record):
     """
 
     file: ClassVar[str] = "cka_documents.json"
-    command: ClassVar[str] = "align cka"
+    made_by: ClassVar[str] = "align cka"
     always: ClassVar[tuple[str, ...]] = ("models",)
 
     models: tuple[str, ...] = ()

@@ -206,7 +206,7 @@ class Stitched(Record):
     """
 
     file: ClassVar[str] = "stitch.json"
-    command: ClassVar[str] = "evaluate stitch"
+    made_by: ClassVar[str] = "evaluate stitch"
     always: ClassVar[tuple[str, ...]] = ("pairs",)
 
     adapter_type: str | None = None
@@ -267,7 +267,7 @@ class StitchedDocuments(Record):
     """
 
     file: ClassVar[str] = "stitch_documents.json"
-    command: ClassVar[str] = "evaluate stitch"
+    made_by: ClassVar[str] = "evaluate stitch"
     always: ClassVar[tuple[str, ...]] = ("pairs",)
 
     split: str | None = None
@@ -352,7 +352,7 @@ class Generations(Record):
     """
 
     file: ClassVar[str] = "generations.json"
-    command: ClassVar[str] = "evaluate generate"
+    made_by: ClassVar[str] = "evaluate generate"
     always: ClassVar[tuple[str, ...]] = ("entries",)
 
     max_new_tokens: Whole | None = None
@@ -556,7 +556,7 @@ class Communication(Record):
     """
 
     file: ClassVar[str] = "communicate.json"
-    command: ClassVar[str] = "evaluate communicate"
+    made_by: ClassVar[str] = "evaluate communicate"
     always: ClassVar[tuple[str, ...]] = ("tasks",)
 
     adapter_type: str | None = None

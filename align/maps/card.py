@@ -374,7 +374,7 @@ class Card(Record):
     """
 
     file: ClassVar[str] = "adapter.json"
-    command: ClassVar[str] = "align train"
+    made_by: ClassVar[str] = "align train"
     always: ClassVar[tuple[str, ...]] = ("format", "pairs")
 
     format: Whole = CARD_VERSION

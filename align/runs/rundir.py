@@ -17,6 +17,7 @@ import yaml
 from align.layers import LayerPair
 from align.maps.fitted import Aligner, save_adapter
 from align.results import Documents, EpochRecord, Metrics, read_epochs, write_documents, write_epoch, write_metrics
+from align.runs.logged import LogEvent
 from align.scoring.rows import Epoch
 from align.settings import Settings
 from align.tokens.files import save_tables
@@ -217,4 +218,5 @@ class RunDirectory:
     def _log(self, event: Mapping[str, Any]) -> None:
         if self.writes:
             with (self.path / "log.jsonl").open("a") as handle:
-                handle.write(json.dumps(jsonable(dict(event)), allow_nan=False) + "\n")
+                line = LogEvent.parse(jsonable(dict(event))).content()
+                handle.write(json.dumps(line, allow_nan=False) + "\n")

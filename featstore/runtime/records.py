@@ -114,14 +114,14 @@ _NAMED = 3
 class Record(BaseModel):
     """Members of one JSON object.
 
-    Attributes of the class, not of its instances: ``file`` and ``command``, for a record that is a whole file; and
+    Attributes of the class, not of its instances: ``file`` and ``made_by`` (the command), for a record that is a whole file; and
     ``always``, the members without which a file is damaged rather than old.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, defer_build=True)
 
     file: ClassVar[str] = ""
-    command: ClassVar[str] = ""
+    made_by: ClassVar[str] = ""
     always: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -228,7 +228,7 @@ def read(kind: type[R], where: Path | str, *, name: str | None = None, remedy: s
     if not path.is_file() and path.name != name:
         path /= name
     if not path.is_file():
-        raise AdapterError(f"no {path.name} in {str(path.parent)!r}; make one with `{kind.command}`")
+        raise AdapterError(f"no {path.name} in {str(path.parent)!r}; make one with `{kind.made_by}`")
     return _parsed(kind, _loaded(path), str(path), complete=True, remedy=remedy)
 
 
@@ -247,9 +247,19 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
     Raises:
         CorruptDataError: The file cannot be read or holds no JSON object.
     """
-    content = _loaded(path)
+    return salvaged(kind, _loaded(path), path.name)
+
+
+def salvaged(kind: type[R], content: dict[str, Any], where: str) -> tuple[R, str | None]:
+    """:func:`salvage` of values that were parsed already.
+
+    Args:
+        kind: What they are.
+        content: The values; what is damaged is taken out of them.
+        where: Named in the line.
+    """
     lost: dict[str, str] = {}
-    # Halves of surrogate pairs are shown as what they are; texts of models may hold anything.
+    # What models wrote may hold halves of surrogate pairs, and is shown as what it is; names may not.
     for place, words in list(_unsound(content, halves=True)):
         lost.setdefault(_pointer(place), f"{_pointer(place)} {words}")
         _drop(content, place)
@@ -261,7 +271,7 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
             for place, words in _damage(error, content):
                 lost.setdefault(_pointer(place), words)
                 _drop(content, place)
-    return record, _line(path.name, list(lost.values())) if lost else None
+    return record, _line(where, list(lost.values())) if lost else None
 
 
 def write(record: Record, where: Path, *, name: str | None = None) -> Path:
@@ -310,6 +320,9 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _loaded(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():
+        # A pipe would keep its reader waiting.
+        raise CorruptDataError(f"{path} cannot be read (it is not a file); {_REMEDY}")
     try:
         return read_json(path)
     except OSError as error:
@@ -339,9 +352,9 @@ def _unsound(content: Any, *, halves: bool = False) -> Iterator[Fault]:
     while waiting:
         place, inside = waiting.pop()
         for key, value in inside.items() if isinstance(inside, Mapping) else enumerate(inside):
-            if isinstance(key, str) and not (halves or _encodes(key)):
-                yield place, f"has the member {shown(key)}, expected text in names"
-            if isinstance(value, dict | list):
+            if isinstance(key, str) and not _encodes(key):
+                yield (*place, key), "is a name with half of a surrogate pair, expected text"
+            elif isinstance(value, dict | list):
                 if len(place) + 1 < _DEEPEST:
                     waiting.append(((*place, key), value))
                 else:

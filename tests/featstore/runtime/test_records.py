@@ -36,7 +36,7 @@ class Inner(Record):
 
 class Outer(Record):
     file: ClassVar[str] = "outer.json"
-    command: ClassVar[str] = "make outer"
+    made_by: ClassVar[str] = "make outer"
     always: ClassVar[tuple[str, ...]] = ("name",)
 
     name: str = ""
