@@ -8,7 +8,7 @@ writing it again gives the same bytes. Numbers are finite, and stay integers whe
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from featstore.errors import AdapterError, CorruptDataError, MemberError
 from featstore.runtime.provenance import read_json, write_json
+from featstore.runtime.schema import pointer, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,8 +68,6 @@ _EXPECTED = {
     "too_long": "a list of another length",
     "missing": "a list of another length",
 }
-#: Characters of a damaged value that a message shows.
-_SHOWN = 40
 #: Damaged places that a message names.
 _NAMED = 3
 
@@ -184,7 +183,7 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
     Raises:
         CorruptDataError: The file cannot be read or holds no JSON object.
     """
-    content = _loaded(path)
+    content = _loaded(path, foreign=True)
     lost: dict[str, str] = {}
     while True:
         try:
@@ -192,7 +191,7 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
             break
         except ValidationError as error:
             for place, words in _damage(error, content):
-                lost.setdefault(_pointer(place), words)
+                lost.setdefault(pointer(place), words)
                 _drop(content, place)
     return record, _line(path.name, list(lost.values())) if lost else None
 
@@ -242,9 +241,9 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(list(rows)).dropna(axis="columns", how="all")
 
 
-def _loaded(path: Path) -> dict[str, Any]:
+def _loaded(path: Path, *, foreign: bool = False) -> dict[str, Any]:
     try:
-        return read_json(path)
+        return read_json(path, foreign=foreign)
     except OSError as error:
         raise CorruptDataError(f"{path} cannot be read ({error.strerror})") from error
 
@@ -268,9 +267,9 @@ def _damage(error: ValidationError, content: Any) -> list[tuple[tuple[str | int,
             if not _leads(value, key):
                 break
             value, place = value[key], (*place, key)
-        expected = f"is {_shown(value)}, expected {_EXPECTED.get(each['type'], each['msg'])}"
+        expected = f"is {shown(value)}, expected {_EXPECTED.get(each['type'], each['msg'])}"
         # Of several types that were tried the last is the widest.
-        found[place] = f"{_pointer(place)} {each['msg'] if each['type'] == 'incomplete' else expected}"
+        found[place] = f"{pointer(place)} {each['msg'] if each['type'] == 'incomplete' else expected}"
     return list(found.items())
 
 
@@ -298,21 +297,6 @@ def _drop(content: Any, place: tuple[str | int, ...]) -> None:
         _drop(content, tuple(above))
     else:
         inside[last] = None
-
-
-def _pointer(place: Sequence[str | int]) -> str:
-    return "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in place) or "/"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "an object"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "an integer of many digits"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def _line(where: str, found: list[str]) -> str:
