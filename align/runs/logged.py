@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from align.results import Scores
 from featstore.errors import CorruptDataError
-from featstore.runtime.provenance import parse_json
 from featstore.runtime.records import EMPTY, Number, Record, Table, Whole, salvaged
 
 
@@ -87,12 +86,11 @@ def read_log(path: Path) -> tuple[list[LogEvent], bool, str | None]:
         if not line.strip():
             continue
         try:
-            content = parse_json(line, f"{path}, line {number},")
+            event, lost = salvaged(LogEvent, line, f"{path.name}, line {number}")
         except CorruptDataError:
             if number == len(lines):
                 return events, True, left_out
             raise
-        event, lost = salvaged(LogEvent, content, f"{path.name}, line {number}")
         events.append(event)
         left_out = left_out or lost
     return events, False, left_out

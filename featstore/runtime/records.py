@@ -8,8 +8,9 @@ writing it again gives the same bytes. Numbers are finite, and stay integers whe
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
@@ -26,7 +27,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from featstore.errors import AdapterError, CorruptDataError, MemberError
-from featstore.runtime.provenance import parse_json, read_json, write_json
+from featstore.runtime.provenance import MAX_DEPTH, parse_json, read_json, write_json
+from featstore.runtime.schema import pointer, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,12 +101,6 @@ _EXPECTED = {
 }
 #: Complaints that are whole sentences of ours about the place.
 _SENTENCES = ("incomplete",)
-#: Objects and lists within each other that a document has at most; ours have a dozen.
-_DEEPEST = 64
-#: Characters of a damaged value that a message shows.
-_SHOWN = 40
-#: Characters of a key that a message shows.
-_LONGEST_KEY = 200
 #: What to do about a damaged document.
 _REMEDY = "restore it or re-create it"
 #: Damaged places that a message names.
@@ -247,21 +243,29 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
     Raises:
         CorruptDataError: The file cannot be read or holds no JSON object.
     """
-    return salvaged(kind, _loaded(path), path.name)
+    _regular(path)
+    try:
+        return salvaged(kind, path.read_bytes(), str(path))
+    except OSError as error:
+        raise CorruptDataError(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from error
 
 
-def salvaged(kind: type[R], content: dict[str, Any], where: str) -> tuple[R, str | None]:
-    """:func:`salvage` of values that were parsed already.
+def salvaged(kind: type[R], data: bytes, where: str) -> tuple[R, str | None]:
+    """:func:`salvage` of a document that is no whole file.
 
     Args:
-        kind: What they are.
-        content: The values; what is damaged is taken out of them.
-        where: Named in the line.
+        kind: What it holds.
+        data: Its UTF-8 text.
+        where: Named in the line and in errors.
+
+    Raises:
+        CorruptDataError: It is no JSON object.
     """
+    content = _tolerant(data, where)
     lost: dict[str, str] = {}
     # What models wrote may hold halves of surrogate pairs, and is shown as what it is; names may not.
-    for place, words in list(_unsound(content, halves=True)):
-        lost.setdefault(_pointer(place), f"{_pointer(place)} {words}")
+    for place, words in list(_unsound(content)):
+        lost.setdefault(pointer(place), f"{pointer(place)} {words}")
         _drop(content, place)
     while True:
         try:
@@ -269,7 +273,7 @@ def salvaged(kind: type[R], content: dict[str, Any], where: str) -> tuple[R, str
             break
         except ValidationError as error:
             for place, words in _damage(error, content):
-                lost.setdefault(_pointer(place), words)
+                lost.setdefault(pointer(place), words)
                 _drop(content, place)
     return record, _line(where, list(lost.values())) if lost else None
 
@@ -319,10 +323,25 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(list(rows)).dropna(axis="columns", how="all")
 
 
-def _loaded(path: Path) -> dict[str, Any]:
+def _regular(path: Path) -> None:
+    """Refuse a pipe, which would keep its reader waiting, and a directory."""
     if path.exists() and not path.is_file():
-        # A pipe would keep its reader waiting.
         raise CorruptDataError(f"{path} cannot be read (it is not a file); {_REMEDY}")
+
+
+def _tolerant(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object with whatever Python's parser takes: what no member may hold is taken out afterwards."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptDataError(f"{where} is not valid JSON ({error}); {_REMEDY}") from error
+    if not isinstance(value, dict):
+        raise CorruptDataError(f"{where} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    _regular(path)
     try:
         return read_json(path)
     except OSError as error:
@@ -330,21 +349,21 @@ def _loaded(path: Path) -> dict[str, Any]:
 
 
 def _parsed(kind: type[R], content: Mapping[str, Any], where: str, *, complete: bool, remedy: str = _REMEDY) -> R:
-    found = [f"{_pointer(place)} {words}" for place, words in _unsound(content)]
-    if not found:
-        try:
-            record = kind.model_validate(content, context={"complete": True} if complete else None)
-        except ValidationError as error:
-            found = [words for _, words in _damage(error, content)]
-        else:
-            found = [f"{_pointer(place)} {words}" for place, words in _misfits(record)] if complete else []
-            if not found:
-                return record
+    try:
+        record = kind.model_validate(content, context={"complete": True} if complete else None)
+    except ValidationError as error:
+        found = [words for _, words in _damage(error, content)]
+    else:
+        found = [f"{pointer(place)} {words}" for place, words in _misfits(record)] if complete else []
+        if not found:
+            return record
     raise MemberError(f"{_line(where, found)}; {remedy}")
 
 
-def _unsound(content: Any, *, halves: bool = False) -> Iterator[Fault]:
-    """Values that no member may have, declared or not: what a later step could neither compute with nor write.
+def _unsound(content: Any) -> Iterator[Fault]:
+    """Values that no member may have, declared or not, and names that no member may have.
+
+    The strict parser refuses them; here they are found so that the rest can be read.
 
     Walks without recursion: a document may be nested as deeply as a parser follows.
     """
@@ -355,13 +374,10 @@ def _unsound(content: Any, *, halves: bool = False) -> Iterator[Fault]:
             if isinstance(key, str) and not _encodes(key):
                 yield (*place, key), "is a name with half of a surrogate pair, expected text"
             elif isinstance(value, dict | list):
-                if len(place) + 1 < _DEEPEST:
+                if len(place) + 1 < MAX_DEPTH:
                     waiting.append(((*place, key), value))
                 else:
-                    yield (*place, key), f"is nested {_DEEPEST} deep, expected a value"
-            elif isinstance(value, str):
-                if not (halves or _encodes(value)):
-                    yield (*place, key), f"is {shown(value)}, expected text without halves of surrogate pairs"
+                    yield (*place, key), f"is nested {MAX_DEPTH} deep, expected a value"
             elif isinstance(value, float):
                 if not math.isfinite(value):
                     yield (*place, key), f"is {shown(value)}, expected a finite number"
@@ -409,7 +425,7 @@ def _damage(error: ValidationError, content: Any) -> list[Fault]:
         expected = _EXPECTED.get(each["type"], "another value").format(**limits)
         # Of several types that were tried the last is the widest.
         words = each["msg"] if each["type"] in _SENTENCES else f"is {shown(value)}, expected {expected}"
-        found[place] = f"{_pointer(place)} {words}"
+        found[place] = f"{pointer(place)} {words}"
     return list(found.items())
 
 
@@ -437,27 +453,6 @@ def _drop(content: Any, place: tuple[str | int, ...]) -> None:
         _drop(content, tuple(above))
     else:
         inside[last] = None
-
-
-def _pointer(place: Sequence[str | int]) -> str:
-    keys = (str(key).replace("~", "~0").replace("/", "~1") for key in place)
-    return "".join(f"/{key if key.isprintable() else repr(key)[1:-1]}"[:_LONGEST_KEY] for key in keys) or "/"
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: short, and printable whatever it holds.
-
-    Args:
-        value: Of a JSON document.
-    """
-    if isinstance(value, Mapping):
-        return "an object"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "an integer of many digits"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def _line(where: str, found: list[str]) -> str:
