@@ -216,8 +216,6 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Say what a store holds: models, rows, pairs, coverage; and of every layer size, energy and effective rank."""
-    from rich.markup import escape
-
     from featstore.store import open_store
     from featstore.store.inspect.summary import describe, describe_states, states_summary, summary
     from featstore.store.read.links import links_of
@@ -225,7 +223,7 @@ def info(
     opened = open_store(store)
     states, links = states_summary(opened, spectrum=not no_spectrum), links_of(opened)
     result = summary(opened) | {"states": states, "links": [link.to_dict() for link in links]}
-    lines = [describe(result), *(f"  link     {escape(str(link))}" for link in links), describe_states(states)]
+    lines = [describe(result), *(f"  link     {inline(link)}" for link in links), describe_states(states)]
     emit(result, "\n".join(lines), as_json=as_json)
 
 

@@ -22,10 +22,10 @@ from align.runs.plots import plot_rate_distortion
 from align.settings import Settings, load_settings
 from align.sweeps.compare import compare_runs
 from align.sweeps.grid import Cell, Grid, cells, parse_grid
+from align.sweeps.recorded import Sweep, write_sweep
 from align.sweeps.table import describe as describe_comparison
 from featstore.errors import CorruptDataError, FeatstoreError, SpecError, StoreStateError
 from featstore.runtime.console import check_directory, jsonable, progress
-from featstore.runtime.provenance import write_json
 from featstore.runtime.visible import inline
 from featstore.runtime.writing import check_folder, locked, remove_folder
 from featstore.store import open_store
@@ -171,7 +171,7 @@ class _Record:
         return value
 
     def _write(self) -> None:
-        write_json(self._out / "sweep.json", self.value())
+        write_sweep(self._out, Sweep.parse(self.value()))
 
 
 def _finished(settings: Settings, run: Path) -> bool:

@@ -72,7 +72,7 @@ def find_adapter(spec: ModelSpec, *, local: bool = False) -> Adapter | None:
     file = local_file(spec, _CONFIG) if local else _fetched(spec, _CONFIG)
     if file is None:
         return None
-    config = read_json(file)
+    config = read_json(file, foreign=True)
     # A directory with a whole model and an adapter beside it is both; transformers reads hub repositories otherwise.
     if Path(spec.ref).expanduser().is_dir() and weight_files(spec):
         return Adapter(spec, spec, config)

@@ -36,6 +36,15 @@ class ModelSpec:
     revision: str | None = None
 
 
+def is_name(text: str) -> bool:
+    """Whether a model can have this name: it stands in paths and keys.
+
+    Args:
+        text: Anything.
+    """
+    return bool(_NAME.match(text)) and "__" not in text and len(text) <= _LONGEST
+
+
 def parse_model(text: str) -> ModelSpec:
     """Parse ``NAME=REF[@REVISION]``.
 
