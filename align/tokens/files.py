@@ -18,8 +18,8 @@ import numpy as np
 
 from align.layers import LayerPair
 from align.tokens.table import TokenTable, table_key
-from featstore.errors import AdapterError, NoSpaceError, WriteError
-from featstore.runtime.writing import replacing_by_name
+from featstore.errors import AdapterError
+from featstore.runtime.writing import cannot_write, replacing_by_name, system_error
 
 FILE = "tokens.safetensors"
 VERSION = 1
@@ -57,9 +57,9 @@ def save_tables(directory: Path, tables: Mapping[str, TokenTable], pairs: Iterab
         with replacing_by_name(directory / FILE) as aside:
             save_file(tensors, aside, metadata={"about": json.dumps(about, sort_keys=True, allow_nan=False)})
     except SafetensorError as error:
-        # What the system said, as text.
-        kind = NoSpaceError if "No space left" in str(error) else WriteError
-        raise kind(f"cannot write {directory / FILE} ({error}); free some space and train again") from error
+        if (said := system_error(error)) is None:
+            raise
+        raise cannot_write(directory / FILE, said) from error
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from featstore.errors import CorruptDataError, NoSpaceError, WriteError
+from featstore.errors import CorruptDataError, NoSpaceError
 from featstore.runtime import writing
 from featstore.runtime.console import human_bytes
 from featstore.runtime.provenance import read_json, write_json
@@ -105,9 +105,9 @@ def save_model(into: Path, config: PreTrainedConfig, weights: Mapping[str, Tenso
     try:
         save_file(tensors, into / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
-        # What the system said, as text.
-        kind = NoSpaceError if "No space left" in str(error) else WriteError
-        raise kind(f"cannot write {into / WEIGHTS} ({error}); make room or choose another directory") from error
+        if (said := writing.system_error(error)) is None:
+            raise
+        raise writing.cannot_write(into / WEIGHTS, said) from error
     config.save_pretrained(into)
     GenerationConfig(
         bos_token_id=config.bos_token_id,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ _REMEDIES = {
     errno.EISDIR: _NAME,
     errno.ELOOP: "remove the link",
 }
+#: How Rust, in which safetensors is written, ends what the system said.
+_SYSTEM = re.compile(r"\(os error (\d+)\)")
 
 
 def fsync_directory(path: Path) -> None:
@@ -68,6 +71,16 @@ def cannot_write(path: Path | str, error: OSError) -> FeatstoreError:
     """
     kind = NoSpaceError if error.errno in _FULL else WriteError
     return kind(f"cannot write {path} ({error.strerror or error}); {remedy_of(error) or 'choose another place'}")
+
+
+def system_error(error: Exception) -> OSError | None:
+    """What the system said to a library that passes it on as text, ``... (os error 28)``; None for anything else.
+
+    Args:
+        error: Of the library.
+    """
+    found = _SYSTEM.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def remedy_of(error: OSError) -> str | None:
