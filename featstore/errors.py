@@ -123,6 +123,10 @@ class StoreAccessError(FeatstoreError, OSError):
     """A store's place cannot be reached, or refuses."""
 
 
+class WorkersError(FeatstoreError, RuntimeError):
+    """Worker processes died again and again, or the scheduler they belong to went away."""
+
+
 class FeatstoreWarning(UserWarning):
     """Something that a reader of the results has to know; commands say it in one line on stderr."""
 
