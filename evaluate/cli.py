@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from featstore.errors import SpecError
 from featstore.models.references import Allowed
@@ -107,7 +106,7 @@ def stitch(
         seed=seed,
         out=out,
     ).content()
-    emit(result, escape(describe(result)), as_json=as_json)
+    emit(result, describe(result), as_json=as_json)
 
 
 @app.command()
@@ -160,7 +159,7 @@ def generate(
         seed=seed,
         out=out,
     ).content()
-    emit(result, escape(describe(result)), as_json=as_json)
+    emit(result, describe(result), as_json=as_json)
 
 
 @app.command()
@@ -219,7 +218,7 @@ def communicate(
         seed=seed,
         out=out,
     ).content()
-    emit(result, escape(describe(result)), as_json=as_json)
+    emit(result, describe(result), as_json=as_json)
 
 
 @app.command()
@@ -282,10 +281,10 @@ def reproduce(
         raise SpecError("--model, --dataset, --max-tokens and --layers make a store; leave them out with --store")
     if dry_run:
         listed = programme.commands(out, given, store=store, corpus=corpus)
-        emit(listed, escape(programme.describe_commands(listed)), as_json=as_json)
+        emit(listed, programme.describe_commands(listed), as_json=as_json)
         return
     result = programme.reproduce(out, given, store=store, corpus=corpus, allowed=Allowed(yes, allow_pickle_weights))
-    emit(result, escape(programme.describe(result)), as_json=as_json)
+    emit(result, programme.describe(result), as_json=as_json)
     if result["failed"]:
         raise typer.Exit(1)
 

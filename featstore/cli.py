@@ -12,6 +12,7 @@ from featstore.models.attention import ATTENTIONS, parse_attention
 from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS, Allowed
 from featstore.runtime.console import add_version, check_directory, emit, err, human, human_bytes, run_app
 from featstore.runtime.quantities import parse_bytes
+from featstore.runtime.visible import inline
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 add_version(app, "featstore")
@@ -234,11 +235,13 @@ def info(
     """Say what a store holds: models, rows, pairs, coverage; and of every layer size, energy and effective rank."""
     from featstore.store import open_store
     from featstore.store.inspect.summary import describe, describe_states, states_summary, summary
+    from featstore.store.read.links import links_of
 
     opened = open_store(store)
-    states = states_summary(opened, spectrum=not no_spectrum)
-    result = summary(opened) | {"states": states}
-    emit(result, f"{describe(result)}\n{describe_states(states)}", as_json=as_json)
+    states, links = states_summary(opened, spectrum=not no_spectrum), links_of(opened)
+    result = summary(opened) | {"states": states, "links": [link.to_dict() for link in links]}
+    lines = [describe(result), *(f"  link     {inline(link)}" for link in links), describe_states(states)]
+    emit(result, "\n".join(lines), as_json=as_json)
 
 
 @app.command()
@@ -275,6 +278,10 @@ def verify(
         bool,
         typer.Option("--retokenise", help="Tokenise the text again and compare; --reextract does so as well."),
     ] = False,
+    allow_links: Annotated[
+        bool,
+        typer.Option("--allow-links", help="Accept links that lead outside the store, which are damage otherwise."),
+    ] = False,
     yes: Yes = False,
     allow_pickle_weights: Pickles = False,
     as_json: Json = False,
@@ -284,13 +291,12 @@ def verify(
     The store alone is read, unless its models are asked for: --retokenise compares its tokens with its text, and
     --reextract also its rows with its models.
     """
-    from rich.markup import escape
-
     from featstore.store.inspect.verify import verify_store
+    from featstore.store.read.links import Link
 
     if not (again or tokens) and (model or device_map is not None or yes or allow_pickle_weights):
         raise SpecError("--model, --device-map, --yes and --allow-pickle-weights need --reextract or --retokenise")
-    result = verify_store(store)
+    result = verify_store(store, allow_links=allow_links)
     lines = []
     if not (again or tokens):
         result |= {"tokenized": []}
@@ -309,8 +315,9 @@ def verify(
             device_map=device_map,
         )
         lines += [describe_reextract(result["reextract"])] if "reextract" in result else []
-    lines += [f"not checked: {escape(line)}" for line in result["not_checked"]]
-    lines += [f"[bold]damaged[/bold] {escape(line)}" for line in result["damage"]] or [
+    lines += [f"link: {inline(Link(**link))}" for link in result["links"]]
+    lines += [f"not checked: {inline(line)}" for line in result["not_checked"]]
+    lines += [f"damaged {inline(line)}" for line in result["damage"]] or [
         f"{store}: {result['files']} files, {human_bytes(result['bytes'])} verified; no damage"
     ]
     emit(result, "\n".join(lines), as_json=as_json)
@@ -380,12 +387,10 @@ def pair(
         raise SpecError("--model and --yes are for --rebuild: pairs follow from the token tables that are in the store")
     lines, result = [], {}
     if again:
-        from rich.markup import escape
-
         from featstore.extraction.rebuilding import describe_rebuild, rebuild
 
         result = rebuild(store, tuple(model or ()), Allowed(yes))
-        lines.append(escape(describe_rebuild(result)))
+        lines.append(describe_rebuild(result))
     if not again or policy != "end":
         added = add_pairs(store, policy)["pairs"]
         lines += [f"{key}: {human(entry['pairs'])} pairs" for key, entry in added.items()]

@@ -18,6 +18,8 @@ from featstore.models.references import NOTHING, Allowed, parse_models
 from featstore.runtime.console import human_seconds
 from featstore.runtime.quantities import parse_budget
 from featstore.runtime.subcommands import run_stage
+from featstore.runtime.visible import inline
+from featstore.runtime.writing import check_folder, make_folder
 from featstore.store import Store, open_store
 from featstore.text.roles import roles_text
 
@@ -125,7 +127,9 @@ def reproduce(
         references_of(open_store(store), (), allowed)  # before the steps that need no model, which take hours
     run = _allowing(run, allowed)
     first = [] if store is not None else [_extraction(out, corpus, build=True)]
-    out.mkdir(parents=True, exist_ok=True)
+    for name in ("runs", _STORE):
+        check_folder(out, name, make=False)
+    make_folder(out)
     record = Record(out)
     if failed := carry_out(first, record, out, run=run):
         raise SpecError(f"the store could not be made ({failed['extract']}); mend that and give the same command")
@@ -220,7 +224,7 @@ def describe(result: Mapping[str, Any]) -> str:
         result: From :func:`reproduce`.
     """
     lines = [f"{answer['verdict']:18} {answer['question']} {answer['found']}" for answer in result["answers"]]
-    lines += [f"not done: {name}: {why}" for name, why in result["failed"].items()]
+    lines += [f"not done: {name}: {inline(why)}" for name, why in result["failed"].items()]
     lines.append(f"steps took {human_seconds(sum(result['seconds'].values()))}; read {result['analysis']}")
     return "\n".join(lines)
 

@@ -10,12 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
 from featstore.errors import FeatstoreError
 from featstore.models.references import NOTHING, Allowed, ModelSpec, parse_models
 from featstore.runtime.console import human_bytes
 from featstore.runtime.provenance import versions
+from featstore.runtime.visible import inline
 from featstore.store.write.writer import free_bytes
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ def _access(spec: ModelSpec) -> tuple[dict[str, Any], ModelInfo | None]:
 
 def _begins(info: ModelInfo) -> str:
     """What a text begins with, in words."""
-    return "no start token" if info.start_token is None else f"start token {info.start_token['text']}"
+    return "no start token" if info.start_token is None else f"start token {inline(info.start_token['text'])}"
 
 
 def _size(info: ModelInfo) -> str:
@@ -175,9 +174,9 @@ def describe_checks(result: dict[str, Any]) -> str:
     """
     lines = []
     for check in result["checks"]:
-        mark = "[green]ok[/green]  " if check["ok"] else "[red]bad[/red] "
-        lines.append(f"{mark} {check['name']}: {escape(check['finding'])}")
-        lines += [f"     {escape(line)}" for line in check.get("lines", ())]
+        mark = "ok  " if check["ok"] else "bad "
+        lines.append(f"{mark} {check['name']}: {inline(check['finding'])}")
+        lines += [f"     {inline(line)}" for line in check.get("lines", ())]
         if check["remedy"]:
-            lines.append(f"     -> {escape(check['remedy'])}")
+            lines.append(f"     -> {inline(check['remedy'])}")
     return "\n".join(lines)

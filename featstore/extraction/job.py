@@ -196,7 +196,7 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True, typed
     for name, info in infos.items():
         missing = start_missing(name, info.start_token, info.start_token_asked)
         if missing and not quiet:
-            err.print(missing, markup=False, highlight=False, soft_wrap=True)
+            err.print(missing)
     if settings.normalise == "auto":
         any_does = any(normalises(info.tokenizer) for info in infos.values())
         settings = replace(settings, normalise="nfc" if any_does else "none")
@@ -208,10 +208,7 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True, typed
         if not tokens.prove(info.tokenizer, name).told and not quiet:
             err.print(
                 f"model {name!r}: its tokens' bytes cannot be told, so byte ends are those of its offsets, and a token "
-                "that shares a character with the next one does not pair",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
+                "that shares a character with the next one does not pair"
             )
     compute = _compute(settings, infos, recorded)
     found = verdicts(infos, compute, recorded, table=settings.layer_0 == "table", quiet=quiet, load=load)

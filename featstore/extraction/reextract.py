@@ -240,7 +240,7 @@ def describe_reextract(result: dict[str, Any]) -> str:
             continue
         same = "as on record, equal bits expected" if found["same_environment"] else "not those on record"
         lines.append(
-            f"[bold]{name}[/bold]: {found['rows']} rows in {found['batches']} batches computed again in "
+            f"{name}: {found['rows']} rows in {found['batches']} batches computed again in "
             f"{found['dtype']} on {found['device']} (device and libraries {same})"
         )
         for layer, of in found["layers"].items():

@@ -28,34 +28,10 @@ _NAME = "default"
 #: Kinds of adapters that are tensors and numbers alone. The configurations of other kinds name further models,
 #: adapters, tokenizers or files, which peft would fetch and read.
 _KINDS = (
-    *(
-        "ADALORA",
-        "ADAMSS",
-        "BEFT",
-        "BOFT",
-        "C3A",
-        "DEFT",
-        "DELORA",
-        "FOURIERFT",
-        "FROD",
-        "GLORA",
-        "GRALORA",
-        "HIRA",
-        "HRA",
-    ),
-    *("IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "POLY", "PSOFT", "PVERA"),
-    *(
-        "RANDLORA",
-        "ROAD",
-        "SHIRA",
-        "SUPERTUNING",
-        "TINYLORA",
-        "TRAINABLE_TOKENS",
-        "UNILORA",
-        "VBLORA",
-        "VERA",
-        "WAVEFT",
-    ),
+    *("ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA"),
+    *("HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "POLY", "PSOFT"),
+    *("PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA"),
+    *("VERA", "WAVEFT"),
 )
 #: What to do about a base that the user has not named.
 _NAME_IT = "name it once yourself: featstore doctor --quick --model base=REF"
@@ -112,7 +88,7 @@ def find_adapter(spec: ModelSpec, *, local: bool = False) -> Adapter | None:
     file = local_file(spec, _CONFIG) if local else fetched(spec, _CONFIG)
     if file is None:
         return None
-    config = read_json(file)
+    config = read_json(file, foreign=True)
     kind = config.get("peft_type")
     if kind not in _KINDS:
         raise ModelLoadError(

@@ -34,14 +34,14 @@ def weight_files(spec: ModelSpec) -> tuple[Path, ...]:
         return (path,) if path.is_file() else ()
     config = local_file(spec, "config.json")
     # A configuration may name the file itself.
-    named = read_json(config).get("transformers_weights") if config else None
+    named = read_json(config, foreign=True).get("transformers_weights") if config else None
     for name in (named,) if isinstance(named, str) else _WEIGHTS:
         found = local_file(spec, name)
         if found is None:
             continue
         if not name.endswith(".index.json"):
             return (found,)
-        shards = {str(shard) for shard in dict(read_json(found).get("weight_map", {})).values()}
+        shards = {str(shard) for shard in dict(read_json(found, foreign=True).get("weight_map", {})).values()}
         files = [local_file(spec, shard) for shard in shards]
         present = sorted(file for file in files if file is not None)
         return tuple(present) if len(present) == len(shards) else ()

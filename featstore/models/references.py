@@ -68,6 +68,15 @@ def expanded(ref: str) -> Path:
         return Path(ref)
 
 
+def is_name(text: str) -> bool:
+    """Whether a model can have this name: it stands in paths and keys.
+
+    Args:
+        text: Anything.
+    """
+    return bool(_NAME.match(text)) and "__" not in text and len(text) <= _LONGEST
+
+
 def parse_model(text: str, allowed: Allowed = NOTHING) -> ModelSpec:
     """Parse ``NAME=REF[@REVISION]``.
 

@@ -45,7 +45,7 @@ def remember(specs: Iterable[ModelSpec] = (), *, text: Source | None = None, qui
     """
     trouble = keep([*(named(spec) for spec in specs), *([] if text is None else [named_text(text)])])
     if trouble and not quiet:
-        err.print(f"note: {trouble}; later commands will ask for --yes", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"note: {trouble}; later commands will ask for --yes")
 
 
 def vouch(
@@ -116,7 +116,7 @@ def vouch_for_text(source: Source, place: str, allowed: Allowed, *, quiet: bool 
 def _say(line: str, *, quiet: bool) -> None:
     if not quiet and line not in _SAID:
         _SAID.add(line)
-        err.print(line, markup=False, highlight=False, soft_wrap=True)
+        err.print(line)
 
 
 def _refusal(place: str, shown: str, remedy: str, trouble: str | None) -> StrangeReferenceError:

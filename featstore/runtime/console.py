@@ -33,9 +33,25 @@ from rich.progress import (
 from rich.text import Text
 
 from featstore.errors import FeatstoreError, FeatstoreWarning, SpecError
+from featstore.runtime.visible import encodable, inline, visible
+from featstore.runtime.writing import probe_folder, remedy_of
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False)
+
+class _Messages(Console):
+    """Messages of a line each: names, references and texts in them come from files, and none of that is markup."""
+
+    def print(self, *objects: Any, **keywords: Any) -> None:
+        """Print as ``rich.console.Console`` does, with what would steer a terminal, or begin a line, written out.
+
+        Args:
+            objects: Text, or anything that rich draws.
+            keywords: Those of rich.
+        """
+        super().print(*(inline(each) if isinstance(each, str) else each for each in objects), **keywords)
+
+
+err = _Messages(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+out = Console(highlight=False, markup=False, emoji=False)
 
 #: Called as ``tick(done_since_last_call)`` by long loops; see :func:`progress`.
 Tick = Callable[[float], None]
@@ -43,8 +59,13 @@ Tick = Callable[[float], None]
 #: The distribution that holds the three packages and their commands.
 DISTRIBUTION = "featstore"
 
+#: Words that a reader looks for, where a line begins with them.
+STYLES = {"damaged": "bold red", "ok": "green", "bad": "bold red"}
+
 _PLAIN_INTERVAL_S = 10.0
 _INTERRUPTED = 130
+#: Characters that an error shows of a path that is too long to be one.
+_SHOWN = 60
 
 #: What typer raises for words that do not parse. Its versions differ in whose class that is, click's or a copy in typer
 #: itself; both are the parent of the one it exports.
@@ -115,7 +136,7 @@ def progress(label: str, total: float | None, unit: str, *, quiet: bool = False)
         yield lambda _: None
     elif err.is_terminal:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             _RateColumn(),
@@ -124,7 +145,7 @@ def progress(label: str, total: float | None, unit: str, *, quiet: bool = False)
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=err) as bar:
-            task = bar.add_task(label, total=total, unit=unit)
+            task = bar.add_task(inline(label), total=total, unit=unit)
             yield lambda done: bar.advance(task, done)
     else:
         with _plain_progress(label, total, unit) as tick:
@@ -178,14 +199,17 @@ def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
 
     Args:
         result: The machine-readable result.
-        text: The same for people; may use rich markup.
+        text: The same for people, in lines; a line that begins with a word of :data:`STYLES` has it in colour.
         as_json: Which of the two to print.
     """
     if as_json:
-        sys.stdout.write(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(encodable(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False)) + "\n")
         sys.stdout.flush()
     else:
-        out.print(text, soft_wrap=True)
+        shown = Text(visible(text))
+        for word, style in STYLES.items():
+            shown.highlight_regex(rf"(?m)^{word}\b", style)
+        out.print(shown, soft_wrap=True)
 
 
 def check_directory(path: Path, typed: Path | None = None) -> None:
@@ -196,8 +220,17 @@ def check_directory(path: Path, typed: Path | None = None) -> None:
         typed: What was typed after ``--out``, where that is not the directory itself.
 
     Raises:
-        SpecError: A file stands there or on the way there, or it cannot be written to.
+        SpecError: A file stands there or on the way there, it cannot be written to, or no path can be so long.
     """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it is yet to be made, or a file is on the way, which is said below
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SpecError(
+            f"--out {str(typed or path)[:_SHOWN]!r} cannot be written ({why}); choose another directory"
+        ) from error
     # An absolute path ends at the root, which exists.
     found = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
     if not found.is_dir():
@@ -205,6 +238,13 @@ def check_directory(path: Path, typed: Path | None = None) -> None:
         raise SpecError(f"--out {typed or path} {where}; choose another directory")
     if not os.access(found, os.W_OK | os.X_OK):
         raise SpecError(f"--out {typed or path}: no permission to write in {found}; choose another directory")
+    try:
+        probe_folder(found)
+    except OSError as error:
+        # Rights do not say everything: some places take no files, whoever asks.
+        raise SpecError(
+            f"--out {typed or path}: no file can be made in {found} ({error.strerror}); choose another directory"
+        ) from error
 
 
 def add_version(app: typer.Typer, name: str) -> None:
@@ -261,6 +301,12 @@ def run_app(app: typer.Typer, name: str) -> None:
         # The reader of our output went away (`| head`), which is no error of ours; typer makes an exit of it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except OSError as error:
+        # The last resort: what was not asked before, or has changed since.
+        remedy = remedy_of(error)
+        if remedy is None:
+            raise
+        _fail(name, f"{error.filename or 'writing'}: {error.strerror}; {remedy}")
     if code == _INTERRUPTED:
         err.print(f"{name}: interrupted; what was committed so far is kept")
     if code:
@@ -277,7 +323,7 @@ def _warn_in_lines(name: str) -> None:
             others(message, category, *more, **named)
         elif line not in said:
             said.add(line)
-            sys.stderr.write(f"{name}: {line}\n")
+            sys.stderr.write(f"{name}: {visible(line)}\n")
 
     warnings.showwarning = show
 
@@ -300,5 +346,5 @@ def _refuse(name: str, error: Any) -> NoReturn:
 
 def _fail(name: str, message: str) -> NoReturn:
     line = " ".join(message.split())
-    sys.stderr.write(f"{name}: {line}\n")
+    sys.stderr.write(f"{name}: {visible(line)}\n")
     raise SystemExit(2)

@@ -20,6 +20,7 @@ from featstore.demo.training.text import ARTICLES, RUN, Articles, read_articles,
 from featstore.demo.training.tokens import encode, save_tokenizer, train_tokenizer
 from featstore.runtime.console import err, human_seconds
 from featstore.runtime.provenance import write_json
+from featstore.runtime.writing import make_folder, settle
 
 _EVERY = 20
 #: Text that the demo reads, to measure on: the openings of so many articles, so many bytes of each.
@@ -49,7 +50,8 @@ def train_small(out: Path, cache: Path, *, seed: int = 0, beside: Path | None = 
     articles = read_articles(fetch_asset(ARTICLES, cache), sample)
     apart = [text for _, text in sample]
     figures: dict[str, Any] = {"text": _text_figures(articles, apart), "seed": seed}
-    err.print(_describe_text(figures["text"]))
+    for line in _describe_text(figures["text"]):
+        err.print(line)
 
     shape = Shape()
     tokenizer = train_tokenizer(articles.train, shape.pieces)
@@ -59,10 +61,11 @@ def train_small(out: Path, cache: Path, *, seed: int = 0, beside: Path | None = 
     fit_counts(model, table, totals, tick=_tick("counts", COUNT_STEPS))
     fit(model, train, seed=seed, tick=_tick("text", sum(stage.steps for stage in STAGES)))
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     weights = {name: tensor.detach().to(torch.float16) for name, tensor in model.state_dict().items()}
     save_model(out, model.config, weights)
     save_tokenizer(tokenizer, out)
+    settle(out)
 
     figures["shape"] = {**asdict(shape), "parameters": model.num_parameters(), "train_tokens": sum(map(len, train))}
     rows = [row.numpy() for row in held_out]
@@ -103,13 +106,13 @@ def _text_figures(articles: Articles, apart: list[str]) -> dict[str, Any]:
     }
 
 
-def _describe_text(text: dict[str, Any]) -> str:
+def _describe_text(text: dict[str, Any]) -> list[str]:
     counts = f"{text['articles']:,} articles to train on, {text['held_out']} held out; {text['dropped']} left out"
     lines = [f"{counts}, which share their title or {RUN} words in a row with the demo's text"]
     for words, shares in text["shared_runs"].items():
         of_both = f"{shares['demo']:.2%} of the demo's text, {shares['held_out']:.2%} of the held-out articles"
         lines.append(f"runs of {words} words that the training text has too: {of_both}")
-    return "\n".join(lines)
+    return lines
 
 
 def describe(figures: dict[str, Any]) -> str:
