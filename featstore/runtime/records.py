@@ -110,8 +110,8 @@ _NAMED = 3
 class Record(BaseModel):
     """Members of one JSON object.
 
-    Attributes of the class, not of its instances: ``file`` and ``made_by`` (the command), for a record that is a whole file; and
-    ``always``, the members without which a file is damaged rather than old.
+    Attributes of the class, not of its instances: ``file`` and ``made_by`` (the command), for a record that is a whole
+    file; and ``always``, the members without which a file is damaged rather than old.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, defer_build=True)
@@ -245,9 +245,10 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
     """
     _regular(path)
     try:
-        return salvaged(kind, path.read_bytes(), str(path))
+        record, lost = salvaged(kind, path.read_bytes(), str(path))
     except OSError as error:
         raise CorruptDataError(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from error
+    return record, lost and f"{path.name}: {lost}"
 
 
 def salvaged(kind: type[R], data: bytes, where: str) -> tuple[R, str | None]:
@@ -256,7 +257,10 @@ def salvaged(kind: type[R], data: bytes, where: str) -> tuple[R, str | None]:
     Args:
         kind: What it holds.
         data: Its UTF-8 text.
-        where: Named in the line and in errors.
+        where: Named in errors.
+
+    Returns:
+        The record, and what was left out, in one line without ``where``; None where nothing was.
 
     Raises:
         CorruptDataError: It is no JSON object.
@@ -275,7 +279,7 @@ def salvaged(kind: type[R], data: bytes, where: str) -> tuple[R, str | None]:
             for place, words in _damage(error, content):
                 lost.setdefault(pointer(place), words)
                 _drop(content, place)
-    return record, _line(where, list(lost.values())) if lost else None
+    return record, _several(list(lost.values())) if lost else None
 
 
 def write(record: Record, where: Path, *, name: str | None = None) -> Path:
@@ -456,8 +460,12 @@ def _drop(content: Any, place: tuple[str | int, ...]) -> None:
 
 
 def _line(where: str, found: list[str]) -> str:
+    return f"{where}: {_several(found)}"
+
+
+def _several(found: list[str]) -> str:
     more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return f"{where}: {'; '.join(found[:_NAMED])}{more}"
+    return f"{'; '.join(found[:_NAMED])}{more}"
 
 
 def _plain(value: Any) -> Any:
