@@ -29,6 +29,7 @@ from featstore.runtime.records import (
     Table,
     Whole,
     parsed,
+    retold,
     shown,
 )
 from featstore.store.read.pairs import POLICIES
@@ -463,5 +464,4 @@ def read_card(directory: Path) -> Card:
     except OSError as error:
         raise AdapterError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from error
     except CorruptDataError as error:
-        words = str(error)
-        raise AdapterError(words if words.endswith(REMEDY) else f"{words}; {REMEDY}") from error
+        raise retold(error, AdapterError, REMEDY) from error

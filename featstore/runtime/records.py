@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from featstore.errors import AdapterError, CorruptDataError, MemberError
+from featstore.errors import AdapterError, CorruptDataError, FeatstoreError, MemberError
 from featstore.runtime.provenance import MAX_DEPTH, parse_json, read_json, write_json
 from featstore.runtime.schema import pointer, shown
 
@@ -37,6 +37,7 @@ V = TypeVar("V")
 #: Keys that lead to damage, and what is wrong there.
 Fault = tuple[tuple[str | int, ...], str]
 R = TypeVar("R", bound="Record")
+E = TypeVar("E", bound=FeatstoreError)
 
 
 class Frozen(dict[str, V]):
@@ -204,6 +205,18 @@ def parsed(kind: type[R], data: bytes, where: str, *, remedy: str = _REMEDY) -> 
         MemberError: A member is missing, not of its type, or does not fit the others.
     """
     return _parsed(kind, parse_json(data, where), where, complete=True, remedy=remedy)
+
+
+def retold(error: CorruptDataError, kind: type[E], remedy: str) -> E:
+    """Damage as an error of another kind, with another remedy.
+
+    Args:
+        error: From reading a document.
+        kind: Of the new error.
+        remedy: What to do.
+    """
+    words = str(error).removesuffix(f"; {_REMEDY}")
+    return kind(words if words.endswith(remedy) else f"{words}; {remedy}")
 
 
 def read(kind: type[R], where: Path | str, *, name: str | None = None, remedy: str = _REMEDY) -> R:
