@@ -147,7 +147,7 @@ def read_checkpoint(directory: Path, identity: Mapping[str, Any]) -> Checkpoint 
     with opened(path, remedy=_ANEW) as file:
         missing = [name for name in ("format", "identity", "identity_sha256", "progress") if name not in file.metadata]
         if missing:
-            raise file.damaged(f"is not a state of a training, it has no {missing[0]}")
+            raise file.damaged(f"has no {missing[0]}")
         if file.metadata["format"] != str(_FORMAT):
             version = shown(file.metadata["format"])
             raise StoreStateError(f"{path} is of format {version}; this version reads {_FORMAT}: train anew")
@@ -178,7 +178,7 @@ def _values(text: str, where: str) -> dict[str, Any]:
         raise retold(error, CorruptDataError, _ANEW) from error
 
 
-_ANEW = "it is damaged: remove it and train from the beginning"
+_ANEW = "this is not a state of a training to go on from: remove it and train from the beginning"
 _REMEDY = "resume with the settings it was made with, or train into another directory"
 
 

@@ -88,8 +88,8 @@ def _report(*names: str) -> Reader:
 
 
 def _maps(base: Path) -> None:
-    from align.notebook.maps import Maps
     from align.maps.fitted import load_adapter
+    from align.notebook.maps import Maps
 
     maps = Maps(load_adapter(base / "run"))
     repr(maps), maps.to_pandas(), maps._repr_html_()
@@ -259,8 +259,19 @@ TARGETS: dict[str, Target] = {
             _maps,
             _compare,
             _report("run"),
-            _command("evaluate", "stitch", "--adapter", "{base}/run", "--store", "{base}/tiny.zarr", "--layers", "2",
-                     "--max-tokens", "50", "--json"),
+            _command(
+                "evaluate",
+                "stitch",
+                "--adapter",
+                "{base}/run",
+                "--store",
+                "{base}/tiny.zarr",
+                "--layers",
+                "2",
+                "--max-tokens",
+                "50",
+                "--json",
+            ),
             _command("evaluate", "generate", "--adapter", "{base}/run", "--layers", "2", "--json"),
             _command("evaluate", "communicate", "--adapter", "{base}/run", "--layers", "2", "--json"),
         ),
@@ -270,8 +281,12 @@ TARGETS: dict[str, Target] = {
     "tokens.safetensors, about": Target("run/tokens.safetensors", (_tokens,), *_metadata("about")),
     "metrics.json": Target(
         "run/metrics.json",
-        (_shown("Metrics", "run", "metrics.json"), _compare, _report("run", "other"),
-         _command("align", "compare", "{base}/run", "{base}/other", "--json")),
+        (
+            _shown("Metrics", "run", "metrics.json"),
+            _compare,
+            _report("run", "other"),
+            _command("align", "compare", "{base}/run", "{base}/other", "--json"),
+        ),
     ),
     "documents.json": Target("run/documents.json", (_shown("Documents", "run", "documents.json"), _compare)),
     "eval_epoch_1.json": Target(
@@ -279,7 +294,10 @@ TARGETS: dict[str, Target] = {
     ),
     "run.yaml": Target("run/run.yaml", (_settings,), _yaml),
     "log.jsonl": Target("run/log.jsonl", (_report("run"),), _lines, _as_lines),
-    "sweep.json": Target("sweep/sweep.json", (_report("sweep"), _command("evaluate", "report", "{base}/sweep", "--out", "{base}/x.html"))),
+    "sweep.json": Target(
+        "sweep/sweep.json",
+        (_report("sweep"), _command("evaluate", "report", "{base}/sweep", "--out", "{base}/page.html")),
+    ),
     "cka.json": Target("cka/cka.json", (_shown("Similarity", "cka", "cka.json"), _report("cka", "run"))),
     "cka_documents.json": Target(
         "cka/cka_documents.json", (_shown("SimilarityDocuments", "cka", "cka_documents.json"),)
@@ -325,7 +343,9 @@ def build(base: Path, store: Path) -> None:
     from evaluate.reproduce.running import Record
 
     (base / "tiny.zarr").symlink_to(store)
-    settings = Settings(str(base / "tiny.zarr"), "lora", layers="2", loop=LoopSettings(epochs=2, rank=4, tracker="none"))
+    settings = Settings(
+        str(base / "tiny.zarr"), "lora", layers="2", loop=LoopSettings(epochs=2, rank=4, tracker="none")
+    )
     train(settings, base / "run", quiet=True)
     train(Settings(settings.store, "procrustes", layers="2"), base / "other", quiet=True)
     evaluate.stitch(base / "tiny.zarr", base / "run", max_tokens=100, quiet=True)
@@ -334,7 +354,9 @@ def build(base: Path, store: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # What an interrupted command leaves behind.
         patch.setattr(compare, "discard", lambda _: None)
-        align.cka(base / "tiny.zarr", layers="0,2", measures="rsa", permutations=2, draws=10, out=base / "cka", quiet=True)
+        align.cka(
+            base / "tiny.zarr", layers="0,2", measures="rsa", permutations=2, draws=10, out=base / "cka", quiet=True
+        )
         patch.setattr(rundir, "save_adapter", _interrupt)
         with contextlib.suppress(KeyboardInterrupt):
             train(settings, base / "begun", quiet=True)
@@ -391,7 +413,7 @@ def _judge(reader: Reader, base: Path, mutation: Mutation, count: Count) -> None
         words = [foreign for foreign in FOREIGN if foreign in str(error)]
         if words or "\n" in str(error):
             count.wrong.append(f"{mutation.description}: says {str(error)[:300]!r}")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - any kind is what is looked for
         where = traceback.extract_tb(error.__traceback__)[-1]
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/tests/" not in frame.filename][-3:]
         places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(own or [where]))
