@@ -466,7 +466,8 @@ def report(dirs: Run | Iterable[Run], *, out: str | PathLike[str] = "report.html
     Raises:
         AdapterError: A directory holds none of the files that a report shows.
         CorruptDataError: A file is there but is not JSON.
-        SpecError: The page cannot be written there.
+        SpecError: A directory is in the page's place, or its directory takes no files.
+        WriteError: The page cannot be written there.
     """
     from evaluate.notebook.page import ReportResult
     from evaluate.reporting import write_report

@@ -103,8 +103,9 @@ def extract(
         device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
             ``{"model.layers.0": "cpu", "": 0}``; of two models that differ, ``{"NAME": {...}, ...}``.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
-        attn: transformers' attention implementation; ``auto``, the default, is sdpa where the model has it, else its
-            own.
+        attn: ``auto``, ``eager``, ``sdpa``, ``flash_attention_2``, ``flash_attention_3`` or ``flex_attention``;
+            ``auto``, the default, is sdpa where the model has it, else its own. What a model's ``config.json`` asks for
+            is not followed.
         seed: Order of documents: 0 as in the corpus, else shuffled. Also the seed of sampled answers.
         generate: Tokens that each model may write after each document; both then read the document with the answer.
         generate_with: The models that write, by short name; each by default.

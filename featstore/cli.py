@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from featstore.errors import SpecError
+from featstore.models.attention import ATTENTIONS, parse_attention
 from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS
 from featstore.runtime.console import add_version, check_directory, emit, err, human, human_bytes, run_app
 from featstore.runtime.quantities import parse_bytes
@@ -108,7 +109,7 @@ def extract(
     ] = None,
     attn: Annotated[
         str | None,
-        typer.Option(help="transformers' attention: auto (sdpa where it exists), eager, sdpa, ...; by default auto."),
+        typer.Option(help=f"Attention: {', '.join(ATTENTIONS)}; by default auto, sdpa where a model has it."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; by default 0.")
@@ -217,11 +218,13 @@ def info(
     """Say what a store holds: models, rows, pairs, coverage; and of every layer size, energy and effective rank."""
     from featstore.store import open_store
     from featstore.store.inspect.summary import describe, describe_states, states_summary, summary
+    from featstore.store.read.links import links_of
 
     opened = open_store(store)
-    states = states_summary(opened, spectrum=not no_spectrum)
-    result = summary(opened) | {"states": states}
-    emit(result, f"{describe(result)}\n{describe_states(states)}", as_json=as_json)
+    states, links = states_summary(opened, spectrum=not no_spectrum), links_of(opened)
+    result = summary(opened) | {"states": states, "links": [link.to_dict() for link in links]}
+    lines = [describe(result), *(f"  link     {inline(link)}" for link in links), describe_states(states)]
+    emit(result, "\n".join(lines), as_json=as_json)
 
 
 @app.command()
@@ -254,6 +257,10 @@ def verify(
     device: Annotated[str, typer.Option(help="Where --reextract computes: auto, cpu, cuda, cuda:N.")] = "auto",
     device_map: DeviceMap = None,
     seed: Annotated[int, typer.Option(min=0, help="Which batches --reextract takes.")] = 0,
+    allow_links: Annotated[
+        bool,
+        typer.Option("--allow-links", help="Accept links that lead outside the store, which are damage otherwise."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a store against its checksums, shapes, text and, with --reextract, its models; exit 1 if it is damaged."""
@@ -261,9 +268,10 @@ def verify(
     from featstore.models.devices import parse_device_map
     from featstore.store import open_store
     from featstore.store.inspect.verify import verify_store
+    from featstore.store.read.links import Link
 
     places = parse_device_map(device_map)
-    result = verify_store(store)
+    result = verify_store(store, allow_links=allow_links)
     if not result["damage"]:
         text = check_tokens(open_store(store), tuple(model or ()))
         result = result | {"tokenized": text["tokenized"], "damage": text["damage"]}
@@ -279,6 +287,7 @@ def verify(
         )
         result["damage"] = result["reextract"].pop("damage")
     lines = [describe_reextract(result["reextract"])] if "reextract" in result else []
+    lines += [f"link: {inline(Link(**link))}" for link in result["links"]]
     lines += [f"not checked: {inline(line)}" for line in result["not_checked"]]
     lines += [f"damaged {inline(line)}" for line in result["damage"]] or [
         f"{store}: {result['files']} files, {human_bytes(result['bytes'])} verified; no damage"
@@ -386,7 +395,7 @@ def doctor(
     device_map: DeviceMap = None,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")] = "auto",
     attn: Annotated[
-        str, typer.Option(help="transformers' attention implementation; auto for sdpa where the model has it.")
+        str, typer.Option(help=f"Attention: {', '.join(ATTENTIONS)}; auto is sdpa where the model has it.")
     ] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -399,6 +408,7 @@ def doctor(
     from featstore.demo.doctor import describe_checks, examine
     from featstore.models.devices import parse_device_map
 
+    parse_attention(attn, "--attn")
     options = {"device": device, "device_map": parse_device_map(device_map), "dtype": dtype, "attention": attn}
     # Models that nobody named are not loaded: they may be large.
     probe = bool(model) and not quick

@@ -16,6 +16,10 @@ class SpecError(FeatstoreError, ValueError):
     """A flag or argument does not parse or names something impossible."""
 
 
+class AttentionError(SpecError):
+    """An implementation of attention is not in the list, or another one than the chosen one runs."""
+
+
 class CorpusError(FeatstoreError, ValueError):
     """The text cannot be read, or there is too little of it."""
 
@@ -84,6 +88,14 @@ class NoSpaceError(FeatstoreError, OSError):
     """The disk cannot hold what was asked for."""
 
 
+class WriteError(FeatstoreError, OSError):
+    """A file or a folder cannot be written where it was asked for."""
+
+
+class LinkError(WriteError):
+    """A link stands where something is to be written: nothing is written through it."""
+
+
 class PairingError(FeatstoreError, ValueError):
     """There are no pairs, or fewer than the operation needs."""
 
@@ -109,6 +121,10 @@ class MissingPackageError(FeatstoreError, ImportError):
 
 class StoreAccessError(FeatstoreError, OSError):
     """A store's place cannot be reached, or refuses."""
+
+
+class WorkersError(FeatstoreError, RuntimeError):
+    """Worker processes died again and again, or the scheduler they belong to went away."""
 
 
 class FeatstoreWarning(UserWarning):

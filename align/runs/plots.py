@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from featstore.runtime.drawing import Drawing
+from featstore.runtime.drawing import Drawing, save_figure
 
 
 def plot_curves(epochs: dict[int, dict[str, Any]], entries: dict[str, Any], out: Path) -> None:
@@ -20,7 +20,7 @@ def plot_curves(epochs: dict[int, dict[str, Any]], entries: dict[str, Any], out:
         out: Directory; ``loss.png`` is written where there are at least two epochs.
     """
     if len(epochs) >= 2:
-        draw_curves(epochs, entries).savefig(out / "loss.png", dpi=120)
+        save_figure(draw_curves(epochs, entries), out / "loss.png", dpi=120)
 
 
 def draw_curves(epochs: dict[int, dict[str, Any]], entries: dict[str, Any]) -> Figure:
@@ -57,7 +57,7 @@ def plot_rate_distortion(points: Sequence[Mapping[str, Any]], out: Path) -> list
     """
     if len({point["bytes_per_text_byte"] for point in points}) < 2:
         return []
-    draw_rate_distortion(points).savefig(out / "rate_distortion.png", dpi=120)
+    save_figure(draw_rate_distortion(points), out / "rate_distortion.png", dpi=120)
     return ["rate_distortion.png"]
 
 

@@ -6,7 +6,6 @@ Of several processes one writes. A run that goes on writes its log anew, since i
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +24,13 @@ from align.tokens.table import TokenTable
 from featstore.errors import SpecError
 from featstore.runtime.console import jsonable
 from featstore.runtime.provenance import write_atomic
+from featstore.runtime.writing import append_text, check_folder, refusing, remove_folder
 
 #: Figures of an epoch that are also averaged over its layer pairs.
 _AVERAGED = ("val_loss", "train_loss", "cka", "cosine_sim")
+
+#: Folder of the states of an unfinished run.
+_CHECKPOINTS = "checkpoints"
 
 
 def default_directory(settings: Settings, source: str, target: str) -> Path:
@@ -77,6 +80,8 @@ class RunDirectory:
 
     Raises:
         SpecError: The directory cannot be made.
+        LinkError: Its folder of checkpoints is a link.
+        WriteError: It cannot be written to.
     """
 
     def __init__(self, out: Path, settings: Settings, *, resume: bool = False, writes: bool = True) -> None:
@@ -89,22 +94,24 @@ class RunDirectory:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SpecError(f"--out {out} cannot be made ({error.strerror}); choose another directory") from error
+        check_folder(out, _CHECKPOINTS, make=False)
         if resume:
             self._old_epochs = {record.epoch: record for record in read_epochs(out)}
         else:
-            shutil.rmtree(self._checkpoints, ignore_errors=True)
+            remove_folder(out, _CHECKPOINTS)
         for left in (
             out / "log.jsonl",
             out / "metrics.json",
             out / "tokens.safetensors",
             *out.glob("eval_epoch_*.json"),
         ):
-            left.unlink(missing_ok=True)
+            with refusing(left):
+                left.unlink(missing_ok=True)
         write_atomic(out / "run.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
 
     @property
     def _checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / _CHECKPOINTS
 
     def checkpoint(self, pair: LayerPair) -> Path:
         """Where the checkpoints of a layer pair go.
@@ -112,7 +119,7 @@ class RunDirectory:
         Args:
             pair: Which layers.
         """
-        return self._checkpoints / pair.key.replace(":", ".").replace("->", "__")
+        return check_folder(self.path, _CHECKPOINTS, pair.key.replace(":", ".").replace("->", "__"), make=False)
 
     def step(self, pair: LayerPair, event: Mapping[str, Any]) -> None:
         """Log what a step measured.
@@ -205,7 +212,7 @@ class RunDirectory:
         plot_curves(self.epochs, dict(metrics["pairs"]), self.path)
         save_tables(self.path, tables, [aligner.pair for aligner in aligners], store=card["store"]["fingerprint"])
         save_adapter(self.path, aligners, card)
-        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        remove_folder(self.path, _CHECKPOINTS)
 
     def _said_before(self, pair: LayerPair, epoch: int) -> dict[str, Any] | None:
         """What both models said of an epoch before the run was interrupted."""
@@ -217,6 +224,5 @@ class RunDirectory:
 
     def _log(self, event: Mapping[str, Any]) -> None:
         if self.writes:
-            with (self.path / "log.jsonl").open("a") as handle:
-                line = LogEvent.parse(jsonable(dict(event))).content()
-                handle.write(json.dumps(line, allow_nan=False) + "\n")
+            line = LogEvent.parse(jsonable(dict(event))).content()
+            append_text(self.path / "log.jsonl", json.dumps(line, allow_nan=False) + "\n")

@@ -23,7 +23,7 @@ from align.similarity.page.palette import Scale, is_dark
 from align.similarity.page.views import Matrix, View, best, values_of, views
 from align.similarity.page.words import number
 from featstore.runtime.console import jsonable
-from featstore.runtime.drawing import Drawing
+from featstore.runtime.drawing import Drawing, save_figure
 
 #: Numbers are printed in the cells of maps with at most so many layers a side.
 IN_CELL = 12
@@ -183,6 +183,6 @@ def _save(figure: Figure, out: Path, name: str) -> list[str]:
     figure = _settled(figure)
     # A fixed salt keeps identifiers in the SVG the same from run to run.
     with mpl.rc_context({"svg.hashsalt": "featstore"}):
-        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
-    figure.savefig(out / f"{name}.png")
+        save_figure(figure, out / f"{name}.svg", metadata={"Date": None})
+    save_figure(figure, out / f"{name}.png")
     return [f"{name}.png", f"{name}.svg"]

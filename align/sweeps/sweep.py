@@ -1,4 +1,4 @@
-"""Many runs over one store: the cells of a grid over Dask, resumable, in one table at the end.
+"""Many runs over one store: the cells of a grid on several workers, resumable, in one table at the end.
 
 A cell is a run directory of its own. Whoever works on one holds its lock, which goes with the process, so two workers
 (one of them thought dead) never write to the same directory. A training that a killed one left goes on from its last
@@ -7,19 +7,17 @@ checkpoint; anything else of it is done again.
 
 from __future__ import annotations
 
-import fcntl
-import logging
 import os
-import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from align.resources import dask_client
+from align.execution.choice import executor
+from align.execution.executor import Executor
+from align.execution.options import Execution
 from align.runs.plots import plot_rate_distortion
 from align.settings import Settings, load_settings
 from align.sweeps.compare import compare_runs
@@ -29,6 +27,7 @@ from align.sweeps.table import describe as describe_comparison
 from featstore.errors import CorruptDataError, FeatstoreError, SpecError, StoreStateError
 from featstore.runtime.console import check_directory, jsonable, progress
 from featstore.runtime.visible import inline
+from featstore.runtime.writing import check_folder, locked, remove_folder
 from featstore.store import open_store
 
 __all__ = ["Cell", "Grid", "cells", "describe", "parse_grid", "run_cell", "sweep"]
@@ -43,8 +42,7 @@ def sweep(
     grid: Grid,
     out: Path,
     *,
-    scheduler: str | None = None,
-    workers: int | None = None,
+    execution: Execution | None = None,
     reference: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -57,9 +55,8 @@ def sweep(
         settings: What all runs share.
         grid: What varies.
         out: Directory of the run directories, of ``stores/<format>.zarr`` and of ``sweep.json``.
-        scheduler: Address of a Dask scheduler whose workers reach the store and ``out`` under the same paths; None for
-            processes of this machine.
-        workers: Processes of this machine; None for as many as there are cores, or cells if these are fewer.
+        execution: Where the cells run. Workers of a scheduler have to reach the store and ``out`` under the same paths.
+            None, or no number of workers, for processes of this machine: one per core, or per cell if these are fewer.
         reference: Cell, or baseline such as ``token``, that the others are compared with; None for the first finished
             cell of the grid that has the layer pair.
         quiet: No progress.
@@ -73,10 +70,9 @@ def sweep(
     Raises:
         SpecError: An invalid run, a directory that holds a run of other settings, a reference that is no finished cell
             and no baseline, or no scheduler answers.
+        WorkersError: The scheduler went away.
         FeatstoreError: The store cannot be read.
     """
-    if workers is not None and workers < 1:
-        raise SpecError(f"--workers {workers}: must be at least 1")
     check_directory(out)
     out = out.resolve()
     if "://" not in settings.store:
@@ -91,6 +87,8 @@ def sweep(
         else replace(cell, settings=replace(cell.settings, store=str(out / "stores" / f"{cell.form}.zarr")))
         for cell in wanted
     ]
+    for name in (_LOCKS, "stores"):
+        check_folder(out, name, make=False)
     for cell in placed:
         _refuse_another(cell, out)
     record = _Record(settings, grid, placed, out)
@@ -100,8 +98,11 @@ def sweep(
             record.done(cell, "skipped", None)
     todo = _convert(todo, settings.store, record, quiet=quiet)
     if todo:
-        with _client(scheduler, workers or min(os.cpu_count() or 1, len(todo))) as client:
-            _run_all(client, todo, out, record, quiet=quiet)
+        where = execution or Execution()
+        if where.scheduler is None and where.workers is None:
+            where = replace(where, workers=min(os.cpu_count() or 1, len(todo)))
+        with executor(where, quiet=quiet) as workers:
+            _run_all(workers, todo, out, record, quiet=quiet)
     finished = [out / cell.name for cell in placed if _finished(cell.settings, out / cell.name)]
     # A cell by its name, which is that of its directory.
     of_cell = str(out / reference) if reference in {cell.name for cell in placed} else reference
@@ -181,7 +182,7 @@ def _finished(settings: Settings, run: Path) -> bool:
 
 
 def _refuse_another(cell: Cell, out: Path) -> None:
-    run = out / cell.name
+    run = check_folder(out, cell.name, make=False)
     if (run / "adapter.json").is_file() and not _finished(cell.settings, run):
         raise SpecError(f"{run} holds a run of other settings; choose another --out, or remove that directory")
     if run.exists() and not (run / "run.yaml").is_file() and any(p.name[0] != "." for p in run.iterdir()):
@@ -208,42 +209,15 @@ def _convert(todo: Sequence[Cell], store: str, record: _Record, *, quiet: bool) 
     return [cell for cell in todo if cell.settings.store not in failed]
 
 
-@contextmanager
-def _client(address: str | None, workers: int) -> Iterator[Any]:
-    """A client of the given scheduler, or of processes of this machine with a core each."""
-    from distributed import Client, LocalCluster
-
-    if address is not None:
-        with dask_client(address) as client:
-            yield client
-        return
-    # Any free port, for this machine only. A worker that dies is replaced, and its cell done again.
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-            # Failures are reported per cell, in one line.
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
-
-
-def _run_all(client: Any, todo: Sequence[Cell], out: Path, record: _Record, *, quiet: bool) -> None:
-    from distributed import as_completed
-
-    futures = {client.submit(run_cell, cell.settings, str(out), cell.name, pure=False): cell for cell in todo}
-    with progress("sweep", len(futures), "runs", quiet=quiet) as tick:
-        for future in as_completed(futures):
-            cell = futures[future]
-            # A worker lost more often than Dask allows is an error of its cell as well.
-            error = future.exception()
+def _run_all(executor: Executor, todo: Sequence[Cell], out: Path, record: _Record, *, quiet: bool) -> None:
+    tasks = {executor.submit(run_cell, cell.settings, str(out), cell.name): cell for cell in todo}
+    with progress("sweep", len(tasks), "runs", quiet=quiet) as tick:
+        for task in executor.as_completed(tasks):
+            cell = tasks[task]
+            # Workers that died over a cell again and again are an error of that cell as well.
+            error = task.exception()
             if error is None:
-                record.done(cell, "done", future.result())
+                record.done(cell, "done", task.result())
             else:
                 record.failed(cell, error)
             tick(1)
@@ -269,20 +243,20 @@ def run_cell(settings: Settings, out: str, name: str) -> float:
 
     run = Path(out) / name
     start = time.perf_counter()
-    with _ONE_AT_A_TIME, threadpool_limits(1), _locked(Path(out) / _LOCKS / name):
+    with _ONE_AT_A_TIME, threadpool_limits(1), locked(check_folder(Path(out), _LOCKS) / name):
         # Whoever held the lock may have finished meanwhile.
         if not _finished(settings, run):
             resume = _begun(settings, run)
             if not resume:
                 # What a killed worker left of another kind is no run.
-                shutil.rmtree(run, ignore_errors=True)
+                remove_folder(Path(out), name)
             try:
                 train(settings, run, resume=resume, quiet=True)
             except (StoreStateError, CorruptDataError):
                 if not resume:
                     raise
                 # A state that cannot be gone on with costs time, not the cell.
-                shutil.rmtree(run, ignore_errors=True)
+                remove_folder(Path(out), name)
                 train(settings, run, quiet=True)
     return time.perf_counter() - start
 
@@ -296,11 +270,3 @@ def _begun(settings: Settings, run: Path) -> bool:
     except FeatstoreError:
         # Cut off while it was written.
         return False
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -9,7 +9,6 @@ have the mean state.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ import numpy as np
 from align.layers import LayerPair
 from align.results import TokenFit
 from align.tokens.table import TokenTable, table_key
-from featstore.errors import AdapterError, CorruptDataError, NoSpaceError
-from featstore.runtime.provenance import fsync_directory, parse_json
+from featstore.errors import AdapterError, CorruptDataError
+from featstore.runtime.provenance import parse_json
 from featstore.runtime.records import EMPTY, Fault, Record, Table, Whole, parsed, retold, shown
 from featstore.runtime.tensors import opened
+from featstore.runtime.writing import cannot_write, replacing_by_name, system_error
 
 FILE = "tokens.safetensors"
 VERSION = 1
@@ -41,6 +41,7 @@ def save_tables(directory: Path, tables: Mapping[str, TokenTable], pairs: Iterab
         store: Fingerprint of the store they were fitted on.
 
     Raises:
+        WriteError: The file cannot be written.
         NoSpaceError: The disk is full.
     """
     from safetensors import SafetensorError
@@ -57,19 +58,13 @@ def save_tables(directory: Path, tables: Mapping[str, TokenTable], pairs: Iterab
         "pairs": {pair: key for pair, key in keys.items() if key in tables},
     }
     # By name and not through memory: the tables may be as large as what is free.
-    aside = directory / f".{FILE}.{os.getpid()}"
     try:
-        save_file(tensors, aside, metadata={"about": json.dumps(about, sort_keys=True, allow_nan=False)})
-        with aside.open("rb") as handle:
-            os.fsync(handle.fileno())
-        aside.replace(directory / FILE)
-    except (SafetensorError, OSError) as error:
-        if "No space left" not in str(error):
+        with replacing_by_name(directory / FILE) as aside:
+            save_file(tensors, aside, metadata={"about": json.dumps(about, sort_keys=True, allow_nan=False)})
+    except SafetensorError as error:
+        if (said := system_error(error)) is None:
             raise
-        raise NoSpaceError(f"cannot write {directory / FILE} ({error}); free some space and train again") from error
-    finally:
-        aside.unlink(missing_ok=True)
-    fsync_directory(directory)
+        raise cannot_write(directory / FILE, said) from error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from align.scoring.rows import Epoch
 from align.training.plan import TRACKERS, Placement
 from featstore.errors import MissingPackageError, SpecError
+from featstore.runtime.writing import check_folder, make_folder, remove_folder
 
 Log = Callable[[Mapping[str, float], int], None]
 
@@ -132,7 +132,7 @@ def tracking(kind: str, place: Placement, run: Path, config: Mapping[str, Any]) 
 def _tensorboard(run: Path) -> Any:
     from accelerate.tracking import TensorBoardTracker
 
-    shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    remove_folder(run, "tensorboard")
     tracker = TensorBoardTracker("tensorboard", logging_dir=run)
     tracker.start()
     return tracker
@@ -143,7 +143,8 @@ def _wandb(run: Path, config: Mapping[str, Any]) -> Any:
 
     # Nobody's figures leave the machine because a package happens to be installed.
     os.environ.setdefault("WANDB_MODE", "offline")
-    run.mkdir(parents=True, exist_ok=True)
+    check_folder(run, "wandb", make=False)
+    make_folder(run)
     tracker = WandBTracker("featstore", name=run.name, dir=str(run))
     tracker.start()
     tracker.store_init_configuration(dict(config))

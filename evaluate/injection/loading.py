@@ -13,6 +13,7 @@ from align.maps.fitted import Adapter, Aligner
 from featstore.errors import AdapterError, SpecError
 from featstore.models import loading as models
 from featstore.models import residual as sites
+from featstore.models.attention import AUTO, parse_attention
 from featstore.models.devices import DeviceMap, check_models, input_device, place, resolve_dtype
 from featstore.models.fingerprint import SCHEME, UNKNOWN, Weights
 from featstore.models.probe.prove import Needs, Proven, further, key_of, prove
@@ -27,6 +28,8 @@ from featstore.text import tokens
 #: What injecting needs of a card, and of its entry for every model of a map.
 _CARD = (("type",), ("store", "fingerprint"), ("mask", "sink_threshold"))
 _MODEL = ("reference", "depth", "width", "config_sha256", "tokenizer_sha256", "median_norm")
+#: What a card may leave open: states made elsewhere have no model that could be compared.
+_OPEN = ("reference", "config_sha256", "tokenizer_sha256")
 #: What is compared of a model, by the name that a message gives it, and where a card has it.
 _ENTRIES = {
     "depth": "depth",
@@ -165,6 +168,7 @@ def check(
     where = place(device, device_map, name)
     resolve_dtype(dtype, where.device)
     entry = card[name]
+    _attention(adapter, name)
     known = _known(adapter, moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision"))))
     models.check_place(known.spec, where)
     return known
@@ -309,20 +313,24 @@ def load(
 def _load(
     adapter: Adapter, known: Known, *, device: str, dtype: str, device_map: DeviceMap | None, quiet: bool
 ) -> Loaded:
-    entry = adapter.card["models"][known.spec.name]
     if not quiet:
         err.print(f"loading {known.spec.name}{known.info.peculiarities}")
     model = models.load_model(
         known.spec,
         device=device,
         dtype=dtype,
-        attention=entry.get("attention", "auto"),
+        attention=_attention(adapter, known.spec.name),
         device_map=device_map,
     )
     loaded = _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet), fresh=True)
     if loaded.verdict.left_out and not quiet:
         err.print(f"{known.spec.name} is read without its {loaded.verdict.left_out}")
     return loaded
+
+
+def _attention(adapter: Adapter, name: str) -> str:
+    """The attention that the states of a card's model came from; cards from before it was named leave it open."""
+    return parse_attention(adapter.card["models"][name].get("attention", AUTO), f"the card of {adapter.directory}")
 
 
 def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights, *, fresh: bool = False) -> Loaded:
@@ -472,7 +480,7 @@ def check_card(adapter: Adapter) -> None:
     for path in (*_CARD, *(("models", name, key) for name in names for key in _MODEL)):
         at: Any = adapter.card
         for key in path:
-            if not isinstance(at, Mapping) or key not in at:
+            if not isinstance(at, Mapping) or key not in at or (at[key] is None and key not in _OPEN):
                 raise AdapterError(f"the card of {adapter.directory} lacks {'.'.join(path)}; train it again")
             at = at[key]
     for name in dict.fromkeys(pair.source for pair in pairs):

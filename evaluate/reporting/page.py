@@ -73,16 +73,14 @@ def write_report(dirs: Sequence[Path], out: Path) -> dict[str, Any]:
     Raises:
         AdapterError: A directory holds none of the files a report shows.
         CorruptDataError: A file is there but is not JSON.
-        SpecError: The page cannot be written there.
+        SpecError: A directory is in its place.
+        WriteError: The page cannot be written there.
     """
     runs = read_runs(dirs, out.parent)
     data = _render(runs).encode()
     if out.is_dir():
         raise SpecError(f"{out} is a directory; name a file for the report, such as report.html")
-    try:
-        write_atomic(out, data)
-    except OSError as error:
-        raise SpecError(f"cannot write the report to {out} ({error.strerror})") from error
+    write_atomic(out, data)
     judged = words.verdicts(runs)
     return {
         "out": str(out),

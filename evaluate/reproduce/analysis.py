@@ -14,7 +14,7 @@ from evaluate.reproduce.evidence import Evidence
 from evaluate.reproduce.places import Places
 from evaluate.reproduce.plots import draw_all
 from featstore.runtime.console import human, human_seconds
-from featstore.runtime.provenance import write_json
+from featstore.runtime.provenance import write_atomic, write_json
 from featstore.store import Store
 from featstore.text.splits import SPLITS
 
@@ -53,7 +53,7 @@ def write_analysis(
         _warnings(evidence),
         _programme(seconds, failed, commands),
     ]
-    (out / NAME).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    write_atomic(out / NAME, "\n\n".join(part for part in parts if part) + "\n")
     blocks = [answer.block() for answer in answers]
     write_json(out / "analysis.json", {"answers": blocks, "seconds": dict(seconds), "failed": dict(failed)})
     return blocks

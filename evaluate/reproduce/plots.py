@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from evaluate.reproduce.answers.maps import both, ranks_of
 from evaluate.reproduce.answers.models import accuracy_of, compressed_runs, task_rate
 from evaluate.reproduce.evidence import Evidence, Value
+from featstore.runtime.drawing import save_figure
 
 _DPI = 120
 #: Between bars of one depth, as a share of the depth.
@@ -30,7 +31,7 @@ def draw_all(evidence: Evidence, out: Path) -> list[str]:
     figures = {"layers.png": _layers(evidence), "ranks.png": _ranks(evidence), "rates.png": _rates(evidence)}
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
     for name, figure in drawn.items():
-        figure.savefig(out / name, dpi=_DPI)
+        save_figure(figure, out / name, dpi=_DPI)
     return list(drawn)
 
 

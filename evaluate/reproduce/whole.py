@@ -18,6 +18,7 @@ from featstore.runtime.console import human_seconds
 from featstore.runtime.quantities import parse_budget
 from featstore.runtime.subcommands import run_stage
 from featstore.runtime.visible import inline
+from featstore.runtime.writing import check_folder, make_folder
 from featstore.store import Store, open_store
 from featstore.text.roles import roles_text
 
@@ -111,7 +112,9 @@ def reproduce(
         KeyboardInterrupt: Interrupted; the same command goes on.
     """
     first = [] if store is not None else [_extraction(out, corpus, build=True)]
-    out.mkdir(parents=True, exist_ok=True)
+    for name in ("runs", _STORE):
+        check_folder(out, name, make=False)
+    make_folder(out)
     record = Record(out)
     if failed := carry_out(first, record, out, run=run):
         raise SpecError(f"the store could not be made ({failed['extract']}); mend that and give the same command")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -11,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from featstore.errors import CorruptDataError, NoSpaceError
+from featstore.runtime import writing
 from featstore.runtime.console import human_bytes
-from featstore.runtime.provenance import fsync_directory, read_json, write_json
+from featstore.runtime.provenance import read_json, write_json
 
 _CARD = "calibration.json"
 #: A model's weights within its directory.
@@ -53,30 +54,43 @@ def require_space(out: Path, needed: int, what: str) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Let one process build at a time; the others then find the result."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    """Let one process build at a time; the others then find the result.
+
+    Args:
+        out: The directory that is built in; made.
+
+    Raises:
+        WriteError: It cannot be made, or what stands in the place of its lock is no file.
+    """
+    writing.make_folder(out)
+    with writing.locked(out / ".lock"):
         yield
 
 
 @contextmanager
 def replacing(directory: Path, card: dict[str, Any]) -> Iterator[Path]:
-    """Yield an empty directory that takes the place of ``directory`` once its content is complete."""
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as parent:
+    """Yield an empty directory that takes the place of ``directory`` once its content is complete.
+
+    A link there is replaced, and what it leads to stays as it is.
+
+    Raises:
+        WriteError: The directory cannot be written.
+        NoSpaceError: The disk is full.
+    """
+    with (
+        writing.refusing(directory),
+        tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as parent,
+    ):
         aside = Path(parent) / directory.name
         aside.mkdir()
         yield aside
         write_json(aside / _CARD, card)
-        for path in aside.iterdir():
-            # safetensors writes files that only their owner can read; a model directory is there to be shared.
-            path.chmod(0o644)
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if directory.exists():
+        # safetensors writes files that only their owner can read, whatever the umask says.
+        writing.settle(aside)
+        if os.path.lexists(directory):
             directory.replace(Path(parent) / "old")
         aside.replace(directory)
-        fsync_directory(directory.parent)
+        writing.fsync_directory(directory.parent)
 
 
 def save_model(into: Path, config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> None:
@@ -87,11 +101,13 @@ def save_model(into: Path, config: PreTrainedConfig, weights: Mapping[str, Tenso
         config: Names the start and the end token.
         weights: By name, in the dtype that the file shall have.
     """
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.items()},
-        into / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    try:
+        save_file(tensors, into / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if (said := writing.system_error(error)) is None:
+            raise
+        raise writing.cannot_write(into / WEIGHTS, said) from error
     config.save_pretrained(into)
     GenerationConfig(
         bos_token_id=config.bos_token_id,

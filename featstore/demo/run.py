@@ -21,6 +21,7 @@ from featstore.demo.words import describe
 from featstore.runtime.console import err
 from featstore.runtime.records import write
 from featstore.runtime.subcommands import run_stage
+from featstore.runtime.writing import check_folder, make_folder
 
 #: Small enough for two cores, large enough that every figure means something: nine documents are for the test.
 _EXTRACT = ("--layers", "0%,25%,50%,75%,100%", "--max-documents", "90", "--max-document-bytes", "600")
@@ -87,7 +88,9 @@ def run_demo(out: Path, cache: Path) -> dict[str, Any]:
     """
     started = time.perf_counter()
     seconds: dict[str, float] = {}
-    out.mkdir(parents=True, exist_ok=True)
+    for name in ("runs", "demo.zarr"):
+        check_folder(out, name, make=False)
+    make_folder(out)
 
     def stage(name: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()

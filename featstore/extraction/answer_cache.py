@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from featstore.runtime.caches import cache_directory
+from featstore.runtime.writing import open_log
 
 #: Changes where the same settings give other text.
 VERSION = 1
@@ -62,7 +63,7 @@ class AnswerCache:
         lines = "".join(json.dumps({"prompt": key, "answer": text}) + "\n" for key, text in found.items())
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
+            with open_log(self.path) as file:
                 # What was being written when a command was killed stays a line of its own.
                 file.seek(max(file.seek(0, 2) - 1, 0))
                 torn = file.read(1) not in (b"", b"\n")

@@ -11,6 +11,7 @@ from typing import Any
 
 from featstore.errors import SpecError
 from featstore.extraction.settings import Settings
+from featstore.models.attention import parse_attention
 from featstore.runtime.quantities import parse_budget, parse_bytes
 
 #: Smallest value of every flag that is a number.
@@ -132,7 +133,12 @@ def _device_map(name: str, value: Any) -> Any:
     return parse_device_map(value)
 
 
+def _attention(name: str, value: Any) -> str:
+    return parse_attention(_text(name, value), flag(name))
+
+
 _PARSERS: dict[str, Callable[[str, Any], Any]] = {
+    "attention": _attention,
     "model": _texts,
     "layers": _texts,
     "store": _path,
@@ -151,7 +157,6 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
             "layer_0",
             "device",
             "dtype",
-            "attention",
         ),
         _text,
     ),

@@ -20,7 +20,9 @@ from featstore.extraction.recorded import TEXT_FIELDS, Recorded, inherit, read_r
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
+from featstore.models.attention import AUTO, parse_attention
 from featstore.models.devices import check_models
+from featstore.models.skeletons import choose_attention
 from featstore.models.tokenizers import check_control_tokens, start_missing
 from featstore.models.verdict import Verdict
 from featstore.runtime.console import err, progress
@@ -255,16 +257,16 @@ def _compute(settings: Settings, infos: dict[str, models.ModelInfo], recorded: R
 
 def _attention(settings: Settings, info: models.ModelInfo, recorded: Recorded | None) -> str:
     """What was typed; else what the store says that this model ran, or its models did; else the model's own."""
-    if settings.attention != "auto":
-        return models.choose_attention(info.spec, settings.attention)
+    if parse_attention(settings.attention, "--attn") != AUTO:
+        return choose_attention(info.spec, settings.attention)
     held, name = recorded.attention() if recorded else {}, info.spec.name
     if recorded and name in held and recorded.begun(name):
         return held[name]
     agreed = {held[name]} if name in held else set(held.values())
     for one in agreed if len(agreed) == 1 else ():
         with suppress(SpecError):
-            return models.choose_attention(info.spec, one)
-    return models.choose_attention(info.spec)
+            return choose_attention(info.spec, one)
+    return choose_attention(info.spec)
 
 
 def _held_layers(

@@ -6,7 +6,7 @@ larger budget all go through here, and whatever contradicts the store is named b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from featstore.errors import CorruptDataError, SpecError, StoreFormatError, StoreStateError
 from featstore.extraction.settings import Settings
+from featstore.models.attention import parse_attention
 from featstore.models.references import parse_model
 from featstore.models.tokenizers import held_control_tokens
 from featstore.models.verdict import Verdict
@@ -140,8 +141,12 @@ class Recorded:
         return found
 
     def attention(self) -> dict[str, str]:
-        """The attention implementation that each model ran."""
-        return {name: str(attributes["attention"]) for name, attributes in self.models.items()}
+        """The attention implementation that each model ran.
+
+        Raises:
+            AttentionError: The store names one that is not in the list.
+        """
+        return {name: attention_of(attributes, self.path, name) for name, attributes in self.models.items()}
 
     def verified(self, name: str) -> Verdict | None:
         """What was found out about a model when it was stored, or None where the store does not say.
@@ -194,6 +199,20 @@ class Recorded:
                 if table.hash == self.models[name]["tokens_sha256"]:
                     tables[name] = table
         return planned, tables
+
+
+def attention_of(attributes: Mapping[str, Any], path: Path | str, name: str) -> str:
+    """The attention implementation that a store says a model ran.
+
+    Args:
+        attributes: Of the model.
+        path: The store.
+        name: The model.
+
+    Raises:
+        AttentionError: It is not in the list.
+    """
+    return parse_attention(attributes.get("attention"), f"{path}/models/{name}/zarr.json")
 
 
 def references_of(store: Store, model: Sequence[str] = ()) -> dict[str, str]:

@@ -22,7 +22,7 @@ from featstore.extraction.forward import BatchReader, pack, unpacked
 from featstore.extraction.job import Job, prepare
 from featstore.extraction.pilot import read_pilot, recorded_weights
 from featstore.extraction.proof import tested
-from featstore.extraction.recorded import references_of
+from featstore.extraction.recorded import attention_of, references_of
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
@@ -280,7 +280,7 @@ def _reextract_model(
     batches = planned_batches(plan, name, count, seed)
     if not quiet:
         err.print(f"loading {name} ({info.spec.ref}){info.peculiarities}")
-    compute = replace(job.compute, dtype=dtype, attention={name: str(attributes["attention"])})
+    compute = replace(job.compute, dtype=dtype, attention={name: attention_of(attributes, store.path, name)})
     stream = tested(info, compute, name, device=compute.device).stream
     # This is a check: hashes that were kept are made again.
     weights = weights_of(info.spec, stream.model, fresh=True, quiet=quiet)

@@ -6,7 +6,6 @@ documents, and several processes are all the same walk over the planned batches 
 
 from __future__ import annotations
 
-import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -105,7 +104,7 @@ def _begin(writer: StoreWriter, job: Job) -> None:
             # What an earlier command wished for, which nothing has come of; the same wish goes on where it stopped.
             if not recorded.begun(name) and recorded.models.get(name) != attributes.get(name):
                 writer.drop(f"models/{name}/tokens")
-                shutil.rmtree(writer.path / "models" / name, ignore_errors=True)
+                writer.remove(f"models/{name}")
     adding = bool(recorded and recorded.complete and recorded.root["plan"] == root["plan"])
     adding = adding and job.moments != "only"
     if not adding:
@@ -128,7 +127,7 @@ def _write_plan(writer: StoreWriter, plan: Plan) -> None:
         beside = dict(zip(_BESIDE, arrays, strict=True))
     if (writer.entry("corpus") or {}).get("sha256") != plan.hash:
         for name in () if beside else _BESIDE:
-            shutil.rmtree(writer.path / name, ignore_errors=True)  # of an earlier wish of which nothing has come
+            writer.remove(name)  # of an earlier wish of which nothing has come
         writer.vectors(
             "corpus",
             {

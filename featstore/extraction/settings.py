@@ -36,7 +36,8 @@ class Settings:
         device: Where to run.
         dtype: Compute dtype.
         device_map: Where the modules of models go, instead of one device.
-        attention: transformers' attention implementation; ``auto`` for sdpa where a model has it, else its own.
+        attention: One of :data:`~featstore.models.attention.ATTENTIONS`; ``auto`` for sdpa where a model has it, else
+            its own.
         normalise: ``none``, ``nfc`` or ``auto``: what the text is brought into before anything else is done with it.
         control_tokens: What control tokens that the text quotes are read as: ``text``, or ``special``.
         seed: Order in which documents are taken; 0 is corpus order. Also the seed of sampled answers.

@@ -42,9 +42,11 @@ def as_path(name: str, value: Any) -> Path:
         value: As given.
 
     Raises:
-        SpecError: Not a path.
+        SpecError: Not a path, or one that no file system has.
     """
     if isinstance(value, str | os.PathLike) and isinstance(place := os.fspath(value), str):
+        if "\0" in place:
+            raise SpecError(f"{name} {shown(value)} holds a null character, which no path can; leave it out")
         return Path(place)
     raise SpecError(f"{name} {shown(value)}: give a path, not {type(value).__name__}")
 

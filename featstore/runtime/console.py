@@ -34,6 +34,7 @@ from rich.text import Text
 
 from featstore.errors import FeatstoreError, FeatstoreWarning, SpecError
 from featstore.runtime.visible import encodable, inline, visible
+from featstore.runtime.writing import probe_folder, remedy_of
 
 
 class _Messages(Console):
@@ -63,6 +64,8 @@ STYLES = {"damaged": "bold red", "ok": "green", "bad": "bold red"}
 
 _PLAIN_INTERVAL_S = 10.0
 _INTERRUPTED = 130
+#: Characters that an error shows of a path that is too long to be one.
+_SHOWN = 60
 
 #: What typer raises for words that do not parse. Its versions differ in whose class that is, click's or a copy in typer
 #: itself; both are the parent of the one it exports.
@@ -217,8 +220,17 @@ def check_directory(path: Path, typed: Path | None = None) -> None:
         typed: What was typed after ``--out``, where that is not the directory itself.
 
     Raises:
-        SpecError: A file stands there or on the way there, or it cannot be written to.
+        SpecError: A file stands there or on the way there, it cannot be written to, or no path can be so long.
     """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it is yet to be made, or a file is on the way, which is said below
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SpecError(
+            f"--out {str(typed or path)[:_SHOWN]!r} cannot be written ({why}); choose another directory"
+        ) from error
     # An absolute path ends at the root, which exists.
     found = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
     if not found.is_dir():
@@ -226,6 +238,13 @@ def check_directory(path: Path, typed: Path | None = None) -> None:
         raise SpecError(f"--out {typed or path} {where}; choose another directory")
     if not os.access(found, os.W_OK | os.X_OK):
         raise SpecError(f"--out {typed or path}: no permission to write in {found}; choose another directory")
+    try:
+        probe_folder(found)
+    except OSError as error:
+        # Rights do not say everything: some places take no files, whoever asks.
+        raise SpecError(
+            f"--out {typed or path}: no file can be made in {found} ({error.strerror}); choose another directory"
+        ) from error
 
 
 def add_version(app: typer.Typer, name: str) -> None:
@@ -282,6 +301,12 @@ def run_app(app: typer.Typer, name: str) -> None:
         # The reader of our output went away (`| head`), which is no error of ours; typer makes an exit of it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except OSError as error:
+        # The last resort: what was not asked before, or has changed since.
+        remedy = remedy_of(error)
+        if remedy is None:
+            raise
+        _fail(name, f"{error.filename or 'writing'}: {error.strerror}; {remedy}")
     if code == _INTERRUPTED:
         err.print(f"{name}: interrupted; what was committed so far is kept")
     if code:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from featstore.runtime.provenance import write_atomic
 
 #: A label, its value and the 95 % interval of that, where there is one.
 Point = tuple[str, float | None, Iterable[float | None] | None]
@@ -19,6 +22,23 @@ class Drawing(Figure):
         buffer = BytesIO()
         self.savefig(buffer, format="png", dpi=100)
         return buffer.getvalue()
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure as every other file of a result is written: whole, and never through a link.
+
+    Args:
+        figure: What to draw.
+        path: The file; its suffix says the format.
+        options: Of matplotlib's ``savefig``.
+
+    Raises:
+        WriteError: It cannot be written there.
+        NoSpaceError: The disk is full.
+    """
+    buffer = BytesIO()
+    figure.savefig(buffer, format=path.suffix.removeprefix("."), **options)
+    write_atomic(path, buffer.getvalue())
 
 
 def panels(titles: Sequence[str], *, height: float = 3.2) -> tuple[Drawing, list[Any]]:

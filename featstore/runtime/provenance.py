@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from featstore.errors import CorruptDataError, MemberError, NoSpaceError
+from featstore.errors import CorruptDataError, MemberError
 from featstore.runtime.schema import pointer, shown
+from featstore.runtime.writing import make_folder, replacing, write_all
 
 #: Versions that can change a number; recorded beside every result.
 TRACKED = ("numpy", "torch", "transformers", "tokenizers", "zarr", "scipy", "scikit-learn", "dask")
@@ -50,55 +48,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fsync_directory(path: Path) -> None:
-    """Make a rename inside a directory survive a power cut.
-
-    Args:
-        path: The directory.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a small file so that readers see the old content or the new, never a part.
 
     Args:
-        path: Destination; its directory is created.
+        path: Destination; its directory is created. A link there is replaced, not followed.
         data: The content; text is written as UTF-8.
 
     Raises:
+        WriteError: It cannot be written there.
         NoSpaceError: The disk is full; the old content is still there.
     """
-    try:
-        _write_atomic(path, data)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise NoSpaceError(
-            f"cannot write {path} ({error.strerror}); what was committed is kept: free some space and run the same "
-            "command again"
-        ) from error
-
-
-def _write_atomic(path: Path, data: bytes | str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data.encode() if isinstance(data, str) else data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files private; a store is meant to be shared like any other output.
-        Path(aside).chmod(0o644)
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
+    make_folder(path.parent)
+    with replacing(path) as handle:
+        write_all(handle, data.encode() if isinstance(data, str) else data)
 
 
 def json_text(value: Any) -> str:

@@ -20,6 +20,7 @@ from featstore.demo.training.text import ARTICLES, RUN, Articles, read_articles,
 from featstore.demo.training.tokens import encode, save_tokenizer, train_tokenizer
 from featstore.runtime.console import err, human_seconds
 from featstore.runtime.provenance import write_json
+from featstore.runtime.writing import make_folder, settle
 
 _EVERY = 20
 #: Text that the demo reads, to measure on: the openings of so many articles, so many bytes of each.
@@ -60,10 +61,11 @@ def train_small(out: Path, cache: Path, *, seed: int = 0, beside: Path | None = 
     fit_counts(model, table, totals, tick=_tick("counts", COUNT_STEPS))
     fit(model, train, seed=seed, tick=_tick("text", sum(stage.steps for stage in STAGES)))
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     weights = {name: tensor.detach().to(torch.float16) for name, tensor in model.state_dict().items()}
     save_model(out, model.config, weights)
     save_tokenizer(tokenizer, out)
+    settle(out)
 
     figures["shape"] = {**asdict(shape), "parameters": model.num_parameters(), "train_tokens": sum(map(len, train))}
     rows = [row.numpy() for row in held_out]

@@ -23,6 +23,7 @@ from featstore.store.format.shards import file_checksum
 from featstore.store.format.version import MANIFEST, METADATA_UNIT
 from featstore.store.moments.stored import has_rows
 from featstore.store.read.first import first_rows
+from featstore.store.read.links import links_of, outside_damage
 from featstore.store.read.pairs import POLICIES
 from featstore.store.read.store import Store, open_store
 from featstore.store.read.tables import TableReader
@@ -38,16 +39,18 @@ _STEP = 4096
 _ROUNDED = 0.1
 
 
-def verify_store(path: Path, *, quiet: bool = False) -> dict[str, Any]:
+def verify_store(path: Path, *, allow_links: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Verify every committed file, then what the files say.
 
     Args:
         path: The store.
+        allow_links: Accept links that lead outside the store; otherwise each is damage.
         quiet: No progress.
 
     Returns:
-        ``{"store", "files", "bytes", "damage": [...], "not_checked": [...]}``; an empty list of damage means the store
-        is whole, as far as it could be checked.
+        ``{"store", "files", "bytes", "damage": [...], "not_checked": [...], "links": [...]}``; an empty list of damage
+        means the store is whole, as far as it could be checked. Of ``links`` see
+        :class:`featstore.store.read.links.Link`.
 
     Raises:
         StoreNotFoundError: Nothing there.
@@ -58,13 +61,16 @@ def verify_store(path: Path, *, quiet: bool = False) -> dict[str, Any]:
         store = open_store(path)
         store.manifest  # noqa: B018 - read now: a damaged entry is damage found, too
     except CorruptDataError as error:
-        return {"store": str(path), "files": 0, "bytes": 0, "damage": [str(error)], "not_checked": []}
+        return {"store": str(path), "files": 0, "bytes": 0, "damage": [str(error)], "not_checked": [], "links": []}
     damage = [*_check_manifest(store), *(_check_files(store, quiet=quiet) or _check_recorded(store))]
     not_checked: list[str] = []
     if not damage:
         # Contents are only worth reading once the bytes are known to be right.
         damage = list(_check_contents(store, quiet=quiet))
         not_checked = list(_without_rows(store))
+    links = links_of(store)
+    if not allow_links:
+        damage += outside_damage(links)
     total = sum(record["bytes"] for record in store.manifest.values())
     return {
         "store": str(path),
@@ -72,6 +78,7 @@ def verify_store(path: Path, *, quiet: bool = False) -> dict[str, Any]:
         "bytes": total,
         "damage": damage,
         "not_checked": not_checked,
+        "links": [link.to_dict() for link in links],
     }
 
 

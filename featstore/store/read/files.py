@@ -6,6 +6,7 @@ mapped; :class:`featstore.store.read.portable.PortableFiles` answers from anythi
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,11 +85,7 @@ class LocalFiles:
 
     def manifest(self) -> dict[str, bytes]:
         """Every manifest document by the name of its unit, sorted."""
-        root = self.location / MANIFEST
-        return {
-            path.relative_to(root).with_suffix("").as_posix(): path.read_bytes()
-            for path in sorted(root.rglob("*.json"))
-        }
+        return {unit: path.read_bytes() for unit, path in manifest_files(self.location / MANIFEST).items()}
 
     def rows(self, array: Described, scales: Described | None, column_scale: NDArray[np.float32] | None) -> RowReader:
         """Rows read from mapped shards.
@@ -102,6 +99,40 @@ class LocalFiles:
         return RowReader(
             self.location / name, document, None if scales is None else self.location / scales[0], column_scale
         )
+
+
+def manifest_files(root: Path) -> dict[str, Path]:
+    """The manifest's documents by the names of their units, sorted.
+
+    Arrays may lie on another disk; the manifest says what they have to be, and so it lies in the store itself.
+
+    Args:
+        root: The manifest's folder; need not exist.
+
+    Raises:
+        CorruptDataError: It holds a link, or something that is no file.
+    """
+    found, folders = [], [root] if os.path.lexists(root) else []
+    for folder in folders:
+        # A root that is a link is seen here, and what stands in the place of a folder as well.
+        if folder.is_symlink() or not folder.is_dir():
+            raise _no_manifest(folder)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+                elif entry.is_symlink() or (entry.name.endswith(".json") and not entry.is_file()):
+                    raise _no_manifest(Path(entry.path))
+                elif entry.name.endswith(".json"):
+                    found.append(Path(entry.path))
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(found)}
+
+
+def _no_manifest(path: Path) -> CorruptDataError:
+    leads = f"a link to {path.readlink()}" if path.is_symlink() else "neither a file nor a folder"
+    return CorruptDataError(
+        f"{path} is {leads}, and a manifest holds files and folders alone; put the file or folder itself there"
+    )
 
 
 def parse_entry(data: bytes, where: str, unit: str) -> dict[str, Any]:

@@ -150,6 +150,9 @@ class RowWriter:
             for shard in range(arrays.shards)
         }
         self._open: dict[tuple[int, int], _Buffer] = {}
+        for layer in self.missing(0, arrays.rows):
+            # Now, and not after the model has run: nothing is written through links.
+            writer.check(*arrays.documents(model, layer, 0))
         if self._alone:
             self.count_rows()
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from featstore.runtime.provenance import read_json
 from featstore.store.format import documents
 from featstore.store.format.version import FORMAT_VERSION, REBUILDING
+from featstore.store.write.listing import metadata_documents
 from featstore.store.write.writer import StoreWriter
+
+#: Folders of a model whose values no rebuild touches; they may lie on another disk.
+_OF_STATES = (["resid"], ["norm"], ["row_scale"], ["column_scale"], ["origin"], ["median_norm"], ["embedding"])
 
 
 def begin_rebuild(writer: StoreWriter, work: Mapping[str, Any] | None = None) -> None:
@@ -22,7 +25,15 @@ def begin_rebuild(writer: StoreWriter, work: Mapping[str, Any] | None = None) ->
         writer: Of a complete store, or of one that was killed half rebuilt; from
             ``adding_to(path, rebuild=True)``.
         work: What has to be known to go on when the rebuild is killed; root attribute ``rebuilding`` until it is done.
+
+    Raises:
+        StoreAccessError: A folder that the rebuild writes to is a link; nothing has been changed.
     """
+    for name, document in metadata_documents(writer.path).items():
+        states = name.startswith("models/") and name.split("/")[2:3] in _OF_STATES
+        array = document.get("node_type") == "array"
+        if not states or (array and documents.named(name, documents.upgraded(document)) != document):
+            writer.check(name)
     closed = {"format_version": FORMAT_VERSION, "complete": False, REBUILDING: dict(work or {}) or True}
     writer.group("", {"featstore": _own(writer) | closed})
 
@@ -34,10 +45,8 @@ def upgrade_metadata(writer: StoreWriter, changes: Mapping[str, Any] | None = No
         writer: Of the store, closed by :func:`begin_rebuild`; all that is derived again is committed.
         changes: Root attributes that this version has besides, or has otherwise.
     """
-    for path in sorted(writer.path.rglob("zarr.json")):
-        document = read_json(path)
+    for name, document in metadata_documents(writer.path).items():
         if document.get("node_type") == "array":
-            name = path.parent.relative_to(writer.path).as_posix()
             writer.describe({name: documents.upgraded(document)})
     own = {key: value for key, value in _own(writer).items() if key != REBUILDING}
     own |= dict(changes or {}) | {"format_version": FORMAT_VERSION, "complete": True}

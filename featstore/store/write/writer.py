@@ -10,28 +10,46 @@ Nothing that could differ between two runs of the same plan (time, host, process
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import NoSpaceError, StoreAccessError, StoreBusyError, StoreStateError
-from featstore.runtime.provenance import digest, fsync_directory, json_text, read_json, write_atomic, write_json
+from featstore.errors import (
+    CorruptDataError,
+    FeatstoreError,
+    LinkError,
+    NoSpaceError,
+    StoreAccessError,
+    StoreBusyError,
+    StoreStateError,
+)
+from featstore.runtime.provenance import digest, json_text, read_json, write_atomic
+from featstore.runtime.writing import (
+    fsync_directory,
+    locked,
+    make_folder,
+    refusing,
+    remove_asides,
+    remove_folder,
+    replacing,
+    write_all,
+)
 from featstore.store.format import documents
 from featstore.store.format.shards import Buffer, file_checksum, seal
 from featstore.store.format.version import MANIFEST, METADATA_UNIT, REBUILDING
-from featstore.store.read.files import LocalFiles, parse_entry
+from featstore.store.read.files import LocalFiles, manifest_files, parse_entry
 from featstore.store.read.portable import store_files
 from featstore.store.read.store import Store, open_files
+from featstore.store.write.listing import arrays_of, metadata_documents
 
 _LOCK = ".writer.lock"
 #: Of these a reader keeps nothing: every look goes to the files.
@@ -57,26 +75,29 @@ def exclusive(path: Path) -> Iterator[None]:
         StoreAccessError: It cannot be written to.
         StoreBusyError: Another process holds it.
     """
-    with _lock_file(path) as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StoreBusyError(
-                f"{path} is being written by another process; wait for it, or choose another --store"
-            ) from error
-        for left in path.rglob(".*.part"):
-            left.unlink()
+    with ExitStack() as held:
+        _take_lock(path, held)
+        remove_asides(path)
         yield
 
 
-def _lock_file(path: Path) -> TextIO:
-    """The store's lock file, open; made with its directory if there is none."""
+def _take_lock(path: Path, held: ExitStack) -> None:
+    """Hold the store's lock until a stack is left; the store is made if there is none."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        return (path / _LOCK).open("w")
+        held.enter_context(locked(path / _LOCK, wait=False))
+    except BlockingIOError as error:
+        raise StoreBusyError(
+            f"{path} is being written by another process; wait for it, or choose another --store"
+        ) from error
+    except LinkError as error:
+        raise StoreAccessError(str(error)) from error
+    except NoSpaceError:
+        raise
     except OSError as error:
+        said = getattr(error.__cause__ if isinstance(error, FeatstoreError) else error, "strerror", None) or error
         raise StoreAccessError(
-            f"{path} cannot be written to ({error.strerror}); copy it to where you may write, or choose another --store"
+            f"{path} cannot be written to ({said}); copy it to where you may write, or choose another --store"
         ) from error
 
 
@@ -167,6 +188,8 @@ class StoreWriter:
     def __init__(self, path: Path, view: Store | None = None) -> None:
         self.path = path
         self._view = view
+        # Folders that have been found to be no links, or made; looked at once.
+        self._folders: set[str] = set()
 
     @property
     def view(self) -> Store:
@@ -226,31 +249,24 @@ class StoreWriter:
             facts: Recorded in the entry beside the files, such as the number of rows.
 
         Raises:
+            StoreAccessError: A file would go through a link; nothing of the unit counts as written.
+            WriteError: A file cannot be written.
             NoSpaceError: The disk filled up; nothing of the unit counts as written.
         """
         record = {}
         self._changed(unit)
-        try:
-            for name, data in files.items():
-                record[name] = self._place(name, data)
-            write_json(self._manifest_path(unit), {"unit": unit, "files": record, **facts})
-        except NoSpaceError:
-            raise
-        except OSError as error:
-            raise NoSpaceError(
-                f"cannot write {unit} to {self.path} ({error.strerror or error}); what was committed is kept: "
-                "free some space and run the same command again"
-            ) from error
+        for name, data in files.items():
+            record[name] = self._place(name, data)
+        self._write(f"{MANIFEST}/{unit}.json", json_text({"unit": unit, "files": record, **facts}))
 
     def group(self, name: str, attributes: dict[str, Any]) -> None:
-        """Write a group document.
+        """Write a group document, unless it is there already.
 
         Args:
             name: Path within the store; empty for the root.
             attributes: JSON attributes.
         """
-        self._changed(name)
-        write_json(self.path / name / "zarr.json", documents.group_document(attributes))
+        self._document(name, json_text(documents.group_document(attributes)))
 
     def attributes(self, name: str = "") -> dict[str, Any] | None:
         """Attributes of a group, or None where there is no group.
@@ -269,10 +285,28 @@ class StoreWriter:
                 that are there already are left alone.
         """
         for name, document in described.items():
-            path, text = self.path / name / "zarr.json", json_text(documents.named(name, document))
-            if not path.is_file() or path.read_bytes() != text.encode():
-                self._changed(name)
-                write_atomic(path, text)
+            self._document(name, json_text(documents.named(name, document)))
+
+    def check(self, *names: str) -> None:
+        """Refuse what cannot be written to before anything is done for it.
+
+        Args:
+            names: Groups or arrays; their folders are made if they are not there.
+
+        Raises:
+            StoreAccessError: A link stands there or on the way.
+            WriteError: A folder cannot be made.
+        """
+        for name in names:
+            self._folder(self.path / name)
+
+    def _document(self, name: str, text: str) -> None:
+        """Write a ``zarr.json`` that is not there yet, or says something else."""
+        file = f"{name}/zarr.json" if name else "zarr.json"
+        path = self.path / file
+        if not path.is_file() or path.read_bytes() != text.encode():
+            self._changed(name)
+            self._write(file, text)
 
     def vectors(
         self,
@@ -306,13 +340,13 @@ class StoreWriter:
 
         Args:
             attributes: The root's attributes.
+
+        Raises:
+            CorruptDataError: A document is damaged, or one is missing of an array that the manifest has values of.
+            StoreAccessError: A link leads nowhere, or stands where the seal is to be written.
         """
         self._view = None
-        held = {}
-        for path in sorted(self.path.rglob("zarr.json")):
-            name = path.parent.relative_to(self.path).as_posix()
-            if name != ".":
-                held[name] = read_json(path)
+        held = self._metadata()
         root = documents.group_document(attributes)
         root["consolidated_metadata"] = documents.consolidated(held)
         texts = {f"{name}/zarr.json": json_text(document) for name, document in held.items()}
@@ -325,11 +359,22 @@ class StoreWriter:
             for unit in self.unit_names()
             if unit != METADATA_UNIT
         }
-        write_json(
-            self._manifest_path(METADATA_UNIT),
-            {"unit": METADATA_UNIT, "files": record, "attributes": digest(attributes), "units": rows},
-        )
-        write_atomic(self.path / "zarr.json", texts["zarr.json"])
+        sealed = {"unit": METADATA_UNIT, "files": record, "attributes": digest(attributes), "units": rows}
+        self._write(f"{MANIFEST}/{METADATA_UNIT}.json", json_text(sealed))
+        self._write("zarr.json", texts["zarr.json"])
+
+    def _metadata(self) -> dict[str, dict[str, Any]]:
+        """Every metadata document but the root's; what the manifest has values of must be among them."""
+        held = metadata_documents(self.path)
+        for unit in self.unit_names():
+            files = () if unit == METADATA_UNIT else read_entry(self._manifest_path(unit), unit)["files"]
+            for array in arrays_of(files):
+                if array not in held:
+                    raise CorruptDataError(
+                        f"{self.path / array}/zarr.json is missing, and the manifest has values of that array; restore "
+                        "it, or run the same `featstore extract` command again"
+                    )
+        return held
 
     def drop(self, unit: str) -> None:
         """Take a unit out of the manifest; its files stay until they are written over.
@@ -340,8 +385,27 @@ class StoreWriter:
         path = self._manifest_path(unit)
         self._changed(unit)
         if path.exists():
-            path.unlink()
-            fsync_directory(path.parent)
+            self._folder(path.parent)
+            with refusing(path):
+                path.unlink()
+                fsync_directory(path.parent)
+
+    def remove(self, name: str) -> None:
+        """Remove a folder with all that is in it, if it is there: what no unit of the manifest is made of.
+
+        Args:
+            name: Path within the store.
+
+        Raises:
+            StoreAccessError: A link stands there or on the way.
+            WriteError: Something in it cannot be removed.
+        """
+        try:
+            remove_folder(self.path, name)
+        except LinkError as error:
+            raise StoreAccessError(str(error)) from error
+        gone = str(self.path / name)
+        self._folders = {folder for folder in self._folders if folder != gone and not folder.startswith(f"{gone}/")}
 
     def restate(self, unit: str, **facts: int | str) -> None:
         """Record other facts of a unit whose files stay as they are.
@@ -351,14 +415,12 @@ class StoreWriter:
             facts: Take the place of those of the same names.
         """
         self._changed(unit)
-        path = self._manifest_path(unit)
-        write_json(path, {**read_entry(path, unit), **facts})
+        entry = read_entry(self._manifest_path(unit), unit)
+        self._write(f"{MANIFEST}/{unit}.json", json_text({**entry, **facts}))
 
     def unit_names(self) -> Iterator[str]:
         """Names of all units in the manifest, sorted."""
-        root = self.path / MANIFEST
-        for path in sorted(root.rglob("*.json")):
-            yield path.relative_to(root).with_suffix("").as_posix()
+        yield from manifest_files(self.path / MANIFEST)
 
     def _manifest_path(self, unit: str) -> Path:
         return self.path / MANIFEST / f"{unit}.json"
@@ -366,25 +428,35 @@ class StoreWriter:
     def _place(self, name: str, content: Content) -> dict[str, Any]:
         """Write a file aside, sync it and rename it; returns what the manifest records of it."""
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.part")
-        with aside.open("wb", buffering=0) as handle:
+        self._folder(path.parent)
+        with replacing(path) as handle:
             if isinstance(content, bytes):
-                _write(handle, content)
+                write_all(handle, content)
                 size, checksum = len(content), zlib.crc32(content)
             else:
                 size, checksum = _write_pieces(handle, content)
-            os.fsync(handle.fileno())
-        aside.replace(path)
-        fsync_directory(path.parent)
         return {"bytes": size, "crc32": f"{checksum:08x}"}
 
+    def _write(self, name: str, text: str) -> None:
+        """Write a document."""
+        path = self.path / name
+        self._folder(path.parent)
+        write_atomic(path, text)
 
-def _write(handle: FileIO, piece: Buffer) -> None:
-    """All of a piece: one call may write less."""
-    left = memoryview(piece)
-    while left:
-        left = left[handle.write(left) or 0 :]
+    def _folder(self, path: Path) -> None:
+        """Make a folder of the store, once it is sure that neither it nor one above it is a link."""
+        key = str(path)
+        if key in self._folders:
+            return
+        if path != self.path:
+            self._folder(path.parent)
+            if path.is_symlink():
+                raise StoreAccessError(
+                    f"{path} is a link to {path.readlink()}, and nothing is written through links below {self.path}; "
+                    "put the folder itself there"
+                )
+        make_folder(path)
+        self._folders.add(key)
 
 
 def _write_pieces(handle: FileIO, pieces: Iterator[Buffer]) -> tuple[int, int]:
@@ -403,7 +475,7 @@ def _write_pieces(handle: FileIO, pieces: Iterator[Buffer]) -> tuple[int, int]:
         ahead = thread.submit(following)
         while (piece := ahead.result()) is not None:
             ahead = thread.submit(following)
-            _write(handle, piece)
+            write_all(handle, piece)
             # So that the disk begins now and not when the file is complete; pages still to be written stay in memory.
             os.posix_fadvise(handle.fileno(), at, len(piece), os.POSIX_FADV_DONTNEED)
             at += len(piece)

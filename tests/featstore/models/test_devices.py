@@ -27,8 +27,9 @@ from featstore.models.devices import (
     resolve_device,
     resolve_dtype,
 )
-from featstore.models.loading import check_place, choose_attention, load_model
+from featstore.models.loading import check_place, load_model
 from featstore.models.references import ModelSpec
+from featstore.models.skeletons import choose_attention
 from featstore.models.stack import residual_stream
 from featstore.models.weights import sampled_fingerprint
 from tests.support import spread as spreads

@@ -331,9 +331,7 @@ class TestUnits:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(
-            NoSpaceError, match=r"cannot write u to .* \(No space left on device\).*run the same command"
-        ):
+        with pytest.raises(NoSpaceError, match=r"cannot write .*/x \(No space left on device\).*run the same command"):
             writer.commit("u", {"x": b"12345"})
         assert not writer.has("u")
         monkeypatch.undo()
