@@ -179,6 +179,17 @@ def _steps(base: Path) -> None:
     json.dumps(record.of(step), allow_nan=False).encode()
 
 
+def _texts(name: str) -> Reader:
+    def read(base: Path) -> None:
+        from featstore.text.documents import documents
+        from featstore.text.sources import iter_texts, parse_source
+
+        for document in documents(iter_texts(parse_source(f"jsonl:{base / name}"))):
+            assert document.text
+
+    return read
+
+
 def _task(base: Path) -> None:
     from evaluate.communication.tasks.named import make
 
@@ -314,6 +325,8 @@ TARGETS: dict[str, Target] = {
     ),
     "steps.json": Target("programme/steps.json", (_steps,)),
     "task.jsonl": Target("task.jsonl", (_task,), _lines, _as_lines),
+    "text.jsonl": Target("text.jsonl", (_texts("text.jsonl"),), _lines, _as_lines),
+    "chat.jsonl": Target("chat.jsonl", (_texts("chat.jsonl"),), _lines, _as_lines),
     "state.safetensors": Target("begun/checkpoints/*/state.safetensors", (_resume,), _head, _with_head),
     "state.safetensors, progress": Target("begun/checkpoints/*/state.safetensors", (_resume,), *_metadata("progress")),
     "state.safetensors, identity": Target("begun/checkpoints/*/state.safetensors", (_resume,), *_metadata("identity")),
@@ -368,15 +381,22 @@ def build(base: Path, store: Path) -> None:
     record.failed(wanted[1], FeatstoreError("no rows"))
     step = Step("fit", "align", ("train",), ("runs/x/metrics.json",))
     Record(base / "programme").note(step, "done", seconds=2.5)
-    lines = [
+    _lines_of(
+        base / "task.jsonl",
         {"context": "The code is K7.", "question": "What is the code?", "answer": ["K7", "K 7"], "cue": "It is"},
         {"context": "Ann has a cat.", "question": "Who has a cat?", "answer": "Ann", "cluster": "pets"},
-    ]
-    (base / "task.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    )
+    _lines_of(base / "text.jsonl", {"text": "one document", "id": 1}, {"text": "another", "id": 2})
+    said = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": [{"type": "text", "text": "Ann."}]}]
+    _lines_of(base / "chat.jsonl", {"messages": said, "tools": [{"name": "look"}]}, {"messages": said[:1]})
 
 
 def _stop(*_: Any, **__: Any) -> None:
     raise FeatstoreError("a model would be loaded here")
+
+
+def _lines_of(path: Path, *values: Any) -> None:
+    path.write_text("".join(f"{json.dumps(value)}\n" for value in values))
 
 
 def _interrupt(*_: Any) -> None:
