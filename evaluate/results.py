@@ -249,10 +249,11 @@ class StitchedSums(Record):
 
     def faults(self) -> Iterator[Fault]:
         """Lists of another length than that of the documents, and conditions that lack a sum."""
-        lists: dict[tuple[str | int, ...], Sequence[Any]] = {("tokens",): self.tokens, ("bytes",): self.bytes}
+        lists: dict[tuple[str | int, ...], Sequence[Any]] = {}
+        lists |= {(kind,): getattr(self, kind) for kind in ("tokens", "bytes") if self.has(kind)}
         for kind in ("nats", "kl", "same"):
             lists |= {(kind, name): values for name, values in getattr(self, kind).items()}
-            missing = [name for name in self.nats if name not in getattr(self, kind)]
+            missing = [name for name in self.nats if self.has(kind) and name not in getattr(self, kind)]
             if missing:
                 yield (kind,), f"has no {shown(missing[0])}, expected every condition of nats"
         yield from unlike_lengths(lists, len(self.documents), "documents")
@@ -280,11 +281,11 @@ class StitchedDocuments(Record):
                 "pair": key,
                 "condition": name,
                 "document": number,
-                "tokens": sums.tokens[place],
-                "bytes": sums.bytes[place],
+                "tokens": sums.tokens[place] if sums.tokens else None,
+                "bytes": sums.bytes[place] if sums.bytes else None,
                 "nats": nats[place],
-                "kl": sums.kl[name][place],
-                "same": sums.same[name][place],
+                "kl": sums.kl[name][place] if sums.kl else None,
+                "same": sums.same[name][place] if sums.same else None,
             }
             for key, sums in self.pairs.items()
             for name, nats in sums.nats.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from align.layers import LayerPair
 from align.maps.registry import formulas, map_types
@@ -29,6 +29,7 @@ from featstore.runtime.records import (
     Table,
     Whole,
     parsed,
+    retold,
     shown,
 )
 from featstore.store.read.pairs import POLICIES
@@ -102,6 +103,24 @@ class CardParameters(Record):
     shipped: Whole | None = None
 
 
+class CardLayout(Record):
+    """How the latents of a map of windows are used.
+
+    Attributes:
+        latents: Latents of a window.
+        latent_dim: Numbers of a latent.
+        stride: Most source tokens of a group.
+        positions: Whether each group's end is sent.
+    """
+
+    always: ClassVar[tuple[str, ...]] = ("latents", "latent_dim", "stride", "positions")
+
+    latents: Size = 1
+    latent_dim: Size = 1
+    stride: Size = 1
+    positions: Flag = False
+
+
 class CardOptions(Record):
     """How a map was fitted; which members there are depends on its type. ``lambda``, the ridge, is one of them.
 
@@ -135,7 +154,7 @@ class CardOptions(Record):
     gram_min: Number | None = None
     gram_max: Number | None = None
     shared: Whole | None = None
-    layout: Table[Any] | None = None
+    layout: CardLayout | None = None
     unit: Positive | None = None
     width: Size | None = None
     depth: Whole | None = None
@@ -463,5 +482,4 @@ def read_card(directory: Path) -> Card:
     except OSError as error:
         raise AdapterError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from error
     except CorruptDataError as error:
-        words = str(error)
-        raise AdapterError(words if words.endswith(REMEDY) else f"{words}; {REMEDY}") from error
+        raise retold(error, AdapterError, REMEDY) from error

@@ -86,11 +86,12 @@ def read_log(path: Path) -> tuple[list[LogEvent], bool, str | None]:
         if not line.strip():
             continue
         try:
-            event, lost = salvaged(LogEvent, line, f"{path.name}, line {number}")
+            event, lost = salvaged(LogEvent, line, f"{path}, line {number},")
         except CorruptDataError:
             if number == len(lines):
                 return events, True, left_out
             raise
         events.append(event)
-        left_out = left_out or lost
+        if lost is not None and left_out is None:
+            left_out = f"{path.name}, line {number}: {lost}"
     return events, False, left_out

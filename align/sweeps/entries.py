@@ -12,7 +12,7 @@ from align.metrics import r2_interval
 from align.results import Documents, Metrics, PairDocuments
 from align.sweeps.differences import MAP, Sums
 from featstore.errors import AdapterError, CorruptDataError
-from featstore.runtime.records import read, shown
+from featstore.runtime.records import read, retold, shown
 
 CLOSED = "closed_form"
 _FIGURES = ("r2", "r2_median_dim", "cosine_centered", "retrieval_top1", "retrieval_chance", "cka_debiased", "n")
@@ -67,8 +67,7 @@ def read_entries(directory: Path) -> list[Entry]:
         metrics = read(Metrics, directory, remedy=REMEDY)
         sums = read(Documents, directory, remedy=REMEDY).pairs if (directory / Documents.file).is_file() else None
     except CorruptDataError as error:
-        words = str(error)
-        raise AdapterError(words if words.endswith(REMEDY) else f"{words}; {REMEDY}") from error
+        raise retold(error, AdapterError, REMEDY) from error
     return _entries(directory, metrics, sums, read_card(directory))
 
 

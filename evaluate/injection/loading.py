@@ -29,6 +29,8 @@ from featstore.text import tokens
 #: What injecting needs of a card, and of its entry for every model of a map.
 _IN_CARD = (("type",), ("store", "fingerprint"), ("mask", "sink_threshold"))
 _MODEL = ("reference", "depth", "width", "config_sha256", "tokenizer_sha256", "median_norm")
+#: What a card may leave open: states made elsewhere have no model that could be compared.
+_OPEN = ("reference", "config_sha256", "tokenizer_sha256")
 #: What is compared of a model, by the name that a message gives it, and where a card has it.
 _ENTRIES = {
     "depth": "depth",
@@ -513,7 +515,7 @@ def check_card(adapter: Adapter) -> None:
     for path in (*_IN_CARD, *(("models", name, key) for name in names for key in _MODEL)):
         at: Any = adapter.card
         for key in path:
-            if not isinstance(at, Mapping) or key not in at:
+            if not isinstance(at, Mapping) or key not in at or (at[key] is None and key not in _OPEN):
                 raise AdapterError(f"the card of {adapter.directory} lacks {'.'.join(path)}; train it again")
             at = at[key]
     for name in dict.fromkeys(pair.source for pair in pairs):

@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from featstore.errors import AdapterError, CorruptDataError, MemberError
+from featstore.errors import AdapterError, CorruptDataError, FeatstoreError, MemberError
 from featstore.runtime.provenance import MAX_DEPTH, parse_json, read_json, write_json
 from featstore.runtime.schema import pointer, shown
 
@@ -37,6 +37,7 @@ V = TypeVar("V")
 #: Keys that lead to damage, and what is wrong there.
 Fault = tuple[tuple[str | int, ...], str]
 R = TypeVar("R", bound="Record")
+E = TypeVar("E", bound=FeatstoreError)
 
 
 class Frozen(dict[str, V]):
@@ -110,8 +111,8 @@ _NAMED = 3
 class Record(BaseModel):
     """Members of one JSON object.
 
-    Attributes of the class, not of its instances: ``file`` and ``made_by`` (the command), for a record that is a whole file; and
-    ``always``, the members without which a file is damaged rather than old.
+    Attributes of the class, not of its instances: ``file`` and ``made_by`` (the command), for a record that is a whole
+    file; and ``always``, the members without which a file is damaged rather than old.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, defer_build=True)
@@ -206,6 +207,18 @@ def parsed(kind: type[R], data: bytes, where: str, *, remedy: str = _REMEDY) -> 
     return _parsed(kind, parse_json(data, where), where, complete=True, remedy=remedy)
 
 
+def retold(error: CorruptDataError, kind: type[E], remedy: str) -> E:
+    """Damage as an error of another kind, with another remedy.
+
+    Args:
+        error: From reading a document.
+        kind: Of the new error.
+        remedy: What to do.
+    """
+    words = str(error).removesuffix(f"; {_REMEDY}")
+    return kind(words if words.endswith(remedy) else f"{words}; {remedy}")
+
+
 def read(kind: type[R], where: Path | str, *, name: str | None = None, remedy: str = _REMEDY) -> R:
     """Read a result.
 
@@ -245,9 +258,10 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
     """
     _regular(path)
     try:
-        return salvaged(kind, path.read_bytes(), str(path))
+        record, lost = salvaged(kind, path.read_bytes(), str(path))
     except OSError as error:
         raise CorruptDataError(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from error
+    return record, lost and f"{path.name}: {lost}"
 
 
 def salvaged(kind: type[R], data: bytes, where: str) -> tuple[R, str | None]:
@@ -256,7 +270,10 @@ def salvaged(kind: type[R], data: bytes, where: str) -> tuple[R, str | None]:
     Args:
         kind: What it holds.
         data: Its UTF-8 text.
-        where: Named in the line and in errors.
+        where: Named in errors.
+
+    Returns:
+        The record, and what was left out, in one line without ``where``; None where nothing was.
 
     Raises:
         CorruptDataError: It is no JSON object.
@@ -275,7 +292,7 @@ def salvaged(kind: type[R], data: bytes, where: str) -> tuple[R, str | None]:
             for place, words in _damage(error, content):
                 lost.setdefault(pointer(place), words)
                 _drop(content, place)
-    return record, _line(where, list(lost.values())) if lost else None
+    return record, _several(list(lost.values())) if lost else None
 
 
 def write(record: Record, where: Path, *, name: str | None = None) -> Path:
@@ -456,8 +473,12 @@ def _drop(content: Any, place: tuple[str | int, ...]) -> None:
 
 
 def _line(where: str, found: list[str]) -> str:
+    return f"{where}: {_several(found)}"
+
+
+def _several(found: list[str]) -> str:
     more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return f"{where}: {'; '.join(found[:_NAMED])}{more}"
+    return f"{'; '.join(found[:_NAMED])}{more}"
 
 
 def _plain(value: Any) -> Any:

@@ -88,8 +88,8 @@ def _report(*names: str) -> Reader:
 
 
 def _maps(base: Path) -> None:
-    from align.notebook.maps import Maps
     from align.maps.fitted import load_adapter
+    from align.notebook.maps import Maps
 
     maps = Maps(load_adapter(base / "run"))
     repr(maps), maps.to_pandas(), maps._repr_html_()
@@ -177,6 +177,17 @@ def _steps(base: Path) -> None:
     record.check(step)
     record.is_done(step)
     json.dumps(record.of(step), allow_nan=False).encode()
+
+
+def _texts(name: str) -> Reader:
+    def read(base: Path) -> None:
+        from featstore.text.documents import documents
+        from featstore.text.sources import iter_texts, parse_source
+
+        for document in documents(iter_texts(parse_source(f"jsonl:{base / name}"))):
+            assert document.text
+
+    return read
 
 
 def _task(base: Path) -> None:
@@ -295,7 +306,8 @@ TARGETS: dict[str, Target] = {
     "run.yaml": Target("run/run.yaml", (_settings,), _yaml),
     "log.jsonl": Target("run/log.jsonl", (_report("run"),), _lines, _as_lines),
     "sweep.json": Target(
-        "sweep/sweep.json", (_report("sweep"), _command("evaluate", "report", "{base}/sweep", "--out", "{base}/x.html"))
+        "sweep/sweep.json",
+        (_report("sweep"), _command("evaluate", "report", "{base}/sweep", "--out", "{base}/page.html")),
     ),
     "cka.json": Target("cka/cka.json", (_shown("Similarity", "cka", "cka.json"), _report("cka", "run"))),
     "cka_documents.json": Target(
@@ -313,6 +325,8 @@ TARGETS: dict[str, Target] = {
     ),
     "steps.json": Target("programme/steps.json", (_steps,)),
     "task.jsonl": Target("task.jsonl", (_task,), _lines, _as_lines),
+    "text.jsonl": Target("text.jsonl", (_texts("text.jsonl"),), _lines, _as_lines),
+    "chat.jsonl": Target("chat.jsonl", (_texts("chat.jsonl"),), _lines, _as_lines),
     "state.safetensors": Target("begun/checkpoints/*/state.safetensors", (_resume,), _head, _with_head),
     "state.safetensors, progress": Target("begun/checkpoints/*/state.safetensors", (_resume,), *_metadata("progress")),
     "state.safetensors, identity": Target("begun/checkpoints/*/state.safetensors", (_resume,), *_metadata("identity")),
@@ -367,15 +381,22 @@ def build(base: Path, store: Path) -> None:
     record.failed(wanted[1], FeatstoreError("no rows"))
     step = Step("fit", "align", ("train",), ("runs/x/metrics.json",))
     Record(base / "programme").note(step, "done", seconds=2.5)
-    lines = [
+    _lines_of(
+        base / "task.jsonl",
         {"context": "The code is K7.", "question": "What is the code?", "answer": ["K7", "K 7"], "cue": "It is"},
         {"context": "Ann has a cat.", "question": "Who has a cat?", "answer": "Ann", "cluster": "pets"},
-    ]
-    (base / "task.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    )
+    _lines_of(base / "text.jsonl", {"text": "one document", "id": 1}, {"text": "another", "id": 2})
+    said = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": [{"type": "text", "text": "Ann."}]}]
+    _lines_of(base / "chat.jsonl", {"messages": said, "tools": [{"name": "look"}]}, {"messages": said[:1]})
 
 
 def _stop(*_: Any, **__: Any) -> None:
     raise FeatstoreError("a model would be loaded here")
+
+
+def _lines_of(path: Path, *values: Any) -> None:
+    path.write_text("".join(f"{json.dumps(value)}\n" for value in values))
 
 
 def _interrupt(*_: Any) -> None:
@@ -412,7 +433,7 @@ def _judge(reader: Reader, base: Path, mutation: Mutation, count: Count) -> None
         words = [foreign for foreign in FOREIGN if foreign in str(error)]
         if words or "\n" in str(error):
             count.wrong.append(f"{mutation.description}: says {str(error)[:300]!r}")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - any kind is what is looked for
         where = traceback.extract_tb(error.__traceback__)[-1]
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/tests/" not in frame.filename][-3:]
         places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(own or [where]))

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from align.execution.executor import Executor
 from align.moments.scan import need_rows
-from align.similarity.scan.checkpoint import Kept, identity_of, read_blocks, write_block
+from align.similarity.scan.checkpoint import Kept, identity_of, misfit, read_blocks, write_block
 from align.similarity.scan.documents import Between, close, nothing_between, terms_between
 from align.similarity.scan.partials import Partial, columns_of, nothing, terms_of
 from align.similarity.scan.planning import MEMORY, Plan, Run, Selection, Site, plan
@@ -136,6 +136,9 @@ class _Scan:
         #: What was handed in, in order, each task behind what it is of.
         self.waiting = deque[tuple[Any, ...]]()
         self.written = monotonic()
+        for block, kept in self.kept.items():
+            if directory is not None and block < len(cuts.blocks):
+                self._check_kept(directory, block, kept)
         areas = [self._area(block) for block in range(len(cuts.blocks))]
         # To find the means, every number is read once and added up.
         reading = 0.0 if documents is None else _READING * sum(self.widths)
@@ -185,6 +188,41 @@ class _Scan:
                 beside = {} if open_ is None else {f"{_OPEN}{name}": value for name, value in open_.arrays.items()}
                 self._write(block, Kept(number + 1, False, {**total.arrays, **beside}))
             tick((span.stop - span.start) * self.shares[block])
+
+    def _check_kept(self, directory: Path, block: int, kept: Kept) -> None:
+        """Refuse a state whose arrays are not those that this block has at that point.
+
+        Raises:
+            CorruptDataError: They are others.
+        """
+        if kept.runs > len(self.cuts.spans) or kept.complete != (kept.runs == len(self.cuts.spans)):
+            raise misfit(directory, block, f"it has {kept.runs} runs of {len(self.cuts.spans)}")
+        p, *others = map(len, self._groups(block))
+        if kept.complete:
+            square, single = {"fro"}, set[str]()
+            square |= {"batched", "d"} if self.documents is None else {"hsic"}
+            if not others:
+                single = {"a", "mean", "effective_rank"} | (set() if self.documents is None else {"size", "alone"})
+            q = others[0] if others else p
+            shapes = dict.fromkeys(square, (p, q)) | dict.fromkeys(single, (p,)) | {"counts": (3,)}
+        else:
+            fresh = self._fresh(block).arrays
+            shapes = {name: array.shape for name, array in fresh.items()}
+            if any(name.startswith(_OPEN) for name in kept.arrays):
+                shapes |= {f"{_OPEN}{name}": array.shape for name, array in self._opened_document(block).arrays.items()}
+        held = {name: array.shape for name, array in kept.arrays.items()}
+        if held != shapes:
+            wrong = next(name for name in sorted({*held, *shapes}) if held.get(name) != shapes.get(name))
+            raise misfit(directory, block, f"{wrong!r} is {held.get(wrong)}, expected {shapes.get(wrong)}")
+        if any(array.dtype.kind not in "fiub" for array in kept.arrays.values()):
+            raise misfit(directory, block, "its arrays are no numbers")
+
+    def _fresh(self, block: int) -> Partial | Between:
+        """The sums of a block before any row."""
+        if self.documents is not None:
+            return self._opened_document(block)
+        p, *q = self._widths(block)
+        return nothing(p, q[0] if q else None)
 
     def _find_means(self, tick: Tick, *, needed: bool) -> None:
         """The means of all layers in place of the store's origins; rows about them sum to zero."""
@@ -242,11 +280,10 @@ class _Scan:
     def _begun(self, block: int) -> tuple[Partial | Between, Between | None]:
         """The sums of a block so far, and of the document that is not whole yet."""
         kept = self.kept.pop(block).arrays if block in self.kept else None
-        if self.documents is None:
-            p, *q = self._widths(block)
-            return (nothing(p, q[0] if q else None) if kept is None else Partial(**kept)), None
         if kept is None:
-            return self._opened_document(block), None
+            return self._fresh(block), None
+        if self.documents is None:
+            return Partial(**kept), None
         beside = {name.removeprefix(_OPEN): kept.pop(name) for name in list(kept) if name.startswith(_OPEN)}
         return Between(**kept), Between(**beside) if beside else None
 

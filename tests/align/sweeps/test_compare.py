@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from align.runs.plots import plot_rate_distortion
 from align.sweeps.compare import compare_runs
 from align.sweeps.table import describe
-from featstore.errors import AdapterError, CorruptDataError, SpecError
+from featstore.errors import AdapterError, SpecError
 from featstore.store.moments.stored import add_moments
 from tests.support.commands import call
 from tests.support.planted import Planted, plant, rotation, spectrum_rows, trained
@@ -185,12 +185,10 @@ def write_run(
     if rate is not None:
         entry["rate_distortion"] = rate
     where = {"fingerprint": "f" * 64, "pair_policy": "end", "keep_sinks": False, "sink_threshold": 5.0, **place}
-    ends = ({"model": name, "layer": 1, "width": 16} for name in "ab")
+    source, target = ({"model": name, "layer": 1, "width": 16} for name in "ab")
     card = {
         "format": 1,
-        "pairs": [
-            {"key": PAIR, **dict(zip(("source", "target"), ends)), "parameters": {"trainable": 272, "shipped": 288}}
-        ],
+        "pairs": [{"key": PAIR, "source": source, "target": target, "parameters": {"trainable": 272, "shipped": 288}}],
         "store": {"path": store, "fingerprint": where["fingerprint"]},
         "pair_policy": where["pair_policy"],
         # A run of a former version does not say.
