@@ -88,6 +88,27 @@ class MemberError(CorruptDataError):
     """A JSON document is whole, but one of its members is missing or not of its type."""
 
 
+class ContradictionError(CorruptDataError):
+    """Bytes are those that were sealed, but what they say contradicts something else in the store.
+
+    Attributes:
+        what: The contradiction alone, without the place and the remedy.
+    """
+
+    def __init__(self, where: object, what: str) -> None:
+        super().__init__(f"{where}: {what}; run `featstore verify`, and restore it or extract again")
+        self.what = what
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _contradiction, (str(self), self.what)
+
+
+def _contradiction(message: str, what: str) -> ContradictionError:
+    error = ContradictionError("", what)
+    error.args = (message,)
+    return error
+
+
 class NonFiniteStateError(FeatstoreError, ArithmeticError):
     """A model produced NaN or infinity where a hidden state was expected."""
 

@@ -167,6 +167,8 @@ def _check_of(hint: Any) -> _Check:
         return _annotated(arguments[0], arguments[1:])
     if hint in _SCALARS:
         return _SCALARS[hint]
+    if origin is dict:
+        return _object
     if hint is Any:
         return lambda value, _: value
     if origin is Literal:
@@ -311,10 +313,12 @@ def _record(kind: Any) -> _Check:
             checks.update({each.name: _check_of(hints[each.name]) for each in dataclasses.fields(kind)})
         given: dict[str, Any] = {}
         for name, check in checks.items():
-            if name in members:
-                given[name] = check(members[name], (*place, name))
+            # A member whose name is a keyword has an underscore more here.
+            key = name.removesuffix("_")
+            if key in members:
+                given[name] = check(members[key], (*place, key))
             elif name in required:
-                raise _AbsentError(place, name)
+                raise _AbsentError(place, key)
         return kind(**given)
 
     return record

@@ -115,7 +115,7 @@ class TestContents:
         [
             ("window/start", lambda c: c.__setitem__(1, c[1] + 1), "corpus: the windows do not cover the documents"),
             ("window/end", lambda c: c.__setitem__(-1, c[-1] - 1), "corpus: the windows do not cover the documents"),
-            ("document/split", lambda c: c.__setitem__(0, 3), "corpus: the documents do not fit the text"),
+            ("document/split", lambda c: c.__setitem__(0, 3), "corpus: document 0 has split 3, not 0 to 2"),
             ("text", lambda c: c.__setitem__(3, 0xFF), "corpus: window 0 is not UTF-8"),
         ],
     )
@@ -136,6 +136,12 @@ class TestContents:
         StoreWriter(path).vectors(
             base, {f"{base}/row_a": pairs.row_source[1:], f"{base}/row_b": pairs.row_target[1:]}, basis=entry["basis"]
         )
+        reseal(path)
+        (line,) = damage(path)
+        assert line.endswith(f"{base}/row_a/zarr.json: shape [{len(pairs) - 1}], expected [{len(pairs)}]; restore the "
+                             "store or extract again")  # fmt: skip
+        group = StoreWriter(path).attributes(base)["featstore"]
+        StoreWriter(path).group(base, {"featstore": group | {"pairs": len(pairs) - 1}})
         reseal(path)
         what = "pairs of a and b" + " (word)" * (policy == "word")
         assert f"{what}: they are not all those, and only those, that the tokens make" in damage(path)
