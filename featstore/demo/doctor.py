@@ -16,7 +16,7 @@ from featstore.errors import FeatstoreError
 from featstore.models.references import ModelSpec, parse_models
 from featstore.runtime.console import human_bytes
 from featstore.runtime.provenance import versions
-from featstore.store.write.writer import free_bytes
+from featstore.store.write.space import free_bytes
 
 if TYPE_CHECKING:
     from featstore.models.loading import ModelInfo
