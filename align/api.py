@@ -171,8 +171,11 @@ def cka(
     draws: int = 1000,
     permutations: int = 39,
     memory: int | str = "4GiB",
-    scheduler: str | None = None,
     workers: int | None = None,
+    scheduler: str | None = None,
+    tls_ca: str | os.PathLike[str] | None = None,
+    tls_cert: str | os.PathLike[str] | None = None,
+    tls_key: str | os.PathLike[str] | None = None,
     device: str = "auto",
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
@@ -228,8 +231,10 @@ def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
               documents behind each interval (1000).
             - ``permutations``: exchanges of partners behind each floor (39), 0 for no floors and no intervals of the
               main figure: documents in each other's place, and partners of the same token elsewhere.
-            - ``memory``: bytes, or such as ``"4GiB"``; ``scheduler``: address of a Dask scheduler; ``workers``: local
-              processes instead of threads; ``device``: of RBF kernels; ``seed``: of sample, floors and draws.
+            - ``memory``: bytes, or such as ``"4GiB"``; ``device``: of RBF kernels; ``seed``: of sample, floors and
+              draws.
+            - ``workers``: local processes instead of threads of this one; or ``scheduler``: address of a Dask
+              scheduler, with ``tls_ca``, ``tls_cert`` and ``tls_key``, the files of a TLS connection to it.
             - ``out``: a directory for ``cka.json``, ``cka.html`` and the pictures, in which an interrupted scan is
               resumed; without it nothing is written. ``quiet``: show no progress.
 
@@ -268,15 +273,20 @@ def _cka_of_store(
     draws: int = 1000,
     permutations: int = 39,
     memory: int | str = "4GiB",
-    scheduler: str | None = None,
     workers: int | None = None,
+    scheduler: str | None = None,
+    tls_ca: str | os.PathLike[str] | None = None,
+    tls_cert: str | os.PathLike[str] | None = None,
+    tls_key: str | os.PathLike[str] | None = None,
     device: str = "auto",
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     quiet: bool = False,
 ) -> Similarity:
+    from align.execution.choice import executor
+    from align.execution.options import Execution
     from align.layers import choose_models
-    from align.resources import choose_device, dask_client
+    from align.resources import choose_device
     from align.results import SimilarityDocuments
     from align.similarity.compare import Comparison
     from align.similarity.measures.by_name import parse_measures
@@ -290,8 +300,13 @@ def _cka_of_store(
     # A value of another type would otherwise show after a scan of minutes.
     max_rows, draws = typed("max_rows", max_rows, "int"), typed("draws", draws, "int")
     permutations = whole("permutations", permutations, 0)
-    seed, workers = whole("seed", seed, 0), typed("workers", workers, "int | None")
-    keep_sinks, scheduler = typed("keep_sinks", keep_sinks, "bool"), typed("scheduler", scheduler, "str | None")
+    seed, keep_sinks = whole("seed", seed, 0), typed("keep_sinks", keep_sinks, "bool")
+    files = {"tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
+    execution = Execution(
+        workers=typed("workers", workers, "int | None"),
+        scheduler=typed("scheduler", scheduler, "str | None"),
+        **{name: None if path is None else as_path(name, path) for name, path in files.items()},
+    )
     opened = store if isinstance(store, Store) else open_store(_location(store))
     names = _model_names(models)
     chosen = choose_models(opened, *names) if names else choose_models(opened, None, None)
@@ -320,8 +335,8 @@ def _cka_of_store(
         seed=seed,
         quiet=quiet,
     )
-    with dask_client(scheduler, workers=workers, quiet=quiet) as client:
-        found = Similarity.parse(jsonable(comparison.run(client)))
+    with executor(execution, quiet=quiet) as workers_or_threads:
+        found = Similarity.parse(jsonable(comparison.run(workers_or_threads)))
     if directory is not None:
         sums = comparison.by_document
         found.write(directory, None if sums is None else SimilarityDocuments.parse(jsonable(sums)))

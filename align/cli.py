@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
+from align.execution.options import Execution
 from align.maps.registry import having, map_type
-from align.options import flag, takes, values
+from align.options import declared, flag, takes, values
 from align.resources import choose_device
 from align.settings import LoopSettings, Settings, load_settings
 from align.similarity.measures.names import MEASURES
@@ -21,6 +21,8 @@ from featstore.text.roles import ROLES, roles_text
 
 #: Panel of the help.
 _SAMPLE = "More measures, over a sample of rows"
+#: What all runs of a sweep share of a run's options, and where they run.
+_SWEPT = ("source", "target", "both", "roles", "epochs", "seed", *declared(Execution))
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 add_version(app, "align")
@@ -74,7 +76,7 @@ def train(
     leave_group()
     if not Ranks.from_environment().first:
         return
-    emit(result, escape(describe(result)), as_json=as_json)
+    emit(result, describe(result), as_json=as_json)
     if not as_json and not map_type(settings.type).windows:
         err.print(f"next: evaluate stitch --store {settings.store} --adapter {result['run']}")
 
@@ -86,6 +88,7 @@ def _typed(context: typer.Context) -> set[str]:
 
 
 @app.command()
+@takes(Execution)
 def cka(
     store: Annotated[Path, typer.Option(help="Path of the store.")],
     estimator: Annotated[
@@ -128,12 +131,11 @@ def cka(
     memory: Annotated[
         str, typer.Option(help="Memory for sums, or for the sample: bytes, or such as 500M, 4GiB.")
     ] = "4GiB",
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler; default a local one.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Number of local processes; default threads of this one.")] = None,
     device: Annotated[str, typer.Option(help="Device of RBF kernels: auto, cpu, cuda, cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of sample, floors and draws.")] = 0,
     out: Annotated[Path, typer.Option(help="Directory for cka.json, cka.html and the heatmaps.")] = Path("runs/cka"),
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Compare all layers of two models with each other, debiased and over the whole store."""
     from align import api
@@ -154,16 +156,15 @@ def cka(
         draws=draws,
         permutations=permutations,
         memory=memory,
-        scheduler=scheduler,
-        workers=workers,
         device=device,
         seed=seed,
         out=out,
+        **given,
     )
     result = found.content()
     emit(
         {**result, "files": found.files, "out": str(out)},
-        escape(f"{describe_cka(result)}\nwritten to {out}: {', '.join(found.files)}"),
+        f"{describe_cka(result)}\nwritten to {out}: {', '.join(found.files)}",
         as_json=as_json,
     )
 
@@ -184,11 +185,11 @@ def compare(
     from align import api
 
     board = api.compare(runs, reference=reference)
-    emit(board.content(), escape(str(board)), as_json=as_json)
+    emit(board.content(), str(board), as_json=as_json)
 
 
 @app.command()
-@takes(Settings, LoopSettings, only=("source", "target", "both", "roles", "epochs", "seed"))
+@takes(Settings, LoopSettings, Execution, only=_SWEPT)
 def sweep(
     store: Annotated[Path, typer.Option(help="Path of the store.")],
     out: Annotated[Path, typer.Option(help="Directory of the runs and of sweep.json.")] = Path("runs/sweep"),
@@ -206,8 +207,6 @@ def sweep(
     latent_dims: Annotated[str | None, typer.Option(help="Widths of a latent of compress maps, such as 16,64.")] = None,
     *,
     config: Annotated[Path | None, typer.Option(help="A run.yaml with whatever else the runs share.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler; default a local one.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Number of local processes; default one per core.")] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -236,8 +235,9 @@ def sweep(
         both=given["both"] or shared.both,
         roles=roles_text(given["roles"]) or shared.roles,
     )
-    result = sweeping.sweep(settings, grid, out, scheduler=scheduler, workers=workers, reference=reference)
-    emit(result, escape(sweeping.describe(result)), as_json=as_json)
+    execution = Execution(**values(Execution, given, {}))
+    result = sweeping.sweep(settings, grid, out, execution=execution, reference=reference)
+    emit(result, sweeping.describe(result), as_json=as_json)
     if result["failed"]:
         raise typer.Exit(1)
 

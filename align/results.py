@@ -7,6 +7,8 @@ Each file has one reader and one writer, here. `docs/results.md` is made from th
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -15,16 +17,20 @@ from pydantic import BeforeValidator
 from featstore.errors import AdapterError
 from featstore.runtime.records import (
     EMPTY,
+    Amount,
+    Fault,
     Flag,
     Interval,
     Matrix,
     Number,
+    Part,
     Record,
     Table,
     Whole,
     flat,
     frame,
     read,
+    shown,
     write,
 )
 
@@ -32,6 +38,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _EPOCH_FILE = re.compile(r"eval_epoch_(\d+)\.json")
+
+
+def unlike_lengths(lists: Mapping[tuple[str | int, ...], Sequence[Any]], wanted: int, what: str) -> Iterator[Fault]:
+    """Lists that are not as long as they have to be.
+
+    Args:
+        lists: By their places.
+        wanted: Their length.
+        what: Of which there are so many.
+    """
+    for place, values in lists.items():
+        if len(values) != wanted:
+            yield place, f"is a list of {len(values)}, expected one of {wanted}, the number of {what}"
 
 
 class Finding(Record):
@@ -101,21 +120,21 @@ class Scores(Record):
     partial_r2_ci95: Interval | None = None
     r2_median_dim: Number | None = None
     r2_without_top_dims: Number | None = None
-    mse: Number | None = None
+    mse: Amount | None = None
     cosine: Number | None = None
     cosine_centered: Number | None = None
     cka_debiased: Number | None = None
     cka_debiased_rows: Number | None = None
-    retrieval_top1: Number | None = None
-    retrieval_top5: Number | None = None
-    retrieval_mrr: Number | None = None
+    retrieval_top1: Part | None = None
+    retrieval_top5: Part | None = None
+    retrieval_mrr: Part | None = None
     retrieval_median_rank: Number | None = None
-    retrieval_chance: Number | None = None
-    retrieval_ceiling: Number | None = None
+    retrieval_chance: Part | None = None
+    retrieval_ceiling: Part | None = None
     retrieval_gallery: Whole | None = None
-    retrieval_same_token_top1: Number | None = None
-    retrieval_same_token_chance: Number | None = None
-    retrieval_same_token_ceiling: Number | None = None
+    retrieval_same_token_top1: Part | None = None
+    retrieval_same_token_chance: Part | None = None
+    retrieval_same_token_ceiling: Part | None = None
     retrieval_same_token_gallery: Whole | None = None
     retrieval_same_token_tokens: Whole | None = None
     n: Whole | None = None
@@ -318,7 +337,7 @@ class Metrics(Record):
     """
 
     file: ClassVar[str] = "metrics.json"
-    command: ClassVar[str] = "align train"
+    made_by: ClassVar[str] = "align train"
     always: ClassVar[tuple[str, ...]] = ("type", "pairs")
 
     type: str = ""
@@ -364,8 +383,16 @@ class PairDocuments(Record):
 
     documents: tuple[Whole, ...] = ()
     n: tuple[Whole, ...] = ()
-    sst: tuple[Number | None, ...] = ()
-    sse: Table[tuple[Number | None, ...]] = EMPTY
+    sst: tuple[Amount | None, ...] = ()
+    sse: Table[tuple[Amount | None, ...]] = EMPTY
+
+    def faults(self) -> Iterator[Fault]:
+        """Lists of another length than that of the documents, or documents out of order."""
+        lists: dict[tuple[str | int, ...], Sequence[Any]] = {("n",): self.n, ("sst",): self.sst}
+        lists |= {("sse", name): values for name, values in self.sse.items()}
+        yield from unlike_lengths(lists, len(self.documents), "documents")
+        if any(a >= b for a, b in pairwise(self.documents)):
+            yield ("documents",), "is not ascending, expected each document once and in order"
 
 
 class Documents(Record):
@@ -376,7 +403,7 @@ class Documents(Record):
     """
 
     file: ClassVar[str] = "documents.json"
-    command: ClassVar[str] = "align train"
+    made_by: ClassVar[str] = "align train"
     always: ClassVar[tuple[str, ...]] = ("pairs",)
 
     pairs: Table[PairDocuments] = EMPTY
@@ -456,7 +483,7 @@ class EpochRecord(Record):
     """
 
     file: ClassVar[str] = "eval_epoch_0.json"
-    command: ClassVar[str] = "align train"
+    made_by: ClassVar[str] = "align train"
     always: ClassVar[tuple[str, ...]] = ("epoch", "pairs")
 
     epoch: Whole = 0
@@ -506,7 +533,7 @@ class SimilarityTables(Record):
     n: Whole | None = None
     estimator: str | None = None
     documents: Whole | None = None
-    effective_documents: Number | None = None
+    effective_documents: Amount | None = None
     reasons: Table[str] = EMPTY
     sigmas: Table[Number | None] | None = None
     batches: Whole | None = None
@@ -647,7 +674,7 @@ class SimilarityIntervals(Record):
     rows: Whole | None = None
     of: Whole | None = None
     documents: Whole | None = None
-    effective_documents: Number | None = None
+    effective_documents: Amount | None = None
     reason: str | None = None
 
 
@@ -762,7 +789,7 @@ class Similarity(SimilarityTables):
     """
 
     file: ClassVar[str] = "cka.json"
-    command: ClassVar[str] = "align cka"
+    made_by: ClassVar[str] = "align cka"
     always: ClassVar[tuple[str, ...]] = ("models", "layers", "cross")
 
     models: tuple[str, ...] = ()
@@ -783,6 +810,44 @@ class Similarity(SimilarityTables):
     store: Table[str | None] = EMPTY
     sample: SampleRows | None = None
     measures: Table[Measure] = EMPTY
+
+    def faults(self) -> Iterator[Fault]:
+        """Models without layers, and matrices that are not of the layers' shape."""
+        if not 1 <= len(self.models) <= 2:
+            yield ("models",), f"is a list of {len(self.models)}, expected one of one model or two"
+            return
+        missing = [name for name in self.models if name not in self.layers]
+        if missing:
+            names = " and ".join(map(shown, self.models))
+            yield ("layers",), f"has no {shown(missing[0])}, expected the layers of {names}"
+            return
+        first, last = self.models[0], self.models[-1]
+        if not self.cross and self.layers[first] and self.layers[last]:
+            yield ("cross",), "is empty, expected a row for every layer of the first model"
+        for place, matrix, rows, columns in self._matrices():
+            shape = (len(self.layers.get(rows, ())), len(self.layers.get(columns, ())))
+            if matrix and [len(row) for row in matrix] != [shape[1]] * shape[0]:
+                yield place, f"is a matrix of another shape, expected {shape[0]} x {shape[1]} by the layers"
+
+    def _matrices(self) -> Iterator[tuple[tuple[str | int, ...], Sequence[Sequence[Any]], str, str]]:
+        """Every matrix, its place, and the models of its rows and of its columns."""
+        ends = self.models[0], self.models[-1]
+        blocks: list[tuple[tuple[str | int, ...], Any]] = [((), self)]
+        blocks += [((name,), getattr(self, name)) for name in ("null", "ci95", "unmasked", "masked")]
+        blocks += [(("permutations", name), floor) for name, floor in self.permutations.items()]
+        for name, measure in self.measures.items():
+            at = ("measures", name)
+            blocks += [(at, measure), ((*at, "ci95"), measure.ci95)]
+            blocks += [((*at, "floors", floor), each) for floor, each in measure.floors.items()]
+            blocks += [((*at, "permutations", floor), each) for floor, each in measure.permutations.items()]
+        for place, block in blocks:
+            for key in ("cross", "value", "mean", "p95", "p", "p_max", "excess", "excess_ci95"):
+                if isinstance(matrix := getattr(block, key, None), tuple):
+                    yield (*place, key), matrix, *ends
+            if isinstance(matrix := getattr(block, "reverse", None), tuple):
+                yield (*place, "reverse"), matrix, *ends[::-1]
+            for name, matrix in getattr(block, "within", EMPTY).items():
+                yield (*place, "within", name), matrix, name, name
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for every layer of the first model and every layer of the second.
@@ -835,8 +900,14 @@ class MainDocuments(WithoutDocument):
 
     documents: tuple[Whole, ...] = ()
     rows: tuple[Whole, ...] = ()
-    effective_documents: Number | None = None
+    effective_documents: Amount | None = None
     kernel: str | None = None
+
+    def faults(self) -> Iterator[Fault]:
+        """Lists of another length than that of the documents."""
+        lists: dict[tuple[str | int, ...], Sequence[Any]] = {("rows",): self.rows}
+        lists |= {("values", pair): values for pair, values in self.values.items()}
+        yield from unlike_lengths(lists, len(self.documents), "documents")
 
 
 class SimilarityDocuments(Record):
@@ -851,7 +922,7 @@ class SimilarityDocuments(Record):
     """
 
     file: ClassVar[str] = "cka_documents.json"
-    command: ClassVar[str] = "align cka"
+    made_by: ClassVar[str] = "align cka"
     always: ClassVar[tuple[str, ...]] = ("models",)
 
     models: tuple[str, ...] = ()
@@ -859,6 +930,13 @@ class SimilarityDocuments(Record):
     documents: tuple[Whole, ...] = ()
     rows: tuple[Whole, ...] = ()
     measures: Table[WithoutDocument] = EMPTY
+
+    def faults(self) -> Iterator[Fault]:
+        """Lists of another length than that of the documents."""
+        lists: dict[tuple[str | int, ...], Sequence[Any]] = {("rows",): self.rows}
+        for name, measure in self.measures.items():
+            lists |= {("measures", name, "values", pair): values for pair, values in measure.values.items()}
+        yield from unlike_lengths(lists, len(self.documents), "documents")
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for every measure, pair of layers and document: ``value`` is that of all other documents.

@@ -5,7 +5,9 @@ Free of torch, like everything a closed-form fit needs: importing torch takes lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,12 +20,17 @@ from align.options import NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, Range, check_v
 from align.training.plan import PRECISIONS, TRACKERS, parse_loss
 from featstore.errors import SpecError
 from featstore.runtime.quantities import parse_bytes
+from featstore.runtime.schema import shown
 from featstore.store.read.loader import MEMORY
 from featstore.text.roles import ROLES, roles_text
 
 #: Panels of the help.
 LAYERS, MAP, TRAINING = "Layers", "The map", "Training by gradient"
 
+#: Largest number of a run.yaml: a seed of 64 bits.
+LARGEST = 2**64 - 1
+#: Characters of a text in a run.yaml: a path, say.
+_LONGEST = 1 << 16
 #: Skip maps that layers can share.
 _SHARED_SKIPS = ("procrustes", "ridge")
 
@@ -164,10 +171,9 @@ def load_settings(path: Path) -> Settings:
         SpecError: It is not one.
     """
     try:
-        value = yaml.safe_load(path.read_text())
-        loop = _typed(LoopSettings(**value["loop"]))
-        return _typed(Settings(**{**value, "loop": loop}))
-    except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _typed(Settings, {**value, "loop": _typed(LoopSettings, value["loop"])})
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
         # YAML points at the place over several lines.
         reason = " ".join(str(error).split())
         raise SpecError(f"{path} is not a run.yaml of this program ({reason}); `align train` writes one") from error
@@ -176,17 +182,39 @@ def load_settings(path: Path) -> Settings:
 _S = TypeVar("_S", Settings, LoopSettings)
 
 
-def _typed(settings: _S) -> _S:
-    """Numbers as what they are: YAML reads ``1e-2`` as text and ``1`` as an integer."""
-    changed: dict[str, Any] = {}
-    for entry in fields(settings):
-        kinds = str(entry.type).split(" | ")
-        value = getattr(settings, entry.name)
+def _typed(kind: type[_S], given: Mapping[Any, Any]) -> _S:
+    """Settings of their types, numbers as what they are: YAML reads ``1e-2`` as text and ``1`` as an integer."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"loop is {shown(given)}, expected an object")
+    values = dict(given)
+    known = {entry.name: entry for entry in fields(kind)}
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise TypeError(f"{shown(unknown[0])} is no setting")
+    for name, entry in known.items():
+        if name not in values:
+            if entry.default is MISSING and entry.default_factory is MISSING:
+                raise TypeError(f"it lacks {name}")
+            continue
+        kinds, value = str(entry.type).split(" | "), values[name]
         if "float" in kinds and isinstance(value, (str, int)) and not isinstance(value, bool):
-            changed[entry.name] = float(value)
-        elif type(value).__name__ not in kinds and not (value is None and "None" in kinds):
-            raise TypeError(f"{entry.name} is {value!r}, expected {entry.type}")
-    return replace(settings, **changed)
+            values[name] = value = _number(name, value)
+        if type(value).__name__ not in kinds and not (value is None and "None" in kinds):
+            raise TypeError(f"{name} is {shown(value)}, expected {entry.type}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise TypeError(f"{name} is {shown(value)}, expected a finite number")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise TypeError(f"{name} is {shown(value)}, expected an integer of 64 bits")
+        if isinstance(value, str) and not (value.isprintable() and len(value) < _LONGEST):
+            raise TypeError(f"{name} is {shown(value)}, expected one line of text")
+    return kind(**values)
+
+
+def _number(name: str, value: str | int) -> float:
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        raise TypeError(f"{name} is {shown(value)}, expected a number") from None
 
 
 def check(settings: Settings) -> None:

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_scan.py --width 256 --rows 65536
 
 The scan opens a synthetic bfloat16 store, reads and centres its rows, sums all that debiased CKA of 10 layers takes
-over Dask on this machine's cores, and adds the parts up. The bare products are the same 55 blocks, as one symmetric
+on threads, one per core, and adds the parts up. The bare products are the same 55 blocks, as one symmetric
 float32 product of the same cuts, on as many threads. Wanted: the scan over all pairs of rows (`debiased-rows`) takes at
 most 1.2 times as long, and the scan over documents (`debiased`) at most 1.3 times as long as that. The peak of
 memory that is the scan's own (not mapped files) is taken in a process of its own, at two numbers of rows.
@@ -31,7 +31,7 @@ from bench_closed import LAYERS, synthetic
 from scipy.linalg.blas import ssyrk
 from threadpoolctl import threadpool_limits
 
-from align.resources import dask_client
+from align.execution.threads import Threads
 from align.similarity.scan.partials import Rows
 from align.similarity.scan.planning import CUT_ROWS, MEMORY, Selection, Site, plan
 from align.similarity.scan.streaming import stream
@@ -84,11 +84,11 @@ def peak(path: Path) -> None:
         while not done.wait(0.01):
             highest = max(highest, own_memory())
 
-    with dask_client(None, quiet=True) as client:
+    with Threads() as threads:
         before = own_memory()
         watcher = threading.Thread(target=watch)
         watcher.start()
-        stream(selection_of(store), SITES, client=client, quiet=True)
+        stream(selection_of(store), SITES, executor=threads, quiet=True)
         done.set()
         watcher.join()
     print(max(highest - before, 0))
@@ -103,11 +103,11 @@ def measure(rows: int, width: int, runs: int, directory: Path) -> dict[str, Any]
     stores = {n: synthetic(directory / f"{n}.zarr", n, width) for n in (rows, 2 * rows)}
     store = stores[rows]
     z = side_by_side(store)
-    with dask_client(None, quiet=True) as client:
+    with Threads() as threads:
         contenders = {
             "bare products": lambda: bare(z),
-            "scan": lambda: stream(selection_of(store), SITES, client=client, estimator="debiased-rows", quiet=True),
-            "over documents": lambda: stream(selection_of(store), SITES, client=client, quiet=True),
+            "scan": lambda: stream(selection_of(store), SITES, executor=threads, estimator="debiased-rows", quiet=True),
+            "over documents": lambda: stream(selection_of(store), SITES, executor=threads, quiet=True),
         }
         taken = interleaved(contenders, runs)
     print(table(f"{len(z)} pairs, width {width}", figures(taken, "bare products", 1), "runs/s"), flush=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from evaluate.notebook.page import ReportResult
     from evaluate.notebook.stitched import StitchResult
     from evaluate.notebook.texts import GenerateResult
+    from featstore.models.references import Allowed
     from featstore.store import Store
 
 __all__ = ["communicate", "generate", "inject", "load_models", "report", "stitch"]
@@ -55,6 +56,8 @@ def load_models(
     device: str = "auto",
     device_map: DeviceMap | None = None,
     dtype: str = "auto",
+    yes: bool = False,
+    allow_pickle_weights: bool = False,
     quiet: bool = False,
 ) -> dict[str, Loaded]:
     """Load the models of a run once, for as many calls as follow.
@@ -66,6 +69,8 @@ def load_models(
         device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
             what it holds.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
+        yes: Load models that the run's card names and you have not named; they are shown.
+        allow_pickle_weights: Read pickled weights, which can run code, where a model has no others.
         quiet: Do not print that weights are being loaded.
 
     Returns:
@@ -75,6 +80,7 @@ def load_models(
     Raises:
         AdapterError: The run is damaged, or a model is not the one it was fitted to.
         ModelLoadError: A model is not at hand.
+        StrangeReferenceError: The run's card names a model that you have not named.
         SpecError: The run has no such model, or the device or dtype is unknown.
     """
     from evaluate.injection.loading import Models, check_card, choose
@@ -83,9 +89,11 @@ def load_models(
     adapter = _adapter(run)
     check_card(adapter)
     names = [name for a in choose(adapter, None) for name in (a.pair.source, a.pair.target)]
-    overrides, given = _models(adapter, models)
+    allowed = _allowed(yes, allow_pickle_weights)
+    overrides, given = _models(adapter, models, allowed)
     places = parse_device_map(device_map)
-    needed = Models(adapter, names, overrides, device=device, dtype=dtype, device_map=places, quiet=quiet, given=given)
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": places}
+    needed = Models(adapter, names, overrides, **where, quiet=quiet, given=given, allowed=allowed)
     return needed.load_all()
 
 
@@ -101,6 +109,7 @@ def inject(
     source: Any = None,
     keep: str = "own",
     allow_side_channel: bool = False,
+    yes: bool = False,
 ) -> LiveInjection:
     """Put states of another model into the forward passes of a target, in a loop of one's own.
 
@@ -146,6 +155,8 @@ def inject(
             nothing (the start token excepted). Under ``hide`` the token from which generation starts must take a state;
             otherwise its own state tells what is hidden.
         allow_side_channel: Inject at a layer although later blocks learn of the text past the stream there.
+        yes: Of a model that was made in memory, read the tokenizer that the run's card names though you have not named
+            it.
 
     Returns:
         A context; it says what was put where (``key``, ``layer``, ``states``, ``positions``), how many passes took it
@@ -172,6 +183,7 @@ def inject(
         source=source,
         keep=keep,
         allow_side_channel=allow_side_channel,
+        allowed=_allowed(yes),
     )
 
 
@@ -190,6 +202,8 @@ def stitch(
     device: str = "auto",
     device_map: DeviceMap | None = None,
     dtype: str = "auto",
+    yes: bool = False,
+    allow_pickle_weights: bool = False,
     seed: int = 0,
     out: str | PathLike[str] | None = None,
     write: bool = True,
@@ -222,6 +236,8 @@ def stitch(
         device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
             what it holds.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
+        yes: Load models that the run's card names and you have not named; they are shown.
+        allow_pickle_weights: Read pickled weights, which can run code, where a model has no others.
         seed: Seed of the random controls; 0 or more.
         out: Directory for ``stitch.json`` and ``stitch_documents.json``; the run directory by default.
         write: Write ``stitch.json``, from which :func:`report` reads, and its sums by document beside it.
@@ -230,6 +246,7 @@ def stitch(
     Raises:
         AdapterError: The run was fitted from another store, does not fit a model, or is damaged.
         ModelLoadError: A model is not at hand.
+        StrangeReferenceError: The run's card names a model that you have not named.
         PairingError: The split has no window to score, or none with tokens of these roles.
         ProbeError: A layer has a side channel, or ``hide`` does not hide there.
         SpecError: An argument is outside its range.
@@ -247,7 +264,8 @@ def stitch(
     opened = store if isinstance(store, Store) else open_store(_location(store))
     adapter = _adapter(run)
     _check_place(adapter, out, write=write)
-    overrides, given = _models(adapter, models)
+    allowed = _allowed(yes, allow_pickle_weights)
+    overrides, given = _models(adapter, models, allowed)
     result, sums = stitching.measure(
         opened,
         adapter,
@@ -264,6 +282,7 @@ def stitch(
         seed=seed,
         models=given,
         allow_side_channel=typed("allow_side_channel", allow_side_channel, "bool"),
+        allowed=allowed,
         quiet=quiet,
     )
     record = StitchResult.parse(jsonable(result))
@@ -290,6 +309,8 @@ def generate(
     device: str = "auto",
     device_map: DeviceMap | None = None,
     dtype: str = "auto",
+    yes: bool = False,
+    allow_pickle_weights: bool = False,
     seed: int = 0,
     out: str | PathLike[str] | None = None,
     write: bool = True,
@@ -312,6 +333,8 @@ def generate(
         device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
             what it holds.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
+        yes: Load models that the run's card names and you have not named; they are shown.
+        allow_pickle_weights: Read pickled weights, which can run code, where a model has no others.
         seed: Seed of sampling and of the random controls; 0 or more.
         out: Directory for ``generations.json``; the run directory by default.
         write: Write ``generations.json``, from which :func:`report` reads.
@@ -320,6 +343,7 @@ def generate(
     Raises:
         AdapterError: The run is damaged or does not fit a model.
         ModelLoadError: A model is not at hand.
+        StrangeReferenceError: The run's card names a model that you have not named.
         ProbeError: A layer has a side channel, or a model cannot go on from a prompt.
         SpecError: An argument is outside its range, or a prompt is empty or longer than a model's context.
     """
@@ -337,7 +361,8 @@ def generate(
     adapter = _adapter(run)
     _check_place(adapter, out, write=write)
     texts = _prompts(prompts)
-    overrides, given = _models(adapter, models)
+    allowed = _allowed(yes, allow_pickle_weights)
+    overrides, given = _models(adapter, models, allowed)
     result = generating.generate(
         adapter,
         texts,
@@ -351,6 +376,7 @@ def generate(
         seed=seed,
         models=given,
         allow_side_channel=typed("allow_side_channel", allow_side_channel, "bool"),
+        allowed=allowed,
         quiet=quiet,
     )
     record = GenerateResult.parse(jsonable(result))
@@ -372,6 +398,8 @@ def communicate(
     device: str = "auto",
     device_map: DeviceMap | None = None,
     dtype: str = "auto",
+    yes: bool = False,
+    allow_pickle_weights: bool = False,
     seed: int = 0,
     out: str | PathLike[str] | None = None,
     write: bool = True,
@@ -398,6 +426,8 @@ def communicate(
         device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
             what it holds.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
+        yes: Load models that the run's card names and you have not named; they are shown.
+        allow_pickle_weights: Read pickled weights, which can run code, where a model has no others.
         seed: Seed of the examples and the controls; 0 or more.
         out: Directory for ``communicate.json``; the run directory by default.
         write: Write ``communicate.json`` after each task, from which :func:`report` reads.
@@ -406,6 +436,7 @@ def communicate(
     Raises:
         AdapterError: The run is damaged or does not fit a model.
         ModelLoadError: A model is not at hand.
+        StrangeReferenceError: The run's card names a model that you have not named.
         ProbeError: A layer has a side channel, or a model cannot go on from a prompt.
         SpecError: An argument is outside its range, or an example does not fit into a model.
     """
@@ -426,7 +457,8 @@ def communicate(
         raise SpecError("there is no task; name one at least, such as countries")
     adapter = _adapter(run)
     _check_place(adapter, out, write=write)
-    overrides, given = _models(adapter, models)
+    allowed = _allowed(yes, allow_pickle_weights)
+    overrides, given = _models(adapter, models, allowed)
     exchange = prepare(
         adapter,
         layers=layers_text(layers),
@@ -441,6 +473,7 @@ def communicate(
         seed=seed,
         models=given,
         allow_side_channel=typed("allow_side_channel", allow_side_channel, "bool"),
+        allowed=allowed,
         quiet=quiet,
     )
     tasks: dict[str, Any] = {}
@@ -529,7 +562,13 @@ def _prompts(prompts: str | PathLike[str] | Sequence[str] | None) -> tuple[str, 
     return tuple(texts)
 
 
-def _models(adapter: Adapter, given: ModelsGiven | None) -> tuple[tuple[str, ...], dict[str, Loaded]]:
+def _allowed(yes: bool, pickles: bool = False) -> Allowed:
+    from featstore.models.references import Allowed
+
+    return Allowed(typed("yes", yes, "bool"), typed("allow_pickle_weights", pickles, "bool"))
+
+
+def _models(adapter: Adapter, given: ModelsGiven | None, allowed: Allowed) -> tuple[tuple[str, ...], dict[str, Loaded]]:
     """What ``models`` says: where models moved to, and models that are loaded."""
     from evaluate.injection.loading import adopt, check_card
 
@@ -548,4 +587,4 @@ def _models(adapter: Adapter, given: ModelsGiven | None) -> tuple[tuple[str, ...
     loaded = {name: value for name, value in given.items() if not isinstance(value, (str, PathLike))}
     if loaded:
         check_card(adapter)
-    return moved, {name: adopt(adapter, name, model) for name, model in loaded.items()}
+    return moved, {name: adopt(adapter, name, model, allowed) for name, model in loaded.items()}

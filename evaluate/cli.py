@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from featstore.errors import SpecError
+from featstore.models.references import Allowed
 from featstore.runtime.console import add_version, check_directory, emit, run_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
@@ -33,6 +33,15 @@ SideChannel = Annotated[
     typer.Option(
         "--allow-side-channel",
         help="Take layers at which later blocks learn of the text past the stream; the leak stands beside figures.",
+    ),
+]
+Yes = Annotated[
+    bool, typer.Option("--yes", help="Use models that the run's files name and you have not named: they are shown.")
+]
+Pickles = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle-weights", help="Read pickled weights, which can run code, where a model has no others."
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16 or float32.")]
@@ -65,6 +74,8 @@ def stitch(
     device: Device = "auto",
     device_map: Places = None,
     dtype: Dtype = "auto",
+    yes: Yes = False,
+    allow_pickle_weights: Pickles = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random controls.")] = 0,
     out: Annotated[
         Path | None,
@@ -90,10 +101,12 @@ def stitch(
         device=device,
         device_map=device_map,
         dtype=dtype,
+        yes=yes,
+        allow_pickle_weights=allow_pickle_weights,
         seed=seed,
         out=out,
     ).content()
-    emit(result, escape(describe(result)), as_json=as_json)
+    emit(result, describe(result), as_json=as_json)
 
 
 @app.command()
@@ -116,6 +129,8 @@ def generate(
     device: Device = "auto",
     device_map: Places = None,
     dtype: Dtype = "auto",
+    yes: Yes = False,
+    allow_pickle_weights: Pickles = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the random controls.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Directory for generations.json; the run directory by default.")
@@ -139,10 +154,12 @@ def generate(
         device=device,
         device_map=device_map,
         dtype=dtype,
+        yes=yes,
+        allow_pickle_weights=allow_pickle_weights,
         seed=seed,
         out=out,
     ).content()
-    emit(result, escape(describe(result)), as_json=as_json)
+    emit(result, describe(result), as_json=as_json)
 
 
 @app.command()
@@ -170,6 +187,8 @@ def communicate(
     device: Device = "auto",
     device_map: Places = None,
     dtype: Dtype = "auto",
+    yes: Yes = False,
+    allow_pickle_weights: Pickles = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the examples and the controls.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Directory for communicate.json; the run directory by default.")
@@ -194,10 +213,12 @@ def communicate(
         device=device,
         device_map=device_map,
         dtype=dtype,
+        yes=yes,
+        allow_pickle_weights=allow_pickle_weights,
         seed=seed,
         out=out,
     ).content()
-    emit(result, escape(describe(result)), as_json=as_json)
+    emit(result, describe(result), as_json=as_json)
 
 
 @app.command()
@@ -236,6 +257,8 @@ def reproduce(
         str | None,
         typer.Option(help="Only rows of these roles, such as assistant, in every fit and figure; default all."),
     ] = None,
+    yes: Yes = False,
+    allow_pickle_weights: Pickles = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the commands and run none.")] = False,
     out: Annotated[Path, typer.Option(help="Directory of everything that is made.")] = Path("reproduction"),
     as_json: Json = False,
@@ -258,10 +281,10 @@ def reproduce(
         raise SpecError("--model, --dataset, --max-tokens and --layers make a store; leave them out with --store")
     if dry_run:
         listed = programme.commands(out, given, store=store, corpus=corpus)
-        emit(listed, escape(programme.describe_commands(listed)), as_json=as_json)
+        emit(listed, programme.describe_commands(listed), as_json=as_json)
         return
-    result = programme.reproduce(out, given, store=store, corpus=corpus)
-    emit(result, escape(programme.describe(result)), as_json=as_json)
+    result = programme.reproduce(out, given, store=store, corpus=corpus, allowed=Allowed(yes, allow_pickle_weights))
+    emit(result, programme.describe(result), as_json=as_json)
     if result["failed"]:
         raise typer.Exit(1)
 

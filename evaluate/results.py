@@ -6,12 +6,29 @@ Each file has one reader and one writer, here. `docs/results.md` is made from th
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from align.results import Findings, Rate
+from align.results import Findings, Rate, unlike_lengths
 from featstore.models.verdict import Verdict
-from featstore.runtime.records import EMPTY, Flag, Interval, Number, Record, Table, Whole, flat, frame, read, write
+from featstore.runtime.records import (
+    EMPTY,
+    Amount,
+    Fault,
+    Flag,
+    Interval,
+    Number,
+    Part,
+    Record,
+    Table,
+    Whole,
+    flat,
+    frame,
+    read,
+    shown,
+    write,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,13 +72,13 @@ class Losses(Record):
 
     nats_per_token: Number | None = None
     ci95: Interval | None = None
-    perplexity: Number | None = None
+    perplexity: Amount | None = None
     perplexity_ci95: Interval | None = None
     bits_per_byte: Number | None = None
     bits_per_byte_ci95: Interval | None = None
     kl: Number | None = None
     kl_ci95: Interval | None = None
-    top1: Number | None = None
+    top1: Part | None = None
     top1_ci95: Interval | None = None
     below_mean: Number | None = None
     below_mean_ci95: Interval | None = None
@@ -78,7 +95,7 @@ class AloneLosses(Losses):
     """
 
     n_documents: Whole | None = None
-    effective_documents: Number | None = None
+    effective_documents: Amount | None = None
     n_tokens: Whole | None = None
     n_bytes: Whole | None = None
 
@@ -156,9 +173,9 @@ class StitchedPair(Record):
     """
 
     n_documents: Whole | None = None
-    effective_documents: Number | None = None
+    effective_documents: Amount | None = None
     n_tokens: Whole | None = None
-    replaced_share: Number | None = None
+    replaced_share: Part | None = None
     self_bit_identical: Flag | None = None
     conditions: Table[Losses | None] = EMPTY
     reasons: Table[str] = EMPTY
@@ -189,7 +206,7 @@ class Stitched(Record):
     """
 
     file: ClassVar[str] = "stitch.json"
-    command: ClassVar[str] = "evaluate stitch"
+    made_by: ClassVar[str] = "evaluate stitch"
     always: ClassVar[tuple[str, ...]] = ("pairs",)
 
     adapter_type: str | None = None
@@ -230,6 +247,17 @@ class StitchedSums(Record):
     kl: Table[tuple[Number | None, ...]] = EMPTY
     same: Table[tuple[Whole, ...]] = EMPTY
 
+    def faults(self) -> Iterator[Fault]:
+        """Lists of another length than that of the documents, and conditions that lack a sum."""
+        lists: dict[tuple[str | int, ...], Sequence[Any]] = {}
+        lists |= {(kind,): getattr(self, kind) for kind in ("tokens", "bytes") if self.has(kind)}
+        for kind in ("nats", "kl", "same"):
+            lists |= {(kind, name): values for name, values in getattr(self, kind).items()}
+            missing = [name for name in self.nats if self.has(kind) and name not in getattr(self, kind)]
+            if missing:
+                yield (kind,), f"has no {shown(missing[0])}, expected every condition of nats"
+        yield from unlike_lengths(lists, len(self.documents), "documents")
+
 
 class StitchedDocuments(Record):
     """Contents of ``stitch_documents.json``: the sums behind ``stitch.json``, for any interval of one's own.
@@ -240,7 +268,7 @@ class StitchedDocuments(Record):
     """
 
     file: ClassVar[str] = "stitch_documents.json"
-    command: ClassVar[str] = "evaluate stitch"
+    made_by: ClassVar[str] = "evaluate stitch"
     always: ClassVar[tuple[str, ...]] = ("pairs",)
 
     split: str | None = None
@@ -253,11 +281,11 @@ class StitchedDocuments(Record):
                 "pair": key,
                 "condition": name,
                 "document": number,
-                "tokens": sums.tokens[place],
-                "bytes": sums.bytes[place],
+                "tokens": sums.tokens[place] if sums.tokens else None,
+                "bytes": sums.bytes[place] if sums.bytes else None,
                 "nats": nats[place],
-                "kl": sums.kl[name][place],
-                "same": sums.same[name][place],
+                "kl": sums.kl[name][place] if sums.kl else None,
+                "same": sums.same[name][place] if sums.same else None,
             }
             for key, sums in self.pairs.items()
             for name, nats in sums.nats.items()
@@ -325,7 +353,7 @@ class Generations(Record):
     """
 
     file: ClassVar[str] = "generations.json"
-    command: ClassVar[str] = "evaluate generate"
+    made_by: ClassVar[str] = "evaluate generate"
     always: ClassVar[tuple[str, ...]] = ("entries",)
 
     max_new_tokens: Whole | None = None
@@ -392,7 +420,7 @@ class Answers(Record):
 
     condition: str | None = None
     pair: str | None = None
-    accuracy: Number | None = None
+    accuracy: Part | None = None
     ci95: Interval | None = None
     right: Whole | None = None
     n: Whole | None = None
@@ -498,7 +526,7 @@ class TaskAnswers(Record):
     target: str = ""
     n: Whole | None = None
     clusters: Whole | None = None
-    chance: Number | None = None
+    chance: Part | None = None
     chance_is: str | None = None
     scoring: str | None = None
     conditions: Table[Answers] = EMPTY
@@ -529,7 +557,7 @@ class Communication(Record):
     """
 
     file: ClassVar[str] = "communicate.json"
-    command: ClassVar[str] = "evaluate communicate"
+    made_by: ClassVar[str] = "evaluate communicate"
     always: ClassVar[tuple[str, ...]] = ("tasks",)
 
     adapter_type: str | None = None

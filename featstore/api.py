@@ -59,6 +59,8 @@ def extract(
     moments: bool = False,
     moments_only: bool = False,
     moments_memory: int | str = "12G",
+    yes: bool = False,
+    allow_pickle_weights: bool = False,
     quiet: bool = False,
 ) -> Store:
     """Read a corpus with every model and store their residual streams: `featstore extract` as a function.
@@ -103,8 +105,9 @@ def extract(
         device_map: For models larger than one device, instead of ``device``: ``auto``, ``balanced``, a JSON file, or
             ``{"model.layers.0": "cpu", "": 0}``; of two models that differ, ``{"NAME": {...}, ...}``.
         dtype: Compute dtype: ``auto``, ``bfloat16``, ``float16``, ``float32``.
-        attn: transformers' attention implementation; ``auto``, the default, is sdpa where the model has it, else its
-            own.
+        attn: ``auto``, ``eager``, ``sdpa``, ``flash_attention_2``, ``flash_attention_3`` or ``flex_attention``;
+            ``auto``, the default, is sdpa where the model has it, else its own. What a model's ``config.json`` asks for
+            is not followed.
         seed: Order of documents: 0 as in the corpus, else shuffled. Also the seed of sampled answers.
         generate: Tokens that each model may write after each document; both then read the document with the answer.
         generate_with: The models that write, by short name; each by default.
@@ -113,6 +116,8 @@ def extract(
         moments: Also store the moments of every two layers: fits then need no rows.
         moments_only: Store moments and no rows; both models are loaded at once.
         moments_memory: Bytes for summing moments, or such as ``"12G"``.
+        yes: Use models, and text, that a store's or an adapter's files name and you have not named; they are shown.
+        allow_pickle_weights: Read pickled weights, which can run code, where a model has no others.
         quiet: Show no progress.
 
     Returns:
@@ -154,6 +159,8 @@ def extract(
         "temperature": temperature,
         "top_p": top_p,
         "moments_memory": moments_memory,
+        "yes": yes,
+        "allow_pickle_weights": allow_pickle_weights,
     }
     settings = parse_settings(given, moments=moments, moments_only=moments_only)
     job = prepare(settings, quiet=quiet or not Ranks.from_environment().first)
@@ -161,7 +168,7 @@ def extract(
     return open_store(settings.store)
 
 
-def rebuild(store: str | Path, models: Models | None = None, *, quiet: bool = False) -> Store:
+def rebuild(store: str | Path, models: Models | None = None, *, yes: bool = False, quiet: bool = False) -> Store:
     """Derive a store's token tables and pairs again, without running a model: `featstore pair --rebuild` as a function.
 
     A store of an older format version becomes one of this. What changed is in the last entry of
@@ -170,6 +177,7 @@ def rebuild(store: str | Path, models: Models | None = None, *, quiet: bool = Fa
     Args:
         store: The store.
         models: Models that are elsewhere now, as in :func:`extract`; their tokenizers are enough.
+        yes: Read tokenizers that the store names and you have not named; they are shown.
         quiet: Show no progress.
 
     Returns:
@@ -179,8 +187,9 @@ def rebuild(store: str | Path, models: Models | None = None, *, quiet: bool = Fa
         FeatstoreError: What the command would print, as one of the classes in :mod:`featstore.errors`.
     """
     from featstore.extraction.rebuilding import rebuild as rebuild_store
+    from featstore.models.references import Allowed
 
-    rebuild_store(Path(store), () if models is None else model_texts(models), quiet=quiet)
+    rebuild_store(Path(store), () if models is None else model_texts(models), Allowed(yes), quiet=quiet)
     return open_store(store)
 
 

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from featstore.errors import SpecError
-from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS
+from featstore.models.attention import ATTENTIONS, parse_attention
+from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS, Allowed
 from featstore.runtime.console import add_version, check_directory, emit, err, human, human_bytes, run_app
 from featstore.runtime.quantities import parse_bytes
+from featstore.runtime.visible import inline
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 add_version(app, "featstore")
@@ -26,6 +28,19 @@ DeviceMap = Annotated[
     typer.Option(
         help="Spread a model over devices, instead of --device: auto, balanced, or a JSON file with {MODULE: DEVICE}; "
         "by default none."
+    ),
+]
+Yes = Annotated[
+    bool,
+    typer.Option(
+        "--yes",
+        help="Use models, and text, that a store's or an adapter's files name and you have not named: they are shown.",
+    ),
+]
+Pickles = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle-weights", help="Read pickled weights, which can run code, where a model has no others."
     ),
 ]
 StorePath = Annotated[Path, typer.Argument(help="Path of the store.")]
@@ -107,7 +122,7 @@ def extract(
     ] = None,
     attn: Annotated[
         str | None,
-        typer.Option(help="transformers' attention: auto (sdpa where it exists), eager, sdpa, ...; by default auto."),
+        typer.Option(help=f"Attention: {', '.join(ATTENTIONS)}; by default auto, sdpa where a model has it."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; by default 0.")
@@ -142,6 +157,8 @@ def extract(
     moments_memory: Annotated[
         str, typer.Option(help="Memory for summing moments: bytes, or such as 500M, 12G.")
     ] = "12G",
+    yes: Yes = False,
+    allow_pickle_weights: Pickles = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes, time and free space; write nothing.")
     ] = False,
@@ -187,6 +204,8 @@ def extract(
         "temperature": temperature,
         "top_p": top_p,
         "moments_memory": moments_memory,
+        "yes": yes,
+        "allow_pickle_weights": allow_pickle_weights,
     }
     first = Ranks.from_environment().first
     settings = parse_settings(given, moments=moments, moments_only=moments_only)
@@ -214,8 +233,6 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Say what a store holds: models, rows, pairs, coverage; and of every layer size, energy and effective rank."""
-    from rich.markup import escape
-
     from featstore.store import open_store
     from featstore.store.inspect.summary import describe, describe_states, states_summary, summary
     from featstore.store.read.links import links_of
@@ -223,7 +240,7 @@ def info(
     opened = open_store(store)
     states, links = states_summary(opened, spectrum=not no_spectrum), links_of(opened)
     result = summary(opened) | {"states": states, "links": [link.to_dict() for link in links]}
-    lines = [describe(result), *(f"  link     {escape(str(link))}" for link in links), describe_states(states)]
+    lines = [describe(result), *(f"  link     {inline(link)}" for link in links), describe_states(states)]
     emit(result, "\n".join(lines), as_json=as_json)
 
 
@@ -257,41 +274,50 @@ def verify(
     device: Annotated[str, typer.Option(help="Where --reextract computes: auto, cpu, cuda, cuda:N.")] = "auto",
     device_map: DeviceMap = None,
     seed: Annotated[int, typer.Option(min=0, help="Which batches --reextract takes.")] = 0,
+    tokens: Annotated[
+        bool,
+        typer.Option("--retokenise", help="Tokenise the text again and compare; --reextract does so as well."),
+    ] = False,
     allow_links: Annotated[
         bool,
         typer.Option("--allow-links", help="Accept links that lead outside the store, which are damage otherwise."),
     ] = False,
+    yes: Yes = False,
+    allow_pickle_weights: Pickles = False,
     as_json: Json = False,
 ) -> None:
-    """Check a store against its checksums, shapes, text and, with --reextract, its models; exit 1 if it is damaged."""
-    from rich.markup import escape
+    """Check a store against its checksums and shapes; exit 1 if it is damaged.
 
-    from featstore.extraction.reextract import check_tokens, describe_reextract, reextract
-    from featstore.models.devices import parse_device_map
-    from featstore.store import open_store
+    The store alone is read, unless its models are asked for: --retokenise compares its tokens with its text, and
+    --reextract also its rows with its models.
+    """
     from featstore.store.inspect.verify import verify_store
     from featstore.store.read.links import Link
 
-    places = parse_device_map(device_map)
+    if not (again or tokens) and (model or device_map is not None or yes or allow_pickle_weights):
+        raise SpecError("--model, --device-map, --yes and --allow-pickle-weights need --reextract or --retokenise")
     result = verify_store(store, allow_links=allow_links)
-    if not result["damage"]:
-        text = check_tokens(open_store(store), tuple(model or ()))
-        result = result | {"tokenized": text["tokenized"], "damage": text["damage"]}
-        result["not_checked"] += text["not_checked"]
-    if again and not result["damage"]:
-        result["reextract"] = reextract(
+    lines = []
+    if not (again or tokens):
+        result |= {"tokenized": []}
+        result["not_checked"].append("tokens against text, and rows against models: give --retokenise or --reextract N")
+    elif not result["damage"]:
+        from featstore.extraction.reextract import describe_reextract, with_models
+
+        result |= with_models(
             store,
             again,
+            result["not_checked"],
             seed=seed,
             model=tuple(model or ()),
+            allowed=Allowed(yes, allow_pickle_weights),
             device=device,
-            device_map=places,
+            device_map=device_map,
         )
-        result["damage"] = result["reextract"].pop("damage")
-    lines = [describe_reextract(result["reextract"])] if "reextract" in result else []
-    lines += [f"link: {escape(str(Link(**link)))}" for link in result["links"]]
-    lines += [f"not checked: {escape(line)}" for line in result["not_checked"]]
-    lines += [f"[bold]damaged[/bold] {escape(line)}" for line in result["damage"]] or [
+        lines += [describe_reextract(result["reextract"])] if "reextract" in result else []
+    lines += [f"link: {inline(Link(**link))}" for link in result["links"]]
+    lines += [f"not checked: {inline(line)}" for line in result["not_checked"]]
+    lines += [f"damaged {inline(line)}" for line in result["damage"]] or [
         f"{store}: {result['files']} files, {human_bytes(result['bytes'])} verified; no damage"
     ]
     emit(result, "\n".join(lines), as_json=as_json)
@@ -345,6 +371,7 @@ def pair(
         list[str] | None,
         typer.Option(help="NAME=REF of a model that is elsewhere now, for --rebuild; may be repeated."),
     ] = None,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Add pair indexes to a store under another policy, or derive all that it has again.
@@ -356,16 +383,14 @@ def pair(
     from featstore.store.write.index import add_pairs
 
     check_policy(policy)
-    if model and not again:
-        raise SpecError("--model is for --rebuild: pairs follow from the token tables that are in the store")
+    if (model or yes) and not again:
+        raise SpecError("--model and --yes are for --rebuild: pairs follow from the token tables that are in the store")
     lines, result = [], {}
     if again:
-        from rich.markup import escape
-
         from featstore.extraction.rebuilding import describe_rebuild, rebuild
 
-        result = rebuild(store, tuple(model or ()))
-        lines.append(escape(describe_rebuild(result)))
+        result = rebuild(store, tuple(model or ()), Allowed(yes))
+        lines.append(describe_rebuild(result))
     if not again or policy != "end":
         added = add_pairs(store, policy)["pairs"]
         lines += [f"{key}: {human(entry['pairs'])} pairs" for key, entry in added.items()]
@@ -399,8 +424,10 @@ def doctor(
     device_map: DeviceMap = None,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")] = "auto",
     attn: Annotated[
-        str, typer.Option(help="transformers' attention implementation; auto for sdpa where the model has it.")
+        str, typer.Option(help=f"Attention: {', '.join(ATTENTIONS)}; auto is sdpa where the model has it.")
     ] = "auto",
+    yes: Yes = False,
+    allow_pickle_weights: Pickles = False,
     as_json: Json = False,
 ) -> None:
     """Check this machine, and every model that is named: what its states, its layers and its cache are right for.
@@ -412,10 +439,12 @@ def doctor(
     from featstore.demo.doctor import describe_checks, examine
     from featstore.models.devices import parse_device_map
 
+    parse_attention(attn, "--attn")
     options = {"device": device, "device_map": parse_device_map(device_map), "dtype": dtype, "attention": attn}
     # Models that nobody named are not loaded: they may be large.
     probe = bool(model) and not quick
-    result = examine(tuple(model) if model else DEFAULT_MODELS, store, probe=probe, **options)
+    allowed = Allowed(yes, allow_pickle_weights)
+    result = examine(tuple(model) if model else DEFAULT_MODELS, store, probe=probe, allowed=allowed, **options)
     emit(result, describe_checks(result), as_json=as_json)
     if not result["ok"]:
         raise typer.Exit(1)

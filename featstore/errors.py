@@ -16,6 +16,10 @@ class SpecError(FeatstoreError, ValueError):
     """A flag or argument does not parse or names something impossible."""
 
 
+class AttentionError(SpecError):
+    """An implementation of attention is not in the list, or another one than the chosen one runs."""
+
+
 class CorpusError(FeatstoreError, ValueError):
     """The text cannot be read, or there is too little of it."""
 
@@ -26,6 +30,14 @@ class OffsetError(FeatstoreError, ValueError):
 
 class ModelLoadError(FeatstoreError, OSError):
     """A model, its configuration or its tokenizer cannot be loaded."""
+
+
+class StrangeReferenceError(FeatstoreError, PermissionError):
+    """A file names a model or a text that the user has not named, and nothing says that it may be used."""
+
+
+class PickledWeightsError(ModelLoadError, PermissionError):
+    """A model has no weights but pickled ones, which nothing says may be read."""
 
 
 class GatedModelError(ModelLoadError, PermissionError):
@@ -76,6 +88,27 @@ class MemberError(CorruptDataError):
     """A JSON document is whole, but one of its members is missing or not of its type."""
 
 
+class ContradictionError(CorruptDataError):
+    """Bytes are those that were sealed, but what they say contradicts something else in the store.
+
+    Attributes:
+        what: The contradiction alone, without the place and the remedy.
+    """
+
+    def __init__(self, where: object, what: str) -> None:
+        super().__init__(f"{where}: {what}; run `featstore verify`, and restore it or extract again")
+        self.what = what
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _contradiction, (str(self), self.what)
+
+
+def _contradiction(message: str, what: str) -> ContradictionError:
+    error = ContradictionError("", what)
+    error.args = (message,)
+    return error
+
+
 class NonFiniteStateError(FeatstoreError, ArithmeticError):
     """A model produced NaN or infinity where a hidden state was expected."""
 
@@ -117,6 +150,10 @@ class MissingPackageError(FeatstoreError, ImportError):
 
 class StoreAccessError(FeatstoreError, OSError):
     """A store's place cannot be reached, or refuses."""
+
+
+class WorkersError(FeatstoreError, RuntimeError):
+    """Worker processes died again and again, or the scheduler they belong to went away."""
 
 
 class FeatstoreWarning(UserWarning):

@@ -277,23 +277,23 @@ class _Run:
         found = None if self.checkpoint is None else read_checkpoint(self.checkpoint, self.identity)
         if found is None:
             return None
-        tensors = found.tensors
+        progress = found.counters(_Progress)
         with torch.no_grad():
             for prefix, module in (("module", self.module), ("average", self.average)):
                 for name, p in module.named_parameters():
-                    p.copy_(torch.from_numpy(tensors[f"{prefix}.{name}"]))
+                    p.copy_(torch.from_numpy(found.array(f"{prefix}.{name}", tuple(p.shape))))
         for name, p in self.module.named_parameters():
             state = {
-                key: torch.from_numpy(tensors[f"optimiser.{key}.{name}"])
+                key: torch.from_numpy(found.array(place, () if key == "step" else tuple(p.shape)))
                 for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimiser.{key}.{name}" in tensors
+                if (place := f"optimiser.{key}.{name}") in found.tensors
             }
             if state:
                 # AdamW keeps its step counter on the CPU.
                 moved = {key: value if key == "step" else value.to(self.device) for key, value in state.items()}
                 self.optimiser.state[p] = moved
-        self.best = {name.removeprefix("best."): t for name, t in tensors.items() if name.startswith("best.")}
-        return _Progress(**found.progress)
+        self.best = {name: found.array(f"best.{name}", tensor.shape) for name, tensor in self.best.items()}
+        return progress
 
 
 @contextmanager

@@ -279,6 +279,7 @@ class Resampler(nn.Module):
         own = {name.removeprefix("resampler."): t for name, t in tensors.items() if name.startswith("resampler.")}
         try:
             layout = Layout(**options["layout"])
+            _check_announced({**layout.options(), "width": options["width"], "depth": options["depth"]}, own)
             module = cls(
                 layout,
                 basis=own["basis"],
@@ -291,12 +292,20 @@ class Resampler(nn.Module):
                 seed=options["seed"],
             )
             module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in own.items()})
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (LookupError, TypeError, RuntimeError, OverflowError) as error:
             raise FitError(
                 f"these are not the tensors and options of a compress map ({error}); train it again"
             ) from error
         module.eval()
         return module
+
+
+def _check_announced(options: Mapping[str, Any], own: Mapping[str, NDArray[np.float32]]) -> None:
+    """Refuse sizes beyond what the tensors hold: a stranger's numbers would decide how much is allocated."""
+    held = sum(tensor.size for tensor in own.values())
+    for name in ("latents", "latent_dim", "width", "depth"):
+        if options[name] > held:
+            raise FitError(f"{name} {options[name]}: the map has {held} numbers in all; train it again")
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ matrix between two means. A ``compress`` map takes no rows at all but the states
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.layers import LayerPair
-from align.maps.registry import formula, formulas
-from featstore.errors import AdapterError, CorruptDataError
-from featstore.runtime.provenance import read_json, write_atomic, write_json
+from align.maps.card import CARD_VERSION, REMEDY, Card, CardPair, read_card
+from align.maps.registry import formula
+from featstore.errors import AdapterError
+from featstore.runtime.provenance import write_atomic, write_json
+from featstore.runtime.records import shown
+from featstore.runtime.tensors import Tensors, opened
 
-CARD_VERSION = 1
+_TENSORS = "adapter.safetensors"
+#: Name of a tensor: the map's key, and which of its parts it is. Neither models' names nor numbers hold a colon.
+_TENSOR = re.compile(r"(?P<key>.*?->[^:]*:[0-9]+)\.(?P<part>.+)", re.DOTALL)
 #: The train means, which controls need even where the map is not centred, with their axes.
 _CONTROLS = {"control_mean_source": "s", "control_mean": "t"}
 
@@ -128,9 +134,9 @@ def save_adapter(directory: Path, aligners: Sequence[Aligner], card: dict[str, A
         for aligner in aligners
         for name, value in aligner.tensors.items()
     }
-    write_atomic(directory / "adapter.safetensors", save(tensors))
+    write_atomic(directory / _TENSORS, save(tensors))
     write_json(
-        directory / "adapter.json", {"format": CARD_VERSION, **card, "pairs": [aligner.card() for aligner in aligners]}
+        directory / Card.file, {"format": CARD_VERSION, **card, "pairs": [aligner.card() for aligner in aligners]}
     )
 
 
@@ -141,45 +147,33 @@ def load_adapter(directory: Path) -> Adapter:
         directory: Run directory.
 
     Raises:
-        AdapterError: There is none, it is of a newer format, or its tensors do not fit its card.
+        AdapterError: There is none, it is of a newer format, it is damaged, or its tensors do not fit its card or are
+            not finite.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = directory / "adapter.json"
-    if not path.is_file():
-        raise AdapterError(f"no adapter in {str(directory)!r}: it has no adapter.json; make one with `align train`")
-    try:
-        card = read_json(path)
-        if card.get("format") != CARD_VERSION:
-            raise AdapterError(f"{path} has format {card.get('format')!r}, this version reads {CARD_VERSION}; upgrade")
-        tensors = load_file(directory / "adapter.safetensors")
-        aligners = {entry["key"]: _aligner(entry, tensors, path) for entry in card["pairs"]}
-    except (CorruptDataError, SafetensorError, OSError, LookupError, TypeError, AttributeError) as error:
-        raise AdapterError(f"the adapter in {str(directory)!r} is damaged ({error!r}); train it again") from error
-    return Adapter(directory, card, aligners)
+    card = read_card(directory)
+    with opened(directory / _TENSORS, AdapterError, remedy=REMEDY) as tensors:
+        parts: dict[str, dict[str, str]] = {entry.key: {} for entry in card.pairs}
+        for name in tensors.heads:
+            named = _TENSOR.fullmatch(name)
+            if named is None or named["key"] not in parts:
+                raise tensors.damaged(f"has a tensor {shown(name)}, which belongs to no map of the card")
+            parts[named["key"]][named["part"]] = name
+        aligners = {entry.key: _aligner(entry, tensors, parts[entry.key]) for entry in card.pairs}
+    return Adapter(directory, card.content(), aligners)
 
 
-def _aligner(entry: dict[str, Any], tensors: dict[str, NDArray[np.float32]], path: Path) -> Aligner:
-    source, target = entry["source"], entry["target"]
-    pair = LayerPair(source["model"], tuple(source.get("layers", [source["layer"]])), target["model"], target["layer"])
-    own = {name.removeprefix(f"{pair.key}."): t for name, t in tensors.items() if name.startswith(f"{pair.key}.")}
-    if not isinstance(entry["key"], str):
-        raise TypeError(f"the key {entry['key']!r} is not text")
-    kind = entry.get("kind", "linear")
-    known = formulas()
-    if kind not in known:
-        raise AdapterError(f"{path}: {pair.key} is of kind {kind!r}, this version knows {', '.join(known)}; upgrade")
-    own_formula = known[kind]
+def _aligner(entry: CardPair, tensors: Tensors, own: Mapping[str, str]) -> Aligner:
+    """A map, its tensors checked against its entry of the card before they are read."""
+    own_formula = formula(entry.kind)
     axes = {**own_formula.axes, **_CONTROLS}
     missing = [name for name in axes if name not in own and name not in own_formula.optional]
     if missing:
-        raise AdapterError(f"{path}: tensors {', '.join(missing)} of {pair.key} are missing; train it again")
-    size = own_formula.sizes(own, source["width"], target["width"])
-    for name, letters in axes.items():
+        raise tensors.damaged(f"tensors {', '.join(missing)} of {entry.key} are missing")
+    shapes = {part: tensors.heads[name].shape for part, name in own.items()}
+    size = own_formula.sizes(shapes, entry.source.width, entry.target.width)
+    for part, letters in axes.items():
         shape = tuple(size[letter] for letter in letters)
-        if name in own and own[name].shape != shape:
-            raise AdapterError(
-                f"{path}: {name} of {pair.key} has shape {own[name].shape}, the card says {shape}; train it again"
-            )
-    return Aligner(pair, own, entry.get("options", {}), entry.get("parameters", {}).get("trainable", 0), kind)
+        if part in own and shapes[part] != shape:
+            raise tensors.damaged(f"{part} of {entry.key} has shape {shapes[part]}, the card says {shape}")
+    found = {part: tensors.finite(name) for part, name in own.items()}
+    return Aligner(entry.pair, found, entry.options.content(), entry.parameters.trainable or 0, entry.kind)

@@ -6,6 +6,7 @@ one matrix between two means.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -36,15 +37,15 @@ class Formula:
     optional: frozenset[str] = frozenset()
     on_tensors: str | None = None
 
-    def sizes(self, tensors: Tensors, source: int, target: int) -> dict[str, int]:
+    def sizes(self, shapes: Mapping[str, tuple[int, ...]], source: int, target: int) -> dict[str, int]:
         """The length of every axis.
 
         Args:
-            tensors: All that are not optional.
+            shapes: Of all tensors that are not optional.
             source: Source width.
             target: Target width.
         """
-        free = {axes: tensors[name].size for name, axes in self.axes.items() if len(axes) == 1 and name in tensors}
+        free = {axes: math.prod(shapes[name]) for name, axes in self.axes.items() if len(axes) == 1 and name in shapes}
         return {**free, "s": source, "t": target}
 
 

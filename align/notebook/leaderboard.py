@@ -190,7 +190,7 @@ class Leaderboard(Record):
         rate_distortion: Points of compressed runs, fewest bytes first.
     """
 
-    command: ClassVar[str] = "align compare"
+    made_by: ClassVar[str] = "align compare"
 
     rows: tuple[Row, ...] = ()
     reference: Reference = Reference()

@@ -16,6 +16,7 @@ import yaml
 from align.layers import LayerPair
 from align.maps.fitted import Aligner, save_adapter
 from align.results import Documents, EpochRecord, Metrics, read_epochs, write_documents, write_epoch, write_metrics
+from align.runs.logged import LogEvent
 from align.scoring.rows import Epoch
 from align.settings import Settings
 from align.tokens.files import save_tables
@@ -223,4 +224,5 @@ class RunDirectory:
 
     def _log(self, event: Mapping[str, Any]) -> None:
         if self.writes:
-            append_text(self.path / "log.jsonl", json.dumps(jsonable(dict(event)), allow_nan=False) + "\n")
+            line = LogEvent.parse(jsonable(dict(event))).content()
+            append_text(self.path / "log.jsonl", json.dumps(line, allow_nan=False) + "\n")

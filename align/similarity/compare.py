@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from align.execution.executor import Executor
 from align.metrics import debiased_cka
 from align.moments.scan import need_rows, roles_selected, usable_moments
 from align.moments.scatter import centered, merge
@@ -141,7 +142,7 @@ class Comparison:
             need_rows(self.store, wanted, f"--estimator {estimator} with --kernel {kernel}")
         if self.measures and not self.rows:
             need_rows(self.store, wanted, f"--measures {self.measures[0].name}")
-        # What cannot be meant is refused before a scheduler is asked for.
+        # What cannot be meant is refused before anything is started.
         if self.stored is not None and estimator == "debiased":
             self.estimator = "debiased-rows"
             if not quiet:
@@ -157,11 +158,11 @@ class Comparison:
         self.by_document: dict[str, Any] | None = None
         self._samples: dict[tuple[bool, int], Sample] = {}
 
-    def run(self, client: Any) -> dict[str, Any]:
+    def run(self, executor: Executor) -> dict[str, Any]:
         """Compare.
 
         Args:
-            client: Dask client, for the scan.
+            executor: What runs the scan.
 
         Returns:
             The contents of ``cka.json``, with arrays and NaN.
@@ -174,8 +175,8 @@ class Comparison:
         masked = self.everything.select(keep_sinks=False)
         if self.roles is not None and not self.quiet:
             err.print(roles_selected(self.store, self.models, self.roles, len(self.everything)))
-        main, ranks = self._tables(client, keep_sinks=self.keep_sinks)
-        beside, _ = self._tables(client, keep_sinks=not self.keep_sinks)
+        main, ranks = self._tables(executor, keep_sinks=self.keep_sinks)
+        beside, _ = self._tables(executor, keep_sinks=not self.keep_sinks)
         result = {
             "models": [first, second],
             "layers": {name: list(ks) for name, ks in self.layers.items()},
@@ -226,7 +227,7 @@ class Comparison:
                 )
         return self._samples[keep_sinks, rows]
 
-    def _tables(self, client: Any, *, keep_sinks: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _tables(self, executor: Executor, *, keep_sinks: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """The main matrices with sinks or without, and effective ranks."""
         pairs = self._pairs(keep_sinks=keep_sinks)
         n = len(pairs)
@@ -245,7 +246,7 @@ class Comparison:
             terms = stream(
                 selection,
                 self.sites,
-                client=client,
+                executor=executor,
                 checkpoint=None if self.checkpoint is None else self.checkpoint / _PARTS[keep_sinks],
                 estimator=self.estimator,
                 correct_features=self.correct_features,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.maps.card import REMEDY, Card, read_card
 from align.metrics import r2_interval
-from align.results import Documents, Metrics, PairDocuments, read_documents, read_metrics
+from align.results import Documents, Metrics, PairDocuments
 from align.sweeps.differences import MAP, Sums
-from featstore.errors import AdapterError, MemberError
-from featstore.runtime.provenance import read_json
+from featstore.errors import AdapterError, CorruptDataError
+from featstore.runtime.records import read, retold, shown
 
 CLOSED = "closed_form"
 _FIGURES = ("r2", "r2_median_dim", "cosine_centered", "retrieval_top1", "retrieval_chance", "cka_debiased", "n")
@@ -60,47 +61,42 @@ def read_entries(directory: Path) -> list[Entry]:
     Raises:
         AdapterError: There is no finished run, or a damaged one.
     """
-    if not (directory / Metrics.file).is_file() or not (directory / "adapter.json").is_file():
+    if not (directory / Metrics.file).is_file() or not (directory / Card.file).is_file():
         raise AdapterError(f"no finished run in {str(directory)!r}; make one with `align train`")
     try:
-        metrics = read_metrics(directory)
-    except MemberError as error:
-        raise _damaged(directory, error) from error
-    card = read_json(directory / "adapter.json")
-    try:
-        return _entries(directory, metrics, card)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise _damaged(directory, error) from error
+        metrics = read(Metrics, directory, remedy=REMEDY)
+        sums = read(Documents, directory, remedy=REMEDY).pairs if (directory / Documents.file).is_file() else None
+    except CorruptDataError as error:
+        raise retold(error, AdapterError, REMEDY) from error
+    return _entries(directory, metrics, sums, read_card(directory))
 
 
-def _damaged(directory: Path, error: Exception) -> AdapterError:
-    return AdapterError(f"the run in {str(directory)!r} is damaged ({error!r}); train it again")
-
-
-def _entries(directory: Path, metrics: Metrics, card: dict[str, Any]) -> list[Entry]:
-    parameters = {entry["key"]: entry["parameters"] for entry in card["pairs"]}
-    mask, store = card.get("mask") or {}, card.get("store") or {}
+def _entries(directory: Path, metrics: Metrics, sums: Mapping[str, PairDocuments] | None, card: Card) -> list[Entry]:
+    parameters = {entry.key: entry.parameters for entry in card.pairs}
     # What decides which rows are scored. Splits are frozen in the store; where it lies does not matter.
     place = {
-        "fingerprint": store.get("fingerprint"),
-        "pair_policy": card.get("pair_policy"),
-        "keep_sinks": mask.get("keep_sinks"),
-        "roles": card.get("roles"),
-        "sink_threshold": mask.get("sink_threshold"),
+        "fingerprint": card.store.fingerprint,
+        "pair_policy": card.pair_policy,
+        "keep_sinks": card.mask.keep_sinks,
+        "roles": None if card.roles is None else list(card.roles),
+        "sink_threshold": card.mask.sink_threshold,
     }
-    sums = read_documents(directory).pairs if (directory / Documents.file).is_file() else None
     found = []
     for key, entry in metrics.pairs.items():
         test, closed = entry.test, entry.baselines.get(CLOSED)
-        own = parameters.get(key, {})
+        own = parameters.get(key)
+        if own is None:
+            raise AdapterError(
+                f"{directory / Metrics.file}: /pairs names {shown(key)}, which the card does not; {REMEDY}"
+            )
         beyond = {name: getattr(test, name, None) for name in _BEYOND}
         row = {
             "run": str(directory),
             "type": metrics.type,
             "pair": key,
-            "store": store.get("path"),
-            "trainable": own.get("trainable"),
-            "shipped": own.get("shipped"),
+            "store": card.store.path,
+            "trainable": own.trainable,
+            "shipped": own.shipped,
             **{name: list(value) if isinstance(value, tuple) else value for name, value in beyond.items()},
             **{name: getattr(test, name) for name in _FIGURES},
             "r2_ci95": None if test.r2_ci95 is None else list(test.r2_ci95),
@@ -119,18 +115,22 @@ def _entries(directory: Path, metrics: Metrics, card: dict[str, Any]) -> list[En
             Entry(
                 row,
                 place,
-                _sums_of(key, sums, entry.reasons),
+                _sums_of(directory / Documents.file, key, sums, entry.reasons),
                 None if rate is None else {"run": str(directory), "pair": key, **rate.content()},
             )
         )
     return found
 
 
-def _sums_of(key: str, pairs: Mapping[str, PairDocuments] | None, reasons: Mapping[str, str]) -> Sums | str:
+def _sums_of(
+    where: Path, key: str, pairs: Mapping[str, PairDocuments] | None, reasons: Mapping[str, str]
+) -> Sums | str:
     if pairs is None:
         return f"the run has no {Documents.file}: it was made by an earlier version; train again for intervals"
     if key not in pairs:
         return reasons.get("test.r2_ci95", f"{Documents.file} says nothing of {key}; train again")
-    if not pairs[key].content() and "test.r2_ci95" in reasons:
+    if pairs[key].has("documents", "n", "sst", "sse"):
+        return Sums.of(pairs[key])
+    if "test.r2_ci95" in reasons:
         return reasons["test.r2_ci95"]  # a run of a store without rows is whole, and says why it has no sums
-    return Sums.of(pairs[key])
+    raise AdapterError(f"{where}: /pairs/{key} has no sums, expected documents, n, sst and sse; {REMEDY}")

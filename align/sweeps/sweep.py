@@ -1,4 +1,4 @@
-"""Many runs over one store: the cells of a grid over Dask, resumable, in one table at the end.
+"""Many runs over one store: the cells of a grid on several workers, resumable, in one table at the end.
 
 A cell is a run directory of its own. Whoever works on one holds its lock, which goes with the process, so two workers
 (one of them thought dead) never write to the same directory. A training that a killed one left goes on from its last
@@ -7,25 +7,26 @@ checkpoint; anything else of it is done again.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from align.resources import dask_client
+from align.execution.choice import executor
+from align.execution.executor import Executor
+from align.execution.options import Execution
 from align.runs.plots import plot_rate_distortion
 from align.settings import Settings, load_settings
 from align.sweeps.compare import compare_runs
 from align.sweeps.grid import Cell, Grid, cells, parse_grid
+from align.sweeps.recorded import Sweep, write_sweep
 from align.sweeps.table import describe as describe_comparison
 from featstore.errors import CorruptDataError, FeatstoreError, SpecError, StoreStateError
 from featstore.runtime.console import check_directory, jsonable, progress
-from featstore.runtime.provenance import write_json
+from featstore.runtime.visible import inline
 from featstore.runtime.writing import check_folder, locked, remove_folder
 from featstore.store import open_store
 
@@ -41,8 +42,7 @@ def sweep(
     grid: Grid,
     out: Path,
     *,
-    scheduler: str | None = None,
-    workers: int | None = None,
+    execution: Execution | None = None,
     reference: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -55,9 +55,8 @@ def sweep(
         settings: What all runs share.
         grid: What varies.
         out: Directory of the run directories, of ``stores/<format>.zarr`` and of ``sweep.json``.
-        scheduler: Address of a Dask scheduler whose workers reach the store and ``out`` under the same paths; None for
-            processes of this machine.
-        workers: Processes of this machine; None for as many as there are cores, or cells if these are fewer.
+        execution: Where the cells run. Workers of a scheduler have to reach the store and ``out`` under the same paths.
+            None, or no number of workers, for processes of this machine: one per core, or per cell if these are fewer.
         reference: Cell, or baseline such as ``token``, that the others are compared with; None for the first finished
             cell of the grid that has the layer pair.
         quiet: No progress.
@@ -71,10 +70,9 @@ def sweep(
     Raises:
         SpecError: An invalid run, a directory that holds a run of other settings, a reference that is no finished cell
             and no baseline, or no scheduler answers.
+        WorkersError: The scheduler went away.
         FeatstoreError: The store cannot be read.
     """
-    if workers is not None and workers < 1:
-        raise SpecError(f"--workers {workers}: must be at least 1")
     check_directory(out)
     out = out.resolve()
     if "://" not in settings.store:
@@ -100,8 +98,11 @@ def sweep(
             record.done(cell, "skipped", None)
     todo = _convert(todo, settings.store, record, quiet=quiet)
     if todo:
-        with _client(scheduler, workers or min(os.cpu_count() or 1, len(todo))) as client:
-            _run_all(client, todo, out, record, quiet=quiet)
+        where = execution or Execution()
+        if where.scheduler is None and where.workers is None:
+            where = replace(where, workers=min(os.cpu_count() or 1, len(todo)))
+        with executor(where, quiet=quiet) as workers:
+            _run_all(workers, todo, out, record, quiet=quiet)
     finished = [out / cell.name for cell in placed if _finished(cell.settings, out / cell.name)]
     # A cell by its name, which is that of its directory.
     of_cell = str(out / reference) if reference in {cell.name for cell in placed} else reference
@@ -122,7 +123,9 @@ def describe(result: dict[str, Any]) -> str:
     lines = [describe_comparison(result["comparison"])] if result["comparison"]["rows"] else []
     counts = {status: sum(cell["status"] == status for cell in result["cells"]) for status in ("done", "skipped")}
     lines.append(f"{counts['done']} runs made, {counts['skipped']} were there, {len(result['failed'])} failed")
-    lines += [f"failed: {cell['name']}: {cell['error']}" for cell in result["cells"] if cell["status"] == "failed"]
+    lines += [
+        f"failed: {cell['name']}: {inline(cell['error'])}" for cell in result["cells"] if cell["status"] == "failed"
+    ]
     lines += [f"drawn: {result['out']}/{name}" for name in result["plots"]]
     return "\n".join([*lines, f"sweep: {result['out']}"])
 
@@ -168,7 +171,7 @@ class _Record:
         return value
 
     def _write(self) -> None:
-        write_json(self._out / "sweep.json", self.value())
+        write_sweep(self._out, Sweep.parse(self.value()))
 
 
 def _finished(settings: Settings, run: Path) -> bool:
@@ -206,42 +209,15 @@ def _convert(todo: Sequence[Cell], store: str, record: _Record, *, quiet: bool) 
     return [cell for cell in todo if cell.settings.store not in failed]
 
 
-@contextmanager
-def _client(address: str | None, workers: int) -> Iterator[Any]:
-    """A client of the given scheduler, or of processes of this machine with a core each."""
-    from distributed import Client, LocalCluster
-
-    if address is not None:
-        with dask_client(address) as client:
-            yield client
-        return
-    # Any free port, for this machine only. A worker that dies is replaced, and its cell done again.
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-            # Failures are reported per cell, in one line.
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
-
-
-def _run_all(client: Any, todo: Sequence[Cell], out: Path, record: _Record, *, quiet: bool) -> None:
-    from distributed import as_completed
-
-    futures = {client.submit(run_cell, cell.settings, str(out), cell.name, pure=False): cell for cell in todo}
-    with progress("sweep", len(futures), "runs", quiet=quiet) as tick:
-        for future in as_completed(futures):
-            cell = futures[future]
-            # A worker lost more often than Dask allows is an error of its cell as well.
-            error = future.exception()
+def _run_all(executor: Executor, todo: Sequence[Cell], out: Path, record: _Record, *, quiet: bool) -> None:
+    tasks = {executor.submit(run_cell, cell.settings, str(out), cell.name): cell for cell in todo}
+    with progress("sweep", len(tasks), "runs", quiet=quiet) as tick:
+        for task in executor.as_completed(tasks):
+            cell = tasks[task]
+            # Workers that died over a cell again and again are an error of that cell as well.
+            error = task.exception()
             if error is None:
-                record.done(cell, "done", future.result())
+                record.done(cell, "done", task.result())
             else:
                 record.failed(cell, error)
             tick(1)

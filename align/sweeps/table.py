@@ -9,6 +9,7 @@ from typing import Any
 
 from align.sweeps.entries import CLOSED
 from featstore.runtime.console import human
+from featstore.runtime.visible import inline
 from featstore.text.roles import of_roles
 
 #: Characters of a line; notes are wrapped, and run names cut, to fit.
@@ -28,7 +29,7 @@ def describe(result: dict[str, Any]) -> str:
     # A column that nobody has is left out: runs of former versions know no baseline of the token.
     baselines = [name for name in _BASELINES if any(row["baselines"].get(name) is not None for row in rows)]
     columns = [[*_HEADS, *(_BASELINES[name] for name in baselines)]]
-    columns += [[labels[row["run"]], *_cells(row, baselines)] for row in rows]
+    columns += [[*map(inline, (labels[row["run"]], *_cells(row, baselines)))] for row in rows]
     if all(row["partial_r2"] is None for row in rows):
         columns = [[*line[:4], *line[5:]] for line in columns]
     heads, *cells = columns
@@ -37,7 +38,7 @@ def describe(result: dict[str, Any]) -> str:
     lines = [_aligned(heads, widths)]
     for (pair, number), block in _blocks(rows).items():
         several = len(result["sets"]) > 1
-        lines += ["", f"{pair}, {block[0]['n']} test rows" + f", set {number}" * several]
+        lines += ["", f"{inline(pair)}, {block[0]['n']} test rows" + f", set {number}" * several]
         for row in block:
             lines.append(_aligned(cells[rows.index(row)], widths))
             if row["warnings"]:

@@ -9,21 +9,26 @@ have the mean state.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
 from align.layers import LayerPair
+from align.results import TokenFit
 from align.tokens.table import TokenTable, table_key
-from featstore.errors import AdapterError
+from featstore.errors import AdapterError, CorruptDataError
+from featstore.runtime.provenance import parse_json
+from featstore.runtime.records import EMPTY, Fault, Record, Table, Whole, parsed, retold, shown
+from featstore.runtime.tensors import opened
 from featstore.runtime.writing import cannot_write, replacing_by_name, system_error
 
 FILE = "tokens.safetensors"
 VERSION = 1
 _PARTS = ("ids", "states", "mean")
+_REMEDY = "the run is damaged: restore it or train it again"
 
 
 def save_tables(directory: Path, tables: Mapping[str, TokenTable], pairs: Iterable[LayerPair], *, store: str) -> None:
@@ -76,7 +81,7 @@ class TokenFile:
     path: Path
     store: str
     pairs: Mapping[str, str]
-    facts: Mapping[str, dict[str, Any]]
+    facts: Mapping[str, TokenFit]
 
     def table(self, pair: str) -> TokenTable:
         """The table of a layer pair. Tokens that are not in it are predicted to have the mean state.
@@ -87,22 +92,42 @@ class TokenFile:
         Raises:
             AdapterError: The run has no table for it, or the file is damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
         if pair not in self.pairs:
             raise AdapterError(
                 f"{self.path} has no token baseline of {pair!r}; it has those of {', '.join(self.pairs) or 'no pair'}"
             )
         key = self.pairs[pair]
-        try:
-            with safe_open(self.path, framework="numpy") as tensors:
-                ids, states, mean = (tensors.get_tensor(f"{key}.{part}") for part in _PARTS)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(self.path, error) from error
-        kinds = (ids.dtype, states.dtype, mean.dtype) == (np.int64, np.float32, np.float32)
-        if not (kinds and ids.ndim == 1 and states.shape == (*ids.shape, *mean.shape) and (np.diff(ids) > 0).all()):
-            raise _damaged(self.path, f"its table {key} has ids {ids.shape}, states {states.shape}, mean {mean.shape}")
-        return TokenTable(ids, states, mean, dict(self.facts.get(key, {})))
+        with opened(self.path, AdapterError, remedy=_REMEDY) as tensors:
+            mean = tensors.finite(f"{key}.mean", (None,))
+            ids = tensors.read(f"{key}.ids", "I64", (None,))
+            states = tensors.finite(f"{key}.states", (len(ids), len(mean)))
+            if (np.diff(ids) <= 0).any() or (len(ids) and ids[0] < 0):
+                raise tensors.damaged(f"{key + '.ids'!r} is not ascending from 0 on")
+        return TokenTable(ids, states, mean, self.facts[key].content() if key in self.facts else {})
+
+
+class TokenAbout(Record):
+    """What the file says of its tables, as JSON under ``about`` in its metadata.
+
+    Attributes:
+        format: Version of this file, 1.
+        store: Fingerprint of the store they were fitted on.
+        tables: How each was fitted, by its key.
+        pairs: Key of its table by layer pair.
+    """
+
+    always: ClassVar[tuple[str, ...]] = ("format", "store", "tables", "pairs")
+
+    format: Whole = VERSION
+    store: str = ""
+    tables: Table[TokenFit] = EMPTY
+    pairs: Table[str] = EMPTY
+
+    def faults(self) -> Iterator[Fault]:
+        """A layer pair whose table is not there."""
+        for pair, key in self.pairs.items():
+            if key not in self.tables:
+                yield ("pairs", pair), f"is {shown(key)}, expected one of tables"
 
 
 def load_tables(directory: Path) -> TokenFile:
@@ -114,23 +139,24 @@ def load_tables(directory: Path) -> TokenFile:
     Raises:
         AdapterError: There are none, they are of a newer format, or the file is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(directory) / FILE
     if not path.is_file():
         raise AdapterError(
             f"{str(directory)!r} has no {FILE}: it was made by an earlier version, or its store holds no rows; train "
             "it again with `align train`"
         )
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            about = json.loads((tensors.metadata() or {})["about"])
-        if about["format"] != VERSION:
-            raise AdapterError(f"{path} has format {about['format']!r}, this version reads {VERSION}; upgrade")
-        return TokenFile(path, str(about["store"]), dict(about["pairs"]), dict(about["tables"]))
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, why: object) -> AdapterError:
-    return AdapterError(f"{path} is damaged ({why}); train the run again")
+    with opened(path, AdapterError, remedy=_REMEDY) as tensors:
+        text, where = tensors.metadata.get("about", "{}").encode(errors="replace"), f"{path}, about"
+        try:
+            version = parse_json(text, where).get("format")
+            if isinstance(version, int) and version > VERSION:
+                raise AdapterError(f"{path} has format {shown(version)}, this version reads {VERSION}; upgrade")
+            about = parsed(TokenAbout, text, where, remedy=_REMEDY)
+        except CorruptDataError as error:
+            raise retold(error, AdapterError, _REMEDY) from error
+        for key in about.tables:
+            # What a later step reads is compared with what is there before anything is computed.
+            for part in _PARTS:
+                if f"{key}.{part}" not in tensors.heads:
+                    raise tensors.damaged(f"has no tensor {shown(f'{key}.{part}')}")
+    return TokenFile(path, about.store, about.pairs, about.tables)

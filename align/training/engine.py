@@ -273,10 +273,14 @@ class Engine:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         with torch.no_grad():
             for name, weight, mean in zip(self._names, self._weights, self._means, strict=True):
-                weight.copy_(tensors[f"weight.{name}"])
-                mean.copy_(tensors[f"average.{name}"])
                 prefix = f"adam.{name}."
                 moments = {key: value for key, value in tensors.items() if key.startswith(prefix)}
+                for key in (f"weight.{name}", f"average.{name}", *moments):
+                    # Copying would spread a smaller tensor over a larger one; AdamW's step is a number.
+                    if tensors[key].shape != (() if key == f"{prefix}step" else weight.shape):
+                        raise ValueError(f"{key} is of shape {tuple(tensors[key].shape)}, not {tuple(weight.shape)}")
+                weight.copy_(tensors[f"weight.{name}"])
+                mean.copy_(tensors[f"average.{name}"])
                 self._optimiser.state[weight] = {
                     key.removeprefix(prefix): value.to(weight.device, copy=True) for key, value in moments.items()
                 }

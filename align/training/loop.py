@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from align.moments.scatter import Array
 from align.scoring.rows import Epoch, score_all
 from align.training import losses
 from align.training.building import as_aligner, build_module, target_unit
-from align.training.checkpoint import read_checkpoint, write_checkpoint
+from align.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from align.training.engine import Engine, Objective, accelerator_for, precision_of
 from align.training.feed import pairs_digest, rows_on
 from align.training.plan import TrainingPlan
@@ -184,7 +184,7 @@ class Training:
             self._evaluate(time.perf_counter(), None, {})
             self._save()
         else:
-            self._restore(found.tensors, found.progress)
+            self._restore(found)
         progress = self.progress
         while progress.reason is None:
             self._epoch()
@@ -366,22 +366,29 @@ class Training:
         best = {f"best.{name}": tensor for name, tensor in self.best.tensors.items()}
         write_checkpoint(self.checkpoint, {**self.engine.state(), **best}, asdict(self.progress), self.identity)
 
-    def _restore(self, tensors: Mapping[str, Any], progress: dict[str, Any]) -> None:
+    def _restore(self, found: Checkpoint) -> None:
         """Go on from a state, and tell again what was told by then, in the same order."""
-        self.progress = Progress(**progress)
-        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("best.")}
-        self.engine.restore(own, self.progress.taken)
-        best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name not in own}
+        self.progress = found.counters(Progress)
+        if self.progress.step > self.steps or len(self.progress.records) != self.progress.epoch:
+            raise found.damaged("its progress names steps or epochs that this training does not have")
+        own = {name: tensor for name, tensor in found.tensors.items() if not name.startswith("best.")}
+        try:
+            self.engine.restore(own, self.progress.taken)
+            records = [Epoch(**record) for record in self.progress.records]
+            events = [(event["epoch"], dict(event)) for event in self.progress.events]
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise found.damaged(f"it does not fit this training ({' '.join(str(error).split())})") from error
+        best = {name: found.array(f"best.{name}", tensor.shape) for name, tensor in self.best.tensors.items()}
         self.best = replace(self.best, tensors=best)
         if not self.main:
             return
-        for record in self.progress.records:
-            for event in self.progress.events:
-                if event["epoch"] == record["epoch"]:
-                    self.on_step(dict(event))
-            self.on_epoch(Epoch(**record))
-        for event in self.progress.events:
-            if event["epoch"] == self.progress.epoch:
-                self.on_step(dict(event))
+        for record in records:
+            for epoch, event in events:
+                if epoch == record.epoch:
+                    self.on_step(event)
+            self.on_epoch(record)
+        for epoch, event in events:
+            if epoch == self.progress.epoch:
+                self.on_step(event)
         done = (len(self.progress.records) - 1) * len(self.train)
         self.tick(done + self.progress.rows)

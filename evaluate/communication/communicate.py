@@ -61,6 +61,7 @@ from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
 from featstore.errors import SpecError
 from featstore.models.devices import DeviceMap
 from featstore.models.probe.prove import Needs
+from featstore.models.references import NOTHING, Allowed
 from featstore.runtime.console import Tick, progress
 from featstore.store.format.elements import Format
 
@@ -167,6 +168,7 @@ def prepare(
     seed: int = 0,
     models: Mapping[str, Loaded] | None = None,
     allow_side_channel: bool = False,
+    allowed: Allowed = NOTHING,
     quiet: bool = False,
 ) -> Exchange:
     """Resolve a run for tasks: choose its maps and load its models.
@@ -187,10 +189,12 @@ def prepare(
         seed: Of the controls.
         models: The run's models where they are loaded already.
         allow_side_channel: Whether layers are taken that leak past the stream; the leak stands beside the figures.
+        allowed: Whether models are loaded that the card names and the user has not, and pickled weights read.
         quiet: No progress.
 
     Raises:
         AdapterError: A map does not fit its card, or the card does not fit the models.
+        StrangeReferenceError: The card names a model that the user has not named.
         ProbeError: A layer has a side channel, or a model cannot go on from a prompt.
         SpecError: The run has no such layer, or the format cannot travel.
     """
@@ -217,6 +221,7 @@ def prepare(
         given=models,
         needs={name: Needs(continuing=True, layers=answering.get(name, ())) for name in names},
         allow_side_channel=allow_side_channel,
+        allowed=allowed,
     ).load_all()
     # Where hiding fails, states for a whole context cannot be told from the context itself: those conditions are left
     # out, with the reason, and the others run.

@@ -13,6 +13,7 @@ from scipy.stats import t as student
 from align.statistics import holm, paired_proportions, ratio
 from evaluate.injection.verified import leak_mark, leak_words
 from featstore.runtime.console import human_bytes
+from featstore.runtime.visible import inline
 
 METHODS = ("replace", "sum", "mean", "aligned")
 CONTROLS = ("random", "shuffled")
@@ -258,7 +259,7 @@ def describe(result: Mapping[str, Any]) -> str:
     lines = []
     for key, entry in result["tasks"].items():
         lines.append(
-            f"{key}: {entry['source']} reads, {entry['target']} answers; {entry['n']} examples{_of(entry)}, "
+            f"{inline(key)}: {entry['source']} reads, {entry['target']} answers; {entry['n']} examples{_of(entry)}, "
             f"chance {entry['chance']:.1%} ({entry['chance_is']})"
         )
         pair, beside = None, ""

@@ -29,6 +29,7 @@ from featstore.errors import SpecError
 from featstore.models.devices import DeviceMap
 from featstore.models.injection import Injection, aligned
 from featstore.models.probe.prove import Needs
+from featstore.models.references import NOTHING, Allowed
 from featstore.models.sampling import Sampling
 from featstore.runtime.console import progress
 from featstore.text.tokens import TokenizedWindow
@@ -88,6 +89,7 @@ def generate(
     conditions: Sequence[str] = CONDITIONS,
     models: Mapping[str, Loaded] | None = None,
     allow_side_channel: bool = False,
+    allowed: Allowed = NOTHING,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Continue every prompt in every condition.
@@ -106,6 +108,7 @@ def generate(
         conditions: Which of :data:`CONDITIONS` to write texts in, besides each model alone.
         models: The run's models where they are loaded already.
         allow_side_channel: Whether layers are taken that leak past the stream; the leak stands beside the texts.
+        allowed: Whether models are loaded that the card names and the user has not, and pickled weights read.
         quiet: No progress.
 
     Returns:
@@ -115,6 +118,7 @@ def generate(
     Raises:
         AdapterError: The run is damaged or does not fit a model.
         ModelLoadError: A model is not at hand.
+        StrangeReferenceError: The card names a model that the user has not named.
         ProbeError: A layer has a side channel, or a model cannot go on from a prompt.
         SpecError: A prompt has no tokens or is longer than a model's context, there is none, or no such layer.
     """
@@ -139,6 +143,7 @@ def generate(
         given=models,
         needs=needs,
         allow_side_channel=allow_side_channel,
+        allowed=allowed,
     )
     # Both models and all prompts are known to fit before the wait for the weights.
     shorten = "shorten it or use a smaller --max-new-tokens"

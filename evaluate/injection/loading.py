@@ -13,20 +13,24 @@ from align.maps.fitted import Adapter, Aligner
 from featstore.errors import AdapterError, SpecError
 from featstore.models import loading as models
 from featstore.models import residual as sites
+from featstore.models.attention import AUTO, parse_attention
 from featstore.models.devices import DeviceMap, check_models, input_device, place, resolve_dtype
 from featstore.models.fingerprint import SCHEME, UNKNOWN, Weights
 from featstore.models.probe.prove import Needs, Proven, further, key_of, prove
 from featstore.models.probe.refusals import refuse_continuing, refuse_hiding, refuse_injecting
-from featstore.models.references import ModelSpec, parse_layers, parse_models
+from featstore.models.references import NOTHING, Allowed, ModelSpec, parse_layers, parse_models
 from featstore.models.stack import embedding_rows, residual_stream
+from featstore.models.trust import remember, vouch
 from featstore.models.verdict import Verdict
 from featstore.models.weights import sampled_fingerprint, weights_fingerprint, weights_of
 from featstore.runtime.console import err
 from featstore.text import tokens
 
 #: What injecting needs of a card, and of its entry for every model of a map.
-_CARD = (("type",), ("store", "fingerprint"), ("mask", "sink_threshold"))
+_IN_CARD = (("type",), ("store", "fingerprint"), ("mask", "sink_threshold"))
 _MODEL = ("reference", "depth", "width", "config_sha256", "tokenizer_sha256", "median_norm")
+#: What a card may leave open: states made elsewhere have no model that could be compared.
+_OPEN = ("reference", "config_sha256", "tokenizer_sha256")
 #: What is compared of a model, by the name that a message gives it, and where a card has it.
 _ENTRIES = {
     "depth": "depth",
@@ -142,6 +146,7 @@ def check(
     device: str = "auto",
     dtype: str = "auto",
     device_map: DeviceMap | None = None,
+    allowed: Allowed = NOTHING,
 ) -> Known:
     """Find a model of a run and compare it with the card: all that can be wrong before the wait for its weights.
 
@@ -152,22 +157,47 @@ def check(
         device: Where it is to run.
         dtype: Compute dtype.
         device_map: Where its modules are to go, instead of one device.
+        allowed: Whether a model is read that the card names and the user has not, and pickled weights.
 
     Raises:
+        StrangeReferenceError: The card names a model that the user has not named.
         AdapterError: The model at hand is not the one the adapter was fitted to.
         ModelLoadError: There is none.
         SpecError: An override names a model the run does not have, or the device or dtype is unknown.
     """
-    card = adapter.card["models"]
-    moved = {spec.name: spec for spec in parse_models(overrides)}
-    _check_names(adapter, moved)
-    check_models(device_map, card)
+    check_models(device_map, adapter.card["models"])
     where = place(device, device_map, name)
     resolve_dtype(dtype, where.device)
-    entry = card[name]
-    known = _known(adapter, moved.get(name, ModelSpec(name, entry["reference"], entry.get("revision"))))
+    _attention(adapter, name)
+    [spec] = _specs(adapter, [name], overrides, allowed)
+    known = _known(adapter, spec)
     models.check_place(known.spec, where)
     return known
+
+
+def _specs(
+    adapter: Adapter, names: Sequence[str], overrides: Sequence[str], allowed: Allowed, *, quiet: bool = False
+) -> list[ModelSpec]:
+    """Where models of a run are: where the user says, else where the card says and the user has named or allows."""
+    typed = {spec.name: spec for spec in parse_models(overrides, allowed)}
+    _check_names(adapter, typed)
+    remember(typed.values(), quiet=quiet)
+    held = {name: _reference(adapter, name, allowed) for name in names if name not in typed}
+    vouch(list(held.values()), _card(adapter), quiet=quiet)
+    return [typed.get(name) or held[name] for name in names]
+
+
+def _reference(adapter: Adapter, name: str, allowed: Allowed) -> ModelSpec:
+    """Where a run's card says that a model is."""
+    entry = adapter.card["models"][name]
+    reference, revision = entry["reference"], entry.get("revision")
+    if not isinstance(reference, str) or not isinstance(revision, str | None):
+        raise AdapterError(f"{_card(adapter)} says of {name!r} no reference that is text; train it again")
+    return ModelSpec(name, reference, revision, allowed)
+
+
+def _card(adapter: Adapter) -> str:
+    return f"the card of {adapter.directory}"
 
 
 def _check_names(adapter: Adapter, names: Iterable[str]) -> None:
@@ -215,8 +245,10 @@ class Models:
         given: Those that are loaded already, by name.
         needs: By name what is about to be done with a model; the tests that this needs are run when it is loaded.
         allow_side_channel: Whether layers are taken that leak past the stream.
+        allowed: Whether models are loaded that the card names and the user has not, and pickled weights read.
 
     Raises:
+        StrangeReferenceError: The card names models that the user has not named; the message shows all of them.
         AdapterError: A model at hand is not the one the adapter was fitted to.
         ModelLoadError: There is none.
         SpecError: An override names a model the run does not have, or the device or dtype is unknown.
@@ -235,6 +267,7 @@ class Models:
         given: Mapping[str, Loaded] | None = None,
         needs: Mapping[str, Needs] | None = None,
         allow_side_channel: bool = False,
+        allowed: Allowed = NOTHING,
     ) -> None:
         self._needs, self._allow = needs or {}, allow_side_channel
         self._adapter, self._quiet = adapter, quiet
@@ -242,11 +275,10 @@ class Models:
         self._given = given or {}
         self.names = tuple(dict.fromkeys(names))
         """Without repetition, in their order."""
-        self._known = {
-            name: check(adapter, name, overrides, device=device, dtype=dtype, device_map=device_map)
-            for name in self.names
-            if name not in self._given
-        }
+        wanted = [name for name in self.names if name not in self._given]
+        _specs(adapter, wanted, overrides, allowed, quiet=quiet)
+        where: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map}
+        self._known = {name: check(adapter, name, overrides, allowed=allowed, **where) for name in wanted}
         for name, known in self._known.items():
             entry = adapter.card["models"][name]
             if Weights.recorded(entry).whole:
@@ -309,20 +341,24 @@ def load(
 def _load(
     adapter: Adapter, known: Known, *, device: str, dtype: str, device_map: DeviceMap | None, quiet: bool
 ) -> Loaded:
-    entry = adapter.card["models"][known.spec.name]
     if not quiet:
         err.print(f"loading {known.spec.name}{known.info.peculiarities}")
     model = models.load_model(
         known.spec,
         device=device,
         dtype=dtype,
-        attention=entry.get("attention", "auto"),
+        attention=_attention(adapter, known.spec.name),
         device_map=device_map,
     )
     loaded = _loaded(adapter, known, model, weights_of(known.spec, model, quiet=quiet), fresh=True)
     if loaded.verdict.left_out and not quiet:
         err.print(f"{known.spec.name} is read without its {loaded.verdict.left_out}")
     return loaded
+
+
+def _attention(adapter: Adapter, name: str) -> str:
+    """The attention that the states of a card's model came from; cards from before it was named leave it open."""
+    return parse_attention(adapter.card["models"][name].get("attention", AUTO), _card(adapter))
 
 
 def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights, *, fresh: bool = False) -> Loaded:
@@ -350,7 +386,7 @@ def _started(stream: sites.ResidualStream, info: models.ModelInfo) -> sites.Resi
     return replace(stream, start=int(window.ids[0]))
 
 
-def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
+def adopt(adapter: Adapter, name: str, model: Any, allowed: Allowed = NOTHING) -> Loaded:
     """Take a model that is loaded already, and check it as one that is loaded here.
 
     Of weights in memory a sample is compared; of a :class:`Loaded` also the fingerprint of the files it came from.
@@ -360,8 +396,10 @@ def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
         adapter: The run's adapter.
         name: Model name in its card.
         model: A transformers causal language model, or a :class:`Loaded`, of this run or another.
+        allowed: Whether a tokenizer is read from where the card says, though the user has not named that.
 
     Raises:
+        StrangeReferenceError: The model came from nowhere, and the card names a place that the user has not named.
         AdapterError: It is not the model that the adapter was fitted to.
         ModelLoadError: Its tokenizer cannot be found.
         SpecError: The run has no such model.
@@ -382,8 +420,13 @@ def adopt(adapter: Adapter, name: str, model: Any) -> Loaded:
         _check_weights(known.spec, Weights(None, sample), entry, model.model)
         return _loaded(adapter, known, model.model, Weights(model.weights.whole, sample))
     stream = residual_stream(model)
-    place = str(getattr(model, "name_or_path", "") or entry["reference"])
-    spec = ModelSpec(name, place, entry.get("revision") if place == entry["reference"] else None)
+    place = str(getattr(model, "name_or_path", "") or "")
+    if place:
+        # Whoever loaded it named it.
+        spec = ModelSpec(name, place, entry.get("revision") if place == entry["reference"] else None, allowed)
+    else:
+        spec = _reference(adapter, name, allowed)
+        vouch([spec], _card(adapter))
     _compare(adapter, spec, {"depth": stream.depth, "width": stream.width})
     return _loaded(adapter, _known(adapter, spec), model, Weights(None, sampled_fingerprint(model)))
 
@@ -469,13 +512,13 @@ def check_card(adapter: Adapter) -> None:
     """
     pairs = [aligner.pair for aligner in adapter.aligners.values()]
     names = dict.fromkeys(name for pair in pairs for name in (pair.source, pair.target))
-    for path in (*_CARD, *(("models", name, key) for name in names for key in _MODEL)):
+    for path in (*_IN_CARD, *(("models", name, key) for name in names for key in _MODEL)):
         at: Any = adapter.card
         for key in path:
-            if not isinstance(at, Mapping) or key not in at:
+            if not isinstance(at, Mapping) or key not in at or (at[key] is None and key not in _OPEN):
                 raise AdapterError(f"the card of {adapter.directory} lacks {'.'.join(path)}; train it again")
             at = at[key]
     for name in dict.fromkeys(pair.source for pair in pairs):
         verified = adapter.card["models"][name].get("verified")
         if verified is not None:
-            refuse_injecting(name, Verdict.parse(verified, f"the card of {adapter.directory}"), ())
+            refuse_injecting(name, Verdict.parse(verified, _card(adapter)), ())

@@ -18,6 +18,7 @@ from featstore.errors import AdapterError, SpecError
 from featstore.models.aside import aside
 from featstore.models.probe.prove import Needs, prove
 from featstore.models.probe.refusals import refuse_hiding, refuse_injecting
+from featstore.models.references import NOTHING, Allowed
 from featstore.models.residual import ResidualStream
 from featstore.models.stack import residual_stream
 from featstore.runtime.arguments import several, shown, typed
@@ -56,6 +57,7 @@ def live_injection(
     source: Any = None,
     keep: str = "own",
     allow_side_channel: bool = False,
+    allowed: Allowed = NOTHING,
 ) -> LiveInjection:
     """Resolve an injection into a loop of one's own; the arguments are those of :func:`evaluate.api.inject`.
 
@@ -70,6 +72,7 @@ def live_injection(
         source: The source model, with texts.
         keep: ``own`` or ``hide``.
         allow_side_channel: Whether a layer is taken that leaks past the stream.
+        allowed: As of :func:`evaluate.injection.loading.adopt`.
 
     Raises:
         AdapterError: The states do not fit the map, or a model is not the run's.
@@ -83,7 +86,7 @@ def live_injection(
         raise SpecError(f"inject() got {', '.join(named) or 'nothing to inject'}; {_WAYS}")
     aligner = pick(adapter, key)
     if text is not None:
-        return _from_text(model, adapter, aligner, _texts(text), source, keep, allow_side_channel)
+        return _from_text(model, adapter, aligner, _texts(text), source, keep, allow_side_channel, allowed)
     places = _positions(positions)
     if mapped is not None:
         values = tuple(_tensor(each) for each in _by_prompt(mapped, places))
@@ -184,6 +187,7 @@ def _from_text(
     source: Any,
     keep: str,
     allow_side_channel: bool,
+    allowed: Allowed,
 ) -> LiveInjection:
     """States of the source over texts, at the target's positions of the same texts."""
     check_card(adapter)
@@ -192,8 +196,8 @@ def _from_text(
         raise SpecError("there is no text to inject; give one at least")
     if source is None and pair.source != pair.target:
         raise SpecError(f"text= needs source=: the model {pair.source!r}, which reads the text")
-    target = adopt(adapter, pair.target, model)
-    reader = target if source is None else adopt(adapter, pair.source, source)
+    target = adopt(adapter, pair.target, model, allowed)
+    reader = target if source is None else adopt(adapter, pair.source, source, allowed)
     there, here = (
         _read(loaded, texts, layers)
         for loaded, layers in ((reader, pair.source_layers), (target, (pair.target_layer,)))

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.reproduce.programme import Step
-from featstore.errors import CorruptDataError, SpecError
+from evaluate.reproduce.recorded import DONE, FAILED, RUNNING, WAITING, Steps, read_steps, write_steps
+from featstore.errors import AdapterError, CorruptDataError, SpecError
 from featstore.runtime.console import err, human_seconds
-from featstore.runtime.provenance import read_json, write_json
 from featstore.runtime.subcommands import StageError, run_stage
 
 #: What was run, how long it took, what failed.
-RECORD = "steps.json"
-_ENTRY = ("command", "status", "seconds", "error")
-DONE, FAILED, RUNNING, WAITING = "done", "failed", "running", "waiting"
+RECORD = Steps.file
 
 
 class Record:
@@ -37,10 +35,10 @@ class Record:
         if not self._path.exists():
             return
         try:
-            steps = read_json(self._path)["steps"]
-            self._steps = {name: {key: entry[key] for key in _ENTRY} for name, entry in steps.items()}
-        except (CorruptDataError, LookupError, TypeError, AttributeError) as error:
+            found = read_steps(self._path)
+        except (AdapterError, CorruptDataError) as error:
             raise SpecError(f"{self._path} is not a record of steps ({error}); remove it to begin again") from error
+        self._steps = {name: entry.content() for name, entry in found.steps.items()}
 
     def check(self, step: Step) -> None:
         """Refuse to take results of another command for this step's.
@@ -74,7 +72,7 @@ class Record:
         """Write down how a step ended."""
         entry = {"command": self._command(step), "status": status, "seconds": seconds, "error": error}
         self._steps[step.name] = entry
-        write_json(self._path, {"steps": self._steps})
+        write_steps(self._out, Steps.parse({"steps": self._steps}))
 
     def _command(self, step: Step) -> list[str]:
         # Free of the directory's own place, so that it can be moved and gone on with.
@@ -118,7 +116,7 @@ def carry_out(
             missing[step.name] = f"it needs {lacking[0]!r}, which is not done"
             record.note(step, WAITING, error=missing[step.name])
             continue
-        err.print(f"step {number} of {len(steps)}: {step.name}, {human_seconds(seconds)} so far", markup=False)
+        err.print(f"step {number} of {len(steps)}: {step.name}, {human_seconds(seconds)} so far")
         start = time.perf_counter()
         record.note(step, RUNNING)
         try:

@@ -13,10 +13,12 @@ from evaluate.reproduce.places import LAYERS, places
 from evaluate.reproduce.programme import Scale, Step, programme
 from evaluate.reproduce.running import Record, carry_out
 from featstore.errors import SpecError
-from featstore.models.references import parse_models
+from featstore.extraction.named import references_of
+from featstore.models.references import NOTHING, Allowed, parse_models
 from featstore.runtime.console import human_seconds
 from featstore.runtime.quantities import parse_budget
 from featstore.runtime.subcommands import run_stage
+from featstore.runtime.visible import inline
 from featstore.runtime.writing import check_folder, make_folder
 from featstore.store import Store, open_store
 from featstore.text.roles import roles_text
@@ -26,6 +28,8 @@ _DEMO_TEXT = ("--max-documents", "60", "--max-document-bytes", "1200")
 _CACHE = Path(".cache/demo")
 #: Of a store that is made, below the programme's directory.
 _STORE = "store.zarr"
+#: Commands that load models.
+_LOADING = ("extract", "stitch", "generate", "communicate")
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,13 @@ def parse_scale(
 
 
 def reproduce(
-    out: Path, scale: Scale, *, store: Path | None, corpus: Corpus, run: Callable[..., Any] = run_stage
+    out: Path,
+    scale: Scale,
+    *,
+    store: Path | None,
+    corpus: Corpus,
+    allowed: Allowed = NOTHING,
+    run: Callable[..., Any] = run_stage,
 ) -> dict[str, Any]:
     """Carry out the programme, or what is left of it, and write its analysis.
 
@@ -97,6 +107,8 @@ def reproduce(
         scale: How much of everything.
         store: An existing store; None to make one in ``out``.
         corpus: What to make it from.
+        allowed: Whether models are loaded that the store names and the user has not, and pickled weights read. It does
+            not make a step another one.
         run: Runs a command; raises :class:`StageError` where it fails.
 
     Returns:
@@ -104,12 +116,16 @@ def reproduce(
         step, and ``failed`` (why, by step).
 
     Raises:
+        StrangeReferenceError: The store names models that the user has not named.
         StageError: The report could not be written.
         SpecError: The store could not be made, the programme cannot be run on it, or ``out`` holds results of other
             options.
         StoreNotFoundError: There is no store where it should be.
         KeyboardInterrupt: Interrupted; the same command goes on.
     """
+    if store is not None:
+        references_of(open_store(store), (), allowed)  # before the steps that need no model, which take hours
+    run = _allowing(run, allowed)
     first = [] if store is not None else [_extraction(out, corpus, build=True)]
     for name in ("runs", _STORE):
         check_folder(out, name, make=False)
@@ -134,6 +150,17 @@ def reproduce(
         "seconds": seconds,
         "failed": failed,
     }
+
+
+def _allowing(run: Callable[..., Any], allowed: Allowed) -> Callable[..., Any]:
+    """Runs commands, those that load models with what the user allows."""
+    flags = (("--yes", allowed.references), ("--allow-pickle-weights", allowed.pickles))
+    given = tuple(flag for flag, set_ in flags if set_)
+
+    def run_allowing(tool: str, *arguments: str) -> Any:
+        return run(tool, *arguments, *(given if arguments[0] in _LOADING else ()))
+
+    return run_allowing
 
 
 def plan(opened: Store, store: Path, out: Path, scale: Scale) -> list[Step]:
@@ -197,7 +224,7 @@ def describe(result: Mapping[str, Any]) -> str:
         result: From :func:`reproduce`.
     """
     lines = [f"{answer['verdict']:18} {answer['question']} {answer['found']}" for answer in result["answers"]]
-    lines += [f"not done: {name}: {why}" for name, why in result["failed"].items()]
+    lines += [f"not done: {name}: {inline(why)}" for name, why in result["failed"].items()]
     lines.append(f"steps took {human_seconds(sum(result['seconds'].values()))}; read {result['analysis']}")
     return "\n".join(lines)
 

@@ -33,6 +33,7 @@ from featstore.models import residual as sites
 from featstore.models.devices import DeviceMap
 from featstore.models.injection import KEEP, aligned, inject
 from featstore.models.probe.prove import Needs
+from featstore.models.references import NOTHING, Allowed
 from featstore.runtime.console import progress
 from featstore.store import Store
 from featstore.text.roles import role_names
@@ -95,6 +96,7 @@ def measure(
     tokens: Mapping[str, TokenTable | str] | None = None,
     models: Mapping[str, Loaded] | None = None,
     allow_side_channel: bool = False,
+    allowed: Allowed = NOTHING,
     quiet: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Stitched loss of every map of a run, with controls and intervals.
@@ -123,6 +125,7 @@ def measure(
             directory has.
         models: The run's models where they are loaded already.
         allow_side_channel: Whether layers are taken that leak past the stream; the leak stands beside the figures.
+        allowed: Whether models are loaded that the card names and the user has not, and pickled weights read.
         quiet: No progress.
 
     Returns:
@@ -132,6 +135,7 @@ def measure(
         AdapterError: The adapter was fitted from another store, does not fit a model, or is damaged.
         ModelLoadError: A model is not at hand.
         PairingError: As :func:`evaluate.stitching.windows.scored_windows`.
+        StrangeReferenceError: The card names a model that the user has not named.
         ProbeError: A layer has a side channel, or ``hide`` does not hide there.
         SpecError: No such layer, or ``keep`` or a role is unknown.
     """
@@ -170,6 +174,7 @@ def measure(
         given=models,
         needs=needs,
         allow_side_channel=allow_side_channel,
+        allowed=allowed,
     )
     verified: dict[str, Any] = {}
     starts: dict[str, Any] = {}

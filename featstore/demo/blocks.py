@@ -128,7 +128,7 @@ class DemoResult(Record):
     """
 
     file: ClassVar[str] = "demo.json"
-    command: ClassVar[str] = "featstore demo"
+    made_by: ClassVar[str] = "featstore demo"
     always: ClassVar[tuple[str, ...]] = ("blocks",)
 
     blocks: Table[Block] = EMPTY

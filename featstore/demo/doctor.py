@@ -10,25 +10,27 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
 from featstore.errors import FeatstoreError
-from featstore.models.references import ModelSpec, parse_models
+from featstore.models.references import NOTHING, Allowed, ModelSpec, parse_models
 from featstore.runtime.console import human_bytes
 from featstore.runtime.provenance import versions
+from featstore.runtime.visible import inline
 from featstore.store.write.space import free_bytes
 
 if TYPE_CHECKING:
     from featstore.models.loading import ModelInfo
 
 
-def examine(models: Sequence[str], store: Path, *, probe: bool = False, **options: Any) -> dict[str, Any]:
+def examine(
+    models: Sequence[str], store: Path, *, probe: bool = False, allowed: Allowed = NOTHING, **options: Any
+) -> dict[str, Any]:
     """Run all checks.
 
     Args:
         models: ``NAME=REF`` values to check access to.
         store: Where the store would go.
         probe: Load those whose weights lie on this disk and run every test of the instrument on them.
+        allowed: Whether the base of an adapter is read that the user has not named, and pickled weights.
         options: How they are loaded, of :func:`featstore.demo.trial.try_model`.
 
     Returns:
@@ -39,11 +41,16 @@ def examine(models: Sequence[str], store: Path, *, probe: bool = False, **option
     Raises:
         SpecError: A model value does not parse, or an option is unknown.
     """
+    from featstore.models.adapters import with_bases
+    from featstore.models.trust import remember
+
     checks = [_python(), _torch(), _clash(), _disk("store", store), _disk("model cache", _cache())]
     verified: dict[str, Any] = {}
-    for spec in parse_models(models):
+    for spec in parse_models(models, allowed):
         access, info = _access(spec)
         checks.append(access)
+        if info is not None:
+            remember(with_bases([spec]))
         if probe and info is not None:
             tested, verdict = _tested(info, options)
             checks.append(tested)
@@ -150,7 +157,7 @@ def _access(spec: ModelSpec) -> tuple[dict[str, Any], ModelInfo | None]:
 
 def _begins(info: ModelInfo) -> str:
     """What a text begins with, in words."""
-    return "no start token" if info.start_token is None else f"start token {info.start_token['text']}"
+    return "no start token" if info.start_token is None else f"start token {inline(info.start_token['text'])}"
 
 
 def _size(info: ModelInfo) -> str:
@@ -167,9 +174,9 @@ def describe_checks(result: dict[str, Any]) -> str:
     """
     lines = []
     for check in result["checks"]:
-        mark = "[green]ok[/green]  " if check["ok"] else "[red]bad[/red] "
-        lines.append(f"{mark} {check['name']}: {escape(check['finding'])}")
-        lines += [f"     {escape(line)}" for line in check.get("lines", ())]
+        mark = "ok  " if check["ok"] else "bad "
+        lines.append(f"{mark} {check['name']}: {inline(check['finding'])}")
+        lines += [f"     {inline(line)}" for line in check.get("lines", ())]
         if check["remedy"]:
-            lines.append(f"     -> {escape(check['remedy'])}")
+            lines.append(f"     -> {inline(check['remedy'])}")
     return "\n".join(lines)

@@ -30,6 +30,8 @@ from featstore.demo.assets import MODEL, PIECES, Assets, fetch_assets
 from featstore.demo.building import WEIGHTS, is_built, locked, replacing, require_space, save_model
 from featstore.demo.sample import sample_path
 from featstore.demo.twin import EMBEDDING, HEAD, fold_and_rotate, pool_rows, random_orthogonal
+from featstore.models.references import ModelSpec
+from featstore.models.trust import remember
 from featstore.runtime.console import err
 from featstore.runtime.provenance import write_json
 
@@ -118,6 +120,7 @@ def build_pair(out: Path, cache: Path, *, seed: int = 0, same_tokenizer: bool = 
             err.print(f"folding, rotating and re-tokenising it into {target} (about 15 s)")
             with replacing(target, target_card) as aside:
                 _write_twin(source, aside, seed, None if same_tokenizer else assets.pieces)
+    remember([ModelSpec(kind, str(place)) for kind, place in (("source", source), ("target", target))], quiet=True)
     return DemoPair(source=source, target=target, rotation=target / _ROTATION, seed=seed)
 
 

@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from featstore.demo.building import WEIGHTS, is_built, locked, replacing, require_space, save_model
 from featstore.demo.sample import sample_path
 from featstore.errors import CorruptDataError
+from featstore.models.references import ModelSpec
+from featstore.models.trust import remember
 from featstore.runtime.console import err
 
 #: The shipped files that make the model what it is.
@@ -95,6 +97,9 @@ def build_small(out: Path, *, seed: int = 0) -> SmallModels:
             err.print(f"drawing untrained weights into {untrained}")
             with replacing(untrained, untrained_card) as aside:
                 _write_untrained(aside, seed)
+    remember(
+        [ModelSpec(kind, str(place)) for kind, place in (("trained", trained), ("untrained", untrained))], quiet=True
+    )
     return SmallModels(trained=trained, untrained=untrained, seed=seed)
 
 

@@ -41,7 +41,7 @@ def try_model(
     """
     spec = info.spec
     if not quiet:
-        err.print(f"loading {spec.name} ({spec.ref}){info.peculiarities}", markup=False)
+        err.print(f"loading {spec.name} ({spec.ref}){info.peculiarities}")
     model = load_model(spec, device=device, dtype=dtype, attention=attention, device_map=device_map)
     key = key_of(model, weights=weights_fingerprint(spec, quiet=quiet), config=info.config_hash)
     needs = everything(residual_stream(model))

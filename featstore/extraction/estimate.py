@@ -103,6 +103,6 @@ def describe(result: dict[str, Any]) -> str:
         )
     if result["moment_bytes"]:
         lines.append(f"moments (and norms, where there are no rows): {human_bytes(result['moment_bytes'])}")
-    verdict = "fits" if result["fits"] else f"[bold]does not fit[/bold]: {result['remedy']}"
+    verdict = "fits" if result["fits"] else f"does not fit: {result['remedy']}"
     lines.append(f"in all {human_bytes(result['bytes'])}; {human_bytes(result['free_bytes'])} are free: {verdict}")
     return "\n".join(lines)

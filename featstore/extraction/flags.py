@@ -11,6 +11,7 @@ from typing import Any
 
 from featstore.errors import SpecError
 from featstore.extraction.settings import Settings
+from featstore.models.attention import parse_attention
 from featstore.runtime.quantities import parse_budget, parse_bytes
 
 #: Smallest value of every flag that is a number.
@@ -25,6 +26,8 @@ MINIMUM: dict[str, float] = {
     "generate": 1,
     "temperature": 0.0,
 }
+#: Where to write, where to compute, with how much memory and how much trust.
+_NEVER_FROM_A_STORE = ("store", "device", "device_map", "moments_memory", "yes", "allow_pickle_weights")
 #: Flags whose name is not that of the settings' field.
 _FLAG = {"form": "format", "attention": "attn"}
 
@@ -42,10 +45,9 @@ def parse_settings(given: Mapping[str, Any], *, moments: bool = False, moments_o
         SpecError: A value of another kind, or one that is too small; the message names the flag.
     """
     chosen = {name: _PARSERS[name](name, value) for name, value in given.items() if value is not None}
-    always = {name: chosen.pop(name) for name in ("store", "device", "device_map", "moments_memory") if name in chosen}
+    always = {name: chosen.pop(name) for name in _NEVER_FROM_A_STORE if name in chosen}
     if moments or moments_only:
         chosen["moments"] = "only" if moments_only else "add"
-    # Where to write, where to compute and with how much memory is never taken from a store.
     return Settings(**always, **chosen, given=frozenset(chosen))
 
 
@@ -132,7 +134,20 @@ def _device_map(name: str, value: Any) -> Any:
     return parse_device_map(value)
 
 
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise SpecError(f"{flag(name)} {value!r}: give True or False, not {type(value).__name__}")
+    return value
+
+
+def _attention(name: str, value: Any) -> str:
+    return parse_attention(_text(name, value), flag(name))
+
+
 _PARSERS: dict[str, Callable[[str, Any], Any]] = {
+    "attention": _attention,
+    "yes": _switch,
+    "allow_pickle_weights": _switch,
     "model": _texts,
     "layers": _texts,
     "store": _path,
@@ -151,7 +166,6 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
             "layer_0",
             "device",
             "dtype",
-            "attention",
         ),
         _text,
     ),

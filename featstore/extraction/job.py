@@ -15,13 +15,18 @@ from featstore.errors import SpecError, StoreStateError
 from featstore.extraction.asking import asking, generation_of, held_answers, writers
 from featstore.extraction.compute import Compute
 from featstore.extraction.generating import Answering
+from featstore.extraction.named import vouch_for
 from featstore.extraction.proof import measured, verdicts
 from featstore.extraction.recorded import TEXT_FIELDS, Recorded, inherit, read_recorded
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
+from featstore.models.adapters import with_bases
+from featstore.models.attention import AUTO, parse_attention
 from featstore.models.devices import check_models
+from featstore.models.skeletons import choose_attention
 from featstore.models.tokenizers import check_control_tokens, start_missing
+from featstore.models.trust import remember, vouch_for_text
 from featstore.models.verdict import Verdict
 from featstore.runtime.console import err, progress
 from featstore.runtime.provenance import read_json
@@ -139,7 +144,7 @@ class Job:
         return f"--max-tokens {fit} would fit, or fewer --layers, or another disk with --store"
 
 
-def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Job:
+def prepare(settings: Settings, *, quiet: bool = False, load: bool = True, typed: bool = True) -> Job:
     """Load configurations and tokenizers, check every flag, test new models, read the text and make the plan.
 
     Nothing is written to the store.
@@ -149,21 +154,28 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
         quiet: No progress.
         load: Load models that have not been tested yet even if that means to download them; without it the
             configurations of such models are believed.
+        typed: The models and the text that are given were typed by the user, who is not asked about them again; without
+            it, they were vouched for before.
 
     Raises:
+        StrangeReferenceError: The store names a model or a text that is needed and that the user has not named.
         FeatstoreError: Anything wrong with models, layers, text, flags or the store that is there.
     """
     check_choice(settings.normalise)
     recorded = read_recorded(settings.store)
+    named = settings.model if recorded is None or settings.was_given("model") else ()
     if recorded:
         settings = inherit(settings, recorded)
     if settings.moments not in ("none", "add", "only"):
         raise SpecError(f"moments {settings.moments!r}: choose none, add or only")
     if settings.moments == "only" and recorded:
         # Moments are of two models at a time: one that joins is summed with each of the others.
-        typed = {text.partition("=")[0] for text in settings.model}
-        kept = [text for name, text in recorded.references().items() if name not in typed]
+        joining = {text.partition("=")[0] for text in settings.model}
+        kept = [text for name, text in recorded.references().items() if name not in joining]
         settings = replace(settings, model=(*kept, *settings.model))
+    if recorded:
+        theirs = [text for text in recorded.references().values() if text in settings.model and text not in named]
+        vouch_for(theirs, settings.store, settings.allowed, quiet=quiet)
     encoding = Encoding(parse_format(settings.form), parse_layout(settings.layout), settings.shard_rows)
     chunk = encoding.layout.chunk_rows
     if encoding.shard_rows < 1 or encoding.shard_rows % chunk:
@@ -175,11 +187,16 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
     source = parse_source(settings.dataset, settings.text_field)
     check_control_tokens(settings.control_tokens)
     _refuse_other_control_tokens(settings, recorded)
-    infos = {s.name: models.inspect_model(s, settings.control_tokens) for s in spec.parse_models(settings.model)}
+    specs = spec.parse_models(settings.model, settings.allowed)
+    infos = {one.name: models.inspect_model(one, settings.control_tokens) for one in specs}
+    if typed:
+        own_text = recorded is None or settings.was_given("dataset")
+        own = [one for text, one in zip(settings.model, specs, strict=True) if text in named]
+        remember(with_bases(own), text=source if own_text else None, quiet=quiet)
     for name, info in infos.items():
         missing = start_missing(name, info.start_token, info.start_token_asked)
         if missing and not quiet:
-            err.print(missing, markup=False, highlight=False, soft_wrap=True)
+            err.print(missing)
     if settings.normalise == "auto":
         any_does = any(normalises(info.tokenizer) for info in infos.values())
         settings = replace(settings, normalise="nfc" if any_does else "none")
@@ -191,10 +208,7 @@ def prepare(settings: Settings, *, quiet: bool = False, load: bool = True) -> Jo
         if not tokens.prove(info.tokenizer, name).told and not quiet:
             err.print(
                 f"model {name!r}: its tokens' bytes cannot be told, so byte ends are those of its offsets, and a token "
-                "that shares a character with the next one does not pair",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
+                "that shares a character with the next one does not pair"
             )
     compute = _compute(settings, infos, recorded)
     found = verdicts(infos, compute, recorded, table=settings.layer_0 == "table", quiet=quiet, load=load)
@@ -258,16 +272,16 @@ def _compute(settings: Settings, infos: dict[str, models.ModelInfo], recorded: R
 
 def _attention(settings: Settings, info: models.ModelInfo, recorded: Recorded | None) -> str:
     """What was typed; else what the store says that this model ran, or its models did; else the model's own."""
-    if settings.attention != "auto":
-        return models.choose_attention(info.spec, settings.attention)
+    if parse_attention(settings.attention, "--attn") != AUTO:
+        return choose_attention(info.spec, settings.attention)
     held, name = recorded.attention() if recorded else {}, info.spec.name
     if recorded and name in held and recorded.begun(name):
         return held[name]
     agreed = {held[name]} if name in held else set(held.values())
     for one in agreed if len(agreed) == 1 else ():
         with suppress(SpecError):
-            return models.choose_attention(info.spec, one)
-    return models.choose_attention(info.spec)
+            return choose_attention(info.spec, one)
+    return choose_attention(info.spec)
 
 
 def _held_layers(
@@ -289,22 +303,21 @@ def _plan(
     """From the store's own text where no flag asks for other text, else from the source."""
     date = recorded.date if recorded else DATE
     if recorded is not None and recorded.empty:
-        return _read_source(settings, source, infos, date, asked, quiet=quiet)
+        return _read_source(settings, source, infos, recorded, asked, quiet=quiet)
     held = recorded.text() if recorded else None
     if recorded is None or held is None:
-        fresh = _read_source(settings, source, infos, date, asked, quiet=quiet)
+        fresh = _read_source(settings, source, infos, recorded, asked, quiet=quiet)
         return replace(fresh, segments=recorded.segments) if recorded else fresh
     planned, tables = held
     if any(settings.given is None or name in settings.given for name in TEXT_FIELDS):
         # The budget counts the tokens of the models that the store was planned with.
-        counted = {
-            name: infos.get(name) or models.inspect_model(spec.parse_model(reference), settings.control_tokens)
-            for name, reference in recorded.references().items()
-            if name in tables
-        }
+        planned_with = {name: text for name, text in recorded.references().items() if name in tables}
+        vouch_for((t for n, t in planned_with.items() if n not in infos), settings.store, settings.allowed, quiet=quiet)
+        others = {name: spec.parse_model(text, settings.allowed) for name, text in planned_with.items()}
+        counted = {n: infos.get(n) or models.inspect_model(s, settings.control_tokens) for n, s in others.items()}
         if asked is not None:
             asked.known = held_answers(recorded, planned, asked.generation)
-        fresh = _read_source(settings, source, counted or infos, date, asked, quiet=quiet)
+        fresh = _read_source(settings, source, counted or infos, recorded, asked, quiet=quiet)
         if fresh.corpus.hash != planned.hash:
             return _grown(settings, recorded, planned, fresh, infos)
         planned, tables = fresh.corpus, dict(fresh.models)
@@ -367,11 +380,13 @@ def _read_source(
     settings: Settings,
     source: Source,
     infos: dict[str, models.ModelInfo],
-    date: str,
+    recorded: Recorded | None,
     asked: Answering | None,
     *,
     quiet: bool,
 ) -> Plan:
+    if recorded is not None and not settings.was_given("dataset"):
+        vouch_for_text(source, str(recorded.path), settings.allowed, quiet=quiet)
     read = documents(
         normalised(shuffled(iter_texts(source), settings.seed), settings.normalise),
         max_documents=settings.max_documents,
@@ -389,6 +404,6 @@ def _read_source(
             shard_rows=settings.shard_rows,
             contexts={name: info.context for name, info in infos.items()},
             settings=_text_settings(settings, source),
-            date=date,
+            date=recorded.date if recorded else DATE,
             tick=tick,
         )

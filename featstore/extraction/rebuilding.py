@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from featstore.errors import CorpusError, FeatstoreError, ModelLoadError, OffsetError, StoreStateError
-from featstore.extraction.recorded import references_of
+from featstore.extraction.named import references_of
 from featstore.models import loading as models
-from featstore.models.references import parse_model
+from featstore.models.references import NOTHING, Allowed, parse_model
 from featstore.models.tokenizers import held_control_tokens
 from featstore.runtime.console import human, progress
 from featstore.runtime.provenance import digest
@@ -33,7 +33,9 @@ from featstore.text.planning import plan_model
 _TOLD = ("tokenizer_sha256", "start_token", "start_token_asked")
 
 
-def rebuild(path: Path, model: Sequence[str] = (), *, quiet: bool = False) -> dict[str, Any]:
+def rebuild(
+    path: Path, model: Sequence[str] = (), allowed: Allowed = NOTHING, *, quiet: bool = False
+) -> dict[str, Any]:
     """Derive a store's token tables, masks, pairs and moments again; one of version 1 becomes one of this version.
 
     Killed, it goes on when it is called again.
@@ -41,6 +43,7 @@ def rebuild(path: Path, model: Sequence[str] = (), *, quiet: bool = False) -> di
     Args:
         path: The store.
         model: ``NAME=REF`` of models that are elsewhere now; their tokenizers are enough.
+        allowed: Whether tokenizers are read that the store names and the user has not.
         quiet: No progress.
 
     Returns:
@@ -51,11 +54,12 @@ def rebuild(path: Path, model: Sequence[str] = (), *, quiet: bool = False) -> di
         StoreStateError: A tokenizer gives other ids than those that are stored, the store is unfinished, or moments
             cannot be summed again. Nothing has been changed then.
         SpecError: A name that is not in the store.
+        StrangeReferenceError: The store names a model that the user has not named.
         StoreBusyError: Another process writes to it.
     """
     with adding_to(path, rebuild=True) as writer:
         store = writer.view
-        infos = _tokenizers(store, model)
+        infos = _tokenizers(store, model, allowed, quiet=quiet)
         planned = PlannedCorpus(**vars(store.corpus))
         tables = {name: _table(store, planned, info, quiet=quiet) for name, info in infos.items()}
         report = rebuild_store(writer, tables, quiet=quiet)
@@ -92,9 +96,9 @@ def describe_rebuild(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _tokenizers(store: Store, model: Sequence[str]) -> dict[str, models.ModelInfo]:
+def _tokenizers(store: Store, model: Sequence[str], allowed: Allowed, *, quiet: bool) -> dict[str, models.ModelInfo]:
     """What is known of every model of a store, with its tokenizer set to read control tokens as the store's were."""
-    references = references_of(store, model)
+    references = references_of(store, model, allowed, quiet=quiet)
     found = {}
     for name in store.models:
         if name not in references:
@@ -104,7 +108,7 @@ def _tokenizers(store: Store, model: Sequence[str]) -> dict[str, models.ModelInf
         try:
             # Stores from before there was a choice kept control tokens that the text quotes as they are.
             kept = held_control_tokens(store.attributes["corpus"])
-            found[name] = models.inspect_model(parse_model(references[name]), kept)
+            found[name] = models.inspect_model(parse_model(references[name], allowed), kept)
         except FeatstoreError as error:
             raise ModelLoadError(
                 f"the tokenizer of {name!r} is needed: {error}; say where it is with --model {name}=REF"

@@ -6,16 +6,17 @@ larger budget all go through here, and whatever contradicts the store is named b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featstore.errors import CorruptDataError, SpecError, StoreFormatError, StoreStateError
+from featstore.errors import CorruptDataError, StoreFormatError, StoreStateError
+from featstore.extraction.named import reference_of
 from featstore.extraction.settings import Settings
-from featstore.models.references import parse_model
+from featstore.models.attention import parse_attention
 from featstore.models.tokenizers import held_control_tokens
 from featstore.models.verdict import Verdict
 from featstore.runtime.provenance import read_json
@@ -140,8 +141,12 @@ class Recorded:
         return found
 
     def attention(self) -> dict[str, str]:
-        """The attention implementation that each model ran."""
-        return {name: str(attributes["attention"]) for name, attributes in self.models.items()}
+        """The attention implementation that each model ran.
+
+        Raises:
+            AttentionError: The store names one that is not in the list.
+        """
+        return {name: attention_of(attributes, self.path, name) for name, attributes in self.models.items()}
 
     def verified(self, name: str) -> Verdict | None:
         """What was found out about a model when it was stored, or None where the store does not say.
@@ -157,10 +162,7 @@ class Recorded:
 
     def references(self) -> dict[str, str]:
         """``--model`` values by model."""
-        return {
-            name: f"{name}={a['reference']}" + (f"@{a['revision']}" if a.get("revision") else "")
-            for name, a in self.models.items()
-        }
+        return {name: reference_of({"reference": a["reference"], **a}, name) for name, a in self.models.items()}
 
     def text(self) -> tuple[PlannedCorpus, dict[str, PlannedModel]] | None:
         """The committed text and token tables; None before they are, or while they are being replaced.
@@ -196,29 +198,18 @@ class Recorded:
         return planned, tables
 
 
-def references_of(store: Store, model: Sequence[str] = ()) -> dict[str, str]:
-    """``NAME=REF`` of every model of a store that has a reference; those given take the place of those on record.
+def attention_of(attributes: Mapping[str, Any], path: Path | str, name: str) -> str:
+    """The attention implementation that a store says a model ran.
 
     Args:
-        store: Any store.
-        model: ``NAME=REF`` values.
+        attributes: Of the model.
+        path: The store.
+        name: The model.
 
     Raises:
-        SpecError: A name that is not in the store.
+        AttentionError: It is not in the list.
     """
-    given = {parse_model(text).name: text for text in model}
-    for name, text in given.items():
-        if name not in store.models:
-            raise SpecError(f"--model {text}: {store.path} holds {', '.join(store.models)}, name one of these")
-    found = {}
-    for name in store.models:
-        attributes = store.model(name).attributes
-        if name in given:
-            found[name] = given[name]
-        elif attributes.get("reference"):
-            revision = attributes.get("revision")
-            found[name] = f"{name}={attributes['reference']}" + (f"@{revision}" if revision else "")
-    return found
+    return parse_attention(attributes.get("attention"), f"{path}/models/{name}/zarr.json")
 
 
 def read_recorded(path: Path) -> Recorded | None:

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from featstore.errors import CorpusError, FeatstoreError, OffsetError, SpecError, StoreStateError
 from featstore.extraction.forward import BatchReader, pack, unpacked
 from featstore.extraction.job import Job, prepare
+from featstore.extraction.named import references_of
 from featstore.extraction.pilot import read_pilot, recorded_weights
 from featstore.extraction.proof import tested
-from featstore.extraction.recorded import references_of
+from featstore.extraction.recorded import attention_of
 from featstore.extraction.settings import Settings
 from featstore.models import loading as models
 from featstore.models import references as spec
-from featstore.models.devices import DeviceMap
+from featstore.models.devices import DeviceMap, parse_device_map
 from featstore.models.tokenizers import held_control_tokens
 from featstore.models.weights import weights_of
 from featstore.runtime.console import Tick, err, progress
@@ -56,12 +57,15 @@ _TOKENIZE_BATCH = 256
 # Text ---------------------------------------------------------------------------------------------------------------
 
 
-def check_tokens(store: Store, model: Sequence[str] = (), *, quiet: bool = False) -> dict[str, list[str]]:
+def check_tokens(
+    store: Store, model: Sequence[str] = (), allowed: spec.Allowed = spec.NOTHING, *, quiet: bool = False
+) -> dict[str, list[str]]:
     """Tokenise the store's text again and compare ids, byte ends and special tokens.
 
     Args:
         store: Any complete store.
         model: ``NAME=REF`` values that take the place of the references on record.
+        allowed: Whether tokenizers are read that the store names and the user has not.
         quiet: No progress.
 
     Returns:
@@ -69,9 +73,10 @@ def check_tokens(store: Store, model: Sequence[str] = (), *, quiet: bool = False
 
     Raises:
         SpecError: A name that is not in the store.
+        StrangeReferenceError: The store names a model that the user has not named.
     """
     result: dict[str, list[str]] = {"tokenized": [], "damage": [], "not_checked": []}
-    references = references_of(store, model)
+    references = references_of(store, model, allowed, quiet=quiet)
     for name in store.models:
         attributes = store.model(name).attributes
         if name not in references:
@@ -79,7 +84,7 @@ def check_tokens(store: Store, model: Sequence[str] = (), *, quiet: bool = False
             continue
         try:
             control_tokens = held_control_tokens(store.attributes["corpus"])
-            info = models.inspect_model(spec.parse_model(references[name]), control_tokens)
+            info = models.inspect_model(spec.parse_model(references[name], allowed), control_tokens)
         except FeatstoreError as error:
             result["not_checked"].append(f"{name}: tokens against text ({error})")
             continue
@@ -121,6 +126,45 @@ def _first_difference(store: Store, name: str, tokenizer: Any, *, quiet: bool) -
     return None
 
 
+def with_models(
+    path: Path,
+    count: int,
+    not_checked: list[str],
+    *,
+    seed: int,
+    model: Sequence[str],
+    allowed: spec.Allowed,
+    device: str,
+    device_map: str | None,
+) -> dict[str, Any]:
+    """What a store's models say of it: its tokens against its text, and rows where batches of them are asked for.
+
+    Args:
+        path: A complete store, whose checksums are right.
+        count: Batches of each model; 0 to compare tokens alone.
+        not_checked: What nothing could be compared with so far.
+        seed: Which batches.
+        model: ``NAME=REF`` values that take the place of the references on record.
+        allowed: As of :func:`reextract`.
+        device: Where to run.
+        device_map: As typed.
+
+    Returns:
+        ``tokenized``, ``damage`` and ``not_checked``, and ``reextract`` where rows were compared.
+
+    Raises:
+        FeatstoreError: As :func:`check_tokens` and :func:`reextract`.
+    """
+    places = parse_device_map(device_map)
+    found = check_tokens(open_store(path), model, allowed)
+    result: dict[str, Any] = found | {"not_checked": [*not_checked, *found["not_checked"]]}
+    if count and not result["damage"]:
+        again = reextract(path, count, seed=seed, model=model, allowed=allowed, device=device, device_map=places)
+        result["damage"] = again.pop("damage")
+        result["reextract"] = again
+    return result
+
+
 # Rows ---------------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +174,7 @@ def reextract(
     *,
     seed: int = 0,
     model: Sequence[str] = (),
+    allowed: spec.Allowed = spec.NOTHING,
     device: str = "auto",
     device_map: DeviceMap | None = None,
     quiet: bool = False,
@@ -141,6 +186,7 @@ def reextract(
         count: Batches of each model, evenly spread.
         seed: Which ones; the same seed gives the same batches.
         model: ``NAME=REF`` values that take the place of the references on record.
+        allowed: Whether models are loaded that the store names and the user has not, and pickled weights read.
         device: Where to run.
         device_map: Where the modules of models go, instead of one device.
         quiet: No progress.
@@ -153,6 +199,7 @@ def reextract(
 
     Raises:
         SpecError: A name that is not in the store, or an unknown device.
+        StrangeReferenceError: The store names a model that the user has not named.
         StoreStateError: The store holds moments without rows.
         ModelLoadError: A model cannot be loaded.
     """
@@ -162,15 +209,17 @@ def reextract(
     for name in store.models:
         if not all(has_rows(store, name, layer) for layer in store.model(name).layers):
             raise StoreStateError(f"{path} holds moments of {name!r} and no rows to compare; leave --reextract out")
-    references = references_of(store, model)
+    references = references_of(store, model, allowed, quiet=quiet)
     asked = Settings(
         store=path,
         model=tuple(references.values()),
         device=device,
         device_map=device_map,
+        yes=allowed.references,
+        allow_pickle_weights=allowed.pickles,
         given=frozenset({"model"}),
     )
-    job = prepare(asked, quiet=True)
+    job = prepare(asked, quiet=True, typed=False)
     result: dict[str, Any] = {"seed": seed, "models": {}, "damage": []}
     for name in store.models:
         found, damage = _reextract_model(store, job, name, count, seed, quiet=quiet)
@@ -191,7 +240,7 @@ def describe_reextract(result: dict[str, Any]) -> str:
             continue
         same = "as on record, equal bits expected" if found["same_environment"] else "not those on record"
         lines.append(
-            f"[bold]{name}[/bold]: {found['rows']} rows in {found['batches']} batches computed again in "
+            f"{name}: {found['rows']} rows in {found['batches']} batches computed again in "
             f"{found['dtype']} on {found['device']} (device and libraries {same})"
         )
         for layer, of in found["layers"].items():
@@ -280,7 +329,7 @@ def _reextract_model(
     batches = planned_batches(plan, name, count, seed)
     if not quiet:
         err.print(f"loading {name} ({info.spec.ref}){info.peculiarities}")
-    compute = replace(job.compute, dtype=dtype, attention={name: str(attributes["attention"])})
+    compute = replace(job.compute, dtype=dtype, attention={name: attention_of(attributes, store.path, name)})
     stream = tested(info, compute, name, device=compute.device).stream
     # This is a check: hashes that were kept are made again.
     weights = weights_of(info.spec, stream.model, fresh=True, quiet=quiet)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS
+from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS, Allowed
 from featstore.store.moments.stored import MEMORY
 from featstore.text.plan import DEFAULT_BATCH_TOKENS, DEFAULT_SHARD_ROWS, DEFAULT_WINDOW_BYTES
 
@@ -36,7 +36,8 @@ class Settings:
         device: Where to run.
         dtype: Compute dtype.
         device_map: Where the modules of models go, instead of one device.
-        attention: transformers' attention implementation; ``auto`` for sdpa where a model has it, else its own.
+        attention: One of :data:`~featstore.models.attention.ATTENTIONS`; ``auto`` for sdpa where a model has it, else
+            its own.
         normalise: ``none``, ``nfc`` or ``auto``: what the text is brought into before anything else is done with it.
         control_tokens: What control tokens that the text quotes are read as: ``text``, or ``special``.
         seed: Order in which documents are taken; 0 is corpus order. Also the seed of sampled answers.
@@ -45,6 +46,8 @@ class Settings:
         temperature: Of what they write; 0 takes the likeliest token each time.
         top_p: They draw from the fewest likeliest tokens that together have this probability.
         layer_0: ``stored`` as rows like any other layer, or ``table``: one row for every token id that occurs.
+        yes: Use models and text that a store's or an adapter's own files name, though the user did not.
+        allow_pickle_weights: Read pickled weights of models that have no others.
         moments: ``none``, ``add`` (beside the rows) or ``only`` (no rows).
         moments_memory: Bytes that summing moments may take.
         given: Fields that were typed; the others are taken from a store that exists. None means all.
@@ -76,9 +79,16 @@ class Settings:
     temperature: float = 0.0
     top_p: float = 1.0
     layer_0: str = "stored"
+    yes: bool = False
+    allow_pickle_weights: bool = False
     moments: str = "none"
     moments_memory: int = MEMORY
     given: frozenset[str] | None = None
+
+    @property
+    def allowed(self) -> Allowed:
+        """What may be done with what files say and hold."""
+        return Allowed(self.yes, self.allow_pickle_weights)
 
     def was_given(self, name: str) -> bool:
         """Whether a field was typed rather than left to its default.

@@ -7,6 +7,7 @@ model is loaded first, then the adapter, and each is checked.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,25 @@ from torch import nn
 
 from featstore.errors import MissingPackageError, ModelLoadError, WeightsError
 from featstore.models.files import adapter_files, local_file, weight_files
-from featstore.models.references import ModelSpec
+from featstore.models.references import ModelSpec, expanded
+from featstore.models.trust import vouch
 from featstore.runtime.provenance import read_json
 
 _CONFIG = "adapter_config.json"
+#: An adapter's weights that are not pickled.
+SAFE_ADAPTER = "adapter_model.safetensors"
 #: Under this name an adapter is known to peft; transformers' own default.
 _NAME = "default"
+#: Kinds of adapters that are tensors and numbers alone. The configurations of other kinds name further models,
+#: adapters, tokenizers or files, which peft would fetch and read.
+_KINDS = (
+    *("ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA"),
+    *("HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "POLY", "PSOFT"),
+    *("PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA"),
+    *("VERA", "WAVEFT"),
+)
+#: What to do about a base that the user has not named.
+_NAME_IT = "name it once yourself: featstore doctor --quick --model base=REF"
 #: No model has a folder of this name: looking for an adapter there finds none.
 _NOWHERE = "no-adapter"
 
@@ -65,16 +79,24 @@ def find_adapter(spec: ModelSpec, *, local: bool = False) -> Adapter | None:
 
     Raises:
         CorruptDataError: Its configuration is damaged.
-        ModelLoadError: It does not say which model it is for, or that is an adapter itself.
+        ModelLoadError: It does not say which model it is for, or that is an adapter itself; or it is of a kind that
+            may name further files.
+        StrangeReferenceError: The model that it is for is none that the user named.
     """
     if spec.ref.endswith(".gguf"):
         return None
-    file = local_file(spec, _CONFIG) if local else _fetched(spec, _CONFIG)
+    file = local_file(spec, _CONFIG) if local else fetched(spec, _CONFIG)
     if file is None:
         return None
-    config = read_json(file)
+    config = read_json(file, foreign=True)
+    kind = config.get("peft_type")
+    if kind not in _KINDS:
+        raise ModelLoadError(
+            f"model {spec.name!r} ({spec.ref}): {_CONFIG} has peft_type {kind!r}, which may name "
+            "further files; merge the adapter into its model with peft, or use one of another kind, such as LORA"
+        )
     # A directory with a whole model and an adapter beside it is both; transformers reads hub repositories otherwise.
-    if Path(spec.ref).expanduser().is_dir() and weight_files(spec):
+    if expanded(spec.ref).is_dir() and weight_files(spec):
         return Adapter(spec, spec, config)
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
@@ -83,7 +105,9 @@ def find_adapter(spec: ModelSpec, *, local: bool = False) -> Adapter | None:
             "adapter was trained on there"
         )
     revision = config.get("revision")
-    base = ModelSpec(spec.name, named, revision if isinstance(revision, str) else None)
+    base = ModelSpec(spec.name, named, revision if isinstance(revision, str) else None, spec.allowed)
+    if not local:
+        vouch([base], f"{_CONFIG} of {spec.ref}", beside=expanded(spec.ref), remedy=_NAME_IT)
     within = local_file(base, _CONFIG)
     if within is not None and not weight_files(base):
         raise ModelLoadError(
@@ -93,6 +117,23 @@ def find_adapter(spec: ModelSpec, *, local: bool = False) -> Adapter | None:
     return Adapter(spec, base, config)
 
 
+def with_bases(specs: Iterable[ModelSpec]) -> list[ModelSpec]:
+    """Models and, of adapters among them, what these are applied to, once all of it was found.
+
+    Whoever typed an adapter and got so far has named its base before, has seen it, or has it in the same folder.
+
+    Args:
+        specs: Names and references.
+
+    Raises:
+        CorruptDataError: As :func:`find_adapter`.
+        ModelLoadError: As :func:`find_adapter`.
+    """
+    listed = list(specs)
+    found = (find_adapter(spec, local=True) for spec in listed)
+    return [*listed, *(adapter.base for adapter in found if adapter is not None)]
+
+
 def tokenizer_place(spec: ModelSpec, base: ModelSpec) -> ModelSpec:
     """Where a model's tokenizer is: with the adapter if one was saved there, else with its base.
 
@@ -100,13 +141,18 @@ def tokenizer_place(spec: ModelSpec, base: ModelSpec) -> ModelSpec:
         spec: Name and reference as given.
         base: Where the model is that an adapter is applied to; the same for a model without one.
     """
-    return spec if spec == base or _fetched(spec, "tokenizer_config.json") else base
+    return spec if spec == base or fetched(spec, "tokenizer_config.json") else base
 
 
-def _fetched(spec: ModelSpec, name: str) -> Path | None:
-    """A small file of a model, from the hub if need be; None where it is not there or cannot be asked for."""
+def fetched(spec: ModelSpec, name: str) -> Path | None:
+    """A file of a model, from the hub if need be; None where it is not there or cannot be asked for.
+
+    Args:
+        spec: Name and reference.
+        name: File name.
+    """
     found = local_file(spec, name)
-    if found is not None or Path(spec.ref).expanduser().exists() or spec.ref.startswith((".", "/", "~")):
+    if found is not None or expanded(spec.ref).exists() or spec.ref.startswith((".", "/", "~")):
         return found
     from transformers.utils import cached_file
 
@@ -158,7 +204,9 @@ def apply_adapter(model: Any, adapter: Adapter, where: dict[str, Any]) -> dict[s
     Raises:
         WeightsError: No layer of the model has the adapter, or one has it switched off.
     """
-    more = {"adapter_kwargs": {"revision": where["revision"]}} if "revision" in where else {}
+    more: dict[str, Any] = {"adapter_kwargs": {"revision": where["revision"]}} if "revision" in where else {}
+    # transformers has to be told where there is no safetensors file: in a folder it does not look for the other one.
+    more["use_safetensors"] = fetched(adapter.spec, SAFE_ADAPTER) is not None
     found = model.load_adapter(where["pretrained_model_name_or_path"], adapter_name=_NAME, **more)
     idle = inactive(model)
     if idle is not None:

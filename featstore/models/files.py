@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from featstore.models.references import ModelSpec
+from featstore.models.references import ModelSpec, expanded
 from featstore.runtime.provenance import read_json
 
 #: Single files and indexes of several, in the order in which transformers looks for them.
@@ -29,19 +29,19 @@ def weight_files(spec: ModelSpec) -> tuple[Path, ...]:
     Raises:
         CorruptDataError: An index or the configuration is damaged.
     """
-    path = Path(spec.ref).expanduser()
+    path = expanded(spec.ref)
     if path.suffix == ".gguf":
         return (path,) if path.is_file() else ()
     config = local_file(spec, "config.json")
     # A configuration may name the file itself.
-    named = read_json(config).get("transformers_weights") if config else None
+    named = read_json(config, foreign=True).get("transformers_weights") if config else None
     for name in (named,) if isinstance(named, str) else _WEIGHTS:
         found = local_file(spec, name)
         if found is None:
             continue
         if not name.endswith(".index.json"):
             return (found,)
-        shards = {str(shard) for shard in dict(read_json(found).get("weight_map", {})).values()}
+        shards = {str(shard) for shard in dict(read_json(found, foreign=True).get("weight_map", {})).values()}
         files = [local_file(spec, shard) for shard in shards]
         present = sorted(file for file in files if file is not None)
         return tuple(present) if len(present) == len(shards) else ()
@@ -65,7 +65,7 @@ def local_file(spec: ModelSpec, name: str) -> Path | None:
         spec: Name and reference; a directory or a hub id.
         name: File name.
     """
-    path = Path(spec.ref).expanduser()
+    path = expanded(spec.ref)
     if path.is_dir():
         return path / name if (path / name).is_file() else None
     if path.is_file() or spec.ref.startswith((".", "/", "~")):

@@ -6,10 +6,8 @@ A reference is a hub id, a local directory, or a GGUF file; all three go through
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from featstore.errors import FeatstoreError, GatedModelError, ModelLoadError, SpecError, UnsupportedArchitectureError
+from featstore.errors import ModelLoadError, SpecError, UnsupportedArchitectureError
 from featstore.models import configuration
 from featstore.models.adapters import apply_adapter, find_adapter, require_peft, tokenizer_place, without_adapter
 from featstore.models.devices import (
@@ -31,7 +29,15 @@ from featstore.models.devices import (
     whole_map,
 )
 from featstore.models.files import weight_files
+from featstore.models.opening import choose, loading, located, read_config, who
+from featstore.models.pickled import refuse_pickled_adapter, said_of_a_hub, weights_keywords
 from featstore.models.references import ModelSpec
+from featstore.models.skeletons import (
+    asked_of,
+    check_running,
+    embedding_rows,
+    skeleton,
+)
 from featstore.models.tokenizers import load_tokenizer
 from featstore.models.unread import Unread, beside_text, leave_out
 from featstore.models.weights import check_ids, describe_weights, quantization_of, refuse_incomplete
@@ -135,19 +141,20 @@ def inspect_model(spec: ModelSpec, control_tokens: str = "text") -> ModelInfo:
         GatedModelError: The licence must be accepted first.
         MissingPackageError: An adapter lies beside it, and peft is not installed.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    with _loading(spec):
+    with loading(spec):
         adapter = find_adapter(spec)
         if adapter:
             require_peft(adapter)
+            refuse_pickled_adapter(adapter)
         base = adapter.base if adapter else spec
-        config = AutoConfig.from_pretrained(**_where(base))
-        where = _where(tokenizer_place(spec, base))
+        config = read_config(base)
+        where = located(tokenizer_place(spec, base))
         try:
             loaded = load_tokenizer(where, control_tokens)
         except ModelLoadError as error:
-            raise ModelLoadError(f"{_who(spec)}: {error}") from error
+            raise ModelLoadError(f"{who(spec)}: {error}") from error
     ids = configuration.vocabulary(config)
     if ids is None:
         raise ModelLoadError(
@@ -190,7 +197,8 @@ def load_model(
         spec: Name and reference.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
         dtype: ``auto`` (bfloat16 on CUDA, float32 on CPU), or a name.
-        attention: transformers' attention implementation; ``auto`` for sdpa where the model has it, else its own.
+        attention: One of :data:`~featstore.models.attention.ATTENTIONS`; ``auto`` for sdpa where the model has it,
+            else its own.
         device_map: Where its modules go, instead of one device.
 
     Returns:
@@ -198,21 +206,27 @@ def load_model(
 
     Raises:
         ModelLoadError: As :func:`inspect_model`, or the weights are missing.
+        PickledWeightsError: There are no weights but pickled ones, and they are not allowed.
         MissingPackageError: As :func:`inspect_model`.
-        SpecError: Unknown dtype or device, a map that does not fit, or an attention that the model does not have.
+        AttentionError: The attention is not in the list, the model does not have it, or another one runs.
+        SpecError: Unknown dtype or device, or a map that does not fit.
         WeightsError: The checkpoint lacks tensors of the model, or holds others; or an adapter does not act.
     """
     from transformers import AutoModelForCausalLM
 
-    # A wrong word for any of these is no failure of the model, as which `_loading` would report it.
+    # A wrong word for any of these is no failure of the model, as which `loading` would report it.
     where = place(device, device_map, spec.name)
-    with _loading(spec):
+    with loading(spec):
         adapter = find_adapter(spec)
         if adapter:
             require_peft(adapter)
+            refuse_pickled_adapter(adapter)
         base = adapter.base if adapter else spec
-        quantization = _quantization(base)
-    keywords: dict[str, Any] = {"dtype": resolve_dtype(dtype, where.device), **_attention_keywords(base, attention)}
+        config = read_config(base)
+        quantization = quantization_of(None if base.ref.endswith(".gguf") else config, base.ref)
+        keywords = weights_keywords(base, config)
+    choose(config, asked_of(base, attention))
+    keywords |= {"dtype": resolve_dtype(dtype, where.device)}
     modules = check_place(spec, where)
     packed = quantization is not None and not quantization.get("dequantized")
     with offload_folder(where) as folder:
@@ -221,27 +235,35 @@ def load_model(
         elif packed:
             # Packed weights cannot be moved or cast afterwards: they are read to where they stay.
             keywords["device_map"] = {"": str(where.device)}
-        with _loading(spec):
+        with loading(spec):
             # What does not match is refused here, by name, rather than by transformers, which names nothing.
-            model, found = AutoModelForCausalLM.from_pretrained(
-                **_where(base),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **keywords,
-                **(without_adapter() if adapter else {}),
-            )
+            try:
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    **located(base),
+                    config=config,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **keywords,
+                    **(without_adapter() if adapter else {}),
+                )
+            except OSError as error:
+                refusal = said_of_a_hub(base, error)
+                if refusal is None:
+                    raise
+                raise refusal from error
+            check_running(base, model, attention)
             without = _without(base, found["unexpected_keys"])
             if without:
                 leave_out(model, str(without))
                 found = {**found, "unexpected_keys": set(found["unexpected_keys"]) - without.names}
             refuse_incomplete(f"model {spec.name!r} ({base.ref})", model, found)
             if adapter:
-                of_adapter = apply_adapter(model, adapter, _where(spec))
+                of_adapter = apply_adapter(model, adapter, located(spec))
                 refuse_incomplete(f"model {spec.name!r} ({spec.ref})", model, of_adapter, what="adapter")
         folder.belongs_to(model)
     if packed:
         # Some libraries unpack when the whole model runs for the first time; later passes run parts of it.
-        with torch.no_grad(), _loading(spec):
+        with torch.no_grad(), loading(spec):
             model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=input_device(model)), use_cache=False)
     elif modules is None:
         model.to(where.device)
@@ -266,82 +288,16 @@ def check_place(spec: ModelSpec, where: Placement) -> str | Modules | None:
     """
     if where.modules is None:
         return None
-    with _loading(spec):
+    with loading(spec):
         adapter = find_adapter(spec)
     if adapter:
         # peft wraps modules whose weights accelerate then brings to other places: the adapter would act wrongly.
         raise SpecError(
-            f"--device-map {where.name}: {_who(spec)} has an adapter, which cannot be spread; merge it into its model "
+            f"--device-map {where.name}: {who(spec)} has an adapter, which cannot be spread; merge it into its model "
             "with peft (merge_and_unload) and use the result, or leave the map out"
         )
     by_module = isinstance(where.modules, dict)
-    return whole_map(where, skeleton(spec), _who(spec)) if by_module else where.modules
-
-
-def running_attention(model: Any) -> str:
-    """The attention implementation that a model's text blocks run.
-
-    Args:
-        model: A transformers causal language model, or a wrapper around one.
-    """
-    return str(model.config.get_text_config()._attn_implementation)  # noqa: SLF001 - the one place that says so
-
-
-def choose_attention(spec: ModelSpec, wanted: str = "auto") -> str:
-    """The attention implementation that a model will run, before its weights are read.
-
-    Args:
-        spec: Name and reference.
-        wanted: One of transformers' implementations; ``auto`` for sdpa where the model has it, else its own.
-
-    Raises:
-        ModelLoadError: As :func:`inspect_model`.
-        SpecError: The model does not have it.
-    """
-    if wanted == "auto":
-        return running_attention(skeleton(spec))
-    told = _attention_keywords(spec, wanted).get("attn_implementation")
-    return running_attention(skeleton(spec, told))
-
-
-def _attention_keywords(spec: ModelSpec, wanted: str) -> dict[str, str]:
-    """What ``from_pretrained`` is told, so that the text blocks of a model run an attention implementation."""
-    if wanted == "auto":
-        return {}  # transformers takes sdpa where a model has it, part by part
-    with suppress(ValueError, ImportError):
-        skeleton(spec, wanted)
-        return {"attn_implementation": wanted}
-    own = running_attention(skeleton(spec))
-    if own == wanted:
-        return {}  # the text blocks have it; another part of the model, such as a vision tower, does not
-    has = " and ".join(dict.fromkeys((own, "eager")))
-    raise SpecError(
-        f"attention {wanted!r}: {_who(spec)} does not have it here; it has {has}: use --attn auto or one of them"
-    )
-
-
-def skeleton(spec: ModelSpec, attention: str | None = None) -> Any:
-    """A model without weights, on torch's meta device: what it is made of, in a fraction of a second.
-
-    An adapter adds nothing to it.
-
-    Args:
-        spec: Name and reference.
-        attention: transformers' attention implementation; None for the model's own choice.
-
-    Raises:
-        ModelLoadError: As :func:`inspect_model`, or no causal language model has this configuration.
-        ImportError: The attention needs a package that is not installed.
-        ValueError: The model does not have the attention.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    keywords = {} if attention is None else {"attn_implementation": attention}
-    with _loading(spec):
-        adapter = find_adapter(spec)
-        config = AutoConfig.from_pretrained(**_where(adapter.base if adapter else spec))
-    with _loading(spec, but=() if attention is None else (ImportError, ValueError)), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keywords)
+    return whole_map(where, skeleton(spec), who(spec)) if by_module else where.modules
 
 
 def weight_bytes(spec: ModelSpec) -> int | None:
@@ -368,99 +324,11 @@ def refuse_unknown_ids(info: ModelInfo, ids: NDArray[np.integer[Any]]) -> None:
     if not ids.size or int(ids.max()) < info.vocabulary:
         return
     # Some embeddings have more rows than the configuration has token ids: only the model itself tells.
-    check_ids(info.spec.name, ids, max(info.vocabulary, _embedding_rows(info.spec)), info.tokenizer)
-
-
-def _embedding_rows(spec: ModelSpec) -> int:
-    """Rows of the embedding of a model that is built without memory for its weights; 0 where it cannot be built."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    adapter = find_adapter(spec, local=True)
-    try:
-        config = AutoConfig.from_pretrained(**_where(adapter.base if adapter else spec))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        return int(model.get_input_embeddings().weight.shape[0])
-    except Exception:  # noqa: BLE001 - whatever prevents it: the configuration has to do
-        return 0
-
-
-def _quantization(base: ModelSpec) -> dict[str, Any] | None:
-    """How a checkpoint is quantised; a GGUF file is not opened for that, which takes seconds."""
-    from transformers import AutoConfig
-
-    config = None if base.ref.endswith(".gguf") else AutoConfig.from_pretrained(**_where(base))
-    return quantization_of(config, base.ref)
+    check_ids(info.spec.name, ids, max(info.vocabulary, embedding_rows(info.spec)), info.tokenizer)
 
 
 def _without(base: ModelSpec, unexpected: Collection[str]) -> Unread | None:
     """What a model of the text part of a checkpoint is complete without; None for nothing."""
-    from transformers import AutoConfig
-
     if not unexpected or base.ref.endswith(".gguf"):
         return None
-    return beside_text(AutoConfig.from_pretrained(**_where(base)), unexpected)
-
-
-def _who(spec: ModelSpec) -> str:
-    return f"model {spec.name!r} ({spec.ref})"
-
-
-def _where(spec: ModelSpec) -> dict[str, Any]:
-    """Keyword arguments of ``from_pretrained`` for a reference."""
-    path = Path(spec.ref).expanduser()
-    common: dict[str, Any] = {"trust_remote_code": False}
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelLoadError(f"model {spec.name!r}: no GGUF file at {spec.ref!r}")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, **common}
-    if path.is_dir():
-        return {"pretrained_model_name_or_path": str(path), **common}
-    if spec.ref.startswith((".", "/", "~")):
-        raise ModelLoadError(
-            f"model {spec.name!r}: no directory {spec.ref!r}; give a hub id, a directory or a .gguf file"
-        )
-    return {
-        "pretrained_model_name_or_path": spec.ref,
-        "revision": spec.revision or "main",
-        **common,
-    }
-
-
-@contextmanager
-def _loading(spec: ModelSpec, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn what transformers and the hub raise into one line about this model, but for some errors."""
-    from huggingface_hub.errors import GatedRepoError
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    # A table of what does not match comes before the line that says so.
-    logging.set_verbosity_error()
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (FeatstoreError, *but)):
-            raise
-        chain = list(_causes(error))
-        name = _who(spec)
-        if any(isinstance(e, GatedRepoError) or "gated repo" in str(e).lower() for e in chain):
-            raise GatedModelError(
-                f"{name} is gated: accept its licence at https://huggingface.co/{spec.ref}, then run `hf auth login`"
-            ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelLoadError(
-            f"{name} cannot be loaded: {reason} Check the name with `featstore doctor`, the network (HF_HUB_OFFLINE), "
-            "or give a local directory or GGUF file"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
+    return beside_text(read_config(base), unexpected)

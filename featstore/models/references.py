@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from featstore.errors import LayerRangeError, SpecError
 
@@ -22,6 +23,23 @@ DEFAULT_LAYERS = "0,8,16,24,32"
 
 
 @dataclass(frozen=True)
+class Allowed:
+    """What the user allows of files that somebody else may have made.
+
+    Attributes:
+        references: Models that such a file names are read and fetched (``--yes``).
+        pickles: Weights are unpickled where a model has no others (``--allow-pickle-weights``).
+    """
+
+    references: bool = False
+    pickles: bool = False
+
+
+#: Without any of the options.
+NOTHING = Allowed()
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model's short name in the store and where it comes from.
 
@@ -29,18 +47,42 @@ class ModelSpec:
         name: Used in paths and keys; letters, digits, dot, dash, underscore.
         ref: Hub id, local directory or GGUF file, without the revision.
         revision: Hub revision, or None for the default branch.
+        allowed: What may be done with what its files say and hold; does not make it another model.
     """
 
     name: str
     ref: str
     revision: str | None = None
+    allowed: Allowed = field(default=NOTHING, compare=False)
 
 
-def parse_model(text: str) -> ModelSpec:
+def expanded(ref: str) -> Path:
+    """A reference as a path, with ``~`` resolved where there is such a user; the disk is not touched.
+
+    Args:
+        ref: Of a model.
+    """
+    try:
+        return Path(ref).expanduser()
+    except RuntimeError:  # nobody has this name
+        return Path(ref)
+
+
+def is_name(text: str) -> bool:
+    """Whether a model can have this name: it stands in paths and keys.
+
+    Args:
+        text: Anything.
+    """
+    return bool(_NAME.match(text)) and "__" not in text and len(text) <= _LONGEST
+
+
+def parse_model(text: str, allowed: Allowed = NOTHING) -> ModelSpec:
     """Parse ``NAME=REF[@REVISION]``.
 
     Args:
         text: As typed after ``--model``.
+        allowed: Becomes part of it.
 
     Raises:
         SpecError: The form is wrong or the name cannot be used in a path.
@@ -59,20 +101,21 @@ def parse_model(text: str) -> ModelSpec:
         ref, _, revision = ref.rpartition("@")
         if not ref or not revision:
             raise SpecError(f"model {text!r}: write NAME=REF@REVISION, or leave the '@' out")
-        return ModelSpec(name, ref, revision)
-    return ModelSpec(name, ref)
+        return ModelSpec(name, ref, revision, allowed)
+    return ModelSpec(name, ref, allowed=allowed)
 
 
-def parse_models(texts: Sequence[str]) -> tuple[ModelSpec, ...]:
+def parse_models(texts: Sequence[str], allowed: Allowed = NOTHING) -> tuple[ModelSpec, ...]:
     """Parse all ``--model`` values and refuse a name given twice.
 
     Args:
         texts: As typed.
+        allowed: Becomes part of each.
 
     Raises:
         SpecError: As :func:`parse_model`, or a repeated name.
     """
-    specs = tuple(parse_model(text) for text in texts)
+    specs = tuple(parse_model(text, allowed) for text in texts)
     names = [spec.name for spec in specs]
     for name in names:
         if names.count(name) > 1:

@@ -33,16 +33,34 @@ from rich.progress import (
 from rich.text import Text
 
 from featstore.errors import FeatstoreError, FeatstoreWarning, SpecError
+from featstore.runtime.visible import encodable, inline, visible
 from featstore.runtime.writing import probe_folder, remedy_of
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False)
+
+class _Messages(Console):
+    """Messages of a line each: names, references and texts in them come from files, and none of that is markup."""
+
+    def print(self, *objects: Any, **keywords: Any) -> None:
+        """Print as ``rich.console.Console`` does, with what would steer a terminal, or begin a line, written out.
+
+        Args:
+            objects: Text, or anything that rich draws.
+            keywords: Those of rich.
+        """
+        super().print(*(inline(each) if isinstance(each, str) else each for each in objects), **keywords)
+
+
+err = _Messages(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+out = Console(highlight=False, markup=False, emoji=False)
 
 #: Called as ``tick(done_since_last_call)`` by long loops; see :func:`progress`.
 Tick = Callable[[float], None]
 
 #: The distribution that holds the three packages and their commands.
 DISTRIBUTION = "featstore"
+
+#: Words that a reader looks for, where a line begins with them.
+STYLES = {"damaged": "bold red", "ok": "green", "bad": "bold red"}
 
 _PLAIN_INTERVAL_S = 10.0
 _INTERRUPTED = 130
@@ -118,7 +136,7 @@ def progress(label: str, total: float | None, unit: str, *, quiet: bool = False)
         yield lambda _: None
     elif err.is_terminal:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             _RateColumn(),
@@ -127,7 +145,7 @@ def progress(label: str, total: float | None, unit: str, *, quiet: bool = False)
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=err) as bar:
-            task = bar.add_task(label, total=total, unit=unit)
+            task = bar.add_task(inline(label), total=total, unit=unit)
             yield lambda done: bar.advance(task, done)
     else:
         with _plain_progress(label, total, unit) as tick:
@@ -181,14 +199,17 @@ def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
 
     Args:
         result: The machine-readable result.
-        text: The same for people; may use rich markup.
+        text: The same for people, in lines; a line that begins with a word of :data:`STYLES` has it in colour.
         as_json: Which of the two to print.
     """
     if as_json:
-        sys.stdout.write(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(encodable(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False)) + "\n")
         sys.stdout.flush()
     else:
-        out.print(text, soft_wrap=True)
+        shown = Text(visible(text))
+        for word, style in STYLES.items():
+            shown.highlight_regex(rf"(?m)^{word}\b", style)
+        out.print(shown, soft_wrap=True)
 
 
 def check_directory(path: Path, typed: Path | None = None) -> None:
@@ -302,7 +323,7 @@ def _warn_in_lines(name: str) -> None:
             others(message, category, *more, **named)
         elif line not in said:
             said.add(line)
-            sys.stderr.write(f"{name}: {line}\n")
+            sys.stderr.write(f"{name}: {visible(line)}\n")
 
     warnings.showwarning = show
 
@@ -325,5 +346,5 @@ def _refuse(name: str, error: Any) -> NoReturn:
 
 def _fail(name: str, message: str) -> NoReturn:
     line = " ".join(message.split())
-    sys.stderr.write(f"{name}: {line}\n")
+    sys.stderr.write(f"{name}: {visible(line)}\n")
     raise SystemExit(2)

@@ -8,21 +8,36 @@ writing it again gives the same bytes. Numbers are finite, and stay integers whe
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Strict, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from featstore.errors import AdapterError, CorruptDataError, MemberError
-from featstore.runtime.provenance import read_json, write_json
+from featstore.errors import AdapterError, CorruptDataError, FeatstoreError, MemberError
+from featstore.runtime.provenance import MAX_DEPTH, parse_json, read_json, write_json
+from featstore.runtime.schema import pointer, shown
 
 if TYPE_CHECKING:
     import pandas as pd
 
 V = TypeVar("V")
+#: Keys that lead to damage, and what is wrong there.
+Fault = tuple[tuple[str | int, ...], str]
 R = TypeVar("R", bound="Record")
+E = TypeVar("E", bound=FeatstoreError)
 
 
 class Frozen(dict[str, V]):
@@ -40,10 +55,21 @@ class Frozen(dict[str, V]):
         return type(self), (dict(self),)
 
 
-Whole = Annotated[int, Strict()]
+#: Largest integer that every array, seed and count of ours can hold.
+LARGEST = 2**64 - 1
+#: A count, number or index: an integer from 0 on.
+Whole = Annotated[int, Strict(), Field(ge=0, le=LARGEST)]
+#: A width, or a number of things of which there is one at least.
+Size = Annotated[int, Strict(), Field(ge=1, le=LARGEST)]
 Flag = Annotated[bool, Strict()]
 #: A finite number. An integer in a file stays one, so that it is written as it was read.
-Number = Annotated[int, Strict()] | Annotated[float, Strict()]
+Number = Annotated[int, Strict(), Field(ge=-LARGEST, le=LARGEST)] | Annotated[float, Strict()]
+#: A finite number from 0 on.
+Amount = Annotated[int, Strict(), Field(ge=0, le=LARGEST)] | Annotated[float, Strict(), Field(ge=0)]
+#: A finite number above 0.
+Positive = Annotated[int, Strict(), Field(ge=1, le=LARGEST)] | Annotated[float, Strict(), Field(gt=0)]
+#: A share of something: 0 to 1.
+Part = Annotated[int, Strict(), Field(ge=0, le=1)] | Annotated[float, Strict(), Field(ge=0, le=1)]
 #: Ends of a 95 % interval; null where one is undefined.
 Interval = tuple[Number | None, Number | None]
 #: Rows of numbers; null where a cell is undefined.
@@ -53,22 +79,31 @@ Table = Annotated[Mapping[str, V], AfterValidator(Frozen)]
 #: No members: the default of a table.
 EMPTY: Mapping[str, Any] = Frozen()
 
-#: What was expected, by the kind of pydantic's complaint.
+#: What was expected, by the kind of pydantic's complaint; its limits are in braces.
 _EXPECTED = {
     "int_type": "an integer",
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_unicode": "text",
     "tuple_type": "a list",
     "mapping_type": "an object",
     "dict_type": "an object",
     "model_type": "an object",
+    "model_attributes_type": "an object",
     "too_long": "a list of another length",
     "missing": "a list of another length",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "literal_error": "one of {expected}",
 }
-#: Characters of a damaged value that a message shows.
-_SHOWN = 40
+#: Complaints that are whole sentences of ours about the place.
+_SENTENCES = ("incomplete",)
+#: What to do about a damaged document.
+_REMEDY = "restore it or re-create it"
 #: Damaged places that a message names.
 _NAMED = 3
 
@@ -76,14 +111,14 @@ _NAMED = 3
 class Record(BaseModel):
     """Members of one JSON object.
 
-    Attributes of the class, not of its instances: ``file`` and ``command``, for a record that is a whole file; and
-    ``always``, the members without which a file is damaged rather than old.
+    Attributes of the class, not of its instances: ``file`` and ``made_by`` (the command), for a record that is a whole
+    file; and ``always``, the members without which a file is damaged rather than old.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, defer_build=True)
 
     file: ClassVar[str] = ""
-    command: ClassVar[str] = ""
+    made_by: ClassVar[str] = ""
     always: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -140,6 +175,14 @@ class Record(BaseModel):
             raise AttributeError(f"{type(self).__name__} declares no member {name!r}")
         return None
 
+    def faults(self) -> Iterator[Fault]:
+        """What no type can say: members that do not fit each other. Looked for where a whole file is read.
+
+        Yields:
+            Keys that lead from this record to the damage, and a sentence's rest on it: ``is 3, expected 2``.
+        """
+        yield from ()
+
     @model_validator(mode="after")
     def _complete(self, info: ValidationInfo) -> Self:
         missing = [name for name in self.always if name not in self.model_fields_set] if info.context else []
@@ -148,25 +191,54 @@ class Record(BaseModel):
         return self
 
 
-def read(kind: type[R], where: Path | str, *, name: str | None = None) -> R:
+def parsed(kind: type[R], data: bytes, where: str, *, remedy: str = _REMEDY) -> R:
+    """Parse a whole document, such as one that stands inside of another file.
+
+    Args:
+        kind: What it holds.
+        data: Its UTF-8 text.
+        where: Named in errors.
+        remedy: What to do about damage.
+
+    Raises:
+        CorruptDataError: It is not a JSON object.
+        MemberError: A member is missing, not of its type, or does not fit the others.
+    """
+    return _parsed(kind, parse_json(data, where), where, complete=True, remedy=remedy)
+
+
+def retold(error: CorruptDataError, kind: type[E], remedy: str) -> E:
+    """Damage as an error of another kind, with another remedy.
+
+    Args:
+        error: From reading a document.
+        kind: Of the new error.
+        remedy: What to do.
+    """
+    words = str(error).removesuffix(f"; {_REMEDY}")
+    return kind(words if words.endswith(remedy) else f"{words}; {remedy}")
+
+
+def read(kind: type[R], where: Path | str, *, name: str | None = None, remedy: str = _REMEDY) -> R:
     """Read a result.
 
     Args:
         kind: What the file holds.
         where: The file, or the directory that it lies in.
         name: The file's name in a directory, where it is not the record's own.
+        remedy: What to do about damage.
 
     Raises:
         AdapterError: There is no such file; the message says which command writes it.
         CorruptDataError: The file is not JSON.
-        MemberError: A member is missing or not of its type.
+        MemberError: A member is missing, not of its type, or does not fit the others.
     """
     path, name = Path(where), name or kind.file
     if not path.is_file() and path.name != name:
         path /= name
     if not path.is_file():
-        raise AdapterError(f"no {path.name} in {str(path.parent)!r}; make one with `{kind.command}`")
-    return _parsed(kind, _loaded(path), str(path), complete=True)
+        raise AdapterError(f"no {path.name} in {str(path.parent)!r}; make one with `{kind.made_by}`")
+    return _parsed(kind, _loaded(path), str(path), complete=True, remedy=remedy)
 
 
 def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
@@ -184,17 +256,43 @@ def salvage(kind: type[R], path: Path) -> tuple[R, str | None]:
     Raises:
         CorruptDataError: The file cannot be read or holds no JSON object.
     """
-    content = _loaded(path)
+    _regular(path)
+    try:
+        record, lost = salvaged(kind, path.read_bytes(), str(path))
+    except OSError as error:
+        raise CorruptDataError(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from error
+    return record, lost and f"{path.name}: {lost}"
+
+
+def salvaged(kind: type[R], data: bytes, where: str) -> tuple[R, str | None]:
+    """:func:`salvage` of a document that is no whole file.
+
+    Args:
+        kind: What it holds.
+        data: Its UTF-8 text.
+        where: Named in errors.
+
+    Returns:
+        The record, and what was left out, in one line without ``where``; None where nothing was.
+
+    Raises:
+        CorruptDataError: It is no JSON object.
+    """
+    content = _tolerant(data, where)
     lost: dict[str, str] = {}
+    # What models wrote may hold halves of surrogate pairs, and is shown as what it is; names may not.
+    for place, words in list(_unsound(content)):
+        lost.setdefault(pointer(place), f"{pointer(place)} {words}")
+        _drop(content, place)
     while True:
         try:
             record = kind.model_validate(content)
             break
         except ValidationError as error:
             for place, words in _damage(error, content):
-                lost.setdefault(_pointer(place), words)
+                lost.setdefault(pointer(place), words)
                 _drop(content, place)
-    return record, _line(path.name, list(lost.values())) if lost else None
+    return record, _several(list(lost.values())) if lost else None
 
 
 def write(record: Record, where: Path, *, name: str | None = None) -> Path:
@@ -242,25 +340,97 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(list(rows)).dropna(axis="columns", how="all")
 
 
+def _regular(path: Path) -> None:
+    """Refuse a pipe, which would keep its reader waiting, and a directory."""
+    if path.exists() and not path.is_file():
+        raise CorruptDataError(f"{path} cannot be read (it is not a file); {_REMEDY}")
+
+
+def _tolerant(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object with whatever Python's parser takes: what no member may hold is taken out afterwards."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptDataError(f"{where} is not valid JSON ({error}); {_REMEDY}") from error
+    if not isinstance(value, dict):
+        raise CorruptDataError(f"{where} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
 def _loaded(path: Path) -> dict[str, Any]:
+    _regular(path)
     try:
         return read_json(path)
     except OSError as error:
         raise CorruptDataError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _parsed(kind: type[R], content: Mapping[str, Any], where: str, *, complete: bool) -> R:
+def _parsed(kind: type[R], content: Mapping[str, Any], where: str, *, complete: bool, remedy: str = _REMEDY) -> R:
     try:
-        return kind.model_validate(content, context={"complete": True} if complete else None)
+        record = kind.model_validate(content, context={"complete": True} if complete else None)
     except ValidationError as error:
         found = [words for _, words in _damage(error, content)]
-        raise MemberError(f"{_line(where, found)}; restore it or re-create it") from error
+    else:
+        found = [f"{pointer(place)} {words}" for place, words in _misfits(record)] if complete else []
+        if not found:
+            return record
+    raise MemberError(f"{_line(where, found)}; {remedy}")
 
 
-def _damage(error: ValidationError, content: Any) -> list[tuple[tuple[str | int, ...], str]]:
+def _unsound(content: Any) -> Iterator[Fault]:
+    """Values that no member may have, declared or not, and names that no member may have.
+
+    The strict parser refuses them; here they are found so that the rest can be read.
+
+    Walks without recursion: a document may be nested as deeply as a parser follows.
+    """
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), content)]
+    while waiting:
+        place, inside = waiting.pop()
+        for key, value in inside.items() if isinstance(inside, Mapping) else enumerate(inside):
+            if isinstance(key, str) and not _encodes(key):
+                yield (*place, key), "is a name with half of a surrogate pair, expected text"
+            elif isinstance(value, dict | list):
+                if len(place) + 1 < MAX_DEPTH:
+                    waiting.append(((*place, key), value))
+                else:
+                    yield (*place, key), f"is nested {MAX_DEPTH} deep, expected a value"
+            elif isinstance(value, float):
+                if not math.isfinite(value):
+                    yield (*place, key), f"is {shown(value)}, expected a finite number"
+            elif isinstance(value, int) and abs(value) > LARGEST:
+                yield (*place, key), f"is {shown(value)}, expected an integer of 64 bits"
+
+
+def _encodes(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _misfits(value: Any, place: tuple[str | int, ...] = ()) -> Iterator[Fault]:
+    """Faults of a record and of all records inside of it."""
+    if isinstance(value, Record):
+        for inner, words in value.faults():
+            yield (*place, *inner), words
+        for name in value.model_fields_set & type(value).model_fields.keys():
+            yield from _misfits(getattr(value, name), (*place, name))
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _misfits(each, (*place, key))
+    elif isinstance(value, tuple):
+        for number, each in enumerate(value):
+            yield from _misfits(each, (*place, number))
+
+
+def _damage(error: ValidationError, content: Any) -> list[Fault]:
     """Each damaged place once: the keys that lead to it, and what is wrong there."""
     found: dict[tuple[str | int, ...], str] = {}
-    for each in error.errors(include_url=False, include_context=False):
+    for each in error.errors(include_url=False):
         value: Any = content
         place: tuple[str | int, ...] = ()
         # A place ends with names of the types that were tried; only what leads through the content counts.
@@ -268,9 +438,11 @@ def _damage(error: ValidationError, content: Any) -> list[tuple[tuple[str | int,
             if not _leads(value, key):
                 break
             value, place = value[key], (*place, key)
-        expected = f"is {_shown(value)}, expected {_EXPECTED.get(each['type'], each['msg'])}"
+        limits = each.get("ctx", {})
+        expected = _EXPECTED.get(each["type"], "another value").format(**limits)
         # Of several types that were tried the last is the widest.
-        found[place] = f"{_pointer(place)} {each['msg'] if each['type'] == 'incomplete' else expected}"
+        words = each["msg"] if each["type"] in _SENTENCES else f"is {shown(value)}, expected {expected}"
+        found[place] = f"{pointer(place)} {words}"
     return list(found.items())
 
 
@@ -300,24 +472,13 @@ def _drop(content: Any, place: tuple[str | int, ...]) -> None:
         inside[last] = None
 
 
-def _pointer(place: Sequence[str | int]) -> str:
-    return "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in place) or "/"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "an object"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "an integer of many digits"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
-
-
 def _line(where: str, found: list[str]) -> str:
+    return f"{where}: {_several(found)}"
+
+
+def _several(found: list[str]) -> str:
     more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return f"{where}: {'; '.join(found[:_NAMED])}{more}"
+    return f"{'; '.join(found[:_NAMED])}{more}"
 
 
 def _plain(value: Any) -> Any:

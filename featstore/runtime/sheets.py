@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from featstore.runtime.visible import inline
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -39,10 +41,10 @@ class Sheet:
         table = Table()
         for place, name in enumerate(self.columns):
             # What a row is of must be readable; figures may wrap.
-            table.add_column(Text(name), no_wrap=place == 0)
+            table.add_column(Text(inline(name)), no_wrap=place == 0)
         for row in self.rows:
-            table.add_row(*map(Text, row))
-        return Group(Text(self.title, style="bold"), table, *map(Text, self.notes))
+            table.add_row(*(Text(inline(cell)) for cell in row))
+        return Group(Text(inline(self.title), style="bold"), table, *(Text(inline(note)) for note in self.notes))
 
     def html(self) -> str:
         """The table for a notebook."""

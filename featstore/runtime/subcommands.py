@@ -35,7 +35,7 @@ def run_stage(tool: str, *arguments: str) -> dict[str, Any]:
     """
     shown = shlex.join((tool, *arguments))
     err.rule(align="left")
-    err.print(f"$ {shown}", markup=False)
+    err.print(f"$ {shown}")
     command = (sys.executable, "-m", tool, *arguments, "--json")
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode == 130:

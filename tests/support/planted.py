@@ -21,6 +21,7 @@ from featstore.store.format.version import FORMAT_VERSION
 from featstore.store.write.index import loud_rows, write_pairs
 from featstore.store.write.row_writer import RowArrays, RowWriter, write_groups
 from featstore.store.write.writer import StoreWriter, exclusive
+from featstore.text.splits import SPLITS
 
 Rows = NDArray[Any]
 SHARD_ROWS = 2048
@@ -116,6 +117,7 @@ def _plant(
     document = (np.arange(n) * documents // n if given is None else given).astype(np.int32)
     document_split = document_splits(documents) if splits is None else np.array(splits, dtype=np.uint8)
     lengths = np.bincount(document, minlength=documents)
+    counts = np.bincount(document_split, minlength=3).tolist()
     rng = np.random.default_rng(99)
     # One byte a token, every fifth a space; documents differ, or their ids would not.
     text = np.array([97 + i * 7 % 26 if i % 5 else 32 for i in range(n)], dtype=np.uint8)
@@ -128,7 +130,7 @@ def _plant(
             "models": ["a", "b"],
             "corpus": {"source": {"kind": "planted"}, "documents": documents, "windows": documents, "bytes": n},
             "window_bytes": int(lengths.max()),
-            "split": {"rule": "planted"},
+            "split": {"rule": "planted", "documents": dict(zip(SPLITS, counts, strict=True))},
             "mask": {"sink_threshold": sink_threshold},
             "site_convention": "planted",
             "plan": "planted",
@@ -201,7 +203,7 @@ def _write_model(
                 "family": "planted",
                 "depth": depth,
                 "width": width,
-                "vocabulary": 256,
+                "vocabulary": max(256, int(ids.max()) + 1),
                 "config_sha256": "0" * 64,
                 "tokenizer_sha256": "0" * 64,
                 "rows": len(special),

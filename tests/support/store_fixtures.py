@@ -220,14 +220,22 @@ def tree_bytes(root: Path) -> dict[str, bytes]:
 
 def rowless(path: Path) -> Path:
     """Take the rows out of a store, as an extraction with --moments-only leaves it."""
+    store = open_store(path)
     with exclusive(path):
         writer = StoreWriter(path)
         for unit in list(writer.unit_names()):
             if "/rows-" in unit:
                 writer.drop(unit)
-        for resid in path.glob("models/*/resid/*"):
-            if resid.is_dir():
-                shutil.rmtree(resid)
+        for name in store.models:
+            norms = (file for file in sorted((path / "models" / name / "norm").rglob("*")) if "/c/" in file.as_posix())
+            writer.commit(
+                f"models/{name}/norms", {file.relative_to(path).as_posix(): file.read_bytes() for file in norms}
+            )
+            writer.group(f"models/{name}", {"featstore": store.model(name).attributes | {"states": "moments"}})
+        for kind in ("resid", "row_scale"):
+            for array in path.glob(f"models/*/{kind}/*"):
+                if array.is_dir():
+                    shutil.rmtree(array)
         writer.seal(writer.attributes() or {})
     return path
 

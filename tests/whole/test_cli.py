@@ -319,7 +319,7 @@ def test_a_wrong_word_is_one_line_with_the_value_and_the_remedy(
 ) -> None:
     line, expected = REFUSALS[case]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("align.resources.SCHEDULER_SECONDS", 0.5)
+    monkeypatch.setattr("align.execution.cluster.SCHEDULER_SECONDS", 0.5)
 
     def meant(word: str) -> str:
         """The word with a leading capital one replaced by its place."""

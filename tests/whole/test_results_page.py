@@ -6,11 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import align.maps.card
 import align.results
+import align.runs.logged
+import align.sweeps.recorded
+import evaluate.reproduce.recorded
 import evaluate.results
 from featstore.runtime.records import Record
 from tests.support import ROOT
 
+RECORDS = (align.maps.card, align.runs.logged, align.sweeps.recorded, evaluate.reproduce.recorded)
 PAGE = ROOT / "docs" / "results.md"
 
 
@@ -36,7 +41,7 @@ def test_every_record_and_member_is_on_the_page() -> None:
     page = PAGE.read_text()
     kinds = {
         value
-        for module in (align.results, evaluate.results)
+        for module in (*RECORDS, align.results, evaluate.results)
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Record) and value is not Record
     }

@@ -11,24 +11,27 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from align.similarity.scan.planning import Plan, Selection, Site
 from align.solvers.row_effects import Documents
-from featstore.errors import CorruptDataError, StoreStateError
+from featstore.errors import CorruptDataError, FeatstoreError, StoreStateError
 from featstore.runtime.provenance import digest, write_atomic
+from featstore.runtime.records import EMPTY, Flag, Record, Table, Whole, parsed
 from featstore.store import Store
 from featstore.store.read.pairs import Pairs
 
 FORMAT = 1
+_REMEDY = "remove it and scan anew"
 _META = "meta"
 _NAME = re.compile(r"block-(\d{4,})\.npz\Z")
 #: What a process that was killed while writing left behind.
@@ -132,29 +135,83 @@ def read_blocks(directory: Path, identity: Mapping[str, Any]) -> dict[int, Kept]
     return {number: _read(path, number, identity) for number, path in found}
 
 
+class _Meta(Record):
+    """What a file says of itself, beside its arrays."""
+
+    always: ClassVar[tuple[str, ...]] = ("format", "identity", "sha256", "block", "runs", "complete")
+
+    format: Whole = FORMAT
+    identity: Table[Any] = EMPTY
+    sha256: str = ""
+    block: Whole = 0
+    runs: Whole = 0
+    complete: Flag = False
+
+
 def _read(path: Path, number: int, identity: Mapping[str, Any]) -> Kept:
     try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+        if not path.is_file():
+            raise _damaged(path, "it is not a file")
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if _META not in members:
+                raise _damaged(path, f"it has no {_META}")
+            # What is announced is there: nothing is unpacked into more than the file holds.
+            size = path.stat().st_size
+            if any(info.compress_type or info.file_size > size for info in members.values()):
+                raise _damaged(path, "it announces more than it holds")
             # The text first: sums of another scan are not worth reading.
-            meta = json.loads(file[_META].tobytes())
-            known = meta["format"] == FORMAT
-            theirs, claimed, block = meta["identity"], meta["sha256"], meta["block"]
-            ours = known and claimed == digest(identity)
-            arrays = {name: file[name] for name in file.files if name != _META} if ours else {}
-            kept = Kept(int(meta["runs"]), bool(meta["complete"]), arrays)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise CorruptDataError(f"{path} is not the state of a scan ({error!r}); remove it and scan anew") from error
-    if not known:
-        raise StoreStateError(f"{path} is of format {meta['format']}; this version reads {FORMAT}: remove it")
-    if not ours:
-        names = [name for name in {**theirs, **identity} if theirs.get(name) != identity.get(name)]
-        told = ", ".join(
-            f"{name} is {_short(theirs.get(name))} there and {_short(identity.get(name))} here" for name in names
-        )
-        raise StoreStateError(f"{path} is of another scan: {told}; remove it, or let this scan write elsewhere")
-    if block != number:
-        raise CorruptDataError(f"{path} holds block {block}; remove it and scan anew")
-    return kept
+            meta = parsed(_Meta, _member(archive, members[_META]).tobytes(), f"{path}, {_META}", remedy=_REMEDY)
+            if meta.format != FORMAT:
+                raise StoreStateError(f"{path} is of format {meta.format}; this version reads {FORMAT}: remove it")
+            if meta.sha256 != digest(identity):
+                told = _differences(meta.identity, identity)
+                raise StoreStateError(f"{path} is of another scan: {told}; remove it, or let this scan write elsewhere")
+            if meta.block != number:
+                raise _damaged(path, f"it holds block {meta.block}")
+            arrays = {name: _member(archive, info) for name, info in members.items() if name != _META}
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, FeatstoreError):
+            raise
+        raise _damaged(path, "its archive does not read") from error
+    return Kept(meta.runs, meta.complete, arrays)
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+    """An array of an archive, of a plain type and of the size that its bytes have.
+
+    Raises:
+        ValueError: It is none.
+    """
+    stream = io.BytesIO(archive.read(info))
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError("another version of array")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    data = stream.read()
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError("an array that is not what it announces")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy(order="K")
+
+
+def _damaged(path: Path, why: str) -> CorruptDataError:
+    return CorruptDataError(f"{path} is not the state of a scan ({why}); {_REMEDY}")
+
+
+def misfit(directory: Path, block: int, why: str) -> CorruptDataError:
+    """An error about a file whose arrays are not those of its block.
+
+    Args:
+        directory: Where the files are.
+        block: Number of the block.
+        why: What is wrong.
+    """
+    return _damaged(directory / f"block-{block:04d}.npz", why)
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    return ", ".join(f"{name} is {_short(theirs.get(name))} there and {_short(ours.get(name))} here" for name in names)
 
 
 def _short(value: Any) -> str:

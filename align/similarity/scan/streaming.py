@@ -1,4 +1,4 @@
-"""All layers against all layers over a whole store: what CKA needs, summed by Dask in bounded memory.
+"""All layers against all layers over a whole store: what CKA needs, summed by workers in bounded memory.
 
 Layers are packed into groups of bounded width. A *block* is a group with itself or with another; a *run* is a long
 stretch of paired rows. One task sums one block over one run, in float32 products of a bounded number of rows that are
@@ -18,8 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -27,15 +26,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from align.execution.executor import Executor
 from align.moments.scan import need_rows
-from align.similarity.scan.checkpoint import Kept, identity_of, read_blocks, write_block
+from align.similarity.scan.checkpoint import Kept, identity_of, misfit, read_blocks, write_block
 from align.similarity.scan.documents import Between, close, nothing_between, terms_between
 from align.similarity.scan.partials import Partial, columns_of, nothing, terms_of
 from align.similarity.scan.planning import MEMORY, Plan, Run, Selection, Site, plan
 from align.similarity.scan.terms import Terms, check_estimator, joined
 from align.similarity.scan.worker import ONE_THREAD, by_document, opened, origin_of, sum_rows, sum_run
 from align.solvers.row_effects import Documents
-from featstore.errors import CorruptDataError, PairingError, SpecError
+from featstore.errors import CorruptDataError, PairingError, SpecError, WorkersError
 from featstore.runtime.console import Tick, progress
 from featstore.store import Store
 from featstore.store.read.pairs import Pairs
@@ -54,7 +54,7 @@ def stream(
     selection: Selection,
     sites: Sequence[Site],
     *,
-    client: Any,
+    executor: Executor,
     checkpoint: Path | None = None,
     estimator: str = "debiased",
     correct_features: bool = False,
@@ -72,7 +72,7 @@ def stream(
     Args:
         selection: Pairs to use.
         sites: Layers of either side, no two the same.
-        client: Dask client.
+        executor: What runs the tasks.
         checkpoint: Directory of the state from which a killed scan goes on; its files stay until
             :func:`align.similarity.scan.checkpoint.discard`. None to keep none.
         estimator: ``debiased`` sums by document, the others over all rows; ``minibatch`` sums HSIC_1 over batches
@@ -90,7 +90,8 @@ def stream(
 
     Raises:
         PairingError: No pairs of these models, or fewer than four, or fewer than a batch.
-        SpecError: Unknown estimator, too little memory, no layers or one twice, or workers or scheduler were lost.
+        SpecError: Unknown estimator, too little memory, no layers or one twice.
+        WorkersError: Workers died again and again, or their scheduler went away.
         StoreStateError: A layer without rows, another store where the workers look, or a checkpoint of another scan.
         CorruptDataError: Layers of unequal length, damaged data or checkpoint.
         NonFiniteStateError: A row that cannot be multiplied; the message names the first one.
@@ -112,8 +113,9 @@ def stream(
         **({"features": True} if correct_features else {}),
     }
     with ONE_THREAD, progress(label, len(pairs), "rows", quiet=quiet) as tick:
-        scan = _Scan(client, selection, tuple(sites), store, cuts, checkpoint, identity, documents, correct_features)
-        found = scan.carry_out(size, seed, tick, ranks=ranks)
+        scan = _Scan(executor, selection, tuple(sites), store, cuts, checkpoint, identity, documents, correct_features)
+        with scan.under_way():
+            found = scan.carry_out(size, seed, tick, ranks=ranks)
     return joined(found, cuts.groups, batched=size is not None, documents=documents, widths=widths)
 
 
@@ -121,17 +123,22 @@ class _Scan:
     """The process that hands out tasks and adds up their results."""
 
     def __init__(
-        self, client: Any, selection: Selection, sites: tuple[Site, ...], store: Store, cuts: Plan,
+        self, executor: Executor, selection: Selection, sites: tuple[Site, ...], store: Store, cuts: Plan,
         directory: Path | None, identity: dict[str, Any], documents: Documents | None, alone: bool,
     ) -> None:  # fmt: skip
-        self.client, self.selection, self.sites, self.cuts = client, selection, sites, cuts
+        self.executor, self.selection, self.sites, self.cuts = executor, selection, sites, cuts
         self.widths = [store.model(site.model).width for site in sites]
         self.origins = [origin_of(store, site) for site in sites]
         self.directory, self.identity, self.documents, self.alone = directory, identity, documents, alone
         self.kept = {} if directory is None else read_blocks(directory, identity)
         # Twice as many as there are threads keep all of them busy; a scheduler may get its workers later.
-        self.slots = min(cuts.slots, 2 * max(sum(client.nthreads().values()), 4))
+        self.slots = min(cuts.slots, 2 * max(executor.width, 4))
+        #: What was handed in, in order, each task behind what it is of.
+        self.waiting = deque[tuple[Any, ...]]()
         self.written = monotonic()
+        for block, kept in self.kept.items():
+            if directory is not None and block < len(cuts.blocks):
+                self._check_kept(directory, block, kept)
         areas = [self._area(block) for block in range(len(cuts.blocks))]
         # To find the means, every number is read once and added up.
         reading = 0.0 if documents is None else _READING * sum(self.widths)
@@ -146,27 +153,21 @@ class _Scan:
         found = {block: kept.arrays for block, kept in self.kept.items() if kept.complete}
         if self.documents is not None:
             self._find_means(tick, needed=len(found) < len(self.cuts.blocks))
-        tasks, waiting = self._tasks(batch, seed), deque[tuple[int, int, Any]]()
+        tasks, waiting = self._tasks(batch, seed), self.waiting
         total: Partial | Between | None = None
         open_: Between | None = None
         while True:
             while len(waiting) < self.slots and (task := next(tasks, None)) is not None:
                 block, number, run = task
                 means = [[self.origins[i] for i in group] for group in self._groups(block)]
-                # In order: what is waited for comes first.
-                order = -(block * len(spans) + number)
-                with self._asking():
-                    future = self.client.submit(
-                        sum_run, self.selection, run, means if run.span else (), pure=False, priority=order
-                    )
+                future = self.executor.submit(sum_run, self.selection, run, means if run.span else ())
                 waiting.append((block, number, future))
             if not waiting:
                 return [found[block] for block in range(len(self.cuts.blocks))]
             block, number, future = waiting.popleft()
             if total is None:
                 total, open_ = self._begun(block)
-            with self._asking():
-                part = future.result()
+            part = future.result()
             span = spans[number]
             if span.first and span.last:
                 total.include(part)
@@ -188,6 +189,41 @@ class _Scan:
                 self._write(block, Kept(number + 1, False, {**total.arrays, **beside}))
             tick((span.stop - span.start) * self.shares[block])
 
+    def _check_kept(self, directory: Path, block: int, kept: Kept) -> None:
+        """Refuse a state whose arrays are not those that this block has at that point.
+
+        Raises:
+            CorruptDataError: They are others.
+        """
+        if kept.runs > len(self.cuts.spans) or kept.complete != (kept.runs == len(self.cuts.spans)):
+            raise misfit(directory, block, f"it has {kept.runs} runs of {len(self.cuts.spans)}")
+        p, *others = map(len, self._groups(block))
+        if kept.complete:
+            square, single = {"fro"}, set[str]()
+            square |= {"batched", "d"} if self.documents is None else {"hsic"}
+            if not others:
+                single = {"a", "mean", "effective_rank"} | (set() if self.documents is None else {"size", "alone"})
+            q = others[0] if others else p
+            shapes = dict.fromkeys(square, (p, q)) | dict.fromkeys(single, (p,)) | {"counts": (3,)}
+        else:
+            fresh = self._fresh(block).arrays
+            shapes = {name: array.shape for name, array in fresh.items()}
+            if any(name.startswith(_OPEN) for name in kept.arrays):
+                shapes |= {f"{_OPEN}{name}": array.shape for name, array in self._opened_document(block).arrays.items()}
+        held = {name: array.shape for name, array in kept.arrays.items()}
+        if held != shapes:
+            wrong = next(name for name in sorted({*held, *shapes}) if held.get(name) != shapes.get(name))
+            raise misfit(directory, block, f"{wrong!r} is {held.get(wrong)}, expected {shapes.get(wrong)}")
+        if any(array.dtype.kind not in "fiub" for array in kept.arrays.values()):
+            raise misfit(directory, block, "its arrays are no numbers")
+
+    def _fresh(self, block: int) -> Partial | Between:
+        """The sums of a block before any row."""
+        if self.documents is not None:
+            return self._opened_document(block)
+        p, *q = self._widths(block)
+        return nothing(p, q[0] if q else None)
+
     def _find_means(self, tick: Tick, *, needed: bool) -> None:
         """The means of all layers in place of the store's origins; rows about them sum to zero."""
         share = max(1 - sum(self.shares), 0.0)
@@ -195,19 +231,17 @@ class _Scan:
             tick(share * self.cuts.n)
             return
         spans, total = iter(self.cuts.spans), np.zeros(sum(self.widths))
-        waiting = deque[tuple[int, Any]]()
+        waiting = self.waiting
         while True:
             while len(waiting) < self.slots and (span := next(spans, None)) is not None:
-                with self._asking():
-                    future = self.client.submit(
-                        sum_rows, self.selection, self.sites, span.start, span.stop, self.cuts.cut, pure=False
-                    )
+                future = self.executor.submit(
+                    sum_rows, self.selection, self.sites, span.start, span.stop, self.cuts.cut
+                )
                 waiting.append((span.stop - span.start, future))
             if not waiting:
                 break
             rows, future = waiting.popleft()
-            with self._asking():
-                total += future.result()
+            total += future.result()
             tick(rows * share)
         for place, columns in enumerate(columns_of(self.widths)):
             self.origins[place] = self.origins[place] + total[columns] / self.cuts.n
@@ -246,11 +280,10 @@ class _Scan:
     def _begun(self, block: int) -> tuple[Partial | Between, Between | None]:
         """The sums of a block so far, and of the document that is not whole yet."""
         kept = self.kept.pop(block).arrays if block in self.kept else None
-        if self.documents is None:
-            p, *q = self._widths(block)
-            return (nothing(p, q[0] if q else None) if kept is None else Partial(**kept)), None
         if kept is None:
-            return self._opened_document(block), None
+            return self._fresh(block), None
+        if self.documents is None:
+            return Partial(**kept), None
         beside = {name.removeprefix(_OPEN): kept.pop(name) for name in list(kept) if name.startswith(_OPEN)}
         return Between(**kept), Between(**beside) if beside else None
 
@@ -264,22 +297,17 @@ class _Scan:
             self.written = monotonic()
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Around what asks the scheduler: says in a line what became of it."""
-        from distributed import KilledWorker
-        from distributed.client import ClosedClientError
-        from distributed.comm import CommClosedError
-
-        kept = "" if self.directory is None else f"; what is summed so far is kept in {self.directory}"
+    def under_way(self) -> Iterator[None]:
+        """Around the whole scan: tasks that nobody waits for any more do not begin, and lost workers are one line."""
         try:
             yield
-        except KilledWorker as error:
-            raise SpecError(
-                f"workers died over the same rows again and again ({error}): out of memory? Allow less memory or "
-                f"run fewer workers{kept}"
-            ) from error
-        except (CancelledError, ClosedClientError, CommClosedError, TimeoutError) as error:
-            raise SpecError(f"the Dask scheduler went away ({error!r}); start it and run again{kept}") from error
+        except WorkersError as error:
+            kept = "" if self.directory is None else f"; what is summed so far is kept in {self.directory}"
+            raise WorkersError(f"{error}{kept}") from error
+        finally:
+            with suppress(WorkersError):
+                for *_, task in self.waiting:
+                    task.cancel()
 
 
 def _check(store: Store, pairs: Pairs, selection: Selection, sites: Sequence[Site], batch: int | None) -> None:

@@ -7,13 +7,14 @@ context, or of one ``"cluster": "..."``, are no independent evidence, and interv
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NoReturn
 
 from evaluate.communication.tasks.base import Example, Task
 from evaluate.communication.tasks.scoring import words
-from featstore.errors import SpecError
+from featstore.errors import CorruptDataError, SpecError
+from featstore.runtime.provenance import parse_json
+from featstore.runtime.schema import shown
 
 _NEEDED = ("context", "question", "answer")
 _KNOWN = (*_NEEDED, "choices", "cue", "cluster")
@@ -48,31 +49,30 @@ def from_jsonl(path: Path, count: int | None = None) -> Task:
 
 def _example(line: str, where: str) -> Example:
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        _refuse(where, f"not JSON ({error})")
-    if not isinstance(value, dict):
-        _refuse(where, f"a JSON {type(value).__name__}, not an object")
+        value = parse_json(line.encode(), "it")
+    except CorruptDataError as error:
+        # The remedy is ours; the parser's is that of a file of results.
+        _refuse(where, str(error).partition("; restore")[0])
     missing = [name for name in _NEEDED if name not in value]
     if missing:
         _refuse(where, f"no {' and no '.join(map(repr, missing))}")
     unknown = [name for name in value if name not in _KNOWN]
     if unknown:
-        _refuse(where, f"unknown field {unknown[0]!r}; known are {', '.join(_KNOWN)}")
+        _refuse(where, f"unknown field {shown(unknown[0])}; known are {', '.join(_KNOWN)}")
     for name in ("context", "question"):
         if not (isinstance(value[name], str) and value[name].strip()):
-            _refuse(where, f"{name!r} is {value[name]!r}, not text")
+            _refuse(where, f"{name!r} is {shown(value[name])}, not text")
     for name in ("cue", "cluster"):
         if not isinstance(value.get(name, ""), str):
-            _refuse(where, f"{name!r} is {value[name]!r}, not text")
+            _refuse(where, f"{name!r} is {shown(value[name])}, not text")
     answers = _texts(value["answer"] if isinstance(value["answer"], list) else [value["answer"]], "answer", where)
     choices = _texts(value.get("choices") or [], "choices", where)
     if not choices and not all(words(answer) for answer in answers):
-        _refuse(where, f"the answer {value['answer']!r} has no letter or digit to look for")
+        _refuse(where, f"the answer {shown(value['answer'])} has no letter or digit to look for")
     if choices and (len(choices) < 2 or len(set(choices)) < len(choices)):
         _refuse(where, "'choices' need at least two texts, all different")
     if choices and answers[0] not in choices:
-        _refuse(where, f"the answer {answers[0]!r} is not among the choices")
+        _refuse(where, f"the answer {shown(answers[0])} is not among the choices")
     if choices and len(answers) > 1:
         _refuse(where, "one answer, where there are choices")
     cue, cluster = (value.get(name, "").strip() for name in ("cue", "cluster"))
@@ -81,7 +81,7 @@ def _example(line: str, where: str) -> Example:
 
 def _texts(values: Any, name: str, where: str) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
-        _refuse(where, f"{name!r} is {values!r}, not text")
+        _refuse(where, f"{name!r} is {shown(values)}, not text")
     if not values and name == "answer":
         _refuse(where, "'answer' is an empty list")
     return tuple(v.strip() for v in values)

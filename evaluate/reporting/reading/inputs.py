@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,12 @@ from typing import Any
 from urllib.parse import quote
 
 from align import results as fitted
+from align.maps.card import Card
 from align.results import epoch_files
+from align.runs.logged import read_log
+from align.sweeps.recorded import Sweep
 from evaluate import results as evaluated
-from featstore.errors import AdapterError, CorruptDataError
-from featstore.runtime.provenance import read_json
+from featstore.errors import AdapterError
 from featstore.runtime.records import Record, salvage
 
 #: A directory with none of these has nothing to report.
@@ -276,14 +277,15 @@ def _expanded(path: Path) -> dict[Path, tuple[tuple[str, str], ...]]:
     # A sweep is its finished cells, in the order of the grid; what failed is said at the first of them.
     if not (path / SWEEP).is_file() or any((path / name).exists() for name in KNOWN):
         return {path: ()}
-    sweep = Node(_load(path / SWEEP))
+    content, lost = salvage(Sweep, path / SWEEP)
+    sweep = Node(content.content())
     inside = [entry for entry in sorted(path.iterdir()) if any((entry / name).exists() for name in KNOWN)]
     cells = [(cell.get("name").text, cell) for cell in sweep.get("cells")]
     order = {name: place for place, (name, _) in enumerate(cells)}
     inside.sort(key=lambda entry: order.get(entry.name, len(order)))
     if not inside:
         raise AdapterError(f"{path} is a sweep without a finished run; see {SWEEP} for why, or wait for its first cell")
-    notes = []
+    notes = [] if lost is None else [("damaged file", f"left out of {clean_text(lost)}")]
     for name, cell in cells:
         why = " ".join(portable(word) for word in cell.get("error").text.split())
         if cell.get("status").text == "failed" or why:
@@ -337,7 +339,9 @@ def _read_run(path: Path, label: str, href: str, notes: tuple[tuple[str, str], .
         sources.append(_source(path / name, label, href))
     log, torn = Node(), False
     if (path / "log.jsonl").exists():
-        lines, torn = _load_log(path / "log.jsonl")
+        events, torn, lost = read_log(path / "log.jsonl")
+        notes = notes if lost is None else (*notes, ("damaged file", f"left out of {clean_text(lost)}"))
+        lines = [event.content() for event in events]
         log = Node(lines, f"{label}/log.jsonl#", href and f"{href}log.jsonl")
         sources.append(_source(path / "log.jsonl", label, href))
     return Run(
@@ -355,33 +359,14 @@ def _read_run(path: Path, label: str, href: str, notes: tuple[tuple[str, str], .
 
 def _content(path: Path) -> tuple[Record | dict[str, Any], str | None]:
     """What a file says, values that are not of their types left out, and one line on those."""
+    if path.name == Card.file:
+        # Whoever asks a card knows it as plain values: old ones and new ones differ in what they hold.
+        card, lost = salvage(Card, path)
+        return card.content(), lost
     kind = fitted.kind_of(path.name) or evaluated.kind_of(path.name)
-    return (_load(path), None) if kind is None else salvage(kind, path)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except OSError as error:
-        raise CorruptDataError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def _load_log(path: Path) -> tuple[list[Any], bool]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise CorruptDataError(f"{path} cannot be read ({error.strerror})") from error
-    events: list[Any] = []
-    for i, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            events.append(json.loads(line))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            if i == len(lines) - 1:
-                return events, True  # a run that was killed, or still writes, ends in half a line
-            raise CorruptDataError(f"{path}, line {i + 1}, is not valid JSON ({error})") from error
-    return events, False
+    if kind is None:
+        raise AdapterError(f"{path} is no file of a run; name a directory written by `align train` or `align cka`")
+    return salvage(kind, path)
 
 
 def _source(path: Path, label: str, href: str) -> SourceFile:

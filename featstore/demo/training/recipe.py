@@ -50,7 +50,8 @@ def train_small(out: Path, cache: Path, *, seed: int = 0, beside: Path | None = 
     articles = read_articles(fetch_asset(ARTICLES, cache), sample)
     apart = [text for _, text in sample]
     figures: dict[str, Any] = {"text": _text_figures(articles, apart), "seed": seed}
-    err.print(_describe_text(figures["text"]))
+    for line in _describe_text(figures["text"]):
+        err.print(line)
 
     shape = Shape()
     tokenizer = train_tokenizer(articles.train, shape.pieces)
@@ -105,13 +106,13 @@ def _text_figures(articles: Articles, apart: list[str]) -> dict[str, Any]:
     }
 
 
-def _describe_text(text: dict[str, Any]) -> str:
+def _describe_text(text: dict[str, Any]) -> list[str]:
     counts = f"{text['articles']:,} articles to train on, {text['held_out']} held out; {text['dropped']} left out"
     lines = [f"{counts}, which share their title or {RUN} words in a row with the demo's text"]
     for words, shares in text["shared_runs"].items():
         of_both = f"{shares['demo']:.2%} of the demo's text, {shares['held_out']:.2%} of the held-out articles"
         lines.append(f"runs of {words} words that the training text has too: {of_both}")
-    return "\n".join(lines)
+    return lines
 
 
 def describe(figures: dict[str, Any]) -> str:

@@ -123,16 +123,14 @@ def describe_conversion(result: dict[str, Any]) -> str:
     """
     kinds = sorted({f"{m['format']} {m['layout']}" for m in result["models"].values()})
     ratio = result["bytes_before"] / result["bytes"]
-    lines = [
-        f"[bold]{result['store']}[/bold]: {', '.join(kinds)}, {human_bytes(result['bytes'])} ({ratio:.2f} x smaller)"
-    ]
+    lines = [f"{result['store']}: {', '.join(kinds)}, {human_bytes(result['bytes'])} ({ratio:.2f} x smaller)"]
     if result["exact"]:
         lines.append("  readers see exactly the values they saw before")
     else:
         errors = [e for layers in result["relative_error"].values() for e in layers.values()]
         middle, worst = max(e["median"] for e in errors), max(e["max"] for e in errors)
         lines.append(
-            f"  [bold]values were rounded[/bold]: relative error of a row up to {middle:.2g} in a layer's median, "
+            f"  values were rounded: relative error of a row up to {middle:.2g} in a layer's median, "
             f"{worst:.2g} at most"
         )
     if result["dropped"]:

@@ -20,7 +20,7 @@ from featstore.store.format import documents
 from featstore.store.format.version import FORMAT_VERSION, REBUILDING
 from featstore.store.moments.stored import SPLITS, StoredMoments, all_blocks, has_rows, unit_of, write_moments
 from featstore.store.read.pairs import POLICIES
-from featstore.store.read.records import StoredModel
+from featstore.store.read.records import StoredModel, Tokens
 from featstore.store.read.store import Store
 from featstore.store.write.index import pair_rows, pairs_unit, sink_mask, write_pairs, write_sinks
 from featstore.store.write.table import table_unit
@@ -70,6 +70,9 @@ class _AsRebuilt(Store):
         threshold = float(self.attributes["mask"]["sink_threshold"])
         table = self._tables[model].columns
         return {name: sink_mask(self, model, threshold) if name == "sink" else table[name] for name in names}
+
+    def _check_tokens(self, model: str, table: Tokens) -> None:
+        """Nothing: the tables come from the tokenizers, and what the store records is of the old ones."""
 
     def pair_index(self, first: str, second: str, policy: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return pair_rows(self, first, second, policy)

@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from featstore.store.format.elements import Format
+from featstore.store.format.elements import BY_DATA_TYPE, Format
 from featstore.store.format.shards import BLOSC_BLOCK, Layout
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -46,6 +46,43 @@ _DIMENSIONS = {
     "*/x": ("sum", "width_x"),
     "*/y": ("sum", "width_y"),
     "*/totals": ("total",),
+}
+
+#: Data types by the last parts of a path, as dimension names are looked up. Readers take no other: bytes of one type
+#: mean numbers in every other type of the same size, too.
+_TYPES = {
+    "corpus/text": ("uint8",),
+    "document/start": ("int64",),
+    "document/id": ("uint8",),
+    "document/split": ("uint8",),
+    "document/tools": ("uint8",),
+    "document/tools_start": ("int64",),
+    "window/document": ("int32",),
+    "window/*": ("int64",),
+    "message/document": ("int32",),
+    "message/role": ("uint8",),
+    "message/rest": ("uint8",),
+    "message/*": ("int64",),
+    "tokens/role": ("uint8",),
+    "tokens/special": ("bool",),
+    "tokens/exact": ("bool",),
+    "tokens/sink": ("bool",),
+    "tokens/*": ("int32",),
+    "resid/*": tuple(BY_DATA_TYPE),
+    "embedding/state": tuple(BY_DATA_TYPE),
+    "embedding/id": ("int32",),
+    "embedding/*": ("float32",),
+    "norm/*": ("float32",),
+    "row_scale/*": ("float32",),
+    "column_scale/*": ("float32",),
+    "median_norm/*": ("float64",),
+    "origin/*": ("float32", "float64"),
+    "*/row_a": ("int64",),
+    "*/row_b": ("int64",),
+    "*/product": ("float64",),
+    "*/x": ("float64",),
+    "*/y": ("float64",),
+    "*/totals": ("float64",),
 }
 
 
@@ -102,8 +139,7 @@ def vector_document(array: NDArray[Any], chunk_rows: int) -> dict[str, Any]:
         array: Any boolean, integer or float array.
         chunk_rows: Chunk length along the first axis.
     """
-    # With a byte order even for single bytes, where it means nothing: the zarrita package of PyPI asks for one.
-    return _zarr_array(array.shape, array.dtype.name, (chunk_rows, *array.shape[1:]), [_BYTES, _CRC])
+    return plain_document(array.shape, array.dtype.name, chunk_rows)
 
 
 def dimension_names(path: str, axes: int) -> tuple[str, ...]:
@@ -116,12 +152,69 @@ def dimension_names(path: str, axes: int) -> tuple[str, ...]:
     Returns:
         As many names; for an array that this module does not know, names after the array itself.
     """
-    parent, name = path.split("/")[-2:] if "/" in path else ("", path)
-    for pattern in (f"{parent}/{name}", f"{parent}/*", f"*/{name}"):
+    for pattern in _patterns(path):
         names = _DIMENSIONS.get(pattern, ())
         if len(names) == axes:
             return names
-    return tuple(f"{name}_{axis}" for axis in range(axes))
+    return tuple(f"{path.rpartition('/')[2]}_{axis}" for axis in range(axes))
+
+
+def _patterns(path: str) -> tuple[str, str, str]:
+    """What an array may be known as, the longest first."""
+    parent, name = path.split("/")[-2:] if "/" in path else ("", path)
+    return f"{parent}/{name}", f"{parent}/*", f"*/{name}"
+
+
+def data_types(path: str) -> tuple[str, ...]:
+    """Data types that an array may have; none for one that this module does not know.
+
+    Args:
+        path: The array's path within the store, or one that ends so.
+    """
+    return next((_TYPES[pattern] for pattern in _patterns(path) if pattern in _TYPES), ())
+
+
+def plain_document(shape: tuple[int, ...], data_type: str, chunk_rows: int) -> dict[str, Any]:
+    """The ``zarr.json`` of an array stored as plain checksummed chunks along its first axis.
+
+    Args:
+        shape: Of the array.
+        data_type: Name of a type of the core specification.
+        chunk_rows: Chunk length along the first axis.
+    """
+    # With a byte order even for single bytes, where it means nothing: the zarrita package of PyPI asks for one.
+    return _zarr_array(shape, data_type, (chunk_rows, *shape[1:]), [_BYTES, _CRC])
+
+
+def difference(document: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """The first member that keeps an array's document from meaning what it should; None for none.
+
+    Args:
+        document: As found.
+        expected: As this version writes it. Version 1 wrote ``bytes`` without a byte order for single bytes.
+    """
+    for key, value in expected.items():
+        if key == "attributes":
+            if not isinstance(document.get(key, {}), dict):
+                return key
+        elif document.get(key) != value and not (key == "codecs" and _of_single_bytes(document) == value):
+            return key
+    free = {"dimension_names", "storage_transformers"}
+    names = document.get("dimension_names")
+    if names is not None and not (isinstance(names, list) and len(names) == len(expected["shape"])):
+        return "dimension_names"
+    if names is not None and not all(isinstance(name, str) for name in names):
+        return "dimension_names"
+    if document.get("storage_transformers", []) != []:
+        return "storage_transformers"
+    return next((key for key in document if key not in expected and key not in free), None)
+
+
+def _of_single_bytes(document: Mapping[str, Any]) -> Any:
+    codecs = document.get("codecs")
+    if document.get("data_type") in ("bool", "uint8", "int8") and isinstance(codecs, list):
+        return [_BYTES if codec == {"name": "bytes"} else codec for codec in codecs]
+    return None
 
 
 def named(path: str, document: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.markup import escape
 
 from featstore.errors import SpecError
 from featstore.runtime.console import human, human_bytes, human_seconds, progress
@@ -84,9 +83,7 @@ def describe(result: dict[str, Any]) -> str:
     Args:
         result: From :func:`summary` or :func:`extract`.
     """
-    lines = [
-        f"[bold]{result['store']}[/bold]: {human_bytes(result['bytes'])}, fingerprint {result['fingerprint'][:12]}"
-    ]
+    lines = [f"{result['store']}: {human_bytes(result['bytes'])}, fingerprint {result['fingerprint'][:12]}"]
     documents = ", ".join(f"{count} {split}" for split, count in result["documents"].items())
     form = " in Unicode form NFC" if result["normalise"] == "nfc" else ""
     lines.append(f"  text     {human_bytes(result['corpus_bytes'])}{form}, documents: {documents}")
@@ -287,13 +284,13 @@ def describe_window(result: dict[str, Any]) -> str:
     told = any(entry["role"] != ROLES[0] for entries in result["models"].values() for entry in entries)
     for name, entries in result["models"].items():
         layers = list(entries[0]["norms"]) if entries else []
-        lines.append(f"[bold]{name}[/bold]  row, norm at layer {', '.join(layers)}, partner, {'role, ' * told}text")
+        lines.append(f"{name}  row, norm at layer {', '.join(layers)}, partner, {'role, ' * told}text")
         for entry in entries:
             norms = " ".join(f"{value:9.1f}" for value in entry["norms"].values())
             partner = " ".join("-" if row is None else str(row) for row in entry["partner"].values())
             role = f"{'' if entry['special'] else entry['role']:10}" if told else ""
             marks = ("S" if entry["sink"] else " ") + ("*" if entry["special"] else " ")
-            lines.append(f"  {entry['row']:7} {norms} {marks} {partner:>7}  {role}{escape(repr(entry['text']))}")
+            lines.append(f"  {entry['row']:7} {norms} {marks} {partner:>7}  {role}{entry['text']!r}")
     lines.append("S: attention sink (masked), *: special token (never pairs), -: no partner")
     begins = {name: entries[0] for name, entries in result["models"].items() if entries}
     lines += [

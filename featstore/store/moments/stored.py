@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import CorruptDataError, SpecError, StoreStateError
+from featstore.errors import ContradictionError, CorruptDataError, SpecError, StoreStateError
 from featstore.runtime.console import Tick, human_bytes, progress
 from featstore.runtime.provenance import digest
 from featstore.store.moments.sums import Block, BlockSums, Moments, Multiply, assemble, product_threads, steady_products
@@ -101,6 +101,11 @@ class StoredMoments:
         return self.store.pairs(*self.models).select()
 
     @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Pairs of every split."""
+        return tuple(np.bincount(self.pairs.split, minlength=len(SPLITS)).tolist())
+
+    @cached_property
     def _rows(self) -> list[str]:
         parts = [self.pairs.where(self.pairs.split == split) for split in range(len(SPLITS))]
         return [digest([_sha256(part.row_source), _sha256(part.row_target)]) for part in parts]
@@ -159,24 +164,61 @@ class StoredMoments:
         return assemble(
             self.store.origin(*x),
             self.store.origin(*y),
-            self._block((x, y), split),
-            self._block((x, x), split),
-            self._block((y, y), split),
+            self.block((x, y), split),
+            self.block((x, x), split),
+            self.block((y, y), split),
         )
 
-    def _block(self, wanted: SitePair, split: int) -> Block:
+    def block(self, wanted: SitePair, split: int) -> Block:
+        """One block, as it is stored.
+
+        Args:
+            wanted: Two sites in either order.
+            split: 0 train, 1 validation, 2 test.
+
+        Raises:
+            CorruptDataError: A file is damaged, or the sums contradict the pairs or each other.
+        """
         ordered = self._ordered(wanted)
         unit = unit_of(self.models, split, ordered)
         product, x, y, totals = (self.store.vector(f"{unit}/{name}") for name in ("product", "x", "y", "totals"))
         width = [self.store.model(model).width for model, _ in ordered]
-        if (product.shape, x.shape, y.shape, totals.shape) != ((*width,), (2, width[0]), (2, width[1]), (4,)):
+        whole = totals.shape == (4,) and 0 <= totals[0] < 2**53
+        if not whole or (product.shape, x.shape, y.shape) != ((*width,), (2, width[0]), (2, width[1])):
             raise CorruptDataError(f"{self.store.path}/{unit} does not fit its layers; make it again")
         block = Block(int(totals[0]), product, x, y, totals[1:])
+        wrong = next(block_problems(unit, block, self.counts[split], ordered[0] == ordered[1]), None)
+        if wrong is not None:
+            raise ContradictionError(self.store.path, wrong)
         return block if ordered == wanted else block.swapped
 
     def _ordered(self, block: SitePair) -> SitePair:
         x, y = sorted(block, key=lambda site: (self.store.models.index(site[0]), site[1]))
         return x, y
+
+
+def block_problems(what: str, block: Block, count: int, own: bool) -> Iterator[str]:
+    """Sums over pairs are finite, over as many pairs as there are, and agree with each other.
+
+    Args:
+        what: The block, for messages.
+        block: As stored.
+        count: Pairs of its split.
+        own: Whether it is of a layer with itself.
+    """
+    if block.n != count:
+        yield f"{what}: it sums {block.n} pairs, the split has {count}"
+        return
+    parts = (block.product, block.x, block.y, block.totals)
+    if not all(np.isfinite(part).all() for part in parts) or (block.totals < 0).any():
+        yield f"{what}: the sums are not finite numbers"
+        return
+    if own:
+        energy = float(np.trace(block.product))
+        if not np.isclose(energy, block.totals[0], rtol=1e-4, atol=1e-6) or not np.allclose(
+            block.totals[0], block.totals[1], rtol=1e-9
+        ):
+            yield f"{what}: the trace of its product, {energy:g}, is not the sum of squared norms, {block.totals[0]:g}"
 
 
 def _sha256(array: NDArray[Any]) -> str:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import CorruptDataError
+from featstore.errors import CorruptDataError, StoreAccessError
 from featstore.runtime.provenance import parse_json
-from featstore.store.format.version import MANIFEST
+from featstore.runtime.schema import parse
+from featstore.store.format.attributes import MOST, Facts
+from featstore.store.format.version import MANIFEST, METADATA_UNIT
 from featstore.store.read.rows import RowReader
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,12}\Z")
@@ -41,6 +45,22 @@ class StoreFiles(Protocol):
 
     def read(self, name: str) -> bytes | None:
         """Content of a file, None where there is none.
+
+        Args:
+            name: Path within the store.
+        """
+        ...
+
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes | None]:
+        """Content of many small files by name, None where there is none.
+
+        Args:
+            names: Paths within the store.
+        """
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; -1 where there is none, None where that takes a request of its own.
 
         Args:
             name: Path within the store.
@@ -81,11 +101,40 @@ class LocalFiles:
             name: Path within the store.
         """
         path = self.location / name
-        return path.read_bytes() if path.is_file() else None
+        try:
+            return path.read_bytes() if path.is_file() else None
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes | None]:
+        """Content of many small files by name, None where there is none.
+
+        Args:
+            names: Paths within the store.
+        """
+        return {name: self.read(name) for name in names}
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; -1 where there is none.
+
+        Args:
+            name: Path within the store.
+        """
+        try:
+            found = (self.location / name).stat()
+        except OSError:
+            return -1
+        return found.st_size if S_ISREG(found.st_mode) else -1
 
     def manifest(self) -> dict[str, bytes]:
         """Every manifest document by the name of its unit, sorted."""
-        return {unit: path.read_bytes() for unit, path in manifest_files(self.location / MANIFEST).items()}
+        found = {}
+        for unit, path in manifest_files(self.location / MANIFEST).items():
+            try:
+                found[unit] = path.read_bytes()
+            except OSError as error:
+                raise _unreadable(path, error) from error
+        return found
 
     def rows(self, array: Described, scales: Described | None, column_scale: NDArray[np.float32] | None) -> RowReader:
         """Rows read from mapped shards.
@@ -135,6 +184,10 @@ def _no_manifest(path: Path) -> CorruptDataError:
     )
 
 
+def _unreadable(path: Path, error: OSError) -> StoreAccessError:
+    return StoreAccessError(f"{path} cannot be read ({error.strerror}); restore it, or ask for permission to read it")
+
+
 def parse_entry(data: bytes, where: str, unit: str) -> dict[str, Any]:
     """Check a manifest entry.
 
@@ -153,6 +206,7 @@ def parse_entry(data: bytes, where: str, unit: str) -> dict[str, Any]:
     files = entry.get("files")
     if entry.get("unit") != unit or not isinstance(files, dict):
         raise CorruptDataError(f"{where} is not the manifest entry of {unit!r}; restore it or extract again")
+    # Not by the schema: there are as many as shards, and as many records as files.
     for name, record in files.items():
         if not _FILE_NAME.match(name) or ".." in name.split("/"):
             raise CorruptDataError(f"{where} names {name!r}, which is not a file of this store; do not trust it")
@@ -160,7 +214,12 @@ def parse_entry(data: bytes, where: str, unit: str) -> dict[str, Any]:
             isinstance(record, dict)
             and record.keys() == {"bytes", "crc32"}
             and type(record["bytes"]) is int
-            and _CHECKSUM.match(str(record["crc32"]))
+            and 0 <= record["bytes"] <= MOST
+            and type(record["crc32"]) is str
+            and _CHECKSUM.match(record["crc32"])
         ):
             raise CorruptDataError(f"{where} records {record!r} for {name!r}; restore it or extract again")
+    parse(Facts, entry, where)
+    if unit == METADATA_UNIT and not {"attributes", "units"} <= entry.keys():
+        raise CorruptDataError(f"{where} does not list the units, or what the root says; restore it or extract again")
     return entry

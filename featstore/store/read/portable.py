@@ -11,7 +11,7 @@ import asyncio
 import os
 import re
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -134,6 +134,32 @@ class PortableFiles:
         """
         return _wait(self._get(name), f"{self.location}/{name}")
 
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes | None]:
+        """Content of many small files by name, None where there is none; many are asked for at a time.
+
+        Args:
+            names: Paths within the store.
+
+        Raises:
+            StoreAccessError: The place cannot be reached, or refuses.
+        """
+        return _wait(self._get_all(names), str(self.location))
+
+    async def _get_all(self, names: Sequence[str]) -> dict[str, bytes | None]:
+        result: dict[str, bytes | None] = {}
+        for at in range(0, len(names), _REQUESTS):
+            part = names[at : at + _REQUESTS]
+            result |= dict(zip(part, await asyncio.gather(*(self._get(name) for name in part)), strict=True))
+        return result
+
+    def size(self, name: str) -> int | None:
+        """Not known: every file would be a request.
+
+        Args:
+            name: Path within the store.
+        """
+        del name
+
     async def _get(self, name: str) -> bytes | None:
         data = await self._store.get(name, default_buffer_prototype())
         return None if data is None else data.to_bytes()
@@ -149,17 +175,9 @@ class PortableFiles:
     async def _manifest(self) -> dict[str, bytes]:
         prefix = f"{MANIFEST}/"
         names = sorted([name async for name in self._store.list_prefix(prefix) if name.endswith(".json")])
-        result: dict[str, bytes] = {}
         # There are as many documents as shards: one after another they would take minutes from an object store.
-        for at in range(0, len(names), _REQUESTS):
-            part = names[at : at + _REQUESTS]
-            found = await asyncio.gather(*(self._get(name) for name in part))
-            result |= {
-                name[len(prefix) : -len(".json")]: data
-                for name, data in zip(part, found, strict=True)
-                if data is not None
-            }
-        return result
+        found = await self._get_all(names)
+        return {name[len(prefix) : -len(".json")]: data for name, data in found.items() if data is not None}
 
     def rows(
         self, array: Described, scales: Described | None, column_scale: NDArray[np.float32] | None

@@ -10,24 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import CorruptDataError
-
-
-def field(document: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """An attribute of the right type.
-
-    Args:
-        document: Attributes.
-        key: Which one.
-        kind: Its type or types.
-        where: Named in errors.
-
-    Raises:
-        CorruptDataError: It is missing or of another type.
-    """
-    value = document.get(key)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-        raise CorruptDataError(f"{where}: {key!r} is {value!r}, not usable; restore the document or extract again")
-    return value
+from featstore.runtime.schema import parse
+from featstore.store.format.attributes import ModelAttributes
 
 
 @dataclass(frozen=True)
@@ -64,18 +48,12 @@ class StoredModel:
         """
         if not isinstance(attributes, dict):
             raise CorruptDataError(f"{where} lacks its featstore attributes; restore it or extract again")
-        layers = field(attributes, "layers", list, where)
-        depth = field(attributes, "depth", int, where)
-        if not layers or not all(isinstance(k, int) and 0 <= k <= depth for k in layers):
-            raise CorruptDataError(f"{where}: layers {layers!r} do not fit a depth of {depth}")
-        return cls(
-            name,
-            depth,
-            field(attributes, "width", int, where),
-            field(attributes, "rows", int, where),
-            tuple(layers),
-            attributes,
-        )
+        said = parse(ModelAttributes, attributes, where)
+        if max(said.layers) > said.depth:
+            raise CorruptDataError(
+                f"{where}: layers {list(said.layers)} do not fit a depth of {said.depth}; restore it or extract again"
+            )
+        return cls(name, said.depth, said.width, said.rows, said.layers, attributes)
 
 
 #: Columns that follow from text and tokenizer alone.

@@ -57,7 +57,7 @@ class RowReader(RowArray):
     ) -> None:
         self.path = path
         self._document = document
-        self.geometry = Geometry.parse(document, f"{path}/zarr.json")
+        self.geometry = Geometry.parse(document, str(path))
         self.rows, self.width = self.geometry.rows, self.geometry.width
         self.shard_rows, self.form, self.layout = (
             self.geometry.shard_rows,

@@ -6,9 +6,8 @@ Only numpy and zarr are needed.
 from __future__ import annotations
 
 import operator
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import (
+    ContradictionError,
     CorruptDataError,
     FeatstoreError,
     LayerRangeError,
@@ -27,6 +27,8 @@ from featstore.errors import (
     StoreStateError,
 )
 from featstore.runtime.provenance import digest, parse_json
+from featstore.runtime.schema import parse, shown
+from featstore.store.format.attributes import PairAttributes, RootAttributes
 from featstore.store.format.shards import file_checksum
 from featstore.store.format.version import (
     FORMAT_VERSION,
@@ -36,19 +38,20 @@ from featstore.store.format.version import (
     old_store,
     rebuild_command,
 )
+from featstore.store.read.contents import corpus_problems, pair_problems, pilot_problems, token_problems
 from featstore.store.read.files import LocalFiles, StoreFiles, parse_entry
 from featstore.store.read.pairs import Pairs, check_policy
 from featstore.store.read.portable import Location, store_files
-from featstore.store.read.records import TOKEN_COLUMNS, StoredCorpus, StoredModel, Tokens, field
+from featstore.store.read.recorded import announced_problems, entry_problems, size_problems
+from featstore.store.read.records import TOKEN_COLUMNS, StoredCorpus, StoredModel, Tokens
 from featstore.store.read.rows import RowReader
 from featstore.store.read.shown import html_table, one_line
+from featstore.store.read.structure import Arrays, check_structure, own_attributes
 from featstore.store.read.tables import TableReader
 from featstore.store.read.vectors import vector_of
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
 
 def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool = False) -> Store:
@@ -61,7 +64,8 @@ def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool
         path: The store's directory, a URL such as ``s3://bucket/wt103.zarr``, or an open zarr-python store. A URL takes
             its settings from the environment (``AWS_ENDPOINT_URL``, ``AWS_REGION`` and the like); for any others, build
             the zarr-python store.
-        allow_incomplete: Accept a store whose extraction has not finished.
+        allow_incomplete: Accept a store whose extraction has not finished, and check documents only when they are
+            needed: one that is being added to does not agree with itself yet.
         portable: Read a directory through zarr-python, too.
 
     Raises:
@@ -73,6 +77,8 @@ def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool
         MissingPackageError: The package that speaks the URL's protocol is not installed.
     """
     store = open_files(store_files(path, portable=portable), allow_incomplete=allow_incomplete)
+    if store.complete and not allow_incomplete:
+        store.arrays  # noqa: B018 - every document is read and checked now
     if store.version < FORMAT_VERSION:
         # At one place, whoever called: Python then shows a line once a process for each store.
         warnings.warn(old_store(store.path, store.version), OldStoreWarning, stacklevel=1)
@@ -93,19 +99,22 @@ def open_files(files: StoreFiles, *, allow_incomplete: bool = False) -> Store:
     document = files.read("zarr.json")
     if document is None:
         raise StoreFormatError(f"{where} is not a feature store: it has no zarr.json")
-    attributes = parse_json(document, f"{files.location}/zarr.json").get("attributes")
-    own = attributes.get("featstore") if isinstance(attributes, dict) else None
+    node = parse_json(document, f"{files.location}/zarr.json")
+    own = own_attributes(node)
     if not isinstance(own, dict):
         raise StoreFormatError(f"{where} is a Zarr node but not a feature store; give the path of a store")
     version = own.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise CorruptDataError(
-            f"{files.location}/zarr.json has format version {version!r}; restore it or extract again"
+            f"{files.location}/zarr.json has format version {shown(version)}; restore it or extract again"
         )
     if version > FORMAT_VERSION:
         raise StoreFormatError(
             f"{where} has format version {version}, this featstore reads up to {FORMAT_VERSION}; upgrade it"
         )
+    if node.get("zarr_format") != 3 or node.get("node_type") != "group":
+        raise CorruptDataError(f"{files.location}/zarr.json is no Zarr group of format 3; restore it or extract again")
+    parse(RootAttributes, own, f"{files.location}/zarr.json")
     if own.get(REBUILDING) and not allow_incomplete:
         raise StoreStateError(f"{where} is half rebuilt; run {rebuild_command(files.location)} again to complete it")
     if not own.get("complete") and not allow_incomplete:
@@ -127,7 +136,7 @@ def _reopened(origin: str, portable: bool, checksum: str) -> Store:
     return open_files(store_files(origin, portable=portable), allow_incomplete=True)
 
 
-def _sealed_documents(files: StoreFiles, attributes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _sealed_entry(files: StoreFiles, attributes: dict[str, Any]) -> dict[str, Any]:
     """Checksums of a complete store's metadata documents, once the root's own attributes have passed theirs."""
     name = f"{MANIFEST}/{METADATA_UNIT}.json"
     where, data = f"{files.location}/{name}", files.read(name)
@@ -140,8 +149,7 @@ def _sealed_documents(files: StoreFiles, attributes: dict[str, Any]) -> dict[str
         intact = False
     if not intact:
         raise CorruptDataError(f"{files.location}/zarr.json is not the document that the manifest records; restore it")
-    sealed: dict[str, dict[str, Any]] = entry["files"]
-    return sealed
+    return entry
 
 
 class Store:
@@ -179,17 +187,39 @@ class Store:
         self.path: Any = files.location
         self.attributes = attributes
         self._checksum = checksum
-        self._sealed = _sealed_documents(files, attributes) if attributes.get("complete") else None
-        where = f"{self.path}/zarr.json"
-        names = field(attributes, "models", list, where)
-        for name in names:
-            if not isinstance(name, str) or not _SAFE_NAME.match(name):
-                raise CorruptDataError(
-                    f"{where} names a model {name!r}, which is not a safe path; do not trust this store"
-                )
-        self.models: tuple[str, ...] = tuple(names)
+        #: What the root says, typed; :attr:`attributes` has the same and what this version does not know.
+        self.root = parse(RootAttributes, attributes, f"{self.path}/zarr.json", "restore it; do not trust this store")
+        self._units = _sealed_entry(files, attributes) if self.root.complete else None
+        self._sealed: dict[str, dict[str, Any]] | None = None if self._units is None else self._units["files"]
+        self._documents: dict[str, dict[str, Any]] = {}
+        self.models: tuple[str, ...] = self.root.models
         self.version = int(attributes["format_version"])
         self._readers: dict[tuple[str, int], RowReader | TableReader] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether the store is sealed: its documents and its manifest are as they were recorded then."""
+        return self._sealed is not None
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        """Every array of a complete store as its document describes it, by path; all documents are checked for this.
+
+        Raises:
+            CorruptDataError: A document is damaged, is missing, or contradicts others.
+        """
+        if self._sealed is None:
+            raise StoreStateError(f"{self.path} is unfinished; what it will hold is not known yet")
+        found = self.files.read_all([f"{name}/zarr.json" for name in self.groups_and_arrays])
+        for name in self.groups_and_arrays:
+            self._documents[name] = self._parsed(name, found[f"{name}/zarr.json"])
+        return check_structure(str(self.path), self.root, self._documents)
+
+    @cached_property
+    def groups_and_arrays(self) -> tuple[str, ...]:
+        """Paths of all groups and arrays below the root that a complete store has."""
+        files = () if self._sealed is None else self._sealed
+        return tuple(name.removesuffix("/zarr.json") for name in files if name.endswith("/zarr.json"))
 
     @property
     def directory(self) -> Path:
@@ -286,8 +316,7 @@ class Store:
     def _stored(self) -> dict[str, StoredModel]:
         result = {}
         for name in self.models:
-            attributes = self.document(f"models/{name}").get("attributes")
-            own = attributes.get("featstore") if isinstance(attributes, dict) else None
+            own = own_attributes(self.document(f"models/{name}"))
             result[name] = StoredModel.parse(name, own, f"{self.path}/models/{name}/zarr.json")
         return result
 
@@ -300,8 +329,13 @@ class Store:
         Raises:
             CorruptDataError: Missing, or not what the manifest records.
         """
+        if name in self._documents:
+            return self._documents[name]
+        return self._parsed(name, self.files.read(f"{name}/zarr.json"))
+
+    def _parsed(self, name: str, data: bytes | None) -> dict[str, Any]:
+        """A document, once it has passed its checksum in a sealed store."""
         path = f"{self.path}/{name}/zarr.json"
-        data = self.files.read(f"{name}/zarr.json")
         if data is None:
             raise CorruptDataError(f"{path} is missing; run the same `featstore extract` command again")
         if self._sealed is not None:
@@ -413,8 +447,8 @@ class Store:
         """Where in the layer 0 table each token's row is."""
         ids = self.vector(f"models/{model}/embedding/id")
         tokens = self.columns(model, "id")["id"]
-        place = np.minimum(np.searchsorted(ids, tokens), len(ids) - 1)
-        if not np.array_equal(ids[place], tokens):
+        place = np.minimum(np.searchsorted(ids, tokens), max(len(ids) - 1, 0))
+        if not len(ids) or not np.array_equal(ids[place], tokens):
             raise CorruptDataError(f"the layer 0 table of {model} in {self.path} lacks tokens; run `featstore verify`")
         return place
 
@@ -465,8 +499,27 @@ class Store:
         """
         self.model(model)
         if model not in self._tokens:
-            self._tokens[model] = Tokens(**self.columns(model, *TOKEN_COLUMNS, "sink"))
+            table = Tokens(**self.columns(model, *TOKEN_COLUMNS, "sink"))
+            self._check_tokens(model, table)
+            self._tokens[model] = table
         return self._tokens[model]
+
+    def _check_tokens(self, model: str, table: Tokens) -> None:
+        """Refuse a table that contradicts the text, and a mask that was told by other figures than are recorded."""
+        held = self.model(model)
+        self._refuse(token_problems(model, held.rows, table, self.corpus, held.attributes.get("vocabulary")))
+        for layer in held.layers:
+            pilot = (self.vector(f"models/{model}/{name}/{layer}") for name in ("median_norm", "origin"))
+            self._refuse(pilot_problems(model, layer, *pilot))
+        basis = (self.entry(f"models/{model}/sinks") or {}).get("basis") if self.complete else None
+        expected = f"{held.attributes.get('tokens_sha256')} {list(held.layers)} {float(self.root.mask.sink_threshold)}"
+        if basis is not None and not basis.startswith(expected):
+            self._refuse([f"{model}: the sink mask was made by another threshold, of other layers or tokens"])
+
+    def _refuse(self, problems: Iterable[str]) -> None:
+        """Raise the first problem."""
+        for line in problems:
+            raise ContradictionError(self.path, line)
 
     def columns(self, model: str, *names: str) -> dict[str, NDArray[Any]]:
         """Some columns of a model's token table; an unfinished store lacks ``sink``.
@@ -500,7 +553,10 @@ class Store:
             # Stores of version 1 know of no messages, and what is beside a text only conversations have.
             if name not in needs or self.has(needs[name])
         }
-        return StoredCorpus(**vectors)
+        found = StoredCorpus(**vectors)
+        counts = self.root.split.documents
+        self._refuse(corpus_problems(found, (counts.train, counts.val, counts.test) if self.complete else None))
+        return found
 
     def pairs(self, source: str, target: str, policy: str = "end") -> Pairs:
         """The pairs of two models, or of a model with itself (every ordinary token with itself: the ceiling).
@@ -520,11 +576,16 @@ class Store:
         else:
             first, second = sorted((source, target), key=self.models.index)
             row_a, row_b = self.pair_index(first, second, policy)
+            what = f"pairs of {first} and {second}" + f" ({policy})" * (policy != "end")
+            self._refuse(pair_problems(what, row_a, row_b, self.tokens(first), self.tokens(second)))
             if source != first:
                 row_a, row_b = row_b, row_a
         window = tokens_a.window[row_a]
         document = self.corpus.window_unit[window]
         ordinary = [max(int((~t.special).sum()), 1) for t in (tokens_a, tokens_b)]
+        coverage = (len(row_a) / ordinary[0], len(row_b) / ordinary[1])
+        if source != target:
+            self._check_pairs((source, target), policy, coverage)
         return Pairs(
             source,
             target,
@@ -536,8 +597,24 @@ class Store:
             # The same in both: they have read the same bytes.
             tokens_a.role[row_a],
             tokens_a.id[row_a],
-            (len(row_a) / ordinary[0], len(row_b) / ordinary[1]),
+            coverage,
         )
+
+    def _check_pairs(self, names: tuple[str, str], policy: str, coverage: tuple[float, float]) -> None:
+        """Refuse an index of which something else is recorded than what it holds."""
+        if not self.complete:
+            return
+        first, second = sorted(names, key=self.models.index)
+        unit = f"pairs/{first}__{second}/{policy}"
+        what = f"pairs of {first} and {second}" + f" ({policy})" * (policy != "end")
+        recorded = parse(PairAttributes, own_attributes(self.document(unit)), f"{self.path}/{unit}/zarr.json")
+        if not np.allclose([recorded.coverage.get(name, -1) for name in names], coverage):
+            self._refuse([f"{what}: the recorded coverage is not that of the tokens"])
+        basis = (self.entry(unit) or {}).get("basis")
+        if basis is not None and basis != " ".join(
+            str(self.model(name).attributes.get("tokens_sha256")) for name in (first, second)
+        ):
+            self._refuse([f"{what}: the index was made of other tokens"])
 
     def pair_index(self, first: str, second: str, policy: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The pair index of two models: rows of the one and of the other, in document order.
@@ -562,13 +639,40 @@ class Store:
     def manifest(self) -> dict[str, dict[str, Any]]:
         """Every committed file with its size and checksum, by path.
 
+        Of a complete store the entries are those that were sealed, and name every file that its arrays announce, of
+        the sizes that are on disk. Checksums of files are compared where files are read, and by `featstore verify`.
+
+        Raises:
+            CorruptDataError: An entry is damaged, points outside the store, or contradicts documents or disk.
+        """
+        files = self.recorded_files
+        if self._units is not None:
+            self._refuse(entry_problems(self._units["units"], self.entries))
+            self._refuse(announced_problems(self.arrays, files))
+            self._refuse(size_problems(files, self.files.size))
+        return files
+
+    @cached_property
+    def entries(self) -> dict[str, bytes]:
+        """The manifest's documents as they lie there, by unit."""
+        return self.files.manifest()
+
+    @cached_property
+    def recorded_files(self) -> dict[str, dict[str, Any]]:
+        """What :attr:`manifest` holds, compared with nothing yet.
+
         Raises:
             CorruptDataError: An entry is damaged or points outside the store.
         """
         files: dict[str, dict[str, Any]] = {}
-        for unit, data in self.files.manifest().items():
+        for unit, data in self.entries.items():
             files.update(parse_entry(data, f"{self.path}/{MANIFEST}/{unit}.json", unit)["files"])
         return files
+
+    @property
+    def sealed_units(self) -> dict[str, str]:
+        """Checksum of every entry of the manifest when the store was sealed, by unit; none of an unfinished store."""
+        return {} if self._units is None else self._units["units"]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from featstore.errors import CorruptDataError
 from featstore.store.format import shards
+from featstore.store.format.plain import Plain
 
 
 def read_vector(path: Path, document: dict[str, Any]) -> NDArray[Any]:
@@ -37,26 +38,14 @@ def vector_of(read: Callable[[str], bytes | None], document: dict[str, Any], whe
     Raises:
         CorruptDataError: Missing, damaged, or not such an array.
     """
-    try:
-        shape = tuple(int(v) for v in document["shape"])
-        dtype = np.dtype(document["data_type"]).newbyteorder("<")
-        chunk = int(document["chunk_grid"]["configuration"]["chunk_shape"][0])
-        usable = chunk >= 1 and min(shape) >= 0 and 1 <= len(shape) <= 2 and not dtype.hasobject
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-        raise CorruptDataError(f"{where}/zarr.json is damaged ({error!r}); extract again") from error
-    if not usable:
-        raise CorruptDataError(
-            f"{where}/zarr.json has shape {shape}, chunk {chunk}, {dtype}: not usable; extract again"
-        )
-    rest = shape[1:]
-    size = chunk * int(np.prod(rest, dtype=np.int64))
-    parts = []
-    for i in range(-(-shape[0] // chunk)):
-        name = "/".join(map(str, ("c", i, *(0 for _ in rest))))
-        parts.append(parse_chunk(read(name), dtype, size, f"{where}/{name}").reshape(chunk, *rest))
+    plain = Plain.parse(document, where)
+    parts = [
+        parse_chunk(read(name), plain.dtype, plain.values, f"{where}/{name}").reshape(plain.chunk, *plain.shape[1:])
+        for name in map(plain.file, range(plain.files))
+    ]
     if not parts:
-        return np.zeros(shape, dtype)
-    return np.concatenate(parts)[: shape[0]]
+        return np.zeros(plain.shape, plain.dtype)
+    return np.concatenate(parts)[: plain.shape[0]]
 
 
 def read_chunk(file: Path, dtype: np.dtype[Any], size: int) -> NDArray[Any]:

@@ -305,6 +305,12 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(lora: Path, tmp_path: Path)
         lambda text: text.replace("epochs: 3", "epochs: 3.5"),
         lambda text: text.replace("both: true", "both: 2"),
         lambda text: text.replace("type: lora", "type: null"),
+        lambda text: text.replace("  lr: null", "  lr: .nan"),
+        lambda text: text.replace("  lr: null", f"  lr: {'7' * 5000}"),
+        lambda text: text.replace("  seed: 0", f"  seed: {2**64}"),
+        lambda text: text.replace("type: lora", r'type: "a\0b"'),
+        lambda text: text.replace("type: lora", f"type: {'[' * 3000}"),
+        lambda text: text.replace("loop:", "loop: 3\nlop:"),
     ],
 )
 def test_a_spoiled_run_yaml_is_one_clear_error(lora: Path, tmp_path: Path, change: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from align.execution.threads import Threads
 from align.maps.fitted import load_adapter
 from align.runs.train import describe
 from align.settings import Settings, load_settings
@@ -58,11 +59,9 @@ def assistant(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    from distributed import Client
-
-    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0") as client:
-        yield client
+def executor() -> Iterator[Any]:
+    with Threads(2) as threads:
+        yield threads
 
 
 def test_the_map_is_that_of_the_role(
@@ -185,14 +184,14 @@ def test_settings_hold_roles_as_one_text(planted: Planted, tmp_path: Path) -> No
 
 
 def test_similarity_of_a_role_is_that_of_a_store_with_nothing_else(
-    planted: Planted, client: Any, tmp_path: Path
+    planted: Planted, executor: Any, tmp_path: Path
 ) -> None:
     layers = {"a": (1,), "b": (1,)}
     options: dict[str, Any] = {"models": ("a", "b"), "layers": layers, "quiet": True}
-    found = Comparison(planted.path, **options, roles="assistant").run(client)
+    found = Comparison(planted.path, **options, roles="assistant").run(executor)
     own = np.arange(N) // 8 % 2 == 1
     alone = plant(tmp_path / "alone.zarr", planted.x[1][own], planted.y[1][own])
-    expected = Comparison(alone.path, **options).run(client)
+    expected = Comparison(alone.path, **options).run(executor)
     assert (found["roles"], expected["roles"]) == (["assistant"], None)
     assert (found["n"], found["masked_rows"]) == (expected["n"], expected["masked_rows"]) == (1190, 10)
     assert found["unmasked"]["n"] == 1200
@@ -201,8 +200,8 @@ def test_similarity_of_a_role_is_that_of_a_store_with_nothing_else(
     np.testing.assert_allclose(found["unmasked"]["cross"], expected["unmasked"]["cross"], atol=1e-5)
     # A rotation of all of it; the user's states are turned another way.
     assert found["cross"][0][0] == pytest.approx(1, abs=1e-5)
-    assert Comparison(planted.path, **options).run(client)["cross"][0][0] < 0.9
-    rbf = Comparison(planted.path, **options, roles=["assistant"], kernel="rbf", max_rows=5000).run(client)
+    assert Comparison(planted.path, **options).run(executor)["cross"][0][0] < 0.9
+    rbf = Comparison(planted.path, **options, roles=["assistant"], kernel="rbf", max_rows=5000).run(executor)
     assert rbf["n"] == 1190
     with pytest.raises(PairingError, match="have the role tool"):
         Comparison(planted.path, **options, roles="tool")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from scipy import stats
 
 import align
+from align.execution.threads import Threads
 from align.kernels.reference import cka, rbf_gram
 from align.metrics import debiased_cka
 from align.results import read_similarity_documents
@@ -79,23 +78,14 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     return plant(tmp_path_factory.mktemp("cka") / "s.zarr", *related())
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    from distributed import Client
-
-    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0") as client:
-        yield client
-
-
 def compared(planted: Planted, **options: Any) -> dict[str, Any]:
-    from distributed import get_client
-
     wanted: dict[str, Any] = {"models": ("a", "b"), "layers": LAYERS, "quiet": True, **options}
-    return Comparison(planted.path, **wanted).run(get_client())
+    with Threads(2) as threads:
+        return Comparison(planted.path, **wanted).run(threads)
 
 
 @pytest.fixture(scope="module")
-def result(planted: Planted, client: Any) -> dict[str, Any]:
+def result(planted: Planted) -> dict[str, Any]:
     return compared(planted)
 
 
@@ -120,7 +110,7 @@ def test_every_pair_of_layers_equals_the_naive_formula(planted: Planted, result:
     assert result["layers"] == {"a": [0, 1, 2], "b": [0, 2]}
 
 
-def test_the_biased_estimator_equals_its_own_formula(planted: Planted, client: Any) -> None:
+def test_the_biased_estimator_equals_its_own_formula(planted: Planted) -> None:
     biased = compared(planted, estimator="biased")
     for i, one in enumerate(LAYERS["a"]):
         for j, two in enumerate(LAYERS["b"]):
@@ -135,7 +125,7 @@ def test_a_layer_is_like_itself_and_matrices_are_symmetric(result: dict[str, Any
         np.testing.assert_allclose(np.diag(table), 1, atol=1e-9)
 
 
-def test_a_rotation_scores_one_and_independence_nothing(tmp_path: Path, client: Any) -> None:
+def test_a_rotation_scores_one_and_independence_nothing(tmp_path: Path) -> None:
     x = spectrum_rows(3000, 24, 1, decay=0.5, mean=4.0)
     planted = plant(tmp_path / "s.zarr", {0: x}, {0: 3 * x @ rotation(24, 2) + 7, 1: spectrum_rows(3000, 24, 8)})
     cross = compared(planted, layers={"a": (0,), "b": (0, 1)})["cross"]
@@ -155,13 +145,13 @@ def test_the_floor_is_the_same_states_with_their_pairing_destroyed(result: dict[
     assert floor["cross"][0][0] == pytest.approx(naive_debiased(planted.x[0], shuffled), abs=1e-6)
 
 
-def test_the_floor_follows_its_seed(planted: Planted, result: dict[str, Any], client: Any) -> None:
+def test_the_floor_follows_its_seed(planted: Planted, result: dict[str, Any]) -> None:
     other = compared(planted, seed=1)
     assert other["null"]["cross"][0][0] != result["null"]["cross"][0][0]
     np.testing.assert_array_equal(other["cross"], result["cross"])
 
 
-def test_sinks_decide_unless_they_are_masked(tmp_path: Path, client: Any) -> None:
+def test_sinks_decide_unless_they_are_masked(tmp_path: Path) -> None:
     # Independent states, but the same twenty rows are huge in both: unmasked CKA sees nothing else.
     x, y = spectrum_rows(2000, 16, 1), spectrum_rows(2000, 16, 2)
     at = np.arange(700, 2000, 65)
@@ -183,21 +173,21 @@ def test_sinks_decide_unless_they_are_masked(tmp_path: Path, client: Any) -> Non
     np.testing.assert_array_equal(kept["masked"]["cross"], masked["cross"])
 
 
-def test_one_model_alone(planted: Planted, result: dict[str, Any], client: Any) -> None:
+def test_one_model_alone(planted: Planted, result: dict[str, Any]) -> None:
     alone = compared(planted, models=("a", "a"), layers={"a": (0, 1, 2)})
     np.testing.assert_allclose(alone["cross"], result["within"]["a"], atol=1e-9)
     assert alone["models"] == ["a", "a"]
     assert list(alone["within"]) == ["a"]
 
 
-def test_fewer_than_four_pairs_are_refused(tmp_path: Path, client: Any) -> None:
+def test_fewer_than_four_pairs_are_refused(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(3, 4))
     planted = plant(tmp_path / "s.zarr", {0: rows}, {0: rows}, documents=3)
     with pytest.raises(PairingError, match="3 pairs of a and b: CKA needs at least 4"):
         compared(planted, layers={"a": (0,), "b": (0,)})
 
 
-def test_four_pairs_are_enough(tmp_path: Path, client: Any) -> None:
+def test_four_pairs_are_enough(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(4, 4))
     planted = plant(tmp_path / "s.zarr", {0: rows}, {0: rows}, documents=4)
     assert compared(planted, layers={"a": (0,), "b": (0,)})["cross"][0][0] == pytest.approx(1, abs=0.01)
@@ -266,21 +256,11 @@ def test_workers_in_other_processes_give_the_same_bits(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from distributed import LocalCluster
-
     own = call(capsys, "align", "cka", "--store", planted.path, "--out", tmp_path / "own", "--json").json
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0") as cluster:
-        # The store is named relative to where the command runs, which is not where the workers do.
-        monkeypatch.chdir(planted.path.parent)
-        theirs = call(
-            capsys,
-            *("align", "cka", "--store", planted.path.name, "--out", tmp_path / "theirs", "--json"),
-            *("--scheduler", cluster.scheduler_address),
-        ).json
-        from distributed import Client
-
-        with Client(cluster) as client:
-            assert len(set(client.run(os.getpid).values()) - {os.getpid()}) == 2
+    # The store is named relative to where the command runs.
+    monkeypatch.chdir(planted.path.parent)
+    base = ("align", "cka", "--store", planted.path.name, "--out", tmp_path / "theirs", "--json")
+    theirs = call(capsys, *base, "--workers", 2).json
     for name in ("cross", "within", "null", "unmasked", "n"):
         assert theirs[name] == own[name], name
 
@@ -289,7 +269,7 @@ def test_workers_in_other_processes_give_the_same_bits(
 def test_a_scheduler_that_does_not_answer_is_one_clear_line(
     planted: Planted, tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("align.resources.SCHEDULER_SECONDS", 0.5)
+    monkeypatch.setattr("align.execution.cluster.SCHEDULER_SECONDS", 0.5)
     line = call(
         capsys, "align", "cka", "--store", planted.path, "--out", tmp_path / "out", "--scheduler", address
     ).refusal
@@ -306,7 +286,7 @@ def test_the_best_partner_of_a_layer() -> None:
     assert best_partners(table) == {"0": {"layer": 4, "cka": 0.9}, "8": {"layer": 0, "cka": 0.5}}
 
 
-def test_every_row_its_own_document_is_asked_for_by_name(planted: Planted, client: Any) -> None:
+def test_every_row_its_own_document_is_asked_for_by_name(planted: Planted) -> None:
     found = compared(planted, estimator="debiased-rows", permutations=0)
     assert found["estimator"] == "debiased-rows"
     assert found["cross"][0][0] == pytest.approx(naive_debiased(planted.x[0], planted.y[0]), abs=1e-6)
@@ -317,7 +297,7 @@ def test_every_row_its_own_document_is_asked_for_by_name(planted: Planted, clien
     assert corrected["cross"][0][1] == pytest.approx(expected, abs=1e-5)
 
 
-def test_minibatch_is_an_estimate_of_the_same(planted: Planted, result: dict[str, Any], client: Any) -> None:
+def test_minibatch_is_an_estimate_of_the_same(planted: Planted, result: dict[str, Any]) -> None:
     found = compared(planted, estimator="minibatch")
     assert (found["batches"], found["batch_rows"]) == (2, 512)
     np.testing.assert_allclose(found["cross"], result["cross"], atol=0.1)
@@ -325,7 +305,7 @@ def test_minibatch_is_an_estimate_of_the_same(planted: Planted, result: dict[str
 
 
 @pytest.mark.parametrize("estimator", ["debiased", "biased"])
-def test_the_rbf_kernel_equals_its_formula(planted: Planted, client: Any, estimator: str) -> None:
+def test_the_rbf_kernel_equals_its_formula(planted: Planted, estimator: str) -> None:
     found = compared(planted, kernel="rbf", estimator=estimator, max_rows=300)
     assert (found["kernel"], found["n"]) == ("rbf", 300)
     store = planted.store
@@ -353,7 +333,7 @@ def test_effective_ranks_are_those_of_the_covariance(planted: Planted, result: d
 
 
 @pytest.fixture(scope="module")
-def measured(planted: Planted, client: Any) -> dict[str, Any]:
+def measured(planted: Planted) -> dict[str, Any]:
     return compared(planted, measures=parse_measures("all"), draws=50, max_rows=500)
 
 
@@ -397,7 +377,7 @@ def test_every_measure_has_its_floors_ceilings_and_intervals(measured: dict[str,
             np.testing.assert_array_equal(block["within"]["a"], np.transpose(block["within"]["a"]))
 
 
-def test_one_way_measures_go_both_ways(measured: dict[str, Any], planted: Planted, client: Any) -> None:
+def test_one_way_measures_go_both_ways(measured: dict[str, Any], planted: Planted) -> None:
     turned = compared(planted, models=("b", "a"), measures=parse_measures("ridge-r2"), draws=50, max_rows=500)
     there, back = measured["measures"]["ridge-r2"], turned["measures"]["ridge-r2"]
     np.testing.assert_allclose(np.transpose(there["reverse"]), back["cross"], atol=0.02)
@@ -443,14 +423,14 @@ def test_the_halves_are_compared_with_each_other(measured: dict[str, Any], plant
     assert sum(found["rows"].values()) == 500
 
 
-def test_the_sampled_cka_is_the_one_over_all_rows_where_the_sample_is_all(planted: Planted, client: Any) -> None:
+def test_the_sampled_cka_is_the_one_over_all_rows_where_the_sample_is_all(planted: Planted) -> None:
     found = compared(planted, measures=parse_measures("cka"), draws=20)
     assert found["sample"]["rows"] == 700
     np.testing.assert_allclose(found["measures"]["cka"]["cross"], found["cross"], atol=2e-6)
     np.testing.assert_allclose(found["measures"]["cka"]["within"]["b"], found["within"]["b"], atol=2e-6)
 
 
-def test_one_model_alone_is_measured(planted: Planted, measured: dict[str, Any], client: Any) -> None:
+def test_one_model_alone_is_measured(planted: Planted, measured: dict[str, Any]) -> None:
     alone = compared(planted, models=("a", "a"), layers={"a": LAYERS["a"]}, measures=parse_measures("pwcca"), draws=5)
     block = alone["measures"]["pwcca"]
     assert np.array(block["cross"]).shape == (3, 3)
@@ -459,7 +439,7 @@ def test_one_model_alone_is_measured(planted: Planted, measured: dict[str, Any],
     assert "reverse" not in block
 
 
-def test_a_second_reading_is_the_ceiling(planted: Planted, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_reading_is_the_ceiling(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
     # Read twice by the same arithmetic, states are the same.
     monkeypatch.setattr(Comparison, "_read_again", lambda _, model: model)
     found = compared(planted, measures=parse_measures("cka,angular-distance"), draws=5)
@@ -470,7 +450,7 @@ def test_a_second_reading_is_the_ceiling(planted: Planted, client: Any, monkeypa
         np.testing.assert_allclose(ceilings["twice"]["b"], [same] * 2, atol=1e-3)
 
 
-def test_what_does_not_fit_into_memory_is_refused(planted: Planted, client: Any) -> None:
+def test_what_does_not_fit_into_memory_is_refused(planted: Planted) -> None:
     assert affordable_rows([100, 100], 5000, 12 * 200 * 300) == 300
     assert affordable_rows([100, 100], 5000, 1 << 30) == 5000
     with pytest.raises(SpecError, match=r"holds 100 rows of 2 layers; give at least 600\.00 kB|holds 100 rows"):

@@ -15,8 +15,8 @@ import align.similarity.scan.documents as documents_module
 import align.similarity.scan.planning as planning_module
 import align.similarity.scan.streaming as streaming
 import align.similarity.scan.worker as worker
+from align.execution.threads import Threads
 from align.metrics import debiased_cka
-from align.resources import dask_client
 from align.similarity.scan.documents import DocumentAdder, close, terms_between
 from align.similarity.scan.planning import Selection, Site, plan
 from align.similarity.scan.streaming import stream
@@ -33,9 +33,9 @@ LENGTHS = {"many": (3, 120, 9, 1, 40, 17, 2, 25, 8, 1, 1, 70, 5), "half": (60, 2
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    with dask_client(None, quiet=True) as client:
-        yield client
+def executor() -> Iterator[Any]:
+    with Threads(2) as threads:
+        yield threads
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def dense(planted: Planted) -> Any:
     return np.array([[cosine_of_kernels(x @ x.T, y @ y.T, planted.document) for y in layers] for x in layers])
 
 
-def scanned(planted: Planted, client: Any, **options: Any) -> Terms:
-    return stream(selection_of(planted), SITES, client=client, quiet=True, **options)
+def scanned(planted: Planted, executor: Any, **options: Any) -> Terms:
+    return stream(selection_of(planted), SITES, executor=executor, quiet=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def scanned(planted: Planted, client: Any, **options: Any) -> Terms:
 )
 def test_every_pair_of_layers_is_least_squares(
     tmp_path: Path,
-    client: Any,
+    executor: Any,
     monkeypatch: pytest.MonkeyPatch,
     exact: None,
     case: str,
@@ -105,7 +105,7 @@ def test_every_pair_of_layers_is_least_squares(
     monkeypatch.setattr(planning_module, "_LONGEST_RUN", run)
     monkeypatch.setattr(documents_module, "longest_kernel", lambda p, q: kernels)
     planted = planted_in(tmp_path / "s.zarr", LENGTHS[case])
-    values, reasons = similarity(scanned(planted, client))
+    values, reasons = similarity(scanned(planted, executor))
     assert reasons == {}
     np.testing.assert_allclose(values, dense(planted), rtol=0, atol=1e-9)
     np.testing.assert_array_equal(values, values.T)
@@ -115,7 +115,7 @@ def test_every_pair_of_layers_is_least_squares(
 
 @pytest.mark.parametrize("memory", [None, 70_000])
 def test_groups_do_not_matter(
-    tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch, exact: None, memory: int | None
+    tmp_path: Path, executor: Any, monkeypatch: pytest.MonkeyPatch, exact: None, memory: int | None
 ) -> None:
     monkeypatch.setattr(planning_module, "CUT_ROWS", 30)
     monkeypatch.setattr(planning_module, "_LONGEST_RUN", 60)
@@ -123,7 +123,7 @@ def test_groups_do_not_matter(
     options = {} if memory is None else {"memory": memory}
     cuts = plan([6, 6, 8, 8], sum(LENGTHS["many"]), documents=Documents(np.array(LENGTHS["many"])), **options)
     assert (len(cuts.groups) > 1) == (memory is not None)
-    terms = scanned(planted, client, correct_features=True, **options)
+    terms = scanned(planted, executor, correct_features=True, **options)
     np.testing.assert_allclose(similarity(terms)[0], dense(planted), rtol=0, atol=1e-9)
     layers = [rows - rows.mean(axis=0) for rows in layers_of(planted)]
     values, reasons = similarity(terms, correct_features=True)
@@ -140,7 +140,7 @@ def test_groups_do_not_matter(
 
 
 def test_rows_far_from_the_origin_and_in_any_order(
-    tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, executor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     labels = unequal_documents(rng, 30)
@@ -159,24 +159,24 @@ def test_rows_far_from_the_origin_and_in_any_order(
         monkeypatch.setattr(worker, "opened", opened)
         worker.opened_by_worker.cache_clear()
         worker.by_document.cache_clear()
-        terms = stream(selection_of(planted), [SITES[0], SITES[2]], client=client, quiet=True)
+        terms = stream(selection_of(planted), [SITES[0], SITES[2]], executor=executor, quiet=True)
         assert similarity(terms)[0][0, 1] == pytest.approx(debiased_cka(x32, y32, document)[0], abs=1e-6)
         assert terms.mean[0] == pytest.approx(np.linalg.norm(x32.mean(axis=0)), rel=1e-6)
         assert terms.a[1] == pytest.approx(np.sum((y32 - y32.mean(axis=0)) ** 2), rel=1e-5)
 
 
-def test_a_single_document_is_undefined(tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_document_is_undefined(tmp_path: Path, executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning_module, "CUT_ROWS", 16)
     planted = planted_in(tmp_path / "s.zarr", (70,))
-    values, reasons = similarity(scanned(planted, client))
+    values, reasons = similarity(scanned(planted, executor))
     assert np.isnan(values).all()
     assert "all 70 are of one" in reasons[0, 1]
-    assert np.isfinite(similarity(scanned(planted, client), "biased")[0]).all()
-    assert np.isfinite(similarity(scanned(planted, client, estimator="debiased-rows"), "debiased-rows")[0]).all()
+    assert np.isfinite(similarity(scanned(planted, executor), "biased")[0]).all()
+    assert np.isfinite(similarity(scanned(planted, executor, estimator="debiased-rows"), "debiased-rows")[0]).all()
     with pytest.raises(SpecError, match="not made for 'debiased-rows'"):
-        similarity(scanned(planted, client), "debiased-rows")
+        similarity(scanned(planted, executor), "debiased-rows")
     with pytest.raises(SpecError, match="not made for 'debiased'"):
-        similarity(scanned(planted, client, estimator="debiased-rows"))
+        similarity(scanned(planted, executor, estimator="debiased-rows"))
 
 
 def test_a_plan_by_document_covers_every_row_once() -> None:
@@ -225,22 +225,19 @@ class TestDeath:
         monkeypatch.setattr(streaming, "CHECKPOINT_SECONDS", 0.0)
         monkeypatch.setattr(os, "fsync", lambda _: None)
 
-    def test_the_same_bits_on_any_number_of_threads(self, tmp_path: Path, client: Any) -> None:
-        from distributed import Client, LocalCluster
-
+    def test_the_same_bits_on_any_number_of_threads(self, tmp_path: Path, executor: Any) -> None:
         planted = planted_in(tmp_path / "s.zarr", LENGTHS["many"])
-        first = bits(scanned(planted, client, memory=70_000))
-        options: Any = {"n_workers": 1, "processes": False, "dashboard_address": "127.0.0.1:0"}
-        for threads in (1, 5):
-            with LocalCluster(threads_per_worker=threads, **options) as cluster, Client(cluster) as other:
+        first = bits(scanned(planted, executor, memory=70_000))
+        for width in (1, 5):
+            with Threads(width) as other:
                 assert bits(scanned(planted, other, memory=70_000)) == first
 
     @pytest.mark.parametrize("after", [3, 17])
     def test_a_scan_that_died_goes_on_to_the_same_bits(
-        self, tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch, after: int
+        self, tmp_path: Path, executor: Any, monkeypatch: pytest.MonkeyPatch, after: int
     ) -> None:
         planted = planted_in(tmp_path / "s.zarr", LENGTHS["many"])
-        expected = bits(scanned(planted, client, memory=70_000, correct_features=True))
+        expected = bits(scanned(planted, executor, memory=70_000, correct_features=True))
         written: list[Any] = []
         whole = streaming.write_block
 
@@ -252,11 +249,11 @@ class TestDeath:
 
         monkeypatch.setattr(streaming, "write_block", dying)
         with pytest.raises(KeyboardInterrupt):
-            scanned(planted, client, memory=70_000, correct_features=True, checkpoint=tmp_path / "kept")
+            scanned(planted, executor, memory=70_000, correct_features=True, checkpoint=tmp_path / "kept")
         # Once in the middle of a document.
         assert bool(written[-1][2]) == (after == 3)
         assert (
-            bits(scanned(planted, client, memory=70_000, correct_features=True, checkpoint=tmp_path / "kept"))
+            bits(scanned(planted, executor, memory=70_000, correct_features=True, checkpoint=tmp_path / "kept"))
             == expected
         )
         again = [number for number, *_ in written[after:]]

@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import tracemalloc
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,10 @@ from threadpoolctl import threadpool_info, threadpool_limits
 import align.similarity.scan.planning as planning_module
 import align.similarity.scan.streaming as streaming
 import align.similarity.scan.worker as worker
+from align.execution.cluster import Cluster
+from align.execution.processes import Processes
+from align.execution.threads import Threads
 from align.moments.scatter import means, moments_of, moved
-from align.resources import dask_client
 from align.similarity.scan.checkpoint import Kept, discard, read_blocks, write_block
 from align.similarity.scan.partials import Adder, Partial, Rows, UnusableRow, nothing, terms_of
 from align.similarity.scan.planning import SLOTS, Selection, Site, plan
@@ -41,6 +42,7 @@ from featstore.errors import (
     SpecError,
     StoreAccessError,
     StoreStateError,
+    WorkersError,
 )
 from featstore.store import Store, open_store
 from featstore.store.inspect.summary import ranks_of
@@ -99,9 +101,9 @@ def selection_of(planted: Planted, *, keep_sinks: bool = False) -> Selection:
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    with dask_client(None, quiet=True) as client:
-        yield client
+def executor() -> Iterator[Any]:
+    with Threads(2) as threads:
+        yield threads
 
 
 @pytest.fixture
@@ -114,9 +116,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
-def scanned(planted: Planted, client: Any, **options: Any) -> Terms:
+def scanned(planted: Planted, executor: Any, **options: Any) -> Terms:
     """Over all pairs of rows, unless told otherwise: sums by document have a file of their own."""
-    return stream(selection_of(planted), SITES, client=client, quiet=True, **{"estimator": "debiased-rows", **options})
+    return stream(
+        selection_of(planted), SITES, executor=executor, quiet=True, **{"estimator": "debiased-rows", **options}
+    )
 
 
 def bits(terms: Terms) -> list[Any]:
@@ -148,8 +152,8 @@ class Ticks(list[float]):
 # What comes out ------------------------------------------------------------------------------------------------------
 
 
-def test_every_pair_of_layers_equals_the_naive_formulas(planted: Planted, client: Any) -> None:
-    terms = scanned(planted, client)
+def test_every_pair_of_layers_equals_the_naive_formulas(planted: Planted, executor: Any) -> None:
+    terms = scanned(planted, executor)
     assert terms.n == N
     assert terms.batched is None
     values, reasons = similarity(terms, "debiased-rows")
@@ -162,20 +166,20 @@ def test_every_pair_of_layers_equals_the_naive_formulas(planted: Planted, client
 
 
 @pytest.mark.parametrize("memory", [260_000, 90_000])
-def test_groups_runs_and_cuts_do_not_matter(planted: Planted, client: Any, short: None, memory: int) -> None:
+def test_groups_runs_and_cuts_do_not_matter(planted: Planted, executor: Any, short: None, memory: int) -> None:
     widths = [20, 20, 20, 28, 28]
     cuts = plan(widths, N, memory=memory)
     assert len(cuts.groups) > 1
     assert len(cuts.runs) > 8
-    terms = scanned(planted, client, memory=memory)
+    terms = scanned(planted, executor, memory=memory)
     np.testing.assert_allclose(similarity(terms, "debiased-rows")[0], naive(layers_of(planted), hsic1), atol=1e-6)
-    whole = scanned(planted, client)
+    whole = scanned(planted, executor)
     for name in ("fro", "d", "a", "mean", "effective_rank", "participation_ratio"):
         np.testing.assert_allclose(getattr(terms, name), getattr(whole, name), rtol=1e-6)
 
 
 def test_whole_numbers_give_the_same_figures_in_any_cut(
-    tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, executor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No product is rounded, so neither a row left out nor one taken twice could hide.
     rng = np.random.default_rng(0)
@@ -187,7 +191,7 @@ def test_whole_numbers_give_the_same_figures_in_any_cut(
         monkeypatch.setattr(planning_module, "CUT_ROWS", cut)
         monkeypatch.setattr(planning_module, "_LONGEST_RUN", run)
         terms = stream(
-            selection_of(planted), [SITES[0], SITES[3]], client=client, estimator="debiased-rows", quiet=True
+            selection_of(planted), [SITES[0], SITES[3]], executor=executor, estimator="debiased-rows", quiet=True
         )
         found.append(json.dumps([terms.fro.tolist(), terms.d.tolist(), terms.a.tolist()]))
     assert len(set(found)) == 1
@@ -217,16 +221,16 @@ def test_terms_far_from_the_origin_are_those_of_moments_moved_to_the_mean() -> N
     assert "a" not in blocks["xy"]
 
 
-def test_ranks_are_those_of_the_rows(planted: Planted, client: Any, short: None) -> None:
-    terms = scanned(planted, client, memory=260_000)
+def test_ranks_are_those_of_the_rows(planted: Planted, executor: Any, short: None) -> None:
+    terms = scanned(planted, executor, memory=260_000)
     expected = np.array([ranks_of(np.asarray(x, np.float32)) for x in layers_of(planted)])
     np.testing.assert_allclose(terms.effective_rank, expected[:, 0], rtol=1e-5)
     np.testing.assert_allclose(terms.participation_ratio, expected[:, 1], rtol=1e-5)
-    assert np.isnan(scanned(planted, client, ranks=False).effective_rank).all()
+    assert np.isnan(scanned(planted, executor, ranks=False).effective_rank).all()
 
 
 def test_states_that_do_not_vary_are_undefined_with_a_reason(
-    tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, executor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = spectrum_rows(300, 8, 1)
     planted = plant(tmp_path / "s.zarr", {0: x, 1: np.full((300, 8), 3.3)}, {0: x})
@@ -234,7 +238,7 @@ def test_states_that_do_not_vary_are_undefined_with_a_reason(
     # About an origin that is not their value, what is left of such rows is rounding.
     whole = Store.origin
     monkeypatch.setattr(Store, "origin", lambda *site: whole(*site) + 0.1)
-    terms = stream(selection_of(planted), sites, client=client, estimator="minibatch", batch=50, quiet=True)
+    terms = stream(selection_of(planted), sites, executor=executor, estimator="minibatch", batch=50, quiet=True)
     for estimator in ("debiased-rows", "biased", "minibatch"):
         values, reasons = similarity(terms, estimator)
         assert np.isnan(values[1]).all()
@@ -247,41 +251,43 @@ def test_states_that_do_not_vary_are_undefined_with_a_reason(
     assert math.isnan(terms.participation_ratio[1])
 
 
-def test_sinks_are_in_only_where_they_are_kept(tmp_path: Path, client: Any) -> None:
+def test_sinks_are_in_only_where_they_are_kept(tmp_path: Path, executor: Any) -> None:
     x = spectrum_rows(300, 8, 1)
     x[5::30] *= 1000
     planted = plant(tmp_path / "s.zarr", {0: x}, {0: x})
-    found = [stream(selection_of(planted, keep_sinks=k), SITES[:1], client=client, quiet=True).n for k in (False, True)]
+    found = [
+        stream(selection_of(planted, keep_sinks=k), SITES[:1], executor=executor, quiet=True).n for k in (False, True)
+    ]
     assert found == [290, 300]
 
 
-def test_rows_of_other_roles_are_left_out(tmp_path: Path, client: Any) -> None:
+def test_rows_of_other_roles_are_left_out(tmp_path: Path, executor: Any) -> None:
     x = spectrum_rows(300, 8, 1)
     planted = plant(tmp_path / "s.zarr", {0: x}, {0: x}, role=np.arange(300) // 10 % 2 + 2)
-    terms = stream(replace(selection_of(planted), roles=("assistant",)), SITES[:1], client=client, quiet=True)
+    terms = stream(replace(selection_of(planted), roles=("assistant",)), SITES[:1], executor=executor, quiet=True)
     assert terms.n == 150
     alone = plant(tmp_path / "alone.zarr", {0: x[np.arange(300) // 10 % 2 == 1]}, {0: x[:150]}, documents=10)
-    expected = stream(selection_of(alone), SITES[:1], client=client, quiet=True)
+    expected = stream(selection_of(alone), SITES[:1], executor=executor, quiet=True)
     np.testing.assert_allclose(terms.effective_rank, expected.effective_rank, rtol=1e-6)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
 
 
-def test_minibatch_cka_equals_its_formula_over_dealt_rows(planted: Planted, client: Any) -> None:
-    terms = scanned(planted, client, estimator="minibatch", batch=64, seed=3)
+def test_minibatch_cka_equals_its_formula_over_dealt_rows(planted: Planted, executor: Any) -> None:
+    terms = scanned(planted, executor, estimator="minibatch", batch=64, seed=3)
     assert (terms.batches, terms.batch_rows) == (10, 640)
     order = np.random.default_rng((3, 0)).permutation(N)[:640].reshape(10, 64)
     expected = naive(layers_of(planted), lambda x, y: float(np.mean([hsic1(x[b], y[b]) for b in order])))
     np.testing.assert_allclose(similarity(terms, "minibatch")[0], expected, atol=1e-6)
     # The exact figures come from the same pass.
     np.testing.assert_allclose(similarity(terms, "debiased-rows")[0], naive(layers_of(planted), hsic1), atol=1e-6)
-    other = scanned(planted, client, estimator="minibatch", batch=64, seed=4)
+    other = scanned(planted, executor, estimator="minibatch", batch=64, seed=4)
     assert (other.batched != terms.batched).all()
 
 
-def test_one_batch_of_all_rows_is_the_exact_figure(planted: Planted, client: Any) -> None:
-    terms = scanned(planted, client, estimator="minibatch", batch=N)
+def test_one_batch_of_all_rows_is_the_exact_figure(planted: Planted, executor: Any) -> None:
+    terms = scanned(planted, executor, estimator="minibatch", batch=N)
     found = similarity(terms, "minibatch")[0]
     # Batches are multiplied in float64; only taking the origin off rounds their rows once more.
     np.testing.assert_allclose(found, naive(layers_of(planted), hsic1), rtol=0, atol=2e-9)
@@ -302,12 +308,12 @@ def test_a_batch_with_an_outlier_keeps_its_digits() -> None:
 
 
 def test_batches_are_dealt_within_cuts_whatever_the_groups(
-    planted: Planted, client: Any, monkeypatch: pytest.MonkeyPatch
+    planted: Planted, executor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning_module, "BLOCK_ROWS", 100)
     memory = 400_000
     assert len(plan([20, 20, 20, 28, 28], N, memory=memory, batch=30).groups) > 1
-    terms = scanned(planted, client, estimator="minibatch", batch=30, memory=memory)
+    terms = scanned(planted, executor, estimator="minibatch", batch=30, memory=memory)
     # Cuts of 90 rows: seven whole ones, and 70 rows with two batches.
     assert (terms.batches, terms.batch_rows) == (23, 690)
     deals = [np.random.default_rng((0, k)).permutation(min(90, N - 90 * k)) + 90 * k for k in range(8)]
@@ -416,7 +422,7 @@ def test_too_little_memory_says_how_much_it_takes() -> None:
 
 @pytest.mark.thorough
 def test_memory_stays_within_the_plan_and_is_flat_in_rows(
-    tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, executor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning_module, "CUT_ROWS", 256)
     monkeypatch.setattr(planning_module, "_LONGEST_RUN", 512)
@@ -435,7 +441,7 @@ def test_memory_stays_within_the_plan_and_is_flat_in_rows(
         worker.opened_by_worker(selection)
         tracemalloc.start()
         try:
-            stream(selection, sites, client=client, checkpoint=tmp_path / f"c{n}", memory=memory, quiet=True)
+            stream(selection, sites, executor=executor, checkpoint=tmp_path / f"c{n}", memory=memory, quiet=True)
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
@@ -461,27 +467,24 @@ def test_blas_keeps_to_one_thread_until_the_last_task_is_done() -> None:
 # Bits, deaths, checkpoints -------------------------------------------------------------------------------------------
 
 
-def test_the_same_bits_on_any_number_of_threads(planted: Planted, client: Any, short: None) -> None:
-    from distributed import Client, LocalCluster
-
-    first = bits(scanned(planted, client, estimator="minibatch", batch=40))
-    options = {"n_workers": 1, "processes": False, "dashboard_address": "127.0.0.1:0"}
-    for threads in (1, 5):
-        with LocalCluster(threads_per_worker=threads, **options) as cluster, Client(cluster) as other:
+def test_the_same_bits_on_any_number_of_threads(planted: Planted, executor: Any, short: None) -> None:
+    first = bits(scanned(planted, executor, estimator="minibatch", batch=40))
+    for width in (1, 5):
+        with Threads(width) as other:
             assert bits(scanned(planted, other, estimator="minibatch", batch=40)) == first
 
 
 @pytest.mark.thorough
 def test_a_worker_killed_in_the_middle_does_not_touch_the_bits(
-    planted: Planted, client: Any, short: None, monkeypatch: pytest.MonkeyPatch
+    planted: Planted, executor: Any, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = bits(scanned(planted, client, memory=260_000))
-    with dask_client(None, workers=2, quiet=True) as others:
-        pids = list(others.run(os.getpid).values())
-        assert len({*pids, os.getpid()}) == 3
-        # The worker keeps results that nobody has fetched yet: these are summed again.
-        ticks = Ticks(monkeypatch, 5, lambda: os.kill(pids[0], signal.SIGKILL))
+    expected = bits(scanned(planted, executor, memory=260_000))
+    with Processes(2) as others:
+        pid = others.submit(os.getpid).result()
+        assert pid != os.getpid()
+        ticks = Ticks(monkeypatch, 5, lambda: os.kill(pid, signal.SIGKILL))
         assert bits(scanned(planted, others, memory=260_000)) == expected
+        assert pid not in {others.submit(os.getpid).result() for _ in range(4)}
         assert len(ticks) > 20
         assert sum(ticks) == pytest.approx(N)
 
@@ -492,7 +495,7 @@ CHILD = """
     import pytest
     import align.similarity.scan.planning as planning
     import align.similarity.scan.streaming as streaming
-    from align.resources import dask_client
+    from align.execution.threads import Threads
     from tests.align.similarity.test_streaming import ROWS, SITES, Ticks
     from featstore.store import open_store
 
@@ -505,8 +508,8 @@ CHILD = """
             patch.setattr(streaming, "CHECKPOINT_SECONDS", 0.0)
             Ticks(patch, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
             selection = planning.Selection(store, open_store(store).fingerprint, "a", "b", "end", False)
-            with dask_client(None, quiet=True) as client:
-                streaming.stream(selection, SITES, client=client, checkpoint=kept, memory=260_000, **ROWS)
+            with Threads() as executor:
+                streaming.stream(selection, SITES, executor=executor, checkpoint=kept, memory=260_000, **ROWS)
 
     if __name__ == "__main__":
         main()
@@ -514,9 +517,9 @@ CHILD = """
 
 
 def test_a_killed_process_goes_on_to_the_same_bits(
-    planted: Planted, client: Any, short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    planted: Planted, executor: Any, short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    expected = bits(scanned(planted, client, memory=260_000))
+    expected = bits(scanned(planted, executor, memory=260_000))
     script, kept = tmp_path / "child.py", tmp_path / "kept"
     script.write_text(textwrap.dedent(CHILD))
     done = subprocess.run(
@@ -531,7 +534,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(
     whole = worker._summed
     monkeypatch.setattr(worker, "_summed", lambda *a: (started.append(a[2]), whole(*a))[1])
     ticks = Ticks(monkeypatch)
-    assert bits(scanned(planted, client, memory=260_000, checkpoint=kept)) == expected
+    assert bits(scanned(planted, executor, memory=260_000, checkpoint=kept)) == expected
     # The twentieth tick came after its write: 20 tasks are there, and none of them is done again.
     total = len(plan([20, 20, 20, 28, 28], N, memory=260_000).blocks) * runs
     assert len(started) == total - 20
@@ -539,38 +542,38 @@ def test_a_killed_process_goes_on_to_the_same_bits(
     assert len(ticks) == len(blocks) + total - 20
     # A finished scan reads nothing at all.
     started.clear()
-    assert bits(scanned(planted, client, memory=260_000, checkpoint=kept)) == expected
+    assert bits(scanned(planted, executor, memory=260_000, checkpoint=kept)) == expected
     assert not started
 
 
-def test_a_checkpoint_of_another_scan_is_refused(planted: Planted, client: Any, short: None, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_scan_is_refused(planted: Planted, executor: Any, short: None, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    scanned(planted, client, checkpoint=kept)
+    scanned(planted, executor, checkpoint=kept)
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     with pytest.raises(StoreStateError, match=r"of another scan: keep_sinks is False there and True here; remove it"):
-        stream(selection_of(planted, keep_sinks=True), SITES, client=client, checkpoint=kept, **ROWS)
+        stream(selection_of(planted, keep_sinks=True), SITES, executor=executor, checkpoint=kept, **ROWS)
     # The same rows, and yet another question.
     with pytest.raises(StoreStateError, match=r"of another scan: roles is None there and \['text'\] here; remove it"):
-        stream(replace(selection_of(planted), roles=("text",)), SITES, client=client, checkpoint=kept, **ROWS)
+        stream(replace(selection_of(planted), roles=("text",)), SITES, executor=executor, checkpoint=kept, **ROWS)
     with pytest.raises(StoreStateError, match="of another scan: groups is"):
-        scanned(planted, client, checkpoint=kept, memory=260_000)
+        scanned(planted, executor, checkpoint=kept, memory=260_000)
     with pytest.raises(StoreStateError, match="batch is None there and 50 here"):
-        scanned(planted, client, checkpoint=kept, estimator="minibatch", batch=50)
+        scanned(planted, executor, checkpoint=kept, estimator="minibatch", batch=50)
     with pytest.raises(StoreStateError, match="documents is None there and"):
-        scanned(planted, client, checkpoint=kept, estimator="debiased")
+        scanned(planted, executor, checkpoint=kept, estimator="debiased")
     with pytest.raises(StoreStateError, match="layers is"):
-        stream(selection_of(planted), SITES[::-1], client=client, checkpoint=kept, **ROWS)
+        stream(selection_of(planted), SITES[::-1], executor=executor, checkpoint=kept, **ROWS)
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
 
 
-def test_a_checkpoint_of_another_store_is_refused(planted: Planted, client: Any, short: None, tmp_path: Path) -> None:
-    scanned(planted, client, checkpoint=tmp_path / "kept")
+def test_a_checkpoint_of_another_store_is_refused(planted: Planted, executor: Any, short: None, tmp_path: Path) -> None:
+    scanned(planted, executor, checkpoint=tmp_path / "kept")
     # The same text and as many rows, in which one number differs.
     x = {k: v.copy() for k, v in planted.x.items()}
     x[1][600, 3] += 1
     other = plant(tmp_path / "s.zarr", x, planted.y)
     with pytest.raises(StoreStateError, match="of another scan: store is"):
-        stream(selection_of(other), SITES, client=client, checkpoint=tmp_path / "kept", quiet=True)
+        stream(selection_of(other), SITES, executor=executor, checkpoint=tmp_path / "kept", quiet=True)
 
 
 def test_damaged_checkpoints_are_refused_and_finished_ones_removed(tmp_path: Path) -> None:
@@ -603,26 +606,26 @@ def test_damaged_checkpoints_are_refused_and_finished_ones_removed(tmp_path: Pat
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
-def test_too_few_pairs_are_refused(tmp_path: Path, client: Any) -> None:
+def test_too_few_pairs_are_refused(tmp_path: Path, executor: Any) -> None:
     rows = np.random.default_rng(0).normal(size=(3, 4))
     planted = plant(tmp_path / "s.zarr", {0: rows}, {0: rows}, documents=3)
     with pytest.raises(PairingError, match="3 pairs of a and b: CKA needs at least 4; extract more text"):
-        stream(selection_of(planted), SITES[:1], client=client, quiet=True)
+        stream(selection_of(planted), SITES[:1], executor=executor, quiet=True)
 
 
-def test_what_cannot_be_meant_is_refused(planted: Planted, client: Any) -> None:
+def test_what_cannot_be_meant_is_refused(planted: Planted, executor: Any) -> None:
     with pytest.raises(PairingError, match="700 pairs of a and b: one batch has 701"):
-        scanned(planted, client, estimator="minibatch", batch=701)
+        scanned(planted, executor, estimator="minibatch", batch=701)
     with pytest.raises(SpecError, match="estimator 'hsic': choose one of debiased, debiased-rows, biased, minibatch"):
-        scanned(planted, client, estimator="hsic")
+        scanned(planted, executor, estimator="hsic")
     with pytest.raises(SpecError, match="this scan made no batches"):
-        similarity(scanned(planted, client), "minibatch")
+        similarity(scanned(planted, executor), "minibatch")
     for sites in ([], [SITES[0], SITES[0]]):
         with pytest.raises(SpecError, match="no layers to compare, or one is named twice"):
-            stream(selection_of(planted), sites, client=client, quiet=True)
+            stream(selection_of(planted), sites, executor=executor, quiet=True)
 
 
-def test_the_first_row_that_is_not_finite_is_named(tmp_path: Path, client: Any, short: None) -> None:
+def test_the_first_row_that_is_not_finite_is_named(tmp_path: Path, executor: Any, short: None) -> None:
     x, y = (np.random.default_rng(s).normal(size=(300, 6)) for s in (0, 1))
     bad = y.copy()
     # Model b has a token more before every document of 15 rows.
@@ -632,10 +635,10 @@ def test_the_first_row_that_is_not_finite_is_named(tmp_path: Path, client: Any, 
     where = r"row 147 of layer 2 of 'b' \(pair 137\) in .*s.zarr holds NaN, infinity or a value too large to square"
     for _ in range(3):
         with pytest.raises(NonFiniteStateError, match=where):
-            stream(selection_of(planted), sites, client=client, quiet=True)
+            stream(selection_of(planted), sites, executor=executor, quiet=True)
 
 
-def test_layers_of_unequal_length_are_refused(planted: Planted, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_unequal_length_are_refused(planted: Planted, executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Store.rows
 
     def rows(store: Store, model: str, layer: int) -> Any:
@@ -646,109 +649,90 @@ def test_layers_of_unequal_length_are_refused(planted: Planted, client: Any, mon
 
     monkeypatch.setattr(Store, "rows", rows)
     with pytest.raises(CorruptDataError, match=r"layer 2 of 'b' in .* has 700 rows, its model 720"):
-        scanned(planted, client)
+        scanned(planted, executor)
 
 
-def test_models_without_pairs_are_refused(planted: Planted, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_without_pairs_are_refused(planted: Planted, executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Store.has
     monkeypatch.setattr(Store, "has", lambda store, name: not name.startswith("pairs/") and whole(store, name))
     with pytest.raises(PairingError, match="has no 'end' pairs of a and b"):
-        scanned(planted, client)
+        scanned(planted, executor)
 
 
 def test_a_worker_that_cannot_read_the_store_says_so(
-    planted: Planted, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    planted: Planted, executor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     worker.opened_by_worker.cache_clear()
     run = planning_module.Run((tuple(SITES[:1]),), 0, 16, 16, None, 0)
     away = Selection(str(tmp_path / "away.zarr"), planted.store.fingerprint, "a", "b", "end", keep_sinks=False)
     with pytest.raises(StoreAccessError, match=r"a worker cannot open .*away.zarr .*same place on every machine"):
-        client.submit(sum_run, away, run, pure=False).result()
+        executor.submit(sum_run, away, run).result()
     other = Selection(str(planted.path), "0" * 64, "a", "b", "end", keep_sinks=False)
     with pytest.raises(StoreStateError, match="is not the store that was asked for"):
         sum_run(other, run)
     monkeypatch.setattr(worker, "_states", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(StoreAccessError, match=r"a worker cannot read .*Permission denied"):
-        scanned(planted, client)
+        scanned(planted, executor)
 
 
 class Losing:
-    """A client whose tasks all end in the same way."""
+    """Workers of which a task's are lost, in one way; the others go on."""
 
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
+    width = 1
 
-    def nthreads(self) -> dict[str, int]:
-        return {"tcp://x": 1}
+    def __init__(self, error: Exception) -> None:
+        self.error, self.cancelled = error, 0
 
-    def submit(self, *_: object, **__: object) -> Losing:
+    def submit(self, *_: object) -> Losing:
         return self
 
     def result(self) -> None:
         raise self.error
 
+    def cancel(self) -> None:
+        self.cancelled += 1
+        raise WorkersError("the Dask scheduler went away")
 
-def test_lost_workers_and_schedulers_are_one_clear_line(planted: Planted, tmp_path: Path) -> None:
-    from concurrent.futures import CancelledError
 
-    from distributed import KilledWorker
-    from distributed.comm import CommClosedError
+def test_lost_workers_are_one_line_that_says_what_is_kept(planted: Planted, short: None, tmp_path: Path) -> None:
+    for kept, more in ((tmp_path / "kept", f"; what is summed so far is kept in {tmp_path / 'kept'}"), (None, "")):
+        losing = Losing(WorkersError("workers died"))
+        with pytest.raises(WorkersError) as caught:
+            scanned(planted, losing, checkpoint=kept)
+        assert str(caught.value) == f"workers died{more}"
+        # Eight were handed in, and seven of them nobody waits for.
+        assert losing.cancelled == 1
 
-    killed = KilledWorker("sum_run", SimpleNamespace(address="tcp://x"), 3)
-    with pytest.raises(SpecError, match=r"workers died over the same rows .* run fewer workers; .* kept in .*kept"):
-        scanned(planted, Losing(killed), checkpoint=tmp_path / "kept")
-    for error in (CancelledError("sum_run"), CommClosedError("closed"), TimeoutError()):
-        with pytest.raises(SpecError, match=r"the Dask scheduler went away .*; start it and run again$"):
-            scanned(planted, Losing(error))
+
+def test_what_nobody_waits_for_does_not_begin(planted: Planted, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    go = threading.Event()
+
+    def summed(store: Any, pairs: Any, run: Any) -> Any:
+        begun.append(run.start)
+        go.wait(60)
+        raise FitError("this run fails")
+
+    monkeypatch.setattr(worker, "_summed", summed)
+    with Threads(1) as one:
+        # The first task fails when the others are handed in.
+        threading.Timer(0.2, go.set).start()
+        with pytest.raises(FitError, match="this run fails"):
+            scanned(planted, one, memory=260_000)
+        assert one.submit(len, "done").result() == 4
+    assert len(begun) <= 2
 
 
 def test_a_scheduler_that_goes_away_in_the_middle_is_one_clear_line(
-    planted: Planted, short: None, monkeypatch: pytest.MonkeyPatch
+    planted: Planted, short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from distributed import Client, LocalCluster
 
     options = {"n_workers": 1, "processes": False, "dashboard_address": "127.0.0.1:0"}
     with LocalCluster(**options) as cluster, Client(cluster) as client:
         Ticks(monkeypatch, 3, cluster.close)
-        with pytest.raises(SpecError, match="the Dask scheduler went away"):
-            scanned(planted, client)
-
-
-# Dask ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_local_client_says_where_its_dashboard_is(capsys: pytest.CaptureFixture[str]) -> None:
-    for workers in (None, 1):
-        with dask_client(None, workers=workers) as client:
-            line = capsys.readouterr().err.strip()
-            assert line.startswith("Dask dashboard: http://127.0.0.1:")
-            with urllib.request.urlopen(line.split()[-1], timeout=10) as answer:
-                assert answer.status == 200
-            assert client.submit(os.getpid).result() != (os.getpid() if workers else None)
-            assert sum(client.nthreads().values()) == (workers or len(os.sched_getaffinity(0)))
-
-
-def test_a_given_scheduler_is_used_and_may_wait_for_workers(capsys: pytest.CaptureFixture[str]) -> None:
-    from distributed import LocalCluster
-
-    with (
-        LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0", protocol="tcp") as cluster,
-        dask_client(cluster.scheduler_address) as client,
-    ):
-        assert client.scheduler.address == cluster.scheduler_address
-        told = capsys.readouterr().err
-        assert "Dask dashboard: http" in told
-        assert f"the Dask scheduler at {cluster.scheduler_address} has no workers yet: waiting for them" in told
-
-
-def test_schedulers_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SpecError, match="0 worker processes: at least one is needed"), dask_client(None, workers=0):
-        pass
-    with pytest.raises(SpecError, match="2 worker processes: the scheduler at tcp://x has its own"):
-        dask_client("tcp://x", workers=2).__enter__()
-    monkeypatch.setattr("align.resources.SCHEDULER_SECONDS", 0.5)
-    with pytest.raises(SpecError, match=r"--scheduler tcp://127.0.0.1:1: no Dask scheduler answers there"):
-        dask_client("tcp://127.0.0.1:1").__enter__()
+        with pytest.raises(WorkersError, match=r"the Dask scheduler went away .*; start it and run again; .* kept in "):
+            scanned(planted, Cluster(client), checkpoint=tmp_path / "kept")
 
 
 def test_the_store_is_opened_as_the_workers_do(planted: Planted) -> None:

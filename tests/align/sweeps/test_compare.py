@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from align.runs.plots import plot_rate_distortion
 from align.sweeps.compare import compare_runs
 from align.sweeps.table import describe
-from featstore.errors import AdapterError, CorruptDataError, SpecError
+from featstore.errors import AdapterError, SpecError
 from featstore.store.moments.stored import add_moments
 from tests.support.commands import call
 from tests.support.planted import Planted, plant, rotation, spectrum_rows, trained
@@ -126,9 +126,9 @@ def test_a_directory_without_a_finished_run_is_refused(
 
 def test_a_damaged_run_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "adapter.json").write_text((runs["affine"] / "adapter.json").read_text())
-    for text, error in (("{", CorruptDataError), ('{"pairs": 3}', AdapterError), ('{"type": "x"}', AdapterError)):
+    for text in ("{", '{"pairs": 3}', '{"type": "x"}', '{"type": "x", "pairs": {"a:2->b:1": {"test": {}}}}'):
         (tmp_path / "metrics.json").write_text(text)
-        with pytest.raises(error):
+        with pytest.raises(AdapterError, match=r"metrics\.json.*; the run is damaged: restore it or train it again$"):
             compare_runs([tmp_path])
 
 
@@ -185,8 +185,10 @@ def write_run(
     if rate is not None:
         entry["rate_distortion"] = rate
     where = {"fingerprint": "f" * 64, "pair_policy": "end", "keep_sinks": False, "sink_threshold": 5.0, **place}
+    source, target = ({"model": name, "layer": 1, "width": 16} for name in "ab")
     card = {
-        "pairs": [{"key": PAIR, "parameters": {"trainable": 272, "shipped": 288}}],
+        "format": 1,
+        "pairs": [{"key": PAIR, "source": source, "target": target, "parameters": {"trainable": 272, "shipped": 288}}],
         "store": {"path": store, "fingerprint": where["fingerprint"]},
         "pair_policy": where["pair_policy"],
         # A run of a former version does not say.
@@ -449,7 +451,7 @@ def test_a_spoiled_file_of_sums_is_refused(tmp_path: Path) -> None:
     short = {**good["pairs"][PAIR], "sst": [1.0]}
     for bad in ({}, {"pairs": {PAIR: {}}}, {"pairs": {PAIR: short}}, {"pairs": 3}):
         (run / "documents.json").write_text(json.dumps(bad))
-        with pytest.raises(AdapterError, match="is damaged"):
+        with pytest.raises(AdapterError, match=r"documents\.json: /.*; the run is damaged"):
             compare_runs([run])
     (run / "documents.json").write_text(json.dumps({"pairs": {}}))
     assert "says nothing of a:1->b:1" in compare_runs([run])["rows"][0]["reasons"]["r2_ci95"]

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 import align.runs.train
+import align.sweeps.sweep
 import align.training.loop
+from align.execution.options import Execution
 from align.settings import LoopSettings, Settings
-from align.sweeps.sweep import Cell, Grid, cells, describe, parse_grid, sweep
+from align.sweeps.sweep import Cell, Grid, cells, describe, parse_grid, run_cell, sweep
 from featstore.errors import SpecError, StoreNotFoundError
 from featstore.runtime.provenance import read_json
 from featstore.store import open_store
@@ -38,12 +40,12 @@ def settings(planted: Planted) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def here() -> Iterator[str]:
+def here() -> Iterator[Execution]:
     """A scheduler within this process, where patches work and nothing has to start."""
     from distributed import Client
 
     with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0") as client:
-        yield client.scheduler.address
+        yield Execution(scheduler=client.scheduler.address)
 
 
 def statuses(result: dict[str, Any]) -> dict[str, str]:
@@ -126,9 +128,9 @@ class TestGrid:
             cells(replace(settings, solver="adamw"), Grid(("affine", "procrustes")))
 
 
-def test_every_cell_is_the_run_that_train_makes(settings: Settings, here: str, tmp_path: Path) -> None:
+def test_every_cell_is_the_run_that_train_makes(settings: Settings, here: Execution, tmp_path: Path) -> None:
     grid = parse_grid(types="procrustes,reduced-rank", ranks="2,4", formats="float32,float16")
-    result = sweep(settings, grid, tmp_path / "out", scheduler=here, quiet=True)
+    result = sweep(settings, grid, tmp_path / "out", execution=here, quiet=True)
     names = [
         f"{name}-{form}"
         for name in ("procrustes", "reduced-rank-r2", "reduced-rank-r4")
@@ -166,10 +168,10 @@ def test_every_cell_is_the_run_that_train_makes(settings: Settings, here: str, t
 
 
 def test_what_is_finished_is_skipped_and_what_is_half_done_begins_anew(
-    settings: Settings, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, here: Execution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = Grid(("procrustes", "affine", "linear"))
-    sweep(settings, grid, tmp_path, scheduler=here, quiet=True)
+    sweep(settings, grid, tmp_path, execution=here, quiet=True)
     stamps = {name: (tmp_path / name / "adapter.json").stat().st_mtime_ns for name in grid.types}
     # A card comes last, and metrics before it: without the card the run is not done.
     (tmp_path / "affine" / "adapter.json").unlink()
@@ -177,7 +179,7 @@ def test_what_is_finished_is_skipped_and_what_is_half_done_begins_anew(
     made: list[str] = []
     own = align.runs.train.train
     monkeypatch.setattr(align.runs.train, "train", lambda s, run, **k: (made.append(run.name), own(s, run, **k))[1])
-    result = sweep(settings, grid, tmp_path, scheduler=here, quiet=True)
+    result = sweep(settings, grid, tmp_path, execution=here, quiet=True)
     assert made == ["affine"]
     assert statuses(result) == {"procrustes": "skipped", "affine": "done", "linear": "skipped"}
     assert not (tmp_path / "affine" / "left.txt").exists()
@@ -188,7 +190,7 @@ def test_what_is_finished_is_skipped_and_what_is_half_done_begins_anew(
 
 
 def test_a_cell_that_fails_is_named_and_the_others_go_on(
-    settings: Settings, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, here: Execution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = parse_grid(types="reduced-rank,affine,linear", ranks="2,99")
     own = align.runs.train.train
@@ -200,7 +202,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(align.runs.train, "train", fails)
-        result = sweep(settings, grid, tmp_path, scheduler=here, quiet=True)
+        result = sweep(settings, grid, tmp_path, execution=here, quiet=True)
     assert statuses(result) == {
         "reduced-rank-r2": "done", "reduced-rank-r99": "failed", "affine": "done", "linear": "failed",
     }  # fmt: skip
@@ -213,98 +215,81 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(
     assert "failed: linear: ZeroDivisionError: by zero" in lines
     assert "2 runs made, 0 were there, 2 failed" in lines
     # What failed is tried again, and nothing else.
-    again = sweep(settings, grid, tmp_path, scheduler=here, quiet=True)
+    again = sweep(settings, grid, tmp_path, execution=here, quiet=True)
     assert statuses(again) == {
         "reduced-rank-r2": "skipped", "reduced-rank-r99": "failed", "affine": "skipped", "linear": "done",
     }  # fmt: skip
 
 
-def test_a_format_that_cannot_be_made_fails_its_cells_alone(here: str, tmp_path: Path) -> None:
+def test_a_format_that_cannot_be_made_fails_its_cells_alone(here: Execution, tmp_path: Path) -> None:
     x = spectrum_rows(600, 4, 1) * 1e6
     planted = plant(tmp_path / "s.zarr", x, x)
     grid = Grid(("procrustes", "affine"), formats=("float16", "float32"))
-    result = sweep(Settings(str(planted.path)), grid, tmp_path / "out", scheduler=here, quiet=True)
+    result = sweep(Settings(str(planted.path)), grid, tmp_path / "out", execution=here, quiet=True)
     assert result["failed"] == ["procrustes-float16", "affine-float16"]
     assert "more than float16 can" in result["cells"][0]["error"]
     assert {row["type"] for row in result["comparison"]["rows"]} == {"procrustes", "affine"}
 
 
-def test_no_run_of_somebody_else_is_touched(settings: Settings, here: str, tmp_path: Path) -> None:
-    sweep(settings, Grid(("affine",)), tmp_path, scheduler=here, quiet=True)
+def test_no_run_of_somebody_else_is_touched(settings: Settings, here: Execution, tmp_path: Path) -> None:
+    sweep(settings, Grid(("affine",)), tmp_path, execution=here, quiet=True)
     other = replace(settings, loop=replace(settings.loop, seed=1))
     with pytest.raises(SpecError, match=r"affine holds a run of other settings; choose another --out"):
-        sweep(other, Grid(("procrustes", "affine")), tmp_path, scheduler=here, quiet=True)
+        sweep(other, Grid(("procrustes", "affine")), tmp_path, execution=here, quiet=True)
     assert not (tmp_path / "procrustes").exists()
     (tmp_path / "linear").mkdir()
     (tmp_path / "linear" / "thesis.txt").write_text("years of work")
     with pytest.raises(SpecError, match="linear holds something that is no run"):
-        sweep(settings, Grid(("linear",)), tmp_path, scheduler=here, quiet=True)
+        sweep(settings, Grid(("linear",)), tmp_path, execution=here, quiet=True)
     assert (tmp_path / "linear" / "thesis.txt").exists()
 
 
 def test_nothing_begins_without_a_scheduler_or_workers(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("align.resources.SCHEDULER_SECONDS", 0.5)
+    monkeypatch.setattr("align.execution.cluster.SCHEDULER_SECONDS", 0.5)
     with pytest.raises(SpecError, match=r"--scheduler tcp://127\.0\.0\.1:1: no Dask scheduler answers there"):
-        sweep(settings, Grid(), tmp_path / "out", scheduler="tcp://127.0.0.1:1", quiet=True)
-    with pytest.raises(SpecError, match="--workers 0"):
-        sweep(settings, Grid(), tmp_path / "none", workers=0, quiet=True)
-    assert not (tmp_path / "none").exists()
+        sweep(settings, Grid(), tmp_path / "out", execution=Execution(scheduler="tcp://127.0.0.1:1"), quiet=True)
 
 
-def dies_once(marker: str) -> None:
-    """In a worker: whoever trains first leaves half a run behind and is killed, as by the system."""
-    own = align.runs.train.train
-
-    def train(settings: Settings, run: Path, **words: Any) -> Any:
-        try:
-            Path(marker).touch(exist_ok=False)
-        except FileExistsError:
-            return own(settings, run, **words)
-        run.mkdir(parents=True)
-        (run / "run.yaml").write_text("type: half")
-        (run / "metrics.json").write_text("{")
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("killed processes do not get here")
-
-    align.runs.train.train = train  # type: ignore[assignment]
+def dying_cell(settings: Settings, out: str, name: str) -> float:
+    """A cell in a worker: whoever trains first leaves half a run behind and is killed, as by the system."""
+    try:
+        Path(os.environ["DIES_ONCE"]).touch(exist_ok=False)
+    except FileExistsError:
+        return run_cell(settings, out, name)
+    run = Path(out) / name
+    run.mkdir(parents=True)
+    (run / "run.yaml").write_text("type: half")
+    (run / "metrics.json").write_text("{")
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise RuntimeError("killed processes do not get here")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.thorough
-def test_a_worker_that_is_killed_costs_nothing_but_time(settings: Settings, tmp_path: Path) -> None:
-    from distributed import Client, LocalCluster
-
+def test_a_worker_that_is_killed_costs_nothing_but_time(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grid = Grid(("procrustes", "affine", "linear", "reduced-rank"), ranks=(2, 3, 4))
-    with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address="127.0.0.1:0"
-    ) as cluster:
-        with Client(cluster) as client:
-            before = set(client.run(os.getpid).values())
-            client.run(dies_once, str(tmp_path / "died"))
-        # Named relative to where the command runs, which is not where the workers do.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(Path(settings.store).parent)
-            own = replace(settings, store=Path(settings.store).name)
-            result = sweep(own, grid, tmp_path / "out", scheduler=cluster.scheduler_address, quiet=True)
-        with Client(cluster) as client:
-            client.wait_for_workers(2, timeout=60)
-            after = set(client.run(os.getpid).values())
-    assert len(before) == 2
-    assert len(before - after) == 1, "one worker was to be killed"
+    # Named relative to where the command runs.
+    with monkeypatch.context() as patch:
+        patch.setenv("DIES_ONCE", str(tmp_path / "died"))
+        patch.setattr(align.sweeps.sweep, "run_cell", dying_cell)
+        patch.chdir(Path(settings.store).parent)
+        own = replace(settings, store=Path(settings.store).name)
+        result = sweep(own, grid, tmp_path / "out", execution=Execution(workers=2), quiet=True)
     assert (tmp_path / "died").exists()
     assert set(statuses(result).values()) == {"done"}
     assert len(result["comparison"]["rows"]) == 12
     # The cell that was interrupted is what it would have been.
-    want = sweep(settings, grid, tmp_path / "calm", workers=1, quiet=True)
+    want = sweep(settings, grid, tmp_path / "calm", execution=Execution(workers=1), quiet=True)
     for mine, theirs in zip(result["cells"], want["cells"], strict=True):
         assert (mine["name"], mine["pairs"]) == (theirs["name"], theirs["pairs"])
 
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_training_that_was_begun_goes_on(
-    settings: Settings, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+    settings: Settings, here: Execution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     own = replace(settings, loop=replace(settings.loop, epochs=6, patience=6, min_delta=0.0))
     grid, out = Grid(("lora",)), tmp_path / "out"
@@ -318,7 +303,7 @@ def test_a_training_that_was_begun_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(align.training.loop.Training, "_decide", stop)
-        assert statuses(sweep(own, grid, out, scheduler=here, quiet=True)) == {"lora": "failed"}
+        assert statuses(sweep(own, grid, out, execution=here, quiet=True)) == {"lora": "failed"}
     [state] = (out / "lora" / "checkpoints").rglob("*.safetensors")
     if damaged:
         state.write_bytes(b"no state")
@@ -327,23 +312,24 @@ def test_a_training_that_was_begun_goes_on(
     monkeypatch.setattr(
         align.training.loop.Training, "take_steps", lambda s, start: (taken.append(s.progress.epoch), take(s, start))[1]
     )
-    result = sweep(own, grid, out, scheduler=here, quiet=True)
+    result = sweep(own, grid, out, execution=here, quiet=True)
     # Of two layer pairs the first was at its fourth epoch.
     assert taken == [*range(1 if damaged else 4, 7), *range(1, 7)]
-    calm = sweep(own, grid, tmp_path / "calm", scheduler=here, quiet=True)
+    calm = sweep(own, grid, tmp_path / "calm", execution=here, quiet=True)
     assert result["cells"][0]["pairs"] == calm["cells"][0]["pairs"]
 
 
 SWEEP = """
 import sys
 from pathlib import Path
+from align.execution.options import Execution
 from align.settings import LoopSettings, Settings
 from align.sweeps.sweep import Grid, sweep
 
 if __name__ == "__main__":
     loop = LoopSettings(skip="none", epochs=20, patience=20, min_delta=0.0)
     grid = Grid(("lora",), tuple(range(1, 5)))
-    sweep(Settings(sys.argv[1], "lora", loop=loop), grid, Path(sys.argv[2]), workers=1, quiet=True)
+    sweep(Settings(sys.argv[1], "lora", loop=loop), grid, Path(sys.argv[2]), execution=Execution(workers=1), quiet=True)
 """
 
 
@@ -403,7 +389,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(planted: Planted, tmp_path:
     stamps = {name: (out / name / "adapter.json").stat().st_mtime_ns for name in done}
     loop = LoopSettings(skip="none", epochs=20, patience=20, min_delta=0.0)
     own = Settings(str(planted.path), "lora", loop=loop)
-    result = sweep(own, Grid(("lora",), tuple(range(1, 5))), out, workers=2, quiet=True)
+    result = sweep(own, Grid(("lora",), tuple(range(1, 5))), out, execution=Execution(workers=2), quiet=True)
     assert statuses(result) == {
         f"lora-r{rank}": "skipped" if f"lora-r{rank}" in done else "done" for rank in range(1, 5)
     }
@@ -413,8 +399,6 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(planted: Planted, tmp_path:
 
 def test_two_sweeps_at_once_share_the_work(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waited for a cell's lock finds it finished."""
-    from align.sweeps.sweep import run_cell
-
     made: list[str] = []
     own = align.runs.train.train
     monkeypatch.setattr(align.runs.train, "train", lambda s, run, **k: (made.append(run.name), own(s, run, **k))[1])

@@ -167,8 +167,8 @@ def test_a_file_may_have_choices_and_cues(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"context": 1,', "not JSON"),
-        ("[1]", "a JSON list, not an object"),
+        ('{"context": 1,', "not valid JSON"),
+        ("[1]", "a JSON list, expected an object"),
         ({"context": "c", "question": "q"}, "no 'answer'"),
         ({"answer": "c"}, "no 'context' and no 'question'"),
         ({**GOOD_LINE, "chioces": []}, "unknown field 'chioces'"),
@@ -176,7 +176,7 @@ def test_a_file_may_have_choices_and_cues(tmp_path: Path) -> None:
         ({**GOOD_LINE, "question": 3}, "'question' is 3, not text"),
         ({**GOOD_LINE, "cue": 3}, "'cue' is 3, not text"),
         ({**GOOD_LINE, "cluster": 3}, "'cluster' is 3, not text"),
-        ({**GOOD_LINE, "answer": 3}, r"'answer' is \[3\], not text"),
+        ({**GOOD_LINE, "answer": 3}, "'answer' is a list of 1, not text"),
         ({**GOOD_LINE, "answer": []}, "'answer' is an empty list"),
         ({**GOOD_LINE, "answer": "?!"}, "no letter or digit"),
         ({**GOOD_LINE, "choices": "yes"}, "'choices' is 'yes', not text"),

@@ -17,8 +17,9 @@ from align.settings import Settings
 from evaluate.injection.loading import Loaded, check_card
 from featstore.errors import ProbeError, SpecError
 from featstore.models.devices import parse_device_map
-from featstore.models.loading import load_model, running_attention
+from featstore.models.loading import load_model
 from featstore.models.residual import capture
+from featstore.models.skeletons import running_attention
 from tests.support.commands import call
 
 #: The maps of two models: some weights on the CPU, the others on the disk.

@@ -302,7 +302,9 @@ class TestCommand:
         assert call(capsys, "featstore", "verify", old, "--json").json["damage"] == []
 
     def test_models_are_for_rebuilding(self, old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "--model is for --rebuild" in call(capsys, "featstore", "pair", old, "--model", "a=./a").refusal
+        assert (
+            "--model and --yes are for --rebuild" in call(capsys, "featstore", "pair", old, "--model", "a=./a").refusal
+        )
 
     def test_the_function_gives_the_store(self, old: Path) -> None:
         store = featstore.rebuild(str(old), {"a": "./a"}, quiet=True)

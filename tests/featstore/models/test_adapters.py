@@ -27,6 +27,7 @@ from featstore.models.loading import inspect_model, load_model, weight_bytes
 from featstore.models.weights import weights_fingerprint
 from tests.support.checkpoints import WEIGHTS, edit, lora, spec_of, without_a_block
 from tests.support.commands import call, command_environment
+from tests.support.ownership import mine
 
 
 @pytest.fixture
@@ -94,6 +95,7 @@ class TestAdapters:
     ) -> None:
         own = model if place == "beside the model" else tmp_path / "own"
         lora(model, own)
+        mine(model)
         # As trainers save it: with a tokenizer, and with everything but the weights.
         for name in {"with a configuration": ("config.json", *TOKENIZER), "with a tokenizer": TOKENIZER}.get(place, ()):
             shutil.copy(model / name, own)
@@ -149,6 +151,7 @@ class TestAdapters:
     def test_without_peft_it_is_refused(self, place: str, model: Path, short_corpus: Path, tmp_path: Path) -> None:
         own = model if place == "beside the model" else tmp_path / "own"
         lora(model, own)
+        mine(model)
         words = [
             "--layers",
             "0",
@@ -249,11 +252,13 @@ class TestAdapters:
     def test_an_adapter_of_an_adapter_is_refused(self, tmp_path: Path, model: Path) -> None:
         lora(model, tmp_path / "one")
         lora(tmp_path / "one", tmp_path / "two")
+        mine(tmp_path / "one")
         with pytest.raises(ModelLoadError, match="an adapter as well; merge that one into its model first"):
             inspect_model(spec_of(tmp_path / "two"))
 
     def test_a_base_that_is_gone_is_named(self, tmp_path: Path) -> None:
         lora(tmp_path / "gone", tmp_path / "own")
+        mine(tmp_path / "gone")
         with pytest.raises(ModelLoadError, match="gone"):
             inspect_model(spec_of(tmp_path / "own"))
 

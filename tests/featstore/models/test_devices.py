@@ -27,11 +27,13 @@ from featstore.models.devices import (
     resolve_device,
     resolve_dtype,
 )
-from featstore.models.loading import check_place, choose_attention, load_model
-from featstore.models.references import ModelSpec
+from featstore.models.loading import check_place, load_model
+from featstore.models.references import Allowed, ModelSpec
+from featstore.models.skeletons import choose_attention
 from featstore.models.stack import residual_stream
 from featstore.models.weights import sampled_fingerprint
 from tests.support import spread as spreads
+from tests.support.ownership import mine
 
 LAYERS = range(4)
 
@@ -131,7 +133,7 @@ def test_weights_that_have_to_be_written_again_are_removed_with_the_model(
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     ids = ids_of(model)
-    for spec, written in ((llama, 0), (ModelSpec("llama", str(tmp_path / "bin")), 1)):
+    for spec, written in ((llama, 0), (ModelSpec("llama", str(tmp_path / "bin"), allowed=Allowed(pickles=True)), 1)):
         mapped = spreads.spread(spec, "blocks", "cpu")
         # Those of a safetensors file are read from it.
         assert len(list((tmp_path / "scratch").iterdir())) == written
@@ -274,6 +276,7 @@ def test_an_adapter_is_not_spread(llama: ModelSpec, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama.ref)
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     spec = ModelSpec("llama", str(tmp_path))
+    mine(llama.ref)
     assert choose_attention(spec) == "sdpa"
     assert check_place(spec, place("cpu", None, "llama")) is None
     for value in ("auto", {"": "disk"}):

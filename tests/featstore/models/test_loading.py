@@ -21,8 +21,9 @@ from transformers import (
 from featstore.demo.doctor import examine
 from featstore.errors import FeatstoreError, ModelLoadError, SpecError, UnsupportedArchitectureError
 from featstore.models.configuration import UNLIMITED
-from featstore.models.loading import choose_attention, inspect_model, load_model, running_attention
+from featstore.models.loading import inspect_model, load_model
 from featstore.models.references import ModelSpec
+from featstore.models.skeletons import choose_attention, running_attention
 from tests.support.tiny_models import save_with_tokenizer
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
@@ -67,7 +68,7 @@ def test_sdpa_is_taken_where_it_is(with_sdpa: ModelSpec) -> None:
     assert running_attention(load_model(with_sdpa, device="cpu")) == "sdpa"
 
 
-@pytest.mark.parametrize("wanted", ["sdpa", "flash_attention_2", "no such thing"])
+@pytest.mark.parametrize("wanted", ["sdpa", "flash_attention_2", "flash_attention_3"])
 def test_an_attention_that_a_model_lacks_is_one_line(without_sdpa: ModelSpec, wanted: str) -> None:
     said = rf"attention '{wanted}': model 'm' \(.*\) does not have it here; it has eager: use --attn auto"
     for ask in (choose_attention, lambda spec, name: load_model(spec, device="cpu", attention=name)):
@@ -77,7 +78,7 @@ def test_an_attention_that_a_model_lacks_is_one_line(without_sdpa: ModelSpec, wa
 
 
 def test_an_unknown_attention_names_what_there_is(with_sdpa: ModelSpec) -> None:
-    with pytest.raises(SpecError, match="it has sdpa and eager"):
+    with pytest.raises(SpecError, match="choose one of auto, eager, sdpa, flash_attention_2"):
         choose_attention(with_sdpa, "sdp")
 
 

@@ -36,7 +36,7 @@ class Inner(Record):
 
 class Outer(Record):
     file: ClassVar[str] = "outer.json"
-    command: ClassVar[str] = "make outer"
+    made_by: ClassVar[str] = "make outer"
     always: ClassVar[tuple[str, ...]] = ("name",)
 
     name: str = ""
@@ -58,7 +58,8 @@ WHOLE: dict[str, Any] = {
     "items": [{"value": None}, {}],
     "newer": {"deep": [1, {"x": None}]},
 }
-numbers = st.none() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)
+#: No array of ours holds more than 64 bits.
+numbers = st.none() | st.integers(-(2**64) + 1, 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 
 
 def saved(tmp_path: Path, content: Any, name: str = Outer.file) -> Path:

@@ -14,6 +14,7 @@ import pytest
 import zarr
 
 from align.closed_form.fit import Fit, baselines, fit_closed
+from align.execution.threads import Threads
 from align.layers import LayerPair
 from align.maps.fitted import Aligner, load_adapter
 from align.metrics import RETRIEVAL_KEYS, score
@@ -53,14 +54,9 @@ BLOCKS = 15
 
 
 def compare_layers(path: Path, **options: Any) -> dict[str, Any]:
-    """A comparison on the current Dask client; moments alone need none."""
-    from distributed import get_client
-
-    try:
-        client = get_client()
-    except ValueError:
-        client = None
-    return Comparison(path, **options).run(client)
+    """A comparison on threads, which moments alone do not need."""
+    with Threads(2) as threads:
+        return Comparison(path, **options).run(threads)
 
 
 def rows_with_sinks(n: int = 700) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -472,13 +468,10 @@ def test_what_moments_do_not_answer_needs_rows(
 def test_similarity_of_layers_from_moments_is_that_from_rows(
     plain: Planted, summed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from distributed import Client
-
     layers = {"a": (0, 1, 2), "b": (0, 2)}
     for estimator in ("debiased-rows", "biased"):
-        with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0"):
-            scanned = compare_layers(plain.path, models=MODELS, layers=layers, estimator=estimator, quiet=True)
-            kept = compare_layers(summed, models=MODELS, layers=layers, estimator=estimator, quiet=True)
+        scanned = compare_layers(plain.path, models=MODELS, layers=layers, estimator=estimator, quiet=True)
+        kept = compare_layers(summed, models=MODELS, layers=layers, estimator=estimator, quiet=True)
         np.testing.assert_allclose(kept["cross"], scanned["cross"], atol=2e-7)
         for model in MODELS:
             np.testing.assert_allclose(kept["within"][model], scanned["within"][model], atol=2e-7)

@@ -19,6 +19,7 @@ from featstore.extraction.job import prepare
 from featstore.extraction.reextract import COMPUTE_TOLERANCE, check_tokens, planned_batches, reextract, rounding_bound
 from featstore.extraction.run import extract
 from featstore.extraction.settings import Settings
+from featstore.models.references import Allowed
 from featstore.store.conversion.convert import convert
 from featstore.store.format.elements import FORMATS, Encoded, column_scale_of
 from featstore.store.format.shards import LAYOUTS
@@ -114,7 +115,7 @@ class TestContents:
         [
             ("window/start", lambda c: c.__setitem__(1, c[1] + 1), "corpus: the windows do not cover the documents"),
             ("window/end", lambda c: c.__setitem__(-1, c[-1] - 1), "corpus: the windows do not cover the documents"),
-            ("document/split", lambda c: c.__setitem__(0, 3), "corpus: the documents do not fit the text"),
+            ("document/split", lambda c: c.__setitem__(0, 3), "corpus: document 0 has split 3, not 0 to 2"),
             ("text", lambda c: c.__setitem__(3, 0xFF), "corpus: window 0 is not UTF-8"),
         ],
     )
@@ -135,6 +136,12 @@ class TestContents:
         StoreWriter(path).vectors(
             base, {f"{base}/row_a": pairs.row_source[1:], f"{base}/row_b": pairs.row_target[1:]}, basis=entry["basis"]
         )
+        reseal(path)
+        (line,) = damage(path)
+        assert line.endswith(f"{base}/row_a/zarr.json: shape [{len(pairs) - 1}], expected [{len(pairs)}]; restore the "
+                             "store or extract again")  # fmt: skip
+        group = StoreWriter(path).attributes(base)["featstore"]
+        StoreWriter(path).group(base, {"featstore": group | {"pairs": len(pairs) - 1}})
         reseal(path)
         what = "pairs of a and b" + " (word)" * (policy == "word")
         assert f"{what}: they are not all those, and only those, that the tokens make" in damage(path)
@@ -224,14 +231,16 @@ class TestTokensAgainstText:
         assert found["tokenized"] == ["llama"]
 
     def test_what_cannot_be_checked_is_said(self, real, sound, tiny_mistral):
-        assert len(check_tokens(open_store(sound), quiet=True)["not_checked"]) == 2
+        asked = check_tokens(open_store(sound), (), Allowed(references=True), quiet=True)
+        assert len(asked["not_checked"]) == 2
         writer = StoreWriter(real)
         values = open_store(real).model("llama").attributes
         writer.group("models/llama", {"featstore": values | {"reference": "/nowhere/at/all"}})
         reseal(real)
-        found = check_tokens(open_store(real), quiet=True)
+        found = check_tokens(open_store(real), (), Allowed(references=True), quiet=True)
         assert found["tokenized"] == ["mistral"]
         assert "no directory '/nowhere/at/all'" in found["not_checked"][0]
+        # What takes the place of a reference that nobody named needs no word.
         elsewhere = check_tokens(open_store(real), [f"llama={tiny_mistral}"], quiet=True)
         assert elsewhere["not_checked"] == ["llama: tokens against text, as its tokenizer has changed since"]
         with pytest.raises(SpecError, match="holds llama, mistral, name one of these"):
@@ -389,4 +398,7 @@ class TestTheCommand:
         assert other.code == 1
         assert "is not the model of this store" in other.out
         rewrite(real, "models/llama/tokens", lambda a: a["models/llama/tokens/id"].__setitem__(4, 5))
-        assert call(capsys, "featstore", "verify", real).code == 1
+        assert call(capsys, "featstore", "verify", real, "--retokenise").code == 1
+        alone = call(capsys, "featstore", "verify", real, "--json").json
+        assert (alone["damage"], alone["tokenized"]) == ([], [])  # nothing in the store contradicts it
+        assert alone["not_checked"][-1].endswith("give --retokenise or --reextract N")

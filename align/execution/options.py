@@ -1,0 +1,56 @@
+"""Where a command runs its tasks, as options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.options import POSITIVE_COUNT, check_values, option
+from featstore.errors import SpecError
+
+#: Panel of the help.
+PANEL = "Where it runs"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Workers of a command: threads, processes of this machine, or those of a Dask scheduler.
+
+    Meaning and range of every field are declared beside it.
+    """
+
+    workers: int | None = option(
+        None,
+        "Number of worker processes on this machine; default threads of this process (sweep: a process per core).",
+        panel=PANEL,
+        range=POSITIVE_COUNT,
+    )
+    scheduler: str | None = option(
+        None, "Address of a Dask scheduler whose workers do it, such as tls://host:8786.", panel=PANEL
+    )
+    tls_ca: Path | None = option(  # noqa: RUF009 - a path is as immutable as a string
+        None, "Certificate of the authority that proves the scheduler; default Dask's configuration.", panel=PANEL
+    )
+    tls_cert: Path | None = option(None, "Own certificate, shown to the scheduler.", panel=PANEL)  # noqa: RUF009
+    tls_key: Path | None = option(  # noqa: RUF009
+        None, "Key of the own certificate; default in the certificate's file.", panel=PANEL
+    )
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            SpecError: Fewer than one worker, or options that do not go together.
+        """
+        check_values(self)
+        if self.workers is not None and self.scheduler is not None:
+            raise SpecError(f"--workers {self.workers}: the scheduler at {self.scheduler} has its own; leave it out")
+        files = {"--tls-ca": self.tls_ca, "--tls-cert": self.tls_cert, "--tls-key": self.tls_key}
+        given = [name for name, path in files.items() if path is not None]
+        if given and self.scheduler is None:
+            raise SpecError(f"{given[0]} is of a Dask scheduler; name it by --scheduler")
+        if given and (self.tls_ca is None or self.tls_cert is None):
+            missing = "--tls-ca" if self.tls_ca is None else "--tls-cert"
+            raise SpecError(f"{given[0]}: a TLS connection needs {missing} as well")
+        if given and "://" in str(self.scheduler) and not str(self.scheduler).startswith(("tls://", "wss://")):
+            raise SpecError(f"{given[0]}: --scheduler {self.scheduler} is a plain address; write tls://host:port")
