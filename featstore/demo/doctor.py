@@ -15,7 +15,7 @@ from featstore.models.references import NOTHING, Allowed, ModelSpec, parse_model
 from featstore.runtime.console import human_bytes
 from featstore.runtime.provenance import versions
 from featstore.runtime.visible import inline
-from featstore.store.write.writer import free_bytes
+from featstore.store.write.space import free_bytes
 
 if TYPE_CHECKING:
     from featstore.models.loading import ModelInfo

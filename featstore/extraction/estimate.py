@@ -10,7 +10,7 @@ from featstore.extraction.job import Job
 from featstore.extraction.proof import tested
 from featstore.models import loading as models
 from featstore.runtime.console import human, human_bytes, human_seconds
-from featstore.store.write.writer import free_bytes
+from featstore.store.write.space import free_bytes
 
 
 def dry_run(job: Job) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from featstore.store.format.elements import parse_format
 from featstore.store.format.encoding import Encoding
 from featstore.store.format.shards import parse_layout
 from featstore.store.moments.stored import SPLITS
-from featstore.store.write.writer import free_bytes
+from featstore.store.write.space import free_bytes
 from featstore.text import tokens
 from featstore.text.chat import DATE
 from featstore.text.documents import documents

@@ -27,7 +27,8 @@ from featstore.store.moments.stored import write_moments
 from featstore.store.read.pairs import POLICIES
 from featstore.store.write.index import pairs_unit, write_pairs, write_sinks
 from featstore.store.write.row_writer import write_groups
-from featstore.store.write.writer import StoreWriter, check_space, exclusive
+from featstore.store.write.space import check_space
+from featstore.store.write.writer import StoreWriter, exclusive
 from featstore.text.message_arrays import holds_conversations
 from featstore.text.plan import Plan
 

@@ -32,8 +32,9 @@ from featstore.store.read.rows import RowReader
 from featstore.store.read.store import Store, open_files
 from featstore.store.read.tables import TableReader
 from featstore.store.write.row_writer import RowArrays, RowWriter, rows_unit, write_groups
+from featstore.store.write.space import check_space
 from featstore.store.write.table import table_unit, write_table
-from featstore.store.write.writer import StoreWriter, check_space, exclusive, read_entry
+from featstore.store.write.writer import StoreWriter, exclusive, read_entry
 
 #: Rows that are decoded at a time.
 _STEP = 1024

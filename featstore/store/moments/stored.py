@@ -30,7 +30,8 @@ from featstore.runtime.provenance import digest
 from featstore.store.moments.sums import Block, BlockSums, Moments, Multiply, assemble, product_threads, steady_products
 from featstore.store.read.pairs import Pairs
 from featstore.store.read.store import Store
-from featstore.store.write.writer import StoreWriter, adding_to, check_space
+from featstore.store.write.space import check_space
+from featstore.store.write.writer import StoreWriter, adding_to
 
 #: Splits by their number in a store.
 SPLITS = ("train", "val", "test")

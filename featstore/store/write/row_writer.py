@@ -19,7 +19,8 @@ from featstore.store.format import documents, shards
 from featstore.store.format.elements import Encoded, Format
 from featstore.store.read.rows import RowReader
 from featstore.store.read.vectors import read_chunk
-from featstore.store.write.writer import Content, StoreWriter, padded_chunk
+from featstore.store.write.content import Content, padded_chunk
+from featstore.store.write.writer import StoreWriter
 
 
 def rows_unit(model: str, layer: int, shard: int) -> str:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from featstore.store.format import documents, shards
 from featstore.store.format.elements import Encoded
+from featstore.store.write.content import Content, padded_chunk
 from featstore.store.write.row_writer import RowArrays
-from featstore.store.write.writer import Content, StoreWriter, padded_chunk
+from featstore.store.write.writer import StoreWriter
 
 
 def table_unit(model: str) -> str:

@@ -10,17 +10,11 @@ Nothing that could differ between two runs of the same plan (time, host, process
 
 from __future__ import annotations
 
-import os
-import shutil
-import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import (
@@ -41,25 +35,19 @@ from featstore.runtime.writing import (
     remove_asides,
     remove_folder,
     replacing,
-    write_all,
 )
 from featstore.store.format import documents
-from featstore.store.format.shards import Buffer, file_checksum, seal
+from featstore.store.format.shards import file_checksum
 from featstore.store.format.version import MANIFEST, METADATA_UNIT, REBUILDING
 from featstore.store.read.files import LocalFiles, manifest_files, parse_entry
 from featstore.store.read.portable import store_files
 from featstore.store.read.store import Store, open_files
+from featstore.store.write.content import VECTOR_CHUNK, Content, vector_files, write_content
 from featstore.store.write.listing import arrays_of, metadata_documents
 
 _LOCK = ".writer.lock"
 #: Of these a reader keeps nothing: every look goes to the files.
 _NOT_KEPT = ("pairs", "moments")
-
-#: What a file will hold.
-Content = bytes | Iterator[Buffer]
-
-#: Chunk length of token tables and pair indexes.
-VECTOR_CHUNK = 1 << 20
 
 
 @contextmanager
@@ -147,34 +135,6 @@ def read_entry(path: Path, unit: str) -> dict[str, Any]:
         CorruptDataError: It is damaged or names a file outside the store.
     """
     return parse_entry(path.read_bytes(), str(path), unit)
-
-
-def check_space(path: Path, needed: int, remedy: str) -> None:
-    """Refuse to start what the disk cannot hold.
-
-    Args:
-        path: Where the store is or will be.
-        needed: Bytes still to write.
-        remedy: The flag that would make it fit.
-
-    Raises:
-        NoSpaceError: Too little is free.
-    """
-    free = free_bytes(path)
-    if needed > free:
-        from featstore.runtime.console import human_bytes
-
-        raise NoSpaceError(f"{path} needs {human_bytes(needed)} and {human_bytes(free)} are free; {remedy}")
-
-
-def free_bytes(path: Path) -> int:
-    """Free space on the disk a path lies, or would lie, on.
-
-    Args:
-        path: May not exist yet.
-    """
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    return shutil.disk_usage(existing).free
 
 
 class StoreWriter:
@@ -430,11 +390,7 @@ class StoreWriter:
         path = self.path / name
         self._folder(path.parent)
         with replacing(path) as handle:
-            if isinstance(content, bytes):
-                write_all(handle, content)
-                size, checksum = len(content), zlib.crc32(content)
-            else:
-                size, checksum = _write_pieces(handle, content)
+            size, checksum = write_content(handle, content)
         return {"bytes": size, "crc32": f"{checksum:08x}"}
 
     def _write(self, name: str, text: str) -> None:
@@ -457,55 +413,3 @@ class StoreWriter:
                 )
         make_folder(path)
         self._folders.add(key)
-
-
-def _write_pieces(handle: FileIO, pieces: Iterator[Buffer]) -> tuple[int, int]:
-    """Write while another thread encodes the next piece and sums it; returns size and CRC-32."""
-    size = checksum = 0
-
-    def following() -> Buffer | None:
-        nonlocal size, checksum
-        piece = next(pieces, None)
-        if piece is not None:
-            size, checksum = size + len(piece), zlib.crc32(piece, checksum)
-        return piece
-
-    at = 0
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(following)
-        while (piece := ahead.result()) is not None:
-            ahead = thread.submit(following)
-            write_all(handle, piece)
-            # So that the disk begins now and not when the file is complete; pages still to be written stay in memory.
-            os.posix_fadvise(handle.fileno(), at, len(piece), os.POSIX_FADV_DONTNEED)
-            at += len(piece)
-    return size, checksum
-
-
-def vector_files(name: str, array: NDArray[Any], chunk: int) -> dict[str, bytes]:
-    """Chunk files of a small array, by path.
-
-    Args:
-        name: The array's path within the store.
-        array: Any boolean, integer or float array.
-        chunk: Length along the first axis; the last chunk is padded with zeros.
-    """
-    rest = "/0" * (array.ndim - 1)
-    return {
-        f"{name}/c/{i}{rest}": padded_chunk(array[start : start + chunk], chunk)
-        for i, start in enumerate(range(0, len(array), chunk))
-    }
-
-
-def padded_chunk(part: NDArray[Any], chunk: int) -> bytes:
-    """One plain chunk file, checksum included.
-
-    Args:
-        part: Values along the first axis, at most ``chunk`` of them; zeros fill up.
-        chunk: Length of a full chunk.
-    """
-    if len(part) < chunk:
-        full = np.zeros((chunk, *part.shape[1:]), dtype=part.dtype)
-        full[: len(part)] = part
-        part = full
-    return seal(np.ascontiguousarray(part).astype(part.dtype.newbyteorder("<"), copy=False).tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,6 @@ import pytest
 import align.training.loop
 from align.training.checkpoint import FILE, read_checkpoint, write_checkpoint
 from featstore.errors import CorruptDataError, StoreStateError
-from featstore.runtime import provenance
 from tests.support.looping import Outcome, Ready, command, environment, launched, ready, result, run
 from tests.support.tiers import tiered
 
@@ -63,7 +63,7 @@ def test_stopped_after_every_checkpoint(
         raise InterruptedHereError
 
     monkeypatch.setattr(align.training.loop, "write_checkpoint", write)
-    monkeypatch.setattr(provenance.os, "fsync", lambda _: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     stops = 0
     while True:
         try:
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(provenance.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="free some space"):
         write_checkpoint(tmp_path, {"a": np.ones(3)}, {"epoch": 2}, {})
     found = read_checkpoint(tmp_path, {})

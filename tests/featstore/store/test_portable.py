@@ -44,9 +44,10 @@ from featstore.store.read import rows as rows_module
 from featstore.store.read.portable import PortableFiles, PortableRows
 from featstore.store.read.rows import RowReader
 from featstore.store.read.tables import TableReader
+from featstore.store.write.content import padded_chunk
 from featstore.store.write.row_writer import RowArrays
 from featstore.store.write.table import write_table
-from featstore.store.write.writer import StoreWriter, padded_chunk
+from featstore.store.write.writer import StoreWriter
 from tests.support.store_fixtures import Recipe, write_quickly
 
 FORMS = tuple(FORMATS)

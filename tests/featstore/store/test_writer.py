@@ -21,7 +21,8 @@ from featstore.store.format.elements import parse_format
 from featstore.store.format.shards import file_checksum, parse_layout
 from featstore.store.inspect.verify import verify_store
 from featstore.store.write.row_writer import RowArrays, RowWriter, rows_unit
-from featstore.store.write.writer import StoreWriter, check_space, exclusive, free_bytes, read_entry
+from featstore.store.write.space import check_space, free_bytes
+from featstore.store.write.writer import StoreWriter, exclusive, read_entry
 from tests.support import ROOT
 from tests.support.store_fixtures import Recipe, tree_bytes, write_quickly, write_store
 
