@@ -42,6 +42,6 @@ def _pairs(node: Node, keys: Collection[str]) -> Node:
             few = {key: block for key, block in value.member("pairs").items() if key in keys}
             return Node(value.model_copy(update={"pairs": few}), node.at, node.href)
     elif isinstance(value, dict) and isinstance(value.get("pairs"), list):
-        few = [entry for entry in value["pairs"] if isinstance(entry, dict) and entry.get("key") in keys]
-        return Node({**value, "pairs": few}, node.at, node.href)
+        named = [entry for entry in value["pairs"] if isinstance(entry, dict) and entry.get("key") in keys]
+        return Node({**value, "pairs": named}, node.at, node.href)
     return node
