@@ -362,7 +362,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(planted: Planted, tmp_path:
     script.write_text(SWEEP)
     process = subprocess.Popen([sys.executable, str(script), str(planted.path), str(out)])
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             assert process.poll() is None, "the sweep was to be killed on the way"
             done = [path.parent.name for path in out.glob("lora-r*/adapter.json")]
@@ -371,7 +371,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(planted: Planted, tmp_path:
                 break
             time.sleep(0.02)
         else:
-            pytest.fail("no cell was finished in two minutes")
+            pytest.fail("no cell was finished in five minutes")
         below = descendants(process.pid)
     finally:
         process.kill()
