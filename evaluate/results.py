@@ -26,9 +26,9 @@ from featstore.runtime.records import (
     flat,
     frame,
     read,
-    shown,
     write,
 )
+from featstore.runtime.schema import shown
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -30,8 +30,8 @@ from featstore.runtime.records import (
     Whole,
     parsed,
     retold,
-    shown,
 )
+from featstore.runtime.schema import shown
 from featstore.store.read.pairs import POLICIES
 from featstore.text.roles import ROLES
 

@@ -20,7 +20,7 @@ from align.maps.card import CARD_VERSION, REMEDY, Card, CardPair, read_card
 from align.maps.registry import formula
 from featstore.errors import AdapterError
 from featstore.runtime.provenance import write_atomic, write_json
-from featstore.runtime.records import shown
+from featstore.runtime.schema import shown
 from featstore.runtime.tensors import Tensors, opened
 
 _TENSORS = "adapter.safetensors"

@@ -7,8 +7,9 @@ table (:mod:`align.sweeps.differences`).
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,12 @@ def compare_runs(directories: Sequence[Path], reference: str | None = None) -> d
     """
     entries = [entry for directory in directories for entry in read_entries(directory)]
     chosen = _reference(reference, directories, entries)
-    places: list[dict[str, Any]] = []
+    places: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, int] = {}
     for entry in entries:
-        if entry.place not in places:
-            places.append(entry.place)
-        entry.row["set"] = places.index(entry.place) + 1
+        place = json.dumps(entry.place, sort_keys=True, default=str)
+        places.setdefault(place, entry.place)
+        entry.row["set"] = numbers.setdefault(place, len(numbers) + 1)
         entry.interval()
     tests = _compare(entries, chosen)
     # Stable: what has no validation R2 stands last, in the order in which the runs were given.
@@ -75,7 +77,7 @@ def compare_runs(directories: Sequence[Path], reference: str | None = None) -> d
         "reference": chosen.block(),
         "tests": tests,
         "chosen": _chosen(entries),
-        "sets": [{"set": number, **place} for number, place in enumerate(places, 1)],
+        "sets": [{"set": number, **place} for number, place in enumerate(places.values(), 1)],
         "rate_distortion": sorted(rates, key=lambda rate: rate.get("bytes_per_window") or math.inf),
     }
 
@@ -114,10 +116,11 @@ def _chosen(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 def _compare(entries: Sequence[Entry], reference: Reference) -> int:
     """Fill in the differences of every row, judged together, and count them."""
     found: list[tuple[dict[str, Any], Estimate | None]] = []
+    references = _references(entries, reference)
     for entry in entries:
         row = entry.row
         row["versus_reference"] = row["versus_closed_form"] = None
-        other = _other(entry, entries, reference)
+        other = _other(entry, references, reference)
         if isinstance(other, str):
             row["reasons"]["versus_reference"] = other
         elif other is not None:
@@ -133,17 +136,30 @@ def _compare(entries: Sequence[Entry], reference: Reference) -> int:
     return sum(block["p"] is not None for block, _ in found)
 
 
-def _other(entry: Entry, entries: Sequence[Entry], reference: Reference) -> Entry | str | None:
+def _references(entries: Sequence[Entry], reference: Reference) -> dict[tuple[str, int | None], Entry]:
+    """The row that others are compared with: of each layer pair, and of each set where no run was named."""
+    found: dict[tuple[str, int | None], Entry] = {}
+    for entry in entries:
+        row = entry.row
+        if not reference.named:
+            found.setdefault((row["pair"], row["set"]), entry)
+        elif row["run"] == reference.run:
+            found.setdefault((row["pair"], None), entry)
+    return found
+
+
+def _other(
+    entry: Entry, references: Mapping[tuple[str, int | None], Entry], reference: Reference
+) -> Entry | str | None:
     """What a row is compared with, or why there is nothing; None for the reference itself."""
     row = entry.row
     if reference.baseline is not None:
         known = row["baselines"].get(reference.baseline) is not None
         return entry if known else f"the run has no baseline {reference.baseline!r}"
-    same = [e for e in entries if e.row["pair"] == row["pair"]]
     if not reference.named:
-        first = next(e for e in same if e.row["set"] == row["set"])
+        first = references[row["pair"], row["set"]]
         return None if first is entry else first
-    named = next((e for e in same if e.row["run"] == reference.run), None)
+    named = references.get((row["pair"], None))
     if named is entry:
         return None
     if named is None:

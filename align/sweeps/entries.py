@@ -12,7 +12,8 @@ from align.metrics import r2_interval
 from align.results import Documents, Metrics, PairDocuments
 from align.sweeps.differences import MAP, Sums
 from featstore.errors import AdapterError, CorruptDataError
-from featstore.runtime.records import read, retold, shown
+from featstore.runtime.records import read, retold
+from featstore.runtime.schema import shown
 
 CLOSED = "closed_form"
 _FIGURES = ("r2", "r2_median_dim", "cosine_centered", "retrieval_top1", "retrieval_chance", "cka_debiased", "n")

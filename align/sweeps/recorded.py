@@ -16,9 +16,9 @@ from featstore.runtime.records import (
     Size,
     Table,
     read,
-    shown,
     write,
 )
+from featstore.runtime.schema import shown
 
 #: How far a cell is.
 STATUSES = ("waiting", "done", "skipped", "failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,18 +15,26 @@ from featstore.text.roles import of_roles
 
 #: Characters of a line; notes are wrapped, and run names cut, to fit.
 _LINE = 140
+#: Rows that people read on a terminal; sets of rows and runs that a note names.
+_MOST, _SETS, _NAMED = 200, 20, 20
 _BASELINES = {"token": "token", "identity": "identity", "random_rotation": "rotation", "shuffled": "shuffled"}
 _HEADS = ("run", "type", "trained", "shipped", "beyond token [95 %]", "R2 [95 %]", "val R2", "optimum")
 
 
-def describe(result: dict[str, Any]) -> str:
+def describe(result: dict[str, Any], most: int = _MOST) -> str:
     """The leaderboard as lines for people.
+
+    Of a table of very many layer pairs the first and the last blocks by validation R2 are shown, and how many are not;
+    what is not shown here stands in ``--json``.
 
     Args:
         result: From :func:`align.sweeps.compare.compare_runs`.
+        most: Rows that are shown.
     """
-    rows = result["rows"]
-    labels = labels_of([row["run"] for row in rows])
+    labels = labels_of([row["run"] for row in result["rows"]])
+    every = _blocks(result["rows"])
+    shown = _shown(every, most)
+    rows = [row for place in shown for row in every[place]]
     # A column that nobody has is left out: runs of former versions know no baseline of the token.
     baselines = [name for name in _BASELINES if any(row["baselines"].get(name) is not None for row in rows)]
     columns = [[*_HEADS, *(_BASELINES[name] for name in baselines)]]
@@ -35,22 +44,54 @@ def describe(result: dict[str, Any]) -> str:
     heads, *cells = columns
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     widths[0] = max(min(widths[0], _LINE - 2 - sum(widths[1:]) - len(widths)), 8)
-    lines = [_aligned(heads, widths)]
-    for (pair, number), block in _blocks(rows).items():
-        several = len(result["sets"]) > 1
+    lines, lines_of_rows = [_aligned(heads, widths)], iter(cells)
+    chosen = {(each["pair"], each["set"]): each for each in result["chosen"]}
+    several = len(result["sets"]) > 1
+    for pair, number in shown:
+        block = every[pair, number]
         lines += ["", f"{inline(pair)}, {block[0]['n']} test rows" + f", set {number}" * several]
         for row in block:
-            lines.append(_aligned(cells[rows.index(row)], widths))
+            lines.append(_aligned(next(lines_of_rows), widths))
             if row["warnings"]:
                 lines += _wrapped(f"warnings: {', '.join(row['warnings'])}", "    ")
         for line in _differences(block, labels):
             lines += _wrapped(line, "  ")
-        for each in result["chosen"]:
-            if (each["pair"], each["set"]) == (pair, number):
-                test = _with_interval(each["r2"], each["r2_ci95"], "")
-                lines += _wrapped(f"validation chooses {labels[each['run']]}: test R2 {test}", "  ")
+        if each := chosen.get((pair, number)):
+            test = _with_interval(each["r2"], each["r2_ci95"], "")
+            lines += _wrapped(f"validation chooses {labels[each['run']]}: test R2 {test}", "  ")
+    if len(shown) < len(every):
+        left = sum(len(block) for block in every.values()) - len(rows)
+        more = len(every) - len(shown)
+        text = (
+            f"{more} more layer {'pair' if more == 1 else 'pairs'} ({left} rows) {'is' if more == 1 else 'are'} not "
+            "shown: those above have the highest and "
+            "the lowest validation R2; --json has all of them"
+        )
+        lines += ["", *_wrapped(text, "")]
     lines += _notes(result, labels)
     return "\n".join(lines)
+
+
+def _shown(blocks: Mapping[tuple[str, int], Sequence[dict[str, Any]]], most: int) -> list[tuple[str, int]]:
+    """The blocks that fit, in the order of the table: all, or the best and the worst by validation."""
+    if sum(map(len, blocks.values())) <= most:
+        return list(blocks)
+    # Rows of a block stand in the order of their validation R2; one without is no good news.
+    ranked = sorted(blocks, key=lambda place: -_validated(blocks[place][0]))
+    kept: set[tuple[str, int]] = set()
+    # The best take three places of four.
+    for ends, share in ((ranked, most * 3 // 4), (ranked[::-1], most - most * 3 // 4)):
+        used = 0
+        for place in ends:
+            if used + len(blocks[place]) > max(share, len(blocks[ends[0]])) or place in kept:
+                break
+            used += len(blocks[place])
+            kept.add(place)
+    return [place for place in blocks if place in kept]
+
+
+def _validated(row: Mapping[str, Any]) -> float:
+    return -math.inf if row["val_r2"] is None else row["val_r2"]
 
 
 def _differences(block: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> Iterator[str]:
@@ -82,16 +123,21 @@ def _notes(result: dict[str, Any], labels: Mapping[str, str]) -> list[str]:
         if not reference["named"]:
             what = "run named first that has the layer pair; --reference names another run, or a baseline"
         text = f"reference: the {what}. Better and worse are by p values adjusted for all {result['tests']} differences"
-        lines += _wrapped(f"{text} shown here (Holm, 5 %)", "")
+        lines += _wrapped(f"{text} of the table (Holm, 5 %)", "")
     if len(result["sets"]) > 1:
         lines += ["", "Sets are of different rows, so figures of one are not compared with those of another:"]
-        for each in result["sets"]:
-            stores = sorted({row["store"] or "?" for row in result["rows"] if row["set"] == each["set"]})
+        stores_of: dict[int, set[str]] = {}
+        for row in result["rows"]:
+            stores_of.setdefault(row["set"], set()).add(row["store"] or "?")
+        for each in result["sets"][:_SETS]:
+            stores = sorted(stores_of[each["set"]])
             sinks = "kept" if each["keep_sinks"] else f"masked beyond {each['sink_threshold']} x the median norm"
             fingerprint = (each["fingerprint"] or "unknown")[:12]
             pairs = f"pairs {each['pair_policy']}{of_roles(each['roles'])}"
             text = f"set {each['set']}: {', '.join(stores)} ({fingerprint}), {pairs}, sinks {sinks}"
             lines += _wrapped(text, "  ")
+        if len(result["sets"]) > _SETS:
+            lines.append(f"  and {len(result['sets']) - _SETS} more sets; --json has all of them")
     missing: dict[str, list[str]] = {}
     for row in result["rows"]:
         for name, reason in row["reasons"].items():
@@ -100,7 +146,9 @@ def _notes(result: dict[str, Any], labels: Mapping[str, str]) -> list[str]:
             elif name == "versus_reference":
                 missing.setdefault(f"not compared: {reason}", []).append(labels[row["run"]])
     for reason, runs in missing.items():
-        lines += _wrapped(f"{reason} ({', '.join(dict.fromkeys(runs))})", "")
+        names = list(dict.fromkeys(runs))
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        lines += _wrapped(f"{reason} ({', '.join(names[:_NAMED])}{more})", "")
     if result["rate_distortion"]:
         # Only here: without compressed runs nothing of it is needed.
         from align.compress.report import table

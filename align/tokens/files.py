@@ -21,7 +21,8 @@ from align.results import TokenFit
 from align.tokens.table import TokenTable, table_key
 from featstore.errors import AdapterError, CorruptDataError
 from featstore.runtime.provenance import parse_json
-from featstore.runtime.records import EMPTY, Fault, Record, Table, Whole, parsed, retold, shown
+from featstore.runtime.records import EMPTY, Fault, Record, Table, Whole, parsed, retold
+from featstore.runtime.schema import shown
 from featstore.runtime.tensors import opened
 from featstore.runtime.writing import cannot_write, replacing_by_name, system_error
 

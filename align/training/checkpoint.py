@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from featstore.errors import CorruptDataError, StoreStateError
 from featstore.runtime.provenance import digest, parse_json, write_atomic
-from featstore.runtime.records import retold, shown
+from featstore.runtime.records import retold
+from featstore.runtime.schema import shown
 from featstore.runtime.tensors import NUMPY, Tensors, opened
 
 FILE = "state.safetensors"

@@ -18,10 +18,12 @@ from markupsafe import Markup
 
 from evaluate.reporting.prose import abstract, notes, words
 from evaluate.reporting.reading.inputs import Run, read_runs
+from evaluate.reporting.reading.narrowed import narrowed
 from evaluate.reporting.sections import (
     cka,
     communicate,
     curves,
+    every,
     rates,
     sections,
     stitched,
@@ -41,6 +43,8 @@ _OPEN_LOSSES = 2
 _OPEN_CURVES, _OPEN_TRAININGS = 4, 4
 #: Prompts beyond this many fold away.
 _OPEN_PROMPTS = 8
+#: Maps that a page shows in full, 50 kB each; of more, the best and the worst by validation, these many.
+_BEST, _WORST = 150, 50
 
 
 def build_report(dirs: Sequence[Path], base: Path | None = None) -> str:
@@ -110,7 +114,15 @@ def _render(runs: Sequence[Run]) -> str:
     warned = notes.warnings(runs)
     similarities = [cka.similarity(run) for run in runs]
     charts = (curves.r2_by_layer(runs), curves.recovered_by_layer(runs))
+    every_map, all_runs, maps = None, runs, len(judged)
+    detailed = judged
+    if maps > _BEST + _WORST:
+        every_map = every.every_map(judged)
+        detailed = [*judged[:_BEST], *judged[-_WORST:]]
+        runs = _few(runs, detailed)
     script, style = _text("report.js"), _text("report.css")
+    if every_map is not None:
+        script += _text("every.js")
     # As strict as a page can be: even text that slipped through escaping would neither run nor load anything.
     policy = f"default-src 'none'; img-src data:; script-src '{_hash(script)}'; style-src '{_hash(style)}'"
     return (
@@ -120,14 +132,18 @@ def _render(runs: Sequence[Run]) -> str:
             policy=f"{policy}; base-uri 'none'; form-action 'none'",
             script=script,
             style=style,
-            title=sections.title(runs),
-            headline=abstract.headline(runs, judged),
-            sentences=abstract.sentences(runs, judged, warned),
-            facts=sections.compared(runs),
+            title=sections.title(all_runs),
+            headline=abstract.headline(all_runs, judged),
+            sentences=abstract.sentences(all_runs, judged, warned),
+            facts=sections.compared(all_runs),
+            every_map=every_map,
+            maps=maps,
+            best=_BEST,
+            worst=_WORST,
             verified=verified.verified(runs),
             verified_columns=verified.COLUMNS,
             runs=runs,
-            verdicts=_folded(judged),
+            verdicts=_folded(detailed),
             warnings=warned,
             gaps=notes.gaps(runs),
             columns=tables.COLUMNS,
@@ -155,11 +171,19 @@ def _render(runs: Sequence[Run]) -> str:
     )
 
 
+def _few(runs: Sequence[Run], detailed: Sequence[words.Verdict]) -> list[Run]:
+    kept: dict[str, set[str]] = {}
+    for verdict in detailed:
+        kept.setdefault(verdict.run.label, set()).add(verdict.pair.key)
+    return narrowed(runs, kept)
+
+
 def _folded(
     judged: Sequence[words.Verdict],
 ) -> tuple[list[words.Verdict], list[words.Verdict]]:
-    shown = [v for i, v in enumerate(judged) if i < _OPEN_VERDICTS or v.kind in ("poor", "open")]
-    return shown, [v for v in judged if v not in shown]
+    folds = [i >= _OPEN_VERDICTS and v.kind not in ("poor", "open") for i, v in enumerate(judged)]
+    pairs = list(zip(judged, folds, strict=True))
+    return [v for v, fold in pairs if not fold], [v for v, fold in pairs if fold]
 
 
 def _text(name: str) -> Markup:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from featstore.runtime.records import EMPTY, Amount, Fault, Record, Table, read, shown, write
+from featstore.runtime.records import EMPTY, Amount, Fault, Record, Table, read, write
+from featstore.runtime.schema import shown
 
 DONE, FAILED, RUNNING, WAITING = "done", "failed", "running", "waiting"
 

@@ -19,10 +19,10 @@ from featstore.extraction.settings import Settings
 from featstore.models.attention import parse_attention
 from featstore.models.tokenizers import held_control_tokens
 from featstore.models.verdict import Verdict
-from featstore.runtime.provenance import read_json
 from featstore.store.read.files import LocalFiles
-from featstore.store.read.records import TOKEN_COLUMNS
+from featstore.store.read.records import TOKEN_COLUMNS, StoredModel
 from featstore.store.read.store import Store, open_files
+from featstore.store.read.structure import own_attributes
 from featstore.store.write.writer import StoreWriter
 from featstore.text.chat import DATE
 from featstore.text.plan import PlannedCorpus, PlannedModel
@@ -240,7 +240,8 @@ def read_recorded(path: Path) -> Recorded | None:
     for name in root["models"]:
         group = path / "models" / name / "zarr.json"
         if group.is_file():
-            models[name] = read_json(group)["attributes"]["featstore"]
+            own = own_attributes(store.document(f"models/{name}"))
+            models[name] = StoredModel.parse(name, own, str(group)).attributes
     return Recorded(path, store, models)
 
 

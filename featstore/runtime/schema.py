@@ -122,7 +122,8 @@ def parse(kind: type[R], content: Any, where: str, remedy: str = "restore it or 
         MemberError: A member is missing or not of its type; the message names the first such one.
     """
     try:
-        found: R = _check_of(kind)(content, ())
+        hint: Any = kind
+        found: R = _check_of(hint)(content, ())
     except _WrongError as wrong:
         raise MemberError(f"{where}: {wrong}; {remedy}") from None
     return found

@@ -378,7 +378,9 @@ class Page(HTMLParser):
         if inside == "title" and "svg" in self.stack:
             self.titles.append(data)
         elif inside == "script":
-            self.scripts.append(data)
+            # A data block runs nothing.
+            if self.tags[-1][1].get("type") != "application/json":
+                self.scripts.append(data)
         elif inside != "style":
             self.words.append(data)
 

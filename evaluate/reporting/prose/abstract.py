@@ -189,7 +189,7 @@ def _caution(notes: Sequence[Note]) -> Markup:
     codes: dict[str, int] = {}
     for note in notes:
         if note.level != "note":
-            codes[note.code] = codes.get(note.code, 0) + len(note.where)
+            codes[note.code] = codes.get(note.code, 0) + note.times
     if not codes:
         return say("No file carries a warning.")
     named = [

@@ -30,6 +30,8 @@ _FIRST = (
 )
 #: Layer pairs and runs named in a line; the others stand in its details.
 _NAMED = 4
+#: Texts of one warning, and places of one text, that its details list.
+_LISTED = 50
 _NUMBER = re.compile(r"(?<![\w.:])[-\u2212]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
 
 
@@ -66,11 +68,12 @@ class Note:
 
     Attributes:
         text: What it says; where it says so of several maps, with the range of each figure.
-        where: Run and layer pair of each.
+        where: Run and layer pair of each, or of the first of very many.
         code: The kind of warning; empty for a gap.
         places: The same in few words.
         details: Every text in full with its places; empty where ``text`` is the only one.
         level: ``note`` for what is no more than worth knowing.
+        times: In how many places it holds.
     """
 
     text: Markup
@@ -79,6 +82,7 @@ class Note:
     places: str = ""
     details: tuple[tuple[Markup, str], ...] = ()
     level: str = "warning"
+    times: int = 1
 
 
 def warnings(runs: Sequence[Run]) -> list[Note]:
@@ -186,12 +190,14 @@ def _note(group: Sequence[Found]) -> Note:
     texts: dict[str, tuple[Markup, list[str]]] = {}
     for found in group:
         texts.setdefault(found.text.striptags(), (found.text, []))[1].append(found.place)
-    details = tuple((text, "; ".join(where)) for text, where in texts.values())
-    where = tuple(found.place for found in group)
+    details = tuple((text, "; ".join(_first(where))) for text, where in list(texts.values())[:_LISTED])
+    if len(texts) > _LISTED:
+        details += ((say("{} more like these", len(texts) - _LISTED), ""),)
+    where = tuple(_first([found.place for found in group]))
     if len(texts) == 1:
         many = len(group) > 1
-        return Note(first.text, where, first.code, _places(group) if many else where[0], (), first.level)
-    return Note(_ranges(list(texts)), where, first.code, _places(group), details, first.level)
+        return Note(first.text, where, first.code, _places(group) if many else where[0], (), first.level, len(group))
+    return Note(_ranges(list(texts)), where, first.code, _places(group), details, first.level, len(group))
 
 
 def _ranges(texts: Sequence[str]) -> Markup:
@@ -209,6 +215,11 @@ def _value(text: str) -> float:
     return float(text.replace(",", "").replace("\u2212", "-"))
 
 
+def _first(names: Sequence[str]) -> list[str]:
+    rest = len(names) - _LISTED
+    return list(names) if rest <= 0 else [*names[:_LISTED], f"{rest} more"]
+
+
 def _places(group: Sequence[Found]) -> str:
     keys = [found.pair for found in group if found.pair]
     shown = _both_ways([Pair.parse(key) for key in dict.fromkeys(keys)])
@@ -223,10 +234,11 @@ def _places(group: Sequence[Found]) -> str:
 def _both_ways(pairs: Sequence[Pair]) -> list[str]:
     # Both directions between two layers are one place.
     ends = [((p.source, p.source_layer), (p.target, p.target_layer)) for p in pairs]
+    known = set(ends)
     found: dict[object, str] = {}
     for pair, (a, b) in zip(pairs, ends, strict=True):
         name = f"{pair.source}:{pair.source_layer} ↔ {pair.target}:{pair.target_layer}"
-        both = pair.source and a != b and (b, a) in ends
+        both = pair.source and a != b and (b, a) in known
         found.setdefault(tuple(sorted((a, b))) if both else pair.key, name if both else str(pair))
     return list(found.values())
 

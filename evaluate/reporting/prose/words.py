@@ -58,7 +58,10 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
     Args:
         runs: What was read.
     """
-    found = [_judge(run, pair) for run in runs for pair in run.pairs]
+    found: list[Verdict] = []
+    for run in runs:
+        trained, starts = run.trained, _starts(run)
+        found += [_judge(run, pair, trained=trained, start=trained and pair.key in starts) for pair in run.pairs]
     return sorted(found, key=lambda verdict: (not verdict.pair.is_ceiling, verdict.choice), reverse=True)
 
 
@@ -71,13 +74,17 @@ def between_models(judged: Sequence[Verdict]) -> list[Verdict]:
     return [verdict for verdict in judged if not verdict.pair.is_ceiling] or list(judged)
 
 
-def _judge(run: Run, pair: Pair) -> Verdict:
+def _starts(run: Run) -> set[str]:
+    """Layer pairs whose training found nothing better than its start: a resumed run's last word counts."""
+    stops = {e.get("pair").text: e.get("best_epoch").number for e in run.log if e.get("event").value == "stop"}
+    return {key for key, best in stops.items() if best == 0}
+
+
+def _judge(run: Run, pair: Pair, *, trained: bool, start: bool) -> Verdict:
     metrics = run.file("metrics.json").get("pairs", pair.key)
     stitched = run.file("stitch.json").get("pairs", pair.key)
     figures = (stitched.get("recovered", "value"), stitched.get("beyond_token", "nats"))
-    stops = [event for event in run.log if event.get("event").value == "stop" and event.get("pair").text == pair.key]
-    start = run.trained and bool(stops) and stops[-1].get("best_epoch").number == 0
-    held_out = tuple(_held_out(metrics, trained=run.trained, start_is_kept=start))
+    held_out = tuple(_held_out(metrics, trained=trained, start_is_kept=start))
     validated = _number(metrics.get("val", "r2"))
     if all(figure.number is None for figure in figures):
         why = stitched.get("reasons", "recovered").text

@@ -105,11 +105,9 @@ def leaderboard(runs: Sequence[Run]) -> list[Row]:
         runs: What was read.
     """
     entries = list(_merged([entry for run in runs for pair in run.pairs for entry in _entries(run, pair)]))
-    order = list(dict.fromkeys(entry.pair.key for entry in entries))
+    order = {key: place for place, key in enumerate(dict.fromkeys(entry.pair.key for entry in entries))}
     kinds = ("map", "closed", "control")
-    entries.sort(
-        key=lambda entry: (order.index(entry.pair.key), kinds.index(entry.kind), -entry.validated, _place(entry))
-    )
+    entries.sort(key=lambda entry: (order[entry.pair.key], kinds.index(entry.kind), -entry.validated, _place(entry)))
     return [Row(entry.kind, tuple(_cells(entry))) for entry in entries]
 
 

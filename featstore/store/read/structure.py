@@ -96,6 +96,9 @@ def _contradictions(
         return parse(kind, own_attributes(documents[name]), f"{where}/{name}/zarr.json")
 
     models = {name: group(f"models/{name}", ModelAttributes) for name in root.models}
+    above = {name.rpartition("/")[0] for name in documents} - {""}
+    for name in sorted(above - documents.keys()):
+        yield name, "there is no such group"
     yield from _of_corpus(root, arrays, need)
     for name, model in models.items():
         yield from _of_model(name, model, arrays, need)

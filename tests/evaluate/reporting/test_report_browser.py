@@ -14,6 +14,7 @@ from tests.evaluate.reporting.test_report_evidence import warned, whole, windows
 from tests.evaluate.reporting.test_report_parts import full as every_kind
 from tests.support import report_fixtures as made
 from tests.support.browser import Browser, Tab, browser
+from tests.support.many_pairs import write_run
 
 __all__ = ["browser"]
 
@@ -354,3 +355,32 @@ def test_sections_say_what_was_measured(tab: Tab, full: Path) -> None:
         assert words in text
     marked = tab.run("[...document.querySelectorAll('#texts .card mark, #texts .text mark')].map(m => m.textContent)")
     assert "a list of albums" in marked
+
+
+def test_all_maps_of_a_large_report_are_searched_and_sorted(tab: Tab, root: Path) -> None:
+    run = write_run(root / "many", 230)
+    write_report([run], root / "many.html")
+    tab.open(root / "many.html")
+    assert tab.complaints == []
+    assert tab.run("document.getElementById('every-maps').hidden") is False
+    tab.run("document.getElementById('every-maps').open = true")
+    tab.settle()
+    rows = "[...document.querySelectorAll('#every-table tbody tr')].map(r => r.cells[{}].textContent)"
+    assert len(tab.run(rows.format(1))) == 100
+    assert tab.run("document.getElementById('every-count').textContent") == "1 to 100 of 230"
+    for _ in range(2):
+        tab.run("document.getElementById('every-on').click()")
+    assert len(tab.run(rows.format(1))) == 30
+    assert tab.run("document.getElementById('every-on').disabled") is True
+    tested = [pair["test"]["r2"] for pair in json.loads((run / "metrics.json").read_text())["pairs"].values()]
+    for order in (sorted(tested, reverse=True), sorted(tested)):
+        tab.run("document.querySelectorAll('#every-table th button')[5].click()")
+        shown = [float(text.replace("\u2212", "-")) for text in tab.run(rows.format(5))]
+        assert shown == pytest.approx(order[:100], abs=6e-4)
+    box = "{{ const box = document.getElementById('every-search')"
+    search = f"{box}; box.value = {{!r}}; box.dispatchEvent(new Event('input')) }}}}"
+    tab.run(search.format("smol:7 twin:2"))
+    assert tab.run(rows.format(1)) == ["smol:7 → twin:2"]
+    tab.run(search.format("nothing like it"))
+    assert tab.run(rows.format(1)) == []
+    assert tab.run("document.getElementById('every-count').textContent") == "no map has these words"

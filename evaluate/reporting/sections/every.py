@@ -1,0 +1,75 @@
+"""The main figures of every map as one compact table, which the page's own script lays out a screenful at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from evaluate.reporting.prose.words import Verdict
+from evaluate.reporting.reading.inputs import Node
+from evaluate.reporting.reading.names import type_name
+
+#: Digits behind the point: what the page shows, and one more to sort by.
+_DIGITS = 4
+#: Title, and whether its values are numbers.
+_COLUMNS = (
+    ("run", False),
+    ("layers", False),
+    ("map", False),
+    ("shown to do", False),
+    ("val R²", True),
+    ("R²", True),
+    ("from", True),
+    ("to", True),
+    ("partial R²", True),
+    ("top-1", True),
+    ("beyond token, nats", True),
+    ("recovered", True),
+)
+
+
+def every_map(judged: Sequence[Verdict]) -> Markup:
+    """All maps in the order of their verdicts, as the JSON of a data block of the page.
+
+    Words that many rows share stand once, and rows have their numbers. What is not known is null.
+
+    Args:
+        judged: The verdicts of all maps.
+    """
+    words: dict[str, int] = {}
+    rows = [
+        [
+            value if number else words.setdefault(str(value), len(words))
+            for value, (_, number) in zip(_row(verdict), _COLUMNS, strict=True)
+        ]
+        for verdict in judged
+    ]
+    table = {"columns": [list(column) for column in _COLUMNS], "words": list(words), "rows": rows}
+    text = json.dumps(table, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # The only characters by which text ends a script element, or opens a comment in one.
+    return Markup(text.replace("<", "\\u003c"))  # noqa: S704 - escaped as JSON
+
+
+def _row(verdict: Verdict) -> Iterator[Any]:
+    metrics = verdict.run.file("metrics.json").get("pairs", verdict.pair.key)
+    stitched = verdict.run.file("stitch.json").get("pairs", verdict.pair.key)
+    test = metrics.get("test")
+    yield from (verdict.run.label, verdict.pair, type_name(verdict.run), verdict.tag)
+    for node in (
+        metrics.get("val", "r2"),
+        test.get("r2"),
+        test.get("r2_ci95").get(0),
+        test.get("r2_ci95").get(1),
+        test.get("partial_r2"),
+        test.get("retrieval_top1"),
+        stitched.get("beyond_token", "nats"),
+        stitched.get("recovered", "value"),
+    ):
+        yield _rounded(node)
+
+
+def _rounded(node: Node) -> float | None:
+    return None if node.number is None else round(node.number, _DIGITS)
