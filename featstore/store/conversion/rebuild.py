@@ -74,6 +74,9 @@ class _AsRebuilt(Store):
     def _check_tokens(self, model: str, table: Tokens) -> None:
         """Nothing: the tables come from the tokenizers, and what the store records is of the old ones."""
 
+    def _check_pairs(self, names: tuple[str, str], policy: str, coverage: tuple[float, float]) -> None:
+        """Nothing, either: the pairs are those of the new tables."""
+
     def pair_index(self, first: str, second: str, policy: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return pair_rows(self, first, second, policy)
 

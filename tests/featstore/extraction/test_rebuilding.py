@@ -169,7 +169,7 @@ def test_one_that_is_killed_ends_as_it_would_have(old: Path, tmp_path: Path, mon
     whole = shutil.copytree(old, tmp_path / "whole.zarr")
     told = rebuild(whole, quiet=True)
     place, count, stop = writing.StoreWriter._place, 0, 0
-    write = writing.write_json
+    write = writing.StoreWriter._write
 
     def counted(function: Any) -> Any:
         def step(*args: Any, **named: Any) -> Any:
@@ -182,7 +182,7 @@ def test_one_that_is_killed_ends_as_it_would_have(old: Path, tmp_path: Path, mon
         return step
 
     monkeypatch.setattr(writing.StoreWriter, "_place", counted(place))
-    monkeypatch.setattr(writing, "write_json", counted(write))
+    monkeypatch.setattr(writing.StoreWriter, "_write", counted(write))
     rebuild(shutil.copytree(old, tmp_path / "counted.zarr"), quiet=True)
     total = count
     assert total > 100
