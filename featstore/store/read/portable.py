@@ -159,6 +159,7 @@ class PortableFiles:
             name: Path within the store.
         """
         del name
+        return None
 
     async def _get(self, name: str) -> bytes | None:
         data = await self._store.get(name, default_buffer_prototype())
