@@ -841,11 +841,9 @@ class Similarity(SimilarityTables):
             blocks += [((*at, "floors", floor), each) for floor, each in measure.floors.items()]
             blocks += [((*at, "permutations", floor), each) for floor, each in measure.permutations.items()]
         for place, block in blocks:
-            for key in ("cross", "value", "mean", "p95", "p", "p_max", "excess", "excess_ci95"):
+            for key in ("cross", "reverse", "value", "mean", "p95", "p", "p_max", "excess", "excess_ci95"):
                 if isinstance(matrix := getattr(block, key, None), tuple):
                     yield (*place, key), matrix, *ends
-            if isinstance(matrix := getattr(block, "reverse", None), tuple):
-                yield (*place, "reverse"), matrix, *ends[::-1]
             for name, matrix in getattr(block, "within", EMPTY).items():
                 yield (*place, "within", name), matrix, name, name
 

@@ -98,6 +98,17 @@ def test_matrices_fit_their_layers(tmp_path: Path, change: Callable[[Any], Any],
     assert words in str(caught.value)
 
 
+def test_both_directions_of_a_measure_have_a_row_for_every_layer_of_the_first_model(tmp_path: Path) -> None:
+    content = made.measured()
+    content["measures"]["rsa"]["reverse"] = content["measures"]["rsa"]["cross"]
+    (tmp_path / "cka.json").write_text(json.dumps(content))
+    assert len(read_similarity(tmp_path).measures["rsa"].reverse) == 2
+    content["measures"]["rsa"]["reverse"] = [[0.0] * 2] * 3
+    (tmp_path / "cka.json").write_text(json.dumps(content))
+    with pytest.raises(MemberError, match="/measures/rsa/reverse is a matrix of another shape, expected 2 x 3"):
+        read_similarity(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("cell", "words"),
     [

@@ -379,7 +379,7 @@ STITCH = {
     "--model mistral={llama}": "has depth 3, the adapter was fitted to 4; point to the right model with --model",
     "--adapter {tmp}": "has no adapter.json; make one with `align train`",
     "--adapter {tmp}/cut": "is damaged",
-    "--adapter {tmp}/nan": "holds NaN or infinity; train it again",
+    "--adapter {tmp}/nan": "holds NaN or infinity; the run is damaged: restore it or train it again",
     "--adapter {tmp}/other": "use the store named in its card",
 }
 GENERATE = {
