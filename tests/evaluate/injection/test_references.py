@@ -133,7 +133,7 @@ def test_an_attention_out_of_a_card_is_one_of_the_list(run: Path, tiny_llama: Pa
 
 def test_a_reference_that_is_no_text_is_one_line(run: Path) -> None:
     edit_card(run, "llama", reference=["x"])
-    with pytest.raises(AdapterError, match="no reference that is text"):
+    with pytest.raises(AdapterError, match="reference is a list of 1, expected text"):
         evaluate.load_models(run, device="cpu", quiet=True)
 
 
