@@ -117,7 +117,7 @@ def _render(runs: Sequence[Run]) -> str:
     every_map, all_runs, maps = None, runs, len(judged)
     detailed = judged
     if maps > _BEST + _WORST:
-        every_map = every.every_map(judged)
+        every_map = every.every_map([(verdict.run, verdict.pair, verdict.tag) for verdict in judged])
         detailed = [*judged[:_BEST], *judged[-_WORST:]]
         runs = _few(runs, detailed)
     script, style = _text("report.js"), _text("report.css")

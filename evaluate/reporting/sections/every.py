@@ -8,8 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from evaluate.reporting.prose.words import Verdict
-from evaluate.reporting.reading.inputs import Node
+from evaluate.reporting.reading.inputs import Node, Pair, Run
 from evaluate.reporting.reading.names import type_name
 
 #: Digits behind the point: what the page shows, and one more to sort by.
@@ -31,21 +30,21 @@ _COLUMNS = (
 )
 
 
-def every_map(judged: Sequence[Verdict]) -> Markup:
+def every_map(judged: Sequence[tuple[Run, Pair, str]]) -> Markup:
     """All maps in the order of their verdicts, as the JSON of a data block of the page.
 
     Words that many rows share stand once, and rows have their numbers. What is not known is null.
 
     Args:
-        judged: The verdicts of all maps.
+        judged: Of every map its run, its layer pair, and what it was shown to do in a few words.
     """
     words: dict[str, int] = {}
     rows = [
         [
             value if number else words.setdefault(str(value), len(words))
-            for value, (_, number) in zip(_row(verdict), _COLUMNS, strict=True)
+            for value, (_, number) in zip(_row(*each), _COLUMNS, strict=True)
         ]
-        for verdict in judged
+        for each in judged
     ]
     table = {"columns": [list(column) for column in _COLUMNS], "words": list(words), "rows": rows}
     text = json.dumps(table, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -53,11 +52,11 @@ def every_map(judged: Sequence[Verdict]) -> Markup:
     return Markup(text.replace("<", "\\u003c"))  # noqa: S704 - escaped as JSON
 
 
-def _row(verdict: Verdict) -> Iterator[Any]:
-    metrics = verdict.run.file("metrics.json").get("pairs", verdict.pair.key)
-    stitched = verdict.run.file("stitch.json").get("pairs", verdict.pair.key)
+def _row(run: Run, pair: Pair, shown: str) -> Iterator[Any]:
+    metrics = run.file("metrics.json").get("pairs", pair.key)
+    stitched = run.file("stitch.json").get("pairs", pair.key)
     test = metrics.get("test")
-    yield from (verdict.run.label, verdict.pair, type_name(verdict.run), verdict.tag)
+    yield from (run.label, pair, type_name(run), shown)
     for node in (
         metrics.get("val", "r2"),
         test.get("r2"),
