@@ -122,7 +122,7 @@ def extract(
     ] = None,
     attn: Annotated[
         str | None,
-        typer.Option(help=f"Attention: {', '.join(ATTENTIONS)}; by default auto, sdpa where a model has it."),
+        typer.Option(help=f"Attention: {', '.join(ATTENTIONS)}; auto is sdpa where a model has it. By default auto."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; by default 0.")

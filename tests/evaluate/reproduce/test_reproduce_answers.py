@@ -512,7 +512,7 @@ def independent(rng, documents, kept):
         for run, share in (("lora", kept), ("linear", 1.0)):
             # What a map makes of a document beside what all make of it.
             r2 = share * explained + rng.normal(0, 0.03, documents)
-            sse = (n * (1 - r2)).tolist()
+            sse = (n * np.maximum(1 - r2, 0.0)).tolist()
             runs[run][key] = {
                 "documents": list(range(documents)),
                 "n": n.tolist(),

@@ -22,6 +22,7 @@ from evaluate.stitching.stitch import scored_windows, stitch
 from featstore.errors import AdapterError, ModelLoadError, SpecError, StoreStateError
 from featstore.models.loading import load_model
 from featstore.models.references import ModelSpec
+from featstore.models.trust import remember
 from featstore.models.weights import sampled_fingerprint, weights_fingerprint
 from featstore.store import open_store
 from tests.support.checkpoints import edit, silence_a_head, spec_of
@@ -109,6 +110,7 @@ def test_a_model_is_looked_for_where_its_card_or_the_override_says(
     models = pair.adapter.card["models"]
     moved = {**models["mistral"], "reference": "org/name", "revision": "abc123"}
     adapter = with_card(pair.adapter, models={**models, "mistral": moved})
+    remember([ModelSpec("mine", "org/name", "abc123")])
     with pytest.raises(ModelLoadError, match="org/name at abc123, control tokens as text"):
         check(adapter, "mistral", ())
     kept = with_card(adapter, corpus={**adapter.card["corpus"], "control_tokens": "special"})

@@ -343,7 +343,7 @@ class TestRefusals:
             convert(stores["float32"], layout="cold")
 
     def test_a_disk_that_cannot_hold_it(self, stores, tmp_path, monkeypatch):
-        monkeypatch.setattr("featstore.store.write.writer.free_bytes", lambda _: 10_000)
+        monkeypatch.setattr("featstore.store.write.space.free_bytes", lambda _: 10_000)
         with pytest.raises(NoSpaceError, match="name another disk with --out"):
             convert(stores["float32"], tmp_path / "x.zarr", form="fp8")
         assert not (tmp_path / "x.zarr").exists()

@@ -261,12 +261,12 @@ class TestOpening:
             ({"format_version": 0}, CorruptDataError, "format version 0"),
             ({"format_version": "1"}, CorruptDataError, "format version '1'"),
             ({"complete": False}, StoreStateError, "unfinished; run the same `featstore extract` command again"),
-            ({"models": "ab"}, CorruptDataError, "'models' is 'ab', not usable"),
-            ({"models": ["../../elsewhere"]}, CorruptDataError, "not a safe path; do not trust this store"),
-            ({"models": ["/etc"]}, CorruptDataError, "not a safe path"),
-            ({"models": [".."]}, CorruptDataError, "not a safe path"),
-            ({"models": ["a\n"]}, CorruptDataError, "not a safe path"),
-            ({"models": [["a"]]}, CorruptDataError, "not a safe path"),
+            ({"models": "ab"}, CorruptDataError, "/models is 'ab', expected a list"),
+            ({"models": ["../../elsewhere"]}, CorruptDataError, "expected a safe name"),
+            ({"models": ["/etc"]}, CorruptDataError, "expected a safe name"),
+            ({"models": [".."]}, CorruptDataError, "expected a safe name"),
+            ({"models": ["a\n"]}, CorruptDataError, "expected a safe name"),
+            ({"models": [["a"]]}, CorruptDataError, "/models/0 is a list of 1, expected text"),
         ],
     )
     def test_attributes_of_another_kind_even_when_sealed(self, small, tmp_path, change, error, message):
