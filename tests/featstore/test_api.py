@@ -69,6 +69,8 @@ class TestNames:
         for field in dataclasses.fields(Settings):
             if field.name in shown_by_typer:
                 continue
+            if field.default is False:
+                continue  # a flag is off until it is typed
             value = field.default
             value = unlimited.get(field.name, value)
             values = value if isinstance(value, tuple) else [value]
