@@ -348,6 +348,7 @@ class Page(HTMLParser):
         self.titles: list[str] = []
         self.words: list[str] = []
         self.scripts: list[str] = []
+        self.data_blocks: list[str] = []
         self.feed(html)
         self.close()
         assert not self.stack, f"not closed: {self.stack}"
@@ -379,8 +380,8 @@ class Page(HTMLParser):
             self.titles.append(data)
         elif inside == "script":
             # A data block runs nothing.
-            if self.tags[-1][1].get("type") != "application/json":
-                self.scripts.append(data)
+            block = self.tags[-1][1].get("type") == "application/json"
+            (self.data_blocks if block else self.scripts).append(data)
         elif inside != "style":
             self.words.append(data)
 

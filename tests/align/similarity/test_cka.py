@@ -484,7 +484,7 @@ def test_the_command_measures(planted: Planted, tmp_path: Path, capsys: pytest.C
     for option, words in (
         (("--measures", "dot"), "'dot' is none of"),
         (("--memory", "1k", "--measures", "cka"), "too few for layers"),
-        (("--workers", "0"), "0 worker processes"),
+        (("--workers", "0"), "--workers 0: must be at least 1"),
     ):
         assert words in call(capsys, *base, *option).refusal
 

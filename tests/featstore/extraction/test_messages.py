@@ -23,6 +23,7 @@ from featstore.models import loading as models
 from featstore.models import references as spec
 from featstore.store.inspect import verify
 from featstore.store.inspect.verify import verify_store
+from featstore.store.read.contents import corpus_problems
 from featstore.text.chat import DATE
 from featstore.text.chat_tokens import tokenize_conversations
 from featstore.text.conversation import parse_conversation
@@ -266,8 +267,10 @@ class TestDamage:
         store = open_store(made)
         held = store.corpus
         name = f"message_{array}"
-        store.__dict__["corpus"] = dataclasses.replace(held, **{name: change(getattr(held, name))})
-        found = [*verify._check_corpus(store), *verify._check_tokens(store, "llama")]
+        changed = dataclasses.replace(held, **{name: change(getattr(held, name))})
+        store.__dict__["corpus"] = changed
+        # What reading the text refuses comes before what is compared with it.
+        found = [*corpus_problems(changed, None), *verify._check_corpus(store), *verify._check_tokens(store, "llama")]
         assert any(re.search(words, line) for line in found), found
 
 
