@@ -20,7 +20,9 @@ from featstore.store import Tokens, open_store
 from featstore.store.format.elements import Encoded, column_scale_of, parse_format
 from featstore.store.format.shards import parse_layout
 from featstore.store.format.version import FORMAT_VERSION
+from featstore.store.read.portable import store_files
 from featstore.store.read.records import TOKEN_COLUMNS
+from featstore.store.read.store import open_files
 from featstore.store.write.index import sink_mask, write_pairs
 from featstore.store.write.row_writer import RowArrays, RowWriter, write_groups
 from featstore.store.write.writer import StoreWriter, exclusive
@@ -220,7 +222,7 @@ def tree_bytes(root: Path) -> dict[str, bytes]:
 
 def rowless(path: Path) -> Path:
     """Take the rows out of a store, as an extraction with --moments-only leaves it."""
-    store = open_store(path)
+    store = open_files(store_files(path))
     with exclusive(path):
         writer = StoreWriter(path)
         for unit in list(writer.unit_names()):

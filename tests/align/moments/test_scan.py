@@ -31,6 +31,7 @@ from featstore.store import open_store
 from featstore.store.moments import stored as kept
 from featstore.store.moments.stored import add_moments
 from featstore.store.moments.sums import steady_products
+from featstore.store.write.writer import adding_to
 from tests.align.moments.test_moments import assert_same
 from tests.support.planted import TEST, TRAIN, VAL, Planted, plant, rotation, spectrum_rows
 
@@ -189,6 +190,8 @@ def test_a_joint_map_needs_the_products_between_its_layers(summed: Path) -> None
             shutil.rmtree(name)
         else:
             name.unlink()
+    with adding_to(summed) as writer:
+        writer.seal(writer.attributes() or {})
     store = open_store(summed)
     # Without the block of a:0 with a:3 the pairs answer, the joint map has to scan.
     assert usable_moments(store, ("a", "b"), [sites_of(PAIRS[0])]) is not None

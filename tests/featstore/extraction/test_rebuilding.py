@@ -262,6 +262,10 @@ def test_sums_over_the_same_pairs_stay(old: Path, rows: bool) -> None:
         own = (writer.attributes("models/a") or {})["featstore"]
         writer.group("models/a", {"featstore": own | {"tokens_sha256": "0" * 64}})
         writer.restate("models/a/tokens", sha256="0" * 64)
+        # What was derived from the table says from which; another one would be refused.
+        for unit in ("models/a/sinks", "pairs/a__b/end"):
+            basis = (writer.entry(unit) or {})["basis"]
+            writer.restate(unit, basis=basis.replace(own["tokens_sha256"], "0" * 64))
         writer.seal(writer.attributes() or {})
     add_moments(old, quiet=True)
     if not rows:
