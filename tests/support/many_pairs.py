@@ -28,6 +28,9 @@ def write_run(directory: Path, pairs: int, *, stitched: bool = False, documents:
     rng = np.random.default_rng(seed)
     keys = [f"smol:{i % WIDE}->twin:{i // WIDE}" for i in range(pairs)]
     card, scored = adapter(), metrics()
+    for name, depth in (("smol", WIDE), ("twin", -(-pairs // WIDE))):
+        norms = {str(layer): 1.0 for layer in range(depth + 1)}
+        card["models"][name] |= {"depth": depth, "layers": list(range(depth + 1)), "median_norm": norms}
     [entry] = card["pairs"]
     card["pairs"] = [
         {**entry, "key": key, "source": {**entry["source"], "layer": i % WIDE},
