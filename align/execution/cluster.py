@@ -87,12 +87,11 @@ def _tell(client: Any, address: str) -> None:
         err.print(
             f"the connection to the Dask scheduler at {where} is plain: whoever reaches that port can run code as the "
             "owner of its workers; use tls:// with --tls-ca, --tls-cert and --tls-key",
-            markup=False,
         )
     if client.scheduler_info()["services"].get("dashboard"):
-        err.print(f"Dask dashboard: {client.dashboard_link}", markup=False)
+        err.print(f"Dask dashboard: {client.dashboard_link}")
     if not client.nthreads():
-        err.print(f"the Dask scheduler at {address} has no workers yet: waiting for them", markup=False)
+        err.print(f"the Dask scheduler at {address} has no workers yet: waiting for them")
 
 
 class Cluster:

@@ -84,6 +84,8 @@ def remember(named: Iterable[Named]) -> str | None:
                 entries = entries[len(entries) // 2 :]
                 text = _text(entries)
             write_atomic(path, text)
+            # Under some umasks a group may write new files; what vouches for references is the user's alone.
+            path.chmod(0o600)
     except (OSError, FeatstoreError, UnicodeError) as error:
         return f"{path} cannot be written ({getattr(error, 'strerror', None) or error})"
     return None
@@ -116,7 +118,7 @@ def _read() -> tuple[list[Named], str | None]:
         return [], f"{path} cannot be read ({getattr(error, 'strerror', None) or error})"
     with os.fdopen(handle, "rb") as stream:
         state = os.fstat(stream.fileno())
-        if state.st_uid not in (os.geteuid(), 0) or state.st_mode & 0o002:
+        if state.st_uid not in (os.geteuid(), 0) or state.st_mode & 0o022:
             return [], f"{path} is not yours alone to write"
         try:
             return _parsed(stream.read(_SIZE + 1)), None

@@ -114,7 +114,6 @@ def open_files(files: StoreFiles, *, allow_incomplete: bool = False) -> Store:
         )
     if node.get("zarr_format") != 3 or node.get("node_type") != "group":
         raise CorruptDataError(f"{files.location}/zarr.json is no Zarr group of format 3; restore it or extract again")
-    parse(RootAttributes, own, f"{files.location}/zarr.json")
     if own.get(REBUILDING) and not allow_incomplete:
         raise StoreStateError(f"{where} is half rebuilt; run {rebuild_command(files.location)} again to complete it")
     if not own.get("complete") and not allow_incomplete:
