@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
@@ -19,7 +19,7 @@ from align.maps.low_rank import check_low_rank
 from align.maps.registry import MapType, having, listed, map_types, resolve
 from align.moments.device import torch_device
 from align.moments.scan import Scan
-from align.moments.scatter import Array, Scatter, about, centered, raw
+from align.moments.scatter import Array, Scatter, raw
 from align.solvers.linalg import namespace
 from featstore.errors import FitError
 
@@ -62,6 +62,7 @@ class Solver:
     def __init__(self, device: str = "cpu") -> None:
         self._device = torch_device(device)
         self._sources: dict[str, Source] = {}
+        self._rotation: tuple[tuple[int, int], int, NDArray[np.float32]] | None = None
 
     def fit(self, fit: Fit, pair: LayerPair, moments: Scan) -> Aligner:
         """Fit one map in closed form.
@@ -80,7 +81,7 @@ class Solver:
         """
         type_, solve = _closed(fit)
         mean_x, mean_y = moments.means
-        centred = centered(moments.train), about(moments.val, mean_x, mean_y)
+        centred = moments.centred
         sides = centred if type_.centred else (raw(moments.train), raw(moments.val))
         solution = solve(fit, self._problem(pair, *sides))
         if not type_.centred:
@@ -102,7 +103,7 @@ class Solver:
             FitError: The rank does not fit the widths.
         """
         means = moments.means
-        problem = self._problem(pair, centered(moments.train), about(moments.val, *means))
+        problem = self._problem(pair, *moments.centred)
         check_low_rank(rank, "none", *problem.widths)
         c = problem.train.c
         below = skip if self._device is None else namespace(c).asarray(skip, device=device_of(c))
@@ -121,7 +122,23 @@ class Solver:
         Raises:
             FitError: There are no train pairs.
         """
-        return self._values(pair, centered(moments.train), about(moments.val, *moments.means))
+        return self._values(pair, *moments.centred)
+
+    def random_rotation(self, widths: tuple[int, int], seed: int) -> Array:
+        """:func:`align.solvers.random_orthogonal` of a seed, drawn once for all layer pairs and types of map.
+
+        Args:
+            widths: Of source and target.
+            seed: Of the draw.
+
+        Returns:
+            float64 of that shape.
+        """
+        if self._rotation is None or self._rotation[:2] != (widths, seed):
+            drawn = solvers.random_orthogonal(*widths, np.random.default_rng(seed))
+            # Maps are float32, and so much is kept.
+            self._rotation = widths, seed, drawn.astype(np.float32)
+        return self._rotation[2].astype(np.float64)
 
     def _problem(self, pair: LayerPair, train: Scatter, val: Scatter) -> Problem:
         source = self._source(pair, train, val)
@@ -247,15 +264,12 @@ def baselines(
     """
     mean_x, mean_y = moments.means
     shape = (len(mean_x), len(mean_y))
-    rng = np.random.default_rng(seed)
-    rotation = solvers.random_orthogonal(*shape, rng)
-    zeros = np.zeros(shape)
-    shuffled = replace(moments, train=moments.shuffled)
+    solver = solver or Solver(device)
     result: dict[str, Aligner | str] = {
-        "mean": _aligner(pair, zeros, mean_x, mean_y, moments.means, {}, 0),
+        "mean": _aligner(pair, np.zeros(shape), mean_x, mean_y, moments.means, {}, 0),
         "identity": f"widths differ ({shape[0]} and {shape[1]})",
-        "random_rotation": _aligner(pair, rotation, mean_x, mean_y, moments.means, {}, 0),
-        "shuffled": fit_closed(fit, pair, shuffled, device=device, solver=solver),
+        "random_rotation": _aligner(pair, solver.random_rotation(shape, seed), mean_x, mean_y, moments.means, {}, 0),
+        "shuffled": solver.fit(fit, pair, moments.without_partners),
     }
     if shape[0] == shape[1]:
         zero = np.zeros_like(mean_x)

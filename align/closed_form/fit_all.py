@@ -22,8 +22,24 @@ MEMORY = 4 << 30
 #: float64 matrices of the larger width that one thread holds: the source's basis and both Grams in it, a product, its
 #: factors and LAPACK's work space.
 _MATRICES = 12
+#: Systems of this width and more are fitted one after the other.
+_WIDE = 1024
 #: With fewer sources a thread than this, the last ones would leave threads idle.
 _FEW = 4
+
+
+def worth_threads(wanted: Sequence[LayerPair], moments: Mapping[str, Scan], device: str = "cpu") -> bool:
+    """Whether layer pairs are better fitted side by side than one after the other on all cores.
+
+    Wide systems fill the cores by themselves, and side by side each of them needs its memory.
+
+    Args:
+        wanted: Layer pairs.
+        moments: Of each, by key.
+        device: Where systems are solved.
+    """
+    width = max((max(moments[pair.key].train.c.shape) for pair in wanted), default=1)
+    return device == "cpu" and width < _WIDE and _threads(wanted, moments) > 1
 
 
 def fit_all(

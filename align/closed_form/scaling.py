@@ -15,6 +15,7 @@ from align.moments.scan import Scan
 from align.moments.scatter import Array, Scatter, about, centered
 from align.solvers.linalg import dot, trace
 from align.solvers.ridge import mse_of
+from align.solvers.rotation import rotated_energy
 
 #: The least share that is kept of a factor: a map of nothing at all has no direction left to be judged.
 LEAST_SHARE = 1e-3
@@ -35,35 +36,37 @@ def rotation(train: Scatter, val: Scatter, *, scale: bool) -> tuple[Array, float
         FitError: The moments are empty, not finite or of the wrong shape.
     """
     weight, factor = solvers.procrustes(train.c, train.gx, scale=scale)
-    return weight, shrunken(factor, weight, val) if scale else 1.0
+    return weight, shrunken(factor, weight, val, rotation=True) if scale else 1.0
 
 
-def least_squares(weight: Array, rows: Scatter) -> float | None:
+def least_squares(weight: Array, rows: Scatter, *, rotation: bool = False) -> float | None:
     """The factor with which a map has the least squared error on some rows.
 
     Args:
         weight: (d_source, d_target).
         rows: About the means that the map subtracts and adds.
+        rotation: Whether the map is semi-orthogonal to rounding, which spares a product where it narrows nothing.
 
     Returns:
         ``tr(W'C) / tr(W'GW)``; None where the mapped rows do not vary, so that every factor fits alike.
     """
-    energy = dot(weight, rows.gx @ weight)
+    energy = rotated_energy(weight, rows.gx) if rotation else dot(weight, rows.gx @ weight)
     return dot(weight, rows.c) / energy if energy > 0 else None
 
 
-def shrunken(factor: float, weight: Array, val: Scatter) -> float:
+def shrunken(factor: float, weight: Array, val: Scatter, *, rotation: bool = False) -> float:
     """A factor times the share of it that the validation rows confirm.
 
     Args:
         factor: Least squares on the train rows.
         weight: (d_source, d_target) the map without it.
         val: Validation moments about the train means.
+        rotation: As for :func:`least_squares`.
 
     Returns:
         The factor times a share from :data:`LEAST_SHARE` to 1; the factor itself where validation cannot tell.
     """
-    held_out = least_squares(weight, val)
+    held_out = least_squares(weight, val, rotation=rotation)
     if held_out is None or factor == 0:
         return factor
     return factor * min(max(held_out / factor, LEAST_SHARE), 1.0)

@@ -98,5 +98,5 @@ def _pooled(parts: Mapping[str, Scatter], units: Mapping[str, tuple[float, float
 
 
 def _factor(weight: Array, train: Scatter, val: Scatter) -> float:
-    own = least_squares(weight, train)
-    return 1.0 if own is None else shrunken(own, weight, val)
+    own = least_squares(weight, train, rotation=True)
+    return 1.0 if own is None else shrunken(own, weight, val, rotation=True)

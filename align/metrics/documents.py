@@ -7,7 +7,7 @@ hard is common to them and cancels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,24 @@ class DocumentSums:
         other._totals = self._totals
         other._sse = {names.get(name, name): totals for name, totals in self._sse.items()}
         return other
+
+    def with_maps_of(self, other: DocumentSums, names: Sequence[str]) -> DocumentSums:
+        """The same sums and those of maps that were scored on the same rows before.
+
+        Args:
+            other: Holds them.
+            names: Of all maps in the order wanted; those that neither holds are left out.
+
+        Raises:
+            FitError: The others were scored on other rows.
+        """
+        if self._totals != other._totals:
+            raise FitError("maps that were scored on other rows cannot be put beside these; score them again")
+        both = DocumentSums()
+        both._totals = self._totals
+        known = {**other._sse, **self._sse}
+        both._sse = {name: known[name] for name in names if name in known}
+        return both
 
     def block(self) -> dict[str, Any]:
         """A layer pair's entry of ``documents.json``."""

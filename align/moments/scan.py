@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import combinations
 
 import numpy as np
@@ -18,7 +18,17 @@ import numpy as np
 from align.layers import LayerPair
 from align.moments.control import exchanged
 from align.moments.device import multiplier
-from align.moments.scatter import Array, Moments, as_if_shuffled, end_to_end, means
+from align.moments.scatter import (
+    Array,
+    Moments,
+    Scatter,
+    about,
+    as_if_shuffled,
+    centered,
+    end_to_end,
+    means,
+    moved_block,
+)
 from featstore.errors import FitError, SpecError, StoreStateError
 from featstore.runtime.console import human_bytes
 from featstore.store import Store
@@ -43,9 +53,12 @@ _NodePair = tuple[Node, Node]
 class Scan:
     """What one pass over the store knows of a layer pair.
 
+    A scan gives both about the train means, which is where fits want them: there is one copy of a sum, and layer pairs
+    share those of their layers.
+
     Attributes:
         train: Moments of the train pairs.
-        val: Moments of the validation pairs.
+        val: Moments of the validation pairs, about the same origin.
         seed: Of the shuffled control.
         exchange: Gives the train moments with documents exchanged at equal places, by a pass over the rows; None where
             there are no rows, or more than are worth a pass beside stored moments.
@@ -71,6 +84,16 @@ class Scan:
         if self.exchange is not None:
             return self.exchange()
         return as_if_shuffled(self.train, np.random.default_rng(self.seed))
+
+    @cached_property
+    def without_partners(self) -> Scan:
+        """The same rows with :attr:`shuffled` for train moments: what shuffled controls are fitted to, made once."""
+        return replace(self, train=self.shuffled)
+
+    @cached_property
+    def centred(self) -> tuple[Scatter, Scatter]:
+        """Train and validation rows about the train means, always the same two objects."""
+        return centered(self.train), about(self.val, *self.means)
 
     @property
     def control(self) -> str:
@@ -169,12 +192,24 @@ def scans(
     multiply = multiplier(device)
     for group in groups:
         sums = [_accumulate(store, part, group, multiply, lambda n: tick(n / len(groups))) for part in (train, val)]
+        (origins, fit_blocks), (_, check_blocks) = sums
+        shifts = {node: _shift_to_mean(fit_blocks[node, node]) for node in origins}
+        for blocks, own_mean in ((fit_blocks, True), (check_blocks, False)):
+            for x, y in blocks:
+                blocks[x, y] = moved_block(blocks[x, y], shifts[x], shifts[y], centred=(own_mean, own_mean))
+        origins = {node: origin + shifts[node] for node, origin in origins.items()}
         found = {}
         for pair in group:
-            fit, check = (_moments(pair, origins, blocks.__getitem__) for origins, blocks in sums)
+            fit, check = (_moments(pair, origins, blocks.__getitem__) for blocks in (fit_blocks, check_blocks))
             own = _seed(seed, pair)
             found[pair.key] = Scan(fit, check, own, partial(exchanged, store, train, pair, fit, own))
         yield found
+
+
+def _shift_to_mean(own: Block) -> Array:
+    """From the origin of a node's rows to the mean of these."""
+    shift: Array = own.x[0] / own.n
+    return shift
 
 
 def _seed(seed: int, pair: LayerPair) -> tuple[int, ...]:
@@ -362,10 +397,10 @@ def stored_scan(stored: StoredMoments, wanted: Sequence[LayerPair], *, seed: int
         raise FitError("there are no layer pairs to scan; name some with --layers or --layer-map")
     stored.pairs.where(stored.pairs.split == TRAIN).need(MINIMUM_PAIRS, "training")
     stored.pairs.where(stored.pairs.split == VALIDATION).need(1, "validation")
-    shared: dict[tuple[SitePair, int], Block] = {}
+    about_means = _AboutMeans(stored)
     result = {}
     for pair in wanted:
-        train, val = (_read(stored, pair, split, shared) for split in (TRAIN, VALIDATION))
+        train, val = (about_means.moments(pair, split) for split in (TRAIN, VALIDATION))
         own = _seed(seed, pair)
         rows = stored.store.pairs(pair.source, pair.target).select(TRAIN)
         few = len(rows) <= EXCHANGED_ROWS and all(has_rows(stored.store, *site) for site in sites_of(pair))
@@ -394,27 +429,62 @@ def read_split(stored: StoredMoments, pair: LayerPair, split: int) -> Moments:
     Raises:
         StoreStateError: There are none.
     """
-    return _read(stored, pair, split, {})
-
-
-def _read(stored: StoredMoments, pair: LayerPair, split: int, shared: dict[tuple[SitePair, int], Block]) -> Moments:
     models = {"x": pair.source, "y": pair.target}
 
     def block(nodes: _NodePair) -> Block:
         one, other = ((models[side], layer) for side, layer in nodes)
-        if ((one, other), split) in shared:
-            return shared[(one, other), split]
-        found = stored.read(one, other, split)
-        if found is None:
-            raise StoreStateError(
-                f"{stored.store.path} holds no moments of {pair.key}; make them with `featstore moments`"
-            )
-        x, y = np.stack([found.sx, found.ux]), np.stack([found.sy, found.uy])
-        sums = Block(found.n, found.c, x, y, np.array([found.a, found.b, found.d]))
-        # What belongs to a single layer is what layer pairs have in common.
-        if one == other:
-            shared[(one, other), split] = sums
-        return sums
+        return _block(stored, pair, (one, other), split)
 
-    nodes = dict.fromkeys(node for both in _blocks(pair) for node in both)
-    return _moments(pair, {(side, k): stored.store.origin(models[side], k) for side, k in nodes}, block)
+    return _moments(pair, {(side, k): stored.store.origin(models[side], k) for side, k in _nodes(pair)}, block)
+
+
+def _nodes(pair: LayerPair) -> list[Node]:
+    return list(dict.fromkeys(node for both in _blocks(pair) for node in both))
+
+
+def _block(stored: StoredMoments, pair: LayerPair, sites: SitePair, split: int) -> Block:
+    if not stored.covers([sites], [split]):
+        raise StoreStateError(f"{stored.store.path} holds no moments of {pair.key}; make them with `featstore moments`")
+    return stored.block(sites, split)
+
+
+class _AboutMeans:
+    """Stored moments about the train means; what belongs to a single layer, layer pairs have in common."""
+
+    def __init__(self, stored: StoredMoments) -> None:
+        self._stored = stored
+        self._shifts: dict[Site, Array] = {}
+        self._shared: dict[tuple[SitePair, int], Block] = {}
+
+    def moments(self, pair: LayerPair, split: int) -> Moments:
+        """Of a layer pair and a split; the train split first."""
+        models = {"x": pair.source, "y": pair.target}
+
+        def block(nodes: _NodePair) -> Block:
+            one, other = ((models[side], layer) for side, layer in nodes)
+            return self._moved(pair, (one, other), split)
+
+        sites = {(side, layer): (models[side], layer) for side, layer in _nodes(pair)}
+        for site in sites.values():
+            self._moved(pair, (site, site), TRAIN)
+        origins = {node: self._stored.store.origin(*site) + self._shifts[site] for node, site in sites.items()}
+        return _moments(pair, origins, block)
+
+    def _moved(self, pair: LayerPair, sites: SitePair, split: int) -> Block:
+        one, other = sites
+        if (sites, split) in self._shared:
+            return self._shared[sites, split]
+        found = _block(self._stored, pair, sites, split)
+        if one == other and split == TRAIN:
+            self._shifts[one] = _shift_to_mean(found)
+        own_mean = split == TRAIN
+        moved = moved_block(
+            # The store's own array may be mapped, and is not ours to change.
+            replace(found, product=found.product.copy()),
+            self._shifts[one],
+            self._shifts[other],
+            centred=(own_mean, own_mean),
+        )
+        if one == other:
+            self._shared[sites, split] = moved
+        return moved

@@ -18,8 +18,11 @@ from featstore.store.moments.sums import BLOCK_ROWS, Array, Block, Moments, Rows
 
 __all__ = [
     "BLOCK_ROWS", "Array", "Moments", "Rows", "Scatter", "about", "as_if_shuffled", "centered", "end_to_end", "means",
-    "merge", "moments_of", "moved", "paired_with_itself", "raw",
+    "merge", "moments_of", "moved", "moved_block", "paired_with_itself", "raw",
 ]  # fmt: skip
+
+#: Rows of a matrix that are moved to another origin at a time.
+_SHIFTED_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +165,47 @@ def moved(m: Moments, new_origin_x: ArrayLike, new_origin_y: ArrayLike) -> Momen
     )  # fmt: skip
 
 
+def moved_block(block: Block, dx: Array, dy: Array, *, centred: tuple[bool, bool] = (False, False)) -> Block:
+    """A block about other origins, as :func:`moved` has it; its product is changed in place.
+
+    Args:
+        block: Of nodes x and y. Its product is that of the result from now on.
+        dx: (dx,) float64, the new origin of x less the old one.
+        dy: (dy,) the same for y.
+        centred: Whether the new origin is the rows' own mean, by side: their sum about it is zero, and not the rounding
+            that a subtraction leaves.
+    """
+    (sx, ux), (sy, uy), n = block.x, block.y, block.n
+    a, b, d = (float(total) for total in block.totals)
+    dx2, dy2 = float(dx @ dx), float(dy @ dy)
+    c_dy, dx_c = block.product @ dy, dx @ block.product
+    new_a, new_b = a - 2 * float(dx @ sx) + n * dx2, b - 2 * float(dy @ sy) + n * dy2
+    new_d = (
+        d
+        - 2 * float(dy @ uy)
+        + dy2 * a
+        - 2 * float(dx @ ux)
+        + 4 * float(dx_c @ dy)
+        - 2 * dy2 * float(dx @ sx)
+        + dx2 * b
+        - 2 * dx2 * float(dy @ sy)
+        + n * dx2 * dy2
+    )
+    x = np.stack([np.zeros_like(sx) if centred[0] else sx - n * dx, ux - 2 * c_dy + dy2 * sx - dx * new_b])
+    y = np.stack([np.zeros_like(sy) if centred[1] else sy - n * dy, uy - 2 * dx_c + dx2 * sy - dy * new_a])
+    _shift(block.product, dx, dy, sx, sy, n)
+    return Block(n, block.product, x, y, np.array([new_a, new_b, new_d]))
+
+
+def _shift(product: Array, left: Array, right: Array, sum_left: Array, sum_right: Array, n: int) -> None:
+    """Take X'Y to other origins in place, some rows at a time: an outer product of its size would be a copy more."""
+    for start in range(0, len(product), _SHIFTED_ROWS):
+        rows = slice(start, start + _SHIFTED_ROWS)
+        product[rows] -= np.outer(left[rows], sum_right)
+        product[rows] -= np.outer(sum_left[rows], right)
+        product[rows] += n * np.outer(left[rows], right)
+
+
 def means(m: Moments) -> tuple[Array, Array]:
     """The mean rows (dx,) and (dy,) in the units of the rows.
 
@@ -184,6 +228,9 @@ def about(m: Moments, centre_x: ArrayLike, centre_y: ArrayLike) -> Scatter:
         centre_x: (dx,) in the units of the rows.
         centre_y: (dy,) the same for y.
 
+    Returns:
+        Second moments; where the moments are about this very centre, their own arrays.
+
     Raises:
         FitError: A centre has the wrong width or is not finite.
     """
@@ -192,9 +239,11 @@ def about(m: Moments, centre_x: ArrayLike, centre_y: ArrayLike) -> Scatter:
     dx, dy = cx - m.origin_x, cy - m.origin_y
 
     def shift(g: Array, left: Array, right: Array, sum_left: Array, sum_right: Array) -> Array:
-        out = g - np.outer(left, sum_right)
-        out -= np.outer(sum_left, right)
-        out += m.n * np.outer(left, right)
+        if not left.any() and not right.any():
+            # They are about this centre already. Nobody writes into moments, so there is no need for a copy.
+            return g
+        out = g.copy()
+        _shift(out, left, right, sum_left, sum_right, m.n)
         return out
 
     return Scatter(

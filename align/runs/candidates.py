@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align.closed_form.fit import Solver, fit_shared_procrustes
-from align.closed_form.fit_all import fit_all
+from align.closed_form.fit_all import fit_all, worth_threads
 from align.closed_form.shared import Shared, fit_shared
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
@@ -123,7 +123,7 @@ class Maker:
             self._solved = fit_shared_procrustes(wanted, moments, plan.sharing.scale)
         elif plan.sharing is not None:
             self._base = _Base(plan.sharing, fit_shared(moments, plan.sharing.base, scale=plan.sharing.scale))
-        elif plan.training is None:
+        elif plan.training is None and worth_threads(wanted, moments, device):
             fitted = fit_all({"": plan.fit}, wanted, moments, device=device)
             self._solved = {key: maps[""] for key, maps in fitted.items()}
 
@@ -143,14 +143,20 @@ class Maker:
             aligner = self._on_base(self._base, pair)
             words = f"one {self._base.sharing.base} map for all layer pairs, and a projection of low rank"
         else:
-            aligner, words = self._solved[pair.key], "closed form"
+            aligner, words = self._solve(pair), "closed form"
             if self._plan.sharing is not None:
                 words = f"one rotation for {len(self._solved)} layer pairs"
-        figures, _ = self._judge.scores(pair, self._direction.pairs, VALIDATION, {"map": aligner})["map"]
+        val = self._judge.scores(pair, self._direction.pairs, VALIDATION, {"map": aligner})["map"]
+        figures, _ = val
         r2 = (figures or {}).get("r2")
         loss = 1 - float(r2 if r2 is not None else "nan")
         self._reporting.epoch(pair, Epoch(0, None, loss, figures or {}, 0.0, 0.0))
-        return Candidate(aligner, words, self._plan.fit, rotation=self._rotation(pair, aligner))
+        return Candidate(aligner, words, self._plan.fit, rotation=self._rotation(pair, aligner), val=val)
+
+    def _solve(self, pair: LayerPair) -> Aligner:
+        if pair.key in self._solved:
+            return self._solved[pair.key]
+        return self._solver.fit(self._plan.fit, pair, self._moments[pair.key])
 
     def _on_base(self, base: _Base, pair: LayerPair) -> Aligner:
         return self._solver.fit_on(base.map.of(pair.key), pair, self._moments[pair.key], base.sharing.rank)

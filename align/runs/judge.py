@@ -26,6 +26,9 @@ from featstore.store.moments.stored import has_rows
 from featstore.store.read.pairs import Pairs
 from featstore.text.splits import TEST, TRAIN, VALIDATION
 
+#: Controls that are the same whatever is fitted.
+UNCHANGED = ("mean", "identity", "random_rotation", TOKEN)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -39,6 +42,7 @@ class Candidate:
         training: How training ended; None for a closed form.
         parts: Components of the last epoch's train loss; empty for a closed form.
         rotation: float64, the rotation without a factor that the map is, or is added to; None where there is none.
+        val: Its figures on the validation rows, where they are known already.
     """
 
     aligner: Aligner
@@ -48,6 +52,42 @@ class Candidate:
     training: Training | None = None
     parts: Mapping[str, float] | None = None
     rotation: Array | None = None
+    val: tuple[Figures | None, Reasons] | None = None
+
+
+class Controls:
+    """Scores of the maps that every result is shown beside and that no type of map changes.
+
+    Runs over the same rows, with the same seed, share them (:func:`align.runs.together.train_together`).
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[dict[str, tuple[Figures | None, Reasons]], DocumentSums | None]] = {}
+
+    def known(self, pair: LayerPair) -> tuple[dict[str, tuple[Figures | None, Reasons]], DocumentSums | None]:
+        """By name the figures on the test rows and the reasons of those that are null; and sums over documents.
+
+        Args:
+            pair: Which layers.
+        """
+        scores, sums = self._found.get(pair.key, ({}, None))
+        return {
+            name: (None if figures is None else dict(figures), dict(why)) for name, (figures, why) in scores.items()
+        }, sums
+
+    def keep(
+        self, pair: LayerPair, scores: Mapping[str, tuple[Figures | None, Reasons]], sums: DocumentSums | None
+    ) -> None:
+        """Keep the scores of one run's controls for the others.
+
+        Args:
+            pair: Which layers.
+            scores: Of any maps; those that a type of map changes are left out.
+            sums: Over documents.
+        """
+        own = {name: scores[name] for name in UNCHANGED if name in scores}
+        copies = {name: (None if figures is None else dict(figures), dict(why)) for name, (figures, why) in own.items()}
+        self._found[pair.key] = copies, sums
 
 
 class Judge:
@@ -61,6 +101,7 @@ class Judge:
         isometric: Whether no map of the run can change debiased CKA.
         centred: Whether the run's maps subtract the train means.
         tables: Baselines from the source's token alone, one for each target layer.
+        controls: What other runs over the same rows have scored already, and will.
     """
 
     def __init__(
@@ -73,7 +114,9 @@ class Judge:
         isometric: bool,
         centred: bool,
         tables: TokenTables,
+        controls: Controls | None = None,
     ) -> None:
+        self._controls = controls or Controls()
         self._data, self._direction, self._solver, self._tables = data, direction, solver, tables
         self._seed, self._isometric, self._centred = seed, isometric, centred
 
@@ -93,11 +136,18 @@ class Judge:
         entry: dict[str, Any] = {"fit": candidate.words, "reasons": {}, "baselines": {}, TOKEN: facts}
         limit = TRAIN_ROWS if self._has_rows(pair) else None
         for name, split in (("train", TRAIN), ("val", VALIDATION)):
-            some = limit_rows(pairs.where(pairs.split == split), limit, self._seed)
-            entry[name], reasons = self.scores(pair, some, split, {"map": candidate.aligner})["map"]
+            part = pairs.where(pairs.split == split)
+            some = limit_rows(part, limit, self._seed)
+            if name == "val" and some is part and candidate.val is not None:
+                figures, reasons = candidate.val
+                entry[name] = None if figures is None else dict(figures)
+            else:
+                entry[name], reasons = self.scores(pair, some, split, {"map": candidate.aligner})["map"]
             entry["reasons"] |= {f"{name}.{key}": reason for key, reason in reasons.items()}
-        sums = DocumentSums() if self._has_rows(pair) else None
-        for name, (figures, reasons) in self.scores(pair, pairs, TEST, maps, documents=sums).items():
+        scored, sums = self._test_scores(pair, maps)
+        masked = scored["map"]
+        masked = None if masked[0] is None else dict(masked[0]), masked[1]
+        for name, (figures, reasons) in scored.items():
             place = "test" if name == "map" else f"baselines.{name}"
             entry["reasons"] |= {
                 place if figures is None else f"{place}.{key}": reason for key, reason in reasons.items()
@@ -113,7 +163,7 @@ class Judge:
         add_intervals(entry, NEEDS_ROWS if sums is None else sums)
         add_partial(entry, NEEDS_ROWS if sums is None else sums)
         entry["by_role"] = self._direction.by_role
-        entry["by_mask"] = self._by_mask(pair, candidate.aligner, entry["reasons"])
+        entry["by_mask"] = self._by_mask(pair, candidate.aligner, entry["reasons"], masked[0])
         entry["cka"] = self._cka(pair, entry, controls)
         entry["warnings"] = self.warnings(
             pair,
@@ -232,15 +282,38 @@ class Judge:
     def _shrinks(rotation: Aligner | str) -> bool:
         return isinstance(rotation, Aligner) and rotation.widths[0] > rotation.widths[1]
 
-    def _by_mask(self, pair: LayerPair, aligner: Aligner, reasons: Reasons) -> dict[str, Any]:
-        """Test figures with the attention sinks masked and with them left in, whichever the run was asked for."""
+    def _test_scores(
+        self, pair: LayerPair, maps: Mapping[str, Aligner | TokenTable | str]
+    ) -> tuple[dict[str, tuple[Figures | None, Reasons]], DocumentSums | None]:
+        """Scores of all maps on the test rows, those of controls made only once; and sums over documents."""
+        known, known_sums = self._controls.known(pair)
+        sums = DocumentSums() if self._has_rows(pair) else None
+        wanted = {name: one for name, one in maps.items() if name not in known}
+        scored = {**known, **self.scores(pair, self._direction.pairs, TEST, wanted, documents=sums)}
+        if sums is not None and known_sums is not None:
+            sums = sums.with_maps_of(known_sums, list(maps))
+        elif not known:
+            self._controls.keep(pair, scored, sums)
+        return {name: scored[name] for name in maps}, sums
+
+    def _by_mask(self, pair: LayerPair, aligner: Aligner, reasons: Reasons, scored: Figures | None) -> dict[str, Any]:
+        """Test figures with the attention sinks masked and with them left in, whichever the run was asked for.
+
+        ``scored`` are those of the run's own test rows, which are one of the two, or both where there is no sink.
+        """
         blocks: dict[str, Any] = {}
+        tested = self._direction.pairs.where(self._direction.pairs.split == TEST)
         for name, keep in (("masked", False), ("kept", True)):
             if keep and not self._has_rows(pair):
                 blocks[name], reasons["by_mask.kept"] = None, NEEDS_ROWS
                 continue
             part = self._direction.everything.select(keep_sinks=keep)
-            blocks[name], _ = self.scores(pair, part, TEST, {"map": aligner})["map"]
+            part = part.where(part.split == TEST)
+            # Of equally many rows, where one selection holds the other, both are the same.
+            if len(part) == len(tested):
+                blocks[name] = None if scored is None else dict(scored)
+            else:
+                blocks[name], _ = self.scores(pair, part, TEST, {"map": aligner})["map"]
         return blocks
 
     def _has_rows(self, pair: LayerPair) -> bool:

@@ -17,7 +17,7 @@ from align.metrics import TOKEN
 from align.moments.scan import Scan, groups_within, roles_selected, scan, stored_scan
 from align.runs.candidates import EpochEvaluation, Maker, Reporting
 from align.runs.job import Direction, Job, resolve
-from align.runs.judge import Judge
+from align.runs.judge import Candidate, Controls, Judge
 from align.runs.plan import Sharing
 from align.runs.rundir import RunDirectory, check_free, default_directory
 from align.settings import Settings
@@ -65,11 +65,12 @@ def train(settings: Settings, out: Path | None = None, *, resume: bool = False, 
     quiet = quiet or not first
     with _tracking(job, settings, out) as tracker:
         files = RunDirectory(out, settings, resume=resume, writes=first)
-        tables = _token_tables(job)
+        tables = token_tables(job)
         models = _epoch_evaluation(job, tables, quiet=quiet) if settings.eval_models else None
-        run = _Run(job, Reporting(files, tracker, models, resume, quiet), tables)
-        for direction in job.directions:
-            run.direction(direction)
+        run = Run(job, Reporting(files, tracker, models, resume, quiet), tables)
+        carry_out([run])
+        if run.failure is not None:
+            raise run.failure
         return {"run": str(out), **run.finish()}
 
 
@@ -86,8 +87,12 @@ def _tracking(job: Job, settings: Settings, out: Path) -> Iterator[Tracker | Non
         yield tracker
 
 
-def _token_tables(job: Job) -> TokenTables:
-    """The baselines from the source's token alone, one for each target layer."""
+def token_tables(job: Job) -> TokenTables:
+    """The baselines from the source's token alone, one for each target layer.
+
+    Args:
+        job: Of a run.
+    """
     targets = {(d.source, d.target, pair.target_layer) for d in job.directions for pair in d.wanted}
     return TokenTables(job.data.store, len(targets))
 
@@ -112,32 +117,91 @@ def _epoch_evaluation(job: Job, tables: TokenTables, *, quiet: bool) -> EpochEva
     return made
 
 
-class _Run:
+def carry_out(runs: Sequence[Run]) -> None:
+    """Make and judge all maps of some runs over the same rows; a run that fails drops out and says why.
+
+    Args:
+        runs: One, or several that :func:`share` allows.
+    """
+    for place in range(len(runs[0].job.directions)):
+        going = [run for run in runs if run.failure is None]
+        for run in going:
+            with run.guarded():
+                run.begin(run.job.directions[place])
+        going = [run for run in going if run.failure is None]
+        if not going:
+            return
+        # All have the same layer pairs, or there is only one.
+        first, wanted = going[0], going[0].wanted
+        try:
+            for moments in first.scans():
+                _group(going, [pair for pair in wanted if pair.key in moments], moments)
+                # The sums of a group can take all the memory allowed: they go before those of the next are made.
+                moments.clear()
+        except Exception as error:  # noqa: BLE001 - raised again by whoever asked for the run
+            for run in going:
+                run.failure = run.failure or error
+
+
+def _group(runs: Sequence[Run], wanted: list[LayerPair], moments: dict[str, Scan]) -> None:
+    solver, controls = Solver(runs[0].device), Controls()
+    for run in runs:
+        with run.guarded():
+            run.prepare(wanted, moments, solver, controls)
+    for pair in wanted:
+        # Maps first: those of one layer pair share what is known of it, and the controls are of other moments.
+        for run in runs:
+            with run.guarded():
+                run.solve(pair)
+        for run in runs:
+            with run.guarded():
+                run.judge(pair, moments[pair.key])
+        # Nobody needs these sums any more, and of wide layers they are large.
+        del moments[pair.key]
+
+
+class Run:
     """Makes and evaluates the maps of a run, one direction after the other."""
 
     def __init__(self, job: Job, reporting: Reporting, tables: TokenTables) -> None:
         self.job, self.reporting, self.tables = job, reporting, tables
         # Of several processes each has a GPU of its own.
         self.device = Ranks.from_environment().device(job.device)
+        self.failure: Exception | None = None
+        self.wanted: list[LayerPair] = []
         self.aligners: list[Aligner] = []
         self.entries: dict[str, Any] = {}
         self.documents: dict[str, Any] = {}
         self.partners: list[dict[str, Any]] = []
+        self._candidate: Candidate | None = None
 
-    def direction(self, direction: Direction) -> None:
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """A run that fails is out of it, and the others go on."""
+        if self.failure is not None:
+            # A context manager cannot leave its block out; every step of a run that failed does nothing.
+            yield
+            return
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - raised again by whoever asked for the run
+            self.failure = error
+
+    def begin(self, direction: Direction) -> None:
+        """Go over to a direction: choose its layer pairs."""
+        self._direction = direction
         direction.pairs.where(direction.pairs.split == TEST).need(1, "testing")
         roles, models = self.job.data.roles, (direction.source, direction.target)
         if roles is not None and not self.reporting.quiet:
             err.print(roles_selected(self.job.data.store, models, roles, len(direction.pairs)))
-        wanted = self._choose(direction) if self.job.choose else direction.wanted
-        for moments in self._scans(direction, wanted):
-            self._group(direction, [pair for pair in wanted if pair.key in moments], moments)
-            # The sums of a group can take all the memory allowed: they go before those of the next are made.
-            moments.clear()
+        self.wanted = self._choose(direction) if self.job.choose else direction.wanted
 
-    def _group(self, direction: Direction, wanted: list[LayerPair], moments: dict[str, Scan]) -> None:
-        solver, plan, data = Solver(self.device), self.job.map, self.job.data
-        judge = Judge(
+    def prepare(self, wanted: list[LayerPair], moments: dict[str, Scan], solver: Solver, controls: Controls) -> None:
+        """Get ready for some layer pairs."""
+        if self.failure is not None:
+            return
+        plan, data, direction = self.job.map, self.job.data, self._direction
+        self._judge = Judge(
             data,
             direction,
             solver,
@@ -145,24 +209,38 @@ class _Run:
             isometric=plan.isometric,
             centred=plan.type.centred,
             tables=self.tables,
+            controls=controls,
         )
+        self._maker = (
+            None
+            if plan.windows is not None
+            else Maker(plan, data, direction, wanted, moments, solver, self._judge, self.reporting, device=self.device)
+        )
+
+    def solve(self, pair: LayerPair) -> None:
+        """Make the map of a layer pair."""
+        if self.failure is not None:
+            return
+        self._announce(pair)
+        self._candidate = None if self._maker is None else self._maker.candidate(pair)
+
+    def judge(self, pair: LayerPair, moments: Scan) -> None:
+        """Judge it, and keep both."""
+        if self.failure is not None:
+            return
+        plan = self.job.map
         if plan.windows is not None:
             from align.runs.compressed import compress
 
-            for pair in wanted:
-                self._announce(pair)
-                scan_of = moments[pair.key]
-                self._keep(pair, *compress(plan, plan.windows, data, direction, pair, scan_of, judge, self.reporting))
-            return
-        maker = Maker(plan, data, direction, wanted, moments, solver, judge, self.reporting, device=self.device)
-        for pair in wanted:
-            self._announce(pair)
-            candidate = maker.candidate(pair)
-            if not self.reporting.files.writes:
-                continue
-            self._keep(pair, candidate.aligner, *judge.entry(pair, moments[pair.key], candidate))
+            made = compress(
+                plan, plan.windows, self.job.data, self._direction, pair, moments, self._judge, self.reporting
+            )
+            self._keep(pair, *made)
+        elif self._candidate is not None and self.reporting.files.writes:
+            self._keep(pair, self._candidate.aligner, *self._judge.entry(pair, moments, self._candidate))
 
     def finish(self) -> dict[str, Any]:
+        """Write the run's files, and return what ``metrics.json`` holds."""
         roles = self.job.data.roles
         result: dict[str, Any] = {"type": self.job.map.type.name, "pairs": self.entries}
         result["roles"] = None if roles is None else list(roles)
@@ -205,8 +283,9 @@ class _Run:
         self.partners.append({"source": direction.source, "target": direction.target, **table})
         return chosen
 
-    def _scans(self, direction: Direction, wanted: list[LayerPair]) -> Iterator[dict[str, Scan]]:
+    def scans(self) -> Iterator[dict[str, Scan]]:
         """The moments of all layer pairs, at once if their sums fit into memory; a shared map needs them at once."""
+        direction, wanted = self._direction, self.wanted
         seed, pairs, store = self.job.seed, direction.pairs, self.job.data.store
         if direction.stored is not None:
             yield stored_scan(direction.stored, wanted, seed=seed)

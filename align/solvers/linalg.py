@@ -161,16 +161,18 @@ def svd(value: Array) -> tuple[Array, Array, Array]:
     return u, s, vt
 
 
-def eigh(value: Array) -> tuple[Array, Array]:
+def eigh(value: Array, *, overwrite: bool = False) -> tuple[Array, Array]:
     """All eigenvalues, ascending, and the eigenvectors in columns.
 
     Args:
         value: (d, d) float64, symmetric, finite.
+        overwrite: Whether the eigenvectors may take the place of the matrix, which saves a copy of it.
     """
     xp = namespace(value)
     if is_numpy_namespace(xp):
-        # Divide and conquer is twice as fast as the default where all vectors are wanted.
-        values, vectors = scipy.linalg.eigh(value, check_finite=False, driver="evd")
+        # Divide and conquer is twice as fast as the default where all vectors are wanted. A symmetric matrix is its
+        # own transpose, and LAPACK works in place on columns that follow each other.
+        values, vectors = scipy.linalg.eigh(value.T, check_finite=False, driver="evd", overwrite_a=overwrite)
     else:
         values, vectors = xp.linalg.eigh(value)
     return values, vectors

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from align.moments.scatter import Array, Scatter
-from align.solvers.linalg import dot, host, leading_eigenvectors, matrix, namespace, trace
-from align.solvers.ridge import Choice, known, path_errors, strengths
+from align.solvers.leading import leading_directions
+from align.solvers.linalg import dot, host, matrix, namespace, trace
+from align.solvers.ridge import Choice, known, path_errors, path_of, strengths
 from align.solvers.spectrum import Rotated, Spectrum, check_centres, check_validation
 from featstore.errors import FitError
 
@@ -24,12 +25,15 @@ def _check_rank(rank: int, dx: int, dy: int) -> None:
         raise FitError(f"rank {rank} does not fit widths {dx} and {dy}: use 1 to {min(dx, dy)}")
 
 
-def _solve(spectrum: Spectrum, residual: Array, lam: float, max_rank: int) -> tuple[Array, Array]:
-    """A (dx, max_rank) in the source's eigenbasis and V (dy, max_rank), from the residual V'(C - GS)."""
+def _solve(
+    spectrum: Spectrum, residual: Array, lam: float, max_rank: int, near: Array | None = None
+) -> tuple[Array, Array]:
+    """A (dx, max_rank) in the source's eigenbasis and V (dy, max_rank), from the residual V'(C - GS).
+
+    ``near`` are the directions V at another strength.
+    """
     inverse = spectrum.damped(lam)[:, None]
-    half = namespace(inverse).sqrt(inverse) * residual
-    # One array on both sides: numpy then computes one triangle only.
-    v = leading_eigenvectors(half.T @ half, max_rank)
+    v = leading_directions(namespace(inverse).sqrt(inverse) * residual, max_rank, near)
     return inverse * (residual @ v), v
 
 
@@ -170,6 +174,8 @@ class _Trials:
     def full_rank_errors(self) -> Array:
         """The validation error of every strength without any limit of rank, at the price of one product."""
         pair = self.pair
+        if self.skip is None:
+            return path_of(pair, self.grid)
         return path_errors(
             pair.spectrum, self.train_residual, pair.val_gx, self.val_residual, self.start, pair.val.n, self.grid
         )
@@ -177,7 +183,10 @@ class _Trials:
     def error(self, index: int, rank: int) -> float:
         """The validation error at one strength and rank."""
         if index not in self.errors:
-            a, v = _solve(self.pair.spectrum, self.train_residual, float(self.grid[index]), self.max_rank)
+            # The nearest strength tried so far: its directions are nearly those of this one.
+            near = min(self.fits, key=lambda tried: (abs(tried - index), tried), default=None)
+            start = None if near is None else self.fits[near][1]
+            a, v = _solve(self.pair.spectrum, self.train_residual, float(self.grid[index]), self.max_rank, start)
             self.errors[index] = _errors(a, v, self.pair.val_gx, self.val_residual, self.start, self.pair.val.n)
             self.fits[index] = a, v
         return float(self.errors[index][rank])

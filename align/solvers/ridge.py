@@ -152,11 +152,31 @@ def path_errors(
     xp = namespace(projected)
     damped = xp.stack([spectrum.damped(float(lam)) for lam in lambdas])
     linear = xp.sum(projected * val_c, axis=1)
-    quadratic = (projected @ projected.T) * val_gx
+    # One array on both sides: numpy then computes one triangle only.
+    quadratic = projected @ projected.T
+    quadratic *= val_gx
     # All strengths at once: a device answers one question sooner than fifteen.
     sse = total + host(xp.sum(damped * (damped @ quadratic - 2 * linear), axis=1))
     per_element: Array = np.maximum(sse, 0.0) / (n * projected.shape[1])
     return per_element
+
+
+def path_of(pair: Rotated, lambdas: Array) -> Array:
+    """:func:`path_errors` of a layer pair, computed once for a grid of strengths.
+
+    Args:
+        pair: The pair in its source's eigenbasis.
+        lambdas: numpy, relative strengths.
+
+    Returns:
+        numpy (len(lambdas),).
+    """
+    key = lambdas.tobytes()
+    if key not in pair.paths:
+        pair.paths[key] = path_errors(
+            pair.spectrum, pair.c, pair.val_gx, pair.val_c, trace(pair.val.gy), pair.val.n, lambdas
+        )
+    return pair.paths[key]
 
 
 def mse_of(weight: ArrayLike, rows: Scatter) -> float:
@@ -204,7 +224,7 @@ def select_ridge(
     check_centres(train, val)
     grid = strengths(lambdas)
     pair = known(train, val, spectrum, rotated)
-    errors = path_errors(pair.spectrum, pair.c, pair.val_gx, pair.val_c, trace(val.gy), val.n, grid)
+    errors = path_of(pair, grid)
     lam = float(grid[np.argmin(errors)])
     return Choice((ridge_weight(pair.spectrum, pair.c, lam),), lam, grid, errors)
 

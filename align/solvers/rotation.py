@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from align.moments.scatter import Array, Scatter
-from align.solvers.linalg import dot, matrix, namespace, svd, trace
+from align.solvers.linalg import dot, matrix, namespace, trace
+from align.solvers.polar import polar
 from align.solvers.ridge import mse_of
 from align.solvers.spectrum import Spectrum, check_centres, check_validation
 from featstore.errors import FitError
@@ -38,17 +39,21 @@ def procrustes(cxy: ArrayLike, gx: ArrayLike, *, scale: bool = False) -> tuple[A
         FitError: An input is empty, not finite or of the wrong shape.
     """
     c = matrix("cxy", cxy)
-    rotation, gain = _rotate(c)
+    rotation, gain = polar(c)
     if not scale:
         return rotation, 1.0
-    g = matrix("gx", gx, (c.shape[0], c.shape[0]), of=c)
-    return rotation, _factor(gain, dot(rotation, g @ rotation))
+    return rotation, _factor(gain, rotated_energy(rotation, matrix("gx", gx, (c.shape[0], c.shape[0]), of=c)))
 
 
-def _rotate(c: Array) -> tuple[Array, float]:
-    """The semi-orthogonal W of largest tr(W'C), and that trace."""
-    u, singular, vt = svd(c)
-    return u @ vt, float(namespace(singular).sum(singular))
+def rotated_energy(rotation: Array, gx: Array) -> float:
+    """tr(W'GW) of a semi-orthogonal W: the squared norm of rows with the Gram matrix G once they are rotated.
+
+    Args:
+        rotation: (dx, dy) with orthonormal columns or rows, whichever are fewer.
+        gx: (dx, dx).
+    """
+    # No narrower target: W W' = I, and rows keep their norm.
+    return trace(gx) if rotation.shape[0] <= rotation.shape[1] else dot(rotation, gx @ rotation)
 
 
 def _factor(gain: float, energy: float) -> float:
@@ -99,7 +104,7 @@ def truncated_procrustes(
     _check_width("gy", target, dy)
     vx, vy = source.leading(components), target.leading(components)
     # At full width in the basis of C itself: where C leaves directions free, they are filled in as procrustes does.
-    rotation, gain = _rotate(c) if components >= max(dx, dy) else _rotate(vx.T @ c @ vy)
+    rotation, gain = polar(c) if components >= max(dx, dy) else polar(vx.T @ c @ vy)
     if components >= max(dx, dy):
         turned = vx.T @ rotation
         weight = rotation
@@ -198,7 +203,7 @@ def select_truncated_procrustes(
             weight, factor = fits[i]
             errors[i] = mse_of(factor * weight, val)
             continue
-        turned, gain = _rotate(inside[:k, :k])
+        turned, gain = polar(inside[:k, :k])
         factor = _factor(gain, _energy(source, turned)) if scale else 1.0
         fits.append((turned, factor))
         sse = total + dot(factor * turned, val_gx[:k, :k] @ (factor * turned) - 2 * val_c[:k, :k])
@@ -230,5 +235,5 @@ def random_orthogonal(dx: int, dy: int, rng: np.random.Generator) -> Array:
     if min(dx, dy) < 1:
         raise FitError(f"widths must be at least 1, not {dx} and {dy}")
     q, r = np.linalg.qr(rng.standard_normal((max(dx, dy), min(dx, dy))))
-    q = q * np.where(np.diag(r) < 0, -1.0, 1.0)
+    q *= np.where(np.diag(r) < 0, -1.0, 1.0)
     return q if dx >= dy else q.T.copy()

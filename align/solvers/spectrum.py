@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -89,6 +89,7 @@ class Rotated:
         c: (dx, dy) V'C of the train rows.
         val_gx: (dx, dx) V'GV of the validation rows.
         val_c: (dx, dy) V'C of the validation rows.
+        paths: Validation errors of the ridge map that were computed already, by the strengths' bytes.
     """
 
     train: Scatter
@@ -97,13 +98,14 @@ class Rotated:
     c: Array
     val_gx: Array
     val_c: Array
+    paths: dict[bytes, Array] = field(default_factory=dict)
 
 
 def rotate(train: Scatter, val: Scatter, *, spectrum: Spectrum | None = None, like: Rotated | None = None) -> Rotated:
     """Express a pair in the eigenbasis of its source.
 
     Of the four products of width cubed that this costs, two (and the decomposition) belong to the source alone: give
-    ``like`` when several targets share one.
+    ``like`` when several targets share one. One more is spared where the validation rows are the same to the target.
 
     Args:
         train: Second moments of the train rows.
@@ -125,7 +127,8 @@ def rotate(train: Scatter, val: Scatter, *, spectrum: Spectrum | None = None, li
     c = matrix("cxy", train.c, (v.shape[0], None), of=v)
     check_validation(val, c.shape, of=v)
     val_gx = v.T @ val.gx @ v if like is None else like.val_gx
-    return Rotated(train, val, shared, v.T @ c, val_gx, v.T @ val.c)
+    val_c = like.val_c if like is not None and like.val.c is val.c else v.T @ val.c
+    return Rotated(train, val, shared, v.T @ c, val_gx, val_c)
 
 
 def _same(a: Array, b: Array) -> bool:

@@ -1,8 +1,9 @@
 """Many runs over one store: the cells of a grid on several workers, resumable, in one table at the end.
 
-A cell is a run directory of its own. Whoever works on one holds its lock, which goes with the process, so two workers
-(one of them thought dead) never write to the same directory. A training that a killed one left goes on from its last
-checkpoint; anything else of it is done again.
+A cell is a run directory of its own. Closed forms over the same rows are made together, by one worker, because most of
+what they need is the same; the others one by one. Whoever works on a cell holds its lock, which goes with the process,
+so two workers (one of them thought dead) never write to the same directory. A training that a killed one left goes on
+from its last checkpoint; anything else of it is done again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from align.execution.choice import executor
 from align.execution.executor import Executor
 from align.execution.options import Execution
 from align.runs.plots import plot_rate_distortion
+from align.runs.together import share, train_together
 from align.settings import Settings, load_settings
 from align.sweeps.compare import compare_runs
 from align.sweeps.grid import Cell, Grid, cells, parse_grid
@@ -30,7 +33,7 @@ from featstore.runtime.visible import inline
 from featstore.runtime.writing import check_folder, locked, remove_folder
 from featstore.store import open_store
 
-__all__ = ["Cell", "Grid", "cells", "describe", "parse_grid", "run_cell", "sweep"]
+__all__ = ["Cell", "Grid", "cells", "describe", "groups", "parse_grid", "run_cell", "run_together", "sweep"]
 
 _LOCKS = ".locks"
 # Drawing and the threads of BLAS are the process's own: of a worker's threads one trains at a time.
@@ -98,11 +101,13 @@ def sweep(
             record.done(cell, "skipped", None)
     todo = _convert(todo, settings.store, record, quiet=quiet)
     if todo:
-        where = execution or Execution()
+        where, tasks = execution or Execution(), len(groups(todo))
         if where.scheduler is None and where.workers is None:
-            where = replace(where, workers=min(os.cpu_count() or 1, len(todo)))
+            where = replace(where, workers=min(os.cpu_count() or 1, tasks))
+        # A scheduler's workers are on machines that nobody here knows.
+        threads = 1 if where.workers is None else _blas_threads(min(where.workers, tasks))
         with executor(where, quiet=quiet) as workers:
-            _run_all(workers, todo, out, record, quiet=quiet)
+            _run_all(workers, todo, out, record, threads, quiet=quiet)
     finished = [out / cell.name for cell in placed if _finished(cell.settings, out / cell.name)]
     # A cell by its name, which is that of its directory.
     of_cell = str(out / reference) if reference in {cell.name for cell in placed} else reference
@@ -209,27 +214,55 @@ def _convert(todo: Sequence[Cell], store: str, record: _Record, *, quiet: bool) 
     return [cell for cell in todo if cell.settings.store not in failed]
 
 
-def _run_all(executor: Executor, todo: Sequence[Cell], out: Path, record: _Record, *, quiet: bool) -> None:
-    tasks = {executor.submit(run_cell, cell.settings, str(out), cell.name): cell for cell in todo}
-    with progress("sweep", len(tasks), "runs", quiet=quiet) as tick:
+def _run_all(
+    executor: Executor, todo: Sequence[Cell], out: Path, record: _Record, threads: int, *, quiet: bool
+) -> None:
+    tasks: dict[Any, list[Cell]] = {}
+    for group in groups(todo):
+        settings, names = [cell.settings for cell in group], [cell.name for cell in group]
+        if len(group) == 1:
+            tasks[executor.submit(run_cell, settings[0], str(out), names[0], threads)] = group
+        else:
+            tasks[executor.submit(run_together, settings, str(out), names, threads)] = group
+    with progress("sweep", len(todo), "runs", quiet=quiet) as tick:
         for task in executor.as_completed(tasks):
-            cell = tasks[task]
+            group = tasks[task]
             # Workers that died over a cell again and again are an error of that cell as well.
             error = task.exception()
-            if error is None:
-                record.done(cell, "done", task.result())
-            else:
-                record.failed(cell, error)
-            tick(1)
+            result = [error] * len(group) if error is not None else task.result()
+            for cell, outcome in zip(group, result if isinstance(result, list) else [result], strict=True):
+                if isinstance(outcome, BaseException):
+                    record.failed(cell, outcome)
+                else:
+                    record.done(cell, "done", outcome)
+                tick(1)
 
 
-def run_cell(settings: Settings, out: str, name: str) -> float:
+def groups(todo: Sequence[Cell]) -> list[list[Cell]]:
+    """Which cells are made together: closed forms over the same rows, which share most of their work.
+
+    Args:
+        todo: Cells.
+
+    Returns:
+        The cells, in their order; those that go together where the first of them stands.
+    """
+    found: dict[object, list[Cell]] = {}
+    for cell in todo:
+        base = share(cell.settings)
+        # By its text, since settings are compared and not hashed.
+        found.setdefault(("alone", cell.name) if base is None else repr(base), []).append(cell)
+    return list(found.values())
+
+
+def run_cell(settings: Settings, out: str, name: str, threads: int = 1) -> float:
     """What a worker does: one run, alone in its directory.
 
     Args:
         settings: Of the run.
         out: Directory of the sweep.
         name: Of the cell.
+        threads: Of BLAS.
 
     Returns:
         Seconds it took.
@@ -243,7 +276,7 @@ def run_cell(settings: Settings, out: str, name: str) -> float:
 
     run = Path(out) / name
     start = time.perf_counter()
-    with _ONE_AT_A_TIME, threadpool_limits(1), locked(check_folder(Path(out), _LOCKS) / name):
+    with _ONE_AT_A_TIME, threadpool_limits(threads), locked(check_folder(Path(out), _LOCKS) / name):
         # Whoever held the lock may have finished meanwhile.
         if not _finished(settings, run):
             resume = _begun(settings, run)
@@ -259,6 +292,44 @@ def run_cell(settings: Settings, out: str, name: str) -> float:
                 remove_folder(Path(out), name)
                 train(settings, run, quiet=True)
     return time.perf_counter() - start
+
+
+def run_together(settings: list[Settings], out: str, names: list[str], threads: int) -> list[float | Exception]:
+    """What a worker does with closed forms over the same rows: several runs, each in a directory of its own.
+
+    Args:
+        settings: Of the runs.
+        out: Directory of the sweep.
+        names: Of the cells.
+        threads: Of BLAS.
+
+    Returns:
+        By cell the seconds it took, a share of those that all of them took together, or why there is no run.
+    """
+    from threadpoolctl import threadpool_limits
+
+    start = time.perf_counter()
+    with ExitStack() as held:
+        held.enter_context(_ONE_AT_A_TIME)
+        held.enter_context(threadpool_limits(threads))
+        # In one order, whoever holds some of them: or two workers could wait for each other.
+        for name in sorted(names):
+            held.enter_context(locked(check_folder(Path(out), _LOCKS) / name))
+        todo = [(own, name) for own, name in zip(settings, names, strict=True) if not _finished(own, Path(out) / name)]
+        for _, name in todo:
+            remove_folder(Path(out), name)
+        failed = train_together([(own, Path(out) / name) for own, name in todo]) if todo else []
+    each = (time.perf_counter() - start) / max(len(todo), 1)
+    errors = {name: error for (_, name), error in zip(todo, failed, strict=True) if error is not None}
+    return [errors.get(name, each) for name in names]
+
+
+def _blas_threads(workers: int) -> int:
+    """Threads of BLAS for each of some workers of this machine: as many as this process has, divided among them."""
+    from threadpoolctl import threadpool_info
+
+    own = [int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"]
+    return max(1, max(own, default=1) // workers)
 
 
 def _begun(settings: Settings, run: Path) -> bool:
