@@ -405,7 +405,7 @@ def moments(
     as_json: Json = False,
 ) -> None:
     """Add the moments of every two layers to a store: closed-form fits and CKA then need no rows."""
-    from featstore.store.moments.stored import add_moments
+    from featstore.store.moments.writing import add_moments
 
     result = add_moments(store, memory=parse_bytes(memory))
     lines = [

@@ -148,7 +148,7 @@ def _check_copies(store: Store) -> Iterator[str]:
     held = {name: store.document(name) for name in store.groups_and_arrays}
     copies = root.get("consolidated_metadata")
     # Stores of version 1 copied every document.
-    if copies is not None and store.version == FORMAT_VERSION and copies != consolidated(held):
+    if copies is not None and store.version >= FORMAT_VERSION and copies != consolidated(held):
         yield "zarr.json: the consolidated metadata are not copies of the documents"
 
 

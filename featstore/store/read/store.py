@@ -29,11 +29,13 @@ from featstore.errors import (
 from featstore.runtime.provenance import digest, parse_json
 from featstore.runtime.schema import parse, shown
 from featstore.store.format.attributes import PairAttributes, RootAttributes
+from featstore.store.format.packed import PackedArray, unpack
 from featstore.store.format.shards import file_checksum
 from featstore.store.format.version import (
     FORMAT_VERSION,
     MANIFEST,
     METADATA_UNIT,
+    PACKED_VERSION,
     REBUILDING,
     old_store,
     rebuild_command,
@@ -108,9 +110,9 @@ def open_files(files: StoreFiles, *, allow_incomplete: bool = False) -> Store:
         raise CorruptDataError(
             f"{files.location}/zarr.json has format version {shown(version)}; restore it or extract again"
         )
-    if version > FORMAT_VERSION:
+    if version > PACKED_VERSION:
         raise StoreFormatError(
-            f"{where} has format version {version}, this featstore reads up to {FORMAT_VERSION}; upgrade it"
+            f"{where} has format version {version}, this featstore reads up to {PACKED_VERSION}; upgrade it"
         )
     if node.get("zarr_format") != 3 or node.get("node_type") != "group":
         raise CorruptDataError(f"{files.location}/zarr.json is no Zarr group of format 3; restore it or extract again")
@@ -386,6 +388,22 @@ class Store:
             CorruptDataError: Missing or damaged.
         """
         return vector_of(lambda file: self.files.read(f"{name}/{file}"), self.document(name), f"{self.path}/{name}")
+
+    def packed(self, name: str, *, half: bool) -> NDArray[np.uint32]:
+        """A packed array of sums, whole.
+
+        Args:
+            name: Path within the store.
+            half: Whether it is symmetric, and the tiles below its diagonal left out.
+
+        Returns:
+            uint32 ``(dx, dy)``, as :func:`featstore.store.format.packed.sums_of` takes it.
+
+        Raises:
+            CorruptDataError: Missing or damaged.
+        """
+        array, file = PackedArray.parse(self.document(name), f"{self.path}/{name}"), PackedArray.file(0)
+        return unpack(self.files.read(f"{name}/{file}"), array, f"{self.path}/{name}/{file}", half)
 
     def layer(self, model: str, layer: int) -> int:
         """Return a layer if the store holds it.

@@ -38,7 +38,7 @@ from featstore.runtime.writing import (
 )
 from featstore.store.format import documents
 from featstore.store.format.shards import file_checksum
-from featstore.store.format.version import MANIFEST, METADATA_UNIT, REBUILDING
+from featstore.store.format.version import FORMAT_VERSION, MANIFEST, METADATA_UNIT, PACKED, PACKED_VERSION, REBUILDING
 from featstore.store.read.files import LocalFiles, manifest_files, parse_entry
 from featstore.store.read.portable import store_files
 from featstore.store.read.store import Store, open_files
@@ -299,7 +299,7 @@ class StoreWriter:
         a crash between the two writes below leaves a store that can still be read.
 
         Args:
-            attributes: The root's attributes.
+            attributes: The root's attributes; of a store that holds packed moments the format version is that of these.
 
         Raises:
             CorruptDataError: A document is damaged, or one is missing of an array that the manifest has values of.
@@ -307,6 +307,7 @@ class StoreWriter:
         """
         self._view = None
         held = self._metadata()
+        attributes = _versioned(attributes, held)
         root = documents.group_document(attributes)
         root["consolidated_metadata"] = documents.consolidated(held)
         texts = {f"{name}/zarr.json": json_text(document) for name, document in held.items()}
@@ -413,3 +414,12 @@ class StoreWriter:
                 )
         make_folder(path)
         self._folders.add(key)
+
+
+def _versioned(attributes: dict[str, Any], held: Mapping[str, Any]) -> dict[str, Any]:
+    """The root's attributes with the format version that what the store holds asks for."""
+    own = attributes.get("featstore")
+    if not isinstance(own, dict) or own.get("format_version") not in (FORMAT_VERSION, PACKED_VERSION):
+        return attributes
+    packed = any(name.startswith("moments/") and name.endswith(f"/{PACKED}") for name in held)
+    return {**attributes, "featstore": {**own, "format_version": PACKED_VERSION if packed else FORMAT_VERSION}}

@@ -15,7 +15,7 @@ from align.layers import LayerPair
 from align.metrics import score
 from align.moments.scan import memory_of, scan, sites_of, usable_moments
 from featstore.errors import FitError, LayerRangeError
-from featstore.store.moments.stored import add_moments
+from featstore.store.moments.writing import add_moments
 from tests.support.planted import TEST, VAL, Planted, plant, rotation, spectrum_rows, splits_of
 
 N, D = 3000, 16

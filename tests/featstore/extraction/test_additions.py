@@ -19,6 +19,7 @@ from featstore.extraction.job import prepare
 from featstore.extraction.run import extract
 from featstore.extraction.settings import Settings
 from featstore.store.inspect.verify import verify_store
+from featstore.store.moments.pieces import PieceSums, least_memory
 from featstore.store.write.index import add_pairs
 from featstore.store.write.writer import StoreWriter
 from tests.support.commands import call, command_environment
@@ -296,7 +297,7 @@ class TestMoments:
         path = run(replace(settings, store=tmp_path / "s.zarr", form="bfloat16", moments="only"))
         assert not list(path.glob("models/*/resid/*/c"))
         ours = self.moments(path)
-        assert len([name for name in ours if name.endswith("product/c/0/0")]) == 3 * 21
+        assert len([name for name in ours if name.endswith("correlation/c/0/0")]) == 3 * 21
         assert ours == self.moments(with_rows)
         store, rows = open_store(path), open_store(with_rows)
         for name in store.models:
@@ -305,14 +306,17 @@ class TestMoments:
         no_damage(path)
         assert sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) > 0
 
-    def test_little_memory_takes_more_passes_to_the_same_end(self, settings, with_rows, tmp_path, capsys):
-        job = prepare(
-            replace(settings, store=tmp_path / "s.zarr", form="bfloat16", moments="only", moments_memory=10**7),
-            quiet=True,
-        )
-        extract(job)
-        assert "passes over the text" in capsys.readouterr().err
+    def test_little_memory_leaves_totals_aside_to_the_same_end(self, settings, with_rows, tmp_path, monkeypatch):
+        mine = replace(settings, store=tmp_path / "s.zarr", form="bfloat16", moments="only")
+        widths = [model.width for model in map(open_store(with_rows).model, ("llama", "mistral")) for _ in range(3)]
+        least = sum(least_memory(widths, prepare(mine, quiet=True).encoding.shard_rows))
+        written = []
+        original = PieceSums._write
+        monkeypatch.setattr(PieceSums, "_write", lambda self, *args: (written.append(args), original(self, *args)))
+        run(replace(mine, moments_memory=least))
+        assert len(written) > 3 * 21, "several times for a block"
         assert self.moments(tmp_path / "s.zarr") == self.moments(with_rows)
+        assert not (tmp_path / "s.zarr" / ".sums").exists()
 
     def test_stopped_again_and_again_they_are_the_same(self, settings, with_rows, tmp_path, monkeypatch):
         mine = replace(settings, store=tmp_path / "s.zarr", form="bfloat16", moments="only", layers=("2",))

@@ -22,7 +22,8 @@ from featstore.errors import ModelLoadError, OldStoreWarning, SpecError, StoreSt
 from featstore.extraction.rebuilding import describe_rebuild, rebuild
 from featstore.store import Store
 from featstore.store.inspect.verify import verify_store
-from featstore.store.moments.stored import StoredMoments, add_moments, all_blocks
+from featstore.store.moments.stored import StoredMoments, all_blocks
+from featstore.store.moments.writing import add_moments
 from featstore.store.write.index import add_pairs
 from featstore.store.write.writer import adding_to
 from tests.support import old_store

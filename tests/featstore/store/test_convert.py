@@ -26,7 +26,8 @@ from featstore.store.conversion.convert import convert
 from featstore.store.format.elements import FORMATS, Encoded, column_scale_of
 from featstore.store.format.shards import LAYOUTS
 from featstore.store.inspect.verify import verify_store
-from featstore.store.moments.stored import StoredMoments, add_moments
+from featstore.store.moments.stored import StoredMoments
+from featstore.store.moments.writing import add_moments
 from featstore.store.write.index import add_pairs
 from featstore.store.write.row_writer import RowArrays
 from featstore.store.write.table import write_table
