@@ -12,7 +12,8 @@ is a sink.
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,22 +76,56 @@ class Size:
 SMALL = Size(rows=8 * 4096, layers=(0, 1), shard_rows=1024, windows=16, vector_rows=4096)
 
 
-def simulate(path: Path, size: Size | None = None, *, seal: bool = True) -> Path:
-    """Write such a store.
+def simulate(path: Path, size: Size | None = None) -> Path:
+    """Write such a store, complete.
 
     Args:
         path: Where; must not exist.
         size: How large; by default all of Wikitext-103.
-        seal: Whether it is complete; otherwise all but the last shard of every layer is there.
+    """
+    return finish(begin(path, size), size)
+
+
+def begin(path: Path, size: Size | None = None) -> Path:
+    """Write all of such a store but the last shard of every layer, the pairs and the seal.
+
+    Args:
+        path: Where; must not exist.
+        size: How large.
+    """
+    with _unhurried(path) as writer:
+        _begin(writer, size or Size())
+    return path
+
+
+def finish(path: Path, size: Size | None = None) -> Path:
+    """Write what :func:`begin` left.
+
+    Args:
+        path: The store.
+        size: As it was.
     """
     size = size or Size()
+    with _unhurried(path) as writer:
+        last = row_arrays(size).shards - 1
+        for model in MODELS:
+            for layer in size.layers:
+                _link_rows(writer, size, model, layer, range(last, last + 1))
+        _write_pairs(writer, size)
+        root = (writer.attributes() or {})["featstore"]
+        writer.seal({"featstore": {**root, "complete": True}})
+    return path
+
+
+@contextmanager
+def _unhurried(path: Path) -> Iterator[StoreWriter]:
+    """A writer that does not wait for the disk: no power cut will hit what it writes."""
     fsync, os.fsync = os.fsync, lambda _: None
     try:
         with exclusive(path):
-            _write(StoreWriter(path), size, seal=seal)
+            yield StoreWriter(path)
     finally:
         os.fsync = fsync
-    return path
 
 
 def row_arrays(size: Size) -> RowArrays:
@@ -106,7 +141,7 @@ def rows_of(size: Size, model: str, layer: int) -> Encoded:
     return FORMATS["bfloat16"].encode(values)
 
 
-def _write(writer: StoreWriter, size: Size, *, seal: bool) -> None:
+def _begin(writer: StoreWriter, size: Size) -> None:
     windows = size.rows // WINDOW_TOKENS
     count = windows // size.windows
     ids = [np.random.default_rng(number).bytes(32) for number in range(count)]
@@ -128,10 +163,7 @@ def _write(writer: StoreWriter, size: Size, *, seal: bool) -> None:
     _write_corpus(writer, size, ids, split)
     within = np.arange(size.vector_rows) % WINDOW_TOKENS
     for model in MODELS:
-        _write_model(writer, size, model, within, whole=seal)
-    if seal:
-        _write_pairs(writer, size)
-        writer.seal({"featstore": {**root, "complete": True}})
+        _write_model(writer, size, model, within)
 
 
 def _write_corpus(writer: StoreWriter, size: Size, ids: list[bytes], split: NDArray[np.uint8]) -> None:
@@ -157,7 +189,7 @@ def _write_corpus(writer: StoreWriter, size: Size, ids: list[bytes], split: NDAr
     record.commit("corpus")
 
 
-def _write_model(writer: StoreWriter, size: Size, model: str, within: NDArray[np.int64], *, whole: bool) -> None:
+def _write_model(writer: StoreWriter, size: Size, model: str, within: NDArray[np.int64]) -> None:
     base, arrays = f"models/{model}", row_arrays(size)
     special = (within == 0) & (model == "b")
     write_groups(writer, model, arrays.form)
@@ -194,23 +226,23 @@ def _write_model(writer: StoreWriter, size: Size, model: str, within: NDArray[np
             f"{base}/median_norm/{layer}": np.array([median]),
         }
         writer.vectors(f"{base}/pilot-{layer}", pilot)
-        _link_rows(writer, size, model, layer, rows, arrays.shards if whole else arrays.shards - 1)
+        _link_rows(writer, size, model, layer, range(arrays.shards - 1))
     begins = (within == 0) & ~special & (model == "a")
     record = _Record(writer)
     record.same(f"{base}/tokens/sink", np.tile(loud, len(within) // len(loud)) | begins, size.rows)
     record.commit(f"{base}/sinks")
 
 
-def _link_rows(writer: StoreWriter, size: Size, model: str, layer: int, rows: Encoded, shards: int) -> None:
-    arrays, base = row_arrays(size), f"models/{model}"
-    writer.describe(arrays.documents(model, layer, min(shards * size.shard_rows, size.rows)))
+def _link_rows(writer: StoreWriter, size: Size, model: str, layer: int, shards: range) -> None:
+    arrays, base, rows = row_arrays(size), f"models/{model}", rows_of(size, model, layer)
+    writer.describe(arrays.documents(model, layer, min(shards.stop * size.shard_rows, size.rows)))
     states = encode_shard(rows.stored, size.shard_rows, arrays.layout)
     norms = padded_chunk(rows.norms, size.shard_rows)
     says = [{"bytes": len(data), "crc32": checksum_of(data)} for data in (states, norms)]
     files = _Files(writer.path)
     folder = writer.path / MANIFEST / rows_unit(model, layer, 0)
-    folder.parent.mkdir(parents=True)
-    for shard in range(shards):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for shard in shards:
         names = (f"{base}/resid/{layer}/c/{shard}/0", f"{base}/norm/{layer}/c/{shard}")
         for name, data in zip(names, (states, norms), strict=True):
             files.put(name, data)
@@ -259,7 +291,7 @@ class _Record:
     """The files of one unit of small arrays."""
 
     def __init__(self, writer: StoreWriter) -> None:
-        self.writer, self.files = writer, dict[str, dict[str, Any]]()
+        self.writer, self.files, self.known = writer, dict[str, Any](), dict[int, dict[str, Any]]()
 
     def describe(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], chunk: int) -> None:
         self.writer.describe({name: documents.plain_document(shape, dtype.name, chunk)})
@@ -269,13 +301,14 @@ class _Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         if same_as is not None:
             os.link(same_as, path)
-            source = same_as.relative_to(self.writer.path).as_posix()
-            self.files[name] = {"bytes": path.stat().st_size, "crc32": _KNOWN[source]}
-            return
-        data = made()
-        path.write_bytes(data)
-        _KNOWN[name] = checksum_of(data)
-        self.files[name] = {"bytes": len(data), "crc32": _KNOWN[name]}
+        else:
+            path.write_bytes(made())
+        # One file under several names is summed once.
+        key = path.stat().st_ino
+        if key not in self.known:
+            data = path.read_bytes()
+            self.known[key] = {"bytes": len(data), "crc32": checksum_of(data)}
+        self.files[name] = self.known[key]
 
     def same(self, name: str, chunk: NDArray[Any], length: int) -> None:
         """An array that is the same chunk again and again."""
@@ -306,12 +339,3 @@ class _Record:
         path = self.writer.path / MANIFEST / f"{unit}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json_text(entry))
-
-
-#: Checksums of what has been written, by path within its store; of one process.
-_KNOWN: dict[str, str] = {}
-
-
-def remove(path: Path) -> None:
-    """Take such a store away again."""
-    shutil.rmtree(path)

@@ -29,6 +29,7 @@ from featstore.errors import (
 from featstore.runtime.provenance import digest, parse_json
 from featstore.runtime.schema import parse, shown
 from featstore.store.format.attributes import PairAttributes, RootAttributes
+from featstore.store.format.index import INDEX, FileIndex
 from featstore.store.format.shards import file_checksum
 from featstore.store.format.version import (
     FORMAT_VERSION,
@@ -42,7 +43,7 @@ from featstore.store.read.contents import corpus_problems, pair_problems, pilot_
 from featstore.store.read.files import LocalFiles, StoreFiles, parse_entry
 from featstore.store.read.pairs import Pairs, check_policy
 from featstore.store.read.portable import Location, store_files
-from featstore.store.read.recorded import announced_problems, entry_problems, size_problems
+from featstore.store.read.recorded import announced_problems, entry_problems, sealed_problems, size_problems
 from featstore.store.read.records import TOKEN_COLUMNS, StoredCorpus, StoredModel, Tokens
 from featstore.store.read.rows import RowReader
 from featstore.store.read.shown import html_table, one_line
@@ -635,21 +636,47 @@ class Store:
         return self.vector(f"{base}/row_a"), self.vector(f"{base}/row_b")
 
     @cached_property
-    def manifest(self) -> dict[str, dict[str, Any]]:
+    def manifest(self) -> Mapping[str, Mapping[str, Any]]:
         """Every committed file with its size and checksum, by path.
 
-        Of a complete store the entries are those that were sealed, and name every file that its arrays announce, of
-        the sizes that are on disk. Checksums of files are compared where files are read, and by `featstore verify`.
+        Of a complete store they are those that were sealed, by the sorted index where there is one and by the entries
+        otherwise; they are all files that its arrays announce, of the sizes that are on disk. Checksums of files are
+        compared where files are read, and by `featstore verify`.
 
         Raises:
             CorruptDataError: An entry is damaged, points outside the store, or contradicts documents or disk.
         """
-        files = self.recorded_files
+        index = self.index
+        files = self.recorded_files if index is None else index.without(f"{MANIFEST}/")
         if self._units is not None:
-            self._refuse(entry_problems(self._units["units"], self.entries))
+            if index is None:
+                self._refuse(entry_problems(self._units["units"], self.entries))
+            else:
+                self._refuse(sealed_problems(self._units["units"], index, self.files.manifest_sizes()))
             self._refuse(announced_problems(self.arrays, files))
             self._refuse(size_problems(files, self.files.size))
         return files
+
+    @property
+    def sealed_index(self) -> str | None:
+        """CRC-32 of the sorted index that the store was sealed with; None where there was none."""
+        return None if self._units is None else self._units.get("index")
+
+    @cached_property
+    def index(self) -> FileIndex | None:
+        """The sorted index of a complete store's files, the entries of its manifest among them.
+
+        None where there is none, as in stores from before, or another than was sealed, as after a crash between two
+        writes of a seal: then the entries are read.
+
+        Raises:
+            CorruptDataError: It is the one that was sealed, and is no index.
+        """
+        checksum = self.sealed_index
+        data = None if checksum is None else self.files.read(INDEX)
+        if data is None or file_checksum(data) != checksum:
+            return None
+        return FileIndex.parse(data, f"{self.path}/{INDEX}")
 
     @cached_property
     def entries(self) -> dict[str, bytes]:
@@ -712,7 +739,7 @@ class Store:
                 f"{base}/embedding/"
             ] * (0 in chosen)
         arrays = {
-            name: record
+            name: dict(record)
             for name, record in self.manifest.items()
             if name.startswith(tuple(prefixes)) and not name.endswith("zarr.json")
         }
