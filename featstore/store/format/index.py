@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import ItemsView, Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class FileIndex(Mapping[str, Mapping[str, Any]]):
         at = bisect_left(self._names, name)
         if at == len(self._names) or self._names[at] != name:
             raise KeyError(name)
-        return self._record(at)
+        return self.record(at)
 
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):
@@ -124,7 +125,12 @@ class FileIndex(Mapping[str, Mapping[str, Any]]):
         """Path and record of every file, sorted."""
         return _Items(self)
 
-    def _record(self, at: int) -> dict[str, Any]:
+    def record(self, at: int) -> dict[str, Any]:
+        """What is recorded of a file.
+
+        Args:
+            at: Its line.
+        """
         return {"bytes": int(self._sizes[at]), "crc32": self._checksums[at].decode()}
 
 
@@ -136,7 +142,7 @@ class _Items(ItemsView[str, Mapping[str, Any]]):
     def __iter__(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         held = self._mapping
         for at, name in enumerate(held):
-            yield name, held._record(at)
+            yield name, held.record(at)
 
 
 def _check_paths(paths: list[bytes], where: str) -> None:
@@ -150,7 +156,7 @@ def _check_paths(paths: list[bytes], where: str) -> None:
         raise _damaged(where, "it names something that is not a file of this store; do not trust it")
     if any(path.count(b"/") >= _MOST_PARTS for path in paths) or max(map(len, framed.split(b"\n"))) > _MOST_NAME:
         raise _damaged(where, "it names a path that is longer than any is")
-    if any(first >= second for first, second in zip(paths, paths[1:], strict=False)):
+    if any(first >= second for first, second in pairwise(paths)):
         raise _damaged(where, "its lines are not sorted, or a file stands twice")
 
 
