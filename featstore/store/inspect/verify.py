@@ -23,6 +23,7 @@ from featstore.runtime.console import Tick, progress
 from featstore.runtime.provenance import parse_json
 from featstore.store.format.attributes import ConversionLink
 from featstore.store.format.documents import consolidated
+from featstore.store.format.index import INDEX
 from featstore.store.format.version import FORMAT_VERSION, old_store
 from featstore.store.moments.stored import SPLITS, StoredMoments, all_blocks, has_rows
 from featstore.store.read.contents import pair_problems
@@ -30,7 +31,13 @@ from featstore.store.read.first import first_rows
 from featstore.store.read.links import links_of, outside_damage
 from featstore.store.read.pairs import POLICIES
 from featstore.store.read.portable import store_files
-from featstore.store.read.recorded import MOST_LINES, announced_problems, entry_problems, size_problems
+from featstore.store.read.recorded import (
+    MOST_LINES,
+    announced_problems,
+    entry_problems,
+    index_problems,
+    size_problems,
+)
 from featstore.store.read.store import Store, open_files
 from featstore.store.read.tables import TableReader
 from featstore.store.write.index import SINK_RULE, pair_rows, pairs_unit, sink_mask
@@ -72,7 +79,8 @@ def verify_store(path: Path, *, allow_links: bool = False, quiet: bool = False) 
         records = store.recorded_files
     except CorruptDataError as error:
         return {"store": str(path), "files": 0, "bytes": 0, "damage": [str(error)], "not_checked": [], "links": []}
-    damage = [*entry_problems(store.sealed_units, store.entries), *_check_files(store, quiet=quiet)]
+    damage = [*entry_problems(store.sealed_units, store.entries), *_check_index(store)]
+    damage += _check_files(store, quiet=quiet)
     damage += _check_documents(store)
     if not damage:
         damage = list(_check_copies(store))
@@ -105,6 +113,21 @@ def _announced(store: Store) -> Store:
 
 
 # Bytes --------------------------------------------------------------------------------------------------------------
+
+
+def _check_index(store: Store) -> Iterator[str]:
+    """The sorted index is the one that was sealed, and says of every file what its entry says."""
+    if store.sealed_index is None:
+        return
+    try:
+        index = store.index
+    except CorruptDataError as error:
+        yield str(error)
+        return
+    if index is None:
+        yield f"{INDEX}: missing, or not the index that the store was sealed with"
+    else:
+        yield from index_problems(index, store.recorded_files, store.entries)
 
 
 def _check_files(store: Store, *, quiet: bool) -> list[str]:

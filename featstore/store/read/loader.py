@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import SpecError
+from featstore.store.read.columns import RowSet
 from featstore.store.read.pairs import Pairs
 from featstore.store.read.rows import RowReader
 from featstore.store.read.selection import row_numbers
@@ -91,7 +92,7 @@ class EpochOrder:
     epoch: int
 
     @classmethod
-    def of(cls, rows: NDArray[np.int64], buffer_pairs: int, seed: int, epoch: int) -> EpochOrder:
+    def of(cls, rows: NDArray[np.int64] | RowSet, buffer_pairs: int, seed: int, epoch: int) -> EpochOrder:
         """Shuffle blocks.
 
         Args:
@@ -100,12 +101,18 @@ class EpochOrder:
             seed: Of the run.
             epoch: Number of the epoch.
         """
-        starts = np.ones(len(rows), dtype=bool)
-        starts[1:] = rows[1:] // BLOCK_ROWS != rows[:-1] // BLOCK_ROWS
-        first = np.flatnonzero(starts)
-        length = np.diff(first, append=len(rows))
+        if isinstance(rows, RowSet):
+            held = rows.counts(BLOCK_ROWS)
+            block = np.flatnonzero(held)
+            length = held[block]
+            first, begins = np.cumsum(length) - length, block * BLOCK_ROWS
+        else:
+            starts = np.ones(len(rows), dtype=bool)
+            starts[1:] = rows[1:] // BLOCK_ROWS != rows[:-1] // BLOCK_ROWS
+            first = np.flatnonzero(starts)
+            length, begins = np.diff(first, append=len(rows)), rows[first]
         rng = np.random.default_rng((seed, epoch))
-        shards, shard = np.unique(rows[first] // SHARD_ROWS, return_inverse=True)
+        shards, shard = np.unique(begins // SHARD_ROWS, return_inverse=True)
         turn = rng.permutation(len(shards))[shard] // SHARDS_TOGETHER
         order = np.lexsort((rng.random(len(first)), turn))  # by turn, at random within it
         return cls(first[order], np.cumsum(length[order]), buffer_pairs, seed, epoch)

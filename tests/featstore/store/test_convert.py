@@ -99,7 +99,12 @@ class TestWhereNoValueChanges:
         no_damage(tmp_path / "there.zarr")
         convert(tmp_path / "there.zarr", tmp_path / "back.zarr", layout="hot", quiet=True)
         before, after = tree_bytes(stores[form]), tree_bytes(tmp_path / "back.zarr")
-        about_itself = {"zarr.json", "manifest/metadata.json", *(f"models/{name}/zarr.json" for name in MODELS)}
+        about_itself = {
+            "zarr.json",
+            "manifest/index",
+            "manifest/metadata.json",
+            *(f"models/{name}/zarr.json" for name in MODELS),
+        }
         assert {n: d for n, d in after.items() if n not in about_itself} == {
             n: d for n, d in before.items() if n not in about_itself
         }
