@@ -85,10 +85,8 @@ def measure(named: dict[str, Any], rounds: int, directory: Path) -> dict[str, li
             with tempfile.TemporaryDirectory(dir=directory) as out:
                 taken[name].append(run_build(build, ["-m", "align", *words, "--out", str(Path(out) / "run")]))
             spent = taken[name][-1]
-            print(
-                f"  round {turn + 1} {name:22} {spent.seconds:8.1f} s {spent.cpu:8.1f} CPU s {spent.peak / 2**30:6.2f} GiB",
-                flush=True,
-            )
+            memory = f"{spent.peak / 2**30:6.2f} GiB"
+            print(f"  round {turn + 1} {name:22} {spent.seconds:8.1f} s {spent.cpu:8.1f} CPU s {memory}", flush=True)
     return taken
 
 
