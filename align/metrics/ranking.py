@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -20,6 +22,7 @@ RETRIEVAL_KEYS = (
 
 #: Equal rows need not give bitwise equal products; this is far below any real difference of cosines.
 _TIE = 1e-12
+_NOT_FINITE = "a true or predicted state is not finite"
 
 
 def retrieval(y: Rows, y_hat: Rows, *, centre: ArrayLike) -> Figures:
@@ -49,24 +52,58 @@ def retrieval(y: Rows, y_hat: Rows, *, centre: ArrayLike) -> Figures:
     return rank_of_partners(y, y_hat, mean)[0]
 
 
-def rank_of_partners(y: Rows, y_hat: Rows, mean: Array) -> tuple[Figures, str | None]:
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """The true rows among which partners are looked for, the same for every map; see :func:`gallery_of`.
+
+    Attributes:
+        unit: float64 ``(N, dy)``, centred and of length 1.
+        ceiling: Top-1 of the true rows against themselves.
+        reason: Why nothing can be found there, or None.
+    """
+
+    unit: Array
+    ceiling: float
+    reason: str | None
+
+
+def gallery_of(y: Rows, mean: Array) -> Gallery:
+    """Prepare true rows once for all maps.
+
+    Args:
+        y: ``(N, dy)`` floating rows.
+        mean: float64 ``(dy,)``, subtracted.
+    """
+    n, floor = len(y), ROUNDING * float(np.linalg.norm(mean))
+    if n < 2:
+        return Gallery(np.zeros(y.shape), 0.0, f"retrieval needs at least 2 rows, not {n}")
+    if not np.isfinite(y).all():
+        return Gallery(np.zeros(y.shape), 0.0, _NOT_FINITE)
+    unit = _unit(y - mean, floor)
+    if float(np.abs(unit - unit[0]).max()) < ROUNDING:
+        return Gallery(unit, 0.0, "all target rows of the gallery point the same way")
+    return Gallery(unit, _ceiling(unit), None)
+
+
+def rank_of_partners(y: Rows, y_hat: Rows, mean: Array, gallery: Gallery | None = None) -> tuple[Figures, str | None]:
     """The figures of :func:`retrieval`, and why they are None.
 
     Args:
         y: ``(N, dy)`` floating rows.
         y_hat: The same of the predictions.
         mean: float64 ``(dy,)``, subtracted from both.
+        gallery: :func:`gallery_of` of ``y`` and ``mean`` if it is known already.
     """
     n, floor = len(y), ROUNDING * float(np.linalg.norm(mean))
     figures: Figures = {**dict.fromkeys(RETRIEVAL_KEYS), "retrieval_gallery": n}
-    if n < 2:
-        return figures, f"retrieval needs at least 2 rows, not {n}"
-    if not (np.isfinite(y).all() and np.isfinite(y_hat).all()):
-        return figures, "a true or predicted state is not finite"
-    gallery, queries = _unit(y - mean, floor), _unit(y_hat - mean, floor)
-    if float(np.abs(gallery - gallery[0]).max()) < ROUNDING:
-        return figures, "all target rows of the gallery point the same way"
-    similarity = queries @ gallery.T
+    known = gallery_of(y, mean) if gallery is None else gallery
+    if n >= 2 and not np.isfinite(y_hat).all():
+        return figures, _NOT_FINITE
+    if known.reason is not None:
+        return figures, known.reason
+    queries = _unit(y_hat - mean, floor)
+    gallery_rows = known.unit
+    similarity = queries @ gallery_rows.T
     difference = similarity - np.diag(similarity)[:, None]
     better = (difference > _TIE).sum(axis=1)
     ties = (np.abs(difference) <= _TIE).sum(axis=1)
@@ -77,7 +114,7 @@ def rank_of_partners(y: Rows, y_hat: Rows, mean: Array) -> tuple[Figures, str | 
     figures["retrieval_mrr"] = float(reciprocal.mean())
     figures["retrieval_median_rank"] = float(np.median(better + (ties + 1) / 2))
     figures["retrieval_chance"] = 1 / n
-    figures["retrieval_ceiling"] = _ceiling(gallery)
+    figures["retrieval_ceiling"] = known.ceiling
     return figures, None
 
 

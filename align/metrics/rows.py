@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,12 +46,50 @@ def _row_dots(p: Rows, q: Rows) -> Array:
     return dots
 
 
-def _cosines(y: Rows, y_hat: Rows, floor: float) -> tuple[Array, NDArray[np.bool_]]:
-    """Cosine per row, 0 where one side has no direction, and where both have one."""
-    size, size_hat = np.sqrt(_row_dots(y, y)), np.sqrt(_row_dots(y_hat, y_hat))
+def _cosines(y: Rows, y_hat: Rows, size: Array, floor: float) -> tuple[Array, NDArray[np.bool_]]:
+    """Cosine per row, 0 where one side has no direction, and where both have one; ``size`` is that of ``y``."""
+    size_hat = np.sqrt(_row_dots(y_hat, y_hat))
     defined = (size > floor) & (size_hat > floor)
     norm = np.where(defined, size * size_hat, 1.0)
     return np.where(defined, _row_dots(y, y_hat) / norm, 0.0), defined
+
+
+@dataclass(frozen=True, eq=False)
+class TrueRows:
+    """What true rows alone give, the same for every map that is scored on them; see :func:`true_rows`.
+
+    Attributes:
+        y: (m, dy) the rows.
+        mean: float64 (dy,) what they are centred by.
+        centred: float64 (m, dy).
+        sst: float64 (dy,) squares of the centred rows, summed by dimension.
+        size: float64 (m,) norm of every row.
+        centred_size: float64 (m,) norm of every centred row.
+    """
+
+    y: Rows
+    mean: Array
+    centred: Array
+    sst: Array
+    size: Array
+    centred_size: Array
+
+
+def true_rows(y: Rows, mean: Array) -> TrueRows:
+    """Measure true rows once for all maps.
+
+    Args:
+        y: (m, dy).
+        mean: float64 (dy,), mean target state over the train rows.
+
+    Raises:
+        FitError: The width differs.
+    """
+    rows = checked_rows("y", y, len(mean))
+    with np.errstate(invalid="ignore", over="ignore"):
+        centred: Array = np.subtract(rows, mean, dtype=np.float64)
+        sst = np.einsum("ij,ij->j", centred, centred, dtype=np.float64)
+        return TrueRows(rows, mean, centred, sst, *(np.sqrt(_row_dots(part, part)) for part in (rows, centred)))
 
 
 class ScoreAccumulator:
@@ -80,27 +119,31 @@ class ScoreAccumulator:
         self._cosine = self._cosine_centered = 0.0
         self._with_cosine = self._with_centered = 0
 
-    def update(self, y: Rows, y_hat: Rows) -> None:
+    def update(self, y: Rows, y_hat: Rows, known: TrueRows | None = None) -> None:
         """Add rows.
 
         Args:
             y: (m, dy) true target states.
             y_hat: (m, dy) predicted ones.
+            known: :func:`true_rows` of ``y`` and the mean, if they are known already.
 
         Raises:
-            FitError: The shapes do not fit each other or the mean.
+            FitError: The shapes do not fit each other or the mean, or ``known`` is of another mean.
         """
         y, y_hat = checked_rows("y", y, len(self.mean)), checked_rows("y_hat", y_hat, len(self.mean))
         if len(y) != len(y_hat):
             raise FitError(f"y has {len(y)} rows and y_hat {len(y_hat)}")
+        known = true_rows(y, self.mean) if known is None else known
+        if known.mean is not self.mean and not np.array_equal(known.mean, self.mean):
+            raise FitError("the true rows were measured about another mean; measure them about that of the train rows")
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             # Infinite predictions give NaN sums here and None in result().
             error = y - y_hat
-            true, guess = (np.subtract(r, self.mean, dtype=np.float64) for r in (y, y_hat))
             self._sse += np.einsum("ij,ij->j", error, error, dtype=np.float64)
-            self._sst += np.einsum("ij,ij->j", true, true, dtype=np.float64)
-            cosine, defined = _cosines(y, y_hat, 0.0)
-            centred, centred_defined = _cosines(true, guess, self._floor)
+            self._sst += known.sst
+            cosine, defined = _cosines(y, y_hat, known.size, 0.0)
+            guess = np.subtract(y_hat, self.mean, dtype=np.float64)
+            centred, centred_defined = _cosines(known.centred, guess, known.centred_size, self._floor)
         self._cosine += float(cosine.sum())
         self._cosine_centered += float(centred.sum())
         self._with_cosine += int(defined.sum())

@@ -10,10 +10,12 @@ explains a fifth of what the token leaves looks like one that knows the token al
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from align.metrics.ranking import rank_of_partners
+from align.metrics.ranking import Gallery, gallery_of, rank_of_partners
 from align.metrics.rows import ROUNDING, Figures, checked_rows
 from align.moments.scatter import Array, Rows
 from featstore.errors import FitError
@@ -64,13 +66,46 @@ def same_token_rows(
     return chosen
 
 
-def retrieval_same_token(y: Rows, y_hat: Rows, tokens: ArrayLike) -> tuple[Figures, str | None]:
+@dataclass(frozen=True, eq=False)
+class TokenGalleries:
+    """The true rows of every token that occurs twice, the same for every map; see :func:`galleries_of`.
+
+    Attributes:
+        rows: int64, of each token the numbers of its rows.
+        galleries: Of each token.
+        finite: Whether all true rows are finite.
+    """
+
+    rows: list[NDArray[np.int64]]
+    galleries: list[Gallery]
+    finite: bool
+
+
+def galleries_of(y: Rows, tokens: ArrayLike) -> TokenGalleries:
+    """Prepare true rows once for all maps.
+
+    Args:
+        y: ``(n, dy)`` true states.
+        tokens: Integers ``(n,)``.
+    """
+    rows = checked_rows("y", y, np.shape(y)[-1])
+    _, place, counts = np.unique(np.asarray(tokens), return_inverse=True, return_counts=True)
+    groups = [np.flatnonzero(place == number) for number in np.flatnonzero(counts > 1)]
+    finite = bool(np.isfinite(rows).all())
+    zero = np.zeros(rows.shape[1])
+    return TokenGalleries(groups, [gallery_of(_centred(rows[own]), zero) for own in groups] if finite else [], finite)
+
+
+def retrieval_same_token(
+    y: Rows, y_hat: Rows, tokens: ArrayLike, known: TokenGalleries | None = None
+) -> tuple[Figures, str | None]:
     """Find each true row among the true rows of its own token by the cosine of its prediction, both centred.
 
     Args:
         y: ``(n, dy)`` true states.
         y_hat: ``(n, dy)`` predicted ones.
         tokens: Integers ``(n,)``, the source token of every row; rows whose token is alone are left out.
+        known: :func:`galleries_of` of ``y`` and ``tokens`` if they are known already.
 
     Returns:
         ``retrieval_same_token_top1`` (mean over rows), ``_chance`` (mean of 1 / rows of the token) and ``_ceiling``
@@ -83,8 +118,8 @@ def retrieval_same_token(y: Rows, y_hat: Rows, tokens: ArrayLike) -> tuple[Figur
     y, y_hat = checked_rows("y", y, width), checked_rows("y_hat", y_hat, width)
     if not len(y) == len(y_hat) == len(ids):
         raise FitError(f"y has {len(y)} rows, y_hat {len(y_hat)} and tokens {len(ids)}")
-    _, place, counts = np.unique(ids, return_inverse=True, return_counts=True)
-    groups = [np.flatnonzero(place == number) for number in np.flatnonzero(counts > 1)]
+    known = galleries_of(y, ids) if known is None else known
+    groups = known.rows
     size = sum(map(len, groups))
     figures: Figures = {
         **dict.fromkeys(SAME_TOKEN_KEYS),
@@ -93,11 +128,11 @@ def retrieval_same_token(y: Rows, y_hat: Rows, tokens: ArrayLike) -> tuple[Figur
     }
     if not groups:
         return figures, "no source token occurs twice among the rows"
-    if not (np.isfinite(y).all() and np.isfinite(y_hat).all()):
+    if not (known.finite and np.isfinite(y_hat).all()):
         return figures, "a true or predicted state is not finite"
     top, ceiling, zero = 0.0, 0.0, np.zeros(width)
-    for rows in groups:
-        found, _ = rank_of_partners(_centred(y[rows]), _centred(y_hat[rows]), zero)
+    for rows, gallery in zip(groups, known.galleries, strict=True):
+        found, _ = rank_of_partners(gallery.unit, _centred(y_hat[rows]), zero, gallery)
         hits, most = found["retrieval_top1"], found["retrieval_ceiling"]
         # Where all states of a token are the same one, any row is as good as another.
         top += 1.0 if hits is None else hits * len(rows)

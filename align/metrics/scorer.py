@@ -8,10 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from align.metrics.ranking import RETRIEVAL_KEYS, rank_of_partners
-from align.metrics.rows import ROW_KEYS, Figures, Reasons, ScoreAccumulator
-from align.metrics.same_token import NO_TOKENS, SAME_TOKEN_KEYS, retrieval_same_token, same_token_rows
-from align.metrics.similarity import debiased_ckas
+from align.metrics.ranking import RETRIEVAL_KEYS, Gallery, gallery_of, rank_of_partners
+from align.metrics.rows import ROW_KEYS, Figures, Reasons, ScoreAccumulator, TrueRows
+from align.metrics.same_token import (
+    NO_TOKENS,
+    SAME_TOKEN_KEYS,
+    TokenGalleries,
+    galleries_of,
+    retrieval_same_token,
+    same_token_rows,
+)
+from align.metrics.similarity import FirstSide, debiased_ckas
 from align.moments.scatter import Rows
 from featstore.errors import FitError
 
@@ -38,21 +45,29 @@ class _Sample:
     """
 
     def __init__(self, wanted: NDArray[np.int64]) -> None:
-        self._wanted = wanted
-        self._kept: list[tuple[Rows, Rows]] = []
+        self._wanted, self._held = wanted, 0
+        self._kept: tuple[Rows, Rows] | None = None
         self._documents: list[NDArray[Any]] = []
 
     def update(self, start: int, y: Rows, y_hat: Rows, documents: NDArray[Any] | None = None) -> None:
         low, high = np.searchsorted(self._wanted, [start, start + len(y)])
         take = self._wanted[low:high] - start
-        # Fancy indexing copies, so the caller's buffers can be reused.
-        self._kept.append((y[take], y_hat[take]))
+        if self._kept is None:
+            # As long as it will be: pieces would have to be copied together at the end.
+            self._kept = self._room(y), self._room(y_hat)
+        for kept, rows in zip(self._kept, (y, y_hat), strict=True):
+            kept[self._held : self._held + len(take)] = rows[take]
+        self._held += len(take)
         if documents is not None:
             self._documents.append(documents[take])
 
+    def _room(self, rows: Rows) -> Rows:
+        return np.empty((len(self._wanted), rows.shape[1]), rows.dtype)
+
     def rows(self) -> tuple[Rows, Rows]:
-        y, y_hat = zip(*self._kept, strict=True)
-        return np.concatenate(y), np.concatenate(y_hat)
+        """True and predicted rows so far."""
+        y, y_hat = self._kept or (np.empty((0, 0)), np.empty((0, 0)))
+        return y[: self._held], y_hat[: self._held]
 
     def documents(self) -> NDArray[Any] | None:
         return np.concatenate(self._documents) if self._documents else None
@@ -62,6 +77,21 @@ def _some(total: int, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """A subset of the rows of a stream of known length."""
     chosen: NDArray[np.int64] = np.sort(rng.choice(total, size=min(size, total), replace=False))
     return chosen
+
+
+class Truth:
+    """What true rows alone give, computed for the first of several maps that are scored on the same rows.
+
+    Attributes:
+        gallery: Of retrieval, or None before.
+        tokens: Of retrieval among rows of one token.
+        cka: Their side of CKA.
+    """
+
+    def __init__(self) -> None:
+        self.gallery: Gallery | None = None
+        self.tokens: TokenGalleries | None = None
+        self.cka = FirstSide()
 
 
 class Scorer:
@@ -78,6 +108,7 @@ class Scorer:
         seed: Chooses the subsets.
         tokens: Integers ``(total,)``, the source token of every row to come; None where nobody knows, and then there
             is no retrieval among rows of the same token.
+        truth: Shared by scorers of the same rows about the same mean, with the same seed and counts.
 
     Raises:
         FitError: The mean is not a finite vector, a count is negative, or there are more or fewer tokens than rows.
@@ -92,7 +123,9 @@ class Scorer:
         cka_rows: int = 16_384,
         seed: int = 0,
         tokens: ArrayLike | None = None,
+        truth: Truth | None = None,
     ) -> None:
+        self._truth = Truth() if truth is None else truth
         if min(total, gallery, cka_rows) < 0:
             raise FitError(f"counts cannot be negative: {total}, {gallery}, {cka_rows}")
         self._rows = ScoreAccumulator(mean_train_y)
@@ -110,7 +143,7 @@ class Scorer:
             self._same = _Sample(chosen), ids[chosen]
             self._samples.append(self._same[0])
 
-    def update(self, y: Rows, y_hat: Rows, documents: ArrayLike | None = None) -> None:
+    def update(self, y: Rows, y_hat: Rows, documents: ArrayLike | None = None, known: TrueRows | None = None) -> None:
         """Add the next rows, in order.
 
         Args:
@@ -118,6 +151,7 @@ class Scorer:
             y_hat: (m, dy) predicted ones.
             documents: (m,) labels, which document each row is of: pairs of rows of one document are left out of
                 ``cka_debiased``. None, always or never, for every row its own.
+            known: :func:`align.metrics.rows.true_rows` of ``y`` if they are known already.
 
         Raises:
             FitError: Shapes do not fit, or more rows come than announced.
@@ -125,7 +159,7 @@ class Scorer:
         start = self._rows.n
         if start + len(y) > self._total:
             raise FitError(f"{start + len(y)} rows came, {self._total} were announced")
-        self._rows.update(y, y_hat)
+        self._rows.update(y, y_hat, known)
         labels = None if documents is None else np.asarray(documents)
         if labels is not None and labels.shape != (len(y),):
             raise FitError(f"document labels of shape {labels.shape} for {len(y)} rows: give one for each row")
@@ -141,7 +175,10 @@ class Scorer:
             missing = (*CKA_KEYS, *RETRIEVAL_KEYS, *SAME_TOKEN_KEYS)
             reasons.update(dict.fromkeys(missing, "no rows"))
         else:
-            gallery, reason = rank_of_partners(*self._gallery.rows(), self._rows.mean)
+            true, guess = self._gallery.rows()
+            if self._truth.gallery is None:
+                self._truth.gallery = gallery_of(true, self._rows.mean)
+            gallery, reason = rank_of_partners(true, guess, self._rows.mean, self._truth.gallery)
             found.update(gallery)
             if reason:
                 reasons.update(dict.fromkeys(RETRIEVAL_KEYS, reason))
@@ -150,7 +187,9 @@ class Scorer:
             if reason:
                 reasons.update(dict.fromkeys(SAME_TOKEN_KEYS, reason))
             try:
-                values = debiased_ckas(*self._cka.rows(), [self._cka.documents(), None])
+                values = debiased_ckas(
+                    *self._cka.rows(), [self._cka.documents(), None], first=self._truth.cka, overwrite=True
+                )
             except FitError as error:
                 values = [(math.nan, str(error))] * len(CKA_KEYS)
             for key, (value, reason) in zip(CKA_KEYS, values, strict=True):
@@ -164,7 +203,10 @@ class Scorer:
         if self._same is None:
             return {"retrieval_same_token_gallery": 0, "retrieval_same_token_tokens": 0}, NO_TOKENS
         sample, tokens = self._same
-        return retrieval_same_token(*sample.rows(), tokens)
+        true, guess = sample.rows()
+        if self._truth.tokens is None:
+            self._truth.tokens = galleries_of(true, tokens)
+        return retrieval_same_token(true, guess, tokens, self._truth.tokens)
 
 
 def score(

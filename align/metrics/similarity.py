@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -166,8 +167,31 @@ def debiased_cka(
     return debiased_ckas(x, y, [documents], correct_features=correct_features)[0]
 
 
+@dataclass(eq=False)
+class FirstSide:
+    """What the first of two sets of rows alone adds to CKA: computed with the first of several second sets.
+
+    Attributes:
+        rows: The rows about their mean, or None before.
+        reason: Why they cannot be compared, or None.
+        gram: Products of rows among themselves, where these are fewer than dimensions.
+        square: Of the products of dimensions among themselves, the sum of squares, where rows are more.
+    """
+
+    rows: Rows | None = None
+    reason: str | None = None
+    gram: Rows | None = None
+    square: float | None = None
+
+
 def debiased_ckas(
-    x: Rows, y: Rows, groupings: Sequence[ArrayLike | None], *, correct_features: bool = False
+    x: Rows,
+    y: Rows,
+    groupings: Sequence[ArrayLike | None],
+    *,
+    correct_features: bool = False,
+    first: FirstSide | None = None,
+    overwrite: bool = False,
 ) -> list[tuple[float, str | None]]:
     """:func:`debiased_cka` of the same rows for several notions of a document, whose products are made once.
 
@@ -176,6 +200,9 @@ def debiased_ckas(
         y: (n, dy).
         groupings: Labels (n,) each, or None for every row its own document.
         correct_features: As for :func:`debiased_cka`.
+        first: Of these very ``x``, where they were compared with rows of as many dimensions before; filled where it is
+            empty.
+        overwrite: Whether float32 rows may be replaced by those about their mean.
 
     Raises:
         FitError: Shapes do not fit or a row is not finite.
@@ -190,22 +217,27 @@ def debiased_ckas(
     if len(x) < 2 or all(documents.reason for _, documents in ordered):
         return [(math.nan, documents.reason or "no rows") for _, documents in ordered]
     few = len(x) <= max(FEW_ROWS, min(x.shape[1], y.shape[1]))
-    sides, reasons = [], []
-    for name, rows in (("first", x), ("second", y)):
-        _check_finite(rows)
-        mean: Array = np.mean(rows, axis=0, dtype=np.float64)
-        sides.append(_about(rows, mean, wide=few))
-        spread = float(np.einsum("ij,ij->", sides[-1], sides[-1], dtype=np.float64))
-        reasons.append(_constant(name, spread, len(rows), mean))
-    reason = next(filter(None, reasons), None)
-    grams = [] if reason or not few else [a @ a.T for a in sides]
-    squares = np.zeros((2, 2)) if reason or few else _squares(sides)
+    first = FirstSide() if first is None else first
+    if first.rows is None:
+        first.rows, first.reason = _prepared("first", x, wide=few, overwrite=overwrite)
+    second, why_not = _prepared("second", y, wide=few, overwrite=overwrite)
+    sides, reason = [first.rows, second], first.reason or why_not
+    grams: list[Rows] = []
+    squares = np.zeros((2, 2))
+    if reason is None and few:
+        first.gram = first.rows @ first.rows.T if first.gram is None else first.gram
+        grams = [first.gram, second @ second.T]
+    elif reason is None:
+        squares = _squares(sides, first.square)
+        first.square = float(squares[0, 0])
     found: list[tuple[float, str | None]] = []
     for order, documents in ordered:
         if why := documents.reason or reason:
             found.append((math.nan, why))
             continue
-        rows_in_order = sides if order is None else [rows[order] for rows in sides]
+        # Rows of a store come document by document, and need no copy in another order.
+        ordered_already = order is None or bool((order[1:] > order[:-1]).all())
+        rows_in_order = sides if order is None or ordered_already else [rows[order] for rows in sides]
         if few:
             hsic, size = _hsic_of_grams([k if order is None else k[np.ix_(order, order)] for k in grams], documents)
         else:
@@ -214,11 +246,19 @@ def debiased_ckas(
     return found
 
 
-def _about(rows: Rows, mean: Array, *, wide: bool) -> Rows:
+def _prepared(name: str, rows: Rows, *, wide: bool, overwrite: bool) -> tuple[Rows, str | None]:
+    """Rows about their mean, and why they cannot be compared."""
+    _check_finite(rows)
+    mean: Array = np.mean(rows, axis=0, dtype=np.float64)
+    away = _about(rows, mean, wide=wide, overwrite=overwrite)
+    return away, _constant(name, float(np.einsum("ij,ij->", away, away, dtype=np.float64)), len(rows), mean)
+
+
+def _about(rows: Rows, mean: Array, *, wide: bool, overwrite: bool = False) -> Rows:
     """Rows about their mean: in float64, or else rounded to float32 after the subtraction."""
     if wide or rows.dtype == np.float64 or rows.dtype.kind in "iu":
         return np.subtract(rows, mean, dtype=np.float64)
-    found = np.empty(rows.shape, np.float32)
+    found = rows if overwrite and rows.dtype == np.float32 else np.empty(rows.shape, np.float32)
     for start in range(0, len(rows), FEW_ROWS):
         part = slice(start, start + FEW_ROWS)
         found[part] = np.subtract(rows[part], mean, dtype=np.float64)
@@ -245,10 +285,13 @@ def _hsic_of_grams(grams: Sequence[Array], documents: Documents) -> tuple[Array,
     return products - 2 * shared, np.diag(products + 2 * np.abs(shared))
 
 
-def _squares(sides: Sequence[Rows]) -> Array:
-    """|X'Y|_F^2 of every two sides, float64 (2, 2)."""
+def _squares(sides: Sequence[Rows], known: float | None = None) -> Array:
+    """|X'Y|_F^2 of every two sides, float64 (2, 2); that of the first with itself may be known."""
     found = np.zeros((2, 2))
     for i, j in ((0, 0), (0, 1), (1, 1)):
+        if known is not None and i == j == 0:
+            found[0, 0] = known
+            continue
         x, y = sides[i], sides[j]
         c = np.zeros((x.shape[1], y.shape[1]))
         for start in range(0, len(x), _PRODUCT_ROWS):

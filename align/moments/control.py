@@ -20,8 +20,8 @@ from featstore.store import Store
 from featstore.store.moments.sums import BlockSums
 from featstore.store.read.pairs import Pairs
 
-#: Rows of one read.
-_CUT = 16_384
+#: Rows of one read and of one product: of wide states four times as many would take more than the sums.
+_CUT = 4096
 
 
 def next_document(document: NDArray[np.int64], place: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -72,7 +72,8 @@ def exchanged(store: Store, train: Pairs, pair: LayerPair, moments: Moments, see
     origins = {(0, pair.target_layer): moments.origin_y}
     for layer, (start, stop) in zip(sources, pairwise(accumulate(widths, initial=0)), strict=True):
         origins[1, layer] = moments.origin_x[start:stop]
-    sums: BlockSums[tuple[int, int]] = BlockSums(origins, [((1, layer), (0, pair.target_layer)) for layer in sources])
+    blocks_wanted = [((1, layer), (0, pair.target_layer)) for layer in sources]
+    sums: BlockSums[tuple[int, int]] = BlockSums(origins, blocks_wanted, block_rows=_CUT)
     for start in range(0, len(train), _CUT):
         cut = slice(start, start + _CUT)
         states = {(0, pair.target_layer): store.rows(pair.target, pair.target_layer)[target[cut]]}

@@ -100,6 +100,7 @@ class Maker:
         judge: Scores a closed form on validation.
         reporting: Where to report.
         device: Where closed forms are solved.
+        alone: Whether no other run shares the solver; several pairs are then solved side by side.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Maker:
         reporting: Reporting,
         *,
         device: str = "cpu",
+        alone: bool = True,
     ) -> None:
         self._plan, self._data, self._direction, self._moments = plan, data, direction, moments
         self._solver, self._judge, self._reporting = solver, judge, reporting
@@ -123,7 +125,7 @@ class Maker:
             self._solved = fit_shared_procrustes(wanted, moments, plan.sharing.scale)
         elif plan.sharing is not None:
             self._base = _Base(plan.sharing, fit_shared(moments, plan.sharing.base, scale=plan.sharing.scale))
-        elif plan.training is None and worth_threads(wanted, moments, device):
+        elif plan.training is None and alone and worth_threads(wanted, moments, device):
             fitted = fit_all({"": plan.fit}, wanted, moments, device=device)
             self._solved = {key: maps[""] for key, maps in fitted.items()}
 

@@ -13,7 +13,7 @@ from align.runs.rundir import RunDirectory, check_free
 from align.runs.train import Run, carry_out, token_tables
 from align.settings import Settings
 from align.tokens.table import TokenTables
-from featstore.errors import FeatstoreError, SpecError
+from featstore.errors import SpecError
 from featstore.runtime.console import check_directory
 
 
@@ -64,7 +64,7 @@ def train_together(runs: Sequence[tuple[Settings, Path]], *, quiet: bool = True)
             job = resolve(settings)
             tables = tables or token_tables(job)
             begun.append(Run(job, Reporting(RunDirectory(out, settings), None, None, False, quiet), tables))
-        except FeatstoreError as error:
+        except Exception as error:  # noqa: BLE001 - whatever one run meets, the others go on
             begun.append(error)
     together = [run for run in begun if isinstance(run, Run)]
     if together:

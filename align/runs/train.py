@@ -14,7 +14,7 @@ from align.closed_form.partners import best_partners
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.metrics import TOKEN
-from align.moments.scan import Scan, groups_within, roles_selected, scan, stored_scan
+from align.moments.scan import Scan, groups_within, roles_selected, scan, sites_of, stored_scan
 from align.runs.candidates import EpochEvaluation, Maker, Reporting
 from align.runs.job import Direction, Job, resolve
 from align.runs.judge import Candidate, Controls, Judge
@@ -27,7 +27,7 @@ from featstore.errors import MissingPackageError, SpecError
 from featstore.runtime.console import check_directory, err, progress
 from featstore.runtime.processes import Ranks
 from featstore.runtime.sheets import NONE, number, with_interval
-from featstore.store.moments.stored import MEMORY
+from featstore.store.moments.stored import MEMORY, has_rows
 from featstore.text.splits import TEST
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ def carry_out(runs: Sequence[Run]) -> None:
         # All have the same layer pairs, or there is only one.
         first, wanted = going[0], going[0].wanted
         try:
+            # Before there are any sums: both take memory for matrices of the layers' width.
+            first.fit_tables()
             for moments in first.scans():
                 _group(going, [pair for pair in wanted if pair.key in moments], moments)
                 # The sums of a group can take all the memory allowed: they go before those of the next are made.
@@ -147,10 +149,11 @@ def _group(runs: Sequence[Run], wanted: list[LayerPair], moments: dict[str, Scan
     solver, controls = Solver(runs[0].device), Controls()
     for run in runs:
         with run.guarded():
-            run.prepare(wanted, moments, solver, controls)
+            run.prepare(wanted, moments, solver, controls, alone=len(runs) == 1)
     for pair in wanted:
-        # Maps first: those of one layer pair share what is known of it, and the controls are of other moments.
-        for run in runs:
+        # Maps first: those of one layer pair share what is known of it, and the controls are of other moments. A
+        # rotation, which has no use for the source's eigenvectors, comes last: then its eigenvalues are known.
+        for run in sorted(runs, key=lambda run: run.job.map.isometric):
             with run.guarded():
                 run.solve(pair)
         for run in runs:
@@ -196,12 +199,21 @@ class Run:
             err.print(roles_selected(self.job.data.store, models, roles, len(direction.pairs)))
         self.wanted = self._choose(direction) if self.job.choose else direction.wanted
 
-    def prepare(self, wanted: list[LayerPair], moments: dict[str, Scan], solver: Solver, controls: Controls) -> None:
+    def fit_tables(self) -> None:
+        """Fit the baselines from the source's token alone, as far as they will be asked for."""
+        store, direction = self.job.data.store, self._direction
+        for pair in self.wanted:
+            if all(has_rows(store, *site) for site in sites_of(pair)):
+                self.tables.of(direction.pairs, pair.target_layer)
+
+    def prepare(
+        self, wanted: list[LayerPair], moments: dict[str, Scan], solver: Solver, controls: Controls, *, alone: bool
+    ) -> None:
         """Get ready for some layer pairs."""
         if self.failure is not None:
             return
-        plan, data, direction = self.job.map, self.job.data, self._direction
-        self._judge = Judge(
+        plan, data, direction, reporting = self.job.map, self.job.data, self._direction, self.reporting
+        self._judge = judge = Judge(
             data,
             direction,
             solver,
@@ -211,11 +223,11 @@ class Run:
             tables=self.tables,
             controls=controls,
         )
-        self._maker = (
-            None
-            if plan.windows is not None
-            else Maker(plan, data, direction, wanted, moments, solver, self._judge, self.reporting, device=self.device)
-        )
+        self._maker = None
+        if plan.windows is None:
+            self._maker = Maker(
+                plan, data, direction, wanted, moments, solver, judge, reporting, device=self.device, alone=alone
+            )
 
     def solve(self, pair: LayerPair) -> None:
         """Make the map of a layer pair."""

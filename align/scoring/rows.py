@@ -10,6 +10,8 @@ import numpy as np
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.metrics import DocumentSums, Figures, Reasons, Scorer
+from align.metrics.rows import true_rows
+from align.metrics.scorer import Truth
 from align.tokens.table import TokenTable
 from featstore.errors import FitError
 from featstore.store import Store
@@ -93,8 +95,12 @@ def score_all(
     zero = next(iter((own or tables).values()), None)
     means = {name: own.get(name, zero) for name in maps}
     tokens = rows.pairs.token
+    # Maps of one run have one train mean; what the true rows give about it is measured once.
+    alike = zero is not None and all(mean is not None and np.array_equal(mean, zero) for mean in means.values())
+    centre = None if zero is None else zero.astype(np.float64)
+    truth = Truth() if alike else None
     scorers = {
-        name: Scorer(mean.astype(np.float64), len(rows), seed=seed, tokens=tokens)
+        name: Scorer(mean.astype(np.float64), len(rows), seed=seed, tokens=tokens, truth=truth)
         for name, mean in means.items()
         if mean is not None
     }
@@ -106,10 +112,11 @@ def score_all(
         owner = rows.pairs.document[block.pairs]
         if documents is not None and zero is not None:
             documents.add_targets(owner, block.y, zero)
+        known = true_rows(block.y, centre) if alike and centre is not None else None
         # One map at a time: the states of all of them would be many times the block.
         for name, aligner in maps.items():
             mapped = aligner.apply(block.x) if isinstance(aligner, Aligner) else aligner.predict(tokens[block.pairs])
-            scorers[name].update(block.y, mapped, owner)
+            scorers[name].update(block.y, mapped, owner, known)
             if documents is not None:
                 documents.add(name, owner, block.y, mapped)
     return {

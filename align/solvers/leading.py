@@ -1,8 +1,8 @@
 """The leading right singular vectors of a matrix from products with few columns: no decomposition of the whole.
 
 Block Lanczos on A'A with full reorthogonalisation, restarted with the best directions so far (Golub and Van Loan,
-Matrix Computations, 4th edition, 10.3; Wu and Simon, SIAM Journal on Matrix Analysis 22, 2000). A product of A with some
-columns reads A once for all of them, so that a few hundred columns cost less than the half of a decomposition that
+Matrix Computations, 4th edition, 10.3; Wu and Simon, SIAM Journal on Matrix Analysis 22, 2000). A product of A with
+some columns reads A once for all of them, so that a few hundred columns cost less than the half of a decomposition that
 cannot be made of matrix products. A matrix that is small, or of which many directions are wanted, is decomposed.
 """
 

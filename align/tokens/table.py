@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from align.moments.scatter import Array
 from align.tokens.layer_zero import LayerZero
-from align.tokens.shrinkage import Shrunken, fit_shrunken
+from align.tokens.shrinkage import Regressors, Shrunken, fit_shrunken, regressors_of
 from align.tokens.sums import TRAIN, VALIDATION, TokenSums, Vocabulary
 from featstore.errors import FitError
 from featstore.store import Store
@@ -65,11 +65,26 @@ class TokenTable:
         return result
 
 
+class SourceTokens:
+    """What the tables of one source have in common: its tokens' layer 0, and the regression's decomposition of it.
+
+    Args:
+        store: Complete store.
+        model: The source.
+    """
+
+    def __init__(self, store: Store, model: str) -> None:
+        self.missing = LayerZero.missing(store, model)
+        self.zero = None if self.missing is not None else LayerZero(store, model)
+        self.regressors: Regressors | None = None
+
+
 def fit_table(
     store: Store,
     pairs: Pairs,
     layer: int,
     *,
+    source: SourceTokens | None = None,
     memory: int = SUMS_MEMORY,
     keep: int = TABLES_MEMORY,
     tick: Callable[[float], None] = lambda _: None,
@@ -80,6 +95,7 @@ def fit_table(
         store: Complete store with rows of that layer.
         pairs: Of the models, all splits, mask applied.
         layer: Of the target.
+        source: What the tables of these pairs' source have in common; None for a table alone.
         memory: Bytes that sums by token may take; rarer tokens are then predicted from layer 0 alone.
         keep: Bytes of predictions to keep, of the tokens of validation and test text, the most frequent first.
         tick: Called with the number of rows read since the last call.
@@ -88,11 +104,11 @@ def fit_table(
         FitError: No train or validation rows, or a state that is not finite.
         StoreStateError: The store holds no rows of that layer.
     """
-    why, zero = LayerZero.missing(store, pairs.source), None
-    if why is None:
-        zero = LayerZero(store, pairs.source)
+    source = SourceTokens(store, pairs.source) if source is None else source
+    why = source.missing
+    if source.zero is not None:
         try:
-            return _fit(store, pairs, layer, zero, None, memory, keep, tick)
+            return _fit(store, pairs, layer, source, None, memory, keep, tick)
         except FitError as error:
             why = str(error)
     return _fit(store, pairs, layer, None, why, memory, keep, tick)
@@ -102,13 +118,13 @@ def _fit(
     store: Store,
     pairs: Pairs,
     layer: int,
-    zero: LayerZero | None,
+    source: SourceTokens | None,
     why: str | None,
     memory: int,
     keep: int,
     tick: Callable[[float], None],
 ) -> TokenTable:
-    reader = store.rows(pairs.target, layer)
+    reader, zero = store.rows(pairs.target, layer), None if source is None else source.zero
     sides = {TRAIN: pairs.where(pairs.split == splits.TRAIN), VALIDATION: pairs.where(pairs.split == splits.VALIDATION)}
     vocabulary = Vocabulary.of(
         sides[TRAIN].token, sides[VALIDATION].token, entry_bytes=8 * int(reader.width), memory=memory
@@ -119,7 +135,9 @@ def _fit(
             cut = slice(start, min(start + CUT_ROWS, len(side)))
             sums.add(split, side.token[cut], reader[side.row_target[cut]])
             tick(cut.stop - cut.start)
-    fitted = fit_shrunken(sums, zero)
+    if source is not None and zero is not None and source.regressors is None:
+        source.regressors = regressors_of(sums, zero)
+    fitted = fit_shrunken(sums, zero, None if source is None else source.regressors)
     ids = _kept(store, pairs.source, keep // (4 * int(reader.width)))
     states = np.empty((len(ids), int(reader.width)), dtype=np.float32)
     for start in range(0, len(ids), CUT_ROWS):
@@ -164,7 +182,8 @@ class TokenTables:
     """
 
     def __init__(self, store: Store, tables: int) -> None:
-        self._store, self._keep = store, TABLES_MEMORY // max(tables, 1)
+        self._store, self._keep, self._several = store, TABLES_MEMORY // max(tables, 1), tables > 1
+        self._sources: dict[tuple[str, str], SourceTokens] = {}
         self._fitted: dict[str, TokenTable | str] = {}
 
     @property
@@ -188,9 +207,16 @@ class TokenTables:
         if not has_rows(self._store, pairs.target, layer):
             return "needs rows of the target; the store holds moments only"
         try:
-            return fit_table(self._store, pairs, layer, keep=self._keep)
+            return fit_table(self._store, pairs, layer, source=self._source(pairs), keep=self._keep)
         except FitError as error:
             return str(error)
+
+    def _source(self, pairs: Pairs) -> SourceTokens | None:
+        """Kept where another table may need it, for the last source alone: a decomposition is as large as a map."""
+        key = pairs.source, pairs.target
+        if self._several and key not in self._sources:
+            self._sources = {key: SourceTokens(self._store, pairs.source)}
+        return self._sources.get(key)
 
 
 def table_key(source: str, target: str, layer: int) -> str:

@@ -109,7 +109,8 @@ def test_what_is_about_the_train_means_is_not_copied_for_fits(planted: Planted) 
     found = both_ways(planted, [PAIRS[0]])[PAIRS[0].key]
     train, val = found.centred
     assert train.gx is found.train.gx
-    assert (val.c is found.val.c) and (val.gy is found.val.gy)
+    assert val.c is found.val.c
+    assert val.gy is found.val.gy
     assert not found.train.sx.any()
     assert found.val.sx.any()
     lost = found.without_partners

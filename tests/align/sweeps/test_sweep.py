@@ -19,8 +19,9 @@ import align.runs.train
 import align.sweeps.sweep
 import align.training.loop
 from align.execution.options import Execution
+from align.runs.candidates import Maker
 from align.settings import LoopSettings, Settings
-from align.sweeps.sweep import Cell, Grid, cells, describe, parse_grid, run_cell, sweep
+from align.sweeps.sweep import Cell, Grid, cells, describe, groups, parse_grid, run_cell, run_together, sweep
 from featstore.errors import SpecError, StoreNotFoundError
 from featstore.runtime.provenance import read_json
 from featstore.store import open_store
@@ -193,15 +194,15 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(
     settings: Settings, here: Execution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = parse_grid(types="reduced-rank,affine,linear", ranks="2,99")
-    own = align.runs.train.train
+    own = Maker.candidate
 
-    def fails(s: Settings, run: Path, **words: Any) -> Any:
-        if s.type == "linear":
+    def fails(self: Maker, pair: Any) -> Any:
+        if self._plan.type.name == "linear":
             raise ZeroDivisionError("by\nzero")
-        return own(s, run, **words)
+        return own(self, pair)
 
     with monkeypatch.context() as patch:
-        patch.setattr(align.runs.train, "train", fails)
+        patch.setattr(Maker, "candidate", fails)
         result = sweep(settings, grid, tmp_path, execution=here, quiet=True)
     assert statuses(result) == {
         "reduced-rank-r2": "done", "reduced-rank-r99": "failed", "affine": "done", "linear": "failed",
@@ -323,6 +324,7 @@ SWEEP = """
 import sys
 from pathlib import Path
 from align.execution.options import Execution
+from align.runs.candidates import Maker
 from align.settings import LoopSettings, Settings
 from align.sweeps.sweep import Grid, sweep
 
@@ -395,6 +397,27 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(planted: Planted, tmp_path:
     }
     assert {name: (out / name / "adapter.json").stat().st_mtime_ns for name in done} == stamps
     assert len(result["comparison"]["rows"]) == 8
+
+
+def test_closed_forms_over_the_same_rows_go_to_one_worker(settings: Settings) -> None:
+    grid = Grid(("procrustes", "lora", "affine", "reduced-rank"), ranks=(2, 3), layers=("1", "2"))
+    names = [[cell.name for cell in group] for group in groups(cells(settings, grid))]
+    together = [
+        sorted([f"procrustes-L{k}", f"affine-L{k}", f"reduced-rank-L{k}-r2", f"reduced-rank-L{k}-r3"]) for k in (1, 2)
+    ]
+    alone = [[f"lora-L{k}-r{rank}"] for k in (1, 2) for rank in (2, 3)]
+    assert sorted(map(sorted, names)) == sorted([*together, *alone])
+
+
+def test_a_group_is_resumed_cell_by_cell(settings: Settings, tmp_path: Path) -> None:
+    own = [replace(settings, type=name) for name in ("procrustes", "affine")]
+    names = ["procrustes", "affine"]
+    assert all(isinstance(each, float) for each in run_together(own, str(tmp_path), names, 1))
+    stamp = (tmp_path / "affine" / "adapter.json").stat().st_mtime_ns
+    (tmp_path / "procrustes" / "adapter.json").unlink()
+    assert all(isinstance(each, float) for each in run_together(own, str(tmp_path), names, 1))
+    assert (tmp_path / "affine" / "adapter.json").stat().st_mtime_ns == stamp
+    assert (tmp_path / "procrustes" / "adapter.json").is_file()
 
 
 def test_two_sweeps_at_once_share_the_work(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
