@@ -2,9 +2,9 @@
 
     python benchmarks/bench_many_rows.py --directory /scratch --former
 
-The store is simulated (`tests/support/many_rows.py`): every document, unit, token and pair is there, and the rows of a
-shard are those of all others, so that it takes two gigabytes. Each task runs in a process of its own, by this build and,
-with `--former`, by the last one that read a manifest document by document. What counts is the task's seconds, its
+The store is simulated (`tests/support/many_rows.py`): every document, unit, token and pair is there, and the rows of
+a shard are those of all others, so that it takes two gigabytes. Each task runs in a process of its own, by this build
+and, with `--former`, by the last one that read a manifest document by document. What counts is the task's seconds, its
 processor seconds and the largest resident set of the process, imports and all. A task that takes more than `--memory`
 is stopped there and has no figures. With `--small` it takes seconds, and its figures mean nothing.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -348,5 +349,5 @@ def _by_block(numbers: NDArray[np.integer[Any]], size: int) -> Iterator[tuple[in
     order = np.argsort(block, kind="stable")
     block = block[order]
     edges = [0, *(np.flatnonzero(block[1:] != block[:-1]) + 1).tolist(), len(block)]
-    for at, end in zip(edges[:-1], edges[1:], strict=True):
+    for at, end in pairwise(edges):
         yield int(block[at]), order[at:end]

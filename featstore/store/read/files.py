@@ -133,7 +133,7 @@ class LocalFiles:
         """
         try:
             # Not through Path: there may be hundreds of thousands.
-            found = os.stat(f"{self.location}/{name}")
+            found = os.stat(f"{self.location}/{name}")  # noqa: PTH116
         except (OSError, ValueError):
             return -1
         return found.st_size if S_ISREG(found.st_mode) else -1
@@ -170,7 +170,7 @@ def read_document(path: str) -> bytes:
         StoreAccessError: It cannot be read.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
             return file.readall()
     except OSError as error:
         raise _unreadable(Path(path), error) from error
@@ -191,7 +191,7 @@ def manifest_files(root: Path) -> dict[str, int]:
     folders = [(str(root), "")] if os.path.lexists(root) else []
     for folder, above in folders:
         # A root that is a link is seen here, and what stands in the place of a folder as well.
-        if os.path.islink(folder) or not os.path.isdir(folder):
+        if os.path.islink(folder) or not os.path.isdir(folder):  # noqa: PTH112, PTH114
             raise _no_manifest(Path(folder))
         with os.scandir(folder) as entries:
             for entry in entries:
