@@ -4,7 +4,8 @@
 
 The scan reads the rows of a synthetic store and makes the sums of all 25 layer pairs; then Procrustes, the ridge path
 and reduced rank are solved for each. Wanted: both together take at most 1.3 times the scan where rows are 250 times the
-width. Peers, where they are installed, solve one layer pair on the same rows. Interleaved rounds, median.
+width, and at most twice where they are 20 times. Peers, where they are installed, solve one layer pair on the same
+rows. Interleaved rounds, median.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ LAYERS = range(1, 6)
 PAIRS = [LayerPair("a", (i,), "b", j) for i in LAYERS for j in LAYERS]
 FITS = {"procrustes": Fit("procrustes"), "ridge path": Fit("affine"), "reduced rank": Fit("reduced-rank", rank=32)}
 WANTED = 1.3
+#: At 20 rows a dimension, where fits weigh more.
+WANTED_SMALL = 2.0
 
 
 def synthetic(path: Path, rows: int, width: int) -> Store:
@@ -123,6 +126,7 @@ def main() -> None:
         "versions": versions_of("featstore", "numpy", "scipy", "threadpoolctl", "himalaya", "latentis", "torch"),
         "layer_pairs": len(PAIRS),
         "wanted": WANTED,
+        "wanted_small": WANTED_SMALL,
         "measured": measured,
     }
     large, small = (one["ratio"] for one in measured)
@@ -130,8 +134,11 @@ def main() -> None:
         print(f"  one layer pair, {name:32} {statistics.median(spent):8.3f} s")
     for name, reason in measured[0]["peers"]["missing"].items():
         print(f"  {name}: {reason}")
-    print(judged({"scan over scan and fits": (1 / large, 1 / WANTED)}))
-    print(f"scan and all fits over scan: {large:.2f} at {sizes[0]} rows, {small:.2f} at {sizes[1]} (wanted {WANTED})")
+    goals = {"scan over scan and fits": (1 / large, 1 / WANTED)}
+    print(judged({**goals, "the same of few rows": (1 / small, 1 / WANTED_SMALL)}))
+    print(
+        f"scan and all fits over scan: {large:.2f} at {sizes[0]} rows, {small:.2f} at {sizes[1]} (wanted {WANTED} and {WANTED_SMALL})"
+    )
     if arguments.json:
         print(json.dumps(result))
     if arguments.keep:

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def plant_here(path: Path, width: int, rows: int, layers: int) -> None:
         plant(path, *sides, form="bfloat16", documents=60, tokens=tokens)
     except ImportError:
         # The former build, whose stores name no tokens of one's own.
-        from tests.planted import plant as plant_former  # type: ignore[import-not-found]
+        from tests.planted import plant as plant_former  # type: ignore[import-untyped]
 
         plant_former(path, *sides, form="bfloat16", documents=60)
 
@@ -78,7 +77,8 @@ def contenders(stores: dict[str, Path], builds: dict[str, Path], layers: str, *,
 
 def measure(named: dict[str, Any], rounds: int, directory: Path) -> dict[str, list[Spent]]:
     """What every contender took in every round, one process at a time, in an order that differs by round."""
-    order, taken = np.random.default_rng(0), {name: [] for name in named}
+    order = np.random.default_rng(0)
+    taken: dict[str, list[Spent]] = {name: [] for name in named}
     for turn in range(rounds):
         for name in order.permutation(sorted(named)).tolist():
             build, words = named[name]
@@ -95,8 +95,10 @@ def ratios_of(taken: dict[str, list[Spent]], ours: str, theirs: list[str]) -> di
     rounds = range(len(taken[ours]))
 
     def median(value: str, over: Any) -> float:
-        return statistics.median(
-            getattr(taken[ours][i], value) / over(getattr(taken[name][i], value) for name in theirs) for i in rounds
+        return float(
+            statistics.median(
+                getattr(taken[ours][i], value) / over(getattr(taken[name][i], value) for name in theirs) for i in rounds
+            )
         )
 
     return {"seconds": median("seconds", sum), "cpu": median("cpu", sum), "peak": median("peak", max)}
@@ -179,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

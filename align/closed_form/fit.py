@@ -140,6 +140,10 @@ class Solver:
             self._rotation = widths, seed, drawn.astype(np.float32)
         return self._rotation[2].astype(np.float64)
 
+    def forget(self) -> None:
+        """Let go of what is known of the last source, before something else needs the memory."""
+        self._sources.clear()
+
     def _problem(self, pair: LayerPair, train: Scatter, val: Scatter) -> Problem:
         source = self._source(pair, train, val)
         if self._device is not None:
@@ -262,14 +266,30 @@ def baselines(
     Returns:
         By name a map, or the reason why there is none.
     """
+    solver = solver or Solver(device)
+    controls = unfitted_baselines(pair, moments, seed, solver)
+    return {**controls, "shuffled": solver.fit(fit, pair, moments.without_partners)}
+
+
+def unfitted_baselines(pair: LayerPair, moments: Scan, seed: int, solver: Solver) -> dict[str, Aligner | str]:
+    """Those of :func:`baselines` that are the same whatever is fitted.
+
+    Args:
+        pair: Which layers.
+        moments: Of this pair.
+        seed: Of the random rotation.
+        solver: Draws it once for all pairs.
+
+    Returns:
+        By name a map, or the reason why there is none.
+    """
     mean_x, mean_y = moments.means
     shape = (len(mean_x), len(mean_y))
-    solver = solver or Solver(device)
+    rotation = solver.random_rotation(shape, seed)
     result: dict[str, Aligner | str] = {
         "mean": _aligner(pair, np.zeros(shape), mean_x, mean_y, moments.means, {}, 0),
         "identity": f"widths differ ({shape[0]} and {shape[1]})",
-        "random_rotation": _aligner(pair, solver.random_rotation(shape, seed), mean_x, mean_y, moments.means, {}, 0),
-        "shuffled": solver.fit(fit, pair, moments.without_partners),
+        "random_rotation": _aligner(pair, rotation, mean_x, mean_y, moments.means, {}, 0),
     }
     if shape[0] == shape[1]:
         zero = np.zeros_like(mean_x)

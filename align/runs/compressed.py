@@ -75,7 +75,7 @@ def compress(
     entry, sums = _entry(plan, done, (train, val, test), direction, pair, moments, judge, windows.seed)
     training = Training(done.best_epoch, done.last_epoch, windows.epochs)
     gram = gram_facts(Solver().gram_values(pair, moments), moments.train.n)
-    entry["warnings"] = judge.warnings(pair, entry, moments, {}, gram, training=training)
+    entry["warnings"] = judge.warnings(pair, entry, moments.train.n, {}, gram, training=training)
     return aligner, entry, sums.renamed({"compress": "map"}).block()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from align.closed_form.fit import Fit, Solver, baselines
+from align.closed_form.fit import Fit, Solver, unfitted_baselines
 from align.closed_form.partners import validation_r2
 from align.closed_form.scaling import Unscaled, unscaled
 from align.layers import LayerPair
@@ -55,6 +55,27 @@ class Candidate:
     val: tuple[Figures | None, Reasons] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """All that judging a map needs of its layer pair's moments, which can then go.
+
+    Attributes:
+        controls: Maps that the result is shown beside, by name, or the reason why there is none.
+        n_train: Train pairs.
+        control: How partners were taken away for the shuffled control.
+        gram: Facts of the source's Gram matrix.
+        unscaled: What a factor would do to the map's rotation, where that has none.
+        intercept: What one would do to the map, where it has none.
+    """
+
+    controls: dict[str, Aligner | str]
+    n_train: int
+    control: str
+    gram: Gram
+    unscaled: Unscaled | None
+    intercept: Intercept | None
+
+
 class Controls:
     """Scores of the maps that every result is shown beside and that no type of map changes.
 
@@ -62,7 +83,20 @@ class Controls:
     """
 
     def __init__(self) -> None:
+        self._maps: dict[str, dict[str, Aligner | str]] = {}
         self._found: dict[str, tuple[dict[str, tuple[Figures | None, Reasons]], DocumentSums | None]] = {}
+
+    def maps(self, pair: LayerPair, make: Callable[[], dict[str, Aligner | str]]) -> dict[str, Aligner | str]:
+        """The maps themselves, made for the first run.
+
+        Args:
+            pair: Which layers.
+            make: Makes them.
+        """
+        if pair.key not in self._maps:
+            # Those of other pairs have been scored.
+            self._maps = {pair.key: make()}
+        return self._maps[pair.key]
 
     def known(self, pair: LayerPair) -> tuple[dict[str, tuple[Figures | None, Reasons]], DocumentSums | None]:
         """By name the figures on the test rows and the reasons of those that are null; and sums over documents.
@@ -120,16 +154,35 @@ class Judge:
         self._data, self._direction, self._solver, self._tables = data, direction, solver, tables
         self._seed, self._isometric, self._centred = seed, isometric, centred
 
-    def entry(self, pair: LayerPair, moments: Scan, candidate: Candidate) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A layer pair's part of ``metrics.json`` and of ``documents.json``.
+    def prepare(self, pair: LayerPair, moments: Scan, candidate: Candidate) -> Prepared:
+        """Fit the controls, and find out what the moments say about a map.
 
         Args:
             pair: Which layers.
             moments: Of this pair.
             candidate: Its map.
         """
-        pairs = self._direction.pairs
-        controls = baselines(candidate.like, pair, moments, self._seed, solver=self._solver)
+        solver = self._solver
+        unfitted = self._controls.maps(pair, lambda: unfitted_baselines(pair, moments, self._seed, solver))
+        shuffled = solver.fit(candidate.like, pair, moments.without_partners)
+        return Prepared(
+            controls={**unfitted, "shuffled": shuffled},
+            n_train=moments.train.n,
+            control=moments.control,
+            gram=gram_facts(solver.gram_values(pair, moments), moments.train.n),
+            unscaled=None if candidate.rotation is None else unscaled(candidate.rotation, moments),
+            intercept=self._intercept(pair, candidate.aligner, moments),
+        )
+
+    def entry(self, pair: LayerPair, candidate: Candidate, known: Prepared) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A layer pair's part of ``metrics.json`` and of ``documents.json``.
+
+        Args:
+            pair: Which layers.
+            candidate: Its map.
+            known: From :meth:`prepare`.
+        """
+        pairs, controls = self._direction.pairs, known.controls
         maps: dict[str, Aligner | TokenTable | str] = {"map": candidate.aligner, **controls}
         maps[TOKEN], facts = self.token(pair)
         maps["closed_form"] = candidate.optimum[0] if candidate.optimum else "this is a closed form"
@@ -159,7 +212,7 @@ class Judge:
         if candidate.optimum is not None:
             entry["baselines"]["closed_form"]["name"] = candidate.optimum[1]
         if (control := entry["baselines"].get("shuffled")) is not None:
-            control["name"] = moments.control
+            control["name"] = known.control
         add_intervals(entry, NEEDS_ROWS if sums is None else sums)
         add_partial(entry, NEEDS_ROWS if sums is None else sums)
         entry["by_role"] = self._direction.by_role
@@ -168,13 +221,13 @@ class Judge:
         entry["warnings"] = self.warnings(
             pair,
             entry,
-            moments,
+            known.n_train,
             candidate.parts or {},
-            gram_facts(self._solver.gram_values(pair, moments), moments.train.n),
+            known.gram,
             lam=candidate.aligner.options.get("lambda"),
             training=candidate.training,
-            unscaled=None if candidate.rotation is None else unscaled(candidate.rotation, moments),
-            intercept=self._intercept(pair, candidate.aligner, moments),
+            unscaled=known.unscaled,
+            intercept=known.intercept,
         )
         return entry, {} if sums is None else sums.block()
 
@@ -216,7 +269,7 @@ class Judge:
         self,
         pair: LayerPair,
         entry: Mapping[str, Any],
-        moments: Scan,
+        n_train: int,
         parts: Mapping[str, float],
         gram: Gram | None,
         *,
@@ -230,7 +283,7 @@ class Judge:
         Args:
             pair: Which layers.
             entry: Its part of ``metrics.json`` so far.
-            moments: Of this pair.
+            n_train: Train pairs.
             parts: Components of the last epoch's train loss.
             gram: Facts of the source's Gram matrix.
             lam: Relative ridge strength, where one was chosen.
@@ -246,8 +299,8 @@ class Judge:
         return findings(
             entry=entry,
             parts=parts,
-            n_train=moments.train.n,
-            width=len(moments.means[0]),
+            n_train=n_train,
+            width=sum(store.model(pair.source).width for _ in pair.source_layers),
             coverage=self._direction.everything.coverage,
             keep_sinks=self._data.keep_sinks,
             gram=gram,

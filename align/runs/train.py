@@ -17,7 +17,7 @@ from align.metrics import TOKEN
 from align.moments.scan import Scan, groups_within, roles_selected, scan, sites_of, stored_scan
 from align.runs.candidates import EpochEvaluation, Maker, Reporting
 from align.runs.job import Direction, Job, resolve
-from align.runs.judge import Candidate, Controls, Judge
+from align.runs.judge import Candidate, Controls, Judge, Prepared
 from align.runs.plan import Sharing
 from align.runs.rundir import RunDirectory, check_free, default_directory
 from align.settings import Settings
@@ -140,6 +140,8 @@ def carry_out(runs: Sequence[Run]) -> None:
                 _group(going, [pair for pair in wanted if pair.key in moments], moments)
                 # The sums of a group can take all the memory allowed: they go before those of the next are made.
                 moments.clear()
+                if all(run.failure is not None for run in going):
+                    break
         except Exception as error:  # noqa: BLE001 - raised again by whoever asked for the run
             for run in going:
                 run.failure = run.failure or error
@@ -149,8 +151,8 @@ def _group(runs: Sequence[Run], wanted: list[LayerPair], moments: dict[str, Scan
     solver, controls = Solver(runs[0].device), Controls()
     for run in runs:
         with run.guarded():
-            run.prepare(wanted, moments, solver, controls, alone=len(runs) == 1)
-    for pair in wanted:
+            run.ready(wanted, moments, solver, controls, alone=len(runs) == 1)
+    for place, pair in enumerate(wanted):
         # Maps first: those of one layer pair share what is known of it, and the controls are of other moments. A
         # rotation, which has no use for the source's eigenvectors, comes last: then its eigenvalues are known.
         for run in sorted(runs, key=lambda run: run.job.map.isometric):
@@ -158,9 +160,14 @@ def _group(runs: Sequence[Run], wanted: list[LayerPair], moments: dict[str, Scan
                 run.solve(pair)
         for run in runs:
             with run.guarded():
-                run.judge(pair, moments[pair.key])
-        # Nobody needs these sums any more, and of wide layers they are large.
+                run.prepare(pair, moments[pair.key])
+        # Of wide layers sums are large, and scores take memory of their own.
         del moments[pair.key]
+        if not any(pair.source_layers == other.source_layers for other in wanted[place + 1 :]):
+            solver.forget()
+        for run in runs:
+            with run.guarded():
+                run.judge(pair)
 
 
 class Run:
@@ -177,6 +184,7 @@ class Run:
         self.documents: dict[str, Any] = {}
         self.partners: list[dict[str, Any]] = []
         self._candidate: Candidate | None = None
+        self._prepared: Prepared | None = None
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -206,7 +214,7 @@ class Run:
             if all(has_rows(store, *site) for site in sites_of(pair)):
                 self.tables.of(direction.pairs, pair.target_layer)
 
-    def prepare(
+    def ready(
         self, wanted: list[LayerPair], moments: dict[str, Scan], solver: Solver, controls: Controls, *, alone: bool
     ) -> None:
         """Get ready for some layer pairs."""
@@ -236,20 +244,26 @@ class Run:
         self._announce(pair)
         self._candidate = None if self._maker is None else self._maker.candidate(pair)
 
-    def judge(self, pair: LayerPair, moments: Scan) -> None:
-        """Judge it, and keep both."""
-        if self.failure is not None:
+    def prepare(self, pair: LayerPair, moments: Scan) -> None:
+        """Fit its controls, and find out what its moments say; of a compress map everything, at once."""
+        self._prepared = None
+        if self.failure is not None or not self.reporting.files.writes:
             return
         plan = self.job.map
         if plan.windows is not None:
             from align.runs.compressed import compress
 
-            made = compress(
-                plan, plan.windows, self.job.data, self._direction, pair, moments, self._judge, self.reporting
-            )
-            self._keep(pair, *made)
-        elif self._candidate is not None and self.reporting.files.writes:
-            self._keep(pair, self._candidate.aligner, *self._judge.entry(pair, moments, self._candidate))
+            direction, data = self._direction, self.job.data
+            self._keep(pair, *compress(plan, plan.windows, data, direction, pair, moments, self._judge, self.reporting))
+        elif self._candidate is not None:
+            self._prepared = self._judge.prepare(pair, moments, self._candidate)
+
+    def judge(self, pair: LayerPair) -> None:
+        """Judge it, and keep both."""
+        candidate, prepared = self._candidate, self._prepared
+        self._candidate = self._prepared = None
+        if self.failure is None and candidate is not None and prepared is not None:
+            self._keep(pair, candidate.aligner, *self._judge.entry(pair, candidate, prepared))
 
     def finish(self) -> dict[str, Any]:
         """Write the run's files, and return what ``metrics.json`` holds."""

@@ -542,6 +542,9 @@ class TestDocumentSums:
         sums = DocumentSums()
         scored = score_all(rows, maps, documents=sums)
         assert scored == score_all(rows, maps)
+        # What the true rows give is measured once for all maps, and is what each measures alone.
+        for name, one in maps.items():
+            assert score_all(rows, {name: one})[name] == scored[name]
         # Of every ten documents the first is a test document; the rows of each, from what was planted.
         assert sums.documents == [0, 10, 20]
         assert sums.n.tolist() == [50, 50, 50]

@@ -19,12 +19,13 @@ from align.moments.scatter import (
     merge,
     moments_of,
     moved,
+    moved_block,
     paired_with_itself,
     raw,
 )
 from featstore.errors import FitError
 from featstore.store.moments import sums as module
-from featstore.store.moments.sums import BlockSums, assemble
+from featstore.store.moments.sums import Block, BlockSums, assemble
 
 seeds = st.integers(0, 2**32 - 1)
 widths = st.integers(1, 6)
@@ -92,6 +93,37 @@ def test_moving_the_origin_is_summing_about_the_other_one(seed: int, dx: int, dy
     there = moved(moments_of(x, y, ox, oy), px, py)
     assert_same(there, moments_of(x, y, px, py))
     assert_same(moved(there, ox, oy), moments_of(x, y, ox, oy), rtol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, widths, widths, st.integers(1, 40))
+def test_a_block_moves_in_place_as_moments_do(seed: int, dx: int, dy: int, n: int) -> None:
+    x, y, ox, oy = pairs(seed, n, dx, dy)
+    m = moments_of(x, y, ox, oy)
+    there = moved(m, *means(m))
+    product = m.c.copy()
+    block = Block(n, product, np.stack([m.sx, m.ux]), np.stack([m.sy, m.uy]), np.array([m.a, m.b, m.d]))
+    found = moved_block(block, m.sx / n, m.sy / n)
+    assert found.product is product
+    np.testing.assert_allclose(found.product, there.c, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found.x, [there.sx, there.ux], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.y, [there.sy, there.uy], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.totals, [there.a, there.b, there.d], rtol=1e-9, atol=1e-9)
+    block = Block(n, m.c.copy(), block.x, block.y, block.totals)
+    centred = moved_block(block, m.sx / n, m.sy / n, centred=(True, False))
+    assert not centred.x[0].any()
+    np.testing.assert_array_equal(centred.y, found.y)
+
+
+def test_moments_about_a_centre_are_not_copied_for_it() -> None:
+    x, y, ox, oy = pairs(5, 20, 4, 3)
+    m = moments_of(x, y, ox, oy)
+    here, there = about(m, ox, oy), about(m, ox + 1, oy)
+    assert here.gx is m.gx
+    assert here.c is m.c
+    assert there.gy is m.gy
+    assert there.gx is not m.gx
+    assert there.c is not m.c
 
 
 def test_one_side_with_itself() -> None:

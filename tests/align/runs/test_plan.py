@@ -171,7 +171,7 @@ def test_every_setting_of_a_training_reaches_its_plan() -> None:
 #: Modules of the room above the resolved run: they make settings, resolve them, or write them down.
 ABOVE = {
     *("cli", "api", "notebook/keywords", "notebook/run"),
-    *("runs/train", "runs/plan", "runs/job", "runs/rundir"),
+    *("runs/train", "runs/together", "runs/plan", "runs/job", "runs/rundir"),
     *("sweeps/grid", "sweeps/sweep"),
 }
 

@@ -81,10 +81,10 @@ def test_rows_are_read_and_controls_scored_once(
 def test_one_that_fails_leaves_the_others(planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Judge.entry
 
-    def entry(self: Judge, pair: Any, moments: Any, candidate: Any) -> Any:
+    def entry(self: Judge, pair: Any, candidate: Any, known: Any) -> Any:
         if candidate.like.type == "affine":
             raise FitError("no")
-        return own(self, pair, moments, candidate)
+        return own(self, pair, candidate, known)
 
     monkeypatch.setattr(Judge, "entry", entry)
     runs = [(settings_of(planted, name), tmp_path / name) for name in ("affine", "procrustes")]
