@@ -210,6 +210,9 @@ def sums_of(stored: NDArray[np.uint32], roots: tuple[NDArray[np.float64], NDArra
     """
     found = stored.astype(np.float64)
     found -= ONE
-    found *= (roots[0] / ONE)[:, None]
-    found *= roots[1]
+    found /= ONE
+    for start in range(0, len(found), TILE):
+        rows = slice(start, start + TILE)
+        # The roots first: their product is the same both ways round, so what is symmetric stays so.
+        found[rows] *= roots[0][rows, None] * roots[1]
     return found

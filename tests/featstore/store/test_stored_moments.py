@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, local
 from typing import Any
 
 import numpy as np
@@ -26,10 +28,11 @@ from align.similarity.compare import Comparison
 from featstore.errors import CorruptDataError, FitError, SpecError, StoreBusyError, StoreStateError
 from featstore.runtime.processes import Ranks
 from featstore.store import Store, open_store
+from featstore.store.format.packed import pack
 from featstore.store.inspect.verify import verify_store
 from featstore.store.moments import pieces, writing
 from featstore.store.moments import stored as module
-from featstore.store.moments.pieces import PieceSums, _read, least_memory
+from featstore.store.moments.pieces import PieceSums, Sums, _read, least_memory
 from featstore.store.moments.stored import CUT_ROWS, MEMORY, Site, StoredMoments, all_blocks, unit_of
 from featstore.store.moments.sums import BlockSums, Moments, moments_of, products, steady_products
 from featstore.store.moments.writing import StoredRows, add_moments, pieces_of, sums_aside
@@ -147,6 +150,36 @@ def test_any_zarr_reader_finds_them(summed: Path) -> None:
     n = int(block["totals"][0])
     assert n == reference(summed, ("a", 1), ("b", 2), 0).n
     assert verify_store(summed, quiet=True)["damage"] == []
+
+
+def test_verify_compares_them_with_the_rows(summed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with exclusive(summed):
+        writer = StoreWriter(summed)
+        stored = StoredMoments(writer.view, *MODELS)
+        block = (("a", 1), ("b", 2))
+        original, changed = stored.block(block, 1), []
+
+        def spoiled(product: Any, roots: Any, *, half: bool) -> bytes:
+            product[3, 5] += 1e-3 * roots[0][3] * roots[1][5]
+            changed.append(half)
+            return pack(product, roots, half=half)
+
+        monkeypatch.setattr(writing, "pack", spoiled)
+        x, y = (
+            np.vstack([side, roots**2]) for side, roots in zip((original.x, original.y), roots_of(stored), strict=True)
+        )
+        totals = np.array([original.n, *original.totals])
+        writing._commit(writer, stored, 1, block, Sums(original.product.copy(), x, y, totals, np.zeros(0, dtype=bool)))
+        writer.seal(writer.attributes() or {})
+    assert changed == [False]
+    assert verify_store(summed, quiet=True)["damage"] == [
+        "moments of a 1 and b 2 (val): they are not the sums of the rows"
+    ]
+
+
+def roots_of(stored: StoredMoments) -> list[Any]:
+    """Roots of the sums of squares of the two sides of one block."""
+    return [stored.store.vector(f"moments/a__b/val/a.1__b.2/{side}")[2] for side in "xy"]
 
 
 def test_a_store_without_them_says_so(path: Path) -> None:
@@ -345,6 +378,23 @@ def test_any_number_of_processes_makes_the_same_bytes(
     assert one == two == four
     found = read_moments(open_store(stores[0]), ("a", 1), ("b", 2), 0)
     assert_same(found, reference(stores[0], ("a", 1), ("b", 2), 0), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_the_command_by_several_processes(plain: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, barrier, own = Path(shutil.copytree(plain.path, tmp_path / "many.zarr")), Barrier(2), local()
+    monkeypatch.setattr(Ranks, "from_environment", lambda: Ranks(own.rank, 2))
+    monkeypatch.setattr(Ranks, "wait", lambda _: barrier.wait(60))
+
+    def process(rank: int) -> Any:
+        own.rank = rank
+        return add_moments(path, quiet=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [len(result["moments"]) for result in pool.map(process, range(2))] == [1, 0]
+    monkeypatch.undo()
+    assert verify_store(path, quiet=True)["damage"] == []
+    assert open_store(path).version == 3
 
 
 @pytest.mark.usefixtures("in_pieces")
