@@ -42,7 +42,8 @@ def test_indexing_is_that_of_an_array(numbers, kind, piece, monkeypatch):
     assert len(column) == n
     assert column.dtype == array.dtype
     keys = [
-        slice(None), slice(5, 5), slice(100, 4000), slice(-300, None), slice(n, n + 5), slice(10, 9000, 7), slice(None, None, -3),
+        slice(None), slice(5, 5), slice(100, 4000), slice(-300, None), slice(n, n + 5), slice(10, 9000, 7),
+        slice(None, None, -3),
         rng.integers(0, n, 3000), np.sort(rng.integers(0, n, 3000)), rng.integers(-n, n, (4, 5)), np.zeros(0, np.int64),
         rng.random(n) < 0.1, np.zeros(n, bool), [3, 1, 2],
     ]  # fmt: skip

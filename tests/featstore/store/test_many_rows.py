@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
@@ -135,7 +133,7 @@ class TestIndex:
     def test_an_entry_that_is_gone_is_missed(self, tmp_path):
         path = finish(begin(tmp_path / "s.zarr", SMALL), SMALL)
         (path / "manifest/models/a/resid/0/rows-000003.json").unlink()
-        with pytest.raises(ContradictionError, match="rows-000003.json: missing"):
+        with pytest.raises(ContradictionError, match=r"rows-000003\.json: missing"):
             open_store(path).manifest  # noqa: B018
 
     def test_a_file_of_another_size_is_missed(self, tmp_path):
@@ -151,7 +149,8 @@ class TestIndex:
         "text",
         [
             b"a\t1\t00000000", b"a\t1\n", b"a\t-1\t00000000\n", b"a\t\t00000000\n", b"a\t1\t0000000g\n", b"a\t1\t0\n",
-            b"/a\t1\t00000000\n", b"a/../b\t1\t00000000\n", b"a//b\t1\t00000000\n", b"..\t1\t00000000\n", b"a/\t1\t00000000\n",
+            b"/a\t1\t00000000\n", b"a/../b\t1\t00000000\n", b"a//b\t1\t00000000\n", b"..\t1\t00000000\n",
+            b"a/\t1\t00000000\n",
             b"a b\t1\t00000000\n", b"\xff\t1\t00000000\n", b"\t1\t00000000\n", b"b\t1\t00000000\na\t1\t00000000\n",
             b"a\t1\t00000000\na\t1\t00000000\n", b"a\t9999999999999999999\t00000000\n", b"a" * 300 + b"\t1\t00000000\n",
             b"/".join([b"a"] * 20) + b"\t1\t00000000\n",
@@ -195,7 +194,8 @@ class TestResume:
     @pytest.mark.parametrize(
         ("old", "new"),
         [
-            (b'"unit": "models', b'"unit": "model5'), (b'"bytes": ', b'"bytes": 0'), (b"/c/1/0", b"/../1"), (b'"rows": 1', b'"rows": -1'),
+            (b'"unit": "models', b'"unit": "model5'), (b'"bytes": ', b'"bytes": 0'), (b"/c/1/0", b"/../1"),
+            (b'"rows": 1', b'"rows": -1'),
             (b'"bytes": ', b'"bytes": 99999999999999999'), (b"  },\n", b"  }\n"),
         ],
     )  # fmt: skip
@@ -212,4 +212,4 @@ class TestResume:
 
 def test_the_simulated_store_is_whole(simulated, large):
     assert verify_store(simulated, quiet=True)["damage"] == []
-    assert len(os.listdir(simulated / "models/a/resid/0/c")) == SMALL.rows // SMALL.shard_rows
+    assert len(list((simulated / "models/a/resid/0/c").iterdir())) == SMALL.rows // SMALL.shard_rows
