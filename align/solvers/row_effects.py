@@ -24,6 +24,7 @@ may be taken off those of the other), and every solution leaves the same A.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -205,6 +206,31 @@ def in_order(labels: ArrayLike) -> tuple[NDArray[np.int64], Documents]:
         raise FitError(f"document labels of shape {given.shape}: give one for each row")
     _, places, sizes = np.unique(given, return_inverse=True, return_counts=True)
     return np.argsort(places, kind="stable").astype(np.int64), Documents(sizes.astype(np.int64))
+
+
+#: Labels that are looked at together.
+_PIECE = 1 << 20
+
+
+def one_after_another(labels: Sequence[int] | NDArray[np.integer]) -> Documents | None:
+    """The documents of rows that stand in the order of their documents already, in memory for these alone.
+
+    Args:
+        labels: ``(n,)`` of integers: an array, or what gives arrays for slices.
+
+    Returns:
+        What :func:`in_order` finds; None where rows stand in another order.
+    """
+    edges, last = [np.zeros(0, np.int64)], None
+    for start in range(0, len(labels), _PIECE):
+        part = np.asarray(labels[start : start + _PIECE])
+        before = part[0] - 1 if last is None else last
+        steps = part[1:] != part[:-1]
+        if part[0] < before or (part[1:] < part[:-1]).any():
+            return None
+        edges.append(np.flatnonzero(np.concatenate(([part[0] != before], steps))) + start)
+        last = part[-1]
+    return Documents(np.diff(np.concatenate(edges), append=len(labels)).astype(np.int64))
 
 
 def alone(n: int) -> Documents:

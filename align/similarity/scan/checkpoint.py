@@ -28,6 +28,7 @@ from featstore.errors import CorruptDataError, FeatstoreError, StoreStateError
 from featstore.runtime.provenance import digest, write_atomic
 from featstore.runtime.records import EMPTY, Flag, Record, Table, Whole, parsed
 from featstore.store import Store
+from featstore.store.read.columns import pieces
 from featstore.store.read.pairs import Pairs
 
 FORMAT = 1
@@ -60,7 +61,8 @@ def identity_of(
     """
     rows, origins = hashlib.sha256(), hashlib.sha256()
     for numbers in (pairs.row_source, pairs.row_target):
-        rows.update(np.ascontiguousarray(numbers).tobytes())
+        for at in pieces(len(numbers)):
+            rows.update(np.ascontiguousarray(numbers[at]).tobytes())
     for site in sites:
         origins.update(store.origin(site.model, site.layer).tobytes())
     return {

@@ -16,7 +16,7 @@ from align.moments.scatter import Array
 from align.similarity.scan.documents import Between, DocumentAdder, close
 from align.similarity.scan.partials import Adder, Partial, Rows, UnusableRow, columns_of
 from align.similarity.scan.planning import Run, Selection, Site, Span
-from align.solvers.row_effects import Documents, in_order
+from align.solvers.row_effects import Documents, in_order, one_after_another
 from featstore.errors import FeatstoreError, NonFiniteStateError, StoreAccessError, StoreStateError
 from featstore.store import Store, open_store
 from featstore.store.read.pairs import Pairs
@@ -245,6 +245,9 @@ def by_document(selection: Selection) -> tuple[Pairs, Documents]:
         selection: Which pairs.
     """
     _, pairs = opened_by_worker(selection)
+    together = one_after_another(pairs.document)
+    if together is not None:
+        return pairs, together
     # Documents of one id may lie apart, such as answers to one prompt.
     order, documents = in_order(pairs.document)
     if (np.diff(order) != 1).any():

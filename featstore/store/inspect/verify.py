@@ -26,6 +26,7 @@ from featstore.store.format.documents import consolidated
 from featstore.store.format.index import INDEX
 from featstore.store.format.version import FORMAT_VERSION, old_store
 from featstore.store.moments.stored import SPLITS, SitePair, StoredMoments, all_blocks, has_rows
+from featstore.store.read.columns import pieces
 from featstore.store.read.contents import pair_problems
 from featstore.store.read.first import first_rows
 from featstore.store.read.links import links_of, outside_damage
@@ -40,7 +41,7 @@ from featstore.store.read.recorded import (
 )
 from featstore.store.read.store import Store, open_files
 from featstore.store.read.tables import TableReader
-from featstore.store.write.index import SINK_RULE, pair_rows, pairs_unit, sink_mask
+from featstore.store.write.index import SINK_RULE, pair_pieces, pairs_unit, sink_mask
 from featstore.store.write.table import table_unit
 from featstore.store.write.writer import StoreWriter
 from featstore.text.roles import roles_at
@@ -264,17 +265,19 @@ def _check_json(name: str, kind: type, raw: bytes, starts: NDArray[np.int64], co
 def _check_tokens(store: Store, name: str) -> Iterator[str]:
     """The token table fits the text, and nothing but whitespace is left unread."""
     table, corpus = store.tokens(name), store.corpus
-    end = corpus.window_start[table.window] + table.byte_end
     messages = (corpus.message_document, corpus.message_role, corpus.message_start, corpus.message_end)
-    roles = roles_at(corpus.window_document[table.window], end, *messages)
-    if not np.array_equal(table.role, np.where(table.special, 0, roles)):
+    lengths = corpus.window_end - corpus.window_start
+    read, same = np.zeros(len(lengths), np.int64), True
+    for at in pieces(len(table.id)):
+        window, byte_end, special = table.window[at], table.byte_end[at], table.special[at]
+        roles = roles_at(corpus.window_document[window], corpus.window_start[window] + byte_end, *messages)
+        same &= np.array_equal(table.role[at], np.where(special, 0, roles))
+        ordinary = np.flatnonzero(~special)
+        read[window[ordinary]] = byte_end[ordinary]  # the last one of each window stays
+    if not same:
         yield f"{name}: the tokens' roles are not those of the messages"
     if len(corpus.message_rest_start):
         return  # what a template trims is unread, and its own token may hold the end of a message
-    lengths = corpus.window_end - corpus.window_start
-    ordinary = np.flatnonzero(~table.special)
-    read = np.zeros(len(lengths), np.int64)
-    read[table.window[ordinary]] = table.byte_end[ordinary]  # the last one of each window stays
     for number in np.flatnonzero(read < lengths):
         rest = corpus.window_text(int(number)).encode()[read[number] :]
         if rest.decode(errors="replace").strip():
@@ -339,13 +342,17 @@ def _check_pairs(store: Store, first: str, second: str, policy: str) -> Iterator
     if not store.has(f"{unit}/row_a"):
         return  # documents have told already whether there must be one
     what = f"pairs of {first} and {second}" + f" ({policy})" * (policy != POLICIES[0])
-    row_a, row_b = store.pair_index(first, second, policy)
+    row_a, row_b = store.pair_columns(first, second, policy)
     wrong = list(pair_problems(what, row_a, row_b, store.tokens(first), store.tokens(second)))
     if wrong:
         yield from wrong
         return
-    rows = pair_rows(store, first, second, policy)
-    if not all(np.array_equal(ours, held) for ours, held in zip(rows, (row_a, row_b), strict=True)):
+    at, same = 0, True
+    for made_a, made_b in pair_pieces(store, first, second, policy):
+        here = slice(at, at + len(made_a))
+        same = same and np.array_equal(row_a[here], made_a) and np.array_equal(row_b[here], made_b)
+        at = here.stop
+    if not same or at != len(row_a):
         yield f"{what}: they are not all those, and only those, that the tokens make"
     # Refuses an index of which something else is recorded.
     store.pairs(first, second, policy)

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import DTypeLike, NDArray
 
 #: Entries that are looked at together where a column is gone through.
@@ -26,6 +27,25 @@ _KEPT_CHUNKS = 4
 _BLOCK = 1 << 14
 
 Numbers = NDArray[np.int64]
+
+
+def whole_windows(window: Any) -> Iterator[slice]:
+    """Neighbouring stretches of a token table that begin where windows do.
+
+    Args:
+        window: int32 ``(n,)``, non-decreasing: an array or a column.
+    """
+    start, size = 0, PIECE
+    while start < len(window):
+        stop = min(start + size, len(window))
+        of = window[start : min(stop + 1, len(window))]
+        begins = np.flatnonzero(of[1:] != of[:-1]) + 1
+        if stop < len(window) and not len(begins):
+            size *= 2  # one window is longer
+            continue
+        stop = stop if stop == len(window) else start + int(begins[-1])
+        yield slice(start, stop)
+        start, size = stop, PIECE
 
 
 def pieces(length: int, size: int | None = None) -> Iterator[slice]:
@@ -40,7 +60,7 @@ def pieces(length: int, size: int | None = None) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-class Column(ABC):
+class Column(NDArrayOperatorsMixin, ABC):
     """An array of one dimension, of which what is asked for is made.
 
     Attributes:
@@ -79,6 +99,11 @@ class Column(ABC):
         """Number of entries."""
         return len(self)
 
+    @property
+    def ndim(self) -> int:
+        """One."""
+        return 1
+
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
@@ -106,26 +131,23 @@ class Column(ABC):
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
             raise ValueError("a column is made when it is asked for; use np.asarray(column)")
-        return self._mapped(lambda values: values, self.dtype if dtype is None else np.dtype(dtype))
-
-    def _mapped(self, function: Callable[[NDArray[Any]], NDArray[Any]], dtype: DTypeLike) -> NDArray[Any]:
-        result = np.empty(len(self), dtype)
+        result = np.empty(len(self), self.dtype if dtype is None else dtype)
         for at in pieces(len(self)):
-            result[at] = function(self.part(at.start, at.stop))
+            result[at] = self.part(at.start, at.stop)
         return result
 
-    def __eq__(self, other: object) -> Any:
-        if isinstance(other, int | np.integer):
-            return self._mapped(lambda values: values == other, bool)
-        return np.asarray(self) == other
-
-    def __ne__(self, other: object) -> Any:
-        return ~(self == other)
-
-    def __invert__(self) -> NDArray[Any]:
-        return self._mapped(np.invert, self.dtype)
-
-    __hash__ = None  # type: ignore[assignment]
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """What numpy calculates with columns, a piece of all of them at a time: ``~column``, ``column == 2``."""
+        plain = all(np.ndim(each) == 0 or np.shape(each) == self.shape for each in inputs)
+        if method != "__call__" or options or not plain or not len(self):
+            whole = [np.asarray(each) if isinstance(each, Column) else each for each in inputs]
+            return getattr(ufunc, method)(*whole, **options)
+        result: NDArray[Any] | None = None
+        for at in pieces(len(self)):
+            part = ufunc(*(each if np.ndim(each) == 0 else each[at] for each in inputs))
+            result = np.empty(len(self), part.dtype) if result is None else result
+            result[at] = part
+        return result
 
     def astype(self, dtype: DTypeLike, copy: bool = True) -> NDArray[Any]:
         """All of the column, of another type.

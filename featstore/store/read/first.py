@@ -7,6 +7,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.store.read.columns import whole_windows
+
 
 class _Window(Protocol):
     """The tokens of one window."""
@@ -35,8 +37,15 @@ def first_rows(
     Returns:
         bool ``(n,)``.
     """
-    if not len(window):
-        return np.zeros(0, dtype=bool)
+    found = np.zeros(len(window), dtype=bool)
+    for at in whole_windows(window):
+        found[at] = _of_windows(window[at], byte_end[at], special[at])
+    return found
+
+
+def _of_windows(
+    window: NDArray[np.integer], byte_end: NDArray[np.integer], special: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
     begins = np.r_[True, window[1:] != window[:-1]]
     starts = np.flatnonzero(begins)
     number = np.cumsum(begins) - 1

@@ -491,7 +491,9 @@ class Store:
         if self.layer(model, layer) == 0 and self.has(f"models/{model}/embedding/id"):
             norms: NDArray[np.float32] = self.vector(f"models/{model}/embedding/norm")[self._table_index(model)]
             return norms
-        return self.vector(f"models/{model}/norm/{layer}")
+        name = f"models/{model}/norm/{layer}"
+        column: Any = self._column(name) if self.model(model).rows >= LARGE else self.vector(name)
+        return column  # type: ignore[no-any-return]
 
     def origin(self, model: str, layer: int) -> NDArray[np.float64]:
         """The mean of the pilot's ordinary states, a fixed origin for accumulating moments without cancellation.
@@ -652,7 +654,7 @@ class Store:
             rows = (RowSet(bits), RowSet(bits))
         else:
             first, second = sorted((source, target), key=self.models.index)
-            stored = dict(zip((first, second), self._pair_columns(first, second, policy), strict=True))
+            stored = dict(zip((first, second), self.pair_columns(first, second, policy), strict=True))
             what = f"pairs of {first} and {second}" + f" ({policy})" * (policy != "end")
             self._refuse(pair_problems(what, stored[first], stored[second], self.tokens(first), self.tokens(second)))
             rows = RowSet.of(counts[0], stored[source]), RowSet.of(counts[1], stored[target])
@@ -703,7 +705,17 @@ class Store:
         base = self._pair_base(first, second, policy)
         return self.vector(f"{base}/row_a"), self.vector(f"{base}/row_b")
 
-    def _pair_columns(self, first: str, second: str, policy: str) -> tuple[StoredColumn, StoredColumn]:
+    def pair_columns(self, first: str, second: str, policy: str) -> tuple[StoredColumn, StoredColumn]:
+        """What :meth:`pair_index` gives, of which what is asked for is read.
+
+        Args:
+            first: Model earlier in store order.
+            second: The other.
+            policy: ``end``, ``word`` or ``byte``.
+
+        Raises:
+            PairingError: The store has no index for these models and policy.
+        """
         base = self._pair_base(first, second, policy)
         return self._column(f"{base}/row_a"), self._column(f"{base}/row_b")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.store.read.columns import PIECE, pieces
 from featstore.store.read.first import first_rows
 from featstore.store.read.pairs import check_policy, last_at_each_end, match_ends
 from featstore.store.read.store import Store
@@ -89,16 +91,47 @@ def pair_rows(store: Store, first: str, second: str, policy: str) -> tuple[NDArr
     Returns:
         int64 ``(m,)`` rows of the first model and of the second, in document order.
     """
-    sides = []
-    for name in (first, second):
-        table = store.tokens(name)
-        sides.append(last_at_each_end(table.window, table.byte_end, table.special, table.exact))
+    parts = list(pair_pieces(store, first, second, policy))
+    row_a, row_b = (np.concatenate([part[side] for part in parts] or [np.zeros(0, np.int64)]) for side in (0, 1))
+    return row_a, row_b
+
+
+def pair_pieces(
+    store: Store, first: str, second: str, policy: str
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """What :func:`pair_rows` finds, some windows at a time.
+
+    Args:
+        store: With both models' tokens.
+        first: Model earlier in store order.
+        second: The other.
+        policy: ``end``, ``word`` or ``byte``.
+    """
     text = store.corpus
     message_stop = text.document_start[text.message_document] + text.message_end
-    _, row_a, row_b = match_ends(
-        sides[0], sides[1], policy, text.window_offset, text.window_stop, text.text, message_stop
-    )
-    return row_a, row_b
+    windows = len(text.window_document)
+    tables = [store.tokens(name) for name in (first, second)]
+    starts = [_row_starts(table.window, windows) for table in tables]
+    step = max(windows * PIECE // max(*(len(table.id) for table in tables), 1), 1)
+    for window in range(0, windows, step):
+        sides = []
+        for table, start in zip(tables, starts, strict=True):
+            at = slice(int(start[window]), int(start[min(window + step, windows)]))
+            columns = (table.window[at], table.byte_end[at], table.special[at], table.exact[at])
+            keys, rows = last_at_each_end(*columns)
+            sides.append((keys, rows + at.start))
+        _, row_a, row_b = match_ends(
+            sides[0], sides[1], policy, text.window_offset, text.window_stop, text.text, message_stop
+        )
+        yield row_a, row_b
+
+
+def _row_starts(window: NDArray[np.int32], windows: int) -> NDArray[np.int64]:
+    """First row of every window, and at the end how many rows there are."""
+    counts = np.zeros(windows + 1, np.int64)
+    for at in pieces(len(window)):
+        counts[1:] += np.bincount(window[at], minlength=windows)
+    return np.cumsum(counts)
 
 
 def write_pairs(writer: StoreWriter, first: str, second: str, policy: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.solvers.row_effects import Documents, alone, in_order
+from align.solvers.row_effects import Documents, alone, in_order, one_after_another
 from featstore.errors import FitError
 from tests.support.residuals import without_row_effects
 
@@ -108,3 +108,16 @@ def test_labels_of_any_kind_and_order() -> None:
         in_order(np.zeros((3, 2)))
     with pytest.raises(FitError, match="at least one"):
         Documents(np.array([2, 0]))
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 3])
+def test_rows_in_the_order_of_their_documents_need_no_sorting(piece, monkeypatch):
+    monkeypatch.setattr("align.solvers.row_effects._PIECE", piece)
+    for labels in ([0], [3, 3, 3], [-1, -1, 0, 2, 2, 2, 2, 7], [0, 1, 2, 3], []):
+        order, documents = in_order(np.array(labels, np.int32))
+        found = one_after_another(np.array(labels, np.int32))
+        assert found is not None
+        assert found.sizes.tolist() == documents.sizes.tolist()
+        assert order.tolist() == list(range(len(labels)))
+    for labels in ([1, 0], [0, 0, 1, 0], [0, 1, 2, 1], [5, 6, 7, 3]):
+        assert one_after_another(np.array(labels, np.int32)) is None
