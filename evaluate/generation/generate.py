@@ -31,7 +31,7 @@ from featstore.models.injection import Injection, aligned
 from featstore.models.probe.prove import Needs
 from featstore.models.references import NOTHING, Allowed
 from featstore.models.sampling import Sampling
-from featstore.runtime.console import progress
+from featstore.runtime.console import Tick, progress
 from featstore.text.tokens import TokenizedWindow
 
 PROMPTS = (
@@ -45,6 +45,7 @@ CONTROLS = ("mean", "random_norm", "shuffled")
 CONDITIONS = ("mapped", "self", *CONTROLS)
 #: Prompts that go through a model together.
 _BATCH = 8
+_ROLES = ("source_to_target", "target_to_source")
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:
@@ -148,51 +149,39 @@ def generate(
     # Both models and all prompts are known to fit before the wait for the weights.
     shorten = "shorten it or use a smaller --max-new-tokens"
     windows = {name: tokenized(name, both.info(name), prompts, max_new_tokens, remedy=shorten) for name in both.names}
-    loaded = both.load_all()
-    # Prompts share a batch where that changes nothing about any of them.
-    size = _BATCH if all(_batchable(model, windows[name]) for name, model in loaded.items()) else 1
-    batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
-    reads = {
-        name: [_read(model, [windows[name][i] for i in batch], chosen) for batch in batches]
-        for name, model in loaded.items()
-    }
     entries: list[dict[str, Any]] = [
         {"prompt": prompt, "source": source, "target": target, "likelihood": {}} for prompt in prompts
     ]
-    directions = {"source_to_target": (source, target), "target_to_source": (target, source)}
     for entry in entries:
         for block in (entry, entry["likelihood"]):
-            block |= dict.fromkeys(("source_alone", "target_alone")) | {role: {} for role in directions}
-    own: dict[str, list[list[int]]] = {name: [] for name in loaded}
-    work = len(prompts) * (len(loaded) + len(conditions) * len(chosen))
+            block |= dict.fromkeys(("source_alone", "target_alone")) | {role: {} for role in _ROLES}
+    verified: dict[str, Any] = {}
+    heard: dict[str, _Heard] = {}
+    left = list(wires)
+    work = len(prompts) * (len(both.names) + len(conditions) * len(chosen))
     with progress("generate", work, "texts", quiet=quiet) as tick:
-        for name, model in loaded.items():
-            for batch, seen in zip(batches, reads[name], strict=True):
-                voice = _Voice(model, seen, batch, max_new_tokens, sample)
-                said = voice.say(None)
-                own[name] += said
-                for i, text, value in zip(batch, voice.text(said), voice.score(None, said), strict=True):
-                    for role in ("source_alone", "target_alone"):
-                        if entries[i][role.removesuffix("_alone")] == name:
-                            entries[i][role], entries[i]["likelihood"][role] = text, value
-                tick(len(batch))
-        for to in wires:
-            pair = to.aligner.pair
-            role = next(role for role, names in directions.items() if names == (pair.source, pair.target))
-            states = _states(to, reads[pair.source], reads[pair.target], batches, prompts, seed)
-            for batch, seen in zip(batches, reads[pair.target], strict=True):
-                voice = _Voice(loaded[pair.target], seen, batch, max_new_tokens, sample)
-                for condition in conditions:
-                    injection = voice.injection(pair.target_layer, condition, [states[i] for i in batch])
-                    texts = voice.text(voice.say(injection))
-                    nats = voice.score(injection, [own[pair.target][i] for i in batch])
-                    for i, text, value in zip(batch, texts, nats, strict=True):
-                        there = not isinstance(states[i][1][condition], str)
-                        for block, figure in ((entries[i], text), (entries[i]["likelihood"], value)):
-                            block[role].setdefault(pair.key, {})[condition] = figure if there else None
-                    tick(len(batch))
-    verified = {name: recorded(model, needs[name]) for name, model in loaded.items()}
+        # One model at a time. The source is heard, then the target, which has all it needs by then; where maps go
+        # both ways, the source comes back.
+        for name in (*both.names, *both.names):
+            mine = [to for to in left if to.aligner.pair.target == name and heard.keys() | {name} >= _ends(to)]
+            if name in heard and not mine:
+                continue
+            with both.lent(name) as model:
+                verified[name] = recorded(model, needs[name])
+                if name not in heard:
+                    heard[name] = _heard(model, windows[name], chosen, max_new_tokens, sample, tick)
+                    _write_alone(entries, heard[name])
+                for to in mine:
+                    _write_mapped(entries, model, to, heard, conditions, prompts, (max_new_tokens, sample, seed), tick)
+                del model
+            left = [to for to in left if to not in mine]
     leaks = {a.pair.key: leak_at(verified, a.pair.target, a.pair.target_layer) for a in chosen}
+    # Wires are written as their targets were there; a result has them in the order of the run.
+    order = [a.pair.key for a in chosen]
+    for entry in entries:
+        for block in (entry, entry["likelihood"]):
+            for role in _ROLES:
+                block[role] = {key: block[role][key] for key in order if key in block[role]}
     return {
         "max_new_tokens": max_new_tokens,
         "decoding": "greedy" if sample is None else _sampling(sample),
@@ -201,8 +190,91 @@ def generate(
         "entries": entries,
         "leaks": leaks,
         "warnings": side_channels(leaks),
-        "verified": verified,
+        "verified": {name: verified[name] for name in both.names},
     }
+
+
+@dataclass(frozen=True, eq=False)
+class _Heard:
+    """What a model has read and said by itself; it may be gone.
+
+    Attributes:
+        name: The model's.
+        batches: Numbers of the prompts that go together.
+        reads: The prompts of every batch as it read them.
+        said: Tokens of its own continuation, by prompt.
+        texts: The same as text.
+        nats: Its likelihood, by prompt.
+    """
+
+    name: str
+    batches: list[range]
+    reads: list[Read]
+    said: list[list[int]]
+    texts: list[str]
+    nats: list[float]
+
+
+def _heard(
+    model: Loaded,
+    windows: Sequence[TokenizedWindow],
+    chosen: Sequence[Aligner],
+    length: int,
+    sample: Sampling | None,
+    tick: Tick,
+) -> _Heard:
+    # Prompts share a batch where that changes nothing about any of them.
+    size = _BATCH if _batchable(model, windows) else 1
+    batches = [range(start, min(start + size, len(windows))) for start in range(0, len(windows), size)]
+    reads = [_read(model, [windows[i] for i in batch], chosen) for batch in batches]
+    found = _Heard(model.name, batches, reads, [], [], [])
+    for batch, seen in zip(batches, reads, strict=True):
+        voice = _Voice(model, seen, batch, length, sample)
+        said = voice.say(None)
+        found.said.extend(said)
+        found.texts.extend(voice.text(said))
+        found.nats.extend(voice.score(None, said))
+        tick(len(batch))
+    return found
+
+
+def _write_alone(entries: Sequence[dict[str, Any]], heard: _Heard) -> None:
+    for entry, text, value in zip(entries, heard.texts, heard.nats, strict=True):
+        for role in ("source_alone", "target_alone"):
+            if entry[role.removesuffix("_alone")] == heard.name:
+                entry[role], entry["likelihood"][role] = text, value
+
+
+def _write_mapped(
+    entries: Sequence[dict[str, Any]],
+    model: Loaded,
+    to: Wire,
+    heard: Mapping[str, _Heard],
+    conditions: Sequence[str],
+    prompts: Sequence[str],
+    how: tuple[int, Sampling | None, int],
+    tick: Tick,
+) -> None:
+    """Let a target go on under every condition of a map."""
+    pair, (length, sample, seed) = to.aligner.pair, how
+    here = heard[pair.target]
+    role = _ROLES[entries[0]["source"] != pair.source]
+    states = _states(to, heard[pair.source].reads, here.reads, prompts, seed)
+    for batch, seen in zip(here.batches, here.reads, strict=True):
+        voice = _Voice(model, seen, batch, length, sample)
+        for condition in conditions:
+            injection = voice.injection(pair.target_layer, condition, [states[i] for i in batch])
+            texts = voice.text(voice.say(injection))
+            nats = voice.score(injection, [here.said[i] for i in batch])
+            for i, text, value in zip(batch, texts, nats, strict=True):
+                there = not isinstance(states[i][1][condition], str)
+                for block, figure in ((entries[i], text), (entries[i]["likelihood"], value)):
+                    block[role].setdefault(pair.key, {})[condition] = figure if there else None
+            tick(len(batch))
+
+
+def _ends(to: Wire) -> set[str]:
+    return {to.aligner.pair.source, to.aligner.pair.target}
 
 
 def _batchable(loaded: Loaded, windows: Sequence[TokenizedWindow]) -> bool:
@@ -227,17 +299,17 @@ def _states(
     to: Wire,
     there: Sequence[Read],
     here: Sequence[Read],
-    batches: Sequence[range],
     prompts: Sequence[str],
     seed: int,
 ) -> list[_Put]:
     """What every condition puts into every prompt; None stands for the target's own states."""
     layers = to.aligner.pair.source_layers
-    at = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch))]
-    rows = [there[number].rows(row, layers) for number, row in at]
-    texts = [
-        crossing(there[n].windows[row], here[n].windows[row], there[n].sinks[row], here[n].sinks[row]) for n, row in at
-    ]
+    rows = [read_.rows(row, layers) for read_ in there for row in range(len(read_.windows))]
+    (first, first_sinks), (second, second_sinks) = (
+        ([w for read_ in side for w in read_.windows], [s for read_ in side for s in read_.sinks])
+        for side in (there, here)
+    )
+    texts = [crossing(*each) for each in zip(first, second, first_sinks, second_sinks, strict=True)]
     mapped = [to.states(x, text, to.pieces(prompt)) for x, text, prompt in zip(rows, texts, prompts, strict=True)]
     # A map of windows cannot map single states of other prompts: what it made of them is drawn from.
     pools = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -305,6 +307,29 @@ class Models:
             quiet=self._quiet,
         )
         return loaded.ready(self._needs.get(name, Needs()), allow_side_channel=self._allow)
+
+    @contextmanager
+    def lent(self, name: str) -> Iterator[Loaded]:
+        """A model for as long as the context lasts, so that the next one is loaded when this one is gone.
+
+        Whoever keeps it, or a part of it, keeps it alive. What was given stays.
+
+        Args:
+            name: Of the model.
+
+        Raises:
+            FeatstoreError: As :meth:`load`.
+        """
+        try:
+            yield self.load(name)
+        finally:
+            if name not in self._given:
+                self.freed()
+
+    def freed(self) -> None:
+        """Free models that nobody holds any more: their modules know each other, and counting does not find that."""
+        if self._known:
+            gc.collect()
 
     def load_all(self) -> dict[str, Loaded]:
         """All of them, by name."""

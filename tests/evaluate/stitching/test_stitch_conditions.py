@@ -316,7 +316,7 @@ def put(seed: int = 0) -> list[Any]:
     tensors: dict[str, Any] = dict.fromkeys(("mean_source", "mean_target", "control_mean_source"), zero)
     tensors |= {"weight": 2 * np.eye(4, dtype=np.float32), "control_mean": zero + 7}
     to = Wire(Aligner(LayerPair("a", (1,), "b", 3), tensors), None, False, None)
-    return generate._states(to, read(), read(), (range(2), range(2, 3)), ("one", "two", "three"), seed)
+    return generate._states(to, read(), read(), ("one", "two", "three"), seed)
 
 
 def test_a_prompt_takes_its_own_ordinary_states() -> None:
