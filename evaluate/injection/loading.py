@@ -26,7 +26,6 @@ from featstore.models.trust import remember, vouch
 from featstore.models.verdict import Verdict
 from featstore.models.weights import sampled_fingerprint, weights_fingerprint, weights_of
 from featstore.runtime.console import err
-from featstore.text import tokens
 
 #: What injecting needs of a card, and of its entry for every model of a map.
 _IN_CARD = (("type",), ("store", "fingerprint"), ("mask", "sink_threshold"))
@@ -405,10 +404,12 @@ def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights, *, fre
 
 def _started(stream: sites.ResidualStream, info: models.ModelInfo) -> sites.ResidualStream:
     """A stream whose start token is the one that its tokenizer puts first; the configuration's where it puts none."""
-    [window] = tokens.tokenize(info.tokenizer, ["a"])
-    if not len(window.ids) or not window.special[0] or int(window.ids[0]) >= embedding_rows(stream.model):
+    # Not our own tokens: where their bytes lie is found out over the whole vocabulary, and nobody asks for that here.
+    first = info.tokenizer("a", return_special_tokens_mask=True, return_attention_mask=False)
+    ids, special = first["input_ids"], first["special_tokens_mask"]
+    if not ids or not special[0] or int(ids[0]) >= embedding_rows(stream.model):
         return stream
-    return replace(stream, start=int(window.ids[0]))
+    return replace(stream, start=int(ids[0]))
 
 
 def adopt(adapter: Adapter, name: str, model: Any, allowed: Allowed = NOTHING) -> Loaded:
