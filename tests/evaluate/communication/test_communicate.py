@@ -19,9 +19,8 @@ from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner, load_adapter
 from align.runs.train import train
 from align.settings import Settings
-from evaluate.communication import messages
+from evaluate.communication import messages, saying
 from evaluate.communication.asking import Prompt, PutIn, ask, prompts_of
-from evaluate.communication import saying
 from evaluate.communication.communicate import COMMON, describe, identity, prepare
 from evaluate.communication.messages import deliverable, read, within
 from evaluate.communication.tasks.base import Example, Task
