@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _former import REPOSITORY, Spent, former_build, run_build
-from _measure import keep, machine, versions_of
+from _measure import interleaved, keep, machine, versions_of
 
 FORMER, THIS, ALL = "former", "this build", "this build, all controls"
 #: Controls of stitched losses that both builds have.
@@ -267,6 +268,36 @@ def compared(former: Mapping[str, Any], this: Mapping[str, Any]) -> dict[str, An
     }
 
 
+def losses(rounds: int) -> dict[str, float]:
+    """Milliseconds of one position under one condition at the demo's vocabulary: its head, and its loss in two ways."""
+    import torch
+
+    from evaluate.stitching.predictions import compared, untouched
+
+    draw = torch.Generator().manual_seed(0)
+    count, positions, vocabulary, width = 7, 64, 49152, 576
+    head = torch.randn((vocabulary, width), generator=draw)
+    states = torch.randn((count, positions, width), generator=draw)
+    logits, clean = (torch.randn((count * positions, vocabulary), generator=draw) for _ in range(2))
+    wanted = torch.zeros((count * positions, 1), dtype=torch.long)
+    own = untouched(torch.Tensor.float, clean[:positions], np.zeros(positions, np.int64))
+
+    def plainly() -> None:
+        log_q, log_p = logits.float().log_softmax(-1), clean.float().log_softmax(-1)
+        _ = -log_q.gather(1, wanted), (log_p.exp() * (log_p - log_q)).sum(-1), log_p.argmax(-1) == log_q.argmax(-1)
+
+    contenders = {
+        "head": lambda: states.flatten(0, 1) @ head.T,
+        "loss, all rows at once": plainly,
+        "loss, a few rows at a time": lambda: compared(
+            torch.Tensor.float, logits.unflatten(0, (count, positions)), own
+        ),
+    }
+    with torch.inference_mode():
+        taken = interleaved(contenders, rounds)
+    return {name: 1000 * statistics.median(values) / (count * positions) for name, values in taken.items()}
+
+
 def shown(what: str, found: Mapping[str, Any]) -> str:
     """Lines for people."""
     lines = [f"{what}, medians; ratios are medians of those within a round"]
@@ -293,7 +324,7 @@ def shown(what: str, found: Mapping[str, Any]) -> str:
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=[*MEASURES, "all"], default="all")
+    parser.add_argument("--what", choices=[*MEASURES, "loss", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="little text, few tokens: a check of the benchmark")
     parser.add_argument("--layers", default="", help="source layers of stitched losses; all by default")
@@ -301,6 +332,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep stores and runs here for the next time")
     parser.add_argument("--keep", action="store_true", help="write the result beside the benchmarks")
     given = parser.parse_args()
+    if given.what == "loss":
+        sys.path.insert(0, str(REPOSITORY))
+        print("milliseconds of a position under a condition, 49,152 tokens of vocabulary")
+        for name, value in losses(given.rounds).items():
+            print(f"  {name:28} {value:.2f}")
+        return
     with tempfile.TemporaryDirectory() as own:
         models = given.models or _pair()
         bench = Bench((given.work or Path(own)).resolve(), models.resolve(), small=given.small, layers=given.layers)

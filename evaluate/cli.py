@@ -259,6 +259,13 @@ def reproduce(
     ] = None,
     yes: Yes = False,
     allow_pickle_weights: Pickles = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Commands at a time, which share the cores; 2 for models no larger than the demo's, 1 for others.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the commands and run none.")] = False,
     out: Annotated[Path, typer.Option(help="Directory of everything that is made.")] = Path("reproduction"),
     as_json: Json = False,
@@ -283,7 +290,8 @@ def reproduce(
         listed = programme.commands(out, given, store=store, corpus=corpus)
         emit(listed, programme.describe_commands(listed), as_json=as_json)
         return
-    result = programme.reproduce(out, given, store=store, corpus=corpus, allowed=Allowed(yes, allow_pickle_weights))
+    allowed = Allowed(yes, allow_pickle_weights)
+    result = programme.reproduce(out, given, store=store, corpus=corpus, allowed=allowed, workers=workers)
     emit(result, programme.describe(result), as_json=as_json)
     if result["failed"]:
         raise typer.Exit(1)

@@ -22,7 +22,7 @@ makes nothing of a single one: it has ``aligned`` alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ from evaluate.communication.messages import (
     text_bytes,
     wire_format,
 )
+from evaluate.communication.saying import Said, say, spans_of, start_of
 from evaluate.communication.tasks.base import Example, Task
 from evaluate.communication.verdicts import (
     CONTROLS,
@@ -78,24 +79,27 @@ class Exchange:
     Attributes:
         adapter_type: Type of the run's maps.
         wires: Its maps, in the order of the results.
-        loaded: The models, by name.
+        models: The models, one of which is in memory at a time.
+        needs: By name what is done with a model.
         form: Storage format that states travel in.
         summary_tokens: Length of A's summaries.
         max_new_tokens: Length of B's free answers.
         seed: Of the controls.
         quiet: No progress.
-        verified: What was tested on the models, by name.
     """
 
     adapter_type: str
     wires: tuple[Wire, ...]
-    loaded: Mapping[str, Loaded]
+    models: Models
+    needs: Mapping[str, Needs]
     form: Format
     summary_tokens: int
     max_new_tokens: int
     seed: int
     quiet: bool
-    verified: Mapping[str, Any]
+    _held: dict[str, Loaded] = field(default_factory=dict, repr=False)
+    _verified: dict[str, Any] = field(default_factory=dict, repr=False)
+    _start_tokens: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def result(self, task: Task) -> dict[str, Any]:
         """Put a task to the models in every condition.
@@ -117,19 +121,26 @@ class Exchange:
             # What cannot be read is said before the first of many answers, not after hours of them.
             for name, texts in ((source, _sources_texts(task)), (target, _targets_texts(task))):
                 for written in texts:
-                    spelt(self.loaded[name].info.tokenizer, written, f"model {name!r}: example")
+                    spelt(self.models.info(name).tokenizer, written, f"model {name!r}: example")
         work = len(task.examples) * (len(COMMON) * len(directions) + sum(map(_conditions, self.wires)))
-        entries = {}
+        said: dict[str, Said] = {}
+        # What a target makes of the text, or of nothing, does not depend on who has read it.
+        alike: dict[Any, list[str]] = {}
+        found: dict[tuple[str, str], dict[str, Any]] = {}
         with progress(f"communicate {task.name}", work, "answers", quiet=self.quiet) as tick:
-            for source, target in directions:
-                maps = [w for w in self.wires if (w.aligner.pair.source, w.aligner.pair.target) == (source, target)]
-                lengths = (self.summary_tokens, self.max_new_tokens)
-                leaks = {w.aligner.pair.key: leak_at(self.verified, target, w.aligner.pair.target_layer) for w in maps}
-                run = _Direction(
-                    task, self.loaded[source], self.loaded[target], self.form, lengths, self.seed, tick, leaks
-                )
-                key = task.name if len(directions) == 1 else f"{task.name} ({source}->{target})"
-                entries[key] = run.entry(maps)
+            # One model at a time. A source says all it has to say to anybody, then the next is asked; where maps go
+            # both ways, the first comes back to be asked.
+            for name in (*self.models.names, *self.models.names):
+                answers = [
+                    each for each in directions if each[1] == name and each[0] in {*said, name} and each not in found
+                ]
+                speaks = name not in said and any(source == name for source, _ in directions)
+                if answers or speaks:
+                    self._turn(task, name, directions, answers, said, alike, found, tick)
+        entries = {}
+        for source, target in directions:
+            key = task.name if len(directions) == 1 else f"{task.name} ({source}->{target})"
+            entries[key] = found[source, target]
         return {
             "adapter_type": self.adapter_type,
             "format": self.form.name,
@@ -139,7 +150,7 @@ class Exchange:
             "decoding": "greedy",
             "interval": "accuracies: Wilson, 95 %; gains: Tango, 95 %, and exact p; both over clusters of questions",
             "tasks": entries,
-            "verified": dict(self.verified),
+            "verified": {name: self._verified[name] for name in self.models.names},
             **({"start": starts} if (starts := self._starts(entries)) else {}),
         }
 
@@ -150,7 +161,51 @@ class Exchange:
             for entry in entries.values()
             if any(block["condition"] == "aligned" for block in entry["conditions"].values())
         }
-        return {name: start_token(self.loaded[name]) for name in hidden}
+        return {name: self._start_tokens[name] for name in hidden}
+
+    def _turn(
+        self,
+        task: Task,
+        name: str,
+        directions: Sequence[tuple[str, str]],
+        answers: Sequence[tuple[str, str]],
+        said: dict[str, Said],
+        alike: dict[Any, list[str]],
+        found: dict[tuple[str, str], dict[str, Any]],
+        tick: Tick,
+    ) -> None:
+        """Let one model say what it has to say, and answer whom it can answer."""
+        model = self._model(name)
+        maps = {
+            each: [w for w in self.wires if (w.aligner.pair.source, w.aligner.pair.target) == each]
+            for each in directions
+        }
+        if name not in said and any(source == name for source, _ in directions):
+            layers = {
+                k
+                for (source, _), of in maps.items()
+                if source == name
+                for w in of
+                for k in w.aligner.pair.source_layers
+            }
+            said[name] = say(model, task, sorted(layers), self.summary_tokens)
+        for each in answers:
+            leaks = {w.aligner.pair.key: leak_at(self._verified, name, w.aligner.pair.target_layer) for w in maps[each]}
+            run = _Direction(
+                task, each[0], model, said[each[0]], self.form, self.max_new_tokens, self.seed, tick, leaks, alike
+            )
+            found[each] = run.entry(maps[each])
+
+    def _model(self, name: str) -> Loaded:
+        """A model, which stays until another one is needed."""
+        if name not in self._held:
+            self._held.clear()
+            self.models.freed()
+            model = self.models.load(name).tested(self.needs[name])
+            self._held[name] = model
+            self._verified[name] = recorded(model, self.needs[name])
+            self._start_tokens[name] = start_token(model)
+        return self._held[name]
 
 
 def prepare(
@@ -171,7 +226,7 @@ def prepare(
     allowed: Allowed = NOTHING,
     quiet: bool = False,
 ) -> Exchange:
-    """Resolve a run for tasks: choose its maps and load its models.
+    """Resolve a run for tasks: choose its maps and find its models, which are loaded when their turn comes.
 
     Args:
         adapter: A run's adapter; every direction it has is tried.
@@ -210,7 +265,7 @@ def prepare(
     answering: dict[str, tuple[int, ...]] = {}
     for a in chosen:
         answering[a.pair.target] = (*answering.get(a.pair.target, ()), a.pair.target_layer)
-    loaded = Models(
+    needed = Models(
         adapter,
         names,
         overrides,
@@ -222,19 +277,17 @@ def prepare(
         needs={name: Needs(continuing=True, layers=answering.get(name, ())) for name in names},
         allow_side_channel=allow_side_channel,
         allowed=allowed,
-    ).load_all()
+    )
     # Where hiding fails, states for a whole context cannot be told from the context itself: those conditions are left
     # out, with the reason, and the others run.
-    needs = {name: Needs(continuing=True, layers=answering.get(name, ()), hide=True) for name in loaded}
-    loaded = {name: model.tested(needs[name]) for name, model in loaded.items()}
-    verified = {name: recorded(model, needs[name]) for name, model in loaded.items()}
+    needs = {name: Needs(continuing=True, layers=answering.get(name, ()), hide=True) for name in needed.names}
     if itself:
         have = {a.pair.key for a in chosen}
         own = dict.fromkeys((a.pair.target, a.pair.target_layer) for a in chosen)
-        new = [identity(name, layer, loaded[name].stream.width) for name, layer in own]
+        new = [identity(name, layer, int(adapter.card["models"][name]["width"])) for name, layer in own]
         wires += [wire(adapter, a) for a in new if a.pair.key not in have]
     return Exchange(
-        adapter.card["type"], tuple(wires), loaded, states_form, summary_tokens, max_new_tokens, seed, quiet, verified
+        adapter.card["type"], tuple(wires), needed, needs, states_form, summary_tokens, max_new_tokens, seed, quiet
     )
 
 
@@ -254,23 +307,25 @@ def identity(model: str, layer: int, width: int) -> Aligner:
 
 @dataclass
 class _Direction:
-    """One model reads, the other (or the same) answers."""
+    """One model has read, the other (or the same) answers."""
 
     task: Task
-    source: Loaded
+    source: str
     target: Loaded
+    said: Said
     form: Format
-    lengths: tuple[int, int]
+    length: int
     seed: int
     tick: Tick
     leaks: Mapping[str, float | None]
+    alike: dict[Any, list[str]]
 
     def entry(self, maps: Sequence[Wire]) -> dict[str, Any]:
         """The direction's part of ``communicate.json``."""
         task, examples = self.task, self.task.examples
         delivered = [
             deliverable(self.target.info.tokenizer, written, partial(task.text, e))
-            for e, written in zip(examples, self._summaries(), strict=True)
+            for e, written in zip(examples, self.said.summaries, strict=True)
         ]
         summaries = [message for message, _ in delivered]
         told = {
@@ -282,11 +337,7 @@ class _Direction:
         for name, (texts, sent) in told.items():
             answers |= self._ask(self._prompts(texts), {name: None})
             sizes[name] = float(np.mean([text_bytes(text) for text in sent]))
-        contexts = [task.context_text(e) for e in examples]
-        spans = [len(e.context.encode()) for e in examples]
-        start = _start(task.context_prompt)
-        kept = sorted({layer for to in maps for layer in to.aligner.pair.source_layers})
-        readings = read(self.source, contexts, [start] * len(examples), spans, kept)
+        spans, readings = spans_of(task), self.said.readings
         texts_read, prompts = self._aligned_prompts(told["text"][0], spans, readings)
         reasons: dict[str, str] = {}
         # All that asks the question alone is asked together, because the question is then read once.
@@ -310,27 +361,32 @@ class _Direction:
         return entry
 
     def _prompts(self, texts: Sequence[str]) -> list[Prompt]:
-        return prompts_of(self.target, texts, [e.choices for e in self.task.examples], self.lengths[1])
+        return prompts_of(self.target, texts, [e.choices for e in self.task.examples], self.length)
 
     def _ask(self, prompts: Sequence[Prompt], put_in: Mapping[str, PutIn | None]) -> dict[str, list[str]]:
-        found = ask(self.target, prompts, put_in, length=self.lengths[1], tick=self.tick)
-        examples = self.task.examples
-        return {
-            name: [e.choices[a] if isinstance(a, int) else a for e, a in zip(examples, answers, strict=True)]
-            for name, answers in found.items()
+        asked = str([(prompt.ids, prompt.rest) for prompt in prompts])
+        known = {
+            name: self.alike[self.target.name, asked]
+            for name, one in put_in.items()
+            if one is None and (self.target.name, asked) in self.alike
         }
-
-    def _summaries(self) -> list[str]:
-        texts = [self.task.summary_text(e) for e in self.task.examples]
-        prompts = prompts_of(self.source, texts, [()] * len(texts), self.lengths[0])
-        found = ask(self.source, prompts, {"summary": None}, length=self.lengths[0], tick=lambda _: None)
-        return [" ".join(str(text).split()) for text in found["summary"]]
+        self.tick(len(known) * len(prompts))
+        left = {name: one for name, one in put_in.items() if name not in known}
+        found = ask(self.target, prompts, left, length=self.length, tick=self.tick) if left else {}
+        examples = self.task.examples
+        answers = {
+            name: [e.choices[a] if isinstance(a, int) else a for e, a in zip(examples, given, strict=True)]
+            for name, given in found.items()
+        }
+        for name in [name for name, one in left.items() if one is None]:
+            self.alike[self.target.name, asked] = answers[name]
+        return answers | known
 
     def _aligned_prompts(
         self, texts: Sequence[str], spans: Sequence[int], readings: Sequence[Reading]
     ) -> tuple[list[Crossing], list[Prompt]]:
         """The contexts under both tokenizers, and the prompts with the places that take states."""
-        start = _start(self.task.text_prompt)
+        start = start_of(self.task.text_prompt)
         own = read(self.target, texts, [start] * len(texts), spans, ())
         crossings, prompts = [], []
         for reading, mine, prompt in zip(readings, own, self._prompts(texts), strict=True):
@@ -367,7 +423,7 @@ class _Direction:
             sent[True].append(to.states(rows, text, to.pieces(example.context)))
         refused = self.target.verdict.layers[str(aligner.pair.target_layer)].hide_refused
         why = f"--keep hide fails the two-prompt test: {refused}" if refused is not None else None
-        why = why or parted(prompts, self.target.stream.batching.switch, self.lengths[1])
+        why = why or parted(prompts, self.target.stream.batching.switch, self.length)
         if why is not None:
             reasons["aligned"] = why
             del sent[True]
@@ -446,7 +502,7 @@ class _Direction:
             pairs[to.aligner.pair.key]["leak"] = self.leaks[to.aligner.pair.key]
         return {
             "task": task.name,
-            "source": self.source.name,
+            "source": self.source,
             "target": self.target.name,
             "n": len(task.examples),
             "clusters": len(set(clusters)),
@@ -488,11 +544,6 @@ def _sources_texts(task: Task) -> tuple[list[str], ...]:
 def _targets_texts(task: Task) -> tuple[list[str], ...]:
     """What the target reads of a task, example by example."""
     return [task.question_text(e) for e in task.examples], [task.text(e) for e in task.examples]
-
-
-def _start(prompt: str) -> int:
-    """First byte of the context in a prompt; nothing that varies comes before it."""
-    return len(prompt.partition("{context}")[0].encode())
 
 
 def _partners(examples: Sequence[Example], rng: np.random.Generator) -> list[int] | None:

@@ -11,28 +11,24 @@ every condition of a prompt gets the same random numbers: texts differ only wher
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from align.maps.fitted import Adapter, Aligner
-from evaluate.injection.continuing import continue_from, score_continuation
+from align.maps.fitted import Adapter
+from evaluate.generation.voices import Heard, Put, Voice, heard
 from evaluate.injection.controls import control_states
 from evaluate.injection.loading import Loaded, Models, check_card, choose
-from evaluate.injection.reading import Read, read, tokenized
+from evaluate.injection.reading import Read, tokenized
 from evaluate.injection.verified import leak_at, leak_mark, leak_words, recorded, side_channels
-from evaluate.injection.wire import Crossing, Rows, Wire, crossing, wire
+from evaluate.injection.wire import Rows, Wire, crossing, wire
 from featstore.errors import SpecError
 from featstore.models.devices import DeviceMap
-from featstore.models.injection import Injection, aligned
 from featstore.models.probe.prove import Needs
 from featstore.models.references import NOTHING, Allowed
 from featstore.models.sampling import Sampling
-from featstore.runtime.console import progress
-from featstore.text.tokens import TokenizedWindow
+from featstore.runtime.console import Tick, progress
 
 PROMPTS = (
     "The capital of France is",
@@ -43,8 +39,7 @@ PROMPTS = (
 )
 CONTROLS = ("mean", "random_norm", "shuffled")
 CONDITIONS = ("mapped", "self", *CONTROLS)
-#: Prompts that go through a model together.
-_BATCH = 8
+_ROLES = ("source_to_target", "target_to_source")
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:
@@ -148,51 +143,39 @@ def generate(
     # Both models and all prompts are known to fit before the wait for the weights.
     shorten = "shorten it or use a smaller --max-new-tokens"
     windows = {name: tokenized(name, both.info(name), prompts, max_new_tokens, remedy=shorten) for name in both.names}
-    loaded = both.load_all()
-    # Prompts share a batch where that changes nothing about any of them.
-    size = _BATCH if all(_batchable(model, windows[name]) for name, model in loaded.items()) else 1
-    batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
-    reads = {
-        name: [_read(model, [windows[name][i] for i in batch], chosen) for batch in batches]
-        for name, model in loaded.items()
-    }
     entries: list[dict[str, Any]] = [
         {"prompt": prompt, "source": source, "target": target, "likelihood": {}} for prompt in prompts
     ]
-    directions = {"source_to_target": (source, target), "target_to_source": (target, source)}
     for entry in entries:
         for block in (entry, entry["likelihood"]):
-            block |= dict.fromkeys(("source_alone", "target_alone")) | {role: {} for role in directions}
-    own: dict[str, list[list[int]]] = {name: [] for name in loaded}
-    work = len(prompts) * (len(loaded) + len(conditions) * len(chosen))
+            block |= dict.fromkeys(("source_alone", "target_alone")) | {role: {} for role in _ROLES}
+    verified: dict[str, Any] = {}
+    known: dict[str, Heard] = {}
+    left = list(wires)
+    work = len(prompts) * (len(both.names) + len(conditions) * len(chosen))
     with progress("generate", work, "texts", quiet=quiet) as tick:
-        for name, model in loaded.items():
-            for batch, seen in zip(batches, reads[name], strict=True):
-                voice = _Voice(model, seen, batch, max_new_tokens, sample)
-                said = voice.say(None)
-                own[name] += said
-                for i, text, value in zip(batch, voice.text(said), voice.score(None, said), strict=True):
-                    for role in ("source_alone", "target_alone"):
-                        if entries[i][role.removesuffix("_alone")] == name:
-                            entries[i][role], entries[i]["likelihood"][role] = text, value
-                tick(len(batch))
-        for to in wires:
-            pair = to.aligner.pair
-            role = next(role for role, names in directions.items() if names == (pair.source, pair.target))
-            states = _states(to, reads[pair.source], reads[pair.target], batches, prompts, seed)
-            for batch, seen in zip(batches, reads[pair.target], strict=True):
-                voice = _Voice(loaded[pair.target], seen, batch, max_new_tokens, sample)
-                for condition in conditions:
-                    injection = voice.injection(pair.target_layer, condition, [states[i] for i in batch])
-                    texts = voice.text(voice.say(injection))
-                    nats = voice.score(injection, [own[pair.target][i] for i in batch])
-                    for i, text, value in zip(batch, texts, nats, strict=True):
-                        there = not isinstance(states[i][1][condition], str)
-                        for block, figure in ((entries[i], text), (entries[i]["likelihood"], value)):
-                            block[role].setdefault(pair.key, {})[condition] = figure if there else None
-                    tick(len(batch))
-    verified = {name: recorded(model, needs[name]) for name, model in loaded.items()}
+        # One model at a time. The source is heard, then the target, which has all it needs by then; where maps go
+        # both ways, the source comes back.
+        for name in (*both.names, *both.names):
+            mine = [to for to in left if to.aligner.pair.target == name and known.keys() | {name} >= _ends(to)]
+            if name in known and not mine:
+                continue
+            with both.lent(name) as model:
+                verified[name] = recorded(model, needs[name])
+                if name not in known:
+                    known[name] = heard(model, windows[name], chosen, max_new_tokens, sample, tick)
+                    _write_alone(entries, known[name])
+                for to in mine:
+                    _write_mapped(entries, model, to, known, conditions, prompts, (max_new_tokens, sample, seed), tick)
+                del model
+            left = [to for to in left if to not in mine]
     leaks = {a.pair.key: leak_at(verified, a.pair.target, a.pair.target_layer) for a in chosen}
+    # Wires are written as their targets were there; a result has them in the order of the run.
+    order = [a.pair.key for a in chosen]
+    for entry in entries:
+        for block in (entry, entry["likelihood"]):
+            for role in _ROLES:
+                block[role] = {key: block[role][key] for key in order if key in block[role]}
     return {
         "max_new_tokens": max_new_tokens,
         "decoding": "greedy" if sample is None else _sampling(sample),
@@ -201,43 +184,64 @@ def generate(
         "entries": entries,
         "leaks": leaks,
         "warnings": side_channels(leaks),
-        "verified": verified,
+        "verified": {name: verified[name] for name in both.names},
     }
 
 
-def _batchable(loaded: Loaded, windows: Sequence[TokenizedWindow]) -> bool:
-    """Whether prompts may be padded beside each other."""
-    lengths = [len(window.ids) for window in windows]
-    switch = loaded.stream.batching.switch
-    apart = switch is not None and min(lengths) <= switch < max(lengths)
-    return (loaded.stream.continuing.padding or len(set(lengths)) == 1) and not apart
+def _write_alone(entries: Sequence[dict[str, Any]], alone: Heard) -> None:
+    for entry, text, value in zip(entries, alone.texts, alone.nats, strict=True):
+        for role in ("source_alone", "target_alone"):
+            if entry[role.removesuffix("_alone")] == alone.name:
+                entry[role], entry["likelihood"][role] = text, value
 
 
-def _read(loaded: Loaded, windows: list[TokenizedWindow], aligners: Sequence[Aligner]) -> Read:
-    layers = {layer for a in aligners if a.pair.source == loaded.name for layer in a.pair.source_layers}
-    layers |= {a.pair.target_layer for a in aligners if a.pair.target == loaded.name}
-    return read(loaded, windows, layers)
+def _write_mapped(
+    entries: Sequence[dict[str, Any]],
+    model: Loaded,
+    to: Wire,
+    known: Mapping[str, Heard],
+    conditions: Sequence[str],
+    prompts: Sequence[str],
+    how: tuple[int, Sampling | None, int],
+    tick: Tick,
+) -> None:
+    """Let a target go on under every condition of a map."""
+    pair, (length, sample, seed) = to.aligner.pair, how
+    here = known[pair.target]
+    role = _ROLES[entries[0]["source"] != pair.source]
+    states = _states(to, known[pair.source].reads, here.reads, prompts, seed)
+    for batch, seen in zip(here.batches, here.reads, strict=True):
+        voice = Voice(model, seen, batch, length, sample)
+        for condition in conditions:
+            injection = voice.injection(pair.target_layer, condition, [states[i] for i in batch])
+            texts = voice.text(voice.say(injection))
+            nats = voice.score(injection, [here.said[i] for i in batch])
+            for i, text, value in zip(batch, texts, nats, strict=True):
+                there = not isinstance(states[i][1][condition], str)
+                for block, figure in ((entries[i], text), (entries[i]["likelihood"], value)):
+                    block[role].setdefault(pair.key, {})[condition] = figure if there else None
+            tick(len(batch))
 
 
-#: A prompt's tokens under both tokenizers, and what each condition puts at its places, or why it has nothing to put.
-_Put = tuple[Crossing, dict[str, Rows | str | None]]
+def _ends(to: Wire) -> set[str]:
+    return {to.aligner.pair.source, to.aligner.pair.target}
 
 
 def _states(
     to: Wire,
     there: Sequence[Read],
     here: Sequence[Read],
-    batches: Sequence[range],
     prompts: Sequence[str],
     seed: int,
-) -> list[_Put]:
+) -> list[Put]:
     """What every condition puts into every prompt; None stands for the target's own states."""
     layers = to.aligner.pair.source_layers
-    at = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch))]
-    rows = [there[number].rows(row, layers) for number, row in at]
-    texts = [
-        crossing(there[n].windows[row], here[n].windows[row], there[n].sinks[row], here[n].sinks[row]) for n, row in at
-    ]
+    rows = [read_.rows(row, layers) for read_ in there for row in range(len(read_.windows))]
+    (first, first_sinks), (second, second_sinks) = (
+        ([w for read_ in side for w in read_.windows], [s for read_ in side for s in read_.sinks])
+        for side in (there, here)
+    )
+    texts = [crossing(*each) for each in zip(first, second, first_sinks, second_sinks, strict=True)]
     mapped = [to.states(x, text, to.pieces(prompt)) for x, text, prompt in zip(rows, texts, prompts, strict=True)]
     # A map of windows cannot map single states of other prompts: what it made of them is drawn from.
     pools = (
@@ -245,7 +249,7 @@ def _states(
         if to.aligner.takes_rows
         else mapped
     )
-    found: list[_Put] = []
+    found: list[Put] = []
     for i, (x, text) in enumerate(zip(rows, texts, strict=True)):
         rng = np.random.default_rng((seed, i))
         rest = np.concatenate([pools[i][:0], *(pool for j, pool in enumerate(pools) if j != i)])
@@ -259,56 +263,6 @@ def _states(
             )
         found.append((text, states))
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Voice:
-    """A model about to go on with some prompts."""
-
-    loaded: Loaded
-    read: Read
-    numbers: range
-    length: int
-    sample: Sampling | None
-
-    def injection(self, layer: int, condition: str, states: Sequence[_Put]) -> Injection:
-        own, places, values = self.read.states[layer], [], []
-        for row, (text, put) in enumerate(states):
-            places.append(self.read.first(row) + text.places)
-            value = put[condition]
-            # Where a prompt lacks the condition, its row goes along with its own states and is not reported.
-            new = own[row, torch.as_tensor(places[-1], device=own.device)]
-            values.append(torch.as_tensor(value) if isinstance(value, np.ndarray) else new)
-        return aligned(own, values, places, layer=layer, padding=self.read.padding)
-
-    def say(self, injection: Injection | None) -> list[list[int]]:
-        said: list[list[int]] = continue_from(
-            self.loaded.model,
-            self.read.ids,
-            injection=injection,
-            stream=self.loaded.stream,
-            length=self.length,
-            stops=self._stops,
-            sample=self.sample,
-            padding=self.read.padding,
-            rows=self.numbers,
-        )
-        return said
-
-    def score(self, injection: Injection | None, said: Sequence[Sequence[int]]) -> list[float]:
-        model, stream, padding = self.loaded.model, self.loaded.stream, self.read.padding
-        nats: list[float] = score_continuation(
-            model, self.read.ids, said, injection=injection, stream=stream, padding=padding
-        )
-        return nats
-
-    def text(self, said: Sequence[Sequence[int]]) -> list[str]:
-        return [str(self.loaded.info.tokenizer.decode(row, skip_special_tokens=True)) for row in said]
-
-    @property
-    def _stops(self) -> list[int]:
-        stop = self.loaded.model.generation_config.eos_token_id
-        return [stop] if isinstance(stop, int) else list(stop or [])
 
 
 def _sampling(sample: Sampling) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +26,6 @@ from featstore.models.trust import remember, vouch
 from featstore.models.verdict import Verdict
 from featstore.models.weights import sampled_fingerprint, weights_fingerprint, weights_of
 from featstore.runtime.console import err
-from featstore.text import tokens
 
 #: What injecting needs of a card, and of its entry for every model of a map.
 _IN_CARD = (("type",), ("store", "fingerprint"), ("mask", "sink_threshold"))
@@ -306,6 +307,29 @@ class Models:
         )
         return loaded.ready(self._needs.get(name, Needs()), allow_side_channel=self._allow)
 
+    @contextmanager
+    def lent(self, name: str) -> Iterator[Loaded]:
+        """A model for as long as the context lasts, so that the next one is loaded when this one is gone.
+
+        Whoever keeps it, or a part of it, keeps it alive. What was given stays.
+
+        Args:
+            name: Of the model.
+
+        Raises:
+            FeatstoreError: As :meth:`load`.
+        """
+        try:
+            yield self.load(name)
+        finally:
+            if name not in self._given:
+                self.freed()
+
+    def freed(self) -> None:
+        """Free models that nobody holds any more: their modules know each other, and counting does not find that."""
+        if self._known:
+            gc.collect()
+
     def load_all(self) -> dict[str, Loaded]:
         """All of them, by name."""
         return {name: self.load(name) for name in self.names}
@@ -380,10 +404,12 @@ def _loaded(adapter: Adapter, known: Known, model: Any, weights: Weights, *, fre
 
 def _started(stream: sites.ResidualStream, info: models.ModelInfo) -> sites.ResidualStream:
     """A stream whose start token is the one that its tokenizer puts first; the configuration's where it puts none."""
-    [window] = tokens.tokenize(info.tokenizer, ["a"])
-    if not len(window.ids) or not window.special[0] or int(window.ids[0]) >= embedding_rows(stream.model):
+    # Not our own tokens: where their bytes lie is found out over the whole vocabulary, and nobody asks for that here.
+    first = info.tokenizer("a", return_special_tokens_mask=True, return_attention_mask=False)
+    ids, special = first["input_ids"], first["special_tokens_mask"]
+    if not ids or not special[0] or int(ids[0]) >= embedding_rows(stream.model):
         return stream
-    return replace(stream, start=int(window.ids[0]))
+    return replace(stream, start=int(ids[0]))
 
 
 def adopt(adapter: Adapter, name: str, model: Any, allowed: Allowed = NOTHING) -> Loaded:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,16 +88,20 @@ def carry_out(
     out: Path,
     *,
     run: Callable[..., Any] = run_stage,
+    workers: int = 1,
 ) -> dict[str, str]:
     """Run every step that is not done.
 
-    A step that fails is noted, those that need it are not run, and the others go on.
+    A step that fails is noted, those that need it are not run, and the others go on. Several at a time share the
+    processor's cores, and begin in the order of the programme as far as what they need is done.
 
     Args:
         steps: In their order.
         record: Of the same directory.
         out: The programme's directory.
-        run: Runs a command; raises :class:`StageError` where it fails.
+        run: Runs a command; raises :class:`StageError` where it fails. With several workers it is called from several
+            threads.
+        workers: Steps at a time.
 
     Returns:
         Why steps are not done, by name; empty where all are.
@@ -106,34 +112,102 @@ def carry_out(
     """
     for step in steps:
         record.check(step)
-    missing: dict[str, str] = {}
-    seconds = 0.0
-    for number, step in enumerate(steps, 1):
-        if record.is_done(step):
-            continue
-        lacking = [name for name in step.needs if name in missing]
-        if lacking:
-            missing[step.name] = f"it needs {lacking[0]!r}, which is not done"
-            record.note(step, WAITING, error=missing[step.name])
-            continue
-        err.print(f"step {number} of {len(steps)}: {step.name}, {human_seconds(seconds)} so far")
-        start = time.perf_counter()
-        record.note(step, RUNNING)
+    programme = _Programme(steps, record, out)
+    with sharing(workers), ThreadPoolExecutor(workers) as pool:
+        running: dict[Future[Any], tuple[Step, float]] = {}
+        while True:
+            while len(running) < workers and (step := programme.next()) is not None:
+                command, begun = _resumed(step, out), time.perf_counter()
+                # One at a time runs here, where an interruption arrives.
+                made = _here(run, command) if workers == 1 else pool.submit(run, command.tool, *command.arguments)
+                running[made] = (step, begun)
+            if not running:
+                return programme.missing
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                programme.ended(*running.pop(done), done)
+
+
+class _Programme:
+    """Which step comes next, and what came of those that were run."""
+
+    def __init__(self, steps: Sequence[Step], record: Record, out: Path) -> None:
+        self._record, self._out = record, out
+        self._left = [(number, step) for number, step in enumerate(steps, 1) if not record.is_done(step)]
+        self._count, self._running = len(steps), set[str]()
+        self._begun = time.perf_counter()
+        self.missing: dict[str, str] = {}
+        """Why steps are not done, by name."""
+
+    def next(self) -> Step | None:
+        """The first step whose needs are met, noted as running; None where all that is left has to wait."""
+        waiting = self._running | {step.name for _, step in self._left}
+        for place, (number, step) in enumerate(self._left):
+            lacking = [name for name in step.needs if name in self.missing]
+            if not lacking and waiting & set(step.needs):
+                continue
+            del self._left[place]
+            if lacking:
+                self.missing[step.name] = f"it needs {lacking[0]!r}, which is not done"
+                self._record.note(step, WAITING, error=self.missing[step.name])
+                return self.next()
+            # What an interruption has cost is not known, so a resumed programme counts from its resumption.
+            spent = human_seconds(time.perf_counter() - self._begun)
+            err.print(f"step {number} of {self._count}: {step.name}, {spent} so far")
+            self._record.note(step, RUNNING)
+            self._running.add(step.name)
+            return step
+        return None
+
+    def ended(self, step: Step, begun: float, done: Future[Any]) -> None:
+        """Write down how a step ended."""
+        self._running.discard(step.name)
         try:
-            run(step.tool, *_resumed(step, out).arguments)
+            done.result()
         except StageError as error:
-            missing[step.name] = str(error)
-            record.note(step, FAILED, error=missing[step.name])
+            self.missing[step.name] = str(error)
         else:
-            absent = [made for made in step.makes if not (out / made).is_file()]
+            absent = [made for made in step.makes if not (self._out / made).is_file()]
             if absent:
-                missing[step.name] = f"it left no {absent[0]}"
-                record.note(step, FAILED, error=missing[step.name])
+                self.missing[step.name] = f"it left no {absent[0]}"
+        if step.name in self.missing:
+            self._record.note(step, FAILED, error=self.missing[step.name])
+        else:
+            self._record.note(step, DONE, seconds=time.perf_counter() - begun)
+
+
+def _here(run: Callable[..., Any], step: Step) -> Future[Any]:
+    """A command run in this thread."""
+    done: Future[Any] = Future()
+    try:
+        done.set_result(run(step.tool, *step.arguments))
+    except StageError as error:
+        done.set_exception(error)
+    return done
+
+
+@contextmanager
+def sharing(workers: int) -> Iterator[None]:
+    """Give every command that is started in the context its share of the cores.
+
+    Args:
+        workers: Commands at a time; of a single one nothing is changed.
+    """
+    if workers == 1:
+        yield
+        return
+    cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
+    # Bars of two commands would overwrite each other.
+    shares = {"OMP_NUM_THREADS": str(max(1, (cores or 1) // workers)), "TERM": "dumb"}
+    before = {name: os.environ.get(name) for name in shares}
+    os.environ.update(shares)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
             else:
-                record.note(step, DONE, seconds=time.perf_counter() - start)
-        # What an interruption has cost is not known, so a resumed training counts from its resumption.
-        seconds += time.perf_counter() - start
-    return missing
+                os.environ[name] = value
 
 
 def _resumed(step: Step, out: Path) -> Step:

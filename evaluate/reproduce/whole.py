@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _DEMO_TEXT = ("--max-documents", "60", "--max-document-bytes", "1200")
 _CACHE = Path(".cache/demo")
 #: Of a store that is made, below the programme's directory.
 _STORE = "store.zarr"
+#: Blocks times width squared of models of which two commands at a time may hold one each: a few hundred MB.
+_SMALL = 30 * 576**2
 #: Commands that load models.
 _LOADING = ("extract", "stitch", "generate", "communicate")
 
@@ -98,6 +101,7 @@ def reproduce(
     store: Path | None,
     corpus: Corpus,
     allowed: Allowed = NOTHING,
+    workers: int | None = None,
     run: Callable[..., Any] = run_stage,
 ) -> dict[str, Any]:
     """Carry out the programme, or what is left of it, and write its analysis.
@@ -109,6 +113,7 @@ def reproduce(
         corpus: What to make it from.
         allowed: Whether models are loaded that the store names and the user has not, and pickled weights read. It does
             not make a step another one.
+        workers: Commands at a time; None for :func:`default_workers`.
         run: Runs a command; raises :class:`StageError` where it fails.
 
     Returns:
@@ -136,7 +141,7 @@ def reproduce(
     store = store or out / _STORE
     opened = open_store(store)
     steps = [*first, *plan(opened, store, out, scale)]
-    failed = carry_out(steps, record, out, run=run)
+    failed = carry_out(steps, record, out, run=run, workers=workers or default_workers(opened))
     seconds = {step.name: took for step in steps if (took := record.of(step)["seconds"]) is not None}
     commands_run = {step.name: record.of(step)["command"] for step in steps}
     told = {"seconds": seconds, "failed": failed, "commands": commands_run}
@@ -150,6 +155,19 @@ def reproduce(
         "seconds": seconds,
         "failed": failed,
     }
+
+
+def default_workers(opened: Store) -> int:
+    """How many commands run at a time where nobody says.
+
+    Args:
+        opened: The store.
+
+    Returns:
+        Two where models are no larger than those of the demo pair; one elsewhere, since each command holds a model.
+    """
+    size = max(opened.model(name).depth * opened.model(name).width ** 2 for name in opened.models)
+    return 2 if size <= _SMALL and (os.cpu_count() or 1) > 1 else 1
 
 
 def _allowing(run: Callable[..., Any], allowed: Allowed) -> Callable[..., Any]:

@@ -170,7 +170,8 @@ def last_part(loaded: Loaded, window: Window) -> Tail | Whole:
         window: Any.
     """
     ids = torch.from_numpy(window.target.ids.astype(np.int64))[None].to(loaded.device)
-    return tail_of(loaded.stream, ids)
+    found: Tail | Whole = tail_of(loaded.stream, ids)
+    return found
 
 
 def _most(device: torch.device) -> int:

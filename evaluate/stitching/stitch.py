@@ -209,6 +209,7 @@ def measure(
                     for done in run.alone(loaded):
                         tick(done)
         del loaded
+        needed.freed()
     stitched = {
         "adapter_type": adapter.card["type"],
         "split": SPLITS[split],

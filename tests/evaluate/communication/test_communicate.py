@@ -19,7 +19,7 @@ from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner, load_adapter
 from align.runs.train import train
 from align.settings import Settings
-from evaluate.communication import messages
+from evaluate.communication import messages, saying
 from evaluate.communication.asking import Prompt, PutIn, ask, prompts_of
 from evaluate.communication.communicate import COMMON, describe, identity, prepare
 from evaluate.communication.messages import deliverable, read, within
@@ -213,7 +213,8 @@ def test_a_summary_arrives_without_what_its_reader_cannot_spell(
     pair: SimpleNamespace, unable: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = ["whole", f"a{UNSPELT}b {UNSPELT}", "whole", UNSPELT]
-    monkeypatch.setattr(module._Direction, "_summaries", lambda _: list(written))
+    say = module.say
+    monkeypatch.setattr(module, "say", lambda *given: replace(say(*given), summaries=list(written)))
     found = prepare(pair.adapter, max_new_tokens=2, models=unable, quiet=True).result(make("countries", 4))
     to_llama, to_mistral = (found["tasks"][f"countries ({way})"] for way in ("mistral->llama", "llama->mistral"))
     assert [each["summary"] for each in to_llama["examples"]] == ["whole", "ab ", "whole", ""]
@@ -357,7 +358,8 @@ def shown(pair: SimpleNamespace, task: Task, monkeypatch: pytest.MonkeyPatch, **
             seen[name if name != "summary" else f"{name} {loaded.name}"] = (prompts, given)
         return ask(loaded, prompts, put_in, **rest)
 
-    monkeypatch.setattr(module, "ask", spy)
+    for room in (module, saying):
+        monkeypatch.setattr(room, "ask", spy)
     aligners = {key: a for key, a in pair.adapter.aligners.items() if key.startswith("llama")}
     adapter = replace(pair.adapter, aligners=aligners)
     seen["result"] = prepare(adapter, max_new_tokens=NEW, models=pair.models, quiet=True, **options).result(task)

@@ -61,7 +61,7 @@ def programme(tiny_store, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Half of the time would go into the steps of two compressed maps of random models.
         patch.setattr("align.compress.fit.EPOCH_STEPS", 6)
-        result = reproduce(out, SCALE, store=tiny_store, corpus=Corpus(), run=in_process(calls))
+        result = reproduce(out, SCALE, store=tiny_store, corpus=Corpus(), workers=1, run=in_process(calls))
     return SimpleNamespace(out=out, result=result, calls=calls, store=tiny_store)
 
 
@@ -135,7 +135,7 @@ def test_the_tables_are_tables(programme):
 def test_the_same_command_does_nothing_twice(programme, capsys):
     before = {path: path.stat().st_mtime_ns for path in programme.out.glob("runs/**/*") if path.is_file()}
     calls = []
-    again = reproduce(programme.out, SCALE, store=programme.store, corpus=Corpus(), run=in_process(calls))
+    again = reproduce(programme.out, SCALE, store=programme.store, corpus=Corpus(), workers=1, run=in_process(calls))
     assert [call[1] for call in calls] == ["report"]
     assert again["answers"] == programme.result["answers"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -148,6 +148,7 @@ def test_other_options_are_refused_before_anything_runs(programme):
             Scale("240", 4, ("lookup:2",), 2, (1, 8), ((1, 4), (2, 8))),
             store=programme.store,
             corpus=Corpus(),
+            workers=1,
             run=in_process([]),
         )
 
@@ -157,7 +158,7 @@ def test_a_damaged_result_is_made_again(programme):
     before = json.loads(path.read_text())
     path.unlink()
     calls = []
-    reproduce(programme.out, SCALE, store=programme.store, corpus=Corpus(), run=in_process(calls))
+    reproduce(programme.out, SCALE, store=programme.store, corpus=Corpus(), workers=1, run=in_process(calls))
     assert [call[1] for call in calls] == ["stitch", "report"]
     assert json.loads(path.read_text()) == before
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
+import threading
 
 import pytest
 from hypothesis import given
@@ -240,3 +242,29 @@ def test_the_cost_elsewhere_is_counted_from_the_programme(monkeypatch, capsys):
     assert "all of it, nothing overlapping     64 min" in told["1e6"]
     assert "229 GB" in told["2e6"]
     assert "assumed, not measured" in told["1e6"]
+
+
+def test_two_commands_run_side_by_side_and_what_needs_one_waits_for_it(tmp_path):
+    calls, both = [], threading.Barrier(2, timeout=60)
+    make = maker(tmp_path, calls)
+
+    def run(tool, *arguments):
+        # The fit and what stands behind the step that needs it only pass this together.
+        if arguments in (FIT.arguments, OTHER.arguments):
+            both.wait()
+        elif arguments == STITCH.arguments:
+            assert (tmp_path / FIT.makes[-1]).is_file()
+        assert os.environ["OMP_NUM_THREADS"].isdecimal()
+        make(tool, *arguments)
+
+    threads = os.environ.get("OMP_NUM_THREADS")
+    assert carry_out([FIT, STITCH, OTHER], Record(tmp_path), tmp_path, run=run, workers=2) == {}
+    assert sorted(call[1] for call in calls) == ["cka", "stitch", "train"]
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
+def test_side_by_side_a_failure_stops_what_needs_it_and_nothing_else(tmp_path):
+    run = maker(tmp_path, [], fails={"fit"})
+    failed = carry_out([FIT, STITCH, OTHER], Record(tmp_path), tmp_path, run=run, workers=3)
+    assert set(failed) == {"fit", "stitch fit"}
+    assert Record(tmp_path).is_done(OTHER)

@@ -19,7 +19,7 @@ from align.maps.fitted import Adapter, Aligner, load_adapter
 from align.runs.train import train
 from align.settings import Settings
 from align.tokens.table import TokenTable
-from evaluate.generation import generate
+from evaluate.generation import generate, voices
 from evaluate.injection.controls import CONTROLS, token_table
 from evaluate.injection.loading import load
 from evaluate.injection.wire import Rows, Wire, wire
@@ -316,7 +316,7 @@ def put(seed: int = 0) -> list[Any]:
     tensors: dict[str, Any] = dict.fromkeys(("mean_source", "mean_target", "control_mean_source"), zero)
     tensors |= {"weight": 2 * np.eye(4, dtype=np.float32), "control_mean": zero + 7}
     to = Wire(Aligner(LayerPair("a", (1,), "b", 3), tensors), None, False, None)
-    return generate._states(to, read(), read(), (range(2), range(2, 3)), ("one", "two", "three"), seed)
+    return generate._states(to, read(), read(), ("one", "two", "three"), seed)
 
 
 def test_a_prompt_takes_its_own_ordinary_states() -> None:
@@ -368,7 +368,7 @@ def test_a_model_reads_prompts_at_every_layer_that_a_map_or_the_sink_rule_needs(
     )
     windows = [tokens_of([10, 11, 12]), tokens_of([10, 11])]
     maps: Any = [SimpleNamespace(pair=LayerPair(*names)) for names in (("a", (1, 3), "b", 2), ("b", (6,), "a", 4))]
-    found = generate._read(loaded, windows, maps)
+    found = voices._read(loaded, windows, maps)
     assert sorted(found.states) == [1, 3, 4]
     assert [sinks.tolist() for sinks in found.sinks] == [[True, False, True], [True, False]]
     assert [found.first(row) for row in (0, 1)] == [0, 1]
