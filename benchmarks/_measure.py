@@ -176,7 +176,7 @@ def judged(goals: Mapping[str, tuple[float, float]]) -> str:
     return "\n".join(lines)
 
 
-def keep(name: str, result: Mapping[str, Any], directory: Path = RESULTS) -> Path:
+def keep(name: str, result: Mapping[str, Any] | list[Any], directory: Path = RESULTS) -> Path:
     """Write a result beside the benchmarks."""
     directory.mkdir(exist_ok=True)
     path = directory / f"{name}.json"

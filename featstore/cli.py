@@ -155,7 +155,8 @@ def extract(
         bool, typer.Option("--moments-only", help="Store moments and no rows; both models are loaded at once.")
     ] = False,
     moments_memory: Annotated[
-        str, typer.Option(help="Memory for summing moments: bytes, or such as 500M, 12G.")
+        str,
+        typer.Option(help="Memory for summing moments: bytes, or such as 500M, 12G; more sums lie in files meanwhile."),
     ] = "12G",
     yes: Yes = False,
     allow_pickle_weights: Pickles = False,
@@ -401,13 +402,20 @@ def pair(
 @app.command()
 def moments(
     store: StorePath,
-    memory: Annotated[str, typer.Option(help="Memory for summing: bytes, or such as 500M, 12G.")] = "12G",
+    memory: Annotated[
+        str,
+        typer.Option(help="Memory for summing: bytes, or such as 500M, 12G; more sums lie in files meanwhile."),
+    ] = "12G",
     as_json: Json = False,
 ) -> None:
     """Add the moments of every two layers to a store: closed-form fits and CKA then need no rows."""
-    from featstore.store.moments.stored import add_moments
+    from featstore.runtime.processes import Ranks
+    from featstore.store.moments.writing import add_moments
 
-    result = add_moments(store, memory=parse_bytes(memory))
+    first = Ranks.from_environment().first
+    result = add_moments(store, memory=parse_bytes(memory), quiet=not first)
+    if not first:
+        return
     lines = [
         f"{key}: {entry['blocks']} blocks, {human_bytes(entry['bytes'])}; {entry['written']} of them are new"
         for key, entry in result["moments"].items()

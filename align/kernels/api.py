@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from align.kernels import reference
+from align.kernels.blocks import BLOCK_ROWS, feature_sums
 from align.kernels.centre import Centred, centre, check_layers
 from align.kernels.documents import shared_of, within
 from align.kernels.forms import Form, all_pairs, choose_form
@@ -23,8 +24,8 @@ from featstore.errors import FitError, MissingPackageError
 
 Array = NDArray[np.float64]
 Backend = Literal["auto", "triton", "torch"]
-#: Rows over which products are summed in float32. On the CPU widening costs little, and helps where few rows are huge.
-FLOAT32_ROWS = {"cpu": 1024, "cuda": 65536}
+#: Rows over which products are summed in float32 on a GPU.
+FLOAT32_ROWS = 65536
 #: A self-HSIC below this share of the terms it is the difference of is their rounding.
 _ROUNDING = {True: 1e-12, False: float(np.finfo(np.float32).eps)}
 
@@ -101,7 +102,7 @@ def _path(backend: Backend, device: torch.device, layers: Sequence[torch.Tensor]
         raise FitError(f"no back end {backend!r}: auto, triton or torch")
     if backend == "torch":
         return None
-    wide = any(x.dtype == torch.float64 for x in layers)
+    wide = _any_wide(layers)
     path = None if wide else triton_path(device)
     if backend == "triton" and path is None:
         if wide:
@@ -121,11 +122,16 @@ def _interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def _any_wide(rows: Sequence[torch.Tensor]) -> bool:
+    """Whether products would have to be float64."""
+    return any(x.dtype == torch.float64 for x in rows)
+
+
 def _fro(x: torch.Tensor, y: torch.Tensor, path: Path | None) -> torch.Tensor:
     """|X'Y|_F^2, float64."""
-    if path is not None and len(x) <= FLOAT32_ROWS["cuda"] and x.dtype == y.dtype:
+    if path is not None and len(x) <= FLOAT32_ROWS and x.dtype == y.dtype:
         return cross_square(x, y, path)
-    rows = FLOAT32_ROWS.get(x.device.type, FLOAT32_ROWS["cpu"])
+    rows = FLOAT32_ROWS if x.device.type == "cuda" else BLOCK_ROWS
     blocks = zip(x.split(rows), y.split(rows), strict=True)
     wide = torch.promote_types(x.dtype, y.dtype)
     wide = wide if wide == torch.float64 else torch.float32
@@ -144,7 +150,7 @@ def _feature(
 
     [ |C|_F^2 - n/(n-2) sum_i a_i b_i + (sum a)(sum b) / ((n-1)(n-2)) ] / (n(n-3)) for centred rows.
     """
-    n, count = len(layers[0].rows), len(layers)
+    count = len(layers)
     fro = np.full((count, count), math.nan)
     for i, j in pairs:
         fro[i, j] = fro[j, i] = float(_fro(layers[i].rows, layers[j].rows, path))
@@ -153,9 +159,14 @@ def _feature(
         shared, taken = shared_of(-rows, documents).cpu().numpy(), own.cpu().numpy()
         size = np.diag(fro + taken + 2 * np.abs(shared)) / documents.freedom
         return (fro - taken - 2 * shared) / documents.freedom, size
+    return _of_all_rows(fro, torch.stack([x.norms for x in layers]), estimator)
+
+
+def _of_all_rows(fro: Array, norms: torch.Tensor, estimator: Estimator) -> tuple[Array, Array]:
+    """HSIC where each row is its own document, from what :func:`_feature` adds up; and the size of its terms."""
+    n = norms.shape[1]
     if estimator == "biased":
         return fro / (n - 1) ** 2, np.diag(fro) / (n - 1) ** 2
-    norms = torch.stack([x.norms for x in layers])
     total = norms.sum(1).cpu().numpy()
     diagonal = n / (n - 2) * (norms @ norms.T).cpu().numpy()
     product = np.outer(total, total) / ((n - 1) * (n - 2))
@@ -236,9 +247,15 @@ def compare_layers(
     if chosen == Form.FEATURE and kernel == "rbf":
         raise FitError("the rbf kernel has no feature space of finite width: form 'panels' or 'naive'")
     path = None if chosen == Form.NAIVE else _path(backend, device, rows)
-    ready = [centre(x, "full" if path is None else "tensor") for x in rows]
     used = _bandwidths(rows, kernel, sigmas)
-    reasons = {k: "its rows do not differ" for k, x in enumerate(ready) if not x.varies}
+    ready, sums = [], None
+    if chosen == Form.FEATURE and blocks is None and device.type == "cpu" and path is None and not _any_wide(rows):
+        sums = feature_sums(rows, pairs)
+        varies, scales = sums.varies, sums.scales
+    else:
+        ready = [centre(x, "full" if path is None else "tensor") for x in rows]
+        varies, scales = [x.varies for x in ready], np.array([x.scale for x in ready])
+    reasons = {k: "its rows do not differ" for k in range(count) if not varies[k]}
     if blocks is not None and (undefined := blocks.reason):
         nothing = np.full((count, count), math.nan)
         backend_used = "torch" if path is None else "triton"
@@ -248,11 +265,12 @@ def compare_layers(
             reasons[k] = "the median distance between its rows is 0, which gives no bandwidth; give one as sigma"
     usable = None if used is None else [1.0 if math.isnan(s) else s for s in used]
     if chosen == Form.NAIVE:
-        held = [x if c.varies else torch.zeros_like(x) for x, c in zip(rows, ready, strict=True)]
+        held = [x if different else torch.zeros_like(x) for x, different in zip(rows, varies, strict=True)]
         hsic, size = _naive(held, pairs, kernel, estimator, usable, blocks)
     else:
-        scales = np.array([x.scale for x in ready])
-        if chosen == Form.FEATURE:
+        if sums is not None:
+            hsic, size = _of_all_rows(sums.fro, torch.from_numpy(sums.norms), estimator)
+        elif chosen == Form.FEATURE:
             hsic, size = _feature(ready, pairs, estimator, path, blocks)
         else:
             scaled = None if usable is None else [s * x.scale for s, x in zip(usable, ready, strict=True)]
@@ -269,7 +287,7 @@ def compare_layers(
     for k in range(count):
         if k in reasons:
             # Of equal rows every centred Gram matrix is 0; a bandwidth that is missing leaves nothing to say.
-            unknown = math.nan if ready[k].varies else 0.0
+            unknown = math.nan if varies[k] else 0.0
             hsic[k, :] = hsic[:, k] = np.where(np.isnan(hsic[k]), math.nan, unknown)
         elif not hsic[k, k] > rounding * size[k]:
             reasons[k] = "its self-HSIC is not positive"

@@ -209,14 +209,16 @@ class Engine:
                 share = len(x) / rows
                 # Gradients of several processes are averaged, not summed.
                 factor = share * self.accelerator.num_processes
-                self.accelerator.backward(total if factor == 1 else total * factor)
+                # Not through accelerate, which would divide by its own number of micro-batches: one more operation each
+                # way, and the losses are weighted already.
+                (total if factor == 1 else total * factor).backward()
             if share != 1:
                 figures = figures * share
             line = figures if line is None else line + figures
         if line is None:
             # The others wait for this process's gradients, too.
             nothing = self._model(self.module.mean_source[None]).sum() * 0.0
-            self.accelerator.backward(nothing)
+            nothing.backward()
             line = torch.zeros(len(self.objective.names), device=self.accelerator.device)
         self._lines.append(line)
         self._norms.append(torch.nn.utils.clip_grad_norm_(self._weights, self._clip, foreach=True))

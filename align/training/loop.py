@@ -142,6 +142,8 @@ class Training:
         #: Micro-batches of a step, on all processes.
         self.together = schedule.accumulate * self.world
         self.steps = max(-(-len(train) // (self.size * self.together)), 1)
+        #: Rows of the micro-batches of every step but an epoch's last.
+        self._whole = [self.size] * self.together
         self.objective = Objective(
             plan.goal.weights,
             torch.as_tensor(moments.means[1], dtype=torch.float32, device=self.device),
@@ -229,6 +231,8 @@ class Training:
 
     def _sizes(self, step: int) -> list[int]:
         """Rows of every micro-batch of a step of an epoch, of all processes."""
+        if step < self.steps - 1:
+            return self._whole
         first, total = step * self.together, -(-len(self.train) // self.size)
         return [
             min(self.size, len(self.train) - number * self.size)

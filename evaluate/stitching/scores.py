@@ -1,11 +1,8 @@
 """What a stitched run is judged by, as sums over documents: the tokens of one document depend on each other.
 
-With p the target's own predictions on untouched states and q those under a condition, in nats for every scored token:
-
-    loss = -log q(next token)        KL = sum_v p(v) (log p(v) - log q(v))
-
-A loss can stay the same while the predictions change; the divergence cannot. Bits per byte divide by the bytes that the
-scored tokens span, and so compare across tokenizers; perplexities, exp(loss), do not.
+Losses and divergences of single predictions are those of :mod:`evaluate.stitching.predictions`. A loss can stay the
+same while the predictions change; the divergence cannot. Bits per byte divide by the bytes that the scored tokens span,
+and so compare across tokenizers; perplexities, exp(loss), do not.
 """
 
 from __future__ import annotations
@@ -16,14 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from evaluate.stitching.predictions import Figures, compared, untouched
 from featstore.text.tokens import TokenizedWindow
 
 #: The first token whose prediction counts: the first ones are read off the start of the text alone.
 FIRST_SCORED = 2
 #: Columns of a tally.
 NATS, TOKENS, BYTES, DIVERGENCE, SAME = range(5)
-#: Positions whose predictions over the whole vocabulary are held at once beside the logits.
-_SLICE = 128
 
 
 @dataclass
@@ -58,6 +54,63 @@ class Tally:
         return np.array([self.sums[number] for number in self.documents]).reshape(-1, 5)
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Which predictions of a window are scored: those of its third token on, special tokens left out.
+
+    Attributes:
+        places: int64 ``(n,)``, the positions whose predictions these are; each is that before the predicted token.
+        wanted: int64 ``(n,)``, the predicted tokens.
+        size: Bytes they span.
+    """
+
+    places: NDArray[np.int64]
+    wanted: NDArray[np.int64]
+    size: int
+
+
+def scored(tokens: TokenizedWindow, counts: NDArray[np.bool_] | None = None) -> Scored:
+    """Find the predictions of a window that are scored.
+
+    Args:
+        tokens: The window as the predicting model reads it, three tokens at least.
+        counts: bool ``(tokens,)``, which of its ordinary tokens are scored; None for all.
+    """
+    ordinary = ~tokens.special[FIRST_SCORED:]
+    taken = ordinary if counts is None else ordinary & counts[FIRST_SCORED:]
+    ends = np.where(ordinary, tokens.byte_end[FIRST_SCORED:], 0)
+    # What each token adds to the text read so far; special tokens, which read nothing, have 0.
+    spans = np.diff(np.maximum.accumulate(np.r_[tokens.byte_end[:FIRST_SCORED].max(), ends]))
+    places = np.flatnonzero(taken).astype(np.int64) + FIRST_SCORED - 1
+    return Scored(places, tokens.ids[places + 1].astype(np.int64), int(spans[taken].sum()))
+
+
+def add_untouched(tally: Tally, document: int, window: Scored, nats: NDArray[np.float64]) -> None:
+    """Add a window's predictions on untouched states, which do not diverge from themselves.
+
+    Args:
+        tally: Takes the sums.
+        document: Its document.
+        window: What is scored of it.
+        nats: float64 ``(n,)``, the losses.
+    """
+    tally.add(document, float(nats.sum()), len(window.places), window.size)
+
+
+def add_compared(tally: Tally, document: int, window: Scored, figures: Figures) -> None:
+    """Add a window's predictions under a condition.
+
+    Args:
+        tally: Takes the sums.
+        document: Its document.
+        window: What is scored of it.
+        figures: Losses, divergences and agreement, each ``(n,)``.
+    """
+    nats, divergence, same = figures
+    sums = (float(divergence.sum()), int(same.sum()))
+    tally.add(document, float(nats.sum()), len(window.places), window.size, *sums)
+
+
 def add_window(
     tally: Tally,
     document: int,
@@ -67,7 +120,7 @@ def add_window(
     *,
     counts: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Score a window's predictions of its third token on, special tokens left out.
+    """Score a window from the logits of all its tokens.
 
     Args:
         tally: Takes the sums.
@@ -77,37 +130,11 @@ def add_window(
         clean: The same with nothing replaced; None where these are the ones.
         counts: bool ``(tokens,)``, which of its ordinary tokens are scored; None for all.
     """
-    ids = torch.from_numpy(tokens.ids.astype(np.int64)).to(logits.device)
-    ordinary = ~tokens.special[FIRST_SCORED:]
-    scored = ordinary if counts is None else ordinary & counts[FIRST_SCORED:]
-    nats, divergence, same = _predictions(logits, logits if clean is None else clean, ids)
-    ends = np.where(ordinary, tokens.byte_end[FIRST_SCORED:], 0)
-    # What each token adds to the text read so far; special tokens, which read nothing, have 0.
-    spans = np.diff(np.maximum.accumulate(np.r_[tokens.byte_end[:FIRST_SCORED].max(), ends]))
-    tally.add(
-        document,
-        float(nats[scored].sum()),
-        int(scored.sum()),
-        int(spans[scored].sum()),
-        float(divergence[scored].sum()),
-        int(same[scored].sum()),
-    )
-
-
-def _predictions(
-    logits: torch.Tensor, clean: torch.Tensor, ids: torch.Tensor
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Loss, divergence and agreement of every scored prediction, each ``(tokens - 2,)``."""
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    for start in range(FIRST_SCORED - 1, len(ids) - 1, _SLICE):
-        stop = min(start + _SLICE, len(ids) - 1)
-        log_q = logits[start:stop].float().log_softmax(dim=-1)
-        nats = -log_q.gather(1, ids[start + 1 : stop + 1, None])[:, 0]
-        if logits is clean:
-            parts.append((nats, torch.zeros_like(nats), torch.ones_like(nats, dtype=torch.bool)))
-            continue
-        log_p = clean[start:stop].float().log_softmax(dim=-1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-        parts.append((nats, divergence, log_p.argmax(dim=-1) == log_q.argmax(dim=-1)))
-    nats, divergence, same = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return nats.double().numpy(), divergence.double().numpy(), same.numpy()
+    window = scored(tokens, counts)
+    places = torch.from_numpy(window.places).to(logits.device)
+    own = untouched(torch.Tensor.float, (logits if clean is None else clean)[places], window.wanted)
+    if clean is None:
+        add_untouched(tally, document, window, own.nats)
+        return
+    [figures] = zip(*compared(torch.Tensor.float, logits[places][None], own), strict=True)
+    add_compared(tally, document, window, figures)

@@ -23,17 +23,31 @@ from evaluate.injection.controls import CONTROLS, control_states, token_table
 from evaluate.injection.loading import Loaded, Models, check_card, choose
 from evaluate.injection.verified import leak_at, recorded, side_channels, start_token
 from evaluate.injection.wire import Rows, Wire, wire
+from evaluate.stitching.conditions import Group, PutIn, last_part, together
 from evaluate.stitching.figures import alone, compared, figures, size
 from evaluate.stitching.findings import findings
-from evaluate.stitching.scores import BYTES, DIVERGENCE, FIRST_SCORED, NATS, SAME, TOKENS, Tally, add_window
+from evaluate.stitching.predictions import Figures
+from evaluate.stitching.scores import (
+    BYTES,
+    DIVERGENCE,
+    FIRST_SCORED,
+    NATS,
+    SAME,
+    TOKENS,
+    Scored,
+    Tally,
+    add_compared,
+    add_untouched,
+    add_window,
+)
 from evaluate.stitching.windows import Window, scored_windows
 from evaluate.stitching.words import describe
 from featstore.errors import AdapterError, SpecError
-from featstore.models import residual as sites
 from featstore.models.devices import DeviceMap
-from featstore.models.injection import KEEP, aligned, inject
+from featstore.models.injection import KEEP
 from featstore.models.probe.prove import Needs
 from featstore.models.references import NOTHING, Allowed
+from featstore.models.tail import Tail, Whole
 from featstore.runtime.console import progress
 from featstore.store import Store
 from featstore.text.roles import role_names
@@ -241,11 +255,14 @@ class _Stitcher:
         # Under `hide` one more, without it: only there must the target's own states give its own logits.
         return 1 + len(self.wires) * (2 + len(self._controls) + (self._keep == "hide"))
 
+    @torch.inference_mode()
     def stitched(self, target: Loaded) -> Iterator[int]:
         """Run all windows under all conditions, yielding target tokens done."""
-        for at, window in enumerate(self.windows):
-            self._window(target, at, window)
-            yield len(window.target.ids) * self._passes
+        tail = last_part(target, self.windows[0])
+        for numbers in together(target, self.windows):
+            self._together(target, tail, numbers)
+            for at in numbers:
+                yield len(self.windows[at].target.ids) * self._passes
 
     @torch.inference_mode()
     def alone(self, source: Loaded) -> Iterator[int]:
@@ -256,30 +273,52 @@ class _Stitcher:
                 add_window(self._source_tally, window.document, window.source, logits, counts=window.source_counts)
             yield len(window.source.ids)
 
-    @torch.inference_mode()
-    def _window(self, target: Loaded, at: int, window: Window) -> None:
-        ids = _ids(window.target, target)
-        own, clean = self._clean(target, ids, {w.aligner.pair.target_layer for w in self.wires})
-        places = window.places
+    def _together(self, target: Loaded, tail: Tail | Whole, numbers: Sequence[int]) -> None:
+        """Run some windows through the target under all conditions."""
+        windows = [self.windows[at] for at in numbers]
+        layers: dict[int, list[Wire]] = {}
         for to in self.wires:
-            key, layer = to.aligner.pair.key, to.aligner.pair.target_layer
-            self._score(key, "clean", window, clean)
+            layers.setdefault(to.aligner.pair.target_layer, []).append(to)
+        group = Group(target, tail, windows, list(layers))
+        for layer, wires in layers.items():
+            keys = [to.aligner.pair.key for to in wires]
+            for row, own in enumerate(group.untouched):
+                for key in keys:
+                    self._tally(key, "clean", windows[row], group.scored[row], own.nats)
+            self._put_back(group, layer, keys, windows)
+            # Conditions of several maps that put in the same, such as zeros, are one.
+            given: dict[tuple[int, bytes], tuple[PutIn, list[tuple[str, str]]]] = {}
+            for row, at in enumerate(numbers):
+                for to, key in zip(wires, keys, strict=True):
+                    for name, value in self._states(at, windows[row], to, group.own_states(row, layer)).items():
+                        if isinstance(value, str):
+                            self._reasons.setdefault(key, {})[name] = value
+                        elif name != "self":
+                            what = (row, np.asarray(value).tobytes())
+                            given.setdefault(what, (PutIn(row, value), []))[1].append((key, name))
+            figures = group.put_in(layer, [put for put, _ in given.values()], self._keep)
+            for (put, names), found in zip(given.values(), figures, strict=True):
+                for key, name in names:
+                    self._tally(key, name, windows[put.window], group.scored[put.window], found)
 
-            def logits(value: Rows | torch.Tensor, keep: str, layer: int = layer) -> torch.Tensor:
-                injection = aligned(own[layer], [value], [places], layer=layer, keep=keep)
-                with inject(target.stream, injection, whole=True):
-                    result: torch.Tensor = target.model(input_ids=ids, use_cache=False).logits[0]
-                return result
+    def _put_back(self, group: Group, layer: int, keys: Sequence[str], windows: Sequence[Window]) -> None:
+        """The target's own states, which are the same for all maps of a layer."""
+        figures, exact = group.put_back(layer, self._keep)
+        if self._keep != "own":
+            _, exact = group.put_back(layer, "own")
+        for key in keys:
+            for row, found in enumerate(figures):
+                self._tally(key, "self", windows[row], group.scored[row], found)
+                self._identical[key] = self._identical.get(key, True) and exact[row]
 
-            for name, value in self._states(at, window, to, own[layer][0, places]).items():
-                if isinstance(value, str):
-                    self._reasons.setdefault(key, {})[name] = value
-                    continue
-                found = logits(value, self._keep)
-                self._score(key, name, window, found, clean)
-                if name == "self":
-                    exact = found if self._keep == "own" else logits(value, "own")
-                    self._identical[key] = self._identical.get(key, True) and bool(torch.equal(exact, clean))
+    def _tally(
+        self, key: str, condition: str, window: Window, part: Scored, found: Figures | NDArray[np.float64]
+    ) -> None:
+        tally = self._tallies.setdefault((key, condition), Tally())
+        if isinstance(found, tuple):
+            add_compared(tally, window.document, part, found)
+        else:
+            add_untouched(tally, window.document, part, found)
 
     def _states(self, at: int, window: Window, to: Wire, own: torch.Tensor) -> dict[str, Rows | torch.Tensor | str]:
         """The states of every condition at the window's places, or why a condition has none."""
@@ -296,13 +335,6 @@ class _Stitcher:
                 name, aligner, source, other, rng, self._seed, mapped=mapped, other_mapped=other_mapped, predicted=token
             )
         return states
-
-    def _clean(
-        self, target: Loaded, ids: torch.Tensor, layers: set[int]
-    ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-        with sites.watching(target.stream, sorted(layers)) as own:
-            logits = target.model(input_ids=ids, use_cache=False).logits[0]
-        return own, logits
 
     def _rows(self, window: Window, aligner: Aligner, numbers: NDArray[np.int64] | None = None) -> Rows:
         """The stored source states of a window, or those of some rows of the store."""
@@ -325,12 +357,6 @@ class _Stitcher:
         other = others[int(rng.integers(len(others)))]
         mapped = to.states(self._rows(other, to.aligner), other)
         return None, mapped[rng.integers(len(mapped), size=count)]
-
-    def _score(
-        self, key: str, condition: str, window: Window, logits: torch.Tensor, clean: torch.Tensor | None = None
-    ) -> None:
-        tally = self._tallies.setdefault((key, condition), Tally())
-        add_window(tally, window.document, window.target, logits, clean, counts=window.target_counts)
 
     def entry(self, to: Wire) -> dict[str, Any]:
         """The pair's part of ``stitch.json``, less what was tested on its target."""

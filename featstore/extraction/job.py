@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import combinations, combinations_with_replacement
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from featstore.runtime.console import err, progress
 from featstore.runtime.provenance import read_json
 from featstore.store.format.elements import parse_format
 from featstore.store.format.encoding import Encoding
+from featstore.store.format.packed import most_bytes
 from featstore.store.format.shards import parse_layout
 from featstore.store.moments.stored import SPLITS
 from featstore.store.write.space import free_bytes
@@ -113,7 +114,8 @@ class Job:
         total = 0
         for first, second in combinations(self.infos, 2):
             widths = [self.infos[name].hidden for name in (first, second) for _ in self.layers[name]]
-            total += len(SPLITS) * 8 * sum(a * b for a, b in combinations_with_replacement(widths, 2))
+            whole = sum(most_bytes((a, b), half=False) for a, b in combinations(widths, 2))
+            total += len(SPLITS) * (whole + sum(most_bytes((a, a), half=True) for a in widths))
         if self.moments == "only":
             total += sum(4 * self.plan.models[name].rows * len(self.layers[name]) for name in self.infos)
         return total

@@ -20,7 +20,6 @@ from featstore.models.tokenizers import held_control_tokens
 from featstore.runtime.console import human, progress
 from featstore.runtime.provenance import digest
 from featstore.store.conversion.rebuild import NewTable, rebuild_store
-from featstore.store.format.version import FORMAT_VERSION
 from featstore.store.read.store import Store
 from featstore.store.write.writer import adding_to
 from featstore.text import tokens
@@ -63,7 +62,8 @@ def rebuild(
         planned = PlannedCorpus(**vars(store.corpus))
         tables = {name: _table(store, planned, info, quiet=quiet) for name, info in infos.items()}
         report = rebuild_store(writer, tables, quiet=quiet)
-    return {"store": str(path), "version": FORMAT_VERSION, **report}
+        version = (writer.attributes() or {})["featstore"]["format_version"]
+    return {"store": str(path), "version": version, **report}
 
 
 def describe_rebuild(result: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from featstore.extraction.settings import Settings
 from featstore.models.attention import parse_attention
 from featstore.models.tokenizers import held_control_tokens
 from featstore.models.verdict import Verdict
+from featstore.store.format.version import PACKED_VERSION
 from featstore.store.read.files import LocalFiles
 from featstore.store.read.records import TOKEN_COLUMNS, StoredModel
 from featstore.store.read.store import Store, open_files
@@ -322,6 +323,11 @@ def _text_of(root: dict[str, Any]) -> dict[str, Any]:
     return {**root, "corpus": unsaid | held}
 
 
+def _version_told_by_moments(root: Mapping[str, Any]) -> set[str]:
+    """Packed moments raise the format version of a store, and nothing else of it."""
+    return {"format_version"} if root.get("format_version") == PACKED_VERSION else set()
+
+
 def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
     """Refuse a command that does not fit the states in the store; where there are none, every command does.
 
@@ -337,7 +343,9 @@ def refuse_contradictions(recorded: Recorded, root: dict[str, Any], models: dict
     if recorded.empty:
         return
     recorded_root, root = _text_of(recorded.root), _text_of(root)
-    free = {"complete", "models", "moments"} | ({"corpus", "split", "plan", "segments"} if growing else set())
+    free = {"complete", "models", "moments", *_version_told_by_moments(recorded_root)} | (
+        {"corpus", "split", "plan", "segments"} if growing else set()
+    )
     changed = [
         key
         for key in root

@@ -18,6 +18,7 @@ from featstore.extraction.forward import BatchReader, HostCopier, HostCopy, pack
 from featstore.extraction.job import Job
 from featstore.extraction.pilot import Pilot, read_pilot, recorded_weights, write_pilot
 from featstore.extraction.proof import tested
+from featstore.extraction.while_extracting import WhileExtracting, models_before
 from featstore.models.fingerprint import Weights
 from featstore.models.weights import weights_fingerprint, weights_of
 from featstore.runtime.background import Background
@@ -107,6 +108,8 @@ def extract_rows(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quie
     basis = (writer.entry(table_unit(name)) or {}).get("basis")
     lacks_table = 0 in job.layers[name] and 0 not in arrays.layers and basis != planned.hash
     if pilot is not None and rows.complete and not lacks_table and ranks.world == 1:
+        if models_before(writer, job, name):
+            WhileExtracting(writer, job, name, ranks).finish()
         return
     reader = open_reader(writer, job, name, ranks, quiet=quiet)
     if ranks.first and pilot is None:
@@ -118,16 +121,27 @@ def extract_rows(writer: StoreWriter, job: Job, name: str, ranks: Ranks, *, quie
     rows.use(pilot.column_scale)
     if lacks_table and ranks.first:
         _write_table(writer, reader, rows.arrays, pilot)
+    summing = WhileExtracting(writer, job, name, ranks) if models_before(writer, job, name) else None
     groups = [g for g in job.plan.groups(name) if rows.missing(*planned.row_start[list(g)].tolist())]
     total = sum(int(planned.row_start[end] - planned.row_start[first]) for first, end in groups)
     with progress(f"extract {name}", total, "tok", quiet=quiet) as tick:
-        walk(reader, rows, groups, pilot, tick)
+        # A layer 0 that is a table is there when all processes are.
+        walk(reader, rows, groups, pilot, tick, None if lacks_table and ranks.world > 1 else summing)
     ranks.wait()
+    if summing is not None:
+        summing.finish()
     if ranks.first:
         rows.count_rows()
 
 
-def walk(reader: BatchReader, rows: RowWriter, groups: list[tuple[int, int]], pilot: Pilot, tick: Tick) -> None:
+def walk(
+    reader: BatchReader,
+    rows: RowWriter,
+    groups: list[tuple[int, int]],
+    pilot: Pilot,
+    tick: Tick,
+    summing: WhileExtracting | None = None,
+) -> None:
     """Read groups of windows and hand their rows to a thread that puts them in place and commits.
 
     Args:
@@ -136,6 +150,7 @@ def walk(reader: BatchReader, rows: RowWriter, groups: list[tuple[int, int]], pi
         groups: ``(first window, window after the last)``, ascending.
         pilot: What the pilot froze.
         tick: Called with the number of tokens done.
+        summing: Told which rows are stored.
 
     Raises:
         NoSpaceError: The disk is full.
@@ -156,6 +171,8 @@ def walk(reader: BatchReader, rows: RowWriter, groups: list[tuple[int, int]], pi
                     queue.submit(partial(_put, rows, copy, layers, spans, where))
                 tick(reader.tokens_in(batch))
             queue.submit(partial(rows.advance, int(starts[end])))
+            if summing is not None:
+                queue.submit(partial(summing.stored, int(starts[end])))
 
 
 def _put(

@@ -23,7 +23,7 @@ from featstore.runtime.console import err
 from featstore.runtime.processes import Ranks
 from featstore.runtime.provenance import read_json
 from featstore.store.inspect.summary import summary
-from featstore.store.moments.stored import write_moments
+from featstore.store.moments.writing import ASIDE, write_moments
 from featstore.store.read.pairs import POLICIES
 from featstore.store.write.index import pairs_unit, write_pairs, write_sinks
 from featstore.store.write.row_writer import write_groups
@@ -56,8 +56,6 @@ def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dic
     start = time.perf_counter()
     ranks = ranks or Ranks.from_environment()
     path = job.store
-    if job.moments == "only" and ranks.world > 1:
-        raise SpecError("--moments-only runs in one process; start it without torchrun, or store rows with --moments")
     if job.compute.device_map is not None and ranks.world > 1:
         raise SpecError("--device-map spreads one process over all devices; start it without torchrun")
     if ranks.first:
@@ -78,10 +76,11 @@ def extract(job: Job, *, quiet: bool = False, ranks: Ranks | None = None) -> dic
                 err.print(f"{path} is already complete")
         else:
             if job.moments == "only":
-                sum_moments(writer, job, quiet=quiet)
+                sum_moments(writer, job, ranks, quiet=quiet or not ranks.first)
             else:
                 for name in job.infos:
                     extract_rows(writer, job, name, ranks, quiet=quiet or not ranks.first)
+            ranks.wait()  # until everything is summed
             if ranks.first:
                 _finish(writer, job, quiet=quiet)
         ranks.wait()  # until it is complete
@@ -173,6 +172,7 @@ def _finish(writer: StoreWriter, job: Job, *, quiet: bool) -> None:
                 write_pairs(writer, first, second, policy)
         if root["moments"]:
             write_moments(writer, first, second, memory=job.moments_memory, quiet=quiet)
+    writer.remove(ASIDE)
     writer.seal({"featstore": root | {"complete": True}})
 
 

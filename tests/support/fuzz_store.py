@@ -34,7 +34,8 @@ from featstore.store.inspect.summary import (
     window_table,
 )
 from featstore.store.inspect.verify import verify_store
-from featstore.store.moments.stored import StoredMoments, add_moments
+from featstore.store.moments.stored import StoredMoments
+from featstore.store.moments.writing import add_moments
 from featstore.store.write.index import add_pairs, write_sinks
 from featstore.store.write.writer import StoreWriter, exclusive
 from tests.support.fuzz import mutations

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from featstore.errors import StoreStateError
 from featstore.store.format import documents
 from featstore.store.format.version import FORMAT_VERSION, REBUILDING
-from featstore.store.moments.stored import SPLITS, StoredMoments, all_blocks, has_rows, unit_of, write_moments
+from featstore.store.moments.stored import SPLITS, StoredMoments, all_blocks, has_rows, unit_of
+from featstore.store.moments.writing import write_moments
 from featstore.store.read.pairs import POLICIES
 from featstore.store.read.records import StoredModel, Tokens
 from featstore.store.read.store import Store
@@ -146,7 +147,7 @@ def _names(tables: Mapping[str, NewTable], key: str) -> tuple[str, str]:
 def _is_current(writer: StoreWriter, store: Store, tables: Mapping[str, NewTable]) -> bool:
     """Whether the store says all that a rebuilt one says."""
     return (
-        store.version == FORMAT_VERSION
+        store.version >= FORMAT_VERSION
         and _OLD_TEXT.keys() <= store.attributes["corpus"].keys()
         and all(table.attributes.items() <= store.model(name).attributes.items() for name, table in tables.items())
         and all((writer.entry(f"models/{n}/tokens") or {}).get("sha256") == t.sha256 for n, t in tables.items())

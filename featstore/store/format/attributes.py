@@ -275,4 +275,4 @@ class Facts:
     basis: Words | None = None
     sha256: Sha256 | None = None
     attributes: Sha256 | None = None
-    units: Mapping[FilePath, Crc32] | None = None
+    index: Crc32 | None = None

@@ -43,6 +43,7 @@ _DIMENSIONS = {
     "*/row_a": ("pair",),
     "*/row_b": ("pair",),
     "*/product": ("width_x", "width_y"),
+    "*/correlation": ("width_x", "width_y"),
     "*/x": ("sum", "width_x"),
     "*/y": ("sum", "width_y"),
     "*/totals": ("total",),
@@ -80,6 +81,7 @@ _TYPES = {
     "*/row_a": ("int64",),
     "*/row_b": ("int64",),
     "*/product": ("float64",),
+    "*/correlation": ("uint32",),
     "*/x": ("float64",),
     "*/y": ("float64",),
     "*/totals": ("float64",),
@@ -110,26 +112,50 @@ def rows_document(rows: int, width: int, shard_rows: int, form: Format, layout: 
         form: Element format.
         layout: Inner chunking and codec.
     """
+    inner = _blosc_codecs(form.storage.itemsize) if layout.compressed else [_BYTES, _CRC]
+    sharding = _sharding((layout.chunk_rows, width), inner)
+    return _zarr_array((rows, width), form.data_type, (shard_rows, width), [sharding])
+
+
+def tiled_document(
+    shape: tuple[int, int], data_type: str, shard: tuple[int, int], tile: tuple[int, int]
+) -> dict[str, Any]:
+    """The ``zarr.json`` of an array of compressed tiles, of which some may be missing.
+
+    Args:
+        shape: Of the array.
+        data_type: Name of an integer type of the core specification.
+        shard: Rows and columns of a file.
+        tile: Rows and columns of a tile.
+    """
+    inner = _blosc_codecs(int("".join(filter(str.isdigit, data_type))) // 8)
+    return _zarr_array(shape, data_type, shard, [_sharding(tile, inner)])
+
+
+def _blosc_codecs(typesize: int) -> list[Any]:
     blosc = {
         "name": "blosc",
         "configuration": {
             "cname": "zstd",
             "clevel": 1,
             "shuffle": "shuffle",
-            "typesize": form.storage.itemsize,
+            "typesize": typesize,
             "blocksize": BLOSC_BLOCK,
         },
     }
-    sharding = {
+    return [_BYTES, blosc, _CRC]
+
+
+def _sharding(chunk: tuple[int, int], inner: list[Any]) -> dict[str, Any]:
+    return {
         "name": "sharding_indexed",
         "configuration": {
-            "chunk_shape": [layout.chunk_rows, width],
-            "codecs": [_BYTES, blosc, _CRC] if layout.compressed else [_BYTES, _CRC],
+            "chunk_shape": list(chunk),
+            "codecs": inner,
             "index_codecs": [_BYTES, _CRC],
             "index_location": "end",
         },
     }
-    return _zarr_array((rows, width), form.data_type, (shard_rows, width), [sharding])
 
 
 def vector_document(array: NDArray[Any], chunk_rows: int) -> dict[str, Any]:

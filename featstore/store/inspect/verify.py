@@ -23,14 +23,21 @@ from featstore.runtime.console import Tick, progress
 from featstore.runtime.provenance import parse_json
 from featstore.store.format.attributes import ConversionLink
 from featstore.store.format.documents import consolidated
+from featstore.store.format.index import INDEX
 from featstore.store.format.version import FORMAT_VERSION, old_store
-from featstore.store.moments.stored import SPLITS, StoredMoments, all_blocks, has_rows
+from featstore.store.moments.stored import SPLITS, SitePair, StoredMoments, all_blocks, has_rows
 from featstore.store.read.contents import pair_problems
 from featstore.store.read.first import first_rows
 from featstore.store.read.links import links_of, outside_damage
 from featstore.store.read.pairs import POLICIES
 from featstore.store.read.portable import store_files
-from featstore.store.read.recorded import MOST_LINES, announced_problems, entry_problems, size_problems
+from featstore.store.read.recorded import (
+    MOST_LINES,
+    announced_problems,
+    entry_problems,
+    index_problems,
+    size_problems,
+)
 from featstore.store.read.store import Store, open_files
 from featstore.store.read.tables import TableReader
 from featstore.store.write.index import SINK_RULE, pair_rows, pairs_unit, sink_mask
@@ -42,6 +49,8 @@ from featstore.text.roles import roles_at
 _STEP = 4096
 #: Bytes of decoded rows at a time, where rows are wide.
 _STEP_BYTES = 1 << 28
+#: Share of its norm by which a product of stored sums with a random vector may differ from that of the rows.
+_PRODUCT = 1e-5
 #: Bytes of a file that are read at a time.
 _PIECE = 1 << 22
 #: Share by which a norm may lie on the other side of the sink threshold in a store whose values were rounded after
@@ -72,7 +81,8 @@ def verify_store(path: Path, *, allow_links: bool = False, quiet: bool = False) 
         records = store.recorded_files
     except CorruptDataError as error:
         return {"store": str(path), "files": 0, "bytes": 0, "damage": [str(error)], "not_checked": [], "links": []}
-    damage = [*entry_problems(store.sealed_units, store.entries), *_check_files(store, quiet=quiet)]
+    damage = [*entry_problems(store.sealed_units, store.entries), *_check_index(store)]
+    damage += _check_files(store, quiet=quiet)
     damage += _check_documents(store)
     if not damage:
         damage = list(_check_copies(store))
@@ -105,6 +115,21 @@ def _announced(store: Store) -> Store:
 
 
 # Bytes --------------------------------------------------------------------------------------------------------------
+
+
+def _check_index(store: Store) -> Iterator[str]:
+    """The sorted index is the one that was sealed, and says of every file what its entry says."""
+    if store.sealed_index is None:
+        return
+    try:
+        index = store.index
+    except CorruptDataError as error:
+        yield str(error)
+        return
+    if index is None:
+        yield f"{INDEX}: missing, or not the index that the store was sealed with"
+    else:
+        yield from index_problems(index, store.recorded_files, store.entries)
 
 
 def _check_files(store: Store, *, quiet: bool) -> list[str]:
@@ -148,7 +173,7 @@ def _check_copies(store: Store) -> Iterator[str]:
     held = {name: store.document(name) for name in store.groups_and_arrays}
     copies = root.get("consolidated_metadata")
     # Stores of version 1 copied every document.
-    if copies is not None and store.version == FORMAT_VERSION and copies != consolidated(held):
+    if copies is not None and store.version >= FORMAT_VERSION and copies != consolidated(held):
         yield "zarr.json: the consolidated metadata are not copies of the documents"
 
 
@@ -166,7 +191,7 @@ def _check_contents(store: Store, *, quiet: bool) -> Iterator[str]:
         for first, second in combinations(store.models, 2):
             what = f"pairs of {first} and {second}"
             checks += [(what, partial(_check_pairs, store, first, second, policy)) for policy in POLICIES]
-            checks += [(f"moments of {first} and {second}", partial(_check_moments, store, first, second))]
+            checks += [(f"moments of {first} and {second}", partial(_check_moments, store, first, second, quiet))]
         for what, check in checks:
             try:
                 yield from check()
@@ -326,13 +351,58 @@ def _check_pairs(store: Store, first: str, second: str, policy: str) -> Iterator
     store.pairs(first, second, policy)
 
 
-def _check_moments(store: Store, first: str, second: str) -> Iterator[str]:
-    """Stored sums that are still of the pairs and origins are over as many, finite, and agree with each other."""
+def _check_moments(store: Store, first: str, second: str, quiet: bool) -> Iterator[str]:
+    """Stored sums that are still of the pairs and origins are over as many, finite, and agree with each other and rows.
+
+    A product of sums is compared with the rows by a random vector: X'(Y v) takes a pass over the rows and no product of
+    widths, and differs from (X'Y) v wherever one element does.
+    """
     stored = StoredMoments(store, first, second)
     for split in range(len(SPLITS)):
-        for block in all_blocks(store, stored.models):
-            if stored.holds(split, block):
-                try:
-                    stored.block(block, split)
-                except CorruptDataError as error:
-                    yield _line(error)
+        held = [block for block in all_blocks(store, stored.models) if stored.holds(split, block)]
+        wrong: set[SitePair] = set()
+        for block in held:
+            try:
+                stored.block(block, split)
+            except CorruptDataError as error:
+                wrong.add(block)
+                yield _line(error)
+        whole = [block for block in held if block not in wrong and all(has_rows(store, *site) for site in block)]
+        if whole:
+            yield from _check_products(store, stored, split, whole, quiet=quiet)
+
+
+def _check_products(
+    store: Store, stored: StoredMoments, split: int, blocks: list[SitePair], *, quiet: bool
+) -> Iterator[str]:
+    """Products of stored sums with random vectors are those of the rows."""
+    sites = dict.fromkeys(site for block in blocks for site in block)
+    rng = np.random.default_rng(split)
+    vector = {site: rng.standard_normal(store.model(site[0]).width) for site in sites}
+    origin = {site: store.origin(*site) for site in sites}
+    found = {block: np.zeros(store.model(block[0][0]).width) for block in blocks}
+    squares = {site: np.zeros(store.model(site[0]).width) for site in sites}
+    part = stored.pairs.where(stored.pairs.split == split)
+    numbers = {part.source: part.row_source, part.target: part.row_target}
+    with progress(f"verify {SPLITS[split]} moments", len(part), "pairs", quiet=quiet) as tick:
+        for start in range(0, len(part), _STEP):
+            cut = slice(start, start + _STEP)
+            along = {}
+            for site in sites:
+                rows = store.rows(*site)[numbers[site[0]][cut]] - origin[site]
+                squares[site] += np.einsum("ij,ij->j", rows, rows)
+                along[site] = rows @ vector[site]
+            for site in sites:
+                # Read once more, so that the rows of one layer at a time are in memory.
+                rows = store.rows(*site)[numbers[site[0]][cut]] - origin[site]
+                for block in blocks:
+                    if block[0] == site:
+                        found[block] += rows.T @ along[block[1]]
+            tick(min(_STEP, len(part) - start))
+    for x, y in blocks:
+        # What elements may be off by, each of its own sign: some of rounding, of float32 products and of 24 bits.
+        scale = np.sqrt(squares[x]) * np.sqrt(squares[y] @ vector[y] ** 2)
+        off = np.abs(stored.block((x, y), split).product @ vector[y] - found[x, y])
+        if (off > _PRODUCT * scale + 1e-12).any():
+            names = " and ".join(f"{model} {layer}" for model, layer in (x, y))
+            yield f"moments of {names} ({SPLITS[split]}): they are not the sums of the rows"

@@ -174,7 +174,7 @@ def vector(name: str, value: ArrayLike, width: int) -> Array:
     return result
 
 
-def _about(rows: Rows, origin: Array, dtype: type[np.floating[Any]]) -> Rows:
+def about(rows: Rows, origin: Array, dtype: type[np.floating[Any]]) -> Rows:
     """Return ``rows - origin`` rounded once to ``dtype``: the subtraction itself runs in float64.
 
     A float32 origin would differ from the recorded one by up to 6e-8 of a mean that can be 1000 times the spread.
@@ -287,7 +287,7 @@ class BlockSums(Generic[Node]):
         while at < count:
             end = min(at + self._block_rows - self._held, count)
             self._pending.append(
-                {node: _about(value[at:end], self.origins[node], self._dtype) for node, value in rows.items()}
+                {node: about(value[at:end], self.origins[node], self._dtype) for node, value in rows.items()}
             )
             self._held += end - at
             if self._held == self._block_rows:

@@ -7,10 +7,12 @@ beyond, at what takes long: every state, every window's text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.store.read.columns import pieces
 from featstore.store.read.records import StoredCorpus, Tokens
 from featstore.text.roles import ROLES
 
@@ -82,28 +84,81 @@ def token_problems(name: str, rows: int, table: Tokens, corpus: StoredCorpus, vo
     if wrong:
         return
     lengths = corpus.window_end - corpus.window_start
-    window = table.window
-    if not rows or window[0] < 0 or window[-1] >= len(lengths) or (np.diff(window) < 0).any():
+    if not rows:
         yield f"{name}: the tokens' windows are not those of the corpus, in order"
         return
-    if not np.array_equal(window[np.r_[True, window[1:] != window[:-1]]], np.arange(len(lengths))):
+    before = _Before(-1, -1, 0)
+    for at in pieces(rows):
+        piece = _Piece(at.start, *(np.asarray(getattr(table, column)[at]) for column in _Piece.columns()))
+        wrong_here = list(_piece_problems(name, piece, before, lengths, vocabulary))
+        yield from wrong_here
+        if wrong_here:
+            return
+        before = piece.last(before)
+    if before.window != len(lengths) - 1:
         yield f"{name}: a window has no tokens"
-    if (table.byte_end < 0).any() or (table.byte_end > lengths[window]).any():
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What precedes a piece of a token table: its last window, that of the last ordinary token, and where it ends."""
+
+    window: int
+    ordinary: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a token table."""
+
+    start: int
+    id: NDArray[np.int32]
+    byte_end: NDArray[np.int32]
+    window: NDArray[np.int32]
+    special: NDArray[np.bool_]
+    role: NDArray[np.uint8]
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        return [member.name for member in fields(cls)][1:]
+
+    def last(self, before: _Before) -> _Before:
+        """What precedes the piece that follows."""
+        ordinary = np.flatnonzero(~self.special)[-1:]
+        if not len(ordinary):
+            return _Before(int(self.window[-1]), before.ordinary, before.end)
+        at = int(ordinary[0])
+        return _Before(int(self.window[-1]), int(self.window[at]), int(self.byte_end[at]))
+
+
+def _piece_problems(
+    name: str, piece: _Piece, before: _Before, lengths: NDArray[np.int64], vocabulary: int | None
+) -> Iterator[str]:
+    window = piece.window
+    step = np.diff(window, prepend=max(before.window, 0))
+    if window[0] < 0 or window[-1] >= len(lengths) or (step < 0).any():
+        yield f"{name}: the tokens' windows are not those of the corpus, in order"
+        return
+    if (step > 1).any() or (before.window < 0 and window[0] > 0):
+        yield f"{name}: a window has no tokens"
+    if (piece.byte_end < 0).any() or (piece.byte_end > lengths[window]).any():
         yield f"{name}: a token ends beyond its window"
         return
-    if table.byte_end[table.special].any():
+    if piece.byte_end[piece.special].any():
         yield f"{name}: a special token claims to have read text"
         return
-    ordinary = np.flatnonzero(~table.special)
-    of, ends = window[ordinary], table.byte_end[ordinary].astype(np.int64)
+    ordinary = np.flatnonzero(~piece.special)
+    of = np.concatenate(([before.ordinary], window[ordinary]))
+    ends = np.concatenate(([before.end], piece.byte_end[ordinary])).astype(np.int64)
     if (np.diff(ends)[of[1:] == of[:-1]] < 0).any():
         yield f"{name}: a token ends before the one that precedes it"
         return
-    outside = table.id < 0 if vocabulary is None else (table.id < 0) | (table.id >= vocabulary)
+    outside = piece.id < 0 if vocabulary is None else (piece.id < 0) | (piece.id >= vocabulary)
     if outside.any():
         row = int(np.flatnonzero(outside)[0])
-        yield f"{name}: row {row} has token id {table.id[row]}, outside the vocabulary of {vocabulary}"
-    if (table.role >= len(ROLES)).any():
+        yield (f"{name}: row {piece.start + row} has token id {piece.id[row]}, outside the vocabulary of {vocabulary}")
+    if (piece.role >= len(ROLES)).any():
         yield f"{name}: a token has an unknown role"
 
 
@@ -135,19 +190,39 @@ def pair_problems(what: str, row_a: NDArray[np.int64], row_b: NDArray[np.int64],
     if len(row_a) != len(row_b):
         yield f"{what}: {len(row_a)} rows of the one and {len(row_b)} of the other"
         return
+    past = (-1, -1)
+    for at in pieces(len(row_a)):
+        wrong = list(_pair_problems(what, at.start, row_a[at], row_b[at], a, b, past))
+        yield from wrong
+        if wrong:
+            return
+        past = int(row_a[at][-1]), int(row_b[at][-1])
+
+
+def _pair_problems(
+    what: str,
+    start: int,
+    row_a: NDArray[np.int64],
+    row_b: NDArray[np.int64],
+    a: Tokens,
+    b: Tokens,
+    past: tuple[int, int],
+) -> Iterator[str]:
+    """What is wrong with a stretch of the pairs, which begins after a pair of rows."""
     for rows, table in ((row_a, a), (row_b, b)):
         outside = (rows < 0) | (rows >= len(table.id))
         if outside.any():
             at = int(np.flatnonzero(outside)[0])
-            yield f"{what}: pair {at} names row {rows[at]}, outside 0..{len(table.id) - 1}"
+            yield f"{what}: pair {start + at} names row {rows[at]}, outside 0..{len(table.id) - 1}"
             return
-    apart = (a.window[row_a] != b.window[row_b]) | (a.byte_end[row_a] != b.byte_end[row_b])
+    ends = a.byte_end[row_a]
+    apart = (a.window[row_a] != b.window[row_b]) | (ends != b.byte_end[row_b])
     if apart.any():
         yield f"{what}: {int(apart.sum())} do not end at the same byte"
         return
-    if (np.diff(row_a) <= 0).any() or (np.diff(row_b) <= 0).any():
+    if (np.diff(row_a, prepend=past[0]) <= 0).any() or (np.diff(row_b, prepend=past[1]) <= 0).any():
         yield f"{what}: rows are repeated, or not in document order"
         return
-    unfit = a.special[row_a] | b.special[row_b] | ~a.exact[row_a] | ~b.exact[row_b] | (a.byte_end[row_a] == 0)
+    unfit = a.special[row_a] | b.special[row_b] | ~a.exact[row_a] | ~b.exact[row_b] | (ends == 0)
     if unfit.any():
         yield f"{what}: {int(unfit.sum())} are of tokens that never pair"

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import SpecError
+from featstore.store.read.columns import RowSet
 from featstore.store.read.pairs import Pairs
 from featstore.store.read.rows import RowReader
 from featstore.store.read.selection import row_numbers
@@ -40,6 +41,8 @@ SHARDS_TOGETHER = 8
 MEMORY = 1 << 30
 #: Rows copied at a time while a buffer is filled.
 _PIECE_ROWS = 256
+#: Float32 rows that are picked from memory in one go; small beside what a loader may hold.
+_TOGETHER_BYTES = 1 << 22
 #: Pair and row numbers, orders and sort keys for each pair of a buffer.
 _INDEX_BYTES = 96
 
@@ -89,7 +92,7 @@ class EpochOrder:
     epoch: int
 
     @classmethod
-    def of(cls, rows: NDArray[np.int64], buffer_pairs: int, seed: int, epoch: int) -> EpochOrder:
+    def of(cls, rows: NDArray[np.int64] | RowSet, buffer_pairs: int, seed: int, epoch: int) -> EpochOrder:
         """Shuffle blocks.
 
         Args:
@@ -98,12 +101,18 @@ class EpochOrder:
             seed: Of the run.
             epoch: Number of the epoch.
         """
-        starts = np.ones(len(rows), dtype=bool)
-        starts[1:] = rows[1:] // BLOCK_ROWS != rows[:-1] // BLOCK_ROWS
-        first = np.flatnonzero(starts)
-        length = np.diff(first, append=len(rows))
+        if isinstance(rows, RowSet):
+            held = rows.counts(BLOCK_ROWS)
+            block = np.flatnonzero(held)
+            length = held[block]
+            first, begins = np.cumsum(length) - length, block * BLOCK_ROWS
+        else:
+            starts = np.ones(len(rows), dtype=bool)
+            starts[1:] = rows[1:] // BLOCK_ROWS != rows[:-1] // BLOCK_ROWS
+            first = np.flatnonzero(starts)
+            length, begins = np.diff(first, append=len(rows)), rows[first]
         rng = np.random.default_rng((seed, epoch))
-        shards, shard = np.unique(rows[first] // SHARD_ROWS, return_inverse=True)
+        shards, shard = np.unique(begins // SHARD_ROWS, return_inverse=True)
         turn = rng.permutation(len(shards))[shard] // SHARDS_TOGETHER
         order = np.lexsort((rng.random(len(first)), turn))  # by turn, at random within it
         return cls(first[order], np.cumsum(length[order]), buffer_pairs, seed, epoch)
@@ -280,7 +289,13 @@ class PairBatches:
         return self._stream(order, batch_size, range(start + rank, -(-len(order) // batch_size), world))
 
     def _stream(self, order: EpochOrder, size: int, wanted: range) -> Generator[PairBatch]:
-        """Batches from two buffers in turn: one is used up while the other is filled."""
+        """Batches from two buffers in turn: one is used up while the other is filled.
+
+        Where one buffer holds all pairs of a lone process, they are read once for all epochs.
+        """
+        if wanted.step == 1 and len(order) <= order.buffer_pairs:
+            yield from self._from_resident(order.buffer(0), size, wanted)
+            return
         per_buffer = order.buffer_pairs // size
         most = min(-(-per_buffer // wanted.step), len(wanted)) * size
         slots = self._take_slots(most, 1 if len(order) <= order.buffer_pairs else 2)
@@ -302,6 +317,28 @@ class PairBatches:
                         yield self._batch(number, part.pairs[at], [rows[at] for rows in part.held])
         finally:
             self._spare[:] = slots
+
+    def _from_resident(self, numbers: NDArray[np.int64], size: int, wanted: range) -> Generator[PairBatch]:
+        """Batches of pairs that are in memory, some at a time: a thread picks and widens while others are used."""
+        together = max(min(_TOGETHER_BYTES, self.memory // 64) // (size * self._wide_bytes), 1)
+
+        def pick(batches: range) -> PairBatch:
+            pairs = numbers[batches.start * size : batches.stop * size]
+            return self._batch(batches.start, pairs, [rows[pairs] for rows in self._resident])
+
+        jobs = (partial(pick, wanted[i : i + together]) for i in range(0, len(wanted), together))
+        with closing(_one_ahead(jobs)) as picked:
+            for some in picked:
+                for i in range(0, len(some), size):
+                    at = slice(i, i + size)
+                    yield PairBatch(some.number + i // size, some.pairs[at], some.x[at], some.y[at])
+
+    @cached_property
+    def _resident(self) -> list[NDArray[Any]]:
+        """All pairs in document order, read when they are first asked for."""
+        held = self._empty(len(self))
+        self._fill(np.arange(len(self)), held)
+        return held
 
     @cached_property
     def _spare(self) -> list[list[NDArray[Any]]]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import PairingError, SpecError
+from featstore.store.read.columns import RowSet
 from featstore.text.roles import ROLES, count_roles, parse_roles
 
 #: Every character that both have read whole; of those the ends of words; also bytes inside a character.
@@ -28,12 +29,19 @@ _SPACES = [
     + "".join(map(chr, range(0x2000, 0x200B)))
 ]
 _LONGEST_SPACE = 3
+#: Rows of a model from which its tokens and pairs are read and made piece by piece, not held.
+LARGE = 1 << 24
+#: Pairs that are held in memory where there are no more of them.
+HELD = 1 << 22
 _NOWHERE: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Rows of two models that belong together, in document order, with what is needed to select among them.
+
+    Of very many pairs the columns are :class:`featstore.store.read.columns.Column`, which index as arrays do and make
+    what is asked for; the rows of either side are a :class:`featstore.store.read.columns.RowSet`.
 
     Attributes:
         source: Name of the first model.
@@ -70,7 +78,14 @@ class Pairs:
             keep: bool ``(m,)``.
         """
         names = ("row_source", "row_target", "split", "document", "sink", "role", "token")
-        return replace(self, **{name: getattr(self, name)[keep] for name in names})
+        if not isinstance(self.row_source, RowSet) or not isinstance(self.row_target, RowSet):
+            return replace(self, **{name: getattr(self, name)[keep] for name in names})
+        source, target = self.row_source.where(keep), self.row_target.where(keep)
+        chosen = {name: getattr(self, name).over(source) for name in names[2:]}
+        found = replace(self, row_source=source, row_target=target, **chosen)
+        if len(source) > HELD:
+            return found
+        return replace(found, **{name: np.asarray(getattr(found, name)) for name in names})
 
     def select(
         self, split: int | None = None, *, keep_sinks: bool = False, roles: str | Iterable[str] | None = None

@@ -173,9 +173,21 @@ class PortableFiles:
         """
         return _wait(self._manifest(), f"{self.location}/{MANIFEST}")
 
+    def manifest_sizes(self) -> dict[str, int | None]:
+        """Every unit of the manifest, sorted; how large its document is takes a request of its own.
+
+        Raises:
+            StoreAccessError: The place cannot be reached, or refuses.
+        """
+        names = _wait(self._manifest_names(), f"{self.location}/{MANIFEST}")
+        return {name[len(MANIFEST) + 1 : -len(".json")]: None for name in names}
+
+    async def _manifest_names(self) -> list[str]:
+        listed = self._store.list_prefix(f"{MANIFEST}/")
+        return sorted([name async for name in listed if name.endswith(".json")])
+
     async def _manifest(self) -> dict[str, bytes]:
-        prefix = f"{MANIFEST}/"
-        names = sorted([name async for name in self._store.list_prefix(prefix) if name.endswith(".json")])
+        prefix, names = f"{MANIFEST}/", await self._manifest_names()
         # There are as many documents as shards: one after another they would take minutes from an object store.
         found = await self._get_all(names)
         return {name[len(prefix) : -len(".json")]: data for name, data in found.items() if data is not None}

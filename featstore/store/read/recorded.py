@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from featstore.store.format.index import INDEX
 from featstore.store.format.plain import Plain
 from featstore.store.format.shards import file_checksum
 from featstore.store.format.version import MANIFEST
@@ -28,6 +29,43 @@ def entry_problems(units: Mapping[str, str], entries: Mapping[str, bytes]) -> It
             yield f"{MANIFEST}/{unit}.json: missing"
         elif file_checksum(entries[unit]) != checksum:
             yield f"{MANIFEST}/{unit}.json: checksum differs from the one recorded when the store was sealed"
+
+
+def sealed_problems(
+    units: Mapping[str, str], index: Mapping[str, Mapping[str, Any]], found: Mapping[str, int | None]
+) -> Iterator[str]:
+    """What :func:`entry_problems` tells, as far as it can be told without reading the entries.
+
+    What they say stands in the sorted index as well, which is read in their place.
+
+    Args:
+        units: Checksum of every entry when the store was sealed, by unit.
+        index: Every file of the store as it was then, the entries among them.
+        found: Bytes of the entries that are there, by unit; None for unknown.
+    """
+    for unit, checksum in units.items():
+        name = f"{MANIFEST}/{unit}.json"
+        record = index.get(name)
+        if record is None or record["crc32"] != checksum:
+            yield f"{INDEX}: it does not have the entry of {unit} that the store was sealed with"
+        elif unit not in found:
+            yield f"{name}: missing"
+        elif found[unit] not in (None, record["bytes"]):
+            yield f"{name}: {found[unit]} bytes, {record['bytes']} when the store was sealed"
+
+
+def index_problems(index: Mapping[str, Mapping[str, Any]], records: Records, entries: Mapping[str, bytes]) -> list[str]:
+    """Where the sorted index says something else than the documents that it was made of.
+
+    Args:
+        index: Every file of the store, but the metadata's own entry.
+        records: Every committed file, as the entries tell.
+        entries: The entries' documents.
+    """
+    told = {f"{MANIFEST}/{unit}.json": (len(data), file_checksum(data)) for unit, data in entries.items()}
+    told |= {name: (record["bytes"], record["crc32"]) for name, record in records.items()}
+    wrong = [name for name, record in index.items() if told.get(name) != (record["bytes"], record["crc32"])]
+    return [f"{INDEX}: {name} is not what its entry in the manifest says" for name in wrong]
 
 
 def size_problems(records: Records, size: Callable[[str], int | None]) -> Iterator[str]:

@@ -6,7 +6,12 @@ page cache. In the archive layout every read verifies and decompresses, straight
 
 from __future__ import annotations
 
+import math
+import mmap
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +23,72 @@ from featstore.store.format import shards
 from featstore.store.read.arrays import RowArray
 from featstore.store.read.geometry import Geometry
 from featstore.store.read.selection import Rows, row_numbers
-from featstore.store.read.threads import in_threads
+from featstore.store.read.threads import in_threads, width
+from featstore.store.read.together import MOST_FILES, SideBySide
 from featstore.store.read.vectors import parse_chunk
 
 #: Bytes gathered at a time where rows are wanted out of order: the second copy then comes from the processor's cache.
 _PIECE_BYTES = 1 << 17
-#: Bytes of rows wanted in any order from which several threads gather them.
+#: Bytes of rows from which several threads copy them.
 _THREADED_BYTES = 4 << 20
+#: Bytes that are moved at a time where rows are gathered from shards that lie side by side, at least and at most. Of
+#: larger pieces the C library makes string moves, which take three times as long from memory that was not read before.
+_LEAST_UNIT, _MOST_UNIT = 64, 512
+#: Shards of a layer that stay mapped one by one.
+_MOST_SHARDS = 256
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """A mapped shard: its bytes, and where its chunks lie."""
+    """A mapped shard.
 
+    Attributes:
+        held: The map.
+        data: Its bytes.
+        index: Where its chunks lie.
+        checked: Those of the hot layout whose checksums were right.
+        expected: Those that the system was told to read.
+    """
+
+    held: mmap.mmap
     data: memoryview
     index: list[tuple[int, int] | None]
+    checked: dict[int, NDArray[Any]]
+    expected: set[int]
+
+    def expect(self, first: int, end: int) -> None:
+        """Have chunks read that will be wanted, if that was not said before: a fault at a time is half as fast."""
+        fresh = [number for number in range(first, end) if number not in self.expected]
+        places = [place for number in fresh if (place := self.index[number]) is not None]
+        self.expected.update(fresh)
+        if places and hasattr(mmap, "MADV_WILLNEED"):
+            start = min(at for at, _ in places) // mmap.PAGESIZE * mmap.PAGESIZE
+            self.held.madvise(mmap.MADV_WILLNEED, start, max(at + size for at, size in places) - start)
+
+
+class _Gathering:
+    """How rows of the hot layout are copied from shards that lie side by side: in units that divide every address.
+
+    Args:
+        shards: Number of shards.
+        chunks: Chunks of a shard.
+        distance: Bytes of a shard's file at most.
+        unit: Bytes that divide a row, and where chunks begin.
+    """
+
+    def __init__(self, shards: int, chunks: int, distance: int, unit: int) -> None:
+        self.files, self.unit = SideBySide(shards, distance), unit
+        self.units: NDArray[Any] = self.files.bytes.view(f"V{unit}")
+        #: First unit of every chunk; -1 where its checksum has not been compared here.
+        self.first = np.full(shards * chunks, -1, np.int64)
+        #: Whether all chunks so far begin at a whole unit; those of older stores do not.
+        self.even = True
+        self.index: dict[int, list[tuple[int, int] | None]] = {}
+
+    def of(self, shard: int, size: int) -> memoryview:
+        """The bytes of a shard's file."""
+        at = shard * self.files.distance
+        return memoryview(self.files.bytes[at : at + size])
 
 
 class RowReader(RowArray):
@@ -68,8 +124,11 @@ class RowReader(RowArray):
         self._place = Path(path).absolute()
         self._scales, self._column_scale = scales, column_scale
         self._scales_place = None if scales is None else scales.absolute()
-        self._shards: dict[int, _Shard] = {}
-        self._checked: dict[int, NDArray[Any]] = {}
+        self._shards: OrderedDict[int, _Shard] = OrderedDict()
+        self._lock = threading.Lock()
+        self._gathering: _Gathering | None = None
+        # Chunk after the last that was read in order; whoever begins there goes on.
+        self._reached = -1
         self._scale_of: dict[int, NDArray[np.float32]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -95,20 +154,26 @@ class RowReader(RowArray):
             CorruptDataError: Checksum mismatch, truncated or missing shard.
             IndexError: No such chunk.
         """
-        if number in self._checked:
-            return self._checked[number]
         shape = (self.layout.chunk_rows, self.width)
         if self.layout.compressed:
             decoded = np.empty(shape, self.form.storage)
             self._decompress(number, decoded)
             return decoded
-        body, what = self._body(number)
-        if len(body) != shape[0] * shape[1] * self.form.storage.itemsize:
-            raise CorruptDataError(f"{what} holds {len(body)} bytes, expected {shape} of {self.form.storage}")
+        self._check_chunk(number)
+        shard, within = divmod(number, self._chunks)
+        checked = self._shard(shard).checked
+        if within in checked:
+            return checked[within]
         # Looking costs nothing to keep, so the checksum is not paid for again.
+        body = self._body(number)[0]
         rows: NDArray[Any] = np.frombuffer(body, self.form.storage).reshape(shape)
-        self._checked[number] = rows
+        checked[within] = rows
         return rows
+
+    @property
+    def _chunks(self) -> int:
+        """Inner chunks of a shard."""
+        return self.shard_rows // self.layout.chunk_rows
 
     def _check_chunk(self, number: int) -> None:
         count = -(-self.rows // self.layout.chunk_rows)
@@ -118,12 +183,20 @@ class RowReader(RowArray):
     def _body(self, number: int) -> tuple[memoryview, str]:
         """The bytes of a chunk, their checksum verified and stripped, and what to call them in errors."""
         self._check_chunk(number)
-        shard, within = divmod(number, self.shard_rows // self.layout.chunk_rows)
+        shard, within = divmod(number, self._chunks)
         mapped = self._shard(shard)
-        place, what = mapped.index[within], f"{self.path}, chunk {number}"
+        return self._sealed(number, mapped.data, mapped.index[within])
+
+    def _sealed(self, number: int, data: memoryview, place: tuple[int, int] | None) -> tuple[memoryview, str]:
+        """The bytes of a chunk by its place in the shard's file."""
+        what = f"{self.path}, chunk {number}"
         if place is None:
             raise CorruptDataError(f"{what} is missing from its shard; run `featstore verify`")
-        return shards.unseal(mapped.data[place[0] : place[0] + place[1]], what), what
+        body = shards.unseal(data[place[0] : place[0] + place[1]], what)
+        shape = (self.layout.chunk_rows, self.width)
+        if not self.layout.compressed and len(body) != shape[0] * shape[1] * self.form.storage.itemsize:
+            raise CorruptDataError(f"{what} holds {len(body)} bytes, expected {shape} of {self.form.storage}")
+        return body, what
 
     def _decompress(self, number: int, out: NDArray[Any]) -> None:
         """Decode a chunk of the archive layout into contiguous ``(chunk_rows, width)`` memory."""
@@ -131,15 +204,28 @@ class RowReader(RowArray):
         decompress(body, out, what)
 
     def _shard(self, shard: int) -> _Shard:
-        if shard not in self._shards:
-            name = f"c/{shard}/0"
-            file, what = self._place / name, f"{self.path}/{name}"
-            if not file.is_file() or file.stat().st_size == 0:
-                raise CorruptDataError(f"{what} is missing or empty; run the same `featstore extract` command again")
-            data = memoryview(np.memmap(file, dtype=np.uint8, mode="r").data)
-            index = shards.decode_index(data, self.shard_rows // self.layout.chunk_rows, what)
-            self._shards[shard] = _Shard(data, index)
-        return self._shards[shard]
+        with self._lock:
+            if shard in self._shards:
+                self._shards.move_to_end(shard)
+                return self._shards[shard]
+        file, what = self._shard_file(shard)
+        with file.open("rb") as handle:
+            held = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        data = memoryview(held)
+        index = shards.decode_index(data, self._chunks, what)
+        with self._lock:
+            # Whoever looks into a shard that goes keeps its map; a process may have only so many.
+            while len(self._shards) >= _MOST_SHARDS:
+                self._shards.popitem(last=False)
+            return self._shards.setdefault(shard, _Shard(held, data, index, {}, set()))
+
+    def _shard_file(self, shard: int) -> tuple[Path, str]:
+        """A shard's file, which is there, and what to call it in errors."""
+        name = f"c/{shard}/0"
+        file, what = self._place / name, f"{self.path}/{name}"
+        if not file.is_file() or file.stat().st_size == 0:
+            raise CorruptDataError(f"{what} is missing or empty; run the same `featstore extract` command again")
+        return file, what
 
     def _scale(self, shard: int) -> NDArray[np.float32]:
         """The scales of a shard's rows."""
@@ -228,17 +314,97 @@ class RowReader(RowArray):
                 place[:] = self.chunk(number)[first - number * size : end - number * size]
 
         numbers = range(start // size, -(-stop // size) if stop > start else start // size)
-        if self.layout.compressed:
-            # Decoding a chunk keeps one core busy, and waits where its bytes are not in memory yet.
+        ahead = len(numbers) if numbers.start in (self._reached, self._reached - 1) else 0
+        self._expect(numbers.start, numbers.stop + ahead)
+        self._reached = numbers.stop
+        if self.layout.compressed or out.nbytes > _THREADED_BYTES:
+            # Decoding a chunk keeps one core busy, and waits where its bytes are not in memory yet; one core alone does
+            # not copy as fast as memory gives, nor pages new memory in.
             in_threads(copy, numbers)
         else:
             for number in numbers:
                 copy(number)
 
+    def _expect(self, first: int, end: int) -> None:
+        """Have chunks read that are wanted now, or soon; those that are not there are found out about elsewhere."""
+        end = min(end, -(-self.rows // self.layout.chunk_rows))
+        while first < end:
+            shard, within = divmod(first, self._chunks)
+            stop = min(end, (shard + 1) * self._chunks)
+            try:
+                self._shard(shard).expect(within, within + stop - first)
+            except CorruptDataError:
+                return
+            first = stop
+
     def _gather(self, numbers: NDArray[np.int64], out: NDArray[Any]) -> None:
-        """Rows in any order into an array, each chunk touched once."""
+        """Rows in any order into an array."""
         if not len(numbers):
             return
+        side_by_side = None if self.layout.compressed else self._side_by_side()
+        if side_by_side is None:
+            self._gather_by_chunk(numbers, out)
+            return
+        size, unit = self.layout.chunk_rows, side_by_side.unit
+        row = self.width * self.form.storage.itemsize // unit
+        wanted, target = numbers // size, out.view(np.uint8).reshape(-1).view(f"V{unit}")
+        first = side_by_side.first[wanted]
+        if first.min() < 0:
+            unseen = np.unique(wanted[first < 0])
+            in_threads(lambda number: self._check_beside(side_by_side, number), unseen.tolist())
+            if not side_by_side.even:
+                self._gather_by_chunk(numbers, out)
+                return
+            first = side_by_side.first[wanted]
+        first += (numbers - wanted * size) * row
+        places = first if row == 1 else (first[:, None] + np.arange(row)).reshape(-1)
+
+        def gather(part: slice) -> None:
+            # mode="clip" because "raise" gathers into a buffer of its own first.
+            np.take(side_by_side.units, places[part], out=target[part], mode="clip")
+
+        count = width() if out.nbytes > _THREADED_BYTES else 1
+        edges = [len(places) * at // count for at in range(count + 1)]
+        in_threads(gather, [slice(*edge) for edge in pairwise(edges)])
+
+    def _side_by_side(self) -> _Gathering | None:
+        """The layer's shards as one stretch of memory; None where they are too many, or rows too uneven."""
+        if self._gathering is None:
+            row = self.width * self.form.storage.itemsize
+            unit = min(math.gcd(row, shards.HOT_ALIGNMENT), _MOST_UNIT)
+            if unit < min(_LEAST_UNIT, row) or self.geometry.files > MOST_FILES:
+                return None
+            # A chunk, its checksum, and as much again before it as its alignment asks for; the index.
+            chunk = self.layout.chunk_rows * row + shards.CRC_BYTES + shards.HOT_ALIGNMENT
+            distance = self._chunks * (chunk + 16) + shards.CRC_BYTES
+            try:
+                self._gathering = _Gathering(self.geometry.files, self._chunks, distance, unit)
+            except OSError:
+                return None
+        return self._gathering
+
+    def _check_beside(self, side_by_side: _Gathering, number: int) -> None:
+        """Compare a chunk's checksum where it lies beside the others, and say where that is."""
+        self._check_chunk(number)
+        shard, within = divmod(number, self._chunks)
+        file, what = self._shard_file(shard)
+        try:
+            data = side_by_side.of(shard, side_by_side.files.put(shard, file))
+        except OSError:
+            side_by_side.even = False
+            return
+        if shard not in side_by_side.index:
+            side_by_side.index[shard] = shards.decode_index(data, self._chunks, what)
+        place = side_by_side.index[shard][within]
+        self._sealed(number, data, place)
+        at = shard * side_by_side.files.distance + (place or (0, 0))[0]
+        if at % side_by_side.unit:
+            side_by_side.even = False
+        else:
+            side_by_side.first[number] = at // side_by_side.unit
+
+    def _gather_by_chunk(self, numbers: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Rows in any order, each chunk touched once."""
         size = self.layout.chunk_rows
         chunk = numbers // size
         order = np.argsort(chunk, kind="stable")

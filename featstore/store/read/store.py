@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -29,29 +29,36 @@ from featstore.errors import (
 from featstore.runtime.provenance import digest, parse_json
 from featstore.runtime.schema import parse, shown
 from featstore.store.format.attributes import PairAttributes, RootAttributes
+from featstore.store.format.index import INDEX, FileIndex
+from featstore.store.format.packed import PackedArray, unpack
 from featstore.store.format.shards import file_checksum
 from featstore.store.format.version import (
     FORMAT_VERSION,
     MANIFEST,
     METADATA_UNIT,
+    PACKED_VERSION,
     REBUILDING,
     old_store,
     rebuild_command,
 )
+from featstore.store.read.columns import OfRows, RowSet, StoredColumn, get_bits, pieces, set_bits
 from featstore.store.read.contents import corpus_problems, pair_problems, pilot_problems, token_problems
 from featstore.store.read.files import LocalFiles, StoreFiles, parse_entry
-from featstore.store.read.pairs import Pairs, check_policy
+from featstore.store.read.pairs import LARGE, Pairs, check_policy
 from featstore.store.read.portable import Location, store_files
-from featstore.store.read.recorded import announced_problems, entry_problems, size_problems
+from featstore.store.read.recorded import announced_problems, entry_problems, sealed_problems, size_problems
 from featstore.store.read.records import TOKEN_COLUMNS, StoredCorpus, StoredModel, Tokens
 from featstore.store.read.rows import RowReader
 from featstore.store.read.shown import html_table, one_line
 from featstore.store.read.structure import Arrays, check_structure, own_attributes
 from featstore.store.read.tables import TableReader
-from featstore.store.read.vectors import vector_of
+from featstore.store.read.vectors import column_of, vector_of
 
 if TYPE_CHECKING:
     import pandas as pd
+
+#: Bytes of text from which it is read window by window.
+LARGE_TEXT = 1 << 27
 
 
 def open_store(path: Location, *, allow_incomplete: bool = False, portable: bool = False) -> Store:
@@ -108,9 +115,9 @@ def open_files(files: StoreFiles, *, allow_incomplete: bool = False) -> Store:
         raise CorruptDataError(
             f"{files.location}/zarr.json has format version {shown(version)}; restore it or extract again"
         )
-    if version > FORMAT_VERSION:
+    if version > PACKED_VERSION:
         raise StoreFormatError(
-            f"{where} has format version {version}, this featstore reads up to {FORMAT_VERSION}; upgrade it"
+            f"{where} has format version {version}, this featstore reads up to {PACKED_VERSION}; upgrade it"
         )
     if node.get("zarr_format") != 3 or node.get("node_type") != "group":
         raise CorruptDataError(f"{files.location}/zarr.json is no Zarr group of format 3; restore it or extract again")
@@ -387,6 +394,26 @@ class Store:
         """
         return vector_of(lambda file: self.files.read(f"{name}/{file}"), self.document(name), f"{self.path}/{name}")
 
+    def packed(self, name: str, *, half: bool) -> NDArray[np.uint32]:
+        """A packed array of sums, whole.
+
+        Args:
+            name: Path within the store.
+            half: Whether it is symmetric, and the tiles below its diagonal left out.
+
+        Returns:
+            uint32 ``(dx, dy)``, as :func:`featstore.store.format.packed.sums_of` takes it.
+
+        Raises:
+            CorruptDataError: Missing or damaged.
+        """
+        array, file = PackedArray.parse(self.document(name), f"{self.path}/{name}"), PackedArray.file(0)
+        return unpack(self.files.read(f"{name}/{file}"), array, f"{self.path}/{name}/{file}", half)
+
+    def _column(self, name: str) -> StoredColumn:
+        """A small array of one dimension, of which what is asked for is read."""
+        return column_of(lambda file: self.files.read(f"{name}/{file}"), self.document(name), f"{self.path}/{name}")
+
     def layer(self, model: str, layer: int) -> int:
         """Return a layer if the store holds it.
 
@@ -529,9 +556,14 @@ class Store:
         """
         base, rows = f"models/{model}/tokens", self.model(model).rows
         # Stores of version 1 do not say which ends are exact (to them all were), nor know of roles.
-        absent = {"exact": np.ones(rows, dtype=bool), "role": np.zeros(rows, dtype=np.uint8)}
-        held = {name for name in names if name not in absent or self.has(f"{base}/{name}")}
-        return {name: self.vector(f"{base}/{name}") if name in held else absent[name] for name in names}
+        absent = {"exact": (1, np.bool_), "role": (0, np.uint8)}
+        read: Callable[[str], Any] = self._column if rows >= LARGE else self.vector
+        return {
+            name: read(f"{base}/{name}")
+            if name not in absent or self.has(f"{base}/{name}")
+            else np.full(rows, *absent[name])
+            for name in names
+        }
 
     @cached_property
     def _tokens(self) -> dict[str, Tokens]:
@@ -546,8 +578,11 @@ class Store:
             for name in ("message_rest", "document_tools")
             for part in ("", "_start")
         }
-        vectors: dict[str, NDArray[Any]] = {
-            name: self.vector(f"corpus/{name.replace('_', '/', 1)}")
+        vectors: dict[str, Any] = {
+            # Of a text that is long nobody needs more at a time than a window.
+            name: (self._column if name == "text" and self.root.corpus.bytes >= LARGE_TEXT else self.vector)(
+                f"corpus/{name.replace('_', '/', 1)}"
+            )
             for name in (member.name for member in fields(StoredCorpus))
             # Stores of version 1 know of no messages, and what is beside a text only conversations have.
             if name not in needs or self.has(needs[name])
@@ -570,6 +605,8 @@ class Store:
         """
         check_policy(policy)
         tokens_a, tokens_b = self.tokens(source), self.tokens(target)
+        if max(self.model(name).rows for name in (source, target)) >= LARGE:
+            return self._large_pairs(source, target, policy)
         if source == target:
             row_a = row_b = np.flatnonzero(~tokens_a.special).astype(np.int64)
         else:
@@ -599,6 +636,43 @@ class Store:
             coverage,
         )
 
+    def _large_pairs(self, source: str, target: str, policy: str) -> Pairs:
+        """What :meth:`pairs` gives, in columns that are made when they are looked at."""
+        tables = self.tokens(source), self.tokens(target)
+        counts = [self.model(name).rows for name in (source, target)]
+        ordinary = [
+            max(sum(int((~t.special[at]).sum()) for at in pieces(n)), 1) for t, n in zip(tables, counts, strict=True)
+        ]
+        sinks = RowSet.empty(counts[0])
+        if source == target:
+            bits = RowSet.empty(counts[0])
+            for at in pieces(counts[0]):
+                set_bits(bits, np.flatnonzero(~tables[0].special[at]) + at.start)
+                set_bits(sinks, np.flatnonzero(tables[0].sink[at]) + at.start)
+            rows = (RowSet(bits), RowSet(bits))
+        else:
+            first, second = sorted((source, target), key=self.models.index)
+            stored = dict(zip((first, second), self._pair_columns(first, second, policy), strict=True))
+            what = f"pairs of {first} and {second}" + f" ({policy})" * (policy != "end")
+            self._refuse(pair_problems(what, stored[first], stored[second], self.tokens(first), self.tokens(second)))
+            rows = RowSet.of(counts[0], stored[source]), RowSet.of(counts[1], stored[target])
+            for at in pieces(len(stored[source])):
+                here = stored[source][at]
+                set_bits(sinks, here[tables[0].sink[here] | tables[1].sink[stored[target][at]]])
+        unit, split, of = self.corpus.window_unit, self.corpus.document_split, tables[0]
+        columns: dict[str, Any] = {
+            "split": OfRows(rows[0], lambda r: split[unit[of.window[r]]], np.uint8),
+            "document": OfRows(rows[0], lambda r: unit[of.window[r]], np.int32),
+            "sink": OfRows(rows[0], lambda r: get_bits(sinks, r), bool),
+            "role": OfRows(rows[0], lambda r: of.role[r], np.uint8),
+            "token": OfRows(rows[0], lambda r: of.id[r], np.int32),
+        }
+        coverage = (len(rows[0]) / ordinary[0], len(rows[1]) / ordinary[1])
+        if source != target:
+            self._check_pairs((source, target), policy, coverage)
+        sides: dict[str, Any] = {"row_source": rows[0], "row_target": rows[1]}
+        return Pairs(source=source, target=target, coverage=coverage, **sides, **columns)
+
     def _check_pairs(self, names: tuple[str, str], policy: str, coverage: tuple[float, float]) -> None:
         """Refuse an index of which something else is recorded than what it holds."""
         if not self.complete:
@@ -626,30 +700,64 @@ class Store:
         Raises:
             PairingError: The store has no index for these models and policy.
         """
+        base = self._pair_base(first, second, policy)
+        return self.vector(f"{base}/row_a"), self.vector(f"{base}/row_b")
+
+    def _pair_columns(self, first: str, second: str, policy: str) -> tuple[StoredColumn, StoredColumn]:
+        base = self._pair_base(first, second, policy)
+        return self._column(f"{base}/row_a"), self._column(f"{base}/row_b")
+
+    def _pair_base(self, first: str, second: str, policy: str) -> str:
         base = f"pairs/{first}__{second}/{policy}"
         if not self.has(f"{base}/row_a"):
             raise PairingError(
                 f"{self.path} has no {policy!r} pairs of {first} and {second}; "
                 f"make them with `featstore pair {self.path} --policy {policy}`"
             )
-        return self.vector(f"{base}/row_a"), self.vector(f"{base}/row_b")
+        return base
 
     @cached_property
-    def manifest(self) -> dict[str, dict[str, Any]]:
+    def manifest(self) -> Mapping[str, Mapping[str, Any]]:
         """Every committed file with its size and checksum, by path.
 
-        Of a complete store the entries are those that were sealed, and name every file that its arrays announce, of
-        the sizes that are on disk. Checksums of files are compared where files are read, and by `featstore verify`.
+        Of a complete store they are those that were sealed, by the sorted index where there is one and by the entries
+        otherwise; they are all files that its arrays announce, of the sizes that are on disk. Checksums of files are
+        compared where files are read, and by `featstore verify`.
 
         Raises:
             CorruptDataError: An entry is damaged, points outside the store, or contradicts documents or disk.
         """
-        files = self.recorded_files
+        index = self.index
+        files = self.recorded_files if index is None else index.without(f"{MANIFEST}/")
         if self._units is not None:
-            self._refuse(entry_problems(self._units["units"], self.entries))
+            if index is None:
+                self._refuse(entry_problems(self._units["units"], self.entries))
+            else:
+                self._refuse(sealed_problems(self._units["units"], index, self.files.manifest_sizes()))
             self._refuse(announced_problems(self.arrays, files))
             self._refuse(size_problems(files, self.files.size))
         return files
+
+    @property
+    def sealed_index(self) -> str | None:
+        """CRC-32 of the sorted index that the store was sealed with; None where there was none."""
+        return None if self._units is None else self._units.get("index")
+
+    @cached_property
+    def index(self) -> FileIndex | None:
+        """The sorted index of a complete store's files, the entries of its manifest among them.
+
+        None where there is none, as in stores from before, or another than was sealed, as after a crash between two
+        writes of a seal: then the entries are read.
+
+        Raises:
+            CorruptDataError: It is the one that was sealed, and is no index.
+        """
+        checksum = self.sealed_index
+        data = None if checksum is None else self.files.read(INDEX)
+        if data is None or file_checksum(data) != checksum:
+            return None
+        return FileIndex.parse(data, f"{self.path}/{INDEX}")
 
     @cached_property
     def entries(self) -> dict[str, bytes]:
@@ -712,7 +820,7 @@ class Store:
                 f"{base}/embedding/"
             ] * (0 in chosen)
         arrays = {
-            name: record
+            name: dict(record)
             for name, record in self.manifest.items()
             if name.startswith(tuple(prefixes)) and not name.endswith("zarr.json")
         }

@@ -14,13 +14,17 @@ from featstore.runtime.schema import parse
 from featstore.store.format.attributes import ModelAttributes, PairAttributes, RootAttributes
 from featstore.store.format.documents import data_types, dimension_names
 from featstore.store.format.elements import BY_DATA_TYPE
+from featstore.store.format.packed import PackedArray
 from featstore.store.format.plain import Plain
+from featstore.store.format.version import PACKED
 from featstore.store.read.geometry import Geometry
 from featstore.store.read.pairs import POLICIES
 from featstore.store.read.records import TOKEN_COLUMNS
 
-#: Arrays on disk, by path: rows in shards, or plain chunks.
-Arrays = Mapping[str, Plain | Geometry]
+#: An array on disk: rows in shards, packed sums, or plain chunks.
+Array = Plain | Geometry | PackedArray
+#: By path.
+Arrays = Mapping[str, Array]
 
 #: Columns that stores from before lack.
 _LATER_COLUMNS = ("exact", "role")
@@ -41,10 +45,10 @@ def check_structure(where: str, root: RootAttributes, documents: Mapping[str, di
     Raises:
         CorruptDataError: Something is missing or contradicts the rest; the message names the first such thing.
     """
-    arrays: dict[str, Plain | Geometry] = {}
+    arrays: dict[str, Array] = {}
     for name, document in documents.items():
         if _node(document, f"{where}/{name}") == "array" and (types := data_types(name)):
-            kind = Geometry if types == _SHARDED else Plain
+            kind = Geometry if types == _SHARDED else PackedArray if name.endswith(f"/{PACKED}") else Plain
             arrays[name] = kind.parse(document, f"{where}/{name}")
             names = document.get("dimension_names")
             if names is not None and tuple(names) != dimension_names(name, len(document["shape"])):
@@ -191,9 +195,12 @@ def _of_moments(models: Mapping[str, ModelAttributes], arrays: Arrays) -> Iterat
         if (widths := sites.get(block.rpartition("/")[2])) is None:
             continue
         x, y = widths
-        expected = {"product": (x, y), "x": (2, x), "y": (2, y), "totals": (4,)}.get(part)
+        # Sums are packed, with a third row of roots beside, or float64 as in stores from before.
+        product = PACKED if f"{block}/{PACKED}" in arrays else "product"
+        rows = 3 if product == PACKED else 2
+        expected = {product: (x, y), "x": (rows, x), "y": (rows, y), "totals": (4,)}.get(part)
         if expected is not None and array.shape != expected:
             yield name, f"shape {list(array.shape)}, expected {list(expected)}"
-        lost = [each for each in ("product", "x", "y", "totals") if f"{block}/{each}" not in arrays]
+        lost = [each for each in (product, "x", "y", "totals") if f"{block}/{each}" not in arrays]
         if lost:
             yield f"{block}/{lost[0]}", "there is no such array"

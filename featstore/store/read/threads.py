@@ -11,9 +11,14 @@ from typing import TypeVar
 _Item = TypeVar("_Item")
 
 
+def width() -> int:
+    """How many threads there are."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 8), thread_name_prefix="rows")
+    return ThreadPoolExecutor(width(), thread_name_prefix="rows")
 
 
 # A forked process has none of its parent's threads.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from featstore.errors import CorruptDataError
 from featstore.store.format import shards
 from featstore.store.format.plain import Plain
+from featstore.store.read.columns import StoredColumn
 
 
 def read_vector(path: Path, document: dict[str, Any]) -> NDArray[Any]:
@@ -46,6 +47,26 @@ def vector_of(read: Callable[[str], bytes | None], document: dict[str, Any], whe
     if not parts:
         return np.zeros(plain.shape, plain.dtype)
     return np.concatenate(parts)[: plain.shape[0]]
+
+
+def column_of(read: Callable[[str], bytes | None], document: dict[str, Any], where: str) -> StoredColumn:
+    """A small array of one dimension as a column, of which chunks are read when something in them is asked for.
+
+    Args:
+        read: As of :func:`vector_of`.
+        document: Its ``zarr.json``.
+        where: The array, named in errors.
+
+    Raises:
+        CorruptDataError: It is no such array; when its values are asked for: missing or damaged.
+    """
+    plain = Plain.parse(document, where)
+
+    def chunk(number: int) -> NDArray[Any]:
+        name = plain.file(number)
+        return parse_chunk(read(name), plain.dtype, plain.values, f"{where}/{name}")
+
+    return StoredColumn(chunk, plain.shape[0], plain.chunk, plain.dtype)
 
 
 def read_chunk(file: Path, dtype: np.dtype[Any], size: int) -> NDArray[Any]:

@@ -31,7 +31,17 @@ def rows_unit(model: str, layer: int, shard: int) -> str:
         layer: Layer.
         shard: Shard number.
     """
-    return f"models/{model}/resid/{layer}/rows-{shard:06d}"
+    return f"{rows_folder(model, layer)}/rows-{shard:06d}"
+
+
+def rows_folder(model: str, layer: int) -> str:
+    """The folder of the manifest that holds the units of a layer's rows, and nothing else.
+
+    Args:
+        model: Model name.
+        layer: Layer.
+    """
+    return f"models/{model}/resid/{layer}"
 
 
 def write_groups(writer: StoreWriter, model: str, form: Format) -> None:
@@ -146,9 +156,7 @@ class RowWriter:
         self._alone = owned is None
         self._owned = frozenset(range(arrays.shards) if owned is None else owned)
         self._have = {
-            (layer, shard): self._rows_on_disk(layer, shard)
-            for layer in arrays.layers
-            for shard in range(arrays.shards)
+            (layer, shard): rows for layer in arrays.layers for shard, rows in enumerate(self._rows_of_layer(layer))
         }
         self._open: dict[tuple[int, int], _Buffer] = {}
         for layer in self.missing(0, arrays.rows):
@@ -165,9 +173,12 @@ class RowWriter:
         """
         self.arrays = replace(self.arrays, column_scale=column_scale)
 
-    def _rows_on_disk(self, layer: int, shard: int) -> int:
-        entry = self._writer.entry(rows_unit(self._model, layer, shard))
-        return 0 if entry is None else min(int(entry.get("rows", 0)), self.arrays.size(shard))
+    def _rows_of_layer(self, layer: int) -> list[int]:
+        """Rows on disk of every shard of a layer."""
+        entries = self._writer.entries(rows_folder(self._model, layer))
+        units = (rows_unit(self._model, layer, shard) for shard in range(self.arrays.shards))
+        held = (int(entries[unit].get("rows", 0)) if unit in entries else 0 for unit in units)
+        return [min(rows, self.arrays.size(shard)) for shard, rows in enumerate(held)]
 
     @property
     def complete(self) -> bool:
@@ -264,8 +275,10 @@ class RowWriter:
         """Let the arrays grow to the rows committed without a gap."""
         for layer in self.arrays.layers:
             rows = 0
+            # Other processes have written some of them.
+            held = None if self._alone else self._rows_of_layer(layer)
             for shard in range(self.arrays.shards):
-                have = self._have[layer, shard] if self._alone else self._rows_on_disk(layer, shard)
+                have = self._have[layer, shard] if held is None else held[shard]
                 rows += have
                 if have < self.arrays.size(shard):
                     break

@@ -10,7 +10,7 @@ Nothing that could differ between two runs of the same plan (time, host, process
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,10 @@ from featstore.runtime.writing import (
     replacing,
 )
 from featstore.store.format import documents
+from featstore.store.format.index import INDEX, index_text
 from featstore.store.format.shards import file_checksum
-from featstore.store.format.version import MANIFEST, METADATA_UNIT, REBUILDING
-from featstore.store.read.files import LocalFiles, manifest_files, parse_entry
+from featstore.store.format.version import FORMAT_VERSION, MANIFEST, METADATA_UNIT, PACKED, PACKED_VERSION, REBUILDING
+from featstore.store.read.files import LocalFiles, manifest_files, parse_entry, read_document
 from featstore.store.read.portable import store_files
 from featstore.store.read.store import Store, open_files
 from featstore.store.write.content import VECTOR_CHUNK, Content, vector_files, write_content
@@ -194,11 +195,25 @@ class StoreWriter:
         if not path.exists():
             return None
         entry = read_entry(path, unit)
-        whole = all(
-            (self.path / name).is_file() and (self.path / name).stat().st_size == record["bytes"]
-            for name, record in entry["files"].items()
-        )
-        return entry if whole else None
+        return entry if _whole(entry, LocalFiles(self.path)) else None
+
+    def entries(self, folder: str) -> dict[str, dict[str, Any]]:
+        """What :meth:`entry` gives, of all units in a folder of the manifest at once.
+
+        Args:
+            folder: Such as ``models/llama/resid/3``; need not exist.
+
+        Raises:
+            CorruptDataError: An entry is damaged.
+        """
+        found, files = {}, LocalFiles(self.path)
+        for name in manifest_files(self.path / MANIFEST / folder):
+            unit = f"{folder}/{name}"
+            path = f"{self.path}/{MANIFEST}/{unit}.json"
+            entry = parse_entry(read_document(path), path, unit)
+            if _whole(entry, files):
+                found[unit] = entry
+        return found
 
     def commit(self, unit: str, files: Mapping[str, Content], **facts: int | str) -> None:
         """Write a unit's files and then its manifest entry.
@@ -299,14 +314,29 @@ class StoreWriter:
         a crash between the two writes below leaves a store that can still be read.
 
         Args:
-            attributes: The root's attributes.
+            attributes: The root's attributes; of a store that holds packed moments the format version is that of these.
 
         Raises:
             CorruptDataError: A document is damaged, or one is missing of an array that the manifest has values of.
             StoreAccessError: A link leads nowhere, or stands where the seal is to be written.
         """
         self._view = None
-        held = self._metadata()
+        held = metadata_documents(self.path)
+        files: list[tuple[str, int, str]] = []
+        units: dict[str, str] = {}
+        arrays: set[str] = set()
+        for unit in self.unit_names():
+            if unit == METADATA_UNIT:
+                continue
+            path = self._manifest_path(unit)
+            data = read_document(str(path))
+            units[unit] = file_checksum(data)
+            files.append((f"{MANIFEST}/{unit}.json", len(data), units[unit]))
+            for name, recorded in parse_entry(data, str(path), unit)["files"].items():
+                files.append((name, recorded["bytes"], recorded["crc32"]))
+                arrays |= set(arrays_of((name,)))
+        self._refuse_lost(arrays - held.keys())
+        attributes = _versioned(attributes, held)
         root = documents.group_document(attributes)
         root["consolidated_metadata"] = documents.consolidated(held)
         texts = {f"{name}/zarr.json": json_text(document) for name, document in held.items()}
@@ -314,27 +344,28 @@ class StoreWriter:
         record = {
             name: {"bytes": len(text.encode()), "crc32": file_checksum(text.encode())} for name, text in texts.items()
         }
-        rows = {
-            unit: file_checksum(self._manifest_path(unit).read_bytes())
-            for unit in self.unit_names()
-            if unit != METADATA_UNIT
+        files += [(name, own["bytes"], own["crc32"]) for name, own in record.items()]
+        index = index_text(files)
+        sealed = {
+            "unit": METADATA_UNIT,
+            "files": record,
+            "attributes": digest(attributes),
+            "units": units,
+            "index": file_checksum(index),
         }
-        sealed = {"unit": METADATA_UNIT, "files": record, "attributes": digest(attributes), "units": rows}
+        # First: a reader that finds another index than it was told of reads the entries.
+        self._folder(self.path / MANIFEST)
+        write_atomic(self.path / INDEX, index)
         self._write(f"{MANIFEST}/{METADATA_UNIT}.json", json_text(sealed))
         self._write("zarr.json", texts["zarr.json"])
 
-    def _metadata(self) -> dict[str, dict[str, Any]]:
-        """Every metadata document but the root's; what the manifest has values of must be among them."""
-        held = metadata_documents(self.path)
-        for unit in self.unit_names():
-            files = () if unit == METADATA_UNIT else read_entry(self._manifest_path(unit), unit)["files"]
-            for array in arrays_of(files):
-                if array not in held:
-                    raise CorruptDataError(
-                        f"{self.path / array}/zarr.json is missing, and the manifest has values of that array; restore "
-                        "it, or run the same `featstore extract` command again"
-                    )
-        return held
+    def _refuse_lost(self, arrays: Iterable[str]) -> None:
+        """Refuse to seal without the documents of arrays that the manifest has values of."""
+        for array in sorted(arrays):
+            raise CorruptDataError(
+                f"{self.path / array}/zarr.json is missing, and the manifest has values of that array; restore "
+                "it, or run the same `featstore extract` command again"
+            )
 
     def drop(self, unit: str) -> None:
         """Take a unit out of the manifest; its files stay until they are written over.
@@ -413,3 +444,17 @@ class StoreWriter:
                 )
         make_folder(path)
         self._folders.add(key)
+
+
+def _versioned(attributes: dict[str, Any], held: Mapping[str, Any]) -> dict[str, Any]:
+    """The root's attributes with the format version that what the store holds asks for."""
+    own = attributes.get("featstore")
+    if not isinstance(own, dict) or own.get("format_version") not in (FORMAT_VERSION, PACKED_VERSION):
+        return attributes
+    packed = any(name.startswith("moments/") and name.endswith(f"/{PACKED}") for name in held)
+    return {**attributes, "featstore": {**own, "format_version": PACKED_VERSION if packed else FORMAT_VERSION}}
+
+
+def _whole(entry: Mapping[str, Any], files: LocalFiles) -> bool:
+    """Whether a unit's files are there, of their recorded sizes."""
+    return all(files.size(name) == record["bytes"] for name, record in entry["files"].items())

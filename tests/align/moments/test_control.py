@@ -14,7 +14,7 @@ from align.moments.control import next_document
 from align.moments.places import places
 from align.moments.scan import scan, stored_scan, usable_moments
 from align.moments.scatter import as_if_shuffled, centered
-from featstore.store.moments.stored import add_moments
+from featstore.store.moments.writing import add_moments
 from tests.support.planted import Planted, plant, spectrum_rows
 
 PAIR = LayerPair("a", (1,), "b", 1)

@@ -29,8 +29,8 @@ from align.moments.scatter import Moments, as_if_shuffled, centered, means, mome
 from featstore.errors import FitError, LayerRangeError, PairingError, SpecError, StoreStateError
 from featstore.store import open_store
 from featstore.store.moments import stored as kept
-from featstore.store.moments.stored import add_moments
 from featstore.store.moments.sums import steady_products
+from featstore.store.moments.writing import add_moments
 from featstore.store.write.writer import adding_to
 from tests.align.moments.test_moments import assert_same
 from tests.support.planted import TEST, TRAIN, VAL, Planted, plant, rotation, spectrum_rows
@@ -179,13 +179,14 @@ def test_the_cut_moves_the_last_digits_only(planted: Planted, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("pair", [PAIRS[3], PAIRS[3].reversed, JOINT], ids=lambda pair: pair.key)
-def test_stored_moments_are_the_scan_bit_for_bit(planted: Planted, summed: Path, pair: LayerPair) -> None:
+def test_stored_moments_are_the_scan_to_their_rounding(planted: Planted, summed: Path, pair: LayerPair) -> None:
     store = open_store(summed)
     stored = usable_moments(store, ("a", "b"), [sites_of(pair)])
     assert stored is not None
     rows = scan(store, store.pairs(pair.source, pair.target).select(), [pair], seed=3)[pair.key]
     if pair is JOINT:
-        assert_equal(stored_scan(stored, [pair], seed=3)[pair.key], rows)
+        for part in PARTS:
+            assert_same(getattr(stored_scan(stored, [pair], seed=3)[pair.key], part), getattr(rows, part), rtol=1e-6)
     for split, part in enumerate(PARTS):
         found = read_split(stored, pair, split)
         if pair.source == "a":

@@ -18,7 +18,7 @@ from align.similarity.compare import Comparison
 from align.sweeps.compare import compare_runs
 from align.sweeps.table import describe as describe_comparison
 from featstore.errors import PairingError, SpecError, StoreStateError
-from featstore.store.moments.stored import add_moments
+from featstore.store.moments.writing import add_moments
 from tests.support.commands import call, strict_json
 from tests.support.planted import TEST, TRAIN, VAL, Planted, plant, rotation, spectrum_rows, trained
 from tests.support.store_fixtures import rowless

@@ -16,7 +16,7 @@ from align.runs.plots import plot_rate_distortion
 from align.sweeps.compare import compare_runs
 from align.sweeps.table import describe
 from featstore.errors import AdapterError, SpecError
-from featstore.store.moments.stored import add_moments
+from featstore.store.moments.writing import add_moments
 from tests.support.commands import call
 from tests.support.planted import Planted, plant, rotation, spectrum_rows, trained
 from tests.support.store_fixtures import rowless

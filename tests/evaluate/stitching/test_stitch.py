@@ -286,7 +286,8 @@ def test_leading_positions_before_any_source_token_keep_their_own(tiny_store: Pa
 
 
 def test_only_the_replaced_positions_are_replaced(itself: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    import evaluate.stitching.stitch as module
+    import evaluate.stitching.conditions as module
+    import evaluate.stitching.stitch as whole_run
 
     seen: list[tuple[torch.Tensor, int]] = []
     original = module.inject
@@ -300,15 +301,17 @@ def test_only_the_replaced_positions_are_replaced(itself: SimpleNamespace, monke
     [window] = scored_windows(itself.store, "llama", "llama", max_tokens=1)
     # A sink in the middle, so that there is something to keep.
     window.taken[7] = -1
-    monkeypatch.setattr(module, "scored_windows", lambda *_, **__: [window])
-    stitch(itself.store, itself.adapter, layers="1", quiet=True)
-    own = seen[0][0]
-    for hidden, layer in seen:
-        assert layer == 1
-        assert torch.equal(hidden[0, 7], own[0, 7])
-        assert hidden.shape == own.shape
-    zeros = [hidden for hidden, _ in seen if not hidden[0, window.taken >= 0].any()]
+    monkeypatch.setattr(whole_run, "scored_windows", lambda *_, **__: [window])
+    [entry] = stitch(itself.store, itself.adapter, layers="1", quiet=True)["pairs"].values()
+    # The target's own states, in a pass of their own; then all conditions in one.
+    (own, _), (given, _) = seen
+    assert [layer for _, layer in seen] == [1, 1]
+    assert own.shape == (1, *given.shape[1:])
+    for hidden in given:
+        assert torch.equal(hidden[7], own[0, 7])
+    zeros = [hidden for hidden in given if not hidden[window.taken >= 0].any()]
     assert len(zeros) == 1
+    assert len(given) == sum(block is not None for block in entry["conditions"].values()) - len(("clean", "self"))
 
 
 def test_windows_go_round_the_documents_up_to_the_budget(tiny_store: Path) -> None:
@@ -342,7 +345,7 @@ def test_a_split_without_a_window_is_refused(pair: SimpleNamespace, monkeypatch:
 
 
 def test_under_hide_only_the_self_check_keeps_the_rest(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    import evaluate.stitching.stitch as module
+    import evaluate.stitching.conditions as module
 
     seen: list[str] = []
     original = module.inject
@@ -354,7 +357,8 @@ def test_under_hide_only_the_self_check_keeps_the_rest(pair: SimpleNamespace, mo
     monkeypatch.setattr(module, "inject", spy)
     result = stitch(pair.store, pair.adapter, layers="2", max_tokens=1, keep="hide", quiet=True)
     assert result["keep"] == "hide"
-    assert seen == ["hide", "own", *["hide"] * 6] * 2
+    # The last pass has a row for every other condition.
+    assert seen == ["hide", "own", "hide"] * 2
     own = stitch(pair.store, pair.adapter, layers="2", max_tokens=1, quiet=True)["pairs"]
     for key, entry in result["pairs"].items():
         # The check that injection is exact is made without hiding, which alone changes predictions.

@@ -83,7 +83,7 @@ def test_a_token_is_scored_for_who_wrote_it(run: SimpleNamespace) -> None:
 
 
 def test_states_are_put_in_where_the_user_wrote_too(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    import evaluate.stitching.stitch as module
+    import evaluate.stitching.conditions as module
 
     seen: list[torch.Tensor] = []
     original = module.inject
@@ -96,7 +96,7 @@ def test_states_are_put_in_where_the_user_wrote_too(run: SimpleNamespace, monkey
     [window] = scored_windows(run.store, "llama", "mistral", max_tokens=1, roles="assistant")
     stitch(run.store, run.adapter, max_tokens=1, quiet=True)
     own, *others = seen
-    changed = np.logical_or.reduce([(hidden[0] != own[0]).any(dim=-1).numpy() for hidden in others])
+    changed = np.logical_or.reduce([(row != own[0]).any(dim=-1).numpy() for hidden in others for row in hidden])
     assert np.flatnonzero(changed).tolist() == window.places.tolist()
     assert (window.target.byte_end[window.places] <= ASKED).any()
 

@@ -26,7 +26,8 @@ from featstore.store.conversion.convert import convert
 from featstore.store.format.elements import FORMATS, Encoded, column_scale_of
 from featstore.store.format.shards import LAYOUTS
 from featstore.store.inspect.verify import verify_store
-from featstore.store.moments.stored import StoredMoments, add_moments
+from featstore.store.moments.stored import StoredMoments
+from featstore.store.moments.writing import add_moments
 from featstore.store.write.index import add_pairs
 from featstore.store.write.row_writer import RowArrays
 from featstore.store.write.table import write_table
@@ -98,7 +99,12 @@ class TestWhereNoValueChanges:
         no_damage(tmp_path / "there.zarr")
         convert(tmp_path / "there.zarr", tmp_path / "back.zarr", layout="hot", quiet=True)
         before, after = tree_bytes(stores[form]), tree_bytes(tmp_path / "back.zarr")
-        about_itself = {"zarr.json", "manifest/metadata.json", *(f"models/{name}/zarr.json" for name in MODELS)}
+        about_itself = {
+            "zarr.json",
+            "manifest/index",
+            "manifest/metadata.json",
+            *(f"models/{name}/zarr.json" for name in MODELS),
+        }
         assert {n: d for n, d in after.items() if n not in about_itself} == {
             n: d for n, d in before.items() if n not in about_itself
         }

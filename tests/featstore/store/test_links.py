@@ -14,7 +14,7 @@ from featstore import open_store
 from featstore.errors import CorruptDataError, FeatstoreError, StoreAccessError
 from featstore.store.conversion.convert import convert
 from featstore.store.inspect.verify import verify_store
-from featstore.store.moments.stored import add_moments
+from featstore.store.moments.writing import add_moments
 from featstore.store.read.links import links_of
 from featstore.store.write.index import add_pairs
 from featstore.store.write.listing import metadata_documents

@@ -363,6 +363,22 @@ def test_a_compressed_chunk_is_decoded_once_a_buffer(tmp_path: Path, monkeypatch
     assert set(fetched.values()) == {1}
 
 
+def test_pairs_that_fit_into_memory_are_read_once_for_all_epochs() -> None:
+    rows = loader(5000)
+    first = epoch(rows, 128)
+    read = [len(side.reads) for side in (rows.source, rows.target)]
+    assert all(read)
+    others = [epoch(rows, 128, number=2), epoch(rows, 50, number=3)]
+    assert [len(side.reads) for side in (rows.source, rows.target)] == read
+    # The same batches as from buffers that are filled anew.
+    for number, size, batches in ((1, 128, first), (2, 128, others[0]), (3, 50, others[1])):
+        for rank in (0, 1):
+            for one, other in zip(
+                batches[rank::2], epoch(loader(5000), size, number=number, rank=rank, world=2), strict=True
+            ):
+                np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("row", [-1, 1020])
 def test_a_row_that_does_not_exist_is_refused(row: int) -> None:
     """The last chunk is padded: beyond the end there are zeros to be read."""

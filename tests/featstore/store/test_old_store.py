@@ -20,7 +20,7 @@ from featstore.store.conversion.convert import convert
 from featstore.store.format import documents
 from featstore.store.format.version import FORMAT_VERSION
 from featstore.store.inspect.verify import verify_store
-from featstore.store.moments.stored import add_moments
+from featstore.store.moments.writing import add_moments
 from featstore.store.write.index import add_pairs
 from featstore.store.write.upgrade import begin_rebuild, upgrade_metadata
 from featstore.store.write.writer import adding_to

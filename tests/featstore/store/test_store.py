@@ -257,7 +257,7 @@ class TestOpening:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"format_version": 3}, StoreFormatError, "format version 3, this featstore reads up to 2; upgrade"),
+            ({"format_version": 4}, StoreFormatError, "format version 4, this featstore reads up to 3; upgrade"),
             ({"format_version": 0}, CorruptDataError, "format version 0"),
             ({"format_version": "1"}, CorruptDataError, "format version '1'"),
             ({"complete": False}, StoreStateError, "unfinished; run the same `featstore extract` command again"),

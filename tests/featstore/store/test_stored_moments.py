@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, local
 from typing import Any
 
 import numpy as np
@@ -24,28 +26,22 @@ from align.runs.train import describe
 from align.scoring.moments import NEEDS_DOCUMENTS, NEEDS_ROWS, score_moments
 from align.similarity.compare import Comparison
 from featstore.errors import CorruptDataError, FitError, SpecError, StoreBusyError, StoreStateError
+from featstore.runtime.processes import Ranks
 from featstore.store import Store, open_store
+from featstore.store.format.packed import pack
 from featstore.store.inspect.verify import verify_store
+from featstore.store.moments import pieces, writing
 from featstore.store.moments import stored as module
-from featstore.store.moments.stored import (
-    CUT_ROWS,
-    Site,
-    StoredMoments,
-    add_moments,
-    all_blocks,
-    block_sums,
-    commit_blocks,
-    groups,
-    memory_needed,
-    unit_of,
-)
+from featstore.store.moments.pieces import PieceSums, Sums, _read, least_memory
+from featstore.store.moments.stored import CUT_ROWS, MEMORY, Site, StoredMoments, all_blocks, unit_of
 from featstore.store.moments.sums import BlockSums, Moments, moments_of, products, steady_products
+from featstore.store.moments.writing import StoredRows, add_moments, pieces_of, sums_aside
 from featstore.store.write.index import add_pairs
 from featstore.store.write.writer import StoreWriter, exclusive
 from tests.align.moments.test_moments import assert_same
 from tests.align.similarity.test_cka import related
 from tests.support.commands import call, strict_json
-from tests.support.planted import Planted, only, plant, rotation, spectrum_rows, trained
+from tests.support.planted import SHARD_ROWS, Planted, only, plant, rotation, spectrum_rows, trained
 from tests.support.store_fixtures import rowless, tree_bytes
 
 MODELS = ("a", "b")
@@ -74,7 +70,8 @@ def read_moments(store: Store, x: Site, y: Site, split: int, models: tuple[str, 
 def _no_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(os, "fsync", lambda _: None)
     # Several cuts a split, the last one short.
-    monkeypatch.setattr(module, "CUT_ROWS", 64)
+    for room in (module, pieces, writing):
+        monkeypatch.setattr(room, "CUT_ROWS", 64)
     return
 
 
@@ -149,10 +146,40 @@ def test_a_direction_is_the_other_one_turned_round(summed: Path) -> None:
 def test_any_zarr_reader_finds_them(summed: Path) -> None:
     root = zarr.open_group(summed, mode="r")
     block = root["moments/a__b/train/a.1__b.2"]
-    assert block["product"].shape == (20, 28)
+    assert block["correlation"].shape == (20, 28)
     n = int(block["totals"][0])
     assert n == reference(summed, ("a", 1), ("b", 2), 0).n
     assert verify_store(summed, quiet=True)["damage"] == []
+
+
+def test_verify_compares_them_with_the_rows(summed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with exclusive(summed):
+        writer = StoreWriter(summed)
+        stored = StoredMoments(writer.view, *MODELS)
+        block = (("a", 1), ("b", 2))
+        original, changed = stored.block(block, 1), []
+
+        def spoiled(product: Any, roots: Any, *, half: bool) -> bytes:
+            product[3, 5] += 1e-3 * roots[0][3] * roots[1][5]
+            changed.append(half)
+            return pack(product, roots, half=half)
+
+        monkeypatch.setattr(writing, "pack", spoiled)
+        x, y = (
+            np.vstack([side, roots**2]) for side, roots in zip((original.x, original.y), roots_of(stored), strict=True)
+        )
+        totals = np.array([original.n, *original.totals])
+        writing._commit(writer, stored, 1, block, Sums(original.product.copy(), x, y, totals, np.zeros(0, dtype=bool)))
+        writer.seal(writer.attributes() or {})
+    assert changed == [False]
+    assert verify_store(summed, quiet=True)["damage"] == [
+        "moments of a 1 and b 2 (val): they are not the sums of the rows"
+    ]
+
+
+def roots_of(stored: StoredMoments) -> list[Any]:
+    """Roots of the sums of squares of the two sides of one block."""
+    return [stored.store.vector(f"moments/a__b/val/a.1__b.2/{side}")[2] for side in "xy"]
 
 
 def test_a_store_without_them_says_so(path: Path) -> None:
@@ -168,11 +195,11 @@ def test_a_model_with_itself_is_another_set_of_rows(summed: Path) -> None:
 
 
 def test_a_damaged_block_is_refused(summed: Path) -> None:
-    file = summed / unit_of(MODELS, 0, (("a", 1), ("b", 2))) / "product" / "c" / "0" / "0"
+    file = summed / unit_of(MODELS, 0, (("a", 1), ("b", 2))) / "correlation" / "c" / "0" / "0"
     data = bytearray(file.read_bytes())
     data[100] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CorruptDataError, match="product"):
+    with pytest.raises(CorruptDataError, match="correlation"):
         read_moments(open_store(summed), ("a", 1), ("b", 2), 0)
 
 
@@ -181,11 +208,11 @@ def test_a_damaged_block_is_refused(summed: Path) -> None:
 
 def test_a_second_run_has_nothing_to_do(summed: Path) -> None:
     before = tree_bytes(summed)
-    times = {p: p.stat().st_mtime_ns for p in summed.rglob("product/c/0/0")}
+    times = {p: p.stat().st_mtime_ns for p in summed.rglob("correlation/c/0/0")}
     assert add_moments(summed, quiet=True)["moments"]["a__b"] == {
         "blocks": 3 * BLOCKS,
         "written": 0,
-        "bytes": sum(p.stat().st_size - 4 for p in times),
+        "bytes": sum(p.stat().st_size for p in (summed / "moments").rglob("c/**/*") if p.is_file()),
     }
     assert tree_bytes(summed) == before
     assert {p: p.stat().st_mtime_ns for p in times} == times
@@ -194,17 +221,15 @@ def test_a_second_run_has_nothing_to_do(summed: Path) -> None:
 def test_the_memory_allowed_does_not_touch_the_bytes(summed: Path, plain: Planted, tmp_path: Path) -> None:
     other = Path(shutil.copytree(plain.path, tmp_path / "other.zarr"))
     store = open_store(other)
-    blocks = all_blocks(store, MODELS)
-    memory = max(memory_needed(store, [block]) for block in blocks)
-    cut = list(groups(store, blocks, memory))
-    assert 5 < len(cut) <= BLOCKS
-    assert [block for group in cut for block in group] == blocks
-    add_moments(other, memory=memory, quiet=True)
+    widths = [store.model(name).width for name in MODELS for _ in store.model(name).layers]
+    add_moments(other, memory=sum(least_memory(widths, SHARD_ROWS)), quiet=True)
     assert tree_bytes(other) == tree_bytes(summed)
 
 
 def test_memory_for_less_than_a_block_is_refused(path: Path) -> None:
-    with pytest.raises(SpecError, match=r"--moments-memory 1 kB is too little: one block takes .* kB"):
+    with pytest.raises(
+        SpecError, match=r"--moments-memory 1 kB is too little: one block and the rows of a piece take .* MB"
+    ):
         add_moments(path, memory=1000, quiet=True)
 
 
@@ -315,21 +340,116 @@ def test_pieces_of_any_length_give_the_same_bits(pieces: int) -> None:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
-def test_sums_fed_from_outside_make_the_same_store(summed: Path, plain: Planted, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(plain.path, tmp_path / "other.zarr"))
-    with exclusive(other):
-        store, writer = open_store(other), StoreWriter(other)
-        stored, blocks = StoredMoments(store, "a", "b"), all_blocks(store, MODELS)
-        sums = {split: block_sums(store, blocks) for split in range(3)}
-        pairs = stored.pairs
-        for document in np.unique(pairs.document):
-            part = pairs.where(pairs.document == document)
-            numbers = {"a": part.row_source, "b": part.row_target}
-            sums[int(part.split[0])].add({site: store.rows(*site)[numbers[site[0]]] for site in sums[0].nodes})
-        for split, one in sums.items():
-            commit_blocks(writer, stored, split, one.blocks())
-        writer.seal(writer.attributes() or {})
-    assert tree_bytes(other) == tree_bytes(summed)
+@pytest.fixture
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pieces, the last one short."""
+    monkeypatch.setattr(pieces, "PIECE_ROWS", 128)
+
+
+def shares(path: Path, order: list[list[int]]) -> None:
+    """Sum pieces as several processes would, each its own in the order given, and leave them aside."""
+    writer = StoreWriter(path)
+    stored = StoredMoments(writer.view, *MODELS)
+    wanted = dict.fromkeys(range(3), all_blocks(writer.view, MODELS))
+    count, rows = pieces_of(writer.view, "b")
+    assert {piece for mine in order for piece in mine} <= set(range(count))
+    for rank, mine in enumerate(order):
+        sums = sums_aside(writer, MODELS, wanted, MEMORY, Ranks(rank, len(order)))
+        for piece in mine:
+            sums.add(piece, StoredRows(writer.view, stored.pairs, rows))
+        sums.flush()
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_any_number_of_processes_makes_the_same_bytes(
+    plain: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = []
+    for number, order in enumerate(([[0, 1, 2, 3, 4, 5]], [[3, 4, 5], [2, 1, 0]], [[5, 0], [], [4, 2], [1, 3]])):
+        stores.append(Path(shutil.copytree(plain.path, tmp_path / f"{number}.zarr")))
+        with exclusive(stores[-1]):
+            shares(stores[-1], order)
+        with monkeypatch.context() as patch:
+            # All lies aside: no row is read again.
+            patch.setattr(StoredRows, "rows", None)
+            add_moments(stores[-1], quiet=True)
+        assert not (stores[-1] / ".sums").exists()
+    one, two, four = map(tree_bytes, stores)
+    assert one == two == four
+    found = read_moments(open_store(stores[0]), ("a", 1), ("b", 2), 0)
+    assert_same(found, reference(stores[0], ("a", 1), ("b", 2), 0), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_the_command_by_several_processes(plain: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, barrier, own = Path(shutil.copytree(plain.path, tmp_path / "many.zarr")), Barrier(2), local()
+    monkeypatch.setattr(Ranks, "from_environment", lambda: Ranks(own.rank, 2))
+    monkeypatch.setattr(Ranks, "wait", lambda _: barrier.wait(60))
+
+    def process(rank: int) -> Any:
+        own.rank = rank
+        return add_moments(path, quiet=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [len(result["moments"]) for result in pool.map(process, range(2))] == [1, 0]
+    monkeypatch.undo()
+    assert verify_store(path, quiet=True)["damage"] == []
+    assert open_store(path).version == 3
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_adding_pieces_rounds_nothing(plain: Planted, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(plain.path, tmp_path / "s.zarr"))
+    with exclusive(path):
+        shares(path, [[0], [1], [2], [3], [4], [5]])
+    parts = [_read(file, 6) for file in sorted((path / ".sums").rglob("0/a.1__b.2/*.npz"))]
+    assert len(parts) == 6
+    for name in ("product", "x", "y", "totals"):
+        forward, back = (
+            sum(getattr(part, name) for part in order[1:]) + getattr(order[0], name) for order in (parts, parts[::-1])
+        )
+        np.testing.assert_array_equal(forward, back, err_msg=name)
+    # Without a common grain they would not: the same numbers, each a little off.
+    off = [part.product * (1 + 1e-9) for part in parts]
+    assert not np.array_equal(sum(off[1:]) + off[0], sum(off[-2::-1]) + off[-1])
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_what_was_summed_before_a_kill_is_not_summed_again(
+    plain: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "FLUSH", 0.0)
+    stores = [Path(shutil.copytree(plain.path, tmp_path / f"{name}.zarr")) for name in ("once", "killed")]
+    added, original = [], PieceSums.add
+
+    def add(self: PieceSums, piece: int, source: Any) -> int:
+        added.append(piece)
+        if len(added) == 4:
+            raise KeyboardInterrupt
+        return original(self, piece, source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PieceSums, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            add_moments(stores[1], quiet=True)
+        assert open_store(stores[1]).version == 2
+        assert verify_store(stores[1], quiet=True)["damage"] == []
+        add_moments(stores[1], quiet=True)
+    assert added == [0, 1, 2, 3, 3, 4, 5]
+    add_moments(stores[0], quiet=True)
+    assert tree_bytes(stores[1]) == tree_bytes(stores[0])
+
+
+def test_sums_aside_of_other_pairs_are_refused_and_removed(path: Path) -> None:
+    with exclusive(path):
+        shares(path, [[0]])
+    file = next((path / ".sums").rglob("0/a.1__b.2/*.npz"))
+    held = dict(np.load(file))
+    np.savez(file, **held | {"totals": held["totals"] - 1})
+    with pytest.raises(CorruptDataError, match=r"held sums over 544 train pairs .* run the same command again"):
+        add_moments(path, quiet=True)
+    add_moments(path, quiet=True)
+    assert verify_store(path, quiet=True)["damage"] == []
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
