@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +152,9 @@ class _NormsAside:
         if not self._models:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        flat = {f"{name}/{layer}": values for name, own in norms.items() for layer, values in own.items()}
+        flat: dict[str, Any] = {
+            f"{name}/{layer}": values for name, own in norms.items() for layer, values in own.items()
+        }
         with replacing_by_name(self._path(piece)) as aside, aside.open("wb") as handle:
             np.savez(handle, **flat)
 

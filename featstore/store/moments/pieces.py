@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -214,15 +214,13 @@ class PieceSums:
             8 * self._width[x] * self._width[y] for split, (x, y) in self.keys if (split, (x, y)) not in self._stays
         )
 
-    def missing(self, piece: int, splits: Iterable[int] | None = None) -> bool:
+    def missing(self, piece: int) -> bool:
         """Whether a block lacks a piece.
 
         Args:
             piece: Its number.
-            splits: Those in which the piece has pairs; all if not given.
         """
-        keys = self.keys if splits is None else [key for key in self.keys if key[0] in set(splits)]
-        return any(not self._done[key][piece] for key in keys)
+        return any(not self._done[key][piece] for key in self.keys)
 
     def add(self, piece: int, source: PairedRows) -> int:
         """Add a piece to every block that lacks it.

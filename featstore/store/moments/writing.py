@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import CorruptDataError, StoreStateError
-from featstore.runtime.console import progress
+from featstore.runtime.console import Tick, progress
 from featstore.runtime.processes import Ranks
 from featstore.runtime.provenance import digest
 from featstore.store.format.packed import most_bytes, pack, packed_document
@@ -116,14 +116,6 @@ class StoredRows:
         first, end = np.searchsorted(part.row_target, [piece * self._rows, (piece + 1) * self._rows])
         return {part.source: part.row_source[first:end], part.target: part.row_target[first:end]}
 
-    def splits(self, piece: int) -> list[int]:
-        """The splits in which a piece has pairs.
-
-        Args:
-            piece: Its number.
-        """
-        return [split for split, part in enumerate(self._parts) if len(self.numbers(piece, split)[part.target])]
-
     def rows(self, site: Site, numbers: NDArray[np.int64]) -> Rows:
         """As :class:`featstore.store.moments.pieces.PairedRows`."""
         return self._store.rows(*site)[numbers]
@@ -160,28 +152,22 @@ def write_moments(
     blocks = [(split, block) for split in wanted for block in wanted[split]]
     if not blocks:
         return 0
-    sums = sums_aside(writer, stored.models, wanted, memory)
-    count, rows = pieces_of(store, second)
-    source = StoredRows(store, stored.pairs, rows)
-    lacking = [piece for piece in range(count) if sums.missing(piece, source.splits(piece))]
-    if lacking:
-        _need_rows(store, [block for _, block in blocks])
     needed = sum(most_bytes((store.model(x[0]).width, store.model(y[0]).width), x == y) for _, (x, y) in blocks)
-    check_space(writer.path, needed + sums.aside * bool(lacking), "free some, or store fewer layers")
-    pairs = {piece: sum(len(source.numbers(piece, split)[second]) for split in wanted) for piece in lacking}
-    with progress(f"moments {first} {second}", sum(pairs.values()), "pairs", quiet=quiet) as tick:
-        for piece in lacking:
-            sums.add(piece, source)
-            tick(pairs[piece])
-    for split, block in blocks:
-        found = sums.merged(split, block)
-        if found.totals[0] != stored.counts[split]:
-            writer.remove(ASIDE)
-            raise CorruptDataError(
-                f"{writer.path}/{ASIDE} held sums over {found.totals[0]:.0f} {SPLITS[split]} pairs of {first} and "
-                f"{second}, not {stored.counts[split]}; it was removed, run the same command again"
-            )
-        _commit(writer, stored, split, block, found)
+    check_space(writer.path, needed, "free some, or store fewer layers")
+    total = sum(stored.counts[split] for split in wanted if wanted[split])
+    with progress(f"moments {first} {second}", total, "pairs", quiet=quiet) as tick:
+        # Splits one after the other: they have no row in common, and the totals of one are a third of all.
+        for split, own in wanted.items():
+            sums = _summed(writer, stored, split, own, memory, Ranks(), tick)
+            for block in own:
+                found = sums.merged(split, block)
+                if found.totals[0] != stored.counts[split]:
+                    writer.remove(ASIDE)
+                    raise CorruptDataError(
+                        f"{writer.path}/{ASIDE} held sums over {found.totals[0]:.0f} {SPLITS[split]} pairs of {first} "
+                        f"and {second}, not {stored.counts[split]}; it was removed, run the same command again"
+                    )
+                _commit(writer, stored, split, block, found)
     writer.remove(f"{ASIDE}/{first}__{second}")
     return len(blocks)
 
@@ -201,15 +187,36 @@ def sum_share(writer: StoreWriter, first: str, second: str, ranks: Ranks, *, mem
         SpecError: Too little memory.
     """
     stored = StoredMoments(writer.view, first, second)
-    wanted = {split: missing_blocks(writer, stored, split) for split in range(len(SPLITS))}
-    sums = sums_aside(writer, stored.models, wanted, memory, ranks)
-    count, rows = pieces_of(writer.view, second)
-    source = StoredRows(writer.view, stored.pairs, rows)
-    for piece in ranks.share(count) or range(count):
-        if sums.missing(piece, source.splits(piece)):
-            _need_rows(writer.view, [block for blocks in wanted.values() for block in blocks])
-            sums.add(piece, source)
-    sums.flush()
+    for split in range(len(SPLITS)):
+        blocks = missing_blocks(writer, stored, split)
+        _summed(writer, stored, split, blocks, memory, ranks, lambda _: None).flush()
+
+
+def _summed(
+    writer: StoreWriter,
+    stored: StoredMoments,
+    split: int,
+    blocks: list[SitePair],
+    memory: int,
+    ranks: Ranks,
+    tick: Tick,
+) -> PieceSums:
+    """Sums of a split's blocks, with what this process's share of the pieces lacked."""
+    store, second = writer.view, stored.models[1]
+    sums = sums_aside(writer, stored.models, {split: blocks}, memory, ranks)
+    count, rows = pieces_of(store, second)
+    source = StoredRows(store, stored.pairs, rows)
+    share = ranks.share(count)
+    sizes = {piece: len(source.numbers(piece, split)[second]) for piece in (range(count) if share is None else share)}
+    lacking = [piece for piece, size in sizes.items() if size and sums.missing(piece)]
+    tick(sum(size for piece, size in sizes.items() if piece not in set(lacking)))
+    if lacking:
+        _need_rows(store, blocks)
+        check_space(writer.path, sums.aside, "free some, or allow more --memory")
+    for piece in lacking:
+        sums.add(piece, source)
+        tick(sizes[piece])
+    return sums
 
 
 def _need_rows(store: Store, blocks: list[SitePair]) -> None:

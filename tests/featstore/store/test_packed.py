@@ -46,7 +46,7 @@ def test_a_symmetric_product_is_stored_half(width: int) -> None:
     assert len(data) <= most_bytes((width, width), half=True) * 1.1 + 1000
     tiles = grid((width, width))[0]
     if tiles > 1:
-        assert len(data) < 0.8 * len(pack(product, roots, half=False))
+        assert len(data) < 0.9 * len(pack(product, roots, half=False))
         with pytest.raises(CorruptDataError, match="lacks other tiles"):
             read(data, (width, width), half=False)
 
