@@ -107,36 +107,52 @@ print(json.dumps({"seconds": time.perf_counter() - begun, "files": found["files"
 """,
 }
 
-#: A scan of two layers by a scheduler and one worker; the scheduler has a process of its own, which is measured.
-_SCAN = """
-import json, sys
+#: A scan of two layers by a scheduler in a process of its own, whose memory is measured, with one worker beside it.
+SCAN = """
+import json, subprocess, sys, tempfile
 from pathlib import Path
-from distributed import Client, LocalCluster
 from align.execution.cluster import Cluster
 from align.similarity.scan.planning import Selection, Site
 from align.similarity.scan.streaming import stream
 from featstore import open_store
+
+def peak():
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
 def main():
+    from distributed import Client
     store = open_store(path)
     selection = Selection(str(Path(path).absolute()), store.fingerprint, "a", "b", "end", False)
-    sites = [Site("a", 1, True), Site("b", 1, False)]
-    tasks = 0
+    counted = {"tasks": 0}
     class Counted(Cluster):
         def submit(self, function, /, *arguments):
-            nonlocal tasks
-            tasks += 1
+            counted["tasks"] += 1
             return super().submit(function, *arguments)
-    with Client(scheduler) as client:
-        most = 0
-        begun = time.perf_counter()
-        stream(selection, sites, executor=Counted(client), estimator=estimator, ranks=False, quiet=True)
-        spent = time.perf_counter() - begun
-        peak = client.run_on_scheduler(lambda: __import__("resource").getrusage(0).ru_maxrss * 1024)
-        worker = max(client.run(lambda: __import__("resource").getrusage(0).ru_maxrss * 1024).values())
-    own = __import__("resource").getrusage(0).ru_maxrss * 1024
-    print(json.dumps({"seconds": spent, "tasks": tasks, "scheduler": peak, "worker": worker, "client": own}))
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder) / "scheduler.json"
+        started = [
+            subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_scheduler", "--scheduler-file", str(where),
+                "--port", "0", "--no-dashboard", "--host", "127.0.0.1"], stderr=subprocess.DEVNULL),
+            subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(where),
+                "--nthreads", "2", "--nworkers", "1", "--no-dashboard", "--no-nanny", "--memory-limit", "0"],
+                stderr=subprocess.DEVNULL, cwd=folder),
+        ]
+        try:
+            with Client(scheduler_file=str(where), timeout=60) as client:
+                begun = time.perf_counter()
+                stream(selection, [Site("a", 1, True), Site("b", 1, False)], executor=Counted(client), ranks=False,
+                    quiet=True)
+                spent = time.perf_counter() - begun
+                found = {"scheduler": client.run_on_scheduler(peak), "worker": max(client.run(peak).values())}
+        finally:
+            for process in started:
+                process.kill()
+    print(json.dumps({"seconds": spent, **counted, **found, "client": peak()}))
+
 main()
 """
+TASKS["scan"] = SCAN
 
 
 def spend(build: Path, source: str, path: Path, memory: int, seconds: float) -> dict[str, Any]:
@@ -196,7 +212,7 @@ def measure(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
             finish(path, size)
         if arguments.only and title not in arguments.only:
             continue
-        runs = 1 if title == "verify" else arguments.runs
+        runs = 1 if title in ("verify", "scan") else arguments.runs
         taken: dict[str, list[dict[str, Any]]] = {name: [] for name in builds}
         for _ in range(runs):
             for name, build in builds.items():
@@ -214,6 +230,8 @@ def text_of(result: dict[str, Any]) -> str:
             said = run.get("stopped") or (
                 f"{run['seconds']:8.2f} s {run['cpu']:8.2f} s of processor {run['peak'] / _MB:8.0f} MB"
             )
+            if "tasks" in run:
+                said += f"; {run['tasks']} tasks, scheduler {run['scheduler'] / _MB:.0f} MB"
             lines.append(f"  {title:24} {name:14} {said}")
     return "\n".join(lines)
 

@@ -322,7 +322,8 @@ class StoreWriter:
         """
         self._view = None
         held = metadata_documents(self.path)
-        files: list[tuple[str, int, str]] = []
+        # Of a file that two units have the later one counts, as for whoever reads the entries.
+        files: dict[str, tuple[int, str]] = {}
         units: dict[str, str] = {}
         arrays: set[str] = set()
         for unit in self.unit_names():
@@ -331,9 +332,9 @@ class StoreWriter:
             path = self._manifest_path(unit)
             data = read_document(str(path))
             units[unit] = file_checksum(data)
-            files.append((f"{MANIFEST}/{unit}.json", len(data), units[unit]))
+            files[f"{MANIFEST}/{unit}.json"] = len(data), units[unit]
             for name, recorded in parse_entry(data, str(path), unit)["files"].items():
-                files.append((name, recorded["bytes"], recorded["crc32"]))
+                files[name] = recorded["bytes"], recorded["crc32"]
                 arrays |= set(arrays_of((name,)))
         self._refuse_lost(arrays - held.keys())
         attributes = _versioned(attributes, held)
@@ -344,8 +345,8 @@ class StoreWriter:
         record = {
             name: {"bytes": len(text.encode()), "crc32": file_checksum(text.encode())} for name, text in texts.items()
         }
-        files += [(name, own["bytes"], own["crc32"]) for name, own in record.items()]
-        index = index_text(files)
+        files |= {name: (own["bytes"], own["crc32"]) for name, own in record.items()}
+        index = index_text((name, *facts) for name, facts in files.items())
         sealed = {
             "unit": METADATA_UNIT,
             "files": record,
