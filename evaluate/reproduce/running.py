@@ -110,8 +110,8 @@ def carry_out(
         SpecError: The directory holds results of other commands.
         KeyboardInterrupt: Interrupted; what is done stays done.
     """
-    for step in steps:
-        record.check(step)
+    for each in steps:
+        record.check(each)
     programme = _Programme(steps, record, out)
     with sharing(workers), ThreadPoolExecutor(workers) as pool:
         running: dict[Future[Any], tuple[Step, float]] = {}
