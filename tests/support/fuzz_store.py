@@ -161,6 +161,8 @@ def reseal(path: Path, name: str) -> None:
     if name == SHARDS:
         return
     sealed, data = json.loads((path / SHARDS).read_bytes()), (path / name).read_bytes()
+    # A seal without an index has readers take in the entries themselves, which are what is mutated here.
+    sealed.pop("index", None)
     if name.startswith("manifest/"):
         unit = name.removeprefix("manifest/").removesuffix(".json")
         sealed["units"][unit] = f"{zlib.crc32(data):08x}"

@@ -342,7 +342,8 @@ def _check_pairs(store: Store, first: str, second: str, policy: str) -> Iterator
     if not store.has(f"{unit}/row_a"):
         return  # documents have told already whether there must be one
     what = f"pairs of {first} and {second}" + f" ({policy})" * (policy != POLICIES[0])
-    row_a, row_b = store.pair_columns(first, second, policy)
+    columns: tuple[Any, Any] = store.pair_columns(first, second, policy)
+    row_a, row_b = columns
     wrong = list(pair_problems(what, row_a, row_b, store.tokens(first), store.tokens(second)))
     if wrong:
         yield from wrong

@@ -291,7 +291,8 @@ class RowSet(Column):
             size: A multiple of 64 that divides a block.
         """
         words = np.bitwise_count(self.bits.view(np.uint64))
-        return words.reshape(-1, size // 64).sum(axis=1, dtype=np.int64)
+        found: Numbers = words.reshape(-1, size // 64).sum(axis=1, dtype=np.int64)
+        return found
 
 
 class OfRows(Column):
@@ -355,7 +356,8 @@ def get_bits(bits: NDArray[np.uint8], rows: Numbers) -> NDArray[np.bool_]:
         bits: As of :class:`RowSet`.
         rows: int64, any order.
     """
-    return (bits[rows >> 3] >> (rows & 7).astype(np.uint8) & 1).astype(bool)
+    found: NDArray[np.bool_] = (bits[rows >> 3] >> (rows & 7).astype(np.uint8) & 1).astype(bool)
+    return found
 
 
 def _by_block(numbers: NDArray[np.integer[Any]], size: int) -> Iterator[tuple[int, Any]]:

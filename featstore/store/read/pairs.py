@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,14 +79,16 @@ class Pairs:
             keep: bool ``(m,)``.
         """
         names = ("row_source", "row_target", "split", "document", "sink", "role", "token")
-        if not isinstance(self.row_source, RowSet) or not isinstance(self.row_target, RowSet):
+        rows: tuple[Any, Any] = self.row_source, self.row_target
+        if not all(isinstance(side, RowSet) for side in rows):
             return replace(self, **{name: getattr(self, name)[keep] for name in names})
-        source, target = self.row_source.where(keep), self.row_target.where(keep)
+        source, target = (side.where(keep) for side in rows)
         chosen = {name: getattr(self, name).over(source) for name in names[2:]}
         found = replace(self, row_source=source, row_target=target, **chosen)
         if len(source) > HELD:
             return found
-        return replace(found, **{name: np.asarray(getattr(found, name)) for name in names})
+        arrays: dict[str, Any] = {name: np.asarray(getattr(found, name)) for name in names}
+        return replace(found, **arrays)
 
     def select(
         self, split: int | None = None, *, keep_sinks: bool = False, roles: str | Iterable[str] | None = None

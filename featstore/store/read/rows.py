@@ -88,7 +88,7 @@ class _Gathering:
     def of(self, shard: int, size: int) -> memoryview:
         """The bytes of a shard's file."""
         at = shard * self.files.distance
-        return memoryview(self.files.bytes[at : at + size])
+        return self.files.bytes[at : at + size].data
 
 
 class RowReader(RowArray):

@@ -654,7 +654,7 @@ class Store:
             rows = (RowSet(bits), RowSet(bits))
         else:
             first, second = sorted((source, target), key=self.models.index)
-            stored = dict(zip((first, second), self.pair_columns(first, second, policy), strict=True))
+            stored: dict[str, Any] = dict(zip((first, second), self.pair_columns(first, second, policy), strict=True))
             what = f"pairs of {first} and {second}" + f" ({policy})" * (policy != "end")
             self._refuse(pair_problems(what, stored[first], stored[second], self.tokens(first), self.tokens(second)))
             rows = RowSet.of(counts[0], stored[source]), RowSet.of(counts[1], stored[target])

@@ -345,7 +345,7 @@ class StoreWriter:
         record = {
             name: {"bytes": len(text.encode()), "crc32": file_checksum(text.encode())} for name, text in texts.items()
         }
-        files |= {name: (own["bytes"], own["crc32"]) for name, own in record.items()}
+        files |= {name: (len(text.encode()), file_checksum(text.encode())) for name, text in texts.items()}
         index = index_text((name, *facts) for name, facts in files.items())
         sealed = {
             "unit": METADATA_UNIT,

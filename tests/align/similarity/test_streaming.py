@@ -34,6 +34,7 @@ from align.similarity.scan.planning import SLOTS, Selection, Site, plan
 from align.similarity.scan.streaming import stream
 from align.similarity.scan.terms import Terms, similarity
 from align.similarity.scan.worker import sum_run
+from align.solvers.row_effects import Documents
 from featstore.errors import (
     CorruptDataError,
     FitError,
@@ -740,3 +741,12 @@ def test_the_store_is_opened_as_the_workers_do(planted: Planted) -> None:
     store, pairs = worker.opened(selection_of(planted))
     assert store.fingerprint == open_store(planted.path).fingerprint
     assert len(pairs) == N
+
+
+def test_a_scan_of_100_million_rows_is_some_thousand_tasks():
+    # As many documents and paired rows as all of Wikitext-103 has, six layers of two models.
+    documents = Documents(np.full(24_576, 4032, np.int64))
+    cuts = plan([4096] * 12, int(documents.sizes.sum()), documents=documents, memory=16 << 30)
+    # A task for every block and run, and a pass before that finds the means.
+    assert len(cuts.spans) * (len(cuts.blocks) + 1) == 16_896
+    assert cuts.slots < 10
