@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate.generation.generate as module
+import evaluate.generation.voices as module
 from align.maps.fitted import load_adapter
 from align.runs.train import train
 from align.settings import Settings
