@@ -1,4 +1,4 @@
-"""The orthogonal factor of a matrix from eigendecompositions, at half the price of a singular value decomposition.
+"""The orthogonal factor of a matrix from eigendecompositions, sooner than from a singular value decomposition.
 
 Of A = U S V' the orthogonal factor is U V'. With A'A = V S^2 V' it is A V S^-1 V' (Higham, Functions of Matrices, 2008,
 chapter 8), but squaring loses singular values below the root of the machine precision. So only those within four
