@@ -16,6 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -168,11 +169,59 @@ def table(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str
     return "\n".join(lines)
 
 
-def judged(goals: Mapping[str, tuple[float, float]]) -> str:
-    """Goals and what was measured, `goal name: (measured, wanted)`."""
+@dataclass(frozen=True)
+class Goal:
+    """What was wanted and what was measured.
+
+    Attributes:
+        wanted: The bound.
+        rounds: What every round measured; the median counts.
+        most: Whether the bound is the most it may be, not the least.
+    """
+
+    wanted: float
+    rounds: tuple[float, ...]
+    most: bool
+
+    @property
+    def measured(self) -> float:
+        """The median over the rounds."""
+        return statistics.median(self.rounds)
+
+    @property
+    def met(self) -> bool:
+        """Whether the median is within the bound."""
+        return self.measured <= self.wanted if self.most else self.measured >= self.wanted
+
+
+def at_least(wanted: float, *rounds: float) -> Goal:
+    """A goal that more is better for."""
+    return Goal(wanted, rounds, most=False)
+
+
+def at_most(wanted: float, *rounds: float) -> Goal:
+    """A goal that less is better for."""
+    return Goal(wanted, rounds, most=True)
+
+
+def recorded(goals: Mapping[str, Goal]) -> dict[str, dict[str, Any]]:
+    """What a result file holds of them, by name; :mod:`goals` makes a table of all of them."""
+    return {
+        name: {
+            "wanted": goal.wanted, "bound": "most" if goal.most else "least", "measured": goal.measured,
+            "low": min(goal.rounds), "high": max(goal.rounds), "rounds": len(goal.rounds), "met": goal.met,
+        }
+        for name, goal in goals.items()
+    }  # fmt: skip
+
+
+def judged(goals: Mapping[str, Mapping[str, Any]]) -> str:
+    """Goals and what was measured, from :func:`recorded`, as lines for people."""
     lines = ["goals"]
-    for name, (found, wanted) in goals.items():
-        lines.append(f"  {'met   ' if found >= wanted else 'MISSED'} {name}: {found:.3f}, wanted {wanted:g}")
+    for name, goal in goals.items():
+        spread = f" ({goal['low']:.4g} .. {goal['high']:.4g})" if goal["rounds"] > 1 else ""
+        met = "met   " if goal["met"] else "MISSED"
+        lines.append(f"  {met} {name}: {goal['measured']:.4g}{spread}, wanted at {goal['bound']} {goal['wanted']:g}")
     return "\n".join(lines)
 
 

@@ -18,13 +18,12 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _former import REPOSITORY, Spent, former_build, run_build
-from _measure import interleaved, keep, machine, versions_of
+from _measure import at_least, at_most, interleaved, judged, keep, machine, recorded, versions_of
 
 FORMER, THIS, ALL = "former", "this build", "this build, all controls"
 #: Controls of stitched losses that both builds have.
@@ -50,22 +49,12 @@ Path(out).write_text(json.dumps(found))
 _ALL = ",".join(("token", *SHARED))
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What is wanted of a ratio."""
-
-    what: str
-    wanted: float
-    #: Whether larger is better.
-    more: bool
-
-
-GOALS: Mapping[str, tuple[Goal, ...]] = {
-    "stitch": (Goal("speed", 1.7, more=True),),
-    "generate": (Goal("peak", 0.6, more=False),),
-    "communicate": (Goal("speed", 1.5, more=True), Goal("peak", 0.6, more=False)),
-    "reproduce": (Goal("time", 0.55, more=False),),
-}
+#: What is wanted of the speed over the former build's, and of the share of its time and of its peak memory.
+SPEED = {"stitch": 1.7, "communicate": 1.5}
+PEAK = {"generate": 0.6, "communicate": 0.6}
+TIME = {"reproduce": 0.55}
+#: How far losses may lie apart, nats.
+APART = 1e-4
 
 
 class Bench:
@@ -247,10 +236,13 @@ def measured(bench: Bench, what: str, rounds: int) -> dict[str, Any]:
             "time_ratio": statistics.median(one.seconds / other.seconds for one, other in beside),
             "cpu_ratio": statistics.median(one.cpu / other.cpu for one, other in beside),
             "peak_ratio": statistics.median(one.peak / other.peak for one, other in beside),
+            "time_ratios": [one.seconds / other.seconds for one, other in beside],
+            "peak_ratios": [one.peak / other.peak for one, other in beside],
             "all_seconds": [one.seconds for one in all_],
             "all_cpu_seconds": [one.cpu for one in all_],
         }
-    return {"rows": rows, "figures": {name: compared(figures[FORMER], found) for name, found in figures.items()}}
+    apart = {name: compared(figures[FORMER], found) for name, found in figures.items()}
+    return {"rows": rows, "figures": apart, "goals": goals_of(what, rows, apart)}
 
 
 def compared(former: Mapping[str, Any], this: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,14 +303,26 @@ def shown(what: str, found: Mapping[str, Any]) -> str:
             lines.append(
                 f"  {name}: {apart['shared']} shared figures, at most {apart['largest_difference']:.2g} apart{unlike}"
             )
-    row = found["rows"][THIS]
-    values = {"speed": 1 / row["time_ratio"], "time": row["time_ratio"], "peak": row["peak_ratio"]}
-    for goal in GOALS[what]:
-        value = values[goal.what]
-        met = value >= goal.wanted if goal.more else value <= goal.wanted
-        sign = ">=" if goal.more else "<="
-        lines.append(f"  {'met   ' if met else 'MISSED'} {goal.what}: {value:.2f}, wanted {sign} {goal.wanted:g}")
+    lines.append(judged(found["goals"]))
     return "\n".join(lines)
+
+
+def goals_of(what: str, rows: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was wanted of this build beside the former one."""
+    row, goals = rows[THIS], {}
+    if what in SPEED:
+        goals[f"evaluate {what}: speed over the former build"] = at_least(
+            SPEED[what], *(1 / ratio for ratio in row["time_ratios"])
+        )
+    if what in TIME:
+        goals[f"evaluate {what}: share of the former build's time"] = at_most(TIME[what], *row["time_ratios"])
+    if what in PEAK:
+        goals[f"evaluate {what}: share of the former build's peak memory"] = at_most(PEAK[what], *row["peak_ratios"])
+    if what == "stitch":
+        goals["evaluate stitch: largest difference of a figure, nats"] = at_most(
+            APART, figures[THIS]["largest_difference"]
+        )
+    return recorded(goals)
 
 
 def main() -> None:
@@ -347,7 +351,7 @@ def main() -> None:
             print(shown(what, result[what]), flush=True)
     if given.keep and not given.small:
         suffix = "" if given.what == "all" else f"_{given.what}"
-        print(f"written: {keep(f'evaluate{suffix}', result)}")
+        print(f"written: {keep(f'bench_evaluate{suffix}', result)}")
 
 
 def _pair() -> Path:

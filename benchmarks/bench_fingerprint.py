@@ -21,7 +21,18 @@ import time
 from pathlib import Path
 
 import torch
-from _measure import drop_from_cache, figures, interleaved, judged, keep, machine, table, versions_of
+from _measure import (
+    at_least,
+    drop_from_cache,
+    figures,
+    interleaved,
+    judged,
+    keep,
+    machine,
+    recorded,
+    table,
+    versions_of,
+)
 from safetensors.torch import save_file
 
 from featstore.models.fingerprint import fingerprint
@@ -60,7 +71,8 @@ def main() -> None:
     state = "cold" if arguments.cold else "warm"
     print(table(f"{gigabytes:.2f} GB of safetensors, {state}, ratio to reading", rows, "GB/s"))
     print(f"  fingerprint over sha256: {rows['fingerprint']['ratio'] / rows['sha256']['ratio']:.2f}")
-    print(judged({"GB/s a core of the fingerprint": (a_core, 1.0)}))
+    goals = recorded({"fingerprint of weights, GB/s a core": at_least(1.0, *rates)})
+    print(judged(goals))
     if arguments.keep:
         result = {
             "machine": machine(),
@@ -69,6 +81,7 @@ def main() -> None:
             "cache": state,
             "gigabytes_a_core_second": a_core,
             "figures": rows,
+            "goals": goals,
         }
         print(keep("bench_fingerprint", result))
 

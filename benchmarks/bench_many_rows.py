@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from _former import REPOSITORY, former_build
-from _measure import keep, machine, versions_of
+from _measure import Goal, at_most, judged, keep, machine, recorded, versions_of
 
 from tests.support.many_rows import SMALL, Size, begin, finish
 
@@ -155,6 +155,15 @@ main()
 TASKS["scan"] = SCAN
 
 
+#: By task and figure the most it may take.
+WANTED = {
+    "open": {("seconds", "s"): 1.0, ("peak", "MB"): 300.0},
+    "resume": {("seconds", "s"): 10.0},
+    "select, sample, epoch": {("peak", "MB"): 1000.0},
+    "scan": {("scheduler", "MB"): 1000.0, ("tasks", "tasks"): 100_000.0},
+}
+
+
 def spend(build: Path, source: str, path: Path, memory: int, seconds: float) -> dict[str, Any]:
     """Run a task; its figures, or why there are none."""
     bound = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({memory}, {memory}))"
@@ -205,7 +214,7 @@ def measure(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
         "rows": size.rows,
         "tasks": {},
     }
-    memory = int(arguments.memory * 1e9)
+    memory, goals = int(arguments.memory * 1e9), {}
     begin(path, size)
     for title, source in TASKS.items():
         if title == "open":
@@ -219,7 +228,20 @@ def measure(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
                 taken[name].append(spend(build, source, path, memory, arguments.seconds))
                 print(title, name, json.dumps(taken[name][-1]), file=sys.stderr)
         result["tasks"][title] = {name: middle(of) for name, of in taken.items()}
+        goals |= wanted_of(title, taken["this build"])
+    result["goals"] = recorded(goals)
     return result
+
+
+def wanted_of(title: str, runs: list[dict[str, Any]]) -> dict[str, Goal]:
+    """The goals of a task; one that was stopped is missed, whatever it had taken by then."""
+    what, goals = f"100 M rows, {title}", {}
+    for (key, unit), most in WANTED.get(title, {}).items():
+        scale = _MB if unit == "MB" else 1
+        goals[f"{what}: {'MB of the scheduler' if key == 'scheduler' else unit}"] = at_most(
+            most, *(run.get(key, float("inf")) / scale for run in runs)
+        )
+    return goals
 
 
 def text_of(result: dict[str, Any]) -> str:
@@ -233,7 +255,7 @@ def text_of(result: dict[str, Any]) -> str:
             if "tasks" in run:
                 said += f"; {run['tasks']} tasks, scheduler {run['scheduler'] / _MB:.0f} MB"
             lines.append(f"  {title:24} {name:14} {said}")
-    return "\n".join(lines)
+    return "\n".join([*lines, judged(result["goals"])])
 
 
 def main() -> None:

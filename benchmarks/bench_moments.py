@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from _measure import keep, machine, seconds, versions_of
+from _measure import at_most, judged, keep, machine, recorded, seconds, versions_of
 
 from align.closed_form.fit import Fit, fit_closed
 from align.layers import LayerPair
@@ -45,6 +45,8 @@ KINDS: dict[str, tuple[float, float]] = {
     "few rows": (0.6, 1.0),
     "many rows": (20, 1.0),
 }
+#: Rows do not determine a rotation of more dimensions than there are rows; nothing is promised of its figures.
+UNDETERMINED = "few rows"
 FITS = {
     "procrustes": Fit("procrustes", scale=True),
     "affine": Fit("affine"),
@@ -175,8 +177,23 @@ def main() -> None:
             off, rounding = one["difference"][figure], one["rounding"][figure]
             late = "" if off <= WANTED_FIGURES else f"   more than {WANTED_FIGURES:g}"
             print(f"  {figure:18} {value:10.6f}   off by {off:.0e}   rounding {rounding:.0e}{late}", flush=True)
+    sizes = [one["bytes_an_element"] * ELEMENTS + VECTORS for one in measured]
+    posed = [
+        off
+        for one in measured
+        for figure, off in one["difference"].items()
+        if one["kind"] != UNDETERMINED and not figure.startswith("ridge ")
+    ]
+    goals = recorded(
+        {
+            "moments: GB of 55 blocks, three splits, width 4096": at_most(WANTED_BYTES / 1e9, max(sizes) / 1e9),
+            "moments: largest difference of a figure": at_most(WANTED_FIGURES, *posed),
+        }
+    )
+    print(judged(goals))
     if arguments.keep:
         result = {
+            "goals": goals,
             "device": before,
             "versions": versions_of("featstore", "numpy", "scipy", "numcodecs"),
             "width": arguments.width,

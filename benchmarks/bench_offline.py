@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _measure import judged, keep, machine, seconds, versions_of
+from _measure import at_least, judged, keep, machine, recorded, seconds, versions_of
 
 from align.runs.train import train
 from align.settings import LoopSettings, Settings
@@ -132,8 +132,14 @@ def main() -> None:
     }
     for label, spent in measured["seconds"].items():
         print(f"  {label:34} {statistics.median(spent):9.4f} s an epoch of {measured['train_pairs']} pairs")
-    goals = {"speed of an offline epoch": "ratio", "where models stop at the mapped layer": "ratio_to_mapped_layer"}
-    print(judged({name: (measured[key], WANTED) for name, key in goals.items()}))
+    goals = recorded(
+        {
+            "an epoch from the store over one through the models": at_least(WANTED, measured["ratio"]),
+            "the same, models stopped at the mapped layer": at_least(WANTED, measured["ratio_to_mapped_layer"]),
+        }
+    )
+    result["goals"] = goals
+    print(judged(goals))
     if arguments.json:
         print(json.dumps(result))
     if arguments.keep:

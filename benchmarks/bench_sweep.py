@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from _former import FORMER, REPOSITORY, Spent, former_build, run_build
-from _measure import judged, keep, machine, versions_of
+from _measure import Goal, at_most, judged, keep, machine, recorded, versions_of
 
 TYPES = ("procrustes", "affine", "reduced-rank")
 #: Largest share of the former build's time, and of its memory, that is wanted.
@@ -140,7 +140,7 @@ def main() -> None:
         "width": width,
         "rows": rows,
     }
-    goals: dict[str, tuple[float, float]] = {}
+    goals: dict[str, Goal] = {}
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         stores = {build: Path(folder) / f"{build}.zarr" for build in builds}
         for build, path in stores.items():
@@ -150,12 +150,12 @@ def main() -> None:
         taken = measure(contenders(stores, builds, "1", alone=True), rounds, Path(folder))
         three = [f"former {name}" for name in TYPES]
         result["one"] = {"figures": summary(taken), "sweep": ratios_of(taken, "ours sweep", three)}
-        goals["one sweep over three commands"] = result["one"]["sweep"]["seconds"], SWEEP
-        goals["memory of the sweep"] = result["one"]["sweep"]["peak"], MEMORY
+        goals["one sweep over three commands"] = at_most(SWEEP, result["one"]["sweep"]["seconds"])
+        goals["memory of the sweep"] = at_most(MEMORY, result["one"]["sweep"]["peak"])
         for name in TYPES:
             result["one"][name] = ratios_of(taken, f"ours {name}", [f"former {name}"])
-            goals[f"{name} alone"] = result["one"][name]["seconds"], ALONE
-            goals[f"memory of {name}"] = result["one"][name]["peak"], MEMORY
+            goals[f"{name} alone"] = at_most(ALONE, result["one"][name]["seconds"])
+            goals[f"memory of {name}"] = at_most(MEMORY, result["one"][name]["peak"])
         if arguments.pairs > 1:
             print(f"{arguments.pairs} layer pairs", flush=True)
             layers = ",".join(str(layer) for layer in range(1, arguments.pairs + 1))
@@ -166,10 +166,11 @@ def main() -> None:
                 "figures": summary(taken),
                 "sweep": ratios_of(taken, "ours sweep", three),
             }
-            goals[f"{arguments.pairs} layer pairs in one sweep"] = result["several"]["sweep"]["seconds"], SEVERAL
-    print(judged({name: (1 / found, 1 / wanted) for name, (found, wanted) in goals.items()}))
-    for name, (found, wanted) in goals.items():
-        print(f"{name}: {found:.2f} of the former build's (wanted {wanted:g})")
+            goals[f"{arguments.pairs} layer pairs in one sweep"] = at_most(
+                SEVERAL, result["several"]["sweep"]["seconds"]
+            )
+    result["goals"] = recorded(goals)
+    print(judged(result["goals"]))
     for part in ("one", "several"):
         for name, ratio in result.get(part, {}).items():
             if isinstance(ratio, dict) and "cpu" in ratio:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _measure import RESULTS, interleaved, keep, machine, ratios, versions_of
+from _measure import RESULTS, at_least, at_most, interleaved, judged, keep, machine, ratios, recorded, versions_of
 from bench_loader import FORM, pairs_of, states
 
 from align.layers import LayerPair
@@ -78,6 +78,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         result = measure(arguments, Path(name))
     print(json.dumps(result, indent=None if arguments.json else 2))
+    if not arguments.json:
+        print(judged(result["goals"]))
     if arguments.keep:
         print(kept_with_others("bench_train_cuda" if arguments.device.startswith("cuda") else "bench_train", result))
 
@@ -108,6 +110,7 @@ def measure(arguments: argparse.Namespace, root: Path) -> dict:
     }
     taken = interleaved(contenders, arguments.runs)
     ratio = ratios(taken, "bare steps")["loop"]
+    rounds = [bare / loop for bare, loop in zip(taken["bare steps"], taken["loop"], strict=True)]
     per_step = {name: spread([1e3 * value / arguments.steps for value in values]) for name, values in taken.items()}
     cka = spread([probe_seconds(training, sync) for _ in range(arguments.runs + 2)][2:])
     share = cka["p50"] / (100 * per_step["loop"]["p50"] / 1e3)
@@ -131,7 +134,12 @@ def measure(arguments: argparse.Namespace, root: Path) -> dict:
             "seconds": steps * per_step["loop"]["p50"] / 1e3,
             "measured": False,
         },
-        "goals": {f"loop >= {GOAL} of bare": ratio >= GOAL, f"cka < {CKA_GOAL:.0%}": share < CKA_GOAL},
+        "goals": recorded(
+            {
+                f"training at width {width}: speed over bare steps": at_least(GOAL, *rounds),
+                f"training at width {width}: share of CKA every 100 steps": at_most(CKA_GOAL, share),
+            }
+        ),
     }
     if arguments.whole_epoch:
         whole = trainer(arguments, epoch, val)

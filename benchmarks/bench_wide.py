@@ -28,12 +28,20 @@ from pathlib import Path
 from typing import Any
 
 from _former import FORMER, REPOSITORY, Spent, former_build, run_build
-from _measure import keep, machine, versions_of
+from _measure import Goal, at_most, judged, keep, machine, recorded, versions_of
 from _wide import Wide, former_store, made_store
 
 #: Fields of a process that are compared.
 FIELDS = ("seconds", "cpu", "peak")
 SMALL = Wide(width=256, tokens=8000)
+_ALONE = {"seconds": 0.5, "peak": 0.5}
+#: By job the largest share of the former build's time and peak memory.
+WANTED = {
+    "procrustes": _ALONE,
+    "affine": _ALONE,
+    "reduced-rank": _ALONE,
+    "closed": {"seconds": 0.3, "peak": 0.5},
+}
 #: Jobs of the small mode, if no others are asked for: those that need no torch, which takes longer to load than they.
 QUICK = "procrustes,affine,reduced-rank,closed,cka,moments"
 
@@ -81,12 +89,15 @@ class Measured:
     def median(self, build: str, name: str) -> float:
         return statistics.median(one[name] for one in self.rounds[build])
 
+    def ratios(self, name: str) -> list[float]:
+        """Of this build to the former one, in every round; none where that did not run."""
+        pairs = zip(self.rounds["this"], self.rounds.get("former", ()), strict=False)
+        return [mine[name] / theirs[name] for mine, theirs in pairs]
+
     def ratio(self, name: str) -> float | None:
-        """Of this build to the former one: the median of the ratios within a round."""
-        if "former" not in self.rounds:
-            return None
-        pairs = zip(self.rounds["this"], self.rounds["former"], strict=True)
-        return statistics.median(mine[name] / theirs[name] for mine, theirs in pairs)
+        """Their median."""
+        found = self.ratios(name)
+        return statistics.median(found) if found else None
 
 
 def _train(type_: str, *more: str) -> list[str]:
@@ -183,6 +194,17 @@ def table(found: Mapping[str, Measured]) -> str:
     return "\n".join(lines)
 
 
+def wanted_of(found: Mapping[str, Measured], width: int) -> dict[str, Goal]:
+    """What was wanted of this build beside the former one."""
+    goals = {}
+    for name, most in WANTED.items():
+        for figure, words in (("seconds", "time"), ("peak", "memory")):
+            ratios = found[name].ratios(figure) if name in found else []
+            if ratios and figure in most:
+                goals[f"width {width}, {name}: share of the former build's {words}"] = at_most(most[figure], *ratios)
+    return goals
+
+
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,7 +248,9 @@ def main() -> None:
         builds["former"] = Build(former_build(), former_store(store))
     chosen = {name: known[name] for name in names}
     found = measure(chosen, builds, options.rounds, lambda line: print(line, flush=True))
+    goals = recorded(wanted_of(found, wide.width))
     print(table(found))
+    print(judged(goals))
     if options.keep:
         result = {
             "device": {**before, "threads": os.environ.get("OMP_NUM_THREADS", "all"), "compute": options.device},
@@ -236,6 +260,7 @@ def main() -> None:
             "layers": wide.layers,
             "tokens": wide.tokens,
             "extraction": extraction,
+            "goals": goals,
             "jobs": {name: one.rounds for name, one in found.items()},
             "ratios": {name: {key: one.ratio(key) for key in FIELDS} for name, one in found.items()},
         }
