@@ -32,7 +32,10 @@ def entry_problems(units: Mapping[str, str], entries: Mapping[str, bytes]) -> It
 
 
 def sealed_problems(
-    units: Mapping[str, str], index: Mapping[str, Mapping[str, Any]], found: Mapping[str, int | None]
+    units: Mapping[str, str],
+    documents: Records,
+    index: Mapping[str, Mapping[str, Any]],
+    found: Mapping[str, int | None],
 ) -> Iterator[str]:
     """What :func:`entry_problems` tells, as far as it can be told without reading the entries.
 
@@ -40,9 +43,13 @@ def sealed_problems(
 
     Args:
         units: Checksum of every entry when the store was sealed, by unit.
+        documents: The metadata's documents as they were sealed.
         index: Every file of the store as it was then, the entries among them.
         found: Bytes of the entries that are there, by unit; None for unknown.
     """
+    for name, sealed in documents.items():
+        if index.get(name) != sealed:
+            yield f"{INDEX}: it does not have {name} as the store was sealed with it"
     for unit, checksum in units.items():
         name = f"{MANIFEST}/{unit}.json"
         record = index.get(name)

@@ -745,7 +745,9 @@ class Store:
             if index is None:
                 self._refuse(entry_problems(self._units["units"], self.entries))
             else:
-                self._refuse(sealed_problems(self._units["units"], index, self.files.manifest_sizes()))
+                self._refuse(
+                    sealed_problems(self._units["units"], self._units["files"], index, self.files.manifest_sizes())
+                )
             self._refuse(announced_problems(self.arrays, files))
             self._refuse(size_problems(files, self.files.size))
         return files

@@ -253,13 +253,13 @@ def test_nothing_begins_without_a_scheduler_or_workers(
         sweep(settings, Grid(), tmp_path / "out", execution=Execution(scheduler="tcp://127.0.0.1:1"), quiet=True)
 
 
-def dying_cell(settings: Settings, out: str, name: str) -> float:
-    """A cell in a worker: whoever trains first leaves half a run behind and is killed, as by the system."""
+def dying_cells(settings: list[Settings], out: str, names: list[str], threads: int) -> list[float | Exception]:
+    """Cells in a worker: whoever fits first leaves half a run behind and is killed, as by the system."""
     try:
         Path(os.environ["DIES_ONCE"]).touch(exist_ok=False)
     except FileExistsError:
-        return run_cell(settings, out, name)
-    run = Path(out) / name
+        return run_together(settings, out, names, threads)
+    run = Path(out) / names[-1]
     run.mkdir(parents=True)
     (run / "run.yaml").write_text("type: half")
     (run / "metrics.json").write_text("{")
@@ -275,14 +275,14 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     # Named relative to where the command runs.
     with monkeypatch.context() as patch:
         patch.setenv("DIES_ONCE", str(tmp_path / "died"))
-        patch.setattr(align.sweeps.sweep, "run_cell", dying_cell)
+        patch.setattr(align.sweeps.sweep, "run_together", dying_cells)
         patch.chdir(Path(settings.store).parent)
         own = replace(settings, store=Path(settings.store).name)
         result = sweep(own, grid, tmp_path / "out", execution=Execution(workers=2), quiet=True)
     assert (tmp_path / "died").exists()
     assert set(statuses(result).values()) == {"done"}
     assert len(result["comparison"]["rows"]) == 12
-    # The cell that was interrupted is what it would have been.
+    # The cells that were interrupted are what it would have been.
     want = sweep(settings, grid, tmp_path / "calm", execution=Execution(workers=1), quiet=True)
     for mine, theirs in zip(result["cells"], want["cells"], strict=True):
         assert (mine["name"], mine["pairs"]) == (theirs["name"], theirs["pairs"])

@@ -19,6 +19,7 @@ from featstore.store.format.documents import plain_document, rows_document
 from featstore.store.format.elements import parse_format
 from featstore.store.format.plain import Plain
 from featstore.store.format.shards import parse_layout
+from featstore.store.format.version import PACKED
 from featstore.store.inspect.verify import verify_store
 from featstore.store.read.geometry import Geometry
 from featstore.store.read.recorded import announced_problems
@@ -127,9 +128,13 @@ def rewrite(path: Path, unit: str, change: Callable[[dict[str, np.ndarray]], Non
     """Change arrays of a unit and seal again: wrong, with every checksum right."""
     writer, store = StoreWriter(path), open_store(path)
     entry = writer.entry(unit)
-    arrays = {name: store.vector(name).copy() for name in {name.split("/c/")[0] for name in entry["files"]}}
+    packed = {name: (path / name).read_bytes() for name in entry["files"] if f"/{PACKED}/" in name}
+    arrays = {
+        name: store.vector(name).copy() for name in {name.split("/c/")[0] for name in entry["files"] - packed.keys()}
+    }
     change(arrays)
-    writer.vectors(unit, arrays, **{key: value for key, value in entry.items() if key not in ("unit", "files")})
+    facts = {key: value for key, value in entry.items() if key not in ("unit", "files")}
+    writer.vectors(unit, arrays, more=packed, **facts)
     writer.seal({"featstore": store.attributes})
 
 
@@ -184,7 +189,8 @@ def test_what_arrays_contradict_is_refused_by_verify_and_by_whoever_fits(path, t
     [
         ("totals", 0, 3.0, "it sums 3 pairs, the split has"),
         ("totals", 1, np.nan, "not finite"),
-        ("product", 0, 1e9, "the trace of its product"),
+        ("x", (2, 0), 1e9, "the trace of its product"),
+        ("x", (2, 0), np.nan, "the roots of its sums of squares are no such roots"),
     ],
 )
 def test_moments_that_contradict_the_rows_are_refused(path, tmp_path, part, at, value, words):
