@@ -167,7 +167,8 @@ def test_a_damaged_result_is_made_again(programme):
 def test_a_killed_programme_goes_on(programme, tmp_path):
     """The command itself, killed while it works, and then carried on to the same figures."""
     out = tmp_path / "out"
-    command = command_line("evaluate", "reproduce", "--store", programme.store, "--out", out, *OPTIONS)
+    words = ["--store", programme.store, "--out", out, *OPTIONS, "--workers", 1]
+    command = command_line("evaluate", "reproduce", *words)
     process = subprocess.Popen(
         command, env=command_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
