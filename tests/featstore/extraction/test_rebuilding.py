@@ -302,7 +302,7 @@ class TestCommand:
         assert done.code == 0
         assert "a: 190 of 1143 rows end at another byte" in done.out
         assert "a__b (end): 982 pairs before, 926 after: 56 removed, 0 added" in done.out
-        assert "format version 1 is now 2" in done.out
+        assert "format version 1 is now 3" in done.out
         assert "a__b: 1001 pairs" in done.out
         assert call(capsys, "featstore", "pair", old, "--rebuild", "--json").json["changed"] is False
         assert call(capsys, "featstore", "verify", old, "--json").json["damage"] == []
