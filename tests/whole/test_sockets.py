@@ -23,7 +23,7 @@ SMALL = ("--max-tokens", "4000", "--window-bytes", "256", "--device", "cpu")
 COMMANDS = {
     "cka": ("align cka --store STORE --permutations 0 --out OUT", 1),
     "cka on processes": ("align cka --store STORE --permutations 0 --workers 2 --out OUT", 2),
-    "sweep": ("align sweep --store STORE --types procrustes,affine --workers 2 --out OUT", 3),
+    "sweep": ("align sweep --store STORE --types procrustes,lora --ranks 2 --epochs 1 --workers 2 --out OUT", 3),
     "train": ("align train --store STORE --type lora --rank 2 --epochs 1 --tracker none --device cpu --out OUT", 1),
     "extract": ("featstore extract --model a=A --model b=B --dataset TEXT --layers 0%,100% --store OUT", 1),
     "verify": ("featstore verify STORE", 1),
