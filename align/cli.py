@@ -244,4 +244,4 @@ def sweep(
 
 def main() -> None:
     """Entry point of the `align` command."""
-    run_app(app, "align")
+    run_app(app, "align", extra="align")

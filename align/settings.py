@@ -11,8 +11,6 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from align.maps.low_rank import SKIPS
 from align.maps.registry import MapType, having, listed, map_type, map_types
 from align.moments.scan import MINIMUM_PAIRS
@@ -170,6 +168,8 @@ def load_settings(path: Path) -> Settings:
     Raises:
         SpecError: It is not one.
     """
+    import yaml
+
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
         return _typed(Settings, {**value, "loop": _typed(LoopSettings, value["loop"])})

@@ -299,4 +299,4 @@ def reproduce(
 
 def main() -> None:
     """Entry point of the `evaluate` command."""
-    run_app(app, "evaluate")
+    run_app(app, "evaluate", extra="evaluate")

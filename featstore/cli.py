@@ -506,4 +506,4 @@ def demo(
 
 def main() -> None:
     """Entry point of the `featstore` command."""
-    run_app(app, "featstore")
+    run_app(app, "featstore", extra="models")
