@@ -9,6 +9,7 @@ from evaluate.injection.verified import leak_mark
 from evaluate.notebook.shown import ShownResult, height_of, interval
 from evaluate.results import Answers, Communication, TaskAnswers
 from featstore.runtime.console import human_bytes
+from featstore.runtime.extras import extras_named
 from featstore.runtime.sheets import NONE, Sheet, number
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class CommunicateResult(ShownResult, Communication):
             result.append(Sheet(title, columns, tuple(rows), tuple(notes)))
         return result
 
+    @extras_named()
     def plot(self) -> Figure:
         """Draw the accuracy under every condition with its 95 % interval, one panel for each task."""
         from featstore.runtime.drawing import draw_points, panels

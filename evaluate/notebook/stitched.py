@@ -11,6 +11,7 @@ from evaluate.injection.controls import CONTROLS
 from evaluate.injection.verified import SIDE_CHANNEL, leak_mark, leak_words
 from evaluate.notebook.shown import ShownResult, height_of, interval, ordered
 from evaluate.results import Beyond, Losses, Share, Stitched, StitchedDocuments, StitchedPair, read_stitch_documents
+from featstore.runtime.extras import extras_named
 from featstore.runtime.sheets import NONE, Sheet, counted, number
 from featstore.text.roles import of_roles
 
@@ -81,6 +82,7 @@ class StitchResult(ShownResult, Stitched):
             result.append(Sheet(title, columns, tuple(rows), tuple(notes)))
         return result
 
+    @extras_named()
     def plot(self) -> Figure:
         """Draw the stitched loss under every condition with its 95 % interval, one panel for each layer pair."""
         from featstore.runtime.drawing import draw_points, panels

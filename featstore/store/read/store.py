@@ -26,6 +26,7 @@ from featstore.errors import (
     StoreFormatError,
     StoreStateError,
 )
+from featstore.runtime.extras import extras_named
 from featstore.runtime.provenance import digest, parse_json
 from featstore.runtime.schema import parse, shown
 from featstore.store.format.attributes import PairAttributes, RootAttributes
@@ -298,7 +299,8 @@ class Store:
 
     def to_pandas(self) -> pd.DataFrame:
         """:meth:`layer_records` as a table: a row for every model and layer."""
-        import pandas as pd
+        with extras_named():
+            import pandas as pd
 
         return pd.DataFrame(self.layer_records())
 
