@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 import zlib
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 import pytest
 
@@ -107,3 +109,42 @@ def test_pictures_are_small_and_the_drawing_is_what_is_drawn() -> None:
     ] == []
     done = subprocess.run([sys.executable, ROOT / "scripts" / "pictures", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def layout() -> ModuleType:
+    """`scripts/_site.py`, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location("_site", ROOT / "scripts" / "_site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_outputs_of_a_notebook_are_shown_if_these_cells_were_run(layout: ModuleType, tmp_path: Path) -> None:
+    path = ROOT / "docs" / "notebooks" / "two_models_to_a_map.ipynb"
+    run = json.loads(path.read_text())
+    code = [cell for cell in run["cells"] if cell["cell_type"] == "code"]
+    code[0]["outputs"] = [{"output_type": "execute_result", "data": {"text/plain": ["what it", " printed"]}}]
+    table = "<table>\n\n<tr><td>1</td></tr></table>"
+    code[1]["outputs"] = [{"output_type": "execute_result", "data": {"text/html": table, "text/plain": "less"}}]
+    code[2]["outputs"] = [{"output_type": "display_data", "data": {"image/png": "aGFsbG8=\n", "text/plain": "less"}}]
+    layout.EXECUTED = tmp_path
+    assert "what it printed" not in layout.notebook(path)
+    (tmp_path / path.name).write_text(json.dumps(run))
+    page = layout.notebook(path)
+    assert "```text\nwhat it printed\n```" in page
+    assert '<div class="output"><table>\n<tr><td>1</td></tr></table></div>' in page
+    assert 'src="data:image/png;base64,aGFsbG8="' in page
+    assert "less" not in page.replace("needless", "")
+    code[3]["source"] = "something_else()"
+    (tmp_path / path.name).write_text(json.dumps(run))
+    assert "what it printed" not in layout.notebook(path)
+
+
+def test_links_out_of_the_documents_lead_to_copies(layout: ModuleType) -> None:
+    text = "[a](../LICENSE) [b](how-to/maps.md#x) `[c](../LICENSE)` [d](https://x.org) [e](../README.md)"
+    page, copies = layout.led(text, ROOT / "docs" / "api.md", "api.md")
+    assert page == "[a](repository/LICENSE) [b](how-to/maps.md#x) `[c](../LICENSE)` [d](https://x.org) [e](index.md)"
+    assert copies == {"repository/LICENSE": ROOT / "LICENSE"}
