@@ -6,6 +6,7 @@ import contextlib
 import doctest
 import importlib
 import io
+import os
 import re
 import shlex
 from pathlib import Path
@@ -38,11 +39,23 @@ def blocks(language: str) -> list[tuple[str, str]]:
     ]
 
 
+def lines() -> list[list[str]]:
+    """Words of every line of the shell blocks."""
+    split = [shlex.split(line, comments=True) for _, body in blocks("sh") for line in body.splitlines()]
+    return [words for words in split if words]
+
+
 def commands() -> list[list[str]]:
-    lines = [line for _, body in blocks("sh") for line in body.splitlines()]
-    lines = [line.replace("./scripts/reproduce", "evaluate reproduce") for line in lines]
-    split = [shlex.split(line, comments=True) for line in lines if line.strip()]
-    return [words for words in split if words and words[0] in TOOLS]
+    """Commands of ours, also behind `./scripts/reproduce` and launchers of several processes."""
+    found = []
+    for words in lines():
+        if words[0] in {"torchrun", "accelerate"}:
+            words = words[words.index("-m") + 1 :]
+        elif words[0] == "./scripts/reproduce":
+            words = ["evaluate", "reproduce", *words[1:]]
+        if words[0] in TOOLS:
+            found.append(words)
+    return found
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60])
@@ -56,6 +69,13 @@ def test_documented_commands_parse(words: list[str]) -> None:
 
 def test_there_are_commands_to_parse() -> None:
     assert {words[0] for words in commands()} == set(TOOLS)
+    assert any(words[0] == "torchrun" for words in lines())
+
+
+def test_documented_scripts_are_there() -> None:
+    named = {words[0] for words in lines() if words[0].startswith("./")}
+    assert len(named) > 5
+    assert [name for name in named if not os.access(ROOT / name, os.X_OK)] == []
 
 
 @pytest.mark.parametrize(
