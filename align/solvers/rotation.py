@@ -16,7 +16,6 @@ from align.solvers.ridge import mse_of
 from align.solvers.spectrum import Spectrum, check_centres, check_validation
 from featstore.errors import FitError
 
-
 #: Where columns are further from orthonormal (the largest element of Q'Q - I), reflections make them so.
 _COARSE = 1e-3
 
