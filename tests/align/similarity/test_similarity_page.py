@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from align.pages.palette import ALIKE, BELOW, Scale, colour, is_dark
 from align.similarity import heatmaps
 from align.similarity.page import render, words, write
 from align.similarity.page.definitions import MEASURES
-from align.similarity.page.palette import ALIKE, BELOW, Scale, colour, is_dark
 from align.similarity.page.views import best, views
 from tests.support.browser import Browser, Tab, browser
 from tests.support.report_fixtures import Page
