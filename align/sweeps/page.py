@@ -111,7 +111,7 @@ def _changed(result: Mapping[str, Any]) -> dict[str, Any]:
         values = [_number(value, ends) for value, ends in zip(block["r2"], block["r2_ci95"], strict=True)]
         lines.append(Line(kind, types, *_place(block["pair"]), (
             (_arrow(block["pair"]),) * 2, (types,) * 2, *values, _number(block["difference"], block["ci95"], "+"),
-            _number(block["p_adjusted"]), (block["verdict"],) * 2, (", ".join(warned) or "–",) * 2,
+            _p(block["p_adjusted"]), (block["verdict"],) * 2, (", ".join(warned) or "–",) * 2,
             (block["reason"] or "",) * 2,
         )))  # fmt: skip
     marks = [
@@ -176,6 +176,10 @@ def _number(value: float | None, ends: Sequence[float] | None = None, sign: str 
     if value is None:
         return "–", ""
     return with_interval(value, ends, sign).replace("-", "−"), repr(value)
+
+
+def _p(value: float | None) -> tuple[str, str]:
+    return ("–", "") if value is None else (f"{value:.2g}".replace("-", "−"), repr(value))
 
 
 def _whole(value: int | None) -> tuple[str, str]:

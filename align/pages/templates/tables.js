@@ -22,7 +22,7 @@ function liveTable(table, heads, rows, { filters = [], step = Infinity, search =
   function lay() {
     body.replaceChildren(...found.slice(first, first + step).map((row) => (row.made ??= row.line())));
     const last = Math.min(first + step, found.length);
-    says.textContent = !found.length ? "no row is like that" : step < Infinity ? `${first + 1} to ${last} of ${count(found.length)}` : found.length < all.length ? `${count(found.length)} of ${count(all.length)}` : "";
+    says.textContent = !found.length ? "no row is like that" : found.length > step ? `${first + 1} to ${last} of ${count(found.length)}` : found.length < all.length ? `${count(found.length)} of ${count(all.length)}` : "";
     back.hidden = on.hidden = found.length <= step;
     [back.disabled, on.disabled] = [first === 0, last >= found.length];
     drawCharts(body);
