@@ -18,7 +18,7 @@ from align.pages.palette import ALIKE, BELOW
 #: In the order they run, before what a page adds.
 _SCRIPTS = ("elements.js", "marks.js", "charts.js", "heat.js", "tables.js", "folds.js")
 #: The style that the chart library adds to every drawing of the class `plot`.
-_DRAWN = "sha256-+TfQir1nvDucAdvE6XUQBt4ayUjpAWkbw2kCdSfekHM="
+DRAWN = "sha256-+TfQir1nvDucAdvE6XUQBt4ayUjpAWkbw2kCdSfekHM="
 
 
 class Pages:
@@ -60,7 +60,7 @@ class Pages:
         # As strict as a page can be: even text that slipped through escaping would neither run nor load anything.
         policy = (
             f"default-src 'none'; img-src data:; script-src '{_hash(self._script)}'; "
-            f"style-src '{_hash(self._style)}' '{_DRAWN}'; base-uri 'none'; form-action 'none'"
+            f"style-src '{_hash(self._style)}' '{DRAWN}'; base-uri 'none'; form-action 'none'"
         )
         return self._environment.get_template(self._page).render(
             policy=policy,

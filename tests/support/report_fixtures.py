@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from align.pages.document import _DRAWN
+from align.pages.document import DRAWN
 from evaluate.reporting import build_report
 from tests.support.drawings import titles, unpacked
 
@@ -416,7 +416,7 @@ class Page(HTMLParser):
         (policy,) = [c for c in self.attributes("content") if "script-src" in c]
         assert f"script-src 'sha256-{digest}';" in policy
         digest = base64.b64encode(hashlib.sha256(styles[0].encode()).digest()).decode()
-        assert f"style-src 'sha256-{digest}' '{_DRAWN}';" in policy
+        assert f"style-src 'sha256-{digest}' '{DRAWN}';" in policy
         assert policy.startswith("default-src 'none';")
         assert "unsafe" not in policy
 
