@@ -44,7 +44,7 @@ class Pages:
         self._page = page
         self._style = self._text("shared.css") + self._text(style)
         colours = json.dumps({"alike": ALIKE, "below": BELOW}, separators=(",", ":"))
-        library = files("align.pages").joinpath("vendor", "plot.min.js").read_text()
+        library = files("align.pages").joinpath("vendor", "plot.min.js").read_text(encoding="utf-8")
         own = [self._text(name) for name in (*_SCRIPTS, *scripts)]
         self._script = "\n".join([library, f'"use strict";\nconst COLOURS = {colours};', *own])
 

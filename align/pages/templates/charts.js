@@ -36,7 +36,6 @@ function dots(spec, width) {
   const x = span([...rows.flatMap(({ mark }) => mark.slice(0, 3)).filter((v) => v !== null), ...spec.anchors, ...spec.bounds], 0.04);
   const lines = spec.lines.map(([label, , text, note], i) => ({ label, text, note, y: i + (spec.stacked ? 0.7 : 0.5), top: i + (spec.stacked ? 0.3 : 0.5) }));
   const letters = Math.max(12, Math.floor((spec.stacked ? width - 72 : 104) / 6.2));
-  const cut = (text) => (text.length <= letters ? text : `${text.slice(0, letters - 1)}\u2026`);
   const height = spec.lines.length * pitch + 46;
   const kinds = [...new Set(rows.map(({ mark }) => mark[4]))];
   const plot = Plot.plot({
@@ -46,7 +45,7 @@ function dots(spec, width) {
     marks: [
       Plot.gridX({ className: "grid-lines", stroke: "currentColor", strokeOpacity: 1, ticks: spec.stacked ? 4 : 5 }),
       Plot.ruleX(spec.anchors, { className: "anchor", stroke: "currentColor" }),
-      Plot.text(lines, { className: "lb", frameAnchor: "left", y: "top", text: (line) => cut(line.label), title: (line) => (cut(line.label) === line.label ? null : line.label), textAnchor: spec.stacked ? "start" : "end", dx: spec.stacked ? 0 : -10 }),
+      Plot.text(lines, { className: "lb", frameAnchor: "left", y: "top", text: (line) => cut(line.label, letters), title: (line) => (line.label.length > letters ? line.label : null), textAnchor: spec.stacked ? "start" : "end", dx: spec.stacked ? 0 : -10 }),
       Plot.text(lines, { className: "val", frameAnchor: "right", y: "y", text: "text", textAnchor: "end", dx: right - 2 }),
       Plot.text(lines, { className: "ax", frameAnchor: "left", y: "y", text: "note", textAnchor: "start", dx: 2 }),
       ...kinds.flatMap((kind) => {

@@ -31,6 +31,7 @@ function number(value, digits = 3) {
 // All digits that matter, for what is pointed at.
 const exact = (value) => typeset(String(Number(value.toPrecision(6))));
 const percent = (value) => `${typeset(String(Number((100 * value).toPrecision(4))))}\u202f%`;
+const cut = (text, letters) => (text.length <= letters ? text : `${text.slice(0, Math.max(1, letters - 1))}\u2026`);
 const interval = (ends, write = number) => (ends ? `[${write(ends[0])}, ${write(ends[1])}]` : "");
 const count = (n) => n.toLocaleString("en-US");
 const at = (matrix, i, j) => (matrix && matrix[i] ? matrix[i][j] : null);

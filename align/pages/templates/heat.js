@@ -33,8 +33,8 @@ function heat(spec, width) {
         Plot.dot(points.filter((c) => c.ink === ink), { className: `partner ${ink}`, x: "j", y: "i", dx: size / 2 - Math.min(7, size / 2), dy: Math.min(7, size / 2) - size / 2, r: Math.min(2.4, size / 6), fill: "currentColor" }),
         Plot.text(small ? cells.filter((c) => c.ink === ink && c.value !== null) : [], { className: `in ${ink}`, x: "j", y: "i", fill: "currentColor", text: (c) => typeset(c.value.toFixed(2).replace(/^-(?=0\.00$)/, "")) }),
       ]),
-      Plot.axisX(ticks(columns), { tickSize: 0, tickFormat: (j) => String(spec.columns.layers[j]), label: `${spec.columns.model} layer`, labelAnchor: "center", labelArrow: "none" }),
-      Plot.axisY(ticks(rows), { tickSize: 0, tickFormat: (i) => String(spec.rows.layers[i]), label: `${spec.rows.model} layer`, labelAnchor: "center", labelArrow: "none" }),
+      Plot.axisX(ticks(columns), { tickSize: 0, tickFormat: (j) => String(spec.columns.layers[j]), label: `${cut(spec.columns.model, columns * size / 7 - 6)} layer`, labelAnchor: "center", labelArrow: "none" }),
+      Plot.axisY(ticks(rows), { tickSize: 0, tickFormat: (i) => String(spec.rows.layers[i]), label: `${cut(spec.rows.model, rows * size / 7 - 6)} layer`, labelAnchor: "center", labelArrow: "none" }),
     ],
   });
   fill(plot, { "aria-rowcount": rows, "aria-colcount": columns, ...spec.data });
