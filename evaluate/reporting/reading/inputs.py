@@ -154,6 +154,11 @@ class Pair:
         """Whether a model is mapped to itself: what is lost where nothing is lost between two models."""
         return bool(self.source) and self.source == self.target
 
+    @property
+    def direction(self) -> str:
+        """From which model to which; empty for a key that says nothing of the kind."""
+        return clean_text(f"{self.source} → {self.target}") if self.source else ""
+
     def __str__(self) -> str:
         return clean_text(self.key).replace("->", " → ")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluate.reporting.drawing.svg import Dots, dot_plot
+from align.pages.charts import Dots, dot_plot
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
 from evaluate.reporting.reading.names import NO_LEAK, Leak, control_name, leak_of
 from evaluate.reporting.reading.numbers import count, dash, exact, fixed, interval, percent, percent_number, say, show
@@ -142,7 +142,7 @@ def _plots(run: Run, name: str, task: Node) -> tuple[tuple[str, Markup], ...]:
             lines,
             label=f"Share of right answers, {name}, {title or 'all conditions'}, {run.label}",
             axis="share of right answers" if chance is None else "share of right answers; dashed: guessing",
-            style=percent,
+            percent=True,
             anchors=() if chance is None else (chance,),
             bounds=(0.0, 1.0),
         )

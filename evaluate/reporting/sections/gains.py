@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from markupsafe import Markup
-
-from evaluate.reporting.drawing.svg import Mark, coordinate, point
+from align.pages.charts import spark
 from evaluate.reporting.reading.inputs import Node, Pair
 from evaluate.reporting.reading.names import control_name, leak_of
 from evaluate.reporting.reading.numbers import dash, exact, interval, percent, percent_number, say, show
@@ -26,8 +24,6 @@ Standing = Literal["above", "level", "below", "unknown"]
 _CONTROLS = ("silent", "random", "shuffled")
 #: Largest p value that shows anything.
 _LEVEL = 0.05
-#: Width of the drawing in a cell.
-_SPARK = 96
 _MARKS: dict[Standing, tuple[str, str]] = {
     "above": ("▲", "above it: the interval leaves out zero, and the exact test agrees"),
     "level": ("○", "no difference shown"),
@@ -148,11 +144,15 @@ def _gain(task: Node, name: str, control: str, gain: Node, bounds: tuple[float, 
     drawn = say('<span class="{}" title="{}">{}</span>', standing(gain), words, mark)
     value, ends = show(gain.get("value"), _points), interval(gain.get("ci95"), percent_number)
     words = f"{control_name(name)} over {control_name(control)}"
-    spark = _spark(mark_of(gain.get("value"), gain.get("ci95"), words, standing(gain)), bounds, f"{words}, {label}")
+    point = mark_of(gain.get("value"), gain.get("ci95"), words, standing(gain))
     alone = [gain.get(f"{which}_alone") for which in ("first", "second")]
     # Questions that only one of the two gets right are all that tells.
     counts = say(" ({}:{})", *(show(node, exact) for node in alone)) if all(n.number is not None for n in alone) else ""
-    return Cell(say("{}{} {} {}{}", spark, drawn, value, ends, counts), _sort(gain.get("value")), "num")
+    return Cell(
+        say("{}{} {} {}{}", spark(point, bounds, f"{words}, {label}"), drawn, value, ends, counts),
+        _sort(gain.get("value")),
+        "num",
+    )
 
 
 def _points(value: float) -> str:
@@ -161,19 +161,6 @@ def _points(value: float) -> str:
 
 def _sort(node: Node) -> str:
     return "" if node.number is None else repr(node.number)
-
-
-def _spark(mark: Mark, bounds: tuple[float, float], label: str) -> Markup:
-    """The gain as a point with its whisker about a line at zero, small enough for a cell."""
-    low, high = bounds
-
-    def place(value: float) -> float:
-        return 6 + (value - low) / (high - low) * (_SPARK - 12)
-
-    zero = Markup('<line class="anchor" x1="{0}" y1="1" x2="{0}" y2="15"/>').format(coordinate(place(0.0)))
-    return Markup(
-        '<svg class="spark" viewBox="0 0 {0} 16" width="{0}" role="img" aria-label="{1}">{2}{3}</svg>'
-    ).format(_SPARK, label, zero, point(mark, place, 8.0))
 
 
 def _bounds(ways: Sequence[tuple[str, Node]]) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from evaluate.reporting.reading.inputs import Node, read_runs
 from evaluate.reporting.sections.gains import beats_all, standing
 from tests.evaluate.reporting.test_report_parts import plot_of
 from tests.support import report_fixtures as made
+from tests.support.drawings import drawing, drawings, marks
 from tests.support.report_fixtures import page, run_of
 
 BACK = "twin:15->smol:15"
@@ -141,7 +142,7 @@ def test_what_is_only_worth_knowing_comes_last_and_does_not_count(tmp_path: Path
     assert [note.code for note in warnings(read_runs([directory]))] == ["few-documents", "lambda-at-grid-end"]
     html = page(directory).html
     assert '<li class="calm"><b>lambda-at-grid-end</b>' in html
-    board = html.split('id="stitched"')[0].split('<tr class="map">')[1].split("</tr>")[0]
+    board = html.split('id="stitched"')[0].split('<tr class="map"')[1].split("</tr>")[0]
     assert board.endswith('<td class="num" data-sort="0">0</td>')
 
 
@@ -223,18 +224,14 @@ def test_gains_stand_in_a_table_that_sorts_with_marks_and_whiskers(tmp_path: Pat
     assert sorts == [["0.8", "3", "0.5", "0.5", "0.5"], ["0.25", "2", "0.5", "0.05", "0.5"]]
     assert "<b>3 of 3</b>" in rows[0][1]
     assert "2 of 3" in rows[1][1]
-    marks = [re.findall(r'<span class="(above|level|below|unknown)" title="[^"]+">(.)</span>', row) for _, row in rows]
-    assert marks == [[("above", "▲")] * 3, [("above", "▲"), ("level", "○"), ("above", "▲")]]
+    signs = [re.findall(r'<span class="(above|level|below|unknown)" title="[^"]+">(.)</span>', row) for _, row in rows]
+    assert signs == [[("above", "▲")] * 3, [("above", "▲"), ("level", "○"), ("above", "▲")]]
     shown = [text for attrs, text in found.figures if "/gains/replace" in attrs["data-from"]]
     assert shown == ["+50", "25", "75", "+5", "\u221210", "20", "+50", "25", "75"]
     # A whisker's ends and its line at zero lie on one scale for the whole table, from -0.1 to 0.75.
-    (spark,) = re.findall(r'aria-label="replace smol:15 → twin:15 over random, [^"]*">(.*?)</svg>', table)
-    places = re.findall(r' (?:x1|x2|cx)="([\d.]+)"', spark)
-    zero, left, right_end, middle = (float(places[i]) for i in (0, 2, 3, 4))
-    scale = (right_end - left) / 0.3
-    assert (zero - left) / scale == pytest.approx(0.1, abs=1e-3)
-    assert (middle - left) / scale == pytest.approx(0.15, abs=1e-3)
-    assert "replace smol:15 → twin:15 over random: 0.05 [\u22120.1, 0.2]" in spark
+    sparks = [spec for spec in drawings(table) if spec["kind"] == "spark"]
+    assert {tuple(spec["bounds"]) for spec in sparks} == {(-0.1, 0.75)}
+    assert "replace smol:15 → twin:15 over random: 0.05 [\u22120.1, 0.2]" in [marks(spec)[0][0] for spec in sparks]
 
 
 def test_a_missing_comparison_says_why_and_layers_show_where_there_are_several(tmp_path: Path) -> None:
@@ -274,15 +271,15 @@ def test_answers_lie_at_their_rate_beside_text_and_states(tmp_path: Path) -> Non
     runs = [made.write(tmp_path / f"m{m}", windows(m, 0.2 + m / 40)) for m in (16, 4)]
     runs.append(run_of(tmp_path, "whole", communicate=whole()))
     found = page(*runs)
-    marks = {t: (x, y) for t, x, y in plot_of(found.html, "Right answers against rate, countries, smol:15 → twin:15")}
-    named = {title.split(" at ")[0]: place for title, place in marks.items()}
+    placed = {t: (x, y) for t, x, y in plot_of(found.html, "Right answers against rate, countries, smol:15 → twin:15")}
+    named = {title.split(" at ")[0]: place for title, place in placed.items()}
     assert set(named) == {
         *(f"m{m}, aligned{control}" for m in (4, 16) for control in ("", " random", " shuffled")),
         *("whole, aligned", "whole, replace"),
         *("whole, text", "whole, summary"),
     }
-    assert "m4, aligned at 6.4 bytes per byte of text, countries: 0.3 [0.175, 0.425]" in marks
-    assert "whole, aligned at 400 bytes per byte of text, countries: 0.8 [0.675, 0.925]" in marks
+    assert "m4, aligned at 6.4 bytes per byte of text, countries: 0.3 [0.175, 0.425]" in placed
+    assert "whole, aligned at 400 bytes per byte of text, countries: 0.8 [0.675, 0.925]" in placed
     (text,) = [place for title, place in named.items() if title.endswith(", text")]
     # The axis is logarithmic: 1, 6.4, 25.6 and 400.
     step = (named["m16, aligned"][0] - named["m4, aligned"][0]) / 2
@@ -290,14 +287,11 @@ def test_answers_lie_at_their_rate_beside_text_and_states(tmp_path: Path) -> Non
     assert (named["whole, aligned"][0] - text[0]) / step == pytest.approx(8.644, abs=0.01)
     slope = (named["m16, aligned"][1] - named["m4, aligned"][1]) / 0.3
     assert named["whole, aligned"][1] - text[1] == pytest.approx(-0.1 * slope, abs=0.05)
-    plot = found.html.split('aria-label="Right answers against rate')[1].split("</svg>")[0]
-    # Names of levels that lie close keep apart, and a place has digits, not powers of ten.
-    levels = dict(re.findall(r'y="([\d.]+)">(the question alone|guessing)<', plot))
-    silent, guessing = (float(y) for y, name in sorted(levels.items(), key=lambda level: level[1], reverse=True))
-    assert guessing - silent > 12
-    assert ">400</text>" in plot
-    # Compressed maps are a course; other maps and the text are points.
-    assert plot.count("<polyline") == 3
+    plot = drawing(found.html, "Right answers against rate, countries, smol:15 → twin:15")
+    assert [name for _, name in plot["references"]] == ["the question alone", "guessing"]
+    # Compressed maps are a course; other maps and the text are points, with a gap after each.
+    joined = [name for name, _, line in plot["series"] if not any(value is None for _, value, *_ in line)]
+    assert len(joined) == 3
     kept = [title for title, _, _ in plot_of(found.html, "Held-out R² against rate, smol:15 → twin:15")]
     assert "whole, states as they are, at the rate of its answers: 0.861 [0.841, 0.881]" in kept
     recovered = [title for title, _, _ in plot_of(found.html, "Recovered share against rate, smol:15 → twin:15")]
@@ -438,7 +432,7 @@ def test_the_map_that_is_quoted_is_chosen_by_validation_and_not_by_test(tmp_path
         assert "1.50" not in text
         assert "R² 0.880" not in text
         html = page(*order).html
-        rows = re.findall(r'<tr class="map"><td class="name" data-sort="(\w+)">', html)
+        rows = re.findall(r'<tr class="map"[^>]*><td class="name" data-sort="(\w+)">', html)
         assert rows == ["chosen", "lucky"]
     # One that validation prefers and no control supports is quoted all the same.
     poor = made.write(tmp_path / "poor", made_of(0.9, 0.5, -0.3))

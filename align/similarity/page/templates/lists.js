@@ -1,47 +1,21 @@
-// Tables whose headings sort. A column: {title, numeric, why, of: (row) => value, text: (row) => string}.
-function sortable(columns, rows, caption) {
-  const head = html("tr");
-  const body = html("tbody");
-  const table = html("table", { "aria-label": caption }, html("thead", {}, head), body);
-  let order = rows.map((row, k) => ({ row, k }));
-  const draw = () => body.replaceChildren(...order.map(({ row }) => html("tr", {}, ...columns.map((c, k) =>
-    html(k ? "td" : "th", { class: c.numeric ? "num" : c.why ? "why" : null, scope: k ? null : "row" }, c.text ? c.text(row) : String(c.of(row) ?? "\u2013"))))));
-  const cells = columns.map((c) => {
-    const button = html("button", { type: "button" }, c.title);
-    const cell = html("th", { scope: "col", "aria-sort": "none", class: c.numeric ? "num" : null }, button);
-    button.addEventListener("click", () => {
-      // Numbers first from the highest, words and layers from the lowest.
-      const now = cell.getAttribute("aria-sort");
-      const down = now === "none" ? Boolean(c.fromTop) : now === "ascending";
-      for (const other of cells) other.setAttribute("aria-sort", "none");
-      cell.setAttribute("aria-sort", down ? "descending" : "ascending");
-      order = order.slice().sort((p, q) => {
-        const [a, b] = [c.of(p.row), c.of(q.row)];
-        const [noA, noB] = [a, b].map((v) => v === null || v === undefined || v === "");
-        // What is missing stays at the end whichever way it is sorted.
-        if (noA || noB) return noA - noB || p.k - q.k;
-        const by = typeof a === "number" ? a - b : String(a).localeCompare(String(b));
-        return (down ? -by : by) || p.k - q.k;
-      });
-      draw();
-    });
-    head.append(cell);
-    return cell;
-  });
-  draw();
+// The page's tables. A column: {title, numeric, fromTop, why, of: (row) => value, text: (row) => string}.
+function sortable(columns, rows, caption, options = {}) {
+  const line = (row) => html("tr", {}, ...columns.map((c, k) =>
+    html(k ? "td" : "th", { class: c.numeric ? "num" : c.why ? "why" : null, scope: k ? null : "row" }, c.text ? c.text(row) : String(c.of(row) ?? "\u2013"))));
+  const table = html("table", { "aria-label": caption });
+  liveTable(table, columns, rows.map((row) => ({ row, keys: columns.map((c) => c.of(row)), line: () => line(row) })), options);
   return table;
 }
 
 const figure = (title, of, digits) => ({ title, of, numeric: true, fromTop: true, text: (row) => number(of(row), digits) });
 
-function numbersTable(view, block) {
-  const rows = [];
-  block.values.forEach((line, i) => line.forEach((_, j) => rows.push({ i, j })));
-  const columns = [
+function numbersTable(view, block, controls) {
+  const rows = block.values.flatMap((line, i) => line.map((_, j) => ({ i, j })));
+  const sides = [
     { title: `${block.rows.model} layer`, of: (r) => block.rows.layers[r.i] },
     { title: `${block.same ? "and layer" : `${block.columns.model} layer`}`, of: (r) => block.columns.layers[r.j] },
-    figure(block.beside ? block.state : "value", (r) => at(block.values, r.i, r.j)),
   ];
+  const columns = [...sides, figure(block.beside ? block.state : "value", (r) => at(block.values, r.i, r.j))];
   if (block.ci) columns.push(figure("95 % from", (r) => (at(block.ci, r.i, r.j) || [null])[0]), figure("to", (r) => (at(block.ci, r.i, r.j) || [null, null])[1]));
   for (const floor of block.floors) {
     columns.push(figure(`floor: ${floor.name}`, (r) => at(floor.values, r.i, r.j)));
@@ -50,8 +24,10 @@ function numbersTable(view, block) {
   }
   for (const ceiling of block.ceilings) if (ceiling.values) columns.push(figure(ceiling.name, (r) => at(ceiling.values, r.i, r.j)));
   if (block.beside) columns.push(figure(block.beside.state, (r) => at(block.beside.values, r.i, r.j)));
-  if (Object.keys(block.reasons).length) columns.push({ title: "why undefined", why: true, of: (r) => block.reasons[`${r.i},${r.j}`] ?? "", text: (r) => block.reasons[`${r.i},${r.j}`] ?? "" });
-  return sortable(columns, rows, `${view.title}, ${block.title}`);
+  const why = (r) => block.reasons[`${r.i},${r.j}`] ?? "";
+  if (Object.keys(block.reasons).length) columns.push({ title: "why undefined", why: true, of: why, text: why });
+  const filters = sides.map(({ title, of }) => ({ title, of: ({ row }) => of(row) }));
+  return sortable(columns, rows, `${view.title}, ${block.title}`, { filters, controls });
 }
 
 // Both ways: the layers of the first model among those of the second, and the other way round.

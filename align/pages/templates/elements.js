@@ -1,7 +1,6 @@
-"use strict";
-// What the other parts share: the data, elements, numbers, colours.
-const DATA = JSON.parse(document.getElementById("data").textContent);
+// What the other parts share: elements, numbers, colours.
 const SVG = "http://www.w3.org/2000/svg";
+const $ = (id) => document.getElementById(id);
 
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {
@@ -14,9 +13,8 @@ function fill(node, attributes, children) {
 }
 const html = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
 const svg = (tag, attributes, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
-const place = (x) => String(Math.round(x * 100) / 100);
-const label = (x, y, text, kind) => svg("text", { x: place(x), y: place(y), class: kind }, text);
 
+const typeset = (text) => text.replace("-", "\u2212");
 // As words.number: more digits where rounding would claim exactly 0, 1 or -1; a true minus.
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "\u2013";
@@ -28,9 +26,13 @@ function number(value, digits = 3) {
       break;
     }
   }
-  return Number(text) === 0 ? text.replace("-", "") : text.replace("-", "\u2212");
+  return Number(text) === 0 ? text.replace("-", "") : typeset(text);
 }
-const interval = (ends) => (ends ? `[${number(ends[0])}, ${number(ends[1])}]` : "");
+// All digits that matter, for what is pointed at.
+const exact = (value) => typeset(String(Number(value.toPrecision(6))));
+const percent = (value) => `${typeset(String(Number((100 * value).toPrecision(4))))}\u202f%`;
+const cut = (text, letters) => (text.length <= letters ? text : `${text.slice(0, Math.max(1, letters - 1))}\u2026`);
+const interval = (ends, write = number) => (ends ? `[${write(ends[0])}, ${write(ends[1])}]` : "");
 const count = (n) => n.toLocaleString("en-US");
 const at = (matrix, i, j) => (matrix && matrix[i] ? matrix[i][j] : null);
 
@@ -39,12 +41,8 @@ function share(scale, value) {
   if (scale.closer === "lower") return (scale.high - value) / (scale.high - scale.low);
   return value >= 0 ? value / scale.high : value / Math.max(scale.high, -scale.low);
 }
-function aboveFloor(view, value, floor) {
-  const best = view.closer === "lower" ? Math.min(0, view.scale.low) : view.scale.high;
-  return best === floor ? null : (value - floor) / (best - floor);
-}
 function colour(t) {
-  const stops = t >= 0 ? DATA.colours.alike : DATA.colours.below;
+  const stops = t >= 0 ? COLOURS.alike : COLOURS.below;
   const x = Math.min(Math.abs(t), 1);
   for (let k = 1; k < stops.length; k++) {
     const [x0, c0] = stops[k - 1];
@@ -67,16 +65,4 @@ function best(values, closer, skip) {
     if (v !== null && j !== skip && (found < 0 || sign * v > sign * values[found])) found = j;
   });
   return found;
-}
-const column = (matrix, j) => matrix.map((row) => row[j]);
-
-// Round ticks between two values, at most about n of them.
-function ticks(low, high, n) {
-  const raw = (high - low) / n;
-  const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
-  const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
-  const found = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + 1e-9 * step; k++) found.push(k * step);
-  return { found, text: (v) => v.toFixed(decimals).replace(/^-(?=0(\.0*)?$)/, "").replace("-", "\u2212") };
 }
