@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from align.similarity.findings import judged
 from align.similarity.page import words
 from align.similarity.page.definitions import MEASURES
 from align.similarity.page.palette import ALIKE, BELOW
@@ -35,6 +36,8 @@ def render(result: Mapping[str, Any]) -> str:
         A complete HTML document; the same contents give the same bytes.
     """
     plain: dict[str, Any] = jsonable(dict(result))
+    # A file of an earlier version was not judged when it was made.
+    plain = plain if "judged" in plain else judged(plain)
     shown = views(plain)
     environment = _environment()
     script = "\n".join(_text(environment, name) for name in _SCRIPTS)
@@ -51,7 +54,7 @@ def render(result: Mapping[str, Any]) -> str:
         sample=plain.get("sample"),
         store=plain.get("store"),
         sentences=words.summary(plain, shown),
-        warnings=words.warnings(plain, shown),
+        warnings=words.warnings(plain["warnings"]),
         glances=words.glances(shown),
         views=shown,
         definitions=_definitions(shown),

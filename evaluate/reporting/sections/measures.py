@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from align.similarity.floors.reading import FEWEST_DRAWS, LEVEL, NAMES
+from align.similarity.floors.reading import NAMES, readings
 from align.similarity.page.palette import Scale
 from evaluate.reporting.drawing.matrices import Panel, cells_of, height, panel, rows_of
 from evaluate.reporting.drawing.svg import Mark, Series, chart_key, line_chart
@@ -83,15 +83,13 @@ def _floor(content: Node) -> Markup:
         found = [cell.number for _, _, cell in cells_of(floor.get("mean")) if cell.number is not None]
         if not found:
             continue
-        ps = [cell.number for _, _, cell in cells_of(floor.get("p_max")) if cell.number is not None]
-        above = sum(p <= LEVEL for p in ps)
+        [read] = readings({kind: dict(floor.value)}, content.get("closer").text)
         middle = fixed(statistics.median(found), 3)
-        draws = floor.get("draws").number
-        if draws is not None and draws < FEWEST_DRAWS:
+        if not read.is_decided:
             words += say("{}: {} (median), too few exchanges to decide. ", name.capitalize(), middle)
             continue
         text = "{}: {} (median), {} of {} pairs of layers closer. "
-        words += say(text, name.capitalize(), middle, above, len(ps))
+        words += say(text, name.capitalize(), middle, read.above, read.pairs)
     return words
 
 
