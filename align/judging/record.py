@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
@@ -18,14 +18,12 @@ class Finding(Record):
         code: Its kind, such as ``few-rows``.
         level: ``invalid`` where a figure is not what it is called, ``warning`` where it says less than it seems to,
             ``note`` for what is no more than worth knowing.
-        where: What it is about, by ``pair`` (layer pair), ``way`` (of sending states), ``measure``, ``floor`` or
-            ``layers``; nothing for all of the result.
+        where: What it is about, by ``pair`` (layer pair), ``way`` (of sending states) and ``control``, ``measure``,
+            ``floor`` or ``layers``; nothing for all of the result.
         values: What decided it, by name.
         limits: The thresholds that the values were held to, by name.
         message: Of files of earlier versions: the finding in words.
     """
-
-    always: ClassVar[tuple[str, ...]] = ()
 
     code: str = ""
     level: str = WARNING
