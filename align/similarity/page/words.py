@@ -242,8 +242,6 @@ def _sinks(result: dict[str, Any], main: View) -> str:
         return f"{noun} and {left}; no pair of layers is defined both with and without them."
     change, i, j, value, changed = max(changes, key=lambda c: c[0])
     verb = "Without them" if result.get("keep_sinks") else "With them in"
-    if change < 0.005:
-        return f"{noun} and {left}. {verb}, no pair of layers changes by more than {number(change)}."
     return (
         f"{noun} and {left}. {verb}, linear CKA changes by up to {number(change)} "
         f"({pair_name(block, i, j)}: from {number(value)} to {number(changed)})."
