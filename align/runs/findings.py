@@ -56,40 +56,27 @@ def findings(
         documents: Test documents; None where nobody counted.
         pair: Key of the layer pair; named by every finding unless empty.
     """
-    found = list(_all(entry, parts, n_train, width, coverage, keep_sinks, gram, sites, lam, training, documents))
-    found += [*no_scale(unscaled), *no_intercept(intercept)]
-    return [{**each, "where": {"pair": pair} if pair else {}} for each in found]
-
-
-def _all(
-    entry: Mapping[str, Any],
-    parts: Mapping[str, float],
-    n_train: int,
-    width: int,
-    coverage: tuple[float, float],
-    keep_sinks: bool,
-    gram: Gram | None,
-    sites: Sequence[Site],
-    lam: float | None,
-    training: Training | None,
-    documents: int | None,
-) -> Iterator[Finding]:
     test, base = entry["test"], entry.get("baselines") or {}
-    yield from few_rows(n_train, width)
-    yield from near_singular(gram)
-    yield from low_coverage(coverage)
-    yield from after_the_norm(sites)
-    yield from sinks_kept(keep_sinks)
-    yield from sinks_dominate(entry.get("by_mask") or {})
-    yield from infonce_at_chance(parts)
-    yield from overfit(_r2(entry.get("train")), _r2(entry.get("val")), _r2(test))
-    yield from loses_to_closed_form(_r2(test), base.get("closed_form"))
-    yield from no_better_than_controls(_r2(test), base)
-    yield from token_explains(test, base.get("token"))
-    yield from retrieval_at_chance(test.get("retrieval_top1"), test.get("retrieval_chance"))
-    yield from lambda_at_the_end(lam)
-    yield from still_improving(training)
-    yield from few_documents(documents)
+    found = [
+        *few_rows(n_train, width),
+        *near_singular(gram),
+        *low_coverage(coverage),
+        *after_the_norm(sites),
+        *sinks_kept(keep_sinks),
+        *sinks_dominate(entry.get("by_mask") or {}),
+        *infonce_at_chance(parts),
+        *overfit(_r2(entry.get("train")), _r2(entry.get("val")), _r2(test)),
+        *loses_to_closed_form(_r2(test), base.get("closed_form")),
+        *no_better_than_controls(_r2(test), base),
+        *token_explains(test, base.get("token")),
+        *retrieval_at_chance(test.get("retrieval_top1"), test.get("retrieval_chance")),
+        *lambda_at_the_end(lam),
+        *still_improving(training),
+        *few_documents(documents),
+        *no_scale(unscaled),
+        *no_intercept(intercept),
+    ]
+    return [{**each, "where": {"pair": pair} if pair else {}} for each in found]
 
 
 def _r2(block: Mapping[str, Any] | None) -> float | None:

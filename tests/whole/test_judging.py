@@ -169,8 +169,8 @@ class TestSentences:
         assert set(found) == {"code", "level", "where", "values", "limits"}
         assert found["limits"] == {"per_dimension": 10}
         assert sentence(found) == (
-            "159 pairs for width 16: under 10 per dimension, where 160 are wanted; figures are noisy, and held-out ones "
-            "suffer; extract more text, or fit fewer parameters"
+            "159 pairs for width 16: under 10 per dimension, where 160 are wanted; figures are noisy, and held-out "
+            "ones suffer; extract more text, or fit fewer parameters"
         )
         assert placed(found) == f"a:1->b:2: {sentence(found)}"
         assert described(found, "pair") == f"warning: {sentence(found)} (few-rows)"
@@ -195,10 +195,7 @@ class TestSentences:
         assert sentence({"code": "few-rows", "message": "12 pairs < 5760"}) == "12 pairs < 5760"
         assert sentence({"code": "of a newer version", "values": {"x": 1}}) == "of a newer version"
         assert sentence({"code": "few-rows"}) == "few-rows"
-        odd = {
-            "code": "few-rows",
-            "values": {"rows": "{x}", "width": "y", "wanted": "z"},
-            "limits": {"per_dimension": 1},
-        }
+        values = {"rows": "{x}", "width": "y", "wanted": "z"}
+        odd = {"code": "few-rows", "values": values, "limits": {"per_dimension": 1}}
         assert sentence(odd) == CODES["few-rows"].means
         assert sentence({}) == ""
