@@ -147,7 +147,10 @@ class Solver:
     def _problem(self, pair: LayerPair, train: Scatter, val: Scatter) -> Problem:
         source = self._source(pair, train, val)
         if self._device is not None:
-            train, val = solvers.to_device(train, self._device), solvers.to_device(val, self._device)
+            # The same copies for every map of these moments: what they share is recognised by them.
+            if source.moved is None or source.moved[0] is not train or source.moved[1] is not val:
+                source.moved = train, val, *(solvers.to_device(side, self._device) for side in (train, val))
+            train, val = source.moved[2:]
         return Problem(train, val, source)
 
     def _source(self, pair: LayerPair, train: Scatter, val: Scatter) -> Source:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from align import solvers
 from align.moments.scatter import Array, Scatter
+from align.solvers.linalg import matrix
+from align.solvers.polar import polar
 
 
 @dataclass(eq=False)
@@ -17,12 +19,16 @@ class Source:
         rotated: A layer pair in their eigenbasis; None before there is one.
         spectrum: Their eigendecomposition, or None.
         values: (d,) eigenvalues of their Gram on the host, or None.
+        moved: The moments that were brought to a device last, train and validation, and there; or None.
+        turned: The cross-moments whose polar factor was asked for last, and that factor with its trace; or None.
     """
 
     facts: tuple[object, ...]
     rotated: solvers.Rotated | None = None
     spectrum: solvers.Spectrum | None = None
     values: Array | None = None
+    moved: tuple[Scatter, Scatter, Scatter, Scatter] | None = None
+    turned: tuple[Array, tuple[Array, float]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +61,13 @@ class Problem:
         )
         self.source.spectrum = self.source.rotated.spectrum
         return self.source.rotated
+
+    def turned(self) -> tuple[Array, float]:
+        """The polar factor of the cross-moments and its trace: rotations, and maps on top of one, share it."""
+        known = self.source.turned
+        if known is None or known[0] is not self.train.c:
+            known = self.source.turned = self.train.c, polar(matrix("cxy", self.train.c))
+        return known[1]
 
     def spectrum(self) -> solvers.Spectrum:
         """The eigendecomposition of the source's Gram matrix."""

@@ -21,7 +21,7 @@ def solve(fit: Fit, problem: Problem) -> Solution:
     """
     train, size = problem.train, problem.widths[0] * problem.widths[1]
     if fit.components is None:
-        weight, scale = rotation(train, problem.val, scale=fit.scale)
+        weight, scale = rotation(train, problem.val, scale=fit.scale, turned=problem.turned())
         return Solution(scale * solvers.to_numpy(weight), {"scale": scale}, size)
     spectra = problem.spectrum(), solvers.Spectrum.of(train.gy)
     if fit.components == "auto":

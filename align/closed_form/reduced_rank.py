@@ -21,7 +21,7 @@ def solve(fit: Fit, problem: Problem) -> Solution:
     """
     check_low_rank(fit.rank, fit.skip, *problem.widths)
     train, val, rotated = problem.train, problem.val, problem.rotated()
-    skip = skip_weight(fit.skip, train, val, scale=fit.scale, rotated=rotated)
+    skip = skip_weight(fit.skip, train, val, scale=fit.scale, rotated=rotated, turned=problem.turned)
     choice = solvers.select_reduced_rank(train, val, fit.rank, skip=skip, rotated=rotated)
     weight = choice.weight if skip is None else skip + choice.weight
     options: dict[str, float | int | str] = {"lambda": choice.lam, "rank": fit.rank, "skip": fit.skip}

@@ -21,13 +21,16 @@ from align.solvers.rotation import rotated_energy
 LEAST_SHARE = 1e-3
 
 
-def rotation(train: Scatter, val: Scatter, *, scale: bool) -> tuple[Array, float]:
+def rotation(
+    train: Scatter, val: Scatter, *, scale: bool, turned: tuple[Array, float] | None = None
+) -> tuple[Array, float]:
     """Procrustes, with the factor that rotations of a run have.
 
     Args:
         train: Centred train moments.
         val: Validation moments about the train means.
         scale: Whether it has a factor.
+        turned: Of ``train.c``, as :func:`align.solvers.procrustes` takes it.
 
     Returns:
         ``(weight, s)`` as :func:`align.solvers.procrustes`; the map is ``s * weight``.
@@ -35,7 +38,7 @@ def rotation(train: Scatter, val: Scatter, *, scale: bool) -> tuple[Array, float
     Raises:
         FitError: The moments are empty, not finite or of the wrong shape.
     """
-    weight, factor = solvers.procrustes(train.c, train.gx, scale=scale)
+    weight, factor = solvers.procrustes(train.c, train.gx, scale=scale, turned=turned)
     return weight, shrunken(factor, weight, val, rotation=True) if scale else 1.0
 
 

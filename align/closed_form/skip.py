@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from array_api_compat import device as device_of
 
@@ -14,7 +15,13 @@ from align.solvers.linalg import dot, namespace
 
 
 def skip_weight(
-    name: str, train: Scatter, val: Scatter, *, scale: bool = True, rotated: solvers.Rotated | None = None
+    name: str,
+    train: Scatter,
+    val: Scatter,
+    *,
+    scale: bool = True,
+    rotated: solvers.Rotated | None = None,
+    turned: Callable[[], tuple[Array, float]] | None = None,
 ) -> Array | None:
     """The fixed map itself.
 
@@ -24,6 +31,7 @@ def skip_weight(
         val: Validation moments about the train means.
         scale: Whether ``procrustes`` has its factor.
         rotated: ``solvers.rotate(train, val)`` if it is known already.
+        turned: Gives what :func:`align.solvers.procrustes` takes, where somebody keeps it.
 
     Returns:
         float64 ``(d_source, d_target)``, of the kind and on the device of the moments, or None.
@@ -35,7 +43,7 @@ def skip_weight(
     if name == "none":
         return None
     if name == "procrustes":
-        weight, factor = rotation(train, val, scale=scale)
+        weight, factor = rotation(train, val, scale=scale, turned=None if turned is None else turned())
         return factor * weight
     if name == "ridge":
         return solvers.select_ridge(train, val, rotated=rotated).weight

@@ -19,7 +19,7 @@ from align.metrics.same_token import (
     same_token_rows,
 )
 from align.metrics.similarity import FirstSide, debiased_ckas
-from align.moments.scatter import Rows
+from align.moments.scatter import Array, Rows
 from featstore.errors import FitError
 
 #: CKA over pairs of rows of different documents, and over all pairs of different rows.
@@ -83,15 +83,26 @@ class Truth:
     """What true rows alone give, computed for the first of several maps that are scored on the same rows.
 
     Attributes:
+        mean: float64 ``(dy,)`` about which the maps are scored, or None before.
         gallery: Of retrieval, or None before.
         tokens: Of retrieval among rows of one token.
         cka: Their side of CKA.
     """
 
     def __init__(self) -> None:
+        self.mean: Array | None = None
         self.gallery: Gallery | None = None
         self.tokens: TokenGalleries | None = None
         self.cka = FirstSide()
+
+    def about(self, mean: Array) -> bool:
+        """Whether it is that of rows scored about a mean; the first mean that is asked for is its own.
+
+        Args:
+            mean: float64 ``(dy,)``.
+        """
+        self.mean = mean if self.mean is None else self.mean
+        return bool(np.array_equal(self.mean, mean))
 
 
 class Scorer:

@@ -7,7 +7,8 @@ with itself alone (the unbiased HSIC_1 of Song et al. 2012), ``biased`` none (HS
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -236,8 +237,9 @@ def debiased_ckas(
             found.append((math.nan, why))
             continue
         # Rows of a store come document by document, and need no copy in another order.
-        ordered_already = order is None or bool((order[1:] > order[:-1]).all())
-        rows_in_order = sides if order is None or ordered_already else [rows[order] for rows in sides]
+        if order is not None and bool((order[1:] > order[:-1]).all()):
+            order = None
+        rows_in_order = sides if order is None else [rows[order] for rows in sides]
         if few:
             hsic, size = _hsic_of_grams([k if order is None else k[np.ix_(order, order)] for k in grams], documents)
         else:
@@ -267,22 +269,35 @@ def _about(rows: Rows, mean: Array, *, wide: bool, overwrite: bool = False) -> R
 
 def _hsic_of_grams(grams: Sequence[Array], documents: Documents) -> tuple[Array, Array]:
     """Sums of products of two kernels without row effects, float64 (2, 2), and the size of their terms, (2,)."""
-    kernels = []
-    for gram in grams:
-        k = gram.astype(np.float64)
-        if len(documents.sizes) == documents.n:
-            np.fill_diagonal(k, 0.0)
-        else:
-            for end, size in zip(np.cumsum(documents.sizes).tolist(), documents.sizes.tolist(), strict=True):
-                k[end - size : end, end - size : end] = 0.0
-        kernels.append(k)
-    sums = np.stack([k.sum(axis=0) for k in kernels])
-    products = np.array([[float(np.vdot(k, m)) for m in kernels] for k in kernels])
+    with ExitStack() as without:
+        for gram in grams:
+            without.enter_context(_across(gram, documents))
+        sums = np.stack([k.sum(axis=0) for k in grams])
+        products = np.array([[float(np.vdot(k, m)) for m in grams] for k in grams])
     starts = np.cumsum(documents.sizes) - documents.sizes
     by_document = np.add.reduceat(sums, starts, axis=1)
     weighted = (sums * np.repeat(documents.weights, documents.sizes)) @ sums.T
     shared = documents.shared(weighted, by_document, by_document)
     return products - 2 * shared, np.diag(products + 2 * np.abs(shared))
+
+
+@contextmanager
+def _across(gram: Array, documents: Documents) -> Iterator[None]:
+    """A kernel with zeros within documents, which are put back: a copy of it would take longer than what is asked."""
+    ends = np.cumsum(documents.sizes).tolist()
+    if len(ends) == documents.n:
+        diagonal = gram.diagonal().copy()
+        np.fill_diagonal(gram, 0.0)
+        yield
+        np.fill_diagonal(gram, diagonal)
+        return
+    places = [slice(end - size, end) for end, size in zip(ends, documents.sizes.tolist(), strict=True)]
+    within = [gram[place, place].copy() for place in places]
+    for place in places:
+        gram[place, place] = 0.0
+    yield
+    for place, block in zip(places, within, strict=True):
+        gram[place, place] = block
 
 
 def _squares(sides: Sequence[Rows], known: float | None = None) -> Array:

@@ -15,13 +15,14 @@ from align.judging.findings import Finding
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.metrics import TOKEN, DocumentSums, Figures, Reasons, add_intervals, add_partial
+from align.metrics.scorer import Truth
 from align.moments.scan import Scan, limit_rows, read_split, sites_of
 from align.moments.scatter import Array
 from align.runs.facts import Gram, Intercept, Site, Training, gram_facts
 from align.runs.findings import findings
 from align.runs.job import Data, Direction
 from align.scoring.moments import NEEDS_ROWS, score_moments
-from align.scoring.rows import TRAIN_ROWS, batches_of, score_all
+from align.scoring.rows import CKA_ROWS, TRAIN_CKA_ROWS, TRAIN_ROWS, batches_of, score_all
 from align.tokens.table import TokenTable, TokenTables
 from featstore.store.moments.stored import has_rows
 from featstore.store.read.pairs import Pairs
@@ -81,9 +82,14 @@ class Controls:
     """Scores of the maps that every result is shown beside and that no type of map changes.
 
     Runs over the same rows, with the same seed, share them (:func:`align.runs.together.train_together`).
+
+    Args:
+        several: Whether there are other runs than one: then what true rows alone give is kept for them, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, several: bool = False) -> None:
+        self._several = several
+        self._truths: dict[tuple[str, int, int], Truth] = {}
         self._maps: dict[str, dict[str, Aligner | str]] = {}
         self._found: dict[str, tuple[dict[str, tuple[Figures | None, Reasons]], DocumentSums | None]] = {}
 
@@ -98,6 +104,21 @@ class Controls:
             # Those of other pairs have been scored.
             self._maps = {pair.key: make()}
         return self._maps[pair.key]
+
+    def truth(self, pair: LayerPair, split: int, rows: int) -> Truth | None:
+        """What the true rows of one layer pair's selection give; None for a run that is alone.
+
+        Args:
+            pair: Which layers.
+            split: Which split the rows are of.
+            rows: How many; of equally many, selections of a run are the same.
+        """
+        if not self._several:
+            return None
+        if any(key != pair.key for key, _, _ in self._truths):
+            # Those of other pairs have been scored, and are as large as the rows.
+            self._truths = {}
+        return self._truths.setdefault((pair.key, split, rows), Truth())
 
     def known(self, pair: LayerPair) -> tuple[dict[str, tuple[Figures | None, Reasons]], DocumentSums | None]:
         """By name the figures on the test rows and the reasons of those that are null; and sums over documents.
@@ -263,8 +284,11 @@ class Judge:
         if self._direction.stored is not None and not self._has_rows(pair):
             rowless = {name: NEEDS_ROWS if isinstance(one, TokenTable) else one for name, one in maps.items()}
             return score_moments(read_split(self._direction.stored, pair, split), rowless)
-        rows = batches_of(self._data.store, pair, pairs.where(pairs.split == split), self._data.memory)
-        return score_all(rows, maps, seed=self._seed, documents=documents)
+        some = pairs.where(pairs.split == split)
+        rows = batches_of(self._data.store, pair, some, self._data.memory)
+        cka_rows = TRAIN_CKA_ROWS if split == TRAIN else CKA_ROWS
+        truth = self._controls.truth(pair, split, len(some))
+        return score_all(rows, maps, seed=self._seed, documents=documents, cka_rows=cka_rows, truth=truth)
 
     def warnings(
         self,

@@ -150,7 +150,7 @@ def carry_out(runs: Sequence[Run]) -> None:
 
 
 def _group(runs: Sequence[Run], wanted: list[LayerPair], moments: dict[str, Scan]) -> None:
-    solver, controls = Solver(runs[0].device), Controls()
+    solver, controls = Solver(runs[0].device), Controls(several=len(runs) > 1)
     for run in runs:
         with run.guarded():
             run.ready(wanted, moments, solver, controls, alone=len(runs) == 1)

@@ -20,6 +20,8 @@ from featstore.store.read.pairs import Pairs
 
 #: Rows of the train split that are scored; the split that matters is test, and it is scored whole.
 TRAIN_ROWS = 65_536
+#: Rows for CKA, at most; of the train split fewer, since wide rows by the thousand take longer than all else.
+CKA_ROWS, TRAIN_CKA_ROWS = 16_384, 4096
 
 
 @dataclass
@@ -73,6 +75,8 @@ def score_all(
     *,
     seed: int = 0,
     documents: DocumentSums | None = None,
+    cka_rows: int = CKA_ROWS,
+    truth: Truth | None = None,
 ) -> dict[str, tuple[Figures | None, Reasons]]:
     """Score several maps on the same rows in one pass.
 
@@ -82,6 +86,9 @@ def score_all(
             scored about: it takes the maps', and its own where it is alone.
         seed: Of the retrieval galleries and the CKA subset, the same for all maps.
         documents: Takes the squared errors of every map by document as well.
+        cka_rows: Rows for CKA, at most.
+        truth: What other maps have left that were scored on these very rows with the same seed and ``cka_rows``; used
+            and filled where the maps have the same train mean.
 
     Returns:
         By name the figures and the reasons of those that are null; no figures where there is no map.
@@ -98,9 +105,10 @@ def score_all(
     # Maps of one run have one train mean; what the true rows give about it is measured once.
     alike = zero is not None and all(mean is not None and np.array_equal(mean, zero) for mean in means.values())
     centre = None if zero is None else zero.astype(np.float64)
-    truth = Truth() if alike else None
+    if truth is None or centre is None or not alike or not truth.about(centre):
+        truth = Truth() if alike else None
     scorers = {
-        name: Scorer(mean.astype(np.float64), len(rows), seed=seed, tokens=tokens, truth=truth)
+        name: Scorer(mean.astype(np.float64), len(rows), cka_rows=cka_rows, seed=seed, tokens=tokens, truth=truth)
         for name, mean in means.items()
         if mean is not None
     }

@@ -35,6 +35,9 @@ Rows = NDArray[Any]
 #: Rows of one float32 product. Longer float32 sums lose digits that the float64 total cannot bring back.
 BLOCK_ROWS = 16_384
 
+#: Columns of one product of a wide block: the same on every machine, since they decide its last bits.
+PANEL = 1024
+
 #: What names one side of a block: ``(model, layer)`` in a store.
 Node = TypeVar("Node", bound=Hashable)
 
@@ -211,7 +214,7 @@ def steady_products(rows: Mapping[Any, Rows], blocks: Sequence[tuple[Any, Any]])
     """X'Y of every block with the same bits however many cores there are.
 
     BLAS cuts a product in pieces by its number of threads, which moves the last bits. So each product keeps to one
-    thread, and several products run at a time.
+    thread, and several run at a time: those of several blocks, and of a wide block its :data:`PANEL` columns at a time.
 
     Args:
         rows: Centred rows ``(n, width)`` by node.
@@ -223,7 +226,36 @@ def steady_products(rows: Mapping[Any, Rows], blocks: Sequence[tuple[Any, Any]])
     with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
         # A few at a time: all products at once could be as large as the totals they are added to.
         for start in range(0, len(blocks), workers):
-            yield from pool.map(lambda block: rows[block[0]].T @ rows[block[1]], blocks[start : start + workers])
+            made = [_Product(rows[x], rows[y]) for x, y in blocks[start : start + workers]]
+            for panel in [pool.submit(product.panel, at) for product in made for at in product.panels]:
+                panel.result()
+            yield from (product.result for product in made)
+
+
+class _Product:
+    """X'Y in panels that several threads can make at a time; of a block with itself one triangle."""
+
+    def __init__(self, x: Rows, y: Rows) -> None:
+        self._x, self._y, self._own = x, y, x is y
+        self.result: Rows = np.empty((x.shape[1], y.shape[1]), np.result_type(x, y))
+        self.panels = range(0, x.shape[1], PANEL)
+
+    def panel(self, at: int) -> None:
+        """Make the rows of the result from one on.
+
+        Args:
+            at: The first of them.
+        """
+        result, end = self.result, at + PANEL
+        part = self._x[:, at:end]
+        if not self._own:
+            np.matmul(part.T, self._y, out=result[at:end])
+            return
+        # One array on both sides: numpy then computes one triangle only.
+        result[at:end, at:end] = part.T @ part
+        if end < len(result):
+            result[at:end, end:] = part.T @ self._x[:, end:]
+            result[end:, at:end] = result[at:end, end:].T
 
 
 class BlockSums(Generic[Node]):
