@@ -173,7 +173,7 @@ class Run:
                     str(pair.test.n),
                 )
             )
-            notes += [f"{key}: {found.level}: {found.message}" for found in pair.warnings]
+            notes += [f"{key}: {found.level}: {found.sentence}" for found in pair.warnings]
         columns = (
             "map",
             "beyond the token [95 %]",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from align.judging.sentences import described
 from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name
 from evaluate.injection.verified import leak_mark
 from evaluate.notebook.shown import ShownResult, height_of, interval
@@ -40,7 +41,7 @@ class CommunicateResult(ShownResult, Communication):
             ]
             notes = [f"chance {number(task.chance, '.1%')}: {task.chance_is}"]
             notes += [f"{condition}: not run, {reason}" for condition, reason in task.reasons.items()]
-            notes += [f"warning: {warning.message}" for warning in task.warnings]
+            notes += [described(warning.content()) for warning in task.warnings]
             title = f"{name}: {task.source} reads, {task.target} answers; {task.n} examples"
             columns = (
                 "condition",

@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from align.judging.table import JUDGED
 from align.pages.document import DRAWN
+from align.runs.findings import findings
 from evaluate.reporting import build_report
 from tests.support.drawings import titles, unpacked
 
@@ -39,8 +41,16 @@ def block(r2: float, **other: Any) -> dict[str, Any]:
     return figures | other
 
 
+def judge(scored: dict[str, Any]) -> dict[str, Any]:
+    """A run's figures with the findings that `align train` makes of them."""
+    for key, entry in scored["pairs"].items():
+        facts: dict[str, Any] = {"n_train": 4312, "width": 576, "coverage": (1.0, 1.0), "keep_sinks": False}
+        entry["warnings"] = findings(entry=entry, parts={}, pair=key, **facts)
+    return scored
+
+
 def metrics(r2: float = 0.861, closed: float = 0.8703) -> dict[str, Any]:
-    return {
+    figures = {
         "type": "procrustes",
         "pairs": {
             PAIR: {
@@ -57,10 +67,11 @@ def metrics(r2: float = 0.861, closed: float = 0.8703) -> dict[str, Any]:
                     "closed_form": block(closed, name="ridge"),
                 },
                 "reasons": {},
-                "warnings": [{"code": "few-rows", "message": "4312 pairs < 10 x 576 dimensions"}],
             }
         },
+        "judged": JUDGED,
     }
+    return judge(figures)
 
 
 def loss(value: float, spread: float = 0.21) -> dict[str, Any]:
@@ -231,6 +242,8 @@ def measured() -> dict[str, Any]:
                 "permutations": {
                     "documents": {
                         "mean": [[0.07, 0.08, 0.09], [0.1, 0.11, 0.12]],
+                        "p95": [[0.1, 0.1, 0.1], [0.2, 0.2, 0.2]],
+                        "draws": 39,
                         "p_max": [[0.025, 0.5, 1.0], [0.2, 0.05, 1.0]],
                     }
                 },

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.pages.document import Pages, embedded
+from align.similarity.findings import judged
 from align.similarity.page import words
 from align.similarity.page.definitions import MEASURES
 from align.similarity.page.views import View, views
@@ -29,6 +30,8 @@ def render(result: Mapping[str, Any]) -> str:
         A complete HTML document; the same contents give the same bytes.
     """
     plain: dict[str, Any] = jsonable(dict(result))
+    # A file of an earlier version was not judged when it was made.
+    plain = plain if "judged" in plain else judged(plain)
     shown = views(plain)
     return _pages().render(
         data=embedded(_data(plain, shown)),
@@ -38,7 +41,7 @@ def render(result: Mapping[str, Any]) -> str:
         sample=plain.get("sample"),
         store=plain.get("store"),
         sentences=words.summary(plain, shown),
-        warnings=words.warnings(plain, shown),
+        warnings=words.warnings(plain["warnings"]),
         glances=words.glances(shown),
         views=shown,
         definitions=_definitions(shown),

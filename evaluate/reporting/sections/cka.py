@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 from align.pages.charts import heatmap
 from align.pages.palette import Scale
-from align.similarity.floors.reading import FEWEST_DRAWS, LEVEL, NAMES, readings
+from align.similarity.floors.reading import NAMES, readings
+from align.statistics import SIGNIFICANT
 from evaluate.reporting.reading.inputs import Node, Origin, Run
 from evaluate.reporting.reading.numbers import count, fixed, say, show
 from featstore.text.roles import of_roles
@@ -19,10 +20,6 @@ _WHAT = {
     "documents": "documents in each other's place at equal positions",
     "token": "partners of the same token in another document",
 }
-#: Similarity of shuffled rows above this means that the estimate itself is biased upwards.
-_HIGH_NULL = 0.05
-#: A cell that moves further than this when masked rows return is made by those rows.
-_SINK_SHIFT = 0.05
 
 
 @dataclass(frozen=True)
@@ -167,10 +164,10 @@ def _above(cka: Node) -> list[Markup]:
         if found.reason is not None:
             sentences.append(say("There is no floor with {}: {}.", _WHAT[kind], found.reason))
             continue
-        if found.draws < FEWEST_DRAWS:
-            text = "With {}, CKA is {} to {} on average; {} exchanges are too few to decide anything, {} are not."
+        if not found.is_decided:
+            text = "With {}, CKA is {} to {} on average; {} exchanges are too few to decide anything."
             ends = fixed(found.low, 3), fixed(found.high, 3)
-            sentences.append(say(text, _WHAT[kind], *ends, found.draws, FEWEST_DRAWS))
+            sentences.append(say(text, _WHAT[kind], *ends, found.draws))
             continue
         sentences.append(
             say(
@@ -181,38 +178,10 @@ def _above(cka: Node) -> list[Markup]:
                 fixed(found.high, 3),
                 found.above,
                 found.pairs,
-                LEVEL,
+                SIGNIFICANT,
             )
         )
     return sentences
-
-
-def warnings(run: Run) -> list[tuple[str, Markup]]:
-    """What makes the similarities less than they seem, as code and sentence.
-
-    Args:
-        run: The directory.
-    """
-    cka = run.file("cka.json")
-    notes = []
-    if cka.get("keep_sinks").value is True:
-        notes.append(("sinks kept", say("A few rows of huge norm decide these similarities.")))
-    null = _largest(cka.get("null", "cross"))
-    if null is not None and (null.number or 0.0) > _HIGH_NULL:
-        text = "CKA of shuffled rows reaches {}: the estimator is biased upwards."
-        notes.append(("high null", say(text, show(null))))
-    beside = _beside(cka)
-    shifts = [
-        (abs((other.number or 0.0) - (cell.number or 0.0)), i, j, cell, other)
-        for i, j, cell in cells_of(cka.get("cross"))
-        if (other := beside.get("cross", i, j)).number is not None
-    ]
-    size, i, j, cell, other = max(shifts, key=lambda s: s[0], default=(0.0, 0, 0, Node(), Node()))
-    if size > _SINK_SHIFT:
-        masked, unmasked = (cell, other) if "unmasked" in beside.at else (other, cell)
-        text = "With the masked rows included, {} reads {} instead of {}: only masked figures say how alike layers are."
-        notes.append(("sink-dominated", say(text, _name(cka, i, j), show(unmasked), show(masked))))
-    return notes
 
 
 def _beside(cka: Node) -> Node:
@@ -223,11 +192,6 @@ def _beside(cka: Node) -> Node:
 def _models(cka: Node) -> tuple[str, str]:
     named = [model.text for model in cka.get("models")] or [name for name, _ in cka.get("layers").items()]
     return (named[0] if named else "a", named[-1] if named else "b")
-
-
-def _largest(node: Node) -> Node | None:
-    cells: Sequence[Node] = [cell for _, _, cell in cells_of(node)]
-    return max(cells, key=lambda cell: cell.number or 0.0, default=None)
 
 
 def _name(cka: Node, i: int, j: int) -> str:

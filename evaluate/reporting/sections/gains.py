@@ -2,7 +2,8 @@
 
 A gain is the difference of two accuracies on the same examples with its 95 % interval, its exact p value and the
 questions that only one of the two gets right. It shows something where the interval leaves out zero and the exact test
-agrees, and among many ways to send states only where Holm's adjustment for their number leaves it.
+agrees, and among many ways to send states only where Holm's adjustment for their number leaves it: ``above`` and
+``beats`` of the file.
 """
 
 from __future__ import annotations
@@ -18,17 +19,14 @@ from evaluate.reporting.reading.numbers import dash, exact, interval, percent, p
 from evaluate.reporting.sections.stitched import mark_of
 from evaluate.reporting.sections.tables import Cell
 
-Standing = Literal["above", "level", "below", "unknown"]
+Standing = Literal["above", "level", "unknown"]
 
 #: Controls in the order of their columns; others that a file names follow.
 _CONTROLS = ("silent", "random", "shuffled")
-#: Largest p value that shows anything.
-_LEVEL = 0.05
 _MARKS: dict[Standing, tuple[str, str]] = {
     "above": ("▲", "above it: the interval leaves out zero, and the exact test agrees"),
     "level": ("○", "no difference shown"),
-    "below": ("▼", "below it: the interval leaves out zero, and the exact test agrees"),
-    "unknown": ("?", "no interval is given"),
+    "unknown": ("?", "not judged: the file does not say"),
 }
 
 
@@ -48,18 +46,13 @@ class Gains:
 
 
 def standing(gain: Node) -> Standing:
-    """Where a gain lies: its interval and its exact test have to agree.
+    """What the file says of a gain.
 
     Args:
-        gain: With ``value``, ``ci95`` and ``p``; a file of an earlier version has no p, and the interval decides.
+        gain: With ``above``; a file of an early version has none, and is not judged here.
     """
-    low, high = (gain.get("ci95", end).number for end in (0, 1))
-    if gain.get("value").number is None or low is None or high is None:
-        return "unknown"
-    p = gain.get("p").number
-    if p is not None and p > _LEVEL:
-        return "level"
-    return "above" if low > 0 else "below" if high < 0 else "level"
+    above = gain.get("above").value
+    return "above" if above is True else "level" if above is False else "unknown"
 
 
 def beats_all(task: Node, name: str) -> bool:
@@ -69,10 +62,7 @@ def beats_all(task: Node, name: str) -> bool:
         task: One of the tasks of ``communicate.json``.
         name: The way, with its layer pair; without a random and a shuffled control nothing is shown.
     """
-    found = {control: standing(gain) for control, gain in task.get("gains", name).items()}
-    above = set(_CONTROLS) <= set(found) and all(place == "above" for place in found.values())
-    adjusted = task.get("beats", name, "p_adjusted").number
-    return above and (adjusted is None or adjusted <= _LEVEL)
+    return task.get("beats", name, "beats").value is True
 
 
 def winning(task: Node) -> int:
