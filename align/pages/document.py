@@ -95,7 +95,7 @@ def packed(markup: str) -> Markup:
     Args:
         markup: Escaped already.
     """
-    data = base64.b64encode(zlib.compress(str(escape(markup)).encode(), 9)).decode()
+    data = base64.b64encode(zlib.compress(str(escape(markup)).encode(), 6)).decode()
     return Markup('<script type="application/zlib">{}</script>').format(data)
 
 
