@@ -219,15 +219,22 @@ def debiased_ckas(
         return [(math.nan, documents.reason or "no rows") for _, documents in ordered]
     few = len(x) <= max(FEW_ROWS, min(x.shape[1], y.shape[1]))
     first = FirstSide() if first is None else first
-    if first.rows is None:
+    # What the Gram matrices are made of is as large as they are, and not needed beside them.
+    rows_stay = correct_features or not few
+    if first.rows is None and (first.gram is None or rows_stay):
         first.rows, first.reason = _prepared("first", x, wide=few, overwrite=overwrite)
     second, why_not = _prepared("second", y, wide=few, overwrite=overwrite)
-    sides, reason = [first.rows, second], first.reason or why_not
+    reason = first.reason or why_not
+    sides = [first.rows, second] if rows_stay and first.rows is not None else []
     grams: list[Rows] = []
     squares = np.zeros((2, 2))
     if reason is None and few:
-        first.gram = first.rows @ first.rows.T if first.gram is None else first.gram
-        grams = [first.gram, second @ second.T]
+        if first.gram is None and first.rows is not None:
+            first.gram = first.rows @ first.rows.T
+        if not rows_stay:
+            first.rows = None
+        grams = [gram for gram in (first.gram, second @ second.T) if gram is not None]
+        del second
     elif reason is None:
         squares = _squares(sides, first.square)
         first.square = float(squares[0, 0])
