@@ -326,5 +326,5 @@ def _check_shared(type_: MapType, settings: Settings) -> None:
     if "skip" in type_.options and settings.loop.skip not in _SHARED_SKIPS:
         raise SpecError(
             f"--shared: the map that the layers share is {listed(list(_SHARED_SKIPS), 'or')}, not --skip "
-            f"{settings.loop.skip}"
+            f"{settings.loop.skip}; choose one of these"
         )

@@ -359,7 +359,7 @@ def generate(
     from featstore.models.sampling import Sampling
 
     if not sample and (temperature, top_p) != (1.0, 1.0):
-        raise SpecError("--temperature and --top-p need --sample")
+        raise SpecError("--temperature and --top-p need --sample; give it, or leave them out")
     seed, max_new_tokens = whole("seed", seed, 0), whole("max_new_tokens", max_new_tokens, 1)
     temperature, top_p = typed("temperature", temperature, "float"), typed("top_p", top_p, "float")
     _check_out(out)

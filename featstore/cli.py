@@ -378,7 +378,10 @@ def verify(
     from featstore.store.read.links import Link
 
     if not (again or tokens) and (model or device_map is not None or yes or allow_pickle_weights):
-        raise SpecError("--model, --device-map, --yes and --allow-pickle-weights need --reextract or --retokenise")
+        raise SpecError(
+            "--model, --device-map, --yes and --allow-pickle-weights need --reextract or --retokenise; give one of the "
+            "two, or leave them out"
+        )
     result = verify_store(store, allow_links=allow_links)
     lines = []
     if not (again or tokens):
@@ -472,7 +475,10 @@ def pair(
 
     check_policy(policy)
     if (model or yes) and not again:
-        raise SpecError("--model and --yes are for --rebuild: pairs follow from the token tables that are in the store")
+        raise SpecError(
+            "--model and --yes are for --rebuild: other pairs follow from the token tables in the store; add "
+            "--rebuild, or leave them out"
+        )
     lines, result = [], {}
     if again:
         from featstore.extraction.rebuilding import describe_rebuild, rebuild

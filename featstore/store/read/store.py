@@ -106,7 +106,9 @@ def open_files(files: StoreFiles, *, allow_incomplete: bool = False) -> Store:
     where = repr(str(files.location))
     document = files.read("zarr.json")
     if document is None:
-        raise StoreFormatError(f"{where} is not a feature store: it has no zarr.json")
+        raise StoreFormatError(
+            f"{where} is not a feature store: it has no zarr.json; name a directory that `featstore extract` made"
+        )
     node = parse_json(document, f"{files.location}/zarr.json")
     own = own_attributes(node)
     if not isinstance(own, dict):
