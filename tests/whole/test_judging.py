@@ -133,7 +133,7 @@ def test_thresholds_of_statistics_are_defined_once() -> None:
         for node in tree(module).body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 name = node.targets[0].id.lstrip("_")
-                if name in ("LEVEL", "SIGNIFICANT", "FEWEST_EFFECTIVE", "FEW_DOCUMENTS", "FEWEST_DRAWS", "FEW"):
+                if name in ("LEVEL", "SIGNIFICANT", "FEWEST_EFFECTIVE", "FEW_DOCUMENTS", "FEWEST_DRAWS"):
                     found.setdefault(name, []).append(module)
     home = ["align.statistics.linearised"]
     assert found == {"LEVEL": home, "SIGNIFICANT": home, "FEWEST_EFFECTIVE": home}
