@@ -33,8 +33,7 @@ RENDERING = (
 )
 #: Comparisons with a fraction that decide how something looks, or which of two figures are the same rate.
 LOOKS = {
-    "align.similarity.page.palette": "luminance < 0.179",
-    "evaluate.reporting.drawing.svg": "m * power >= rough * 0.999",
+    "align.pages.palette": "luminance < 0.179",
     "evaluate.reporting.reading.inputs": "abs(number) <= _LARGEST",
     "evaluate.reporting.reading.numbers": "abs(value) < _NOISE",
     "evaluate.reporting.sections.rates": "_SAME_RATE",
