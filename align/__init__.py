@@ -35,7 +35,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    module = import_module("align.closed_form.estimators" if name.endswith("Aligner") else "align.api")
+    from featstore.runtime.extras import extras_named
+
+    with extras_named("align"):
+        module = import_module("align.closed_form.estimators" if name.endswith("Aligner") else "align.api")
     value = getattr(module, name)
     globals()[name] = value
     return value

@@ -23,6 +23,7 @@ from align.settings import Settings
 from featstore.errors import SpecError
 from featstore.runtime.arguments import Layers, as_path, check_keywords, layers_text, several, typed, whole
 from featstore.runtime.console import check_directory, jsonable
+from featstore.runtime.extras import extras_named
 from featstore.runtime.writing import check_folder
 from featstore.store import Store, open_store
 
@@ -46,6 +47,7 @@ _TAKEN = {
 }
 
 
+@extras_named("align")
 def train(
     store: StoreGiven,
     type: str = "procrustes",  # noqa: A002
@@ -100,6 +102,7 @@ def train(
     return Run(run_training(settings, directory, resume=resume, quiet=quiet)["run"])
 
 
+@extras_named("align")
 def load(run: RunGiven) -> Maps:
     """Load the maps of a run.
 
@@ -124,6 +127,7 @@ def load(run: RunGiven) -> Maps:
     return Maps(load_adapter(as_path("run", run)))
 
 
+@extras_named("align")
 def compare(runs: RunGiven | Iterable[RunGiven], *, reference: RunGiven | None = None) -> Leaderboard:
     """Compare the test figures of runs with a reference named beforehand, with closed-form optima and baselines.
 
@@ -251,10 +255,12 @@ def cka(store: Any, other: Any = None, **options: Any) -> Similarity | float:
         if other is not None:
             raise TypeError("align.cka() takes one store, or two arrays; name models and layers of a store by keyword")
         check_keywords(_cka_of_store, "align.cka", options)
-        return _cka_of_store(store, **options)
+        with extras_named("align"):
+            return _cka_of_store(store, **options)
     if other is None:
         raise TypeError("align.cka() takes the path of a store, an open one, or two arrays of paired rows")
-    return _cka_of_arrays(store, other, **options)
+    with extras_named("align"):
+        return _cka_of_arrays(store, other, **options)
 
 
 def _cka_of_store(

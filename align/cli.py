@@ -9,40 +9,49 @@ from typing import Annotated, Any
 import typer
 
 from align.execution.options import Execution
-from align.maps.registry import having, map_type
+from align.maps.registry import having, map_type, map_types
 from align.options import declared, flag, takes, values
 from align.resources import choose_device
-from align.settings import LoopSettings, Settings, load_settings
+from align.settings import ROWS, LoopSettings, Settings, load_settings
 from align.similarity.measures.names import MEASURES
 from featstore.errors import SpecError
-from featstore.runtime.console import add_version, emit, err, run_app
+from featstore.runtime.console import add_version, emit, err, jsonable, run_app
+from featstore.runtime.options import COMPUTATION, DEVICES, MODELS, OUTPUT, POLICY_WORDS, STORE, Json, option
 from featstore.runtime.processes import Ranks, leave_group
 from featstore.text.roles import ROLES, roles_text
 
-#: Panel of the help.
-_SAMPLE = "More measures, over a sample of rows"
+#: Panels of the help that these commands alone have.
+SAMPLE, SIMILARITY, GRID = "More measures, over a sample of rows", "Similarity", "The grid"
 #: What all runs of a sweep share of a run's options, and where they run.
 _SWEPT = ("source", "target", "both", "roles", "epochs", "seed", *declared(Execution))
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 add_version(app, "align")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+#: What a table of runs compares with.
+_REFERENCE = "What the runs are compared with: one of them, or a baseline such as token or closed_form."
 
 
 @app.command()
 @takes(Settings, LoopSettings)
 def train(
     context: typer.Context,
-    store: Annotated[Path | None, typer.Option(help="Path of the store.")] = None,
+    store: Annotated[
+        Path | None,
+        option("Store whose rows are fitted. It is needed without --config.", panel=STORE, default="that of --config"),
+    ] = None,
     *,
-    config: Annotated[Path | None, typer.Option(help="A run.yaml whose run is made again.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run in --out.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<type>-<source>-<target>[-n].")] = None,
+    config: Annotated[
+        Path | None, option("File run.yaml of a run, which is made again.", panel=STORE, default="none")
+    ] = None,
+    resume: Annotated[bool, option("Resume the interrupted run in --out.", "--resume", panel=OUTPUT)] = False,
+    out: Annotated[
+        Path | None, option("Directory for the run.", panel=OUTPUT, default="runs/<type>-<source>-<target>\\[-n]")
+    ] = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Fit a map between two models' hidden states from the store alone, and score it beside its controls."""
+    """Fit a map between two models' hidden states from a store alone, and score it beside its controls."""
     from align.runs.rundir import check_free
     from align.runs.train import describe
     from align.runs.train import train as run_training
@@ -90,50 +99,74 @@ def _typed(context: typer.Context) -> set[str]:
 @app.command()
 @takes(Execution)
 def cka(
-    store: Annotated[Path, typer.Option(help="Path of the store.")],
+    store: Annotated[Path, option("Store whose layers are compared.", panel=STORE)],
     estimator: Annotated[
         str,
-        typer.Option(
-            help="debiased, over pairs of rows of different documents; debiased-rows, of different rows; biased; "
-            "minibatch."
+        option(
+            "Estimator of CKA.",
+            panel=SIMILARITY,
+            choices=(
+                "debiased (over pairs of rows of different documents)",
+                "debiased-rows (over pairs of different rows)",
+                "biased",
+                "minibatch",
+            ),
         ),
     ] = "debiased",
     correct_features: Annotated[
         bool,
-        typer.Option(
-            "--correct-features", help="Take dimensions for a sample of a larger population of features; of debiased."
+        option(
+            "Treat the dimensions as a sample of a larger population of features. The estimator is then debiased.",
+            "--correct-features",
+            panel=SIMILARITY,
         ),
     ] = False,
-    kernel: Annotated[str, typer.Option(help="linear, over all rows; or rbf, over a sample.")] = "linear",
-    models: Annotated[str | None, typer.Option(help="Two models, A,B; default the store's first two.")] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers of both models: 8,16 or depths in percent; default all.")
+    kernel: Annotated[
+        str,
+        option("Kernel of CKA.", panel=SIMILARITY, choices=("linear (over all rows)", "rbf (over a sample of rows)")),
+    ] = "linear",
+    models: Annotated[
+        str | None, option("Two models, as A,B.", panel=MODELS, default="the first two models of the store")
     ] = None,
-    policy: Annotated[str, typer.Option(help="Pair policy: end, word or byte.")] = "end",
-    keep_sinks: Annotated[bool, typer.Option("--keep-sinks", help="Keep attention sinks in the main figures.")] = False,
+    layers: Annotated[
+        str | None, option("Layers of both models, such as 8,16, or depths in percent.", panel=MODELS, default="all")
+    ] = None,
+    policy: Annotated[
+        str,
+        option("Rule by which token states are paired: they end at the same byte.", panel=ROWS, choices=POLICY_WORDS),
+    ] = "end",
+    keep_sinks: Annotated[
+        bool, option("Keep attention sinks in the main figures.", "--keep-sinks", panel=ROWS)
+    ] = False,
     roles: Annotated[
         str | None,
-        typer.Option(help=f"Only pairs of these roles, such as assistant ({', '.join(ROLES)}); default all."),
+        option("Roles whose pairs are used, such as user,assistant.", panel=ROWS, choices=ROLES, default="all"),
     ] = None,
     measures: Annotated[
-        str, typer.Option(help=f"Over a sample of rows: {', '.join(MEASURES)}; all, none.", rich_help_panel=_SAMPLE)
+        str,
+        option("Other measures, separated by commas.", panel=SAMPLE, choices=(*MEASURES, "all", "none")),
     ] = "none",
-    max_rows: Annotated[
-        int, typer.Option(help="Maximum number of rows of the sample.", rich_help_panel=_SAMPLE)
-    ] = 16_384,
+    max_rows: Annotated[int, option("Maximum number of rows of the sample.", panel=SAMPLE, least=4)] = 16_384,
     draws: Annotated[
-        int, typer.Option(min=1, help="Resamples of documents behind each interval.", rich_help_panel=_SAMPLE)
+        int, option("Number of resamples of documents behind each interval.", panel=SAMPLE, least=1)
     ] = 1000,
     permutations: Annotated[
         int,
-        typer.Option(min=0, help="Exchanges of partners behind each floor; 0 for no floors and no intervals of CKA."),
+        option(
+            "Number of exchanges of partners behind each floor. With 0 there are no floors and no intervals of CKA.",
+            panel=SIMILARITY,
+            least=0,
+        ),
     ] = 39,
     memory: Annotated[
-        str, typer.Option(help="Memory for sums, or for the sample: bytes, or such as 500M, 4GiB.")
+        str,
+        option("Memory for sums or for the sample: bytes, or an amount such as 500M or 4GiB.", panel=COMPUTATION),
     ] = "4GiB",
-    device: Annotated[str, typer.Option(help="Device of RBF kernels: auto, cpu, cuda, cuda:N.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sample, floors and draws.")] = 0,
-    out: Annotated[Path, typer.Option(help="Directory for cka.json, cka.html and the heatmaps.")] = Path("runs/cka"),
+    device: Annotated[
+        str, option("Device on which RBF kernels are made.", panel=COMPUTATION, choices=DEVICES)
+    ] = "auto",
+    seed: Annotated[int, option("Seed of sample, floors and resamples.", panel=COMPUTATION, least=0)] = 0,
+    out: Annotated[Path, option("Directory for cka.json, cka.html and the heatmaps.", panel=OUTPUT)] = Path("runs/cka"),
     as_json: Json = False,
     **given: Any,
 ) -> None:
@@ -171,53 +204,86 @@ def cka(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="What the runs are compared with: one of them, or a baseline such as token or closed_form; default "
-            "the run named first."
-        ),
-    ] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Run directories to compare.")],
+    reference: Annotated[str | None, option(_REFERENCE, panel=GRID, default="the run named first")] = None,
+    controls: Annotated[
+        bool, option("Show R2 of the controls beside that of the maps.", "--controls", panel=OUTPUT)
+    ] = False,
+    changes: Annotated[
+        bool,
+        option("Show what changed from the first of two runs to the second instead.", "--changes", panel=OUTPUT),
+    ] = False,
+    page: Annotated[Path | None, option("HTML file to write as well.", panel=OUTPUT, default="none")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print one table of several runs, with closed-form optima and baselines, and what of it is more than chance."""
+    """Print one table of several runs beside closed-form optima and baselines, and test their differences."""
     from align import api
+    from align.sweeps.changes import changes as changed_between
+    from align.sweeps.changes import describe_changes
+    from align.sweeps.table import describe
 
-    board = api.compare(runs, reference=reference)
-    emit(board.content(), str(board), as_json=as_json)
+    if changes and len(runs) != 2:
+        raise SpecError(f"--changes is about two runs, not {len(runs)}; name the earlier and then the later one")
+    board = api.compare(runs, reference=reference).content()
+    changed = jsonable(changed_between(*runs)) if len(runs) == 2 and (changes or page) else None
+    if page is not None:
+        # Only here: jinja2 takes a tenth of a second to import.
+        from align.sweeps.page import write
+
+        write(page, board, changed)
+    if changes and changed is not None:
+        emit(changed, describe_changes(changed), as_json=as_json)
+    else:
+        emit(board, describe(board, controls=controls), as_json=as_json)
 
 
 @app.command()
 @takes(Settings, LoopSettings, Execution, only=_SWEPT)
 def sweep(
-    store: Annotated[Path, typer.Option(help="Path of the store.")],
-    out: Annotated[Path, typer.Option(help="Directory of the runs and of sweep.json.")] = Path("runs/sweep"),
+    store: Annotated[Path, option("Store whose rows are fitted.", panel=STORE)],
+    out: Annotated[Path, option("Directory for the runs and sweep.json.", panel=OUTPUT)] = Path("runs/sweep"),
     types: Annotated[
-        str, typer.Option(help="Types of map, such as procrustes,affine,lora.")
+        str,
+        option("Types of map, separated by commas.", panel=GRID, choices=[type_.name for type_ in map_types()]),
     ] = "procrustes,affine,lora",
     layers: Annotated[
-        str | None, typer.Option(help="Source layers of each run: 8;16,24 makes two runs of every other choice.")
-    ] = None,
-    ranks: Annotated[str | None, typer.Option(help=f"Ranks of {having('rank')} maps, such as 8,32.")] = None,
-    formats: Annotated[
-        str | None, typer.Option(help="Element formats to which the store is converted, such as int8,fp8.")
-    ] = None,
-    latents: Annotated[str | None, typer.Option(help="Numbers of latents of compress maps, such as 8,32.")] = None,
-    latent_dims: Annotated[str | None, typer.Option(help="Widths of a latent of compress maps, such as 16,64.")] = None,
-    *,
-    config: Annotated[Path | None, typer.Option(help="A run.yaml with whatever else the runs share.")] = None,
-    reference: Annotated[
         str | None,
-        typer.Option(
-            help="What the runs are compared with: one of them by its name, or a baseline such as token; default the "
-            "first of the grid."
+        option(
+            "Source layers of each run: 8;16,24 makes two runs of every other choice.",
+            panel=GRID,
+            default="all, or as in --config",
         ),
     ] = None,
+    ranks: Annotated[
+        str | None,
+        option(f"Ranks of {having('rank')} maps, such as 8,32.", panel=GRID, default="32, or as in --config"),
+    ] = None,
+    formats: Annotated[
+        str | None,
+        option(
+            "Number formats to which the store is converted, such as int8,fp8.",
+            panel=GRID,
+            choices=("bfloat16", "float16", "float32", "int8", "fp8"),
+            default="that of the store",
+        ),
+    ] = None,
+    latents: Annotated[
+        str | None,
+        option("Numbers of latents of compress maps, such as 8,32.", panel=GRID, default="32, or as in --config"),
+    ] = None,
+    latent_dims: Annotated[
+        str | None,
+        option("Widths of a latent of compress maps, such as 16,64.", panel=GRID, default="64, or as in --config"),
+    ] = None,
+    *,
+    config: Annotated[
+        Path | None, option("File run.yaml with whatever else the runs share.", panel=STORE, default="none")
+    ] = None,
+    reference: Annotated[str | None, option(_REFERENCE, panel=GRID, default="the first run of the grid")] = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Fit a grid of maps over one store in parallel; finished runs are not repeated."""
+    """Fit a grid of maps over one store in parallel. Finished runs are not repeated."""
     from align.sweeps import sweep as sweeping
 
     grid = sweeping.parse_grid(
@@ -244,4 +310,4 @@ def sweep(
 
 def main() -> None:
     """Entry point of the `align` command."""
-    run_app(app, "align")
+    run_app(app, "align", extra="align")

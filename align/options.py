@@ -13,6 +13,8 @@ from inspect import Parameter, signature
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from featstore.errors import SpecError
+from featstore.runtime.options import OPTIONS
+from featstore.runtime.options import option as said
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Range:
     least: float
     open: bool = False
 
+    @property
+    def shown(self) -> str:
+        """The range as the help has it, such as ``x>=1``."""
+        return f"x{'>' if self.open else '>='}{self.least:g}"
+
     def holds(self, value: float) -> bool:
         """Whether a number is in range; NaN and infinity never are.
 
@@ -37,6 +44,9 @@ class Range:
         """
         return (value > self.least if self.open else value >= self.least) and value < math.inf
 
+
+#: Types of fields that hold whole numbers.
+_WHOLE = (int, int | None)
 
 POSITIVE_COUNT = Range("must be at least 1", 1)
 POSITIVE = Range("must be a positive number", 0, open=True)
@@ -48,10 +58,12 @@ class Option:
     """What a command says of an option, and which values it takes.
 
     Attributes:
-        help: A sentence for people; the choices are added to it.
-        panel: Panel of the help; None for the first.
+        help: Full sentences for people, the objective first; the choices are added to them.
+        panel: Panel of the help.
         range: Of a number.
         choices: Of a word; empty for any.
+        shown: The choices as the help lists them, where they are checked elsewhere or one needs an explanation.
+        left_out: What leaving it out means, where the field's default does not say it.
         by_type: Whether leaving it out means the map type's own default.
         typed: The default as people type it, where the field holds something else; None for the field's own.
         parse: Makes the field's value of what was typed; None where they are the same.
@@ -61,6 +73,8 @@ class Option:
     panel: str | None = None
     range: Range | None = None
     choices: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
+    left_out: str | None = None
     by_type: bool = False
     typed: str | None = None
     parse: Callable[[str], Any] | None = None
@@ -155,8 +169,6 @@ def takes(*settings: type[Any], only: Collection[str] | None = None) -> Callable
 
 
 def _parameters(settings: type[Any], only: Collection[str] | None) -> Iterator[Parameter]:
-    import typer
-
     hints = get_type_hints(settings)
     for name, (entry, own) in declared(settings).items():
         if only is not None and name not in only:
@@ -168,6 +180,12 @@ def _parameters(settings: type[Any], only: Collection[str] | None) -> Iterator[P
             kind, default = kind | None, None
         # A flag that is off by default has no --no- form.
         forms = [flag(name)] if default is False else []
-        words = f"{own.help.rstrip('.')}: {', '.join(own.choices)}." if own.choices else own.help
-        info = typer.Option(*forms, help=words, rich_help_panel=own.panel)
+        info = said(
+            own.help,
+            *forms,
+            panel=own.panel or OPTIONS,
+            default="that of the type" if own.by_type else own.left_out,
+            choices=own.shown or own.choices,
+            takes=None if own.range is None else f"{'int' if kind in _WHOLE else 'float'} range {own.range.shown}",
+        )
         yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])

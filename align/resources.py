@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from featstore.errors import SpecError
+from featstore.runtime.extras import installed
 
 #: There where a CUDA driver is loaded.
 _DRIVER = Path("/dev/nvidiactl")
@@ -16,12 +17,12 @@ def choose_device(name: str, *, by_gradient: bool) -> str:
     Args:
         name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         by_gradient: Whether torch is needed anyway. A closed form on the CPU never imports it, which would take longer
-            than most of these fits.
+            than most of these fits, and need not be installed for one.
 
     Raises:
         SpecError: No such device.
     """
-    if name == "cpu" or (name == "auto" and not by_gradient and not _DRIVER.exists()):
+    if name == "cpu" or (name == "auto" and not by_gradient and not (_DRIVER.exists() and installed("torch"))):
         return "cpu"
     import torch
 

@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BeforeValidator
-
+from align.judging.record import Findings
 from featstore.errors import AdapterError
 from featstore.runtime.records import (
     EMPTY,
@@ -51,29 +50,6 @@ def unlike_lengths(lists: Mapping[tuple[str | int, ...], Sequence[Any]], wanted:
     for place, values in lists.items():
         if len(values) != wanted:
             yield place, f"is a list of {len(values)}, expected one of {wanted}, the number of {what}"
-
-
-class Finding(Record):
-    """What a careful reader would object to. The codes are explained in docs/reading-results.md.
-
-    Attributes:
-        code: Its kind, such as ``few-rows``.
-        message: What was found, and the remedy.
-        level: ``note`` for what is no more than worth knowing; absent for a warning.
-    """
-
-    code: str = ""
-    message: str = ""
-    level: str = "warning"
-
-
-def _finding(value: Any) -> Any:
-    """Early versions wrote the text alone."""
-    return {"message": value} if isinstance(value, str) else value
-
-
-#: Findings in the order in which they were made.
-Findings = tuple[Annotated[Finding, BeforeValidator(_finding)], ...]
 
 
 # metrics.json ------------------------------------------------------------------------------------------------------
@@ -334,6 +310,7 @@ class Metrics(Record):
             ``<source>:<k>+<k>-><target>:<layer>``.
         roles: The roles whose rows the maps were fitted to and scored on (``--roles``); null for all.
         layer_map: One for every direction, of a run with ``--layer-map auto``.
+        judged: Version of the table of findings that the file was judged by; absent in files of earlier versions.
     """
 
     file: ClassVar[str] = "metrics.json"
@@ -344,6 +321,7 @@ class Metrics(Record):
     pairs: Table[PairMetrics] = EMPTY
     roles: tuple[str, ...] | None = None
     layer_map: tuple[LayerMap, ...] = ()
+    judged: Whole | None = None
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for every layer pair and set of figures: ``pair``, ``split``, ``map``, and the figures.
@@ -786,6 +764,8 @@ class Similarity(SimilarityTables):
         store: ``path`` and ``fingerprint`` of the store.
         sample: The rows that the measures see.
         measures: By name.
+        warnings: What a careful reader would object to.
+        judged: Version of the table of findings that the file was judged by; absent in files of earlier versions.
     """
 
     file: ClassVar[str] = "cka.json"
@@ -810,6 +790,8 @@ class Similarity(SimilarityTables):
     store: Table[str | None] = EMPTY
     sample: SampleRows | None = None
     measures: Table[Measure] = EMPTY
+    warnings: Findings = ()
+    judged: Whole | None = None
 
     def faults(self) -> Iterator[Fault]:
         """Models without layers, and matrices that are not of the layers' shape."""

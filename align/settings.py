@@ -11,21 +11,20 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from align.maps.low_rank import SKIPS
 from align.maps.registry import MapType, having, listed, map_type, map_types
 from align.moments.scan import MINIMUM_PAIRS
 from align.options import NOT_NEGATIVE, POSITIVE, POSITIVE_COUNT, Range, check_values, flag, option
 from align.training.plan import PRECISIONS, TRACKERS, parse_loss
 from featstore.errors import SpecError
+from featstore.runtime.options import COMPUTATION, DEVICES, MODELS, POLICY_WORDS
 from featstore.runtime.quantities import parse_bytes
 from featstore.runtime.schema import shown
 from featstore.store.read.loader import MEMORY
 from featstore.text.roles import ROLES, roles_text
 
-#: Panels of the help.
-LAYERS, MAP, TRAINING = "Layers", "The map", "Training by gradient"
+#: Panels of the help that these options alone have.
+MAP, TRAINING, ROWS = "The map", "Training by gradient", "Rows"
 
 #: Largest number of a run.yaml: a seed of 64 bits.
 LARGEST = 2**64 - 1
@@ -44,15 +43,22 @@ class LoopSettings:
 
     rank: int = option(
         32,
-        f"Rank of {having('rank')} maps, and of per-layer projections with --shared.",
+        f"Rank of {having('rank')} maps, and of the projections of each layer with --shared.",
         panel=MAP,
         range=POSITIVE_COUNT,
     )
-    alpha: float | None = option(None, "Scale of LoRA; default the rank, a factor of 1.", panel=MAP)
+    alpha: float | None = option(
+        None,
+        "Scale of LoRA: the update is multiplied by this number over the rank.",
+        panel=MAP,
+        range=POSITIVE,
+        left_out="the rank",
+    )
     skip: str = option(
         "procrustes",
-        f"Fixed map to which {having('skip')} maps are added ({', '.join(SKIPS)}); default by type.",
+        f"Fixed map to which {having('skip')} maps add what they learn.",
         panel=MAP,
+        shown=SKIPS,
         by_type=True,
     )
     hidden: int = option(1024, "Width of the hidden layer of an mlp map.", panel=MAP, range=POSITIVE_COUNT)
@@ -69,28 +75,34 @@ class LoopSettings:
         range=NOT_NEGATIVE,
     )  # fmt: skip
     batch_size: int | None = option(
-        None, "Pairs per batch (compress: windows); default by type.", panel=TRAINING, range=POSITIVE_COUNT
+        None,
+        "Number of pairs in a batch; of windows for a compress map.",
+        panel=TRAINING,
+        range=POSITIVE_COUNT,
+        left_out="that of the type",
     )
-    accumulate: int = option(1, "Batches per optimiser step.", panel=TRAINING, range=POSITIVE_COUNT)
+    accumulate: int = option(1, "Number of batches in an optimiser step.", panel=TRAINING, range=POSITIVE_COUNT)
     clip: float = option(1.0, "Maximum norm of the gradient.", panel=TRAINING, range=POSITIVE)
-    lr: float | None = option(None, "Peak learning rate of AdamW; default by type.", panel=TRAINING, range=POSITIVE)
+    lr: float | None = option(
+        None, "Peak learning rate of AdamW.", panel=TRAINING, range=POSITIVE, left_out="that of the type"
+    )
     precision: str = option(
-        "auto", "Precision of the arithmetic; weights stay in float32.", panel=TRAINING, choices=PRECISIONS
+        "auto", "Precision of the arithmetic. Weights stay in float32.", panel=TRAINING, choices=PRECISIONS
     )
     cka_every: int = option(
         100,
-        "Steps between CKA figures on a sample of validation rows; 0 turns them off.",
+        "Number of steps between CKA figures on a sample of validation rows; 0 turns them off.",
         panel=TRAINING,
         range=Range("must not be negative; 0 turns it off", 0),
     )
     checkpoint_every: int = option(
-        1000, "Steps between checkpoints within an epoch; every epoch ends with one.", panel=TRAINING,
+        1000, "Number of steps between checkpoints within an epoch. Every epoch ends with one.", panel=TRAINING,
         range=POSITIVE_COUNT,
     )  # fmt: skip
-    tracker: str = option("tensorboard", "Where metrics are also logged.", panel=TRAINING, choices=TRACKERS)
+    tracker: str = option("tensorboard", "Tracker that also logs the metrics.", panel=TRAINING, choices=TRACKERS)
     precondition: bool = option(True, "Whiten the inputs inside the parameterisation.", panel=TRAINING)
-    seed: int = option(0, "Seed of initialisation, order and random controls.", range=NOT_NEGATIVE)
-    device: str = option("cpu", "Device: auto, cpu, cuda or cuda:N.", typed="auto")
+    seed: int = option(0, "Seed of initialisation, order and random controls.", panel=COMPUTATION, range=NOT_NEGATIVE)
+    device: str = option("cpu", "Device to compute on.", panel=COMPUTATION, typed="auto", shown=DEVICES)
 
 
 @dataclass(frozen=True)
@@ -106,45 +118,71 @@ class Settings:
 
     store: str
     type: str = option(
-        "procrustes", f"Type of map: {', '.join(f'{type_.name} ({type_.summary})' for type_ in map_types())}."
+        "procrustes",
+        "Type of map.",
+        panel=MAP,
+        shown=tuple(f"{type_.name} ({type_.summary})" for type_ in map_types()),
     )
-    source: str | None = option(None, "Source model; default the first model of the store.")
-    target: str | None = option(None, "Target model; may be the source itself. Default the second model of the store.")
-    both: bool = option(False, "Fit maps in the other direction, too.")
-    layers: str | None = option(None, "Source layers, such as 8,16,24, or depths in percent.", panel=LAYERS)
+    source: str | None = option(
+        None, "Model whose states are mapped.", panel=MODELS, left_out="the first model of the store"
+    )
+    target: str | None = option(
+        None,
+        "Model onto whose states they are mapped; it may be the source itself.",
+        panel=MODELS,
+        left_out="the second model of the store",
+    )
+    both: bool = option(False, "Fit maps in the other direction, too.", panel=MODELS)
+    layers: str | None = option(
+        None, "Source layers, such as 8,16,24, or depths in percent.", panel=MODELS, left_out="all"
+    )
     layer_map: str | None = option(
         None,
         "Pairs of SOURCE:TARGET layers, such as 16:20,24:24; or auto, the target layer with the best validation R2 for "
         "every source layer.",
-        panel=LAYERS,
+        panel=MODELS,
+        left_out="the same layer, or the one at the same depth",
     )
-    joint: bool = option(False, "Fit one map from all source layers together to each target layer.", panel=LAYERS)
-    shared: bool = option(False, "Share one map between all layers, with a small projection for each.", panel=LAYERS)
-    solver: str | None = option(None, "closed or adamw; default by type.", panel=MAP)
+    joint: bool = option(False, "Fit one map from all source layers together to each target layer.", panel=MODELS)
+    shared: bool = option(False, "Share one map between all layers, with a small projection for each.", panel=MODELS)
+    solver: str | None = option(
+        None,
+        "How the map is found.",
+        panel=MAP,
+        shown=("closed (in closed form)", "adamw (trained by gradient)"),
+        left_out="that of the type",
+    )
     scale: bool = option(
         True,
-        "Multiply rotations by their least-squares factor: maps of type procrustes, and --skip procrustes.",
+        "Multiply rotations by their least-squares factor, in maps of type procrustes and with --skip procrustes.",
         panel=MAP,
     )
     components: str | None = option(
         None,
-        "Procrustes: rotate within this number of principal components; auto chooses it by validation R2.",
+        "Number of principal components within which procrustes rotates; auto chooses it by validation R2.",
         panel=MAP,
+        left_out="all",
     )
-    keep_sinks: bool = option(False, "Keep attention sinks among the pairs.")
-    policy: str = option("end", "Pair policy: end, word or byte.")
+    keep_sinks: bool = option(False, "Keep attention sinks among the pairs.", panel=ROWS)
+    policy: str = option(
+        "end", "Rule by which token states are paired: they end at the same byte.", panel=ROWS, shown=POLICY_WORDS
+    )
     roles: str | None = option(
-        None, f"Only pairs of these roles, such as assistant or user,assistant ({', '.join(ROLES)}); default all.",
-        parse=roles_text,
+        None, "Roles whose pairs are used, such as assistant or user,assistant.", panel=ROWS, shown=ROLES,
+        left_out="all", parse=roles_text,
     )  # fmt: skip
     max_rows: int | None = option(
         None,
         "Maximum number of train pairs.",
+        panel=ROWS,
         range=Range(f"a fit needs at least {MINIMUM_PAIRS} pairs", MINIMUM_PAIRS),
+        left_out="all",
     )
     memory: int = option(
         MEMORY,
-        "Memory for buffers of paired rows, on which the order of minibatches depends: bytes, or such as 500M, 4GiB.",
+        "Memory for buffers of paired rows: bytes, or an amount such as 500M or 4GiB. The order of minibatches depends "
+        "on it.",
+        panel=COMPUTATION,
         typed="1GiB",
         parse=parse_bytes,
     )
@@ -170,6 +208,8 @@ def load_settings(path: Path) -> Settings:
     Raises:
         SpecError: It is not one.
     """
+    import yaml
+
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
         return _typed(Settings, {**value, "loop": _typed(LoopSettings, value["loop"])})
@@ -286,5 +326,5 @@ def _check_shared(type_: MapType, settings: Settings) -> None:
     if "skip" in type_.options and settings.loop.skip not in _SHARED_SKIPS:
         raise SpecError(
             f"--shared: the map that the layers share is {listed(list(_SHARED_SKIPS), 'or')}, not --skip "
-            f"{settings.loop.skip}"
+            f"{settings.loop.skip}; choose one of these"
         )

@@ -46,7 +46,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(_RESULTS.get(name, "evaluate.api")), name)
+    from featstore.runtime.extras import extras_named
+
+    with extras_named("evaluate"):
+        value = getattr(import_module(_RESULTS.get(name, "evaluate.api")), name)
     globals()[name] = value
     return value
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from featstore.errors import SpecError
 from featstore.runtime.arguments import Layers, as_path, layers_text, several, shown, typed, whole
 from featstore.runtime.console import check_directory, jsonable
+from featstore.runtime.extras import extras_named
 from featstore.runtime.quantities import parse_budget
 from featstore.text.splits import SPLITS
 
@@ -49,6 +50,7 @@ DeviceMap = str | PathLike[str] | Mapping[str, Any]
 ModelsGiven = Sequence[str] | Mapping[str, Any]
 
 
+@extras_named("evaluate")
 def load_models(
     run: Run,
     *,
@@ -97,6 +99,7 @@ def load_models(
     return needed.load_all()
 
 
+@extras_named("evaluate")
 def inject(
     model: Any,
     run: Run,
@@ -187,6 +190,7 @@ def inject(
     )
 
 
+@extras_named("evaluate")
 def stitch(
     store: str | PathLike[str] | Store,
     run: Run,
@@ -295,6 +299,7 @@ def stitch(
     return record.at(write_stitch(place, record)).with_documents(documents)
 
 
+@extras_named("evaluate")
 def generate(
     run: Run,
     prompts: str | PathLike[str] | Sequence[str] | None = None,
@@ -354,7 +359,7 @@ def generate(
     from featstore.models.sampling import Sampling
 
     if not sample and (temperature, top_p) != (1.0, 1.0):
-        raise SpecError("--temperature and --top-p need --sample")
+        raise SpecError("--temperature and --top-p need --sample; give it, or leave them out")
     seed, max_new_tokens = whole("seed", seed, 0), whole("max_new_tokens", max_new_tokens, 1)
     temperature, top_p = typed("temperature", temperature, "float"), typed("top_p", top_p, "float")
     _check_out(out)
@@ -383,6 +388,7 @@ def generate(
     return record.at(write_generations(_place(adapter, out), record)) if write else record
 
 
+@extras_named("evaluate")
 def communicate(
     run: Run,
     task: str | Sequence[str] = "countries",
@@ -489,6 +495,7 @@ def communicate(
     return record
 
 
+@extras_named("page")
 def report(dirs: Run | Iterable[Run], *, out: str | PathLike[str] = "report.html") -> ReportResult:
     """Write one self-contained HTML page of everything that was measured.
 

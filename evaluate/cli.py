@@ -10,80 +10,93 @@ import typer
 from featstore.errors import SpecError
 from featstore.models.references import Allowed
 from featstore.runtime.console import add_version, check_directory, emit, run_app
+from featstore.runtime.options import (
+    COMPUTATION,
+    MODELS,
+    OUTPUT,
+    STORE,
+    TEXT,
+    TRUST,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    MovedModels,
+    Pickles,
+    Yes,
+    option,
+)
+from featstore.text.roles import ROLES
+from featstore.text.splits import SPLITS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 add_version(app, "evaluate")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-Run = Annotated[Path, typer.Option("--adapter", help="Run directory of `align train`.")]
-Models = Annotated[
-    list[str] | None, typer.Option("--model", help="NAME=REF of a model that has moved; may be repeated.")
-]
-Layers = Annotated[str | None, typer.Option(help="Only the maps of these source layers; all by default.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Places = Annotated[
+#: Panels of the help that these commands alone have.
+QUESTIONS, TRAINING = "Questions and answers", "Training"
+
+Run = Annotated[Path, option("Run directory of `align train`, whose maps are evaluated.", "--adapter", panel=MODELS)]
+Layers = Annotated[
     str | None,
-    typer.Option(
-        "--device-map",
-        help="Spread a model over devices: auto, balanced, or a JSON file with {MODULE: DEVICE}; instead of --device.",
+    option(
+        "Source layers whose maps are evaluated: 8,16 or depths in percent.", panel=MODELS, default="all of the run"
     ),
 ]
 SideChannel = Annotated[
     bool,
-    typer.Option(
+    option(
+        "Accept layers past which later blocks still learn of the text. The size of that leak stands beside figures.",
         "--allow-side-channel",
-        help="Take layers at which later blocks learn of the text past the stream; the leak stands beside figures.",
+        panel=TRUST,
     ),
 ]
-Yes = Annotated[
-    bool, typer.Option("--yes", help="Use models that the run's files name and you have not named: they are shown.")
-]
-Pickles = Annotated[
-    bool,
-    typer.Option(
-        "--allow-pickle-weights", help="Read pickled weights, which can run code, where a model has no others."
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16 or float32.")]
+_WHERE = "the run directory"
 
 
 @app.command()
 def stitch(
-    store: Annotated[Path, typer.Option(help="The store that the run was fitted from.")],
+    store: Annotated[Path, option("Store that the run was fitted from.", panel=STORE)],
     adapter: Run,
     layers: Layers = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    split: Annotated[str, option("Documents to score on.", panel=TEXT, choices=SPLITS)] = "test",
     max_tokens: Annotated[
-        str, typer.Option(help="Maximum number of target tokens: a number, such as 20k, or all.")
+        str, option("Maximum number of target tokens: a number, an amount such as 20k, or all.", panel=TEXT)
     ] = "20k",
     keep: Annotated[
-        str, typer.Option(help="What later blocks read of positions that take no state: own or hide.")
+        str,
+        option(
+            "What later blocks read at positions that take no state.",
+            panel=MODELS,
+            choices=("own (the target's own states)", "hide (nothing)"),
+        ),
     ] = "own",
     roles: Annotated[
         str | None,
-        typer.Option(
-            help="Score only target tokens of these roles, such as assistant, or all; default the roles that the run "
-            "was fitted to. States are put in at all positions, whatever their roles."
+        option(
+            "Roles whose target tokens are scored, such as user,assistant. States are injected at every position, "
+            "whatever its role.",
+            panel=TEXT,
+            choices=(*ROLES, "all"),
+            default="those that the run was fitted to",
         ),
     ] = None,
     source_alone: Annotated[
-        bool, typer.Option("--source-alone", help="Also load the source model and score it by itself.")
+        bool, option("Also load the source model and score it by itself.", "--source-alone", panel=MODELS)
     ] = False,
     allow_side_channel: SideChannel = False,
-    model: Models = None,
+    model: MovedModels = None,
     device: Device = "auto",
-    device_map: Places = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     yes: Yes = False,
     allow_pickle_weights: Pickles = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random controls.")] = 0,
+    seed: Annotated[int, option("Seed of the random controls.", panel=COMPUTATION, least=0)] = 0,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Directory for stitch.json and stitch_documents.json; the run directory by default."),
+        Path | None, option("Directory for stitch.json and stitch_documents.json.", panel=OUTPUT, default=_WHERE)
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the target's loss when a layer's states come from the source through the map, with controls."""
+    """Measure the target's loss when the states of a layer come from the source through the map, beside controls."""
     from evaluate import api
     from evaluate.stitching.words import describe
 
@@ -113,31 +126,37 @@ def stitch(
 def generate(
     adapter: Run,
     prompts: Annotated[
-        Path | None, typer.Option(help="File with one prompt a line; five prompts of our own by default.")
+        Path | None, option("File with one prompt a line.", panel=TEXT, default="five prompts that come along")
     ] = None,
     layers: Layers = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each continuation in tokens.")] = 32,
+    max_new_tokens: Annotated[int, option("Number of tokens in each continuation.", panel=TEXT, least=1)] = 32,
     sample: Annotated[
-        bool, typer.Option("--sample", help="Draw tokens instead of taking the most likely one.")
+        bool, option("Draw tokens instead of taking the most likely one.", "--sample", panel=TEXT)
     ] = False,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; needs --sample.")] = 1.0,
+    temperature: Annotated[
+        float, option("Number, above 0, that divides the logits. It needs --sample.", panel=TEXT)
+    ] = 1.0,
     top_p: Annotated[
-        float, typer.Option("--top-p", help="Draw from the smallest set of this total probability; needs --sample.")
+        float,
+        option(
+            "Draw from the fewest most likely tokens that together have this probability, above 0 and at most 1. It "
+            "needs --sample.",
+            "--top-p",
+            panel=TEXT,
+        ),
     ] = 1.0,
     allow_side_channel: SideChannel = False,
-    model: Models = None,
+    model: MovedModels = None,
     device: Device = "auto",
-    device_map: Places = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     yes: Yes = False,
     allow_pickle_weights: Pickles = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the random controls.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for generations.json; the run directory by default.")
-    ] = None,
+    seed: Annotated[int, option("Seed of sampling and of the random controls.", panel=COMPUTATION, least=0)] = 0,
+    out: Annotated[Path | None, option("Directory for generations.json.", panel=OUTPUT, default=_WHERE)] = None,
     as_json: Json = False,
 ) -> None:
-    """Continue prompts in four conditions (each model alone, and each direction through the map), with controls."""
+    """Continue prompts in four conditions (each model alone, and each direction through the map), beside controls."""
     from evaluate import api
     from evaluate.generation.generate import describe
 
@@ -167,35 +186,46 @@ def communicate(
     adapter: Run,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="countries (default), tipsheets, lookup, lookup:PAIRS or jsonl:PATH; may be repeated."),
+        option(
+            "Task whose questions are asked; repeat it for several.",
+            panel=QUESTIONS,
+            choices=("countries", "tipsheets", "lookup", "lookup:PAIRS", "jsonl:PATH"),
+            default="countries",
+        ),
     ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Number of examples of each task; of a file, the maximum.")] = 50,
+    examples: Annotated[
+        int, option("Number of examples of each task; of a file, the maximum.", panel=QUESTIONS, least=1)
+    ] = 50,
     layers: Layers = None,
     itself: Annotated[
-        bool, typer.Option("--itself", help="Also let the target communicate with itself, the identity as the map.")
+        bool,
+        option("Also let the target communicate with itself, with the identity as the map.", "--itself", panel=MODELS),
     ] = False,
     form: Annotated[
         str,
-        typer.Option(
-            "--format", help="Format in which states travel: bfloat16, float16, float32 or fp8. Latents keep their own."
+        option(
+            "Number format in which states are sent. Latents keep their own.",
+            "--format",
+            panel=MODELS,
+            choices=("bfloat16", "float16", "float32", "fp8"),
         ),
     ] = "bfloat16",
-    summary_tokens: Annotated[int, typer.Option(min=1, help="Length of the source's summaries in tokens.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each free answer in tokens.")] = 8,
+    summary_tokens: Annotated[
+        int, option("Number of tokens in each summary that the source writes.", panel=QUESTIONS, least=1)
+    ] = 16,
+    max_new_tokens: Annotated[int, option("Maximum number of tokens in a free answer.", panel=QUESTIONS, least=1)] = 8,
     allow_side_channel: SideChannel = False,
-    model: Models = None,
+    model: MovedModels = None,
     device: Device = "auto",
-    device_map: Places = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     yes: Yes = False,
     allow_pickle_weights: Pickles = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the examples and the controls.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for communicate.json; the run directory by default.")
-    ] = None,
+    seed: Annotated[int, option("Seed of the examples and of the controls.", panel=COMPUTATION, least=0)] = 0,
+    out: Annotated[Path | None, option("Directory for communicate.json.", panel=OUTPUT, default=_WHERE)] = None,
     as_json: Json = False,
 ) -> None:
-    """Ask the target what only the source has read: from its states, from text and from nothing, with controls."""
+    """Ask the target what only the source has read: from the source's states, from text and from nothing."""
     from evaluate import api
     from evaluate.communication.verdicts import describe
 
@@ -223,8 +253,8 @@ def communicate(
 
 @app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(help="Run, CKA and sweep directories.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    directories: Annotated[list[Path], typer.Argument(help="Directories of runs, similarities and sweeps to report.")],
+    out: Annotated[Path, option("HTML file to write.", panel=OUTPUT)] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page of everything that was measured."""
@@ -236,41 +266,79 @@ def report(
 
 @app.command()
 def reproduce(
-    store: Annotated[Path | None, typer.Option(help="An existing store; by default one is made in --out.")] = None,
+    store: Annotated[
+        Path | None, option("Store to experiment on.", panel=STORE, default="a new one, made in --out")
+    ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="NAME=REF for a new store, given twice; the demo pair by default.")
+        list[str] | None,
+        option("A model of a new store, as NAME=REF; give two.", panel=STORE, default="the demo pair"),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Text for a new store, as in `featstore extract`.")] = None,
-    max_tokens: Annotated[str | None, typer.Option(help="Tokens of each model in a new store.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers of a new store; seven depths by default.")] = None,
-    stitch_tokens: Annotated[str, typer.Option(help="Number of target tokens behind every stitched loss.")] = "1200",
+    dataset: Annotated[
+        str | None,
+        option(
+            "Text of a new store, as in `featstore extract`.",
+            panel=STORE,
+            default="that of `featstore extract`, or the demo's sample",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        str | None,
+        option("Maximum number of tokens per model of a new store.", panel=STORE, default="as in `featstore extract`"),
+    ] = None,
+    layers: Annotated[str | None, option("Layers of a new store.", panel=STORE, default="seven depths")] = None,
+    stitch_tokens: Annotated[
+        str,
+        option(
+            "Number of target tokens behind every stitched loss: a number, an amount such as 20k, or all.", panel=TEXT
+        ),
+    ] = "1200",
     task: Annotated[
-        list[str] | None, typer.Option(help="Task of `communicate`, countries by default; may be repeated.")
+        list[str] | None,
+        option(
+            "Task of `evaluate communicate`; repeat it for several.",
+            panel=QUESTIONS,
+            choices=("countries", "tipsheets", "lookup", "lookup:PAIRS", "jsonl:PATH"),
+            default="countries",
+        ),
     ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Number of questions of every task.")] = 40,
+    examples: Annotated[int, option("Number of questions of each task.", panel=QUESTIONS, least=1)] = 40,
     epochs: Annotated[
-        int, typer.Option(min=1, help="Epochs of every training; none stops earlier, so that the curve is whole.")
+        int,
+        option(
+            "Number of epochs of every training. None stops earlier, so that its curve is whole.",
+            panel=TRAINING,
+            least=1,
+        ),
     ] = 10,
-    ranks: Annotated[str, typer.Option(help="Ranks of low-rank maps.")] = "8,32,128",
-    latents: Annotated[str, typer.Option(help="Sizes of compressed runs: LATENTSxWIDTH.")] = "8x32,32x64",
+    ranks: Annotated[str, option("Ranks of low-rank maps, separated by commas.", panel=TRAINING)] = "8,32,128",
+    latents: Annotated[
+        str, option("Sizes of compressed runs, each as LATENTSxWIDTH, separated by commas.", panel=TRAINING)
+    ] = "8x32,32x64",
     roles: Annotated[
         str | None,
-        typer.Option(help="Only rows of these roles, such as assistant, in every fit and figure; default all."),
+        option(
+            "Roles whose rows are in every fit and figure, such as user,assistant.",
+            panel=TEXT,
+            choices=ROLES,
+            default="all",
+        ),
     ] = None,
     yes: Yes = False,
     allow_pickle_weights: Pickles = False,
     workers: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Commands at a time, which share the cores; 2 for models no larger than the demo's, 1 for others.",
+        option(
+            "Number of commands that run at a time and share the cores.",
+            panel=COMPUTATION,
+            least=1,
+            default="2 for models no larger than the demo's, else 1",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the commands and run none.")] = False,
-    out: Annotated[Path, typer.Option(help="Directory of everything that is made.")] = Path("reproduction"),
+    dry_run: Annotated[bool, option("List the commands and run none.", "--dry-run", panel=OUTPUT)] = False,
+    out: Annotated[Path, option("Directory for everything that is made.", panel=OUTPUT)] = Path("reproduction"),
     as_json: Json = False,
 ) -> None:
-    """Run the whole programme of experiments, or what is left of it, and answer its questions in ANALYSIS.md."""
+    """Run the whole programme of experiments, or resume it, and answer its questions in ANALYSIS.md."""
     from evaluate import reproduce as programme
 
     check_directory(out)
@@ -299,4 +367,4 @@ def reproduce(
 
 def main() -> None:
     """Entry point of the `evaluate` command."""
-    run_app(app, "evaluate")
+    run_app(app, "evaluate", extra="evaluate")

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from align.results import Findings, Rate, unlike_lengths
+from align.judging.record import Findings
+from align.results import Rate, unlike_lengths
 from featstore.models.verdict import Verdict
 from featstore.runtime.records import (
     EMPTY,
@@ -203,6 +204,7 @@ class Stitched(Record):
         pairs: By layer pair.
         verified: What was tested on the models, by name.
         start: With ``hide`` the start token, by target.
+        judged: Version of the table of findings that the file was judged by; absent in files of earlier versions.
     """
 
     file: ClassVar[str] = "stitch.json"
@@ -217,6 +219,7 @@ class Stitched(Record):
     pairs: Table[StitchedPair] = EMPTY
     verified: Table[Verdict] = EMPTY
     start: Table[StartToken] = EMPTY
+    judged: Whole | None = None
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for every layer pair and condition that was run: ``pair``, ``condition``, its figures, ``leak``."""
@@ -349,6 +352,7 @@ class Generations(Record):
         leaks: By layer pair what the swap test found at the target's layer; 0 where nothing leaks, null where it is no
             finite number.
         warnings: What stands against reading the texts as those of the injected states.
+        judged: Version of the table of findings that the file was judged by; absent in files of earlier versions.
         verified: What was tested on the models, by name.
     """
 
@@ -363,6 +367,7 @@ class Generations(Record):
     entries: tuple[PromptTexts, ...] = ()
     leaks: Table[Number | None] = EMPTY
     warnings: Findings = ()
+    judged: Whole | None = None
     verified: Table[Verdict] = EMPTY
 
     def to_pandas(self) -> pd.DataFrame:
@@ -554,6 +559,7 @@ class Communication(Record):
         tasks: By name; with both directions a name ends in ``(<source>-><target>)``.
         verified: What was tested on the models, by name.
         start: The start token of ``aligned`` answers, by target; of those that gave some.
+        judged: Version of the table of findings that the file was judged by; absent in files of earlier versions.
     """
 
     file: ClassVar[str] = "communicate.json"
@@ -570,6 +576,7 @@ class Communication(Record):
     tasks: Table[TaskAnswers] = EMPTY
     verified: Table[Verdict] = EMPTY
     start: Table[StartToken] = EMPTY
+    judged: Whole | None = None
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for every task and condition: ``task``, ``chance``, ``condition``, ``pair``, figures, ``leak``."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from featstore.demo.sample import sample_texts
 from featstore.errors import SpecError
+from featstore.runtime.extras import extras_named
 from featstore.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ Layers: TypeAlias = int | str | Iterable[int | str] | Mapping[str, int | str | I
 DeviceMap: TypeAlias = str | Path | Mapping[str, int | str | Mapping[str, int | str]]
 
 
+@extras_named("models")
 def extract(
     models: Models | None = None,
     layers: Layers | None = None,
@@ -168,6 +170,7 @@ def extract(
     return open_store(settings.store)
 
 
+@extras_named("models")
 def rebuild(store: str | Path, models: Models | None = None, *, yes: bool = False, quiet: bool = False) -> Store:
     """Derive a store's token tables and pairs again, without running a model: `featstore pair --rebuild` as a function.
 
@@ -193,6 +196,7 @@ def rebuild(store: str | Path, models: Models | None = None, *, yes: bool = Fals
     return open_store(store)
 
 
+@extras_named("models")
 def demo_pair(out: str | Path = ".cache/demo", *, same_tokenizer: bool = False) -> DemoPair:
     """Build the demo pair, a real model and a twin whose map is known, or find it built: `featstore calibrate`.
 
@@ -216,6 +220,7 @@ def demo_pair(out: str | Path = ".cache/demo", *, same_tokenizer: bool = False) 
     return build_pair(Path(out), Path(out) / "assets", same_tokenizer=same_tokenizer)
 
 
+@extras_named("models")
 def small_models(out: str | Path = ".cache/demo", *, seed: int = 0) -> SmallModels:
     """A small model that was trained apart from every other, and its untrained copy: `featstore calibrate --small`.
 

@@ -11,164 +11,241 @@ from featstore.errors import SpecError
 from featstore.models.attention import ATTENTIONS, parse_attention
 from featstore.models.references import DEFAULT_LAYERS, DEFAULT_MODELS, Allowed
 from featstore.runtime.console import add_version, check_directory, emit, err, human, human_bytes, run_app
+from featstore.runtime.options import (
+    ANSWERS,
+    COMPUTATION,
+    DTYPES,
+    MODELS,
+    OUTPUT,
+    POLICY_WORDS,
+    STORE,
+    TEXT,
+    TRUST,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    MovedModels,
+    Pickles,
+    StorePath,
+    Yes,
+    option,
+)
 from featstore.runtime.quantities import parse_bytes
 from featstore.runtime.visible import inline
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 add_version(app, "featstore")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-_MODEL = (
-    "NAME=REF; may be repeated. REF: hub id\\[@revision], directory, or GGUF file. By default "
-    f"{' and '.join(DEFAULT_MODELS)}."
+#: What an extraction takes where an option is left out and the store is there already.
+_STORED = "or the store's"
+_FORMATS = ("bfloat16", "float16", "float32", "int8", "fp8")
+_LAYOUTS = ("hot (uncompressed, read from mapped files)", "archive (compressed by blosc and zstd)")
+#: One declaration of what `extract` and `convert` have in common.
+_MEMORY = (
+    "Memory for summing moments: bytes, or an amount such as 500M or 12G. Sums that exceed it go to files meanwhile."
 )
-_LAYERS = f"K,K,... for every model, NAME=K,... for one, or depths: 0%,50%,100%. By default {DEFAULT_LAYERS}."
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(
-        help="Spread a model over devices, instead of --device: auto, balanced, or a JSON file with {MODULE: DEVICE}; "
-        "by default none."
-    ),
-]
-Yes = Annotated[
-    bool,
-    typer.Option(
-        "--yes",
-        help="Use models, and text, that a store's or an adapter's files name and you have not named: they are shown.",
-    ),
-]
-Pickles = Annotated[
-    bool,
-    typer.Option(
-        "--allow-pickle-weights", help="Read pickled weights, which can run code, where a model has no others."
-    ),
-]
-StorePath = Annotated[Path, typer.Argument(help="Path of the store.")]
+_ATTENTION = "Implementation of attention; auto is sdpa where a model has it, and else the model's own."
 
 
 @app.command()
 def extract(
-    model: Annotated[list[str] | None, typer.Option(help=_MODEL)] = None,
-    layers: Annotated[list[str] | None, typer.Option(help=_LAYERS)] = None,
+    model: Annotated[
+        list[str] | None,
+        option(
+            "A model to read the text with, as NAME=REF; repeat it for each model. REF is a hub id\\[@revision], a "
+            "directory, or a GGUF file.",
+            panel=MODELS,
+            default=f"{' and '.join(DEFAULT_MODELS)}, {_STORED}",
+        ),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        option(
+            "Layers to store: K,K,... for every model, NAME=K,... for one of them, or depths such as 0%,50%,100%. "
+            "Layer K is the residual stream after K blocks.",
+            panel=MODELS,
+            default=f"{DEFAULT_LAYERS}, {_STORED}",
+        ),
+    ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(
-            help="hf:REPO\\[/CONFIG]\\[:SPLIT], text:PATH-OR-GLOB or jsonl:PATH; by default wikitext-103-raw-v1."
+        option(
+            "Text to read: hf:REPO\\[/CONFIG]\\[:SPLIT], text:PATH-OR-GLOB or jsonl:PATH.",
+            panel=TEXT,
+            default=f"wikitext-103-raw-v1, {_STORED}",
         ),
     ] = None,
     text_field: Annotated[
         str | None,
-        typer.Option(
-            help="Field that holds the text; by default text. Rows with messages (role, content) are conversations, "
-            "which each model reads through its own chat template."
+        option(
+            "Field of each row that holds the text. Rows with messages (role, content) are conversations, which each "
+            "model reads through its own chat template.",
+            panel=TEXT,
+            default=f"text, {_STORED}",
         ),
     ] = None,
     normalise: Annotated[
         str | None,
-        typer.Option(help="none, nfc, or auto: nfc where a model's tokenizer normalises; by default auto."),
+        option(
+            "Unicode normalisation of the text before any model reads it.",
+            panel=TEXT,
+            choices=("none", "nfc", "auto (nfc where a model's tokenizer normalises)"),
+            default=f"auto, {_STORED}",
+        ),
     ] = None,
     control_tokens: Annotated[
         str | None,
-        typer.Option(
-            help="What control tokens quoted in the text, such as </s>, are read as: text, or special, which never "
-            "pairs; by default text."
+        option(
+            "How control tokens that the text quotes, such as </s>, are read.",
+            panel=TEXT,
+            choices=("text", "special (as control tokens, which never pair)"),
+            default=f"text, {_STORED}",
         ),
     ] = None,
-    store: Annotated[Path, typer.Option(help="Where to write, or what to add to.")] = Path("wt103.zarr"),
+    store: Annotated[Path, option("Store to write, or to add to.", panel=STORE)] = Path("wt103.zarr"),
     max_tokens: Annotated[
-        str | None, typer.Option(help="Token budget per model: a number, 200k, 1M, or all; by default 1M.")
+        str | None,
+        option(
+            "Maximum number of tokens per model: a number, an amount such as 200k or 1M, or all.",
+            panel=TEXT,
+            default=f"1M, {_STORED}",
+        ),
     ] = None,
     max_documents: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number of documents; by default all.")
+        int | None, option("Maximum number of documents.", panel=TEXT, least=1, default=f"all, {_STORED}")
     ] = None,
     max_document_bytes: Annotated[
         int | None,
-        typer.Option(
-            min=4, help="Maximum number of bytes of each document, of conversations whole messages; by default all."
+        option(
+            "Maximum number of bytes of each document. Conversations are cut between messages.",
+            panel=TEXT,
+            least=4,
+            default=f"all, {_STORED}",
         ),
     ] = None,
     window_bytes: Annotated[
         int | None,
-        typer.Option(
-            min=4, help="Longest stretch of text a model reads at once; by default 2048. Conversations stay whole."
+        option(
+            "Maximum number of bytes of text that a model reads at once. Conversations stay whole.",
+            panel=TEXT,
+            least=4,
+            default=f"2048, {_STORED}",
         ),
     ] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Padded tokens of a forward pass; by default 8192.")
+        int | None,
+        option(
+            "Number of tokens in a forward pass, padding included.",
+            panel=COMPUTATION,
+            least=1,
+            default=f"8192, {_STORED}",
+        ),
     ] = None,
-    shard_rows: Annotated[int | None, typer.Option(min=256, help="Rows of a shard file; by default 16384.")] = None,
+    shard_rows: Annotated[
+        int | None, option("Number of rows in a shard file.", panel=STORE, least=256, default=f"16384, {_STORED}")
+    ] = None,
     form: Annotated[
-        str | None, typer.Option("--format", help="bfloat16, float16, float32, int8 or fp8; by default bfloat16.")
+        str | None,
+        option(
+            "Number format of the stored states.",
+            "--format",
+            panel=STORE,
+            choices=_FORMATS,
+            default=f"bfloat16, {_STORED}",
+        ),
     ] = None,
     layout: Annotated[
-        str | None, typer.Option(help="hot (mapped, uncompressed) or archive (blosc zstd); by default hot.")
+        str | None, option("Layout of the files.", panel=STORE, choices=_LAYOUTS, default=f"hot, {_STORED}")
     ] = None,
     layer_0: Annotated[
         str | None,
-        typer.Option(
-            "--layer-0", help="stored like any layer, or table: one row for every token id; by default stored."
+        option(
+            "How layer 0, the embedding, is stored.",
+            "--layer-0",
+            panel=STORE,
+            choices=("stored (as rows like any layer)", "table (one row for every token id)"),
+            default=f"stored, {_STORED}",
         ),
     ] = None,
     sink_threshold: Annotated[
         float | None,
-        typer.Option(
-            min=1.0, help="A token is an attention sink beyond this multiple of the median norm; by default 5."
+        option(
+            "Norm beyond which a token counts as an attention sink, as a multiple of the median norm.",
+            panel=STORE,
+            least=1.0,
+            default=f"5, {_STORED}",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")] = "auto",
+    device: Device = "auto",
     device_map: DeviceMap = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32; by default auto.")
+        str | None,
+        option("Number type to compute in.", panel=COMPUTATION, choices=DTYPES, default=f"auto, {_STORED}"),
     ] = None,
     attn: Annotated[
-        str | None,
-        typer.Option(help=f"Attention: {', '.join(ATTENTIONS)}; auto is sdpa where a model has it. By default auto."),
+        str | None, option(_ATTENTION, panel=COMPUTATION, choices=ATTENTIONS, default=f"auto, {_STORED}")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Order of documents: 0 as in the corpus, else shuffled; by default 0.")
+        int | None,
+        option(
+            "Order in which documents are taken: 0 as in the corpus, any other number a shuffle. It also seeds what "
+            "models write.",
+            panel=TEXT,
+            least=0,
+            default=f"0, {_STORED}",
+        ),
     ] = None,
     generate: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Tokens that each model may write after each document, which are read with it; by default none."
+        option(
+            "Maximum number of tokens that each model writes after each document. Both models then read the document "
+            "with that answer.",
+            panel=ANSWERS,
+            least=1,
+            default=f"none, {_STORED}",
         ),
     ] = None,
     generate_with: Annotated[
-        list[str] | None, typer.Option(help="NAME of a model that writes; may be repeated; by default each.")
+        list[str] | None,
+        option("NAME of a model that writes; repeat it for several.", panel=ANSWERS, default=f"every model, {_STORED}"),
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, help="Temperature of what is written (with --seed), 0 for the likeliest token; by default 0."
+        option(
+            "Temperature at which models write; 0 takes the most likely token each time.",
+            panel=ANSWERS,
+            least=0.0,
+            default=f"0, {_STORED}",
         ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            help="Draw from the likeliest tokens that together have this probability, 1 for all; by default 1."
+        option(
+            "Draw from the fewest most likely tokens that together have this probability, above 0 and at most 1.",
+            panel=ANSWERS,
+            default=f"1, {_STORED}",
         ),
     ] = None,
     moments: Annotated[
-        bool, typer.Option("--moments", help="Also store the moments of every two layers: fits then need no rows.")
+        bool,
+        option("Also store the moments of every two layers, so that fits need no rows.", "--moments", panel=STORE),
     ] = False,
     moments_only: Annotated[
-        bool, typer.Option("--moments-only", help="Store moments and no rows; both models are loaded at once.")
+        bool, option("Store moments and no rows. Both models are in memory at once.", "--moments-only", panel=STORE)
     ] = False,
-    moments_memory: Annotated[
-        str,
-        typer.Option(help="Memory for summing moments: bytes, or such as 500M, 12G; more sums lie in files meanwhile."),
-    ] = "12G",
+    moments_memory: Annotated[str, option(_MEMORY, panel=COMPUTATION)] = "12G",
     yes: Yes = False,
     allow_pickle_weights: Pickles = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print sizes, time and free space; write nothing.")
+        bool, option("Print sizes, time and free space, and write nothing.", "--dry-run", panel=OUTPUT)
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Read a corpus with every model and store their residual streams.
 
-    On a store that exists, what is not typed is taken from it: the command goes on where an earlier run stopped, or
-    adds another layer (--layers), another model (--model) or more documents (--max-tokens, --max-documents).
+    With a store that exists, options that are left out are taken from it. The command resumes where an earlier one
+    stopped, or adds another layer (--layers), another model (--model) or more text (--max-tokens, --max-documents).
     """
     from featstore.extraction import estimate
     from featstore.extraction import run as extraction
@@ -229,11 +306,11 @@ def extract(
 def info(
     store: StorePath,
     no_spectrum: Annotated[
-        bool, typer.Option("--no-spectrum", help="Leave out the ranks, which take the time.")
+        bool, option("Leave out the effective ranks, which take most of the time.", "--no-spectrum", panel=OUTPUT)
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a store holds: models, rows, pairs, coverage; and of every layer size, energy and effective rank."""
+    """Show what a store holds: models, rows, pairs and coverage; of every layer the size, energy and effective rank."""
     from featstore.store import open_store
     from featstore.store.inspect.summary import describe, describe_states, states_summary, summary
     from featstore.store.read.links import links_of
@@ -248,8 +325,8 @@ def info(
 @app.command()
 def inspect(
     store: StorePath,
-    window: Annotated[int, typer.Option(min=0, help="Which window to show.")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="Tokens to show of each model.")] = 24,
+    window: Annotated[int, option("Number of the window to show.", panel=OUTPUT, least=0)] = 0,
+    rows: Annotated[int, option("Number of tokens to show of each model.", panel=OUTPUT, least=1)] = 24,
     as_json: Json = False,
 ) -> None:
     """Show a window as the models saw it: text, norms, sinks and pair partners, token by token."""
@@ -265,23 +342,28 @@ def verify(
     store: StorePath,
     again: Annotated[
         int,
-        typer.Option(
-            "--reextract", min=0, help="Number of batches of each model that are computed again and compared."
+        option(
+            "Number of batches of each model to compute again and compare with the stored rows.",
+            "--reextract",
+            panel=MODELS,
+            least=0,
         ),
     ] = 0,
-    model: Annotated[
-        list[str] | None, typer.Option(help="NAME=REF of a model that is elsewhere now; may be repeated.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where --reextract computes: auto, cpu, cuda, cuda:N.")] = "auto",
-    device_map: DeviceMap = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which batches --reextract takes.")] = 0,
     tokens: Annotated[
         bool,
-        typer.Option("--retokenise", help="Tokenise the text again and compare; --reextract does so as well."),
+        option(
+            "Tokenise the text again and compare the tokens with those stored; --reextract does so, too.",
+            "--retokenise",
+            panel=MODELS,
+        ),
     ] = False,
+    model: MovedModels = None,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    seed: Annotated[int, option("Seed that chooses the batches of --reextract.", panel=COMPUTATION, least=0)] = 0,
     allow_links: Annotated[
         bool,
-        typer.Option("--allow-links", help="Accept links that lead outside the store, which are damage otherwise."),
+        option("Accept links that lead outside the store, which are damage otherwise.", "--allow-links", panel=TRUST),
     ] = False,
     yes: Yes = False,
     allow_pickle_weights: Pickles = False,
@@ -289,14 +371,17 @@ def verify(
 ) -> None:
     """Check a store against its checksums and shapes; exit 1 if it is damaged.
 
-    The store alone is read, unless its models are asked for: --retokenise compares its tokens with its text, and
-    --reextract also its rows with its models.
+    Only the store is read, unless you ask for its models: --retokenise compares its tokens with its text, and
+    --reextract also compares its rows with its models.
     """
     from featstore.store.inspect.verify import verify_store
     from featstore.store.read.links import Link
 
     if not (again or tokens) and (model or device_map is not None or yes or allow_pickle_weights):
-        raise SpecError("--model, --device-map, --yes and --allow-pickle-weights need --reextract or --retokenise")
+        raise SpecError(
+            "--model, --device-map, --yes and --allow-pickle-weights need --reextract or --retokenise; give one of the "
+            "two, or leave them out"
+        )
     result = verify_store(store, allow_links=allow_links)
     lines = []
     if not (again or tokens):
@@ -330,20 +415,27 @@ def verify(
 def convert(
     store: StorePath,
     form: Annotated[
-        str | None, typer.Option("--format", help="bfloat16, float16, float32, int8 or fp8; by default as it is.")
+        str | None,
+        option(
+            "Number format of the new store.", "--format", panel=STORE, choices=_FORMATS, default="that of the store"
+        ),
     ] = None,
     layout: Annotated[
-        str | None, typer.Option(help="hot (mapped, uncompressed) or archive (blosc zstd); by default as it is.")
+        str | None,
+        option("Layout of the new store's files.", panel=STORE, choices=_LAYOUTS, default="that of the store"),
     ] = None,
-    shard_rows: Annotated[int | None, typer.Option(min=256, help="Rows of a shard file; by default as it is.")] = None,
+    shard_rows: Annotated[
+        int | None, option("Number of rows in a shard file.", panel=STORE, least=256, default="as in the store")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Path of the new store; by default STORE-FORMAT-LAYOUT.zarr beside it.")
+        Path | None,
+        option("Path of the new store.", panel=OUTPUT, default="STORE-FORMAT-LAYOUT.zarr beside the store"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a store again in another format or layout, with everything else as it is; the old one stays.
+    """Write a copy of a store in another format or layout; the store itself stays as it is.
 
-    Killed, it goes on where it stopped when the same command is run again.
+    An interrupted conversion resumes when the same command is run again.
     """
     from featstore.store.conversion.convert import convert as convert_store
     from featstore.store.conversion.convert import describe_conversion
@@ -357,27 +449,25 @@ def pair(
     store: StorePath,
     policy: Annotated[
         str,
-        typer.Option(
-            help="end: every equal byte end that is not inside a character; word: only ends of words; "
-            "byte: also inside characters."
+        option(
+            "Rule by which token states of two models are paired: they end at the same byte.",
+            panel=STORE,
+            choices=POLICY_WORDS,
         ),
     ] = "end",
     again: Annotated[
         bool,
-        typer.Option(
-            "--rebuild", help="Derive token tables and pairs again from text and tokenizers; no model is run."
+        option(
+            "Derive token tables and pairs again from text and tokenizers. No model is run.", "--rebuild", panel=STORE
         ),
     ] = False,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=REF of a model that is elsewhere now, for --rebuild; may be repeated."),
-    ] = None,
+    model: MovedModels = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Add pair indexes to a store under another policy, or derive all that it has again.
+    """Add pair indexes of another policy to a store, or derive its token tables and pairs again.
 
-    --rebuild makes a store of an older format version one of this. Killed, it goes on when it is run again.
+    --rebuild brings a store of an older format version to the current one. It resumes when it is run again.
     """
     from featstore.errors import SpecError
     from featstore.store.read.pairs import check_policy
@@ -385,7 +475,10 @@ def pair(
 
     check_policy(policy)
     if (model or yes) and not again:
-        raise SpecError("--model and --yes are for --rebuild: pairs follow from the token tables that are in the store")
+        raise SpecError(
+            "--model and --yes are for --rebuild: other pairs follow from the token tables in the store; add "
+            "--rebuild, or leave them out"
+        )
     lines, result = [], {}
     if again:
         from featstore.extraction.rebuilding import describe_rebuild, rebuild
@@ -402,13 +495,10 @@ def pair(
 @app.command()
 def moments(
     store: StorePath,
-    memory: Annotated[
-        str,
-        typer.Option(help="Memory for summing: bytes, or such as 500M, 12G; more sums lie in files meanwhile."),
-    ] = "12G",
+    memory: Annotated[str, option(_MEMORY, panel=COMPUTATION)] = "12G",
     as_json: Json = False,
 ) -> None:
-    """Add the moments of every two layers to a store: closed-form fits and CKA then need no rows."""
+    """Add the moments of every two layers to a store, so that closed-form fits and CKA need no rows."""
     from featstore.runtime.processes import Ranks
     from featstore.store.moments.writing import add_moments
 
@@ -425,24 +515,29 @@ def moments(
 
 @app.command()
 def doctor(
-    model: Annotated[list[str] | None, typer.Option(help="NAME=REF of a model to examine; may be repeated.")] = None,
-    store: Annotated[Path, typer.Option(help="Where the store would go.")] = Path("wt103.zarr"),
-    quick: Annotated[bool, typer.Option("--quick", help="Only check access to the models; load none.")] = False,
-    device: Annotated[str, typer.Option(help="Where a model is tested: auto, cpu, cuda, cuda:N.")] = "auto",
+    model: Annotated[
+        list[str] | None,
+        option(
+            "A model to examine, as NAME=REF; repeat it for several.",
+            panel=MODELS,
+            default="access to the models of an extraction alone",
+        ),
+    ] = None,
+    store: Annotated[Path, option("Place of a future store, whose disk is checked.", panel=STORE)] = Path("wt103.zarr"),
+    quick: Annotated[bool, option("Check only access to the models, and load none.", "--quick", panel=MODELS)] = False,
+    device: Device = "auto",
     device_map: DeviceMap = None,
-    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")] = "auto",
-    attn: Annotated[
-        str, typer.Option(help=f"Attention: {', '.join(ATTENTIONS)}; auto is sdpa where the model has it.")
-    ] = "auto",
+    dtype: Dtype = "auto",
+    attn: Annotated[str, option(_ATTENTION, panel=COMPUTATION, choices=ATTENTIONS)] = "auto",
     yes: Yes = False,
     allow_pickle_weights: Pickles = False,
     as_json: Json = False,
 ) -> None:
-    """Check this machine, and every model that is named: what its states, its layers and its cache are right for.
+    """Check this machine, and test what can be done with the states, layers and caches of models.
 
-    A model whose weights lie on this disk is loaded and tested; nothing is downloaded. Exit 1 if the machine lacks
-    something, or if a model cannot be read or its states not be stored; that a layer takes no injection, or that
-    nothing can be hidden from it, is said and is no failure.
+    A model whose weights are on this disk is loaded and tested; nothing is downloaded. Exit 1 if the machine lacks
+    something, if a model cannot be read, or if its states cannot be stored. A layer that takes no injection, or from
+    which nothing can be hidden, is reported and is no failure.
     """
     from featstore.demo.doctor import describe_checks, examine
     from featstore.models.devices import parse_device_map
@@ -460,18 +555,29 @@ def doctor(
 
 @app.command()
 def calibrate(
-    out: Annotated[Path, typer.Option(help="Where the models go.")] = Path(".cache/demo"),
-    same_tokenizer: Annotated[bool, typer.Option(help="The exact twin, with the first model's tokenizer.")] = False,
-    small: Annotated[
+    out: Annotated[Path, option("Directory for the models.", panel=OUTPUT)] = Path(".cache/demo"),
+    same_tokenizer: Annotated[
         bool,
-        typer.Option(
-            "--small", help="The small model that was trained apart, and its untrained copy; nothing is downloaded."
+        option(
+            "Build the twin with the first model's own tokenizer, so that it is the same function of the same tokens.",
+            "--same-tokenizer",
+            panel=MODELS,
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the planted rotation, or of the untrained weights.")] = 0,
+    small: Annotated[
+        bool,
+        option(
+            "Write the small model that was trained apart, and its untrained copy, instead. Nothing is downloaded.",
+            "--small",
+            panel=MODELS,
+        ),
+    ] = False,
+    seed: Annotated[
+        int, option("Seed of the planted rotation, or of the untrained weights.", panel=MODELS, least=0)
+    ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Build the calibration pair, a real model and a twin whose states are a known rotation of its own, or --small."""
+    """Build the calibration pair: a real model, and a twin whose states are a known rotation of the model's."""
     check_directory(out)
     if small:
         from featstore.demo.small import build_small
@@ -491,11 +597,13 @@ def calibrate(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
-    cache: Annotated[Path, typer.Option(help="Where the demo models are built once.")] = Path(".cache/demo"),
+    out: Annotated[Path, option("Directory for the store, the runs and the report.", panel=OUTPUT)] = Path("demo"),
+    cache: Annotated[Path, option("Directory in which the demo models are built once.", panel=OUTPUT)] = Path(
+        ".cache/demo"
+    ),
     as_json: Json = False,
 ) -> None:
-    """Do the whole job on three pairs of models: build, extract, train, compare, stitch, generate, report."""
+    """Run the whole programme on three pairs of models: build, extract, train, compare, stitch, generate, report."""
     from featstore.demo.run import run_demo
 
     check_directory(out)
@@ -506,4 +614,4 @@ def demo(
 
 def main() -> None:
     """Entry point of the `featstore` command."""
-    run_app(app, "featstore")
+    run_app(app, "featstore", extra="models")

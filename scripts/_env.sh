@@ -78,7 +78,7 @@ install_for_checks() {
     fi
     if [ "$(cat "$light/.installed" 2>/dev/null)" != "$wanted" ]; then
         echo "installing what the checks need into $light" >&2
-        "${pip[@]}" install -qq --no-compile -c constraints.txt ruff mypy types-PyYAML pytest pytest-timeout hypothesis \
+        "${pip[@]}" install -qq --no-compile -c constraints.txt ruff mypy codespell types-PyYAML pytest pytest-timeout hypothesis \
             numpy array-api-compat blake3 pydantic zarr numcodecs google-crc32c typer rich pyyaml regex safetensors threadpoolctl jinja2
         echo "$wanted" >"$light/.installed"
     fi

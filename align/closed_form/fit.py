@@ -148,9 +148,11 @@ class Solver:
         source = self._source(pair, train, val)
         if self._device is not None:
             # The same copies for every map of these moments: what they share is recognised by them.
-            if source.moved is None or source.moved[0] is not train or source.moved[1] is not val:
-                source.moved = train, val, *(solvers.to_device(side, self._device) for side in (train, val))
-            train, val = source.moved[2:]
+            moved = source.moved
+            if moved is None or moved[0] is not train or moved[1] is not val:
+                there = solvers.to_device(train, self._device), solvers.to_device(val, self._device)
+                moved = source.moved = (train, val, *there)
+            _, _, train, val = moved
         return Problem(train, val, source)
 
     def _source(self, pair: LayerPair, train: Scatter, val: Scatter) -> Source:

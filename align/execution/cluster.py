@@ -76,7 +76,9 @@ def _client(address: str, security: Any, *, secure: bool) -> Iterator[Any]:
             first = first.__cause__
         if first is not error and str(first) not in why:
             why = f"{why}: {first}"
-        raise SpecError(f"--scheduler {address}: no Dask scheduler answers there ({why})") from error
+        raise SpecError(
+            f"--scheduler {address}: no Dask scheduler answers there ({why}); start it, or correct the address"
+        ) from error
     with client:
         yield client
 

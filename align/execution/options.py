@@ -7,9 +7,7 @@ from pathlib import Path
 
 from align.options import POSITIVE_COUNT, check_values, option
 from featstore.errors import SpecError
-
-#: Panel of the help.
-PANEL = "Where it runs"
+from featstore.runtime.options import COMPUTATION
 
 
 @dataclass(frozen=True)
@@ -21,19 +19,28 @@ class Execution:
 
     workers: int | None = option(
         None,
-        "Number of worker processes on this machine; default threads of this process (sweep: a process per core).",
-        panel=PANEL,
+        "Number of worker processes on this machine.",
+        panel=COMPUTATION,
         range=POSITIVE_COUNT,
+        left_out="threads of this process; for a sweep, a process per core",
     )
     scheduler: str | None = option(
-        None, "Address of a Dask scheduler whose workers do it, such as tls://host:8786.", panel=PANEL
+        None,
+        "Address of a Dask scheduler whose workers do the work, such as tls://host:8786.",
+        panel=COMPUTATION,
+        left_out="none",
     )
     tls_ca: Path | None = option(  # noqa: RUF009 - a path is as immutable as a string
-        None, "Certificate of the authority that proves the scheduler; default Dask's configuration.", panel=PANEL
+        None,
+        "Certificate of the authority that vouches for the scheduler.",
+        panel=COMPUTATION,
+        left_out="as Dask is configured",
     )
-    tls_cert: Path | None = option(None, "Own certificate, shown to the scheduler.", panel=PANEL)  # noqa: RUF009
+    tls_cert: Path | None = option(  # noqa: RUF009
+        None, "Your own certificate, which the scheduler is shown.", panel=COMPUTATION, left_out="none"
+    )
     tls_key: Path | None = option(  # noqa: RUF009
-        None, "Key of the own certificate; default in the certificate's file.", panel=PANEL
+        None, "Key of your own certificate.", panel=COMPUTATION, left_out="in the certificate's file"
     )
 
     def __post_init__(self) -> None:

@@ -257,7 +257,10 @@ def groups_within(store: Store, wanted: Sequence[LayerPair], memory: int | None)
     group: list[LayerPair] = []
     for pair in wanted:
         if memory is not None and (least := memory_of(store, [pair])) > memory:
-            raise SpecError(f"{pair.key} alone takes {human_bytes(least)}, more than the {human_bytes(memory)} allowed")
+            raise SpecError(
+                f"{pair.key} alone takes {human_bytes(least)}, more than the {human_bytes(memory)} allowed; "
+                "raise --memory"
+            )
         if group and memory is not None and memory_of(store, [*group, pair]) > memory:
             yield group
             group = []

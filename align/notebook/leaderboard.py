@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from align.results import RatePoint
 from align.sweeps.table import describe
 from featstore.errors import SpecError
+from featstore.runtime.extras import extras_named
 from featstore.runtime.records import EMPTY, Flag, Interval, Number, Record, Table, Whole, flat, frame
 from featstore.runtime.sheets import NONE, Sheet, counted, number, with_interval
 
@@ -208,6 +209,7 @@ class Leaderboard(Record):
         """
         return frame({**flat(row), **_more(row)} for row in self.rows)
 
+    @extras_named()
     def plot(self, kind: str | None = None) -> Figure:
         """Draw the leaderboard.
 

@@ -14,6 +14,7 @@ from align.results import Baseline, EpochRecord, Metrics, PairMetrics, read_epoc
 from align.settings import Settings, load_settings
 from featstore.errors import SpecError
 from featstore.runtime.arguments import as_path
+from featstore.runtime.extras import extras_named
 from featstore.runtime.sheets import Sheet, counted, number, with_interval
 from featstore.text.roles import of_roles
 
@@ -99,6 +100,7 @@ class Run:
         """
         return self.metrics.to_pandas()
 
+    @extras_named()
     def plot(self, kind: str | None = None) -> Figure:
         """Draw the run.
 
@@ -171,7 +173,7 @@ class Run:
                     str(pair.test.n),
                 )
             )
-            notes += [f"{key}: {found.level}: {found.message}" for found in pair.warnings]
+            notes += [f"{key}: {found.level}: {found.sentence}" for found in pair.warnings]
         columns = (
             "map",
             "beyond the token [95 %]",

@@ -14,6 +14,7 @@ from align.similarity.words import best_partners, floor_lines
 from featstore.errors import CorruptDataError, SpecError
 from featstore.runtime import records
 from featstore.runtime.arguments import as_path
+from featstore.runtime.extras import drawn, extras_named
 from featstore.runtime.sheets import Sheet, counted, number
 from featstore.text.roles import of_roles
 
@@ -65,20 +66,21 @@ class Similarity(results.Similarity):
         return self
 
     def write(self, directory: Path, by_document: results.SimilarityDocuments | None = None) -> None:
-        """Write ``cka.json``, the page and the pictures.
+        """Write ``cka.json``, and the page and the pictures where there is what draws them.
 
         Args:
             directory: Where.
             by_document: For ``cka_documents.json``; None for none.
         """
-        from align.similarity import heatmaps, page
-
         content = self.content()
         names = [results.write_similarity(directory, self).name]
         if by_document is not None:
             names.append(results.write_similarity_documents(directory, by_document).name)
-        names.append(page.write(content, directory))
-        self.at(directory, (*names, *heatmaps.plot(content, directory)))
+        if drawn("the page and the heatmaps", "jinja2", "matplotlib"):
+            from align.similarity import heatmaps, page
+
+            names += [page.write(content, directory), *heatmaps.plot(content, directory)]
+        self.at(directory, names)
 
     @property
     def path(self) -> Path | None:
@@ -90,6 +92,7 @@ class Similarity(results.Similarity):
         """Names of the files in that directory."""
         return list(self._written[1]) if self._written else []
 
+    @extras_named()
     def plot(self, *, measures: bool = False) -> Figure:
         """Draw heatmaps of CKA between the models and within each, with sinks and without.
 

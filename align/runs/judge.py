@@ -11,6 +11,7 @@ import numpy as np
 from align.closed_form.fit import Fit, Solver, unfitted_baselines
 from align.closed_form.partners import validation_r2
 from align.closed_form.scaling import Unscaled, unscaled
+from align.judging.findings import Finding
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.metrics import TOKEN, DocumentSums, Figures, Reasons, add_intervals, add_partial
@@ -301,7 +302,7 @@ class Judge:
         training: Training | None = None,
         unscaled: Unscaled | None = None,
         intercept: Intercept | None = None,
-    ) -> list[dict[str, str]]:
+    ) -> list[Finding]:
         """Warnings about a layer pair.
 
         Args:
@@ -334,6 +335,7 @@ class Judge:
             unscaled=unscaled,
             intercept=intercept,
             documents=self._test_documents(),
+            pair=pair.key,
         )
 
     def _intercept(self, pair: LayerPair, aligner: Aligner, moments: Scan) -> Intercept | None:

@@ -1,14 +1,15 @@
-"""Plots of runs, drawn without a display."""
+"""Plots of runs, drawn without a display; matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
+from featstore.runtime.extras import drawn
 
-from featstore.runtime.drawing import Drawing, save_figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_curves(epochs: dict[int, dict[str, Any]], entries: dict[str, Any], out: Path) -> None:
@@ -17,9 +18,11 @@ def plot_curves(epochs: dict[int, dict[str, Any]], entries: dict[str, Any], out:
     Args:
         epochs: Contents of ``eval_epoch_<n>.json`` by epoch.
         entries: ``pairs`` of ``metrics.json``.
-        out: Directory; ``loss.png`` is written where there are at least two epochs.
+        out: Directory; ``loss.png`` is written where there are at least two epochs, and matplotlib.
     """
-    if len(epochs) >= 2:
+    if len(epochs) >= 2 and drawn("the curves", "matplotlib"):
+        from featstore.runtime.drawing import save_figure
+
         save_figure(draw_curves(epochs, entries), out / "loss.png", dpi=120)
 
 
@@ -30,6 +33,8 @@ def draw_curves(epochs: dict[int, dict[str, Any]], entries: dict[str, Any]) -> F
         epochs: Contents of ``eval_epoch_<n>.json`` by epoch.
         entries: ``pairs`` of ``metrics.json``.
     """
+    from featstore.runtime.drawing import Drawing
+
     figure = Drawing(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for key, entry in entries.items():
@@ -53,10 +58,13 @@ def plot_rate_distortion(points: Sequence[Mapping[str, Any]], out: Path) -> list
         out: Directory.
 
     Returns:
-        Names of the files written: ``rate_distortion.png`` where there are at least two rates, else none.
+        Names of the files written: ``rate_distortion.png`` where there are at least two rates, and
+        matplotlib; else none.
     """
-    if len({point["bytes_per_text_byte"] for point in points}) < 2:
+    if len({point["bytes_per_text_byte"] for point in points}) < 2 or not drawn("the curves of rates", "matplotlib"):
         return []
+    from featstore.runtime.drawing import save_figure
+
     save_figure(draw_rate_distortion(points), out / "rate_distortion.png", dpi=120)
     return ["rate_distortion.png"]
 
@@ -67,6 +75,8 @@ def draw_rate_distortion(points: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         points: ``rate_distortion`` of :func:`align.sweeps.compare.compare_runs`, each with its ``pair``.
     """
+    from featstore.runtime.drawing import Drawing
+
     figure = Drawing(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for colour, pair in enumerate(dict.fromkeys(point["pair"] for point in points)):

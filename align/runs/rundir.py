@@ -11,8 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from align.layers import LayerPair
 from align.maps.fitted import Aligner, save_adapter
 from align.results import Documents, EpochRecord, Metrics, read_epochs, write_documents, write_epoch, write_metrics
@@ -107,6 +105,8 @@ class RunDirectory:
         ):
             with refusing(left):
                 left.unlink(missing_ok=True)
+        import yaml
+
         write_atomic(out / "run.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
 
     @property

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from align.closed_form.fit import Solver
 from align.closed_form.partners import best_partners
+from align.judging.sentences import described
+from align.judging.table import JUDGED
 from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.metrics import TOKEN
@@ -269,7 +271,7 @@ class Run:
         """Write the run's files, and return what ``metrics.json`` holds."""
         roles = self.job.data.roles
         result: dict[str, Any] = {"type": self.job.map.type.name, "pairs": self.entries}
-        result["roles"] = None if roles is None else list(roles)
+        result |= {"roles": None if roles is None else list(roles), "judged": JUDGED}
         if self.partners:
             result["layer_map"] = self.partners
         card = self.job.card()
@@ -345,7 +347,8 @@ def describe(result: dict[str, Any]) -> str:
     Args:
         result: From :func:`train`.
     """
-    everywhere = _said_of_all([entry["warnings"] for entry in result["pairs"].values()])
+    said = [_said(entry) for entry in result["pairs"].values()]
+    everywhere = [words for words in said[0] if all(words in each for each in said)] if len(said) > 1 else []
     lines = [f"{'pair':28} {_line(_HEADS)}   best control R2"]
     for key, entry in result["pairs"].items():
         lines.append(f"{key:28} {_line(_figures(entry))}   {_best_control(entry)}")
@@ -355,19 +358,13 @@ def describe(result: dict[str, Any]) -> str:
         if result.get("roles") is not None:
             rows = (f"{role} ({of['train']} train, {of['test']} test)" for role, of in entry["by_role"].items())
             lines.append(f"  only rows of the roles {', '.join(rows)}")
-        lines += [f"  {said}" for said in map(_said, entry["warnings"]) if said not in everywhere]
+        lines += [f"  {said}" for said in _said(entry) if said not in everywhere]
     lines += [f"all pairs: {said}" for said in everywhere]
     return "\n".join([*lines, _LEGEND, f"run: {result['run']}"])
 
 
-def _said(finding: Mapping[str, str]) -> str:
-    return f"{finding.get('level', 'warning')}: {finding['message']}"
-
-
-def _said_of_all(findings: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
-    """What is said of each of several layer pairs in the same words, in order."""
-    said = [[_said(finding) for finding in each] for each in findings]
-    return [words for words in said[0] if all(words in each for each in said)] if len(said) > 1 else []
+def _said(entry: Mapping[str, Any]) -> list[str]:
+    return [described(found, "pair") for found in entry["warnings"]]
 
 
 def _line(cells: Sequence[str]) -> str:

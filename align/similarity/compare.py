@@ -17,6 +17,7 @@ from align.moments.scan import need_rows, roles_selected, usable_moments
 from align.moments.scatter import centered, merge
 from align.scoring.moments import NEEDS_ROWS, layer_similarity
 from align.similarity.by_document import main_figure
+from align.similarity.findings import judged
 from align.similarity.floors.exchange import PERMUTATIONS, affordable, floors
 from align.similarity.measures.base import Measure, resampling
 from align.similarity.measures.kernel_cka import Cka, RbfCka
@@ -195,7 +196,7 @@ class Comparison:
             "effective_rank": ranks,
             "store": {"path": str(self.path), "fingerprint": self.store.fingerprint},
         }
-        return {**result, **self._measured()} if self.measures else result
+        return judged({**result, **self._measured()} if self.measures else result)
 
     def discard(self) -> None:
         """Remove the state of the scans, when the result is written."""

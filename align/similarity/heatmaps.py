@@ -19,7 +19,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Circle, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from align.similarity.page.palette import Scale, is_dark
+from align.pages.palette import Scale, is_dark
 from align.similarity.page.views import Matrix, View, best, values_of, views
 from align.similarity.page.words import number
 from featstore.runtime.console import jsonable

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from align.similarity.floors.reading import FEWEST_DRAWS, LEVEL, readings
+from align.judging.sentences import described
+from align.similarity.floors.reading import readings
+from align.statistics import SIGNIFICANT
 from featstore.text.roles import of_roles
 
 
@@ -45,6 +47,7 @@ def describe(result: Mapping[str, Any]) -> str:
     lines += floor_lines(result)
     lines += _measures(result)
     lines += [f"undefined: {where}: {why}" for where, why in result["reasons"].items()]
+    lines += [described(found) for found in result.get("warnings", ())]
     return "\n".join(lines)
 
 
@@ -65,13 +68,10 @@ def floor_lines(result: Mapping[str, Any]) -> list[str]:
             continue
         rows = f"{floor.draws} exchanges of {floor.rows} rows, {floor.documents} documents"
         said = f"floor, {floor.name}: {floor.low:.4f} to {floor.high:.4f}, 95 % below {floor.edge:.4f}; "
-        if floor.draws < FEWEST_DRAWS:
-            smallest = f"no p is below {1 / (1 + floor.draws):.2f}"
-            lines.append(f"{said}nothing is decided, {smallest}: use --permutations {FEWEST_DRAWS} or more ({rows})")
-            continue
-        lines.append(
-            f"{said}{floor.above} of {floor.pairs} pairs of layers are above it (p <= {LEVEL} over all of them; {rows})"
+        above = (
+            f"{floor.above} of {floor.pairs} pairs of layers are above it (p <= {SIGNIFICANT} over all of them; {rows})"
         )
+        lines.append(said + (above if floor.is_decided else f"nothing is decided ({rows})"))
     return lines
 
 

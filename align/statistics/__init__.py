@@ -1,6 +1,16 @@
 """How sure a figure over documents is: intervals, tests and verdicts, over arrays alone."""
 
-from align.statistics.linearised import FEW_DOCUMENTS, FEWEST, Estimate, Linearised, mean, quotient, ratio
+from align.statistics.linearised import (
+    FEWEST,
+    FEWEST_EFFECTIVE,
+    LEVEL,
+    SIGNIFICANT,
+    Estimate,
+    Linearised,
+    mean,
+    quotient,
+    ratio,
+)
 from align.statistics.multiple import holm, permutation_p
 from align.statistics.paired import Paired, paired_proportions
 from align.statistics.verdict import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict, judge
@@ -8,7 +18,9 @@ from align.statistics.verdict import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict
 __all__ = [
     "CONTRADICTED",
     "FEWEST",
-    "FEW_DOCUMENTS",
+    "FEWEST_EFFECTIVE",
+    "LEVEL",
+    "SIGNIFICANT",
     "SUPPORTED",
     "UNDECIDED",
     "Estimate",

@@ -32,10 +32,10 @@ Array = NDArray[np.float64]
 
 #: Coverage of every interval.
 LEVEL = 0.95
+#: Largest p value that shows anything, adjusted where many are looked at.
+SIGNIFICANT = 0.05
 #: Documents below which there is no interval: two leave one degree of freedom, and a t quantile of 12.7.
 FEWEST = 3
-#: Documents below which a figure is no more than a hint, whatever its interval.
-FEW_DOCUMENTS = 10
 #: Effective documents below which there is none: one document that holds nearly everything is one document.
 FEWEST_EFFECTIVE = 2.0
 

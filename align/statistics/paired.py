@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import ndtri, stdtrit
 
-from align.statistics.linearised import LEVEL, ratio
+from align.statistics.linearised import LEVEL, SIGNIFICANT, ratio
 from featstore.errors import FitError
 
 
@@ -51,7 +51,7 @@ class Paired:
     @property
     def above(self) -> bool:
         """Whether the first is right more often: the interval is above 0 and the exact test agrees at 5 %."""
-        return self.low > 0 and self.p <= 1 - LEVEL
+        return self.low > 0 and self.p <= SIGNIFICANT
 
 
 def paired_proportions(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None) -> Paired:

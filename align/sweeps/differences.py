@@ -16,11 +16,9 @@ import numpy as np
 from align.metrics import paired_difference
 from align.moments.scatter import Array
 from align.results import Documents, PairDocuments
-from align.statistics import Estimate, holm
+from align.statistics import SIGNIFICANT, Estimate, holm
 
 BETTER, WORSE, LEVEL, UNKNOWN = "better", "worse", "no clear difference", "unknown"
-#: Largest adjusted p value that tells two maps apart.
-SIGNIFICANT = 0.05
 #: States are float32 or less: R2 that differ by less than this differ by rounding, however surely.
 ROUNDING = 1e-6
 #: A run's own map among its sums.

@@ -94,7 +94,7 @@ def _values(option: str, text: str | None, separator: str = ",") -> list[str]:
         raise SpecError(f"{option} {text!r}: write values with {separator!r} between them and nothing else")
     for value in values:
         if values.count(value) > 1:
-            raise SpecError(f"{option} {text!r}: {value} stands there twice")
+            raise SpecError(f"{option} {text!r}: {value} stands there twice; give every value once")
     return values
 
 

@@ -17,11 +17,11 @@ from featstore.text.roles import of_roles
 _LINE = 140
 #: Rows that people read on a terminal; sets of rows and runs that a note names.
 _MOST, _SETS, _NAMED = 200, 20, 20
-_BASELINES = {"token": "token", "identity": "identity", "random_rotation": "rotation", "shuffled": "shuffled"}
+BASELINES = {"token": "token", "identity": "identity", "random_rotation": "rotation", "shuffled": "shuffled"}
 _HEADS = ("run", "type", "trained", "shipped", "beyond token [95 %]", "R2 [95 %]", "val R2", "optimum")
 
 
-def describe(result: dict[str, Any], most: int = _MOST) -> str:
+def describe(result: dict[str, Any], most: int = _MOST, *, controls: bool = False) -> str:
     """The leaderboard as lines for people.
 
     Of a table of very many layer pairs the first and the last blocks by validation R2 are shown, and how many are not;
@@ -30,14 +30,15 @@ def describe(result: dict[str, Any], most: int = _MOST) -> str:
     Args:
         result: From :func:`align.sweeps.compare.compare_runs`.
         most: Rows that are shown.
+        controls: Whether R2 of the controls stands beside that of the maps.
     """
     labels = labels_of([row["run"] for row in result["rows"]])
     every = _blocks(result["rows"])
     shown = _shown(every, most)
     rows = [row for place in shown for row in every[place]]
     # A column that nobody has is left out: runs of former versions know no baseline of the token.
-    baselines = [name for name in _BASELINES if any(row["baselines"].get(name) is not None for row in rows)]
-    columns = [[*_HEADS, *(_BASELINES[name] for name in baselines)]]
+    baselines = [name for name in BASELINES if controls and any(row["baselines"].get(name) is not None for row in rows)]
+    columns = [[*_HEADS, *(BASELINES[name] for name in baselines)]]
     columns += [[*map(inline, (labels[row["run"]], *_cells(row, baselines)))] for row in rows]
     if all(row["partial_r2"] is None for row in rows):
         columns = [[*line[:4], *line[5:]] for line in columns]
@@ -53,12 +54,12 @@ def describe(result: dict[str, Any], most: int = _MOST) -> str:
         for row in block:
             lines.append(_aligned(next(lines_of_rows), widths))
             if row["warnings"]:
-                lines += _wrapped(f"warnings: {', '.join(row['warnings'])}", "    ")
+                lines += wrapped(f"warnings: {', '.join(row['warnings'])}", "    ")
         for line in _differences(block, labels):
-            lines += _wrapped(line, "  ")
+            lines += wrapped(line, "  ")
         if each := chosen.get((pair, number)):
-            test = _with_interval(each["r2"], each["r2_ci95"], "")
-            lines += _wrapped(f"validation chooses {labels[each['run']]}: test R2 {test}", "  ")
+            test = with_interval(each["r2"], each["r2_ci95"], "")
+            lines += wrapped(f"validation chooses {labels[each['run']]}: test R2 {test}", "  ")
     if len(shown) < len(every):
         left = sum(len(block) for block in every.values()) - len(rows)
         more = len(every) - len(shown)
@@ -67,7 +68,7 @@ def describe(result: dict[str, Any], most: int = _MOST) -> str:
             "shown: those above have the highest and "
             "the lowest validation R2; --json has all of them"
         )
-        lines += ["", *_wrapped(text, "")]
+        lines += ["", *wrapped(text, "")]
     lines += _notes(result, labels)
     return "\n".join(lines)
 
@@ -105,7 +106,7 @@ def _differences(block: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> 
 
 
 def _said(versus: Mapping[str, Any]) -> str:
-    found = f"R2 {_with_interval(versus['difference'], versus['ci95'], '+')}"
+    found = f"R2 {with_interval(versus['difference'], versus['ci95'], '+')}"
     if versus["p"] is None:
         return f"{found}, no test"
     return f"{found}, p {versus['p']:.2g}, adjusted {versus['p_adjusted']:.2g}: {versus['verdict']}"
@@ -123,7 +124,7 @@ def _notes(result: dict[str, Any], labels: Mapping[str, str]) -> list[str]:
         if not reference["named"]:
             what = "run named first that has the layer pair; --reference names another run, or a baseline"
         text = f"reference: the {what}. Better and worse are by p values adjusted for all {result['tests']} differences"
-        lines += _wrapped(f"{text} of the table (Holm, 5 %)", "")
+        lines += wrapped(f"{text} of the table (Holm, 5 %)", "")
     if len(result["sets"]) > 1:
         lines += ["", "Sets are of different rows, so figures of one are not compared with those of another:"]
         stores_of: dict[int, set[str]] = {}
@@ -135,7 +136,7 @@ def _notes(result: dict[str, Any], labels: Mapping[str, str]) -> list[str]:
             fingerprint = (each["fingerprint"] or "unknown")[:12]
             pairs = f"pairs {each['pair_policy']}{of_roles(each['roles'])}"
             text = f"set {each['set']}: {', '.join(stores)} ({fingerprint}), {pairs}, sinks {sinks}"
-            lines += _wrapped(text, "  ")
+            lines += wrapped(text, "  ")
         if len(result["sets"]) > _SETS:
             lines.append(f"  and {len(result['sets']) - _SETS} more sets; --json has all of them")
     missing: dict[str, list[str]] = {}
@@ -148,7 +149,7 @@ def _notes(result: dict[str, Any], labels: Mapping[str, str]) -> list[str]:
     for reason, runs in missing.items():
         names = list(dict.fromkeys(runs))
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        lines += _wrapped(f"{reason} ({', '.join(names[:_NAMED])}{more})", "")
+        lines += wrapped(f"{reason} ({', '.join(names[:_NAMED])}{more})", "")
     if result["rate_distortion"]:
         # Only here: without compressed runs nothing of it is needed.
         from align.compress.report import table
@@ -189,8 +190,8 @@ def _cells(row: dict[str, Any], baselines: Sequence[str]) -> list[str]:
     return [
         row["type"],
         *(human(row[name]) if row[name] is not None else "-" for name in ("trainable", "shipped")),
-        _with_interval(row["partial_r2"], row["partial_r2_ci95"], ""),
-        _with_interval(row["r2"], row["r2_ci95"], ""),
+        with_interval(row["partial_r2"], row["partial_r2_ci95"], ""),
+        with_interval(row["r2"], row["r2_ci95"], ""),
         _number(row["val_r2"], ""),
         _number(closed["r2"] if closed else None, ""),
         *(_number(row["baselines"].get(name), "") for name in baselines),
@@ -203,7 +204,14 @@ def _number(value: float | None, sign: str) -> str:
     return format(value, f"{sign}.3f" if abs(value) < 100 else f"{sign}.3g")
 
 
-def _with_interval(value: float | None, interval: Sequence[float] | None, sign: str) -> str:
+def with_interval(value: float | None, interval: Sequence[float] | None, sign: str = "") -> str:
+    """A figure and its interval, to three places.
+
+    Args:
+        value: None is a dash.
+        interval: Its two ends, where there is one.
+        sign: ``+`` for a figure that always has a sign.
+    """
     if value is None or interval is None:
         return _number(value, sign)
     return f"{_number(value, sign)} [{', '.join(_number(end, sign) for end in interval)}]"
@@ -217,5 +225,11 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     )
 
 
-def _wrapped(text: str, indent: str) -> list[str]:
+def wrapped(text: str, indent: str) -> list[str]:
+    """Lines of at most a table's width.
+
+    Args:
+        text: To be wrapped.
+        indent: Before the first line; later ones have two spaces more.
+    """
     return textwrap.wrap(text, _LINE, initial_indent=indent, subsequent_indent=f"{indent}  ", break_on_hyphens=False)

@@ -126,5 +126,5 @@ def combined(
         add("infonce", loss)
         parts["infonce_top1"] = top1
     if not terms:
-        raise SpecError(f"no component of the loss has a positive weight: {weights}")
+        raise SpecError(f"no component of the loss has a positive weight: {weights}; give one, such as mse=1")
     return torch.stack(terms).sum(), parts

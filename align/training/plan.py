@@ -136,11 +136,11 @@ def parse_loss(text: str) -> dict[str, float]:
         if name not in LOSSES or not equals:
             raise SpecError(f"--loss {part.strip()!r}: write NAME=WEIGHT with a name of {', '.join(LOSSES)}")
         if name in weights:
-            raise SpecError(f"--loss names {name} twice")
+            raise SpecError(f"--loss names {name} twice; name every component once")
         try:
             weight = float(value)
         except ValueError:
-            raise SpecError(f"--loss {name}: {value!r} is not a number") from None
+            raise SpecError(f"--loss {name}: {value!r} is not a number; write such as mse=1,cosine=0.5") from None
         if not (math.isfinite(weight) and weight >= 0):
             raise SpecError(f"--loss {name}: the weight must be finite and not negative, not {value}")
         weights[name] = weight

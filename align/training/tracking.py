@@ -16,6 +16,7 @@ from typing import Any
 from align.scoring.rows import Epoch
 from align.training.plan import TRACKERS, Placement
 from featstore.errors import MissingPackageError, SpecError
+from featstore.runtime.extras import install_words
 from featstore.runtime.writing import check_folder, make_folder, remove_folder
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -82,7 +83,7 @@ def check_tracker(kind: str) -> None:
     if packages and not any(importlib.util.find_spec(name) for name in packages):
         raise MissingPackageError(
             f"--tracker {kind} needs the package {packages[0]}, which is not installed: "
-            f"pip install {packages[0]}, or use --tracker none"
+            f"{install_words(packages[0])}, or use --tracker none"
         )
 
 

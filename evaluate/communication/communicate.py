@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from align.judging.table import JUDGED
 from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner
 from evaluate.communication.asking import Prompt, PutIn, ask, parted, prompts_of
@@ -143,6 +144,7 @@ class Exchange:
             entries[key] = found[source, target]
         return {
             "adapter_type": self.adapter_type,
+            "judged": JUDGED,
             "format": self.form.name,
             "seed": self.seed,
             "summary_tokens": self.summary_tokens,

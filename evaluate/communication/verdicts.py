@@ -10,17 +10,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
-from align.statistics import holm, paired_proportions, ratio
+from align.judging.findings import Finding, finding
+from align.judging.sentences import described
+from align.judging.table import limit
+from align.statistics import LEVEL, SIGNIFICANT, holm, paired_proportions, ratio
 from evaluate.injection.verified import leak_mark, leak_words
 from featstore.runtime.console import human_bytes
 from featstore.runtime.visible import inline
 
 METHODS = ("replace", "sum", "mean", "aligned")
 CONTROLS = ("random", "shuffled")
-#: Below it an interval of an accuracy near one half is wider than 0.34.
-FEW = 30
-#: Coverage of every interval.
-LEVEL = 0.95
 _Z95 = 1.959963984540054
 
 
@@ -144,7 +143,7 @@ def beats_of(gains: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
             "p_adjusted": (value := adjusted[name]),
             "beats": None
             if value is None
-            else value <= 1 - LEVEL and all(against[other]["above"] for other in AGAINST),
+            else value <= SIGNIFICANT and all(against[other]["above"] for other in AGAINST),
         }
         for name, against in gains.items()
     }
@@ -156,7 +155,7 @@ def warnings_of(
     chance: float,
     gains: Mapping[str, Any],
     clusters: ArrayLike,
-) -> list[dict[str, str]]:
+) -> list[Finding]:
     """What stands against reading the accuracies as communication.
 
     Args:
@@ -168,46 +167,29 @@ def warnings_of(
     """
     n = len(right["text"])
     text, (lowest, _) = float(right["text"].mean()), accuracy_interval(right["text"], clusters)
-    found: list[dict[str, str]] = []
-    if n < FEW:
+    found: list[Finding] = []
+    if n < limit("few-examples", "wanted"):
         low, high = wilson(n // 2, n)
-        found.append(
-            _warning("few-examples", f"{n} examples: an interval is up to {high - low:.2f} wide; use {FEW} or more")
-        )
+        found.append(finding("few-examples", examples=n, wide=high - low))
     if lowest <= chance:
-        found.append(
-            _warning(
-                "text-near-chance",
-                f"the text itself gives only {text:.0%} where chance is {chance:.0%}: this model cannot do "
-                "the task, so states cannot be seen to carry anything; use an easier task or a larger model",
-            )
-        )
+        found.append(finding("text-near-chance", text=text, lowest=lowest, chance=chance))
     told = gain(right["text"], right["silent"], clusters)
     if not told["above"]:
-        found.append(
-            _warning(
-                "text-no-better-than-silent",
-                f"with the text {text:.0%} are right, without it {right['silent'].mean():.0%}: the context "
-                f"makes no clear difference ({_counts(told)})",
-            )
-        )
+        silent = float(right["silent"].mean())
+        found.append(finding("text-no-better-than-silent", text=text, silent=silent, **_counted(told)))
     for pair in pairs:
         for method in METHODS:
             # A map may lack a method: one of windows has no single states.
             against = gains.get(f"{method} {pair}", {})
-            level = [c for c in CONTROLS if c in against and not against[c]["above"]]
-            if level:
-                mapped = right[f"{method} {pair}"].mean()
-                others = " and ".join(
-                    f"{right[f'{condition_name(method, c)} {pair}'].mean():.0%} with {_WHAT[c]} ({_counts(against[c])})"
-                    for c in level
-                )
-                found.append(
-                    _warning(
-                        "no-better-than-control",
-                        f"{pair}, {method}: {mapped:.0%} right with mapped states, {others}: not clearly better",
+            for control in CONTROLS:
+                if control in against and not (told := against[control])["above"]:
+                    where = {"pair": pair, "way": method, "control": control}
+                    mapped, reached = (
+                        float(right[f"{condition_name(method, c)} {pair}"].mean()) for c in (None, control)
                     )
-                )
+                    found.append(
+                        finding("no-better-than-control", where, mapped=mapped, reached=reached, **_counted(told))
+                    )
     return found
 
 
@@ -216,26 +198,19 @@ def _counts(gain: Mapping[str, Any]) -> str:
     return f"{gain['first_alone']} to {gain['second_alone']} questions, p {gain['p']:.2g}"
 
 
-def undelivered(lost: Sequence[int], target: str) -> dict[str, str]:
-    """What to say of summaries that did not arrive whole.
+def _counted(gain: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: gain[name] for name in ("first_alone", "second_alone", "p")}
+
+
+def undelivered(lost: Sequence[int], target: str) -> Finding:
+    """The finding about summaries that did not arrive whole.
 
     Args:
         lost: By example how many characters the target's tokenizer cannot spell; some at least.
         target: The target's name.
     """
     count = sum(1 for missing in lost if missing)
-    return _warning(
-        "undelivered",
-        f"{count} of {len(lost)} summaries hold characters that the tokenizer of {target!r} cannot spell; they were "
-        f"delivered without these ({sum(lost)} in all)",
-    )
-
-
-_WHAT = {"random": "random vectors of their norms", "shuffled": "the states of another example"}
-
-
-def _warning(code: str, message: str) -> dict[str, str]:
-    return {"code": code, "message": message}
+    return finding("undelivered", summaries=count, of=len(lost), target=target, characters=sum(lost))
 
 
 def describe_rate(rate: Mapping[str, float]) -> str:
@@ -290,7 +265,7 @@ def describe(result: Mapping[str, Any]) -> str:
                 f" (p adjusted for {len(tested)}){': ' + '; '.join(won) if won else ''}"
             )
         lines += [f"  {name}: not run, {reason}" for name, reason in entry["reasons"].items()]
-        lines += [f"  warning: {warning['message']}" for warning in entry["warnings"]]
+        lines += [f"  {described(found)}" for found in entry["warnings"]]
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from align.judging.table import JUDGED
 from align.maps.fitted import Adapter
 from evaluate.generation.voices import Heard, Put, Voice, heard
 from evaluate.injection.controls import control_states
@@ -184,6 +185,7 @@ def generate(
         "entries": entries,
         "leaks": leaks,
         "warnings": side_channels(leaks),
+        "judged": JUDGED,
         "verified": {name: verified[name] for name in both.names},
     }
 

@@ -205,7 +205,7 @@ def _check_names(adapter: Adapter, names: Iterable[str]) -> None:
     card = adapter.card["models"]
     unknown = sorted(set(names) - set(card))
     if unknown:
-        raise SpecError(f"--model {unknown[0]}=...: this run has {', '.join(card)}")
+        raise SpecError(f"--model {unknown[0]}=...: this run has {', '.join(card)}; name one of these")
 
 
 def _known(adapter: Adapter, spec: ModelSpec) -> Known:
@@ -510,7 +510,7 @@ def choose(adapter: Adapter, layers: str | None) -> list[Aligner]:
     picked = [a for a in chosen if set(a.pair.source_layers) & set(wanted[a.pair.source])]
     if not picked:
         held = sorted({layer for a in chosen for layer in a.pair.source_layers})
-        raise SpecError(f"--layers {layers}: this run maps layers {', '.join(map(str, held))}")
+        raise SpecError(f"--layers {layers}: this run maps layers {', '.join(map(str, held))}; choose among these")
     return picked
 
 

@@ -41,7 +41,7 @@ def pick(adapter: Adapter, key: str | None) -> Aligner:
     if key is None and len(chosen) > 1:
         raise SpecError(f"this run has {len(chosen)} maps; choose one with key=: {', '.join(chosen)}")
     if key is not None and key not in chosen:
-        raise SpecError(f"key {key!r}: this run has {', '.join(chosen)}")
+        raise SpecError(f"key {key!r}: this run has {', '.join(chosen)}; name one of these")
     return chosen[key] if key is not None else next(iter(chosen.values()))
 
 

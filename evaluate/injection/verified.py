@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from align.judging.findings import Finding, finding
+
 if TYPE_CHECKING:
     from evaluate.injection.loading import Loaded
     from featstore.models.probe.prove import Needs
@@ -53,21 +55,13 @@ def start_token(loaded: Loaded) -> dict[str, Any]:
     return {"id": loaded.stream.start, "token": None if token is None else str(token)}
 
 
-def side_channels(leaks: Mapping[str, float | None]) -> list[dict[str, str]]:
+def side_channels(leaks: Mapping[str, float | None]) -> list[Finding]:
     """What a careful reader would object to: a finding for every layer pair whose target layer leaks.
 
     Args:
         leaks: By layer pair.
     """
-    return [
-        {
-            "code": SIDE_CHANNEL,
-            "message": f"{key}: the swap test leaks {leak_figure(leak)} at the target's layer: {_MEANS}, so the "
-            "figures are not about the injected states alone",
-        }
-        for key, leak in leaks.items()
-        if leak != 0
-    ]
+    return [finding(SIDE_CHANNEL, {"pair": key}, leak=leak) for key, leak in leaks.items() if leak != 0]
 
 
 def leak_figure(leak: float | None) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from align.judging.sentences import described
 from evaluate.communication.verdicts import CONTROLS, METHODS, condition_name
 from evaluate.injection.verified import leak_mark
 from evaluate.notebook.shown import ShownResult, height_of, interval
 from evaluate.results import Answers, Communication, TaskAnswers
 from featstore.runtime.console import human_bytes
+from featstore.runtime.extras import extras_named
 from featstore.runtime.sheets import NONE, Sheet, number
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class CommunicateResult(ShownResult, Communication):
             ]
             notes = [f"chance {number(task.chance, '.1%')}: {task.chance_is}"]
             notes += [f"{condition}: not run, {reason}" for condition, reason in task.reasons.items()]
-            notes += [f"warning: {warning.message}" for warning in task.warnings]
+            notes += [described(warning.content()) for warning in task.warnings]
             title = f"{name}: {task.source} reads, {task.target} answers; {task.n} examples"
             columns = (
                 "condition",
@@ -52,6 +54,7 @@ class CommunicateResult(ShownResult, Communication):
             result.append(Sheet(title, columns, tuple(rows), tuple(notes)))
         return result
 
+    @extras_named()
     def plot(self) -> Figure:
         """Draw the accuracy under every condition with its 95 % interval, one panel for each task."""
         from featstore.runtime.drawing import draw_points, panels

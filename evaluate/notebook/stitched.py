@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import PrivateAttr
 
+from align.judging.sentences import described
 from evaluate.injection.controls import CONTROLS
 from evaluate.injection.verified import SIDE_CHANNEL, leak_mark, leak_words
 from evaluate.notebook.shown import ShownResult, height_of, interval, ordered
 from evaluate.results import Beyond, Losses, Share, Stitched, StitchedDocuments, StitchedPair, read_stitch_documents
+from featstore.runtime.extras import extras_named
 from featstore.runtime.sheets import NONE, Sheet, counted, number
 from featstore.text.roles import of_roles
 
@@ -68,9 +70,7 @@ class StitchResult(ShownResult, Stitched):
             if told := leak_words(pair.leak, known=pair.has("leak")):
                 notes.append(told)
             others = [found for found in pair.warnings if found.code != SIDE_CHANNEL]
-            notes += [f"{found.code}: {found.message.removeprefix(f'{key}: ')}" for found in others]
-            if pair.self_bit_identical is False:
-                notes.append("warning: self-injection changed the logits; do not trust these figures")
+            notes += [described(found.content(), "pair") for found in others]
             effective = "" if pair.effective_documents is None else f" ({pair.effective_documents:.1f} effective)"
             documents = counted(pair.n_documents or 0, "document")
             title = f"{key}: {pair.n_tokens} tokens{of_roles(self.roles)} of {documents}{effective}"
@@ -81,6 +81,7 @@ class StitchResult(ShownResult, Stitched):
             result.append(Sheet(title, columns, tuple(rows), tuple(notes)))
         return result
 
+    @extras_named()
     def plot(self) -> Figure:
         """Draw the stitched loss under every condition with its 95 % interval, one panel for each layer pair."""
         from featstore.runtime.drawing import draw_points, panels

@@ -9,6 +9,7 @@ from evaluate.injection.controls import CONTROLS
 from evaluate.injection.verified import leak_mark, leak_words
 from evaluate.notebook.shown import ShownResult, height_of, ordered
 from evaluate.results import Generations
+from featstore.runtime.extras import extras_named
 from featstore.runtime.sheets import NONE, Sheet, counted, number
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class GenerateResult(ShownResult, Generations):
             result[-1] = replace(result[-1], notes=(note, *leaks))
         return result
 
+    @extras_named()
     def plot(self) -> Figure:
         """Draw the likelihood of the receiving model's own text under every condition: a dot a prompt, and the mean."""
         found: dict[str, dict[str, list[float]]] = {}

@@ -6,16 +6,12 @@ needs no network. The same files give the same bytes.
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
+from align.pages.document import Pages
 from evaluate.reporting.prose import abstract, notes, words
 from evaluate.reporting.reading.inputs import Run, read_runs
 from evaluate.reporting.reading.narrowed import narrowed
@@ -39,6 +35,8 @@ from featstore.runtime.provenance import write_atomic
 _OPEN_VERDICTS = 4
 #: Blocks of stitched losses beyond this many fold away, each by itself.
 _OPEN_LOSSES = 2
+#: Blocks listed at once, and rows of the leaderboard shown at once.
+_LISTED, _BOARD_ROWS = 30, 60
 #: Drawings over layers, and trained maps, beyond this many fold away.
 _OPEN_CURVES, _OPEN_TRAININGS = 4, 4
 #: Prompts beyond this many fold away.
@@ -99,14 +97,8 @@ def write_report(dirs: Sequence[Path], out: Path) -> dict[str, Any]:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("evaluate.reporting"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def _pages() -> Pages:
+    return Pages("evaluate.reporting", "report.html.j2", "report.css", ("report.js",))
 
 
 def _render(runs: Sequence[Run]) -> str:
@@ -120,54 +112,44 @@ def _render(runs: Sequence[Run]) -> str:
         every_map = every.every_map([(verdict.run, verdict.pair, verdict.tag) for verdict in judged])
         detailed = [*judged[:_BEST], *judged[-_WORST:]]
         runs = _few(runs, detailed)
-    script, style = _text("report.js"), _text("report.css")
-    if every_map is not None:
-        script += _text("every.js")
-    # As strict as a page can be: even text that slipped through escaping would neither run nor load anything.
-    policy = f"default-src 'none'; img-src data:; script-src '{_hash(script)}'; style-src '{_hash(style)}'"
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            policy=f"{policy}; base-uri 'none'; form-action 'none'",
-            script=script,
-            style=style,
-            title=sections.title(all_runs),
-            headline=abstract.headline(all_runs, judged),
-            sentences=abstract.sentences(all_runs, judged, warned),
-            facts=sections.compared(all_runs),
-            every_map=every_map,
-            maps=maps,
-            best=_BEST,
-            worst=_WORST,
-            verified=verified.verified(runs),
-            verified_columns=verified.COLUMNS,
-            runs=runs,
-            verdicts=_folded(detailed),
-            warnings=warned,
-            gaps=notes.gaps(runs),
-            columns=tables.COLUMNS,
-            leaderboard=tables.leaderboard(runs),
-            r2_chart=charts[0],
-            forest=stitched.forest(runs),
-            recovered_chart=charts[1],
-            curves=[chart for run in runs for chart in curves.stitched_curves(run)],
-            stitched=[block for run in runs for block in stitched.stitched_losses(run)],
-            conditions=stitched.CONDITIONS,
-            rates=rates.rates(runs),
-            similarities=[similarity for similarity in similarities if similarity is not None],
-            trainings=[curve for run in runs for curve in training.trainings(run)],
-            exchanges=[exchange for run in runs for exchange in communicate.exchanges(run)],
-            prompts=texts.prompts(runs),
-            decodings=texts.decodings(runs),
-            open_losses=_OPEN_LOSSES,
-            open_curves=_OPEN_CURVES,
-            open_trainings=_OPEN_TRAININGS,
-            open_prompts=_OPEN_PROMPTS,
-            files=sections.files(runs),
-            versions=sections.versions(runs),
-            command=notes.command,
-        )
+    return _pages().render(
+        title=sections.title(all_runs),
+        headline=abstract.headline(all_runs, judged),
+        sentences=abstract.sentences(all_runs, judged, warned),
+        facts=sections.compared(all_runs),
+        every_map=every_map,
+        maps=maps,
+        best=_BEST,
+        worst=_WORST,
+        verified=verified.verified(runs),
+        verified_columns=verified.COLUMNS,
+        runs=runs,
+        verdicts=_folded(detailed),
+        warnings=warned,
+        gaps=notes.gaps(runs),
+        columns=tables.COLUMNS,
+        leaderboard=tables.leaderboard(runs),
+        r2_chart=charts[0],
+        forest=stitched.forest(runs),
+        recovered_chart=charts[1],
+        curves=[chart for run in runs for chart in curves.stitched_curves(run)],
+        stitched=[block for run in runs for block in stitched.stitched_losses(run)],
+        conditions=stitched.CONDITIONS,
+        rates=rates.rates(runs),
+        similarities=[similarity for similarity in similarities if similarity is not None],
+        trainings=[curve for run in runs for curve in training.trainings(run)],
+        exchanges=[exchange for run in runs for exchange in communicate.exchanges(run)],
+        prompts=texts.prompts(runs),
+        decodings=texts.decodings(runs),
+        open_losses=_OPEN_LOSSES,
+        listed=_LISTED,
+        board_rows=_BOARD_ROWS,
+        open_curves=_OPEN_CURVES,
+        open_trainings=_OPEN_TRAININGS,
+        open_prompts=_OPEN_PROMPTS,
+        files=sections.files(runs),
+        versions=sections.versions(runs),
+        command=notes.command,
     )
 
 
@@ -184,14 +166,3 @@ def _folded(
     folds = [i >= _OPEN_VERDICTS and v.kind not in ("poor", "open") for i, v in enumerate(judged)]
     pairs = list(zip(judged, folds, strict=True))
     return [v for v, fold in pairs if not fold], [v for v, fold in pairs if fold]
-
-
-def _text(name: str) -> Markup:
-    loader = _environment().loader
-    if loader is None:
-        raise jinja2.TemplateNotFound(name)
-    return Markup(loader.get_source(_environment(), name)[0])  # noqa: S704 (a file of this package)
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -125,7 +125,7 @@ def _warnings(evidence: Evidence) -> str:
         for entry in evidence.pairs(run).values():
             for warning in entry.warnings:
                 runs.setdefault(warning.code, Counter())[run] += 1
-                texts.setdefault(warning.code, warning.message)
+                texts.setdefault(warning.code, warning.sentence)
     if not runs:
         return "## Warnings\n\nNone."
     rows = [

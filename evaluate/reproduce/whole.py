@@ -17,6 +17,7 @@ from featstore.errors import SpecError
 from featstore.extraction.named import references_of
 from featstore.models.references import NOTHING, Allowed, parse_models
 from featstore.runtime.console import human_seconds
+from featstore.runtime.extras import require
 from featstore.runtime.quantities import parse_budget
 from featstore.runtime.subcommands import run_stage
 from featstore.runtime.visible import inline
@@ -121,6 +122,7 @@ def reproduce(
         step, and ``failed`` (why, by step).
 
     Raises:
+        MissingPackageError: What writes the report in the end is not installed.
         StrangeReferenceError: The store names models that the user has not named.
         StageError: The report could not be written.
         SpecError: The store could not be made, the programme cannot be run on it, or ``out`` holds results of other
@@ -128,6 +130,7 @@ def reproduce(
         StoreNotFoundError: There is no store where it should be.
         KeyboardInterrupt: Interrupted; the same command goes on.
     """
+    require("jinja2", "matplotlib")
     if store is not None:
         references_of(open_store(store), (), allowed)  # before the steps that need no model, which take hours
     run = _allowing(run, allowed)

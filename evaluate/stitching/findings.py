@@ -1,52 +1,63 @@
-"""What a careful reader would object to in stitched losses: pure functions over the figures."""
+"""What a careful reader would object to in stitched losses: pure functions over the contents of ``stitch.json``.
+
+All that decides is in the file, so that one which was not judged when it was made is judged when it is read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from align.statistics import FEW_DOCUMENTS, FEWEST
-from align.statistics.linearised import FEWEST_EFFECTIVE
-from featstore.runtime.sheets import counted
-
-#: The map adds nothing that can be told from zero to the prediction from the token alone.
-EXPLAINED = "token-explains"
-#: The interval rests on few documents.
-FEW = "few-documents"
+from align.judging.findings import Finding, finding
+from align.judging.table import JUDGED, limit
+from align.statistics import FEWEST, FEWEST_EFFECTIVE
+from evaluate.injection.verified import side_channels
+from evaluate.results import Stitched
 
 
-def findings(key: str, entry: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+def rejudged(stitched: Stitched) -> Stitched:
+    """What was read, judged now if its file was not when it was made.
+
+    Args:
+        stitched: From any version's file.
+    """
+    if stitched.judged is not None:
+        return stitched
+    content = stitched.content()
+    for key, entry in content.get("pairs", {}).items():
+        entry["warnings"] = list(findings(key, entry))
+    return Stitched.parse({**content, "judged": JUDGED})
+
+
+def findings(key: str, entry: Mapping[str, Any]) -> Iterator[Finding]:
     """Find what limits the figures of a layer pair.
 
     Args:
         key: Of the layer pair.
-        entry: Its part of ``stitch.json``.
+        entry: Its part of ``stitch.json``; what it lacks is no finding.
     """
-    documents, effective = entry["n_documents"], entry["effective_documents"]
-    if documents < FEWEST or effective < FEWEST_EFFECTIVE:
-        yield {
-            "code": FEW,
-            "message": f"{key}: {_counted(documents, effective)} of stitched losses: too few for an interval, and no "
-            "figure can be told from chance; extract more documents",
-        }
-    elif effective < FEW_DOCUMENTS:
-        yield {
-            "code": FEW,
-            "message": f"{key}: the intervals of stitched losses come from {_counted(documents, effective)}; they are "
-            "wide, and what holds of these documents need not hold of others; extract more documents",
-        }
-    beyond = entry["beyond_token"]
-    if beyond["beaten"] is False:
+    where = {"pair": key}
+    yield from _self_injection(where, entry)
+    if "leak" in entry:
+        yield from side_channels({key: entry["leak"]})
+    documents = entry.get("n_documents")
+    effective = entry.get("effective_documents", documents)
+    if documents is not None and effective is not None and effective < limit("few-documents", "wanted"):
+        needed = FEWEST if documents < FEWEST or effective < FEWEST_EFFECTIVE else None
+        yield finding("few-documents", where, documents=documents, effective=effective, needed=needed)
+    beyond = entry.get("beyond_token") or {}
+    if beyond.get("beaten") is False:
         low, high = beyond["ci95"]
-        yield {
-            "code": EXPLAINED,
-            "message": f"{key}: mapped states lower the loss by {beyond['nats']:.3f} nats per token [{low:.3f}, "
-            f"{high:.3f}] from where the source token alone brings it, an interval that is not above 0: what is "
-            "recovered may be the token's, and nothing is shown about its context",
-        }
+        yield finding("token-explains", where, nats=beyond["nats"], low=low, high=high)
 
 
-def _counted(documents: int, effective: float) -> str:
-    """The documents, and how many equally long ones would say as much where that is fewer."""
-    said = counted(documents, "document")
-    return said if round(effective, 1) >= documents else f"{said} (as much as {effective:.1f} equally long ones)"
+def _self_injection(where: Mapping[str, str], entry: Mapping[str, Any]) -> Iterator[Finding]:
+    conditions = entry.get("conditions") or {}
+    clean, own = ((conditions.get(name) or {}).get("nats_per_token") for name in ("clean", "self"))
+    identical = entry.get("self_bit_identical")
+    if identical is None and clean is not None and own is not None:
+        # Files of early versions hold losses alone; rounding in an average over tokens stays below the limit.
+        identical = abs(own - clean) <= limit("self-injection", "nats")
+    # Where the prompt is hidden, a model loses by its own states as well; they were put in bit by bit all the same.
+    if identical is False:
+        yield finding("self-injection", where, clean=clean, own=own)

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from align.judging.table import JUDGED
 from align.maps.fitted import Adapter, Aligner
 from align.tokens.table import TokenTable
 from evaluate.injection.controls import CONTROLS, control_states, token_table
 from evaluate.injection.loading import Loaded, Models, check_card, choose
-from evaluate.injection.verified import leak_at, recorded, side_channels, start_token
+from evaluate.injection.verified import leak_at, recorded, start_token
 from evaluate.injection.wire import Rows, Wire, wire
 from evaluate.stitching.conditions import Group, PutIn, last_part, together
 from evaluate.stitching.figures import alone, compared, figures, size
@@ -212,6 +213,7 @@ def measure(
         needed.freed()
     stitched = {
         "adapter_type": adapter.card["type"],
+        "judged": JUDGED,
         "split": SPLITS[split],
         "keep": keep,
         "roles": None if scored_roles is None else list(scored_roles),
@@ -414,7 +416,8 @@ def _judged(entry: dict[str, Any], to: Wire, verified: Mapping[str, Any]) -> dic
     """The pair's figures with what stands beside them: the leak at the target's layer, and what limits them."""
     pair = to.aligner.pair
     leak = leak_at(verified, pair.target, pair.target_layer)
-    return entry | {"leak": leak, "warnings": [*side_channels({pair.key: leak}), *findings(pair.key, entry)]}
+    entry = entry | {"leak": leak}
+    return entry | {"warnings": list(findings(pair.key, entry))}
 
 
 def _ids(tokens: TokenizedWindow, model: Loaded) -> torch.Tensor:

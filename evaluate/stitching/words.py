@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from align.judging.sentences import described
 from evaluate.injection.verified import SIDE_CHANNEL, leak_mark, leak_words
 from featstore.runtime.sheets import counted
 from featstore.text.roles import of_roles
@@ -38,9 +39,9 @@ def describe(result: dict[str, Any]) -> str:
                 f"  sent: {rate['latent_bytes']:,} bytes a window, "
                 f"{rate['latent_bytes_per_text_byte']:.2f} for a byte of text"
             )
-        if not entry["self_bit_identical"]:
-            lines.append("  warning: self-injection changed the logits; do not trust these figures")
-        lines += [f"  {found['code']}: {found['message'].removeprefix(f'{key}: ')}" for found in _told(entry)]
+        # The leak has a line of its own.
+        others = (found for found in entry.get("warnings", ()) if found["code"] != SIDE_CHANNEL)
+        lines += [f"  {described(found, 'pair')}" for found in others]
     return "\n".join(lines)
 
 
@@ -52,11 +53,6 @@ def documents_of(entry: dict[str, Any]) -> str:
     """
     documents, effective = counted(entry["n_documents"], "document"), entry.get("effective_documents")
     return documents if effective is None else f"{documents} ({effective:.1f} effective)"
-
-
-def _told(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    # The leak has a line of its own.
-    return [found for found in entry.get("warnings", ()) if found["code"] != SIDE_CHANNEL]
 
 
 def _beyond_token(entry: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from featstore.demo.pair import build_pair
 from featstore.demo.small import build_small
 from featstore.demo.words import describe
 from featstore.runtime.console import err
+from featstore.runtime.extras import require
 from featstore.runtime.records import write
 from featstore.runtime.subcommands import run_stage
 from featstore.runtime.writing import check_folder, make_folder
@@ -85,7 +86,9 @@ def run_demo(out: Path, cache: Path) -> dict[str, Any]:
 
     Raises:
         StageError: A stage failed.
+        MissingPackageError: What a later stage needs is not installed.
     """
+    require("scipy", "jinja2", "matplotlib")
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     for name in ("runs", "demo.zarr"):

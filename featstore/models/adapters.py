@@ -18,6 +18,7 @@ from featstore.errors import MissingPackageError, ModelLoadError, WeightsError
 from featstore.models.files import adapter_files, local_file, weight_files
 from featstore.models.references import ModelSpec, expanded
 from featstore.models.trust import vouch
+from featstore.runtime.extras import install_words
 from featstore.runtime.provenance import read_json
 
 _CONFIG = "adapter_config.json"
@@ -181,7 +182,7 @@ def require_peft(adapter: Adapter) -> None:
     if not is_peft_available():
         raise MissingPackageError(
             f"model {adapter.spec.name!r} ({adapter.spec.ref}) comes with an adapter ({_CONFIG}), which only peft can "
-            f"apply: `pip install peft`, or take {_CONFIG} and adapter_model.* away to use the model without it"
+            f"apply: `{install_words('peft')}`, or take {_CONFIG} and adapter_model.* away to use the model without it"
         )
 
 

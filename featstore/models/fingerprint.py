@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from featstore.errors import CorruptDataError, WeightsError
 from featstore.runtime.caches import cache_directory
 from featstore.runtime.console import Tick, progress
@@ -132,6 +130,9 @@ def fingerprint(
         content: dict[str, Any] = _content(files, tick)
         if adapter:
             content["adapter"] = {"config": config, **_content(adapter[1], tick)}
+    # Only here: who compares fingerprints need not be able to make one.
+    from blake3 import blake3
+
     found = SCHEME + blake3(canonical_json(content).encode()).hexdigest()
     _remember(memory, state, found)
     return found
@@ -188,6 +189,8 @@ def _mapped(path: Path) -> Iterator[memoryview]:
 
 
 def _hash(data: memoryview, tick: Tick) -> str:
+    from blake3 import blake3
+
     hasher = blake3(max_threads=1)
     for at in range(0, len(data), _PIECE):
         with data[at : at + _PIECE] as piece:

@@ -46,7 +46,7 @@ def located(spec: ModelSpec) -> dict[str, Any]:
     common: dict[str, Any] = {"trust_remote_code": False}
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelLoadError(f"model {spec.name!r}: no GGUF file at {spec.ref!r}")
+            raise ModelLoadError(f"model {spec.name!r}: no GGUF file at {spec.ref!r}; correct the path")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, **common}
     if path.is_dir():
         return {"pretrained_model_name_or_path": str(path), **common}

@@ -97,7 +97,7 @@ class ResidualStream:
             LayerRangeError: There is not.
         """
         if not 0 <= layer <= self.depth:
-            raise LayerRangeError(f"layer {layer} is outside 0..{self.depth} of this model")
+            raise LayerRangeError(f"layer {layer} is outside 0..{self.depth} of this model; choose one of these")
 
     @torch.inference_mode()
     def start_state(self, layer: int) -> torch.Tensor:

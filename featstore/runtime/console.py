@@ -33,6 +33,7 @@ from rich.progress import (
 from rich.text import Text
 
 from featstore.errors import FeatstoreError, FeatstoreWarning, SpecError
+from featstore.runtime.extras import DISTRIBUTION, extras_named
 from featstore.runtime.visible import encodable, inline, visible
 from featstore.runtime.writing import probe_folder, remedy_of
 
@@ -55,9 +56,6 @@ out = Console(highlight=False, markup=False, emoji=False)
 
 #: Called as ``tick(done_since_last_call)`` by long loops; see :func:`progress`.
 Tick = Callable[[float], None]
-
-#: The distribution that holds the three packages and their commands.
-DISTRIBUTION = "featstore"
 
 #: Words that a reader looks for, where a line begins with them.
 STYLES = {"damaged": "bold red", "ok": "green", "bad": "bold red"}
@@ -272,7 +270,7 @@ def add_version(app: typer.Typer, name: str) -> None:
     app.callback()(options)
 
 
-def run_app(app: typer.Typer, name: str) -> None:
+def run_app(app: typer.Typer, name: str, extra: str | None = None) -> None:
     """Run a typer application with this project's exit codes and one-line errors.
 
     A command without a subcommand shows its help and exits with code 2, as typer has it.
@@ -280,6 +278,7 @@ def run_app(app: typer.Typer, name: str) -> None:
     Args:
         app: The application.
         name: The command's name, shown before an error.
+        extra: The extra that brings what most of its subcommands need, for the error of a library that is missing.
     """
     _warn_in_lines(name)
     # Libraries announce retries and fallbacks; what went wrong reaches the user in our own line.
@@ -288,7 +287,8 @@ def run_app(app: typer.Typer, name: str) -> None:
     try:
         # Outside of its standalone mode typer raises what was wrong with the words instead of drawing a box about it,
         # and returns the code of `typer.Exit`. Ctrl-C is such a code, too.
-        code = app(prog_name=name, standalone_mode=False)
+        with extras_named(extra):
+            code = app(prog_name=name, standalone_mode=False)
     except FeatstoreError as error:
         _fail(name, str(error))
     except _UsageError as error:

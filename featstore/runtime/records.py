@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from featstore.errors import AdapterError, CorruptDataError, FeatstoreError, MemberError
+from featstore.runtime.extras import extras_named
 from featstore.runtime.provenance import MAX_DEPTH, parse_json, read_json, write_json
 from featstore.runtime.schema import pointer, shown
 
@@ -335,7 +336,8 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         rows: Columns by name.
     """
     # Only here: pandas takes most of a second to import.
-    import pandas as pd
+    with extras_named():
+        import pandas as pd
 
     return pd.DataFrame(list(rows)).dropna(axis="columns", how="all")
 

@@ -90,7 +90,15 @@ def test_a_command_takes_what_is_declared() -> None:
 
 def test_the_help_says_what_is_declared() -> None:
     shown = run("--help")["help"]
-    for words in ("How many trees.", "[default: 3]", "What it grows on: clay, sand.", "Below", "[default: 1MiB]"):
+    for words in (
+        "How many trees.",
+        "[default: 3]",
+        "What it grows on. Choices: clay, sand.",
+        "[x>=1]",
+        "<float range> [x>0]",
+        "Below",
+        "[default: 1MiB]",
+    ):
         assert words in shown
     assert "--no-lit" in shown
     assert "--no-fence" not in shown

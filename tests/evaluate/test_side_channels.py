@@ -167,8 +167,9 @@ def test_the_leak_is_the_swap_tests_and_stands_in_every_file(world: SimpleNamesp
     assert [w.code for w in stitched.pairs[LEAKS].warnings] == ["side-channel", "few-documents"]
     assert [found.code for found in stitched.pairs[CLEAN].warnings] == ["few-documents"]
     assert [w.code for w in texts.warnings] == ["side-channel"]
-    assert [w.message for w in task.warnings if w.code == "side-channel"] == [texts.warnings[0].message]
-    assert texts.warnings[0].message.startswith(f"{LEAKS}: the swap test {allowed.mark.replace('leak', 'leaks')} at")
+    assert [w for w in task.warnings if w.code == "side-channel"] == [texts.warnings[0]]
+    assert texts.warnings[0].where == {"pair": LEAKS}
+    assert texts.warnings[0].sentence.startswith(f"the swap test {allowed.mark.replace('leak', 'leaks')} at")
 
 
 def test_the_leak_stands_beside_every_figure_for_people(allowed: SimpleNamespace) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import doctest
 import importlib
 import io
+import os
 import re
 import shlex
 from pathlib import Path
@@ -21,9 +22,11 @@ from featstore.demo.sample import sample_texts
 from tests.support import ROOT
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    (ROOT / "docs").rglob("*.md")
+    path for folder in ("docs", "changes") for path in (ROOT / folder).rglob("*.md")
 )
 TOOLS = {"featstore": featstore.cli.app, "align": align.cli.app, "evaluate": evaluate.cli.app}
+#: What a link or a picture leads to, without the place on the page; anchors are checked where the site is built.
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -36,11 +39,23 @@ def blocks(language: str) -> list[tuple[str, str]]:
     ]
 
 
+def lines() -> list[list[str]]:
+    """Words of every line of the shell blocks."""
+    split = [shlex.split(line, comments=True) for _, body in blocks("sh") for line in body.splitlines()]
+    return [words for words in split if words]
+
+
 def commands() -> list[list[str]]:
-    lines = [line for _, body in blocks("sh") for line in body.splitlines()]
-    lines = [line.replace("./scripts/reproduce", "evaluate reproduce") for line in lines]
-    split = [shlex.split(line, comments=True) for line in lines if line.strip()]
-    return [words for words in split if words and words[0] in TOOLS]
+    """Commands of ours, also behind `./scripts/reproduce` and launchers of several processes."""
+    found = []
+    for words in lines():
+        if words[0] in {"torchrun", "accelerate"}:
+            words = words[words.index("-m") + 1 :]
+        elif words[0] == "./scripts/reproduce":
+            words = ["evaluate", "reproduce", *words[1:]]
+        if words[0] in TOOLS:
+            found.append(words)
+    return found
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60])
@@ -54,15 +69,34 @@ def test_documented_commands_parse(words: list[str]) -> None:
 
 def test_there_are_commands_to_parse() -> None:
     assert {words[0] for words in commands()} == set(TOOLS)
+    assert any(words[0] == "torchrun" for words in lines())
+
+
+def test_documented_scripts_are_there() -> None:
+    named = {words[0] for words in lines() if words[0].startswith("./")}
+    assert len(named) > 5
+    assert [name for name in named if not os.access(ROOT / name, os.X_OK)] == []
 
 
 @pytest.mark.parametrize(
     "words", [[tool, name] for tool, app in TOOLS.items() for name in typer.main.get_command(app).commands]
 )
-def test_every_command_is_in_the_readme(words: list[str]) -> None:
+def test_every_command_is_in_the_table_of_commands(words: list[str]) -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    [row] = [line for line in page.splitlines() if line.startswith("| `") and f"`{words[0]} {words[1]}`" in line] or [
+        line for line in page.splitlines() if line.startswith(f"| `{words[0]} ") and f", `{words[1]}`" in line
+    ]
+    assert row.count("|") == 3, row
+
+
+def test_the_readme_is_three_screens_and_leads_to_every_page() -> None:
     readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("| command | does |") :]
-    assert words[1] in table, f"{words} is not in the README's table of commands"
+    assert readme.count("\n") < 130
+    for command in ("./scripts/demo", "./scripts/test", "./scripts/docs"):
+        assert command in readme
+    linked = {(ROOT / target).resolve() for target in LINK.findall(readme) if "://" not in target}
+    for page in sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "docs" / "how-to").glob("*.md")):
+        assert page in linked, f"the README leads to no {page.relative_to(ROOT)}"
 
 
 @pytest.mark.parametrize(("page", "body"), blocks("python"))
@@ -107,7 +141,7 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    for target in LINK.findall(page.read_text()):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
@@ -125,11 +159,3 @@ def test_every_room_is_in_the_architecture_document() -> None:
             # A package of packages is there by what is in it.
             inside = any(child.is_dir() and (child / "__init__.py").exists() for child in room.iterdir())
             assert inside or any(name in text for name in named), f"{room.relative_to(ROOT)} is not in the document"
-
-
-def test_every_warning_code_is_explained() -> None:
-    linter = (ROOT / "align" / "runs" / "findings.py").read_text()
-    codes = re.findall(r'warn\(\s*"([a-z-]+)"', linter)
-    page = (ROOT / "docs" / "reading-results.md").read_text()
-    assert codes
-    assert [code for code in codes if f"`{code}`" not in page] == []

@@ -144,7 +144,7 @@ def compile_kernel(
         from triton.compiler import ASTSource
         from triton.tools.disasm import path_to_cuobjdump
     except ImportError as error:
-        raise MissingPackageError("compiling kernels needs triton: pip install triton") from error
+        raise MissingPackageError("compiling kernels needs triton: pip install 'featstore[models]'") from error
     if not isinstance(kernel, triton.JITFunction):
         raise MissingPackageError("triton interprets its kernels here: unset TRITON_INTERPRET and start again")
     aligned = [k for k, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in multiples]

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: A pair of layers whose corrected p value is at most this is above a floor.
-LEVEL = 0.05
-#: With fewer exchanges no p value, 1 / (1 + exchanges) at the smallest, can be at most that.
-FEWEST_DRAWS = 19
+from align.judging.table import limit
+from align.statistics import SIGNIFICANT
+
 #: What is exchanged, as tables and sentences name it.
 NAMES = {"documents": "documents exchanged", "token": "same token elsewhere"}
 
@@ -23,7 +22,7 @@ class Reading:
         low: Smallest mean over exchanges of any pair of layers.
         high: Largest mean.
         edge: Largest 95th percentile (of a distance: smallest 5th).
-        above: Pairs of layers whose corrected p value is at most :data:`LEVEL`.
+        above: Pairs of layers whose corrected p value is at most :data:`align.statistics.SIGNIFICANT`.
         pairs: Pairs of layers with a p value.
         rows: Rows of the floor.
         documents: Their documents.
@@ -42,6 +41,11 @@ class Reading:
     draws: int = 0
     reason: str | None = None
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether a p value, 1 / (1 + exchanges) at the smallest, can show anything."""
+        return self.draws >= limit("few-exchanges", "exchanges")
+
 
 def readings(
     permutations: Mapping[str, Mapping[str, Any]], closer: str = "higher", *, alone: bool = False
@@ -56,13 +60,13 @@ def readings(
     found = []
     for key, floor in permutations.items():
         name = NAMES.get(key, key)
+        tables = [floor.get(table) or () for table in ("mean", "p95", "p_max")]
+        alike = len({tuple(len(row) for row in table) for table in tables}) == 1
         cells = [
             (mean, edge, p)
-            for i, (means, edges, ps) in enumerate(
-                zip(*(floor.get(table) or () for table in ("mean", "p95", "p_max")), strict=True)
-            )
-            for j, (mean, edge, p) in enumerate(zip(means, edges, ps, strict=True))
-            if p is not None and p == p and not (alone and j <= i)
+            for i, rows in enumerate(zip(*tables, strict=True) if alike else ())
+            for j, (mean, edge, p) in enumerate(zip(*rows, strict=True))
+            if not any(value is None or value != value for value in (mean, edge, p)) and not (alone and j <= i)
         ]
         if not cells:
             found.append(Reading(name, reason=floor.get("reason") or "no pair of layers is defined"))
@@ -74,7 +78,7 @@ def readings(
                 min(means),
                 max(means),
                 max(edges) if closer == "higher" else min(edges),
-                sum(p <= LEVEL for p in ps),
+                sum(p <= SIGNIFICANT for p in ps),
                 len(ps),
                 floor.get("rows") or 0,
                 floor.get("documents") or 0,

@@ -46,5 +46,5 @@ def parse_measures(text: str) -> list[Measure]:
         if name not in _MAKERS:
             raise SpecError(f"--measures {text!r}: {name!r} is none of {', '.join(MEASURES)}, all, none")
     if len(set(names)) < len(names):
-        raise SpecError(f"--measures {text!r}: every measure once")
+        raise SpecError(f"--measures {text!r}: a measure stands there twice; name every measure once")
     return [_MAKERS[name]() for name in names]

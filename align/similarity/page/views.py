@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from align.pages.palette import Scale
 from align.similarity.page.definitions import CEILINGS, FLOORS, title_of
-from align.similarity.page.palette import Scale
 
 Matrix = Sequence[Sequence[float | None]]
 View = dict[str, Any]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.similarity.floors.reading import FEWEST_DRAWS, LEVEL, NAMES, readings
+from align.judging.sentences import placed
+from align.similarity.floors.reading import NAMES, readings
+from align.similarity.page.definitions import title_of
 from align.similarity.page.views import Matrix, View, beside, best, values_of
-from align.statistics import FEW_DOCUMENTS
-
-#: A linear fit or a covariance of d dimensions from fewer than ten rows each is mostly noise.
-ROWS_PER_DIMENSION = 10
+from align.statistics import SIGNIFICANT
 
 #: What a floor exchanges, in a sentence.
 _WHAT = {
@@ -22,7 +20,6 @@ _WHAT = {
     NAMES["token"]: "partners of the same token in another document",
 }
 _NARROW = "\u202f"
-_NUMBERS = re.compile(r"\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -127,25 +124,21 @@ def summary(result: dict[str, Any], shown: Sequence[View]) -> list[str]:
     return [s for s in sentences if s]
 
 
-def warnings(result: dict[str, Any], shown: Sequence[View]) -> list[str]:
-    """What a careful reader would object to.
+def warnings(findings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The findings of a result in sentences; those that differ in their measure alone share one.
 
     Args:
-        result: Contents of ``cka.json``; with ``widths`` (hidden width by model) too few rows are noticed.
-        shown: Its views.
+        findings: As ``cka.json`` has them.
     """
-    return [
-        w
-        for w in (
-            _few_rows(result),
-            _biased(result),
-            _sinks_kept(result),
-            _few_documents(result, shown),
-            *_undefined(shown),
-            *(_outside(view) for view in shown),
-        )
-        if w
-    ]
+    groups: dict[str, list[str]] = {}
+    for found in findings:
+        groups.setdefault(placed(found, "measure"), []).append(_measure(found))
+    return [f"{'; '.join(names)}: {said}" if any(names) else said for said, names in groups.items()]
+
+
+def _measure(finding: Mapping[str, Any]) -> str:
+    name = (finding.get("where") or {}).get("measure")
+    return title_of(name) if name else ""
 
 
 def glances(shown: Sequence[View]) -> list[Glance]:
@@ -215,10 +208,10 @@ def _floor(result: dict[str, Any], main: View) -> str:
             continue
         rows = f"{count(floor.rows)} rows of {count(floor.documents)} documents"
         decided = (
-            f"{floor.above} of {floor.pairs} pairs of layers are above that floor (p \u2264 {LEVEL}, corrected for all "
-            "of them)"
-            if floor.draws >= FEWEST_DRAWS
-            else f"{count(floor.draws)} exchanges are too few to decide anything, {FEWEST_DRAWS} are not"
+            f"{floor.above} of {floor.pairs} pairs of layers are above that floor (p \u2264 {SIGNIFICANT}, "
+            "corrected for all of them)"
+            if floor.is_decided
+            else f"{count(floor.draws)} exchanges are too few to decide anything"
         )
         sentences.append(
             f"With {_WHAT.get(floor.name, floor.name)}, {rows} give {number(floor.low)} to {number(floor.high)} on "
@@ -249,8 +242,6 @@ def _sinks(result: dict[str, Any], main: View) -> str:
         return f"{noun} and {left}; no pair of layers is defined both with and without them."
     change, i, j, value, changed = max(changes, key=lambda c: c[0])
     verb = "Without them" if result.get("keep_sinks") else "With them in"
-    if change < 0.005:
-        return f"{noun} and {left}. {verb}, no pair of layers changes by more than {number(change)}."
     return (
         f"{noun} and {left}. {verb}, linear CKA changes by up to {number(change)} "
         f"({pair_name(block, i, j)}: from {number(value)} to {number(changed)})."
@@ -285,32 +276,6 @@ def _agreement(shown: Sequence[View]) -> str:
     )
 
 
-def _few_rows(result: dict[str, Any]) -> str:
-    widths, n = result.get("widths") or {}, result.get("n")
-    if not widths or not n or n >= ROWS_PER_DIMENSION * max(widths.values()):
-        return ""
-    d = max(widths.values())
-    return (
-        f"{count(n)} rows are fewer than {ROWS_PER_DIMENSION} for each of {count(d)} dimensions: the figures are "
-        "noisy, and a regression may fit noise; extract more text."
-    )
-
-
-def _biased(result: dict[str, Any]) -> str:
-    if result.get("estimator") != "biased":
-        return ""
-    return (
-        "The biased estimator is near 1 for any two layers where rows are few; only its distance from that of shuffled "
-        "rows tells anything."
-    )
-
-
-def _sinks_kept(result: dict[str, Any]) -> str:
-    if not result.get("keep_sinks") or not result.get("masked_rows"):
-        return ""
-    return "Attention sinks are left in: a few huge rows may decide the main figures. Look at the masked ones beside."
-
-
 def _sample(result: dict[str, Any], shown: Sequence[View]) -> str:
     sample = result.get("sample") or {}
     rows, total, documents = sample.get("rows"), sample.get("of"), sample.get("documents")
@@ -330,46 +295,6 @@ def _intervals(result: dict[str, Any]) -> str:
         return ""
     rows = f"{count(given['rows'])} of {count(given['of'])} rows"
     return f"Its intervals leave out each of {count(given['documents'])} documents in turn, over {rows}."
-
-
-def _few_documents(result: dict[str, Any], shown: Sequence[View]) -> str:
-    documents = (result.get("sample") or {}).get("documents") if len(shown) > 1 else None
-    documents = documents or (result.get("ci95") or {}).get("documents")
-    if documents is None or documents >= FEW_DOCUMENTS:
-        return ""
-    return f"The intervals are over {count(documents)} documents only and are themselves uncertain."
-
-
-def _undefined(shown: Sequence[View]) -> list[str]:
-    """What is undefined and why; measures for which it is the same share a sentence."""
-    titles: dict[str, list[str]] = {}
-    for view in shown:
-        missing: dict[str, tuple[str, int]] = {}
-        cells = 0
-        for block in view["blocks"]:
-            for i, row in enumerate(block["values"]):
-                for j, value in enumerate(row):
-                    cells += 1
-                    if value is None:
-                        why = block["reasons"].get(f"{i},{j}", "no reason is given")
-                        # Reasons that differ in their numbers alone are one; the first stands for all.
-                        alike = _NUMBERS.sub("#", why)
-                        first, n = missing.get(alike, (why, 0))
-                        missing[alike] = first, n + 1
-        if missing:
-            order = sorted(missing.values(), key=lambda item: (-item[1], item[0]))
-            why = "; ".join(f"{reason} ({n})" for reason, n in order)
-            text = f"{sum(n for _, n in missing.values())} of {cells} values are undefined: {why}."
-            titles.setdefault(text, []).append(view["title"])
-    return [f"{'; '.join(names)}: {text}" for text, names in titles.items()]
-
-
-def _outside(view: View) -> str:
-    values = [v for b in view["blocks"] for v in values_of(b["values"])]
-    high = sum(v > 1 + 1e-6 for v in values)
-    if view["closer"] != "higher" or not high:
-        return ""
-    return f"{view['title']}: above 1: {high} of {len(values)} values, which only noise over few rows can do."
 
 
 def _interval(matrix: Any, place: tuple[int, int]) -> str:

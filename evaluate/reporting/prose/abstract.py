@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from evaluate.reporting.prose.notes import Note
-from evaluate.reporting.prose.words import ALONE, Verdict, baselines, beats_token, between_models, is_above_zero
+from evaluate.reporting.prose.words import Verdict, baselines, between_models
 from evaluate.reporting.reading.inputs import Pair, Run
 from evaluate.reporting.reading.names import control_name, gain, leak_of, share
 from evaluate.reporting.reading.numbers import count, interval, percent, percent_number, say, score, show
@@ -16,8 +16,6 @@ from evaluate.reporting.sections.gains import winning
 
 #: Kinds of warning that the answer names; all of them stand further down.
 _CODES = 4
-#: With so many ways tried, a single one above its controls proves little.
-_MANY_WAYS = 5
 
 
 def headline(runs: Sequence[Run], judged: Sequence[Verdict]) -> Markup:
@@ -82,7 +80,7 @@ def _shown(verdict: Verdict) -> Markup:
     part = share(stitched.get("recovered_token"), leak, why)
     if (beyond.get("nats").number or 0.0) <= 0:
         return say("adds nothing to the source’s token alone ({})", gain(beyond, leak))
-    if not is_above_zero(beyond.get("ci95")):
+    if beyond.get("beaten").value is not True:
         return say("cannot be told from the source’s token alone ({})", gain(beyond, leak))
     text = "lowers the loss by {} from where the source’s token alone brings it, {} of the way to the clean run"
     return say(text, gain(beyond, leak), part)
@@ -129,9 +127,7 @@ def _held_out(judged: Sequence[Verdict]) -> Markup:
         return words + say(". No control stands beside it.")
     if unbeaten:
         name = unbeaten[0]
-        return words + say(", which is no better than {} ({}).", name, show(rivals[name], score))
-    if not beats_token(metrics):
-        return words + say(", which cannot be told from {}.", ALONE)
+        return words + say(", which does not beat {} ({}).", name, show(rivals[name], score))
     return words + say(", above {} beside it.", "every control" if len(rivals) > 1 else "the one control")
 
 
@@ -181,8 +177,7 @@ def _answers(runs: Sequence[Run]) -> Markup:
         return words + say(". {} above the question alone, random and shuffled states beyond the interval.", counted)
     text = ". Of the {} ways to send states that were tried, {} above the question alone, random and shuffled states "
     words += say(text + "by more than the interval of the difference.", ways, counted)
-    # p values are adjusted within a task; a file of an earlier version has none, and several tasks are more tests.
-    return words + say(" One of so many may be chance.") if won == 1 and ways >= _MANY_WAYS else words
+    return words
 
 
 def _caution(notes: Sequence[Note]) -> Markup:

@@ -1,65 +1,77 @@
-"""What limits the figures: warnings, one line for each cause however many maps it holds for, and what is missing."""
+"""What limits the figures: findings, one line for each cause however many maps it holds for, and what is missing.
+
+Findings are those of the files and of reading them; nothing is judged here.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
-from align.statistics import FEW_DOCUMENTS
-from evaluate.reporting.reading.inputs import Node, Pair, Run
-from evaluate.reporting.reading.numbers import count, nats, say, show
-from evaluate.reporting.sections import cka, communicate
+from align.judging.findings import finding
+from align.judging.sentences import kind, sentence, together
+from align.judging.table import CODES, LEVELS, WARNING
+from evaluate.reporting.reading.findings import findings_of
+from evaluate.reporting.reading.inputs import Pair, Run, clean_text
+from evaluate.reporting.reading.names import control_name
+from evaluate.reporting.reading.numbers import say
 
-#: Self-injection must leave the loss as it is; rounding in an average over tokens stays below this.
-NEUTRAL_NATS = 1e-3
-
-#: What says that a result is none comes before what makes it smaller.
-_FIRST = (
-    *("self-injection", "side-channel", "different stores", "sinks-kept", "sinks kept", "after-final-norm"),
-    *(
-        "token-explains",
-        "no-better-than-controls",
-        "no-better-than-control",
-        "retrieval-at-chance",
-        "infonce-at-chance",
-    ),
-    *("text-near-chance", "text-no-better-than-silent", "failed cell", "unfinished run", "torn log"),
-)
+#: What says that a result is none comes before what makes it smaller, in the order of the table.
+_ORDER = {code: place for place, code in enumerate(CODES)}
 #: Layer pairs and runs named in a line; the others stand in its details.
 _NAMED = 4
 #: Texts of one warning, and places of one text, that its details list.
 _LISTED = 50
-_NUMBER = re.compile(r"(?<![\w.:])[-\u2212]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
 
 
 @dataclass(frozen=True)
 class Found:
-    """One warning in one place.
+    """One finding in one place.
 
     Attributes:
-        code: Its kind.
-        text: What it says.
+        content: The finding, as its file has it.
         run: Label of the run; empty for all.
-        pair: The layer pair's key; empty for none.
-        where: Anything else that tells its place, such as a task.
-        level: ``note`` for what is no more than worth knowing.
+        task: Of answers.
     """
 
-    code: str
-    text: Markup
+    content: Mapping[str, Any]
     run: str
-    pair: str = ""
-    where: str = ""
-    level: str = "warning"
+    task: str = ""
+
+    @property
+    def pair(self) -> str:
+        """The layer pair's key; empty for none."""
+        return str(self._where.get("pair", ""))
+
+    @property
+    def code(self) -> str:
+        """Its kind."""
+        return str(self.content.get("code") or "warning")
+
+    @property
+    def level(self) -> str:
+        """``invalid``, ``warning`` or ``note``."""
+        level = self.content.get("level")
+        return level if level in LEVELS else WARNING
+
+    @property
+    def text(self) -> str:
+        """What it says."""
+        return clean_text(sentence(self.content))
 
     @property
     def place(self) -> str:
-        """Run, layer pair and the rest in one string."""
+        """Run, task, layer pair and the rest in one string."""
+        more = [control_name(clean_text(value)) for name, value in self._where.items() if name != "pair"]
         pair = self.pair and str(Pair.parse(self.pair))
-        return ", ".join(part for part in (self.run or "all runs", self.where, pair) if part)
+        return ", ".join(part for part in (self.run or "all runs", self.task, *more, pair) if part)
+
+    @property
+    def _where(self) -> Mapping[str, str]:
+        return self.content.get("where") or {}
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class Note:
         code: The kind of warning; empty for a gap.
         places: The same in few words.
         details: Every text in full with its places; empty where ``text`` is the only one.
-        level: ``note`` for what is no more than worth knowing.
+        level: ``invalid``, ``warning`` or ``note``.
         times: In how many places it holds.
     """
 
@@ -86,21 +98,20 @@ class Note:
 
 
 def warnings(runs: Sequence[Run]) -> list[Note]:
-    """What limits the figures: the runs' own warnings and what shows only across files, the gravest first.
+    """What limits the figures: the findings of all files, the gravest first.
 
-    Warnings of one code whose texts differ in numbers alone are one note.
+    Those that differ in numbers alone are one note.
 
     Args:
         runs: What was read.
     """
-    groups: dict[tuple[str, str, str], list[Found]] = {}
+    groups: dict[tuple[object, ...], list[Found]] = {}
     for found in _all(runs):
-        # No text holds this character: control characters became their pictures when it was read.
-        cause = _NUMBER.sub("\0", found.text.striptags())
-        groups.setdefault((found.level, found.code, cause), []).append(found)
-    notes = [_note(group) for group in groups.values()]
-    order = {code: place for place, code in enumerate(dict.fromkeys((*_FIRST, *(note.code for note in notes))))}
-    return sorted(notes, key=lambda note: (note.level == "note", order[note.code]))
+        groups.setdefault(kind(found.content), []).append(found)
+    return sorted(
+        (_note(group) for group in groups.values()),
+        key=lambda note: (LEVELS.index(note.level), _ORDER.get(note.code, len(_ORDER))),
+    )
 
 
 def gaps(runs: Sequence[Run]) -> list[Note]:
@@ -139,80 +150,33 @@ def command(name: str, run: Run | None) -> str:
     }.get(name, f"align train --store STORE --type {(run and run.type) or 'TYPE'} --out {where}")
 
 
-def is_neutral(stitched: Node) -> bool:
-    """Whether putting the target's own states back changed nothing, as far as the file says.
-
-    Args:
-        stitched: A layer pair's part of ``stitch.json``.
-    """
-    clean, own = (stitched.get("conditions", name, "nats_per_token").number for name in ("clean", "self"))
-    moved = clean is not None and own is not None and abs(own - clean) > NEUTRAL_NATS
-    identical = stitched.get("self_bit_identical").value
-    # Where the prompt is hidden, a model loses by its own states as well; they were put in bit by bit all the same.
-    return not (identical is False or (identical is None and moved))
-
-
 def _all(runs: Sequence[Run]) -> Iterator[Found]:
     yield from _differing_stores(runs)
     for run in runs:
-        yield from (Found(code, text, run.label) for code, text in cka.warnings(run))
-        for key, metrics in run.file("metrics.json").get("pairs").items():
-            for warning in metrics.get("warnings"):
-                text = say("{}", warning.get("message").text or warning.text)
-                level = "note" if warning.get("level").text == "note" else "warning"
-                yield Found(warning.get("code").text or "warning", text, run.label, key, level=level)
-        for key, stitched in run.file("stitch.json").get("pairs").items():
-            for code, text in _stitch_warnings(stitched):
-                yield Found(code, text, run.label, key)
-            yield from (_own(warning, run, [key]) for warning in stitched.get("warnings"))
-        texts = run.file("generations.json")
-        yield from (_own(w, run, [key for key, _ in texts.get("leaks").items()]) for w in texts.get("warnings"))
-        for code, told, where, key in communicate.warnings(run):
-            yield Found(code, say("{}", told), run.label, key, where)
-        for code, said in run.notes:
-            yield Found(code, say("{}", said), run.label)
-        if run.torn_log:
-            yield Found("torn log", say("log.jsonl ends in half a line: training was cut short or runs."), run.label)
-
-
-def _own(warning: Node, run: Run, keys: Sequence[str]) -> Found:
-    """A finding of a file, with the layer pair that its text opens with."""
-    text = warning.get("message").text or warning.text
-    key = next((key for key in keys if text.startswith(f"{key}: ")), "")
-    level = "note" if warning.get("level").text == "note" else "warning"
-    return Found(
-        warning.get("code").text or "warning", say("{}", text.removeprefix(f"{key}: ")), run.label, key, level=level
-    )
+        parts = [("", run.file("cka.json")), ("", run.file("generations.json"))]
+        parts += [
+            ("", part) for name in ("metrics.json", "stitch.json") for _, part in run.file(name).get("pairs").items()
+        ]
+        parts += run.file("communicate.json").get("tasks").items()
+        for task, part in parts:
+            yield from (Found(content, run.label, task) for content in findings_of(part))
+        yield from (Found(content, run.label) for content in run.notes)
 
 
 def _note(group: Sequence[Found]) -> Note:
     first = group[0]
-    texts: dict[str, tuple[Markup, list[str]]] = {}
+    texts: dict[str, list[str]] = {}
     for found in group:
-        texts.setdefault(found.text.striptags(), (found.text, []))[1].append(found.place)
-    details = tuple((text, "; ".join(_first(where))) for text, where in list(texts.values())[:_LISTED])
-    if len(texts) > _LISTED:
-        details += ((say("{} more like these", len(texts) - _LISTED), ""),)
+        texts.setdefault(found.text, []).append(found.place)
     where = tuple(_first([found.place for found in group]))
-    if len(texts) == 1:
-        many = len(group) > 1
-        return Note(first.text, where, first.code, _places(group) if many else where[0], (), first.level, len(group))
-    return Note(_ranges(list(texts)), where, first.code, _places(group), details, first.level, len(group))
-
-
-def _ranges(texts: Sequence[str]) -> Markup:
-    """One sentence for several that differ in numbers: each number as it is, or from its lowest to its highest."""
-    between = _NUMBER.split(texts[0])
-    slots = zip(*(_NUMBER.findall(text) for text in texts), strict=True)
-    sentence = between[0]
-    for values, after in zip(slots, between[1:], strict=True):
-        low, high = (pick(values, key=_value) for pick in (min, max))
-        sentence += (low if _value(low) == _value(high) else f"{low} to {high}") + after
-    return say("{}", sentence)
-
-
-def _value(text: str) -> float:
-    return float(text.replace(",", "").replace("\u2212", "-"))
+    places = _places(group) if len(group) > 1 else where[0]
+    details: tuple[tuple[Markup, str], ...] = ()
+    if len(texts) > 1:
+        details = tuple((say("{}", text), "; ".join(_first(at))) for text, at in list(texts.items())[:_LISTED])
+        if len(texts) > _LISTED:
+            details += ((say("{} more like these", len(texts) - _LISTED), ""),)
+    text = say("{}", clean_text(together([found.content for found in group])))
+    return Note(text, where, clean_text(first.code), places, details, first.level, len(group))
 
 
 def _first(names: Sequence[str]) -> list[str]:
@@ -249,29 +213,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names) if rest <= 1 else f"{', '.join(names[:_NAMED])} and {rest} more"
 
 
-def _stitch_warnings(stitched: Node) -> list[tuple[str, Markup]]:
-    found = []
-    if not is_neutral(stitched):
-        clean, own = (stitched.get("conditions", name, "nats_per_token") for name in ("clean", "self"))
-        text = (
-            "Injecting the target’s own states is not neutral (clean {}, self {} nats/token): do not trust the other "
-            "conditions either."
-        )
-        found.append(("self-injection", say(text, show(clean, nats), show(own, nats))))
-    documents = stitched.get("n_documents")
-    codes = {warning.get("code").text for warning in stitched.get("warnings")}
-    # Files of earlier versions do not say so themselves.
-    if documents.number is not None and documents.number < FEW_DOCUMENTS and "few-documents" not in codes:
-        text = "The stitched intervals come from {} documents; take them as a hint."
-        found.append(("few-documents", say(text, show(documents, count))))
-    return found
-
-
 def _differing_stores(runs: Sequence[Run]) -> Iterator[Found]:
     prints = {run.file("adapter.json").get("store", "fingerprint").text for run in runs} - {""}
     if len(prints) > 1:
-        text = say(
-            "These runs were fitted and scored on different stores; figures of one do not compare with figures of "
-            "another."
-        )
-        yield Found("different stores", text, "")
+        yield Found(finding("different-stores", stores=len(prints)), "")

@@ -8,13 +8,11 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from evaluate.reporting.prose.notes import is_neutral
+from evaluate.reporting.reading.findings import codes_of
 from evaluate.reporting.reading.inputs import Node, Pair, Run
 from evaluate.reporting.reading.names import control_name, gain, leak_of, share, type_name
 from evaluate.reporting.reading.numbers import interval, nats, percent, say, score, show
 
-#: Below this, two R2 are called equal in words; the table shows both.
-_TIE = 0.005
 #: The baseline token in words.
 ALONE = "the source’s token alone"
 _BASELINES = {
@@ -60,8 +58,8 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
     """
     found: list[Verdict] = []
     for run in runs:
-        trained, starts = run.trained, _starts(run)
-        found += [_judge(run, pair, trained=trained, start=trained and pair.key in starts) for pair in run.pairs]
+        starts = _starts(run) if run.trained else ()
+        found += [_judge(run, pair, start=pair.key in starts) for pair in run.pairs]
     return sorted(found, key=lambda verdict: (not verdict.pair.is_ceiling, verdict.choice), reverse=True)
 
 
@@ -80,16 +78,14 @@ def _starts(run: Run) -> set[str]:
     return {key for key, best in stops.items() if best == 0}
 
 
-def _judge(run: Run, pair: Pair, *, trained: bool, start: bool) -> Verdict:
+def _judge(run: Run, pair: Pair, *, start: bool) -> Verdict:
     metrics = run.file("metrics.json").get("pairs", pair.key)
     stitched = run.file("stitch.json").get("pairs", pair.key)
     figures = (stitched.get("recovered", "value"), stitched.get("beyond_token", "nats"))
-    held_out = tuple(_held_out(metrics, trained=trained, start_is_kept=start))
+    held_out = tuple(_held_out(metrics, start_is_kept=start))
     validated = _number(metrics.get("val", "r2"))
     if all(figure.number is None for figure in figures):
         why = stitched.get("reasons", "recovered").text
-        if stitched.value is not None and not why:
-            why = _nothing_to_recover(stitched)
         unknown = (say("The recovered share is not known: {}.", why),) if why else ()
         tag = "stitched, no figure" if stitched.value is not None else "not injected yet"
         return Verdict("none", tag, run, pair, unknown, held_out, (False, validated))
@@ -101,10 +97,7 @@ def _stitched(stitched: Node) -> tuple[Kind, str, list[Markup]]:
     leak = leak_of(stitched)
     kind, tag, controls = _against_controls(stitched)
     sentences = [_beyond_token(stitched), _from_the_mean(stitched), controls]
-    value = stitched.get("recovered", "value").number
-    if value is not None and 0 < value < 0.5:
-        sentences.append(say("Most of that loss remains."))
-    if kind == "good" and not is_neutral(stitched):
+    if kind == "good" and "self-injection" in codes_of(stitched):
         sentences.append(
             say("But putting the target’s own states back is not neutral, so none of this can be trusted.")
         )
@@ -125,7 +118,7 @@ def _beyond_token(stitched: Node) -> Markup:
     if _number(beyond.get("nats")) <= 0:
         text = "Adds nothing to the source’s token alone ({} nats/token): the difference is {}."
         return say(text, show(token, nats), gain(beyond, leak))
-    if not is_above_zero(beyond.get("ci95")):
+    if beyond.get("beaten").value is not True:
         text = "Not told from the source’s token alone ({} nats/token): the difference is {}."
         return say(text, show(token, nats), gain(beyond, leak))
     text = (
@@ -141,7 +134,7 @@ def _from_the_mean(stitched: Node) -> Markup:
     mean, clean = (stitched.get("conditions", name, "nats_per_token") for name in ("mean", "clean"))
     value = recovered.get("value").number
     if value is None:
-        why = stitched.get("reasons", "recovered").text or _nothing_to_recover(stitched)
+        why = stitched.get("reasons", "recovered").text
         return say("The share recovered from the mean state is not known{}.", why and f": {why}")
     text = (
         "Recovers {} of the loss between the mean state ({} nats/token) and the clean run ({})."
@@ -156,7 +149,7 @@ def _against_controls(stitched: Node) -> tuple[Kind, str, Markup]:
     leak = leak_of(stitched).tag
     blocks = {name: block for name, block in stitched.get("controls").items() if block.get("nats").number is not None}
     if not blocks:
-        return *_against_conditions(stitched), say("The controls were not compared with it document by document.")
+        return "open", "controls not compared", say("The controls were not compared with it document by document.")
 
     def named(names: Sequence[str]) -> Markup:
         return Markup(", ").join(say("{} ({})", control_name(name), gain(blocks[name], leak)) for name in names)
@@ -179,70 +172,33 @@ def _against_controls(stitched: Node) -> tuple[Kind, str, Markup]:
     return "open", "controls not compared", say(text, why and f": {why}")
 
 
-def _nothing_to_recover(stitched: Node) -> str:
-    mean, clean = (stitched.get("conditions", name, "nats_per_token").number for name in ("mean", "clean"))
-    if mean is None or clean is None or mean > clean:
-        return ""
-    return "the mean state costs the target nothing at this layer, so there is nothing to recover"
-
-
-def _against_conditions(stitched: Node) -> tuple[Kind, str]:
-    # Without intervals of the differences, losses alone can refute a map but not prove it.
-    controls = ("token", "mean", "zero", "random_norm", "random_rotation", "shuffled", "raw")
-    mapped = stitched.get("conditions", "mapped", "nats_per_token").number
-    losses = [stitched.get("conditions", c, "nats_per_token").number for c in controls]
-    if mapped is not None and any(loss is not None and mapped >= loss for loss in losses):
-        return "poor", "does not beat its controls"
-    return "open", "controls not compared"
-
-
 def baselines(metrics: Node) -> tuple[dict[str, Node], list[str]]:
-    """Held-out R2 of every simple baseline, by its name in words, and the names of those that the map does not beat.
+    """Held-out R2 of every simple baseline, by its name in words, and the names of those that are not beaten.
 
     Args:
         metrics: A layer pair's part of ``metrics.json``.
     """
     rivals = {name: metrics.get("baselines", key, "r2") for key, name in _BASELINES.items()}
     known = {name: r2 for name, r2 in rivals.items() if r2.number is not None}
-    own = _number(metrics.get("test", "r2"))
-    return known, [name for name, r2 in known.items() if _number(r2) >= own]
+    codes, unbeaten = codes_of(metrics), [ALONE] if ALONE in known else []
+    unbeaten = unbeaten if "token-explains" in codes else []
+    controls = {name: r2 for name, r2 in known.items() if name != ALONE}
+    if "no-better-than-controls" in codes and controls:
+        unbeaten = [max(controls, key=lambda name: _number(controls[name])), *unbeaten]
+    return known, unbeaten
 
 
-def beats_token(metrics: Node) -> bool:
-    """Whether the interval of partial R2 is above zero; True where partial R2 is not known.
-
-    Args:
-        metrics: A layer pair's part of ``metrics.json``.
-    """
-    test = metrics.get("test")
-    return test.get("partial_r2").number is None or is_above_zero(test.get("partial_r2_ci95"))
-
-
-def is_above_zero(ends: Node) -> bool:
-    """Whether a whole interval is above zero; False without one, since nothing is shown then.
-
-    Args:
-        ends: A list of two numbers.
-    """
-    return _number(ends.get(0)) > 0
-
-
-def _held_out(metrics: Node, *, trained: bool, start_is_kept: bool) -> list[Markup]:
+def _held_out(metrics: Node, *, start_is_kept: bool) -> list[Markup]:
     r2 = metrics.get("test", "r2")
     if r2.number is None:
         return []
     rivals, unbeaten = baselines(metrics)
     sentences = []
-    if not rivals:
-        sentences.append(say("Held-out R² {}.", show(r2)))
-    elif unbeaten:
-        sentences.append(say("Held-out R² {} does not beat {}.", show(r2), _listed(rivals, unbeaten)))
-    else:
-        known = [name for name in rivals if name != ALONE or beats_token(metrics)]
-        text = "Held-out R² {}, above {}." if known else "Held-out R² {}."
-        sentences.append(say(text, show(r2), _listed(rivals, known)) if known else say(text, show(r2)))
-        if len(known) < len(rivals):
-            sentences.append(say("It is not told from {}.", _listed(rivals, [ALONE])))
+    beaten = [name for name in rivals if name not in unbeaten]
+    text = "Held-out R² {}, above {}." if beaten else "Held-out R² {}."
+    sentences.append(say(text, show(r2), _listed(rivals, beaten)) if beaten else say(text, show(r2)))
+    if unbeaten:
+        sentences.append(say("It does not beat {}.", _listed(rivals, unbeaten)))
     partial = metrics.get("test", "partial_r2")
     if partial.number is not None:
         text = "Of the error that the source’s token alone leaves it explains {} {} (partial R²)."
@@ -251,10 +207,10 @@ def _held_out(metrics: Node, *, trained: bool, start_is_kept: bool) -> list[Mark
         sentences.append(say("Training found nothing better than its start: epoch 0 is kept."))
     closed = metrics.get("baselines", "closed_form")
     if closed.get("r2").number is not None:
-        sentences.append(_against_closed_form(r2, closed, trained=trained))
+        sentences.append(_against_closed_form(metrics, closed))
     top, chance = metrics.get("test", "retrieval_top1"), metrics.get("test", "retrieval_chance")
     if top.number is not None and chance.number is not None:
-        near = ", hardly above that" if top.number <= 3 * chance.number else ""
+        near = ", hardly above that" if "retrieval-at-chance" in codes_of(metrics) else ""
         text = "The nearest target state is the true partner in {} of cases (chance {}){}."
         sentences.append(say(text, show(top, percent), show(chance, percent), near))
     return sentences
@@ -264,18 +220,12 @@ def _listed(rivals: dict[str, Node], names: Sequence[str]) -> Markup:
     return Markup(", ").join(say("{} ({})", name, show(rivals[name])) for name in names)
 
 
-def _against_closed_form(r2: Node, closed: Node, *, trained: bool) -> Markup:
-    gap = _number(r2) - _number(closed.get("r2"))
+def _against_closed_form(metrics: Node, closed: Node) -> Markup:
     name = closed.get("name").text
     rival = say("{}R² {}", name and f"{name}, ", show(closed.get("r2")))
-    if gap > _TIE:
-        return say("It is above the closed form ({}).", rival)
-    if gap >= -_TIE:
-        return say("The closed form ({}) is as good.", rival)
-    if trained:
-        text = "It falls short of the closed form ({}): suspect the learning rate or an early stop."
-        return say(text, rival)
-    return say("The closed form reaches more ({}).", rival)
+    if "loses-to-closed-form" in codes_of(metrics):
+        return say("It falls short of the closed form ({}): suspect the learning rate or an early stop.", rival)
+    return say("Beside it stands the closed form ({}).", rival)
 
 
 def _number(node: Node) -> float:

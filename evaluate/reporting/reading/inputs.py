@@ -12,11 +12,14 @@ from typing import Any
 from urllib.parse import quote
 
 from align import results as fitted
+from align.judging.findings import Finding, finding
 from align.maps.card import Card
 from align.results import epoch_files
 from align.runs.logged import read_log
+from align.similarity import findings as similarity
 from align.sweeps.recorded import Sweep
 from evaluate import results as evaluated
+from evaluate.stitching import findings as stitching
 from featstore.errors import AdapterError
 from featstore.runtime.records import Record, salvage
 
@@ -154,6 +157,11 @@ class Pair:
         """Whether a model is mapped to itself: what is lost where nothing is lost between two models."""
         return bool(self.source) and self.source == self.target
 
+    @property
+    def direction(self) -> str:
+        """From which model to which; empty for a key that says nothing of the kind."""
+        return clean_text(f"{self.source} → {self.target}") if self.source else ""
+
     def __str__(self) -> str:
         return clean_text(self.key).replace("->", " → ")
 
@@ -180,7 +188,7 @@ class Run:
 
     Attributes:
         href: The directory's address from the page, ending in a slash; empty for none.
-        notes: What went wrong around the run, as code and sentence: cells of a sweep that failed.
+        notes: Findings about the files themselves, such as cells of a sweep that failed.
     """
 
     label: str
@@ -188,10 +196,9 @@ class Run:
     files: dict[str, Node] = field(default_factory=dict)
     epochs: tuple[Node, ...] = ()
     log: Node = field(default_factory=Node)
-    torn_log: bool = False
     sources: tuple[SourceFile, ...] = ()
     cka_page: Origin | None = None
-    notes: tuple[tuple[str, str], ...] = ()
+    notes: tuple[Finding, ...] = ()
 
     def file(self, name: str) -> Node:
         """The content of one file; a missing one holds None.
@@ -264,7 +271,7 @@ def read_runs(dirs: Sequence[Path], base: Path | None = None) -> list[Run]:
     given = list(dict.fromkeys(Path(path).resolve() for path in dirs))
     if not given:
         raise AdapterError("no directory given; name at least one run or CKA directory")
-    paths: dict[Path, tuple[tuple[str, str], ...]] = {}
+    paths: dict[Path, tuple[Finding, ...]] = {}
     for path in given:
         for found, notes in _expanded(path).items():
             paths.setdefault(found, ())
@@ -273,7 +280,7 @@ def read_runs(dirs: Sequence[Path], base: Path | None = None) -> list[Run]:
     return [_read_run(path, label, _address(path, base), notes) for (path, notes), label in named]
 
 
-def _expanded(path: Path) -> dict[Path, tuple[tuple[str, str], ...]]:
+def _expanded(path: Path) -> dict[Path, tuple[Finding, ...]]:
     # A sweep is its finished cells, in the order of the grid; what failed is said at the first of them.
     if not (path / SWEEP).is_file() or any((path / name).exists() for name in KNOWN):
         return {path: ()}
@@ -285,14 +292,14 @@ def _expanded(path: Path) -> dict[Path, tuple[tuple[str, str], ...]]:
     inside.sort(key=lambda entry: order.get(entry.name, len(order)))
     if not inside:
         raise AdapterError(f"{path} is a sweep without a finished run; see {SWEEP} for why, or wait for its first cell")
-    notes = [] if lost is None else [("damaged file", f"left out of {clean_text(lost)}")]
+    notes = _damage(lost)
     for name, cell in cells:
         why = " ".join(portable(word) for word in cell.get("error").text.split())
         if cell.get("status").text == "failed" or why:
-            notes.append(("failed cell", f"{clean_text(path.name)}/{name}: {why or 'no reason is given'}"))
+            notes += (finding("failed-cell", cell=f"{path.name}/{name}", why=why or "no reason is given"),)
         elif not any(entry.name == name for entry in inside):
-            notes.append(("unfinished cell", f"{clean_text(path.name)}/{name} has no figures yet"))
-    return {entry: tuple(notes) if place == 0 else () for place, entry in enumerate(inside)}
+            notes += (finding("unfinished-cell", cell=f"{path.name}/{name}"),)
+    return {entry: notes if place == 0 else () for place, entry in enumerate(inside)}
 
 
 def _address(path: Path, base: Path | None) -> str:
@@ -317,15 +324,14 @@ def _labels(paths: Sequence[Path]) -> list[str]:
         depth += 1
 
 
-def _read_run(path: Path, label: str, href: str, notes: tuple[tuple[str, str], ...]) -> Run:
+def _read_run(path: Path, label: str, href: str, notes: tuple[Finding, ...]) -> Run:
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
         raise AdapterError(f"{path} {what}; expected a run or CKA directory")
     names = [name for name in KNOWN if (path / name).exists()]
     begun = [name for name in BEGUN if (path / name).exists()]
     if not names and begun:
-        words = f"there is no map yet; go on with: align train --resume --out {label}"
-        notes = (*notes, ("unfinished run", words))
+        notes += (finding("unfinished-run", run=label),)
     elif not names:
         raise AdapterError(
             f"{path} holds none of {', '.join(KNOWN)}; name a directory written by `align train` or `align cka`"
@@ -335,12 +341,12 @@ def _read_run(path: Path, label: str, href: str, notes: tuple[tuple[str, str], .
     for name in [*names, *(name for _, name in epochs)]:
         content, lost = _content(path / name)
         contents[name] = Node(content, f"{label}/{name}#", href and href + quote(name))
-        notes = notes if lost is None else (*notes, ("damaged file", f"left out of {clean_text(lost)}"))
+        notes += _damage(lost)
         sources.append(_source(path / name, label, href))
-    log, torn = Node(), False
+    log = Node()
     if (path / "log.jsonl").exists():
         events, torn, lost = read_log(path / "log.jsonl")
-        notes = notes if lost is None else (*notes, ("damaged file", f"left out of {clean_text(lost)}"))
+        notes += (*_damage(lost), *((finding("torn-log"),) if torn else ()))
         lines = [event.content() for event in events]
         log = Node(lines, f"{label}/log.jsonl#", href and f"{href}log.jsonl")
         sources.append(_source(path / "log.jsonl", label, href))
@@ -350,7 +356,6 @@ def _read_run(path: Path, label: str, href: str, notes: tuple[tuple[str, str], .
         files={name: contents[name] for name in names},
         epochs=tuple(contents[name] for _, name in epochs),
         log=log,
-        torn_log=torn,
         sources=tuple(sources),
         cka_page=Origin(f"{label}/{CKA_PAGE}", href and href + CKA_PAGE) if (path / CKA_PAGE).is_file() else None,
         notes=notes,
@@ -366,7 +371,17 @@ def _content(path: Path) -> tuple[Record | dict[str, Any], str | None]:
     kind = fitted.kind_of(path.name) or evaluated.kind_of(path.name)
     if kind is None:
         raise AdapterError(f"{path} is no file of a run; name a directory written by `align train` or `align cka`")
-    return salvage(kind, path)
+    record, lost = salvage(kind, path)
+    # What was not judged when it was made is judged now, by the same functions, so that pages need not.
+    if isinstance(record, fitted.Similarity):
+        record = similarity.rejudged(record)
+    elif isinstance(record, evaluated.Stitched):
+        record = stitching.rejudged(record)
+    return record, lost
+
+
+def _damage(lost: str | None) -> tuple[Finding, ...]:
+    return () if lost is None else (finding("damaged-file", lost=lost),)
 
 
 def _source(path: Path, label: str, href: str) -> SourceFile:

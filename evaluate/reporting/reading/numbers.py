@@ -103,14 +103,10 @@ def show(node: Node, style: Style = score, reason: str = "") -> Markup:
         style: How to write it.
         reason: Why it is missing, shown if it is.
     """
-    file, _, path = node.at.partition("#")
     if node.number is None:
-        return dash(reason or f"not given in {file}")
-    places = path.replace("~1", "\0").split("/")[1:]
-    keys = " › ".join(part.replace("\0", "/").replace("~0", "~") for part in places)
-    figure = Markup('<data value="{}" data-from="{}" title="{}">{}</data>').format(
-        node.value, node.at, f"{node.value!r} in {file} › {keys}", style(node.number)
-    )
+        return dash(reason or f"not given in {node.at.partition('#')[0]}")
+    # The page's script says both in words to whoever points at it.
+    figure = Markup('<data value="{}" data-from="{}">{}</data>').format(node.value, node.at, style(node.number))
     # Not a stop for the Tab key: a page has hundreds, and the files are linked once below each table and plot.
     return Markup('<a class="n" href="{}" tabindex="-1">{}</a>').format(node.href, figure) if node.href else figure
 

@@ -1,19 +1,18 @@
-"""The similarity section: what a ``cka.json`` says, drawn and in words."""
+"""The similarity section: what a ``cka.json`` says in words, and its first map; the similarity page has all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from align.similarity.floors.reading import FEWEST_DRAWS, LEVEL, NAMES, readings
-from align.similarity.page.palette import Scale
-from evaluate.reporting.drawing.heatmap import legend
-from evaluate.reporting.drawing.matrices import Panel, cells_of, height, layer_name, panel, rows_of
+from align.pages.charts import heatmap
+from align.pages.palette import Scale
+from align.similarity.floors.reading import NAMES, readings
+from align.statistics import SIGNIFICANT
 from evaluate.reporting.reading.inputs import Node, Origin, Run
 from evaluate.reporting.reading.numbers import count, fixed, say, show
-from evaluate.reporting.sections.measures import Measures, measures
 from featstore.text.roles import of_roles
 
 #: What is exchanged for a floor.
@@ -21,14 +20,6 @@ _WHAT = {
     "documents": "documents in each other's place at equal positions",
     "token": "partners of the same token in another document",
 }
-_FLOOR_NOTES = {
-    "documents": "Documents in each other's place at equal positions, mean over exchanges, {} rows.",
-    "token": "Partners of the same token in another document, mean over exchanges, {} rows.",
-}
-#: Similarity of shuffled rows above this means that the estimate itself is biased upwards.
-_HIGH_NULL = 0.05
-#: A cell that moves further than this when masked rows return is made by those rows.
-_SINK_SHIFT = 0.05
 
 
 @dataclass(frozen=True)
@@ -40,9 +31,9 @@ class Similarity:
     page: Origin | None
     facts: Markup
     findings: tuple[Markup, ...]
-    panels: tuple[Panel, ...]
-    legend: Markup
-    measures: Measures | None
+    title: str
+    drawing: Markup | None
+    caption: Markup
 
 
 def similarity(run: Run) -> Similarity | None:
@@ -56,31 +47,6 @@ def similarity(run: Run) -> Similarity | None:
         return None
     a, b = _models(cka)
     names = {model: [layer.text for layer in cka.get("layers", model)] for model in (a, b)}
-    null, beside = cka.get("null"), _beside(cka)
-    note = (
-        "The same with the masked rows put back in, n = {}."
-        if "unmasked" in beside.at
-        else "The same without sinks and other masked rows, n = {}."
-    )
-    shuffled = say("Rows shuffled, n = {}: what the estimator says of no relation at all.", _count(null))
-    floors = [
-        (title, floor, floor.get("mean"), (a, b), say(_FLOOR_NOTES[kind], show(floor.get("rows"), count)))
-        for kind, title in NAMES.items()
-        if (floor := cka.get("permutations", kind)).value is not None
-    ]
-    wanted = [
-        (f"{a} × {b}", cka, cka.get("cross"), (a, b), say("Every layer of one with every of the other.")),
-        (f"{a} × {a}", cka, cka.get("within", a), (a, a), say("Within {}.", a)),
-        (f"{b} × {b}", cka, cka.get("within", b), (b, b), say("Within {}.", b)),
-        (beside.at.rsplit("/", 1)[-1], beside, beside.get("cross"), (a, b), say(note, _count(beside))),
-        *floors,
-        ("rows shuffled", null, null.get("cross"), (a, b), shuffled),
-    ]
-    if a == b:
-        del wanted[1:3]  # the cross matrix of a model with itself is what "within" would repeat
-    wanted = [entry for entry in wanted if height(entry[2])]
-    scale = Scale.over(value for _, _, node, _, _ in wanted for row in rows_of(node) for value in row)
-    panels = tuple(panel(run.label, names, scale, *entry) for entry in wanted)
     kernel, estimator = cka.get("kernel").text or "linear", cka.get("estimator").text
     facts = say(
         "{} CKA, {} kernel, n = {} pairs{}, {} rows masked{}.",
@@ -97,10 +63,72 @@ def similarity(run: Run) -> Similarity | None:
         page=run.cka_page,
         facts=facts,
         findings=tuple(findings(run)),
-        panels=panels,
-        legend=legend(scale),
-        measures=measures(run.label, cka, (a, b), names),
+        title=f"{a} × {b}",
+        drawing=_drawing(run.label, cka, (a, b), names) if rows_of(cka.get("cross")) else None,
+        caption=_range(cka),
     )
+
+
+def _drawing(label: str, cka: Node, models: tuple[str, str], names: dict[str, list[str]]) -> Markup:
+    """The similarity of every layer of one model with every layer of the other."""
+    rows = rows_of(cka.get("cross"))
+    sides = [
+        (model, [layer_name(names[model], k) for k in range(n)]) for model, n in zip(models, _size(rows), strict=True)
+    ]
+
+    def reason(i: int, j: int) -> str:
+        ends = [f"{model}:{layers[k]}" for (model, layers), k in zip(sides, (i, j), strict=True)]
+        found = [cka.get("reasons").get(" ".join(order)).text for order in (ends, ends[::-1])]
+        return found[0] or found[1] or "null in cka.json"
+
+    scale = Scale.over(value for row in rows for value in row)
+    return heatmap(rows, sides[0], sides[1], scale, label=f"{models[0]} × {models[1]}, {label}", reason=reason)
+
+
+def _size(rows: Sequence[Sequence[float | None]]) -> tuple[int, int]:
+    return len(rows), max((len(row) for row in rows), default=0)
+
+
+def _range(cka: Node) -> Markup:
+    """The ends of the values, with their places in the file."""
+    known = [cell for _, _, cell in cells_of(cka.get("cross"))]
+    if not known:
+        return say("No value is defined.")
+    low, high = (pick(known, key=lambda cell: cell.number or 0.0) for pick in (min, max))
+    return say("Every layer of one with every layer of the other, from {} to {}.", show(low), show(high))
+
+
+def rows_of(node: Node) -> list[list[float | None]]:
+    """The numbers of a matrix, all rows as long as the longest; None where there is none.
+
+    Args:
+        node: The matrix.
+    """
+    rows = [[cell.number for cell in row] for row in node]
+    width = max(map(len, rows), default=0)
+    return [row + [None] * (width - len(row)) for row in rows] if width else []
+
+
+def cells_of(node: Node) -> Iterator[tuple[int, int, Node]]:
+    """Row, column and value of every cell that has one.
+
+    Args:
+        node: The matrix.
+    """
+    for i, row in enumerate(node):
+        for j, cell in enumerate(row):
+            if cell.number is not None:
+                yield i, j, cell
+
+
+def layer_name(names: Sequence[str], i: int) -> str:
+    """A layer as the file names it, or its place.
+
+    Args:
+        names: The layers.
+        i: Which.
+    """
+    return names[i] if i < len(names) else f"#{i}"
 
 
 def findings(run: Run) -> list[Markup]:
@@ -136,10 +164,10 @@ def _above(cka: Node) -> list[Markup]:
         if found.reason is not None:
             sentences.append(say("There is no floor with {}: {}.", _WHAT[kind], found.reason))
             continue
-        if found.draws < FEWEST_DRAWS:
-            text = "With {}, CKA is {} to {} on average; {} exchanges are too few to decide anything, {} are not."
+        if not found.is_decided:
+            text = "With {}, CKA is {} to {} on average; {} exchanges are too few to decide anything."
             ends = fixed(found.low, 3), fixed(found.high, 3)
-            sentences.append(say(text, _WHAT[kind], *ends, found.draws, FEWEST_DRAWS))
+            sentences.append(say(text, _WHAT[kind], *ends, found.draws))
             continue
         sentences.append(
             say(
@@ -150,38 +178,10 @@ def _above(cka: Node) -> list[Markup]:
                 fixed(found.high, 3),
                 found.above,
                 found.pairs,
-                LEVEL,
+                SIGNIFICANT,
             )
         )
     return sentences
-
-
-def warnings(run: Run) -> list[tuple[str, Markup]]:
-    """What makes the similarities less than they seem, as code and sentence.
-
-    Args:
-        run: The directory.
-    """
-    cka = run.file("cka.json")
-    notes = []
-    if cka.get("keep_sinks").value is True:
-        notes.append(("sinks kept", say("A few rows of huge norm decide these similarities.")))
-    null = _largest(cka.get("null", "cross"))
-    if null is not None and (null.number or 0.0) > _HIGH_NULL:
-        text = "CKA of shuffled rows reaches {}: the estimator is biased upwards."
-        notes.append(("high null", say(text, show(null))))
-    beside = _beside(cka)
-    shifts = [
-        (abs((other.number or 0.0) - (cell.number or 0.0)), i, j, cell, other)
-        for i, j, cell in cells_of(cka.get("cross"))
-        if (other := beside.get("cross", i, j)).number is not None
-    ]
-    size, i, j, cell, other = max(shifts, key=lambda s: s[0], default=(0.0, 0, 0, Node(), Node()))
-    if size > _SINK_SHIFT:
-        masked, unmasked = (cell, other) if "unmasked" in beside.at else (other, cell)
-        text = "With the masked rows included, {} reads {} instead of {}: only masked figures say how alike layers are."
-        notes.append(("sink-dominated", say(text, _name(cka, i, j), show(unmasked), show(masked))))
-    return notes
 
 
 def _beside(cka: Node) -> Node:
@@ -192,11 +192,6 @@ def _beside(cka: Node) -> Node:
 def _models(cka: Node) -> tuple[str, str]:
     named = [model.text for model in cka.get("models")] or [name for name, _ in cka.get("layers").items()]
     return (named[0] if named else "a", named[-1] if named else "b")
-
-
-def _largest(node: Node) -> Node | None:
-    cells: Sequence[Node] = [cell for _, _, cell in cells_of(node)]
-    return max(cells, key=lambda cell: cell.number or 0.0, default=None)
 
 
 def _name(cka: Node, i: int, j: int) -> str:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluate.reporting.drawing.svg import Dots, dot_plot
-from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
+from align.judging.sentences import placed
+from align.pages.charts import Dots, dot_plot
+from evaluate.reporting.reading.findings import findings_of
+from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run, clean_text
 from evaluate.reporting.reading.names import NO_LEAK, Leak, control_name, leak_of
 from evaluate.reporting.reading.numbers import count, dash, exact, fixed, interval, percent, percent_number, say, show
 from evaluate.reporting.sections.gains import Gains, beats_all, gains, standing, winning
@@ -74,7 +76,7 @@ def exchanges(run: Run) -> list[Exchange]:
             for condition, block in conditions.items()
         )
         source = run.origin("communicate.json")
-        texts = tuple(text for _, text in _warnings(task))
+        texts = tuple(clean_text(placed(found)) for found in findings_of(task))
         more = gains(task, f"{name}, {run.label}")
         plots = _plots(run, name, task)
         meanings = tuple(dict.fromkeys((_word(name), meaning) for name in conditions if (meaning := _meaning(name))))
@@ -82,28 +84,6 @@ def exchanges(run: Run) -> list[Exchange]:
             name, run.label, source, _words(task, validated), plots, rows, texts, more, _omitted(task), meanings
         )
         found.append(exchange)
-    return found
-
-
-def warnings(run: Run) -> list[tuple[str, str, str, str]]:
-    """What limits the answers: code, sentence, task with the way of sending states, and the layer pair's key.
-
-    Args:
-        run: The run.
-    """
-    found = []
-    for name, task in run.file("communicate.json").get("tasks").items():
-        ways = [way.partition(" ") for way, _ in task.get("gains").items()]
-        places = {f"{key}, {method}: ": (f"{name}, {control_name(method)}", key) for method, _, key in ways}
-        places |= {f"{key}: ": (name, key) for key, _ in task.get("pairs").items()}
-        for code, text in _warnings(task):
-            # A text that opens with its place is the same warning as the one of the next place.
-            for start, (where, key) in places.items():
-                if text.startswith(start):
-                    found.append((code, text.removeprefix(start), where, key))
-                    break
-            else:
-                found.append((code, text, name, ""))
     return found
 
 
@@ -142,7 +122,7 @@ def _plots(run: Run, name: str, task: Node) -> tuple[tuple[str, Markup], ...]:
             lines,
             label=f"Share of right answers, {name}, {title or 'all conditions'}, {run.label}",
             axis="share of right answers" if chance is None else "share of right answers; dashed: guessing",
-            style=percent,
+            percent=True,
             anchors=() if chance is None else (chance,),
             bounds=(0.0, 1.0),
         )
@@ -280,13 +260,7 @@ def _words(task: Node, validated: Mapping[str, float] = EMPTY) -> Markup:
         return sentences + say(" No control was run, so nothing shows that the states carried the answer.")
     if against := dict(task.get("gains", best).items()):
         return sentences + _paired(best, against, task)
-    low, high = known[best].get("ci95", 0).number, known[rival].get("ci95", 1).number
-    if _accuracy(known[best]) <= _accuracy(known[rival]):
-        text = " That is no better than the control {} ({})."
-    elif low is not None and high is not None and low > high:
-        text = " That is clearly above every control; the highest is {} ({})."
-    else:
-        text = " That is not clearly above the control {} ({})."
+    text = " The highest control is {} ({}); the file compares none with it question by question."
     return sentences + say(text, *_named(task, known, rival))
 
 
@@ -326,11 +300,6 @@ def _named(task: Node, known: dict[str, Node], name: str) -> tuple[str, Markup]:
 
 def _accuracy(block: Node) -> float:
     return block.get("accuracy").number or 0.0
-
-
-def _warnings(task: Node) -> tuple[tuple[str, str], ...]:
-    found = [(w.get("code").text or "communication", w.get("message").text or w.text) for w in task.get("warnings")]
-    return tuple((code, text) for code, text in found if text)
 
 
 def _word(condition: str) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 
 from markupsafe import Markup
 
-from evaluate.reporting.drawing.svg import Mark, Series, chart_key, line_chart
+from align.pages.charts import Mark, Series, line_chart
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
 from evaluate.reporting.reading.names import control_name, leak_of, type_name
 from evaluate.reporting.sections.stitched import FROM, SHARES, mark_of
@@ -31,11 +31,10 @@ _STYLES = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its caption, the key of its lines and the files it is drawn from."""
+    """A drawing with its caption and the files it is drawn from."""
 
     title: str
-    svg: Markup
-    key: Markup
+    drawing: Markup
     sources: tuple[Origin, ...]
     run: str = ""
 
@@ -96,8 +95,8 @@ def stitched_curves(run: Run) -> list[Chart]:
             if not lines:
                 continue
             label = f"{named}: {title}"
-            svg = line_chart(lines, label=f"{label}, {run.label}", axes=("source layer", axis), references=lines_at)
-            charts.append(Chart(label, svg, chart_key(lines), (run.origin("stitch.json"),), run.label))
+            drawing = line_chart(lines, label=f"{label}, {run.label}", axes=("source layer", axis), references=lines_at)
+            charts.append(Chart(label, drawing, (run.origin("stitch.json"),), run.label))
     return charts
 
 
@@ -154,5 +153,4 @@ def _of_runs(
                 sources[run.origin(file)] = None
     if not series:
         return None
-    svg = line_chart(series, label=title, axes=("source layer", axis))
-    return Chart(title, svg, chart_key(series), tuple(sources))
+    return Chart(title, line_chart(series, label=title, axes=("source layer", axis)), tuple(sources))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
+from align.pages.document import embedded
 from evaluate.reporting.reading.inputs import Node, Pair, Run
 from evaluate.reporting.reading.names import type_name
 
@@ -17,7 +17,9 @@ _DIGITS = 4
 _COLUMNS = (
     ("run", False),
     ("layers", False),
-    ("map", False),
+    ("type", False),
+    ("direction", False),
+    ("layer", False),
     ("shown to do", False),
     ("val R²", True),
     ("R²", True),
@@ -46,17 +48,14 @@ def every_map(judged: Sequence[tuple[Run, Pair, str]]) -> Markup:
         ]
         for each in judged
     ]
-    table = {"columns": [list(column) for column in _COLUMNS], "words": list(words), "rows": rows}
-    text = json.dumps(table, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # The only characters by which text ends a script element, or opens a comment in one.
-    return Markup(text.replace("<", "\\u003c"))  # noqa: S704 - escaped as JSON
+    return embedded({"columns": [list(column) for column in _COLUMNS], "words": list(words), "rows": rows})
 
 
 def _row(run: Run, pair: Pair, shown: str) -> Iterator[Any]:
     metrics = run.file("metrics.json").get("pairs", pair.key)
     stitched = run.file("stitch.json").get("pairs", pair.key)
     test = metrics.get("test")
-    yield from (run.label, pair, type_name(run), shown)
+    yield from (run.label, pair, type_name(run), pair.direction, pair.source_layer, shown)
     for node in (
         metrics.get("val", "r2"),
         test.get("r2"),

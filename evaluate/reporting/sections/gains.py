@@ -2,7 +2,8 @@
 
 A gain is the difference of two accuracies on the same examples with its 95 % interval, its exact p value and the
 questions that only one of the two gets right. It shows something where the interval leaves out zero and the exact test
-agrees, and among many ways to send states only where Holm's adjustment for their number leaves it.
+agrees, and among many ways to send states only where Holm's adjustment for their number leaves it: ``above`` and
+``beats`` of the file.
 """
 
 from __future__ import annotations
@@ -11,28 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from markupsafe import Markup
-
-from evaluate.reporting.drawing.svg import Mark, coordinate, point
+from align.pages.charts import spark
 from evaluate.reporting.reading.inputs import Node, Pair
 from evaluate.reporting.reading.names import control_name, leak_of
 from evaluate.reporting.reading.numbers import dash, exact, interval, percent, percent_number, say, show
 from evaluate.reporting.sections.stitched import mark_of
 from evaluate.reporting.sections.tables import Cell
 
-Standing = Literal["above", "level", "below", "unknown"]
+Standing = Literal["above", "level", "unknown"]
 
 #: Controls in the order of their columns; others that a file names follow.
 _CONTROLS = ("silent", "random", "shuffled")
-#: Largest p value that shows anything.
-_LEVEL = 0.05
-#: Width of the drawing in a cell.
-_SPARK = 96
 _MARKS: dict[Standing, tuple[str, str]] = {
     "above": ("▲", "above it: the interval leaves out zero, and the exact test agrees"),
     "level": ("○", "no difference shown"),
-    "below": ("▼", "below it: the interval leaves out zero, and the exact test agrees"),
-    "unknown": ("?", "no interval is given"),
+    "unknown": ("?", "not judged: the file does not say"),
 }
 
 
@@ -52,18 +46,13 @@ class Gains:
 
 
 def standing(gain: Node) -> Standing:
-    """Where a gain lies: its interval and its exact test have to agree.
+    """What the file says of a gain.
 
     Args:
-        gain: With ``value``, ``ci95`` and ``p``; a file of an earlier version has no p, and the interval decides.
+        gain: With ``above``; a file of an early version has none, and is not judged here.
     """
-    low, high = (gain.get("ci95", end).number for end in (0, 1))
-    if gain.get("value").number is None or low is None or high is None:
-        return "unknown"
-    p = gain.get("p").number
-    if p is not None and p > _LEVEL:
-        return "level"
-    return "above" if low > 0 else "below" if high < 0 else "level"
+    above = gain.get("above").value
+    return "above" if above is True else "level" if above is False else "unknown"
 
 
 def beats_all(task: Node, name: str) -> bool:
@@ -73,10 +62,7 @@ def beats_all(task: Node, name: str) -> bool:
         task: One of the tasks of ``communicate.json``.
         name: The way, with its layer pair; without a random and a shuffled control nothing is shown.
     """
-    found = {control: standing(gain) for control, gain in task.get("gains", name).items()}
-    above = set(_CONTROLS) <= set(found) and all(place == "above" for place in found.values())
-    adjusted = task.get("beats", name, "p_adjusted").number
-    return above and (adjusted is None or adjusted <= _LEVEL)
+    return task.get("beats", name, "beats").value is True
 
 
 def winning(task: Node) -> int:
@@ -148,11 +134,15 @@ def _gain(task: Node, name: str, control: str, gain: Node, bounds: tuple[float, 
     drawn = say('<span class="{}" title="{}">{}</span>', standing(gain), words, mark)
     value, ends = show(gain.get("value"), _points), interval(gain.get("ci95"), percent_number)
     words = f"{control_name(name)} over {control_name(control)}"
-    spark = _spark(mark_of(gain.get("value"), gain.get("ci95"), words, standing(gain)), bounds, f"{words}, {label}")
+    point = mark_of(gain.get("value"), gain.get("ci95"), words, standing(gain))
     alone = [gain.get(f"{which}_alone") for which in ("first", "second")]
     # Questions that only one of the two gets right are all that tells.
     counts = say(" ({}:{})", *(show(node, exact) for node in alone)) if all(n.number is not None for n in alone) else ""
-    return Cell(say("{}{} {} {}{}", spark, drawn, value, ends, counts), _sort(gain.get("value")), "num")
+    return Cell(
+        say("{}{} {} {}{}", spark(point, bounds, f"{words}, {label}"), drawn, value, ends, counts),
+        _sort(gain.get("value")),
+        "num",
+    )
 
 
 def _points(value: float) -> str:
@@ -161,19 +151,6 @@ def _points(value: float) -> str:
 
 def _sort(node: Node) -> str:
     return "" if node.number is None else repr(node.number)
-
-
-def _spark(mark: Mark, bounds: tuple[float, float], label: str) -> Markup:
-    """The gain as a point with its whisker about a line at zero, small enough for a cell."""
-    low, high = bounds
-
-    def place(value: float) -> float:
-        return 6 + (value - low) / (high - low) * (_SPARK - 12)
-
-    zero = Markup('<line class="anchor" x1="{0}" y1="1" x2="{0}" y2="15"/>').format(coordinate(place(0.0)))
-    return Markup(
-        '<svg class="spark" viewBox="0 0 {0} 16" width="{0}" role="img" aria-label="{1}">{2}{3}</svg>'
-    ).format(_SPARK, label, zero, point(mark, place, 8.0))
 
 
 def _bounds(ways: Sequence[tuple[str, Node]]) -> tuple[float, float]:

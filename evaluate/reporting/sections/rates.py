@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluate.reporting.drawing.svg import Mark, Series, chart_key, line_chart
+from align.pages.charts import Mark, Series, line_chart
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
 from evaluate.reporting.reading.names import control_name, leak_of, share
 from evaluate.reporting.reading.numbers import count, dash, interval, nats, percent, percent_number, say, score, show
@@ -31,7 +31,7 @@ class Rates:
     """All compressed maps of one layer pair, and beside them what the other maps send."""
 
     title: str
-    charts: tuple[tuple[str, Markup, Markup], ...]
+    charts: tuple[tuple[str, Markup], ...]
     notes: tuple[Markup, ...]
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -116,7 +116,7 @@ def _rates(key: str, points: Sequence[_Point]) -> Rates:
 
 def _charts(
     title: str, points: Sequence[_Point], whole: Sequence[tuple[float, _Point]], codecs: Sequence[str]
-) -> list[tuple[str, Markup, Markup]]:
+) -> list[tuple[str, Markup]]:
     drawn = [point for point in points if point.x > 0]
 
     def line(
@@ -148,7 +148,7 @@ def _charts(
     ):
         lines = [series for series in found if series is not None]
         if lines and any(series.style != _WHOLE for series in lines):
-            svg = line_chart(
+            drawing = line_chart(
                 lines,
                 label=f"{name} against rate, {title}",
                 axes=(_AXIS, axis),
@@ -156,7 +156,7 @@ def _charts(
                 verticals=[(1.0, "the text itself"), *_token_ids(drawn)],
                 log=True,
             )
-            charts.append((f"{name} against rate", svg, chart_key(lines)))
+            charts.append((f"{name} against rate", drawing))
     return charts
 
 

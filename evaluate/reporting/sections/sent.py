@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluate.reporting.drawing.svg import Mark, Series, chart_key, line_chart
+from align.pages.charts import Mark, Series, line_chart
 from evaluate.reporting.reading.inputs import Node, Pair, Run
 from evaluate.reporting.reading.names import NO_LEAK, Leak, control_name, leak_of
 from evaluate.reporting.reading.numbers import exact, fixed, say, show
@@ -125,8 +125,8 @@ def reference_rate(points: Sequence[Sent]) -> dict[str, float]:
     return {p.run.label: p.rate for p in points if p.kind == "states" and p.way == "aligned"}
 
 
-def accuracy_charts(points: Sequence[Sent], key: str) -> list[tuple[str, Markup, Markup]]:
-    """Draw right answers against rate, a chart for every task: title, drawing, key.
+def accuracy_charts(points: Sequence[Sent], key: str) -> list[tuple[str, Markup]]:
+    """Draw right answers against rate, a chart for every task: title and drawing.
 
     Args:
         points: What was sent for one layer pair.
@@ -142,14 +142,14 @@ def accuracy_charts(points: Sequence[Sent], key: str) -> list[tuple[str, Markup,
             for kind, (words, style) in _KINDS.items()
             if (found := sorted((p for p in of if p.kind == kind), key=lambda point: point.rate))
         ]
-        svg = line_chart(
+        drawing = line_chart(
             lines,
             label=f"Right answers against rate, {task}, {Pair.parse(key)}",
             axes=("bytes sent per byte of text", "share of right answers"),
             references=_references(of[0].run, task, key),
             log=True,
         )
-        charts.append((f"Right answers against rate, {task}", svg, chart_key(lines)))
+        charts.append((f"Right answers against rate, {task}", drawing))
     return charts
 
 

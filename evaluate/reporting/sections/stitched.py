@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluate.reporting.drawing.svg import Dots, Mark, dot_plot
+from align.pages.charts import Dots, Mark, dot_plot
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
 from evaluate.reporting.reading.names import NO_LEAK, Leak, control_name, gain, leak_of, share, type_name
 from evaluate.reporting.reading.numbers import Style, count, dash, interval, nats, percent, say, score, show
@@ -82,7 +82,7 @@ def forest(runs: Sequence[Run]) -> Markup | None:
         lines,
         label="Recovered share of every map",
         axis="share of the loss recovered",
-        style=percent,
+        percent=True,
         anchors=(0.0, 1.0),
         stacked=True,
     )
@@ -124,7 +124,6 @@ def stitched_losses(run: Run) -> list[Stitched]:
             lines,
             label=f"Loss under every condition, {Pair.parse(key)}, {run.label}",
             axis="nats per token; lower is better",
-            style=lambda value: f"{value:g}",
             anchors=() if clean is None else (clean,),
         )
         more = [

@@ -37,10 +37,16 @@ class Row:
     Attributes:
         kind: ``map``, ``closed`` for a closed form beside it, or ``control``.
         cells: One for each column.
+        type: Of the run's map, by which rows are filtered.
+        direction: From which model to which.
+        layer: Of the source.
     """
 
     kind: str
     cells: tuple[Cell, ...]
+    type: str
+    direction: str
+    layer: str
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,10 @@ def leaderboard(runs: Sequence[Run]) -> list[Row]:
     order = {key: place for place, key in enumerate(dict.fromkeys(entry.pair.key for entry in entries))}
     kinds = ("map", "closed", "control")
     entries.sort(key=lambda entry: (order[entry.pair.key], kinds.index(entry.kind), -entry.validated, _place(entry)))
-    return [Row(entry.kind, tuple(_cells(entry))) for entry in entries]
+    return [
+        Row(entry.kind, tuple(_cells(entry)), type_name(entry.run), entry.pair.direction, entry.pair.source_layer)
+        for entry in entries
+    ]
 
 
 def _place(entry: _Entry) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluate.reporting.drawing.svg import Mark, Series, chart_key, line_chart
+from align.pages.charts import Mark, Series, line_chart
 from evaluate.reporting.reading.inputs import Node, Origin, Pair, Run
 from evaluate.reporting.reading.names import control_name
 from evaluate.reporting.reading.numbers import exact, fixed, say, show
@@ -25,7 +25,7 @@ class Training:
     run: str
     title: str
     sources: tuple[Origin, ...]
-    charts: tuple[tuple[Markup, Markup], ...]
+    charts: tuple[Markup, ...]
     notes: tuple[Markup, ...]
     header: tuple[str, ...]
     rows: tuple[tuple[Markup, ...], ...]
@@ -78,20 +78,21 @@ def _training(run: Run, key: str, epochs: Sequence[_Epoch]) -> Training | None:
         notes.append(say(text, fixed(1 - closed.number, 3), show(closed)))
     notes += _stops(run, key)
     label = str(Pair.parse(key)) if key else "mean over layer pairs"
-    svg = line_chart(
+    losses = line_chart(
         lines,
         label=f"Loss by epoch, {label}, {run.label}",
         axes=("epoch", "loss"),
         references=references,
     )
-    charts, nodes = [(svg, chart_key(lines))], [node for _, node in epochs]
+    charts, nodes = [losses], [node for _, node in epochs]
     # A log has losses alone; the epoch files beside it have what was measured after every epoch.
     measured = _lines(
         _SCORES, [(epoch.get("epoch"), epoch.get("pairs", key) if key else epoch) for epoch in run.epochs]
     )
     if any(len(line.points) > 1 for line in measured):
-        svg = line_chart(measured, label=f"Similarity by epoch, {label}, {run.label}", axes=("epoch", "validation"))
-        charts.append((svg, chart_key(measured)))
+        charts.append(
+            line_chart(measured, label=f"Similarity by epoch, {label}, {run.label}", axes=("epoch", "validation"))
+        )
         nodes += run.epochs
     columns = ("train_loss", "val_loss", "cka", "cosine_sim", "lr", "seconds")
     # The log tells more of an epoch than its file does.

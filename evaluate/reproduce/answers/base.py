@@ -17,8 +17,6 @@ from evaluate.reproduce.evidence import Value
 
 #: Of a question that claims nothing; and of one whose steps are not done, or whose figure does not exist.
 ANSWERED, OPEN = "answered", "cannot be said"
-#: Largest p value that shows anything, adjusted where many are looked at.
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from align.layers import LayerPair, joint_pairs
-from align.statistics import Estimate, holm
-from evaluate.reproduce.answers.base import ANSWERED, SIGNIFICANT, Answer, Table, arrow, figure, share
+from align.statistics import SIGNIFICANT, Estimate, holm
+from evaluate.reproduce.answers.base import ANSWERED, Answer, Table, arrow, figure, share
 from evaluate.reproduce.evidence import Evidence, Value
 from evaluate.reproduce.places import Places
 from evaluate.reproduce.pooled import Place, nats_below, r2_difference, r2_quotient

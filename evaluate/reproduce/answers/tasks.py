@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from scipy.stats import binomtest
 
-from align.results import Finding
-from align.statistics import CONTRADICTED, SUPPORTED, UNDECIDED, Verdict, holm
-from evaluate.reproduce.answers.base import SIGNIFICANT, Answer, Table, arrow, share
+from align.judging.record import Finding
+from align.statistics import CONTRADICTED, SIGNIFICANT, SUPPORTED, UNDECIDED, Verdict, holm
+from evaluate.reproduce.answers.base import Answer, Table, arrow, share
 from evaluate.reproduce.evidence import Evidence, Value
 from evaluate.results import Answers, Gain, TaskAnswers
 from featstore.runtime.console import human_bytes
@@ -45,7 +45,7 @@ def communication(evidence: Evidence) -> Answer:
             p |= {f"{task}: {name}": beats.p for name, beats in entry.beats.items()}
             if entry.gains:
                 answer.words.append(f"{task}: {_quoted(entry, evidence)}.")
-        answer.words += [f"{task}: {warning.message}." for warning in _general(entry.warnings)]
+        answer.words += [f"{task}: {warning.sentence}." for warning in _general(entry.warnings)]
     if ways:
         adjusted = dict(zip(p, holm(list(p.values())), strict=True))
         won = [name for name, gains in ways.items() if _wins(gains, adjusted.get(name))]

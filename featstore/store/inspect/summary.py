@@ -240,7 +240,7 @@ def window_table(store: Store, window: int, rows: int) -> dict[str, Any]:
     corpus = store.corpus
     count = len(corpus.window_document)
     if window >= count:
-        raise SpecError(f"window {window} is outside 0..{count - 1} of {store.path}")
+        raise SpecError(f"window {window} is outside 0..{count - 1} of {store.path}; choose one of these")
     raw = corpus.window_text(window).encode()
     result: dict[str, Any] = {"window": window, "document": int(corpus.window_document[window]), "models": {}}
     for name in store.models:

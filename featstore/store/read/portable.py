@@ -35,6 +35,7 @@ from featstore.errors import (
     StoreAccessError,
     StoreNotFoundError,
 )
+from featstore.runtime.extras import install_words
 from featstore.store.format import shards
 from featstore.store.format.version import MANIFEST
 from featstore.store.read.files import Described, LocalFiles, StoreFiles
@@ -98,8 +99,12 @@ def _open_url(url: str) -> ZarrStore:
         except obstore.exceptions.BaseError as error:
             raise SpecError(f"{url!r} cannot be opened ({_first_line(error)}); correct the URL") from error
     except ImportError as error:
-        remedy = "it with `pip install obstore`" if scheme in _OBJECT_STORES else f"the fsspec package for {scheme}://"
-        raise MissingPackageError(f"reading {url!r} needs a package ({error}); install {remedy}") from error
+        remedy = (
+            f"run `{install_words('obstore')}`"
+            if scheme in _OBJECT_STORES
+            else f"install the fsspec package for {scheme}://"
+        )
+        raise MissingPackageError(f"reading {url!r} needs a package ({error}); {remedy}") from error
     except ValueError as error:
         if isinstance(error, FeatstoreError):
             raise

@@ -26,6 +26,7 @@ from featstore.errors import (
     StoreFormatError,
     StoreStateError,
 )
+from featstore.runtime.extras import extras_named
 from featstore.runtime.provenance import digest, parse_json
 from featstore.runtime.schema import parse, shown
 from featstore.store.format.attributes import PairAttributes, RootAttributes
@@ -105,7 +106,9 @@ def open_files(files: StoreFiles, *, allow_incomplete: bool = False) -> Store:
     where = repr(str(files.location))
     document = files.read("zarr.json")
     if document is None:
-        raise StoreFormatError(f"{where} is not a feature store: it has no zarr.json")
+        raise StoreFormatError(
+            f"{where} is not a feature store: it has no zarr.json; name a directory that `featstore extract` made"
+        )
     node = parse_json(document, f"{files.location}/zarr.json")
     own = own_attributes(node)
     if not isinstance(own, dict):
@@ -298,7 +301,8 @@ class Store:
 
     def to_pandas(self) -> pd.DataFrame:
         """:meth:`layer_records` as a table: a row for every model and layer."""
-        import pandas as pd
+        with extras_named():
+            import pandas as pd
 
         return pd.DataFrame(self.layer_records())
 

@@ -15,6 +15,7 @@ import align.solvers.spectrum
 from align import solvers
 from align.closed_form.fit import Fit, Solver, baselines, fit_closed, fit_shared_procrustes
 from align.closed_form.partners import validation_r2
+from align.judging.sentences import sentence
 from align.layers import LayerPair
 from align.maps.fitted import Aligner, load_adapter
 from align.maps.low_rank import check_low_rank
@@ -97,8 +98,8 @@ def test_a_planted_scale_is_found_unless_it_is_turned_off(tmp_path: Path, scale:
     without = only(trained(planted, tmp_path / "without", "procrustes", scale=False))
     assert without["test"]["r2"] == pytest.approx(1 - ((scale - 1) / scale) ** 2, abs=0.01)
     [finding] = [finding for finding in without["warnings"] if finding["code"] == "no-scale"]
-    assert f"least squares gives it {scale:.3g}," in finding["message"]
-    assert "to 1.000:" in finding["message"]
+    assert f"least squares gives it {scale:.3g}," in sentence(finding)
+    assert "to 1.000:" in sentence(finding)
     # Debiased CKA knows no factor.
     assert with_scale["cka"]["after"] == pytest.approx(without["cka"]["after"], abs=1e-5)
     assert with_scale["cka"]["after"] == pytest.approx(with_scale["cka"]["before"], abs=1e-5)
@@ -213,7 +214,7 @@ def test_a_good_map_draws_no_warning(rotated: Planted, tmp_path: Path) -> None:
 def test_few_rows_draw_a_warning(rotated: Planted, tmp_path: Path) -> None:
     entry = only(trained(rotated, tmp_path, "affine", max_rows=600))
     [warning] = [w for w in entry["warnings"] if w["code"] == "few-rows"]
-    assert warning["message"].startswith("600 train pairs for width 64")
+    assert sentence(warning).startswith("600 pairs for width 64")
     assert entry["train"]["n"] == 600
     assert entry["test"]["n"] == (rotated.split == TEST).sum()
 

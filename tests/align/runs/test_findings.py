@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from align.closed_form.scaling import Unscaled
+from align.judging.sentences import sentence
+from align.judging.table import CODES
 from align.runs.facts import EIGENVALUE_FLOOR, Gram, Intercept, Site, Training, gram_facts
 from align.runs.findings import (
     after_the_norm,
@@ -62,7 +64,7 @@ WEAKEST, STRONGEST = float(lambda_grid()[0]), float(lambda_grid()[-1])
 
 #: Check, the facts just beyond the boundary, the facts on it, code, and what the message names.
 BOUNDARIES: dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...], str, tuple[str, ...]]] = {
-    "few rows": (few_rows, (159, 16), (160, 16), "few-rows", ("159", "160 pairs or more")),
+    "few rows": (few_rows, (159, 16), (160, 16), "few-rows", ("159", "160 are wanted")),
     "gram: rows": (
         near_singular,
         (Gram(16, 16, math.inf, 0.0),),
@@ -75,7 +77,7 @@ BOUNDARIES: dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...], str, tuple[st
         (Gram(5000, 100, 1e9, above(0.01)),),
         (Gram(5000, 100, 1e9, 0.01),),
         "near-singular",
-        ("1.0% of the 100", "1.0e+09", "reduced-rank"),
+        ("1.0% of the 100", "reduced-rank"),
     ),
     "scale: too large": (
         no_scale,
@@ -119,7 +121,7 @@ BOUNDARIES: dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...], str, tuple[st
         (last("hidden_states[-1]"),),
         (last("hidden_states[-1]", 31),),
         "after-final-norm",
-        ("layer 32 is the last of llama", "says 'hidden_states[-1]'", "layers below 32"),
+        ("layer 32 is the last of llama", "says 'hidden_states[-1]'", "layers below it"),
     ),
     "norm: unsaid": (after_the_norm, (last(None),), (last(None, 31),), "after-final-norm", ("does not say",)),
     "norm: ours": (after_the_norm, (last(""),), (last(SITE_CONVENTION),), "after-final-norm", ()),
@@ -141,7 +143,7 @@ BOUNDARIES: dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...], str, tuple[st
         ("from 0.100 on train to 0.100 on validation and -0.000 on test",),
     ),
     "overfit: validation": (overfit, (0.75, 0.625, 0.75), (0.75, 0.6875, 0.75), "overfit", ("0.625 on validation",)),
-    "overfit: no test": (overfit, (0.75, 0.5, None), (None, 0.5, 0.5), "overfit", ("to 0.500 on validation:",)),
+    "overfit: no test": (overfit, (0.75, 0.5, None), (None, 0.5, 0.5), "overfit", ("to 0.500 on validation;",)),
     "closed form": (
         loses_to_closed_form,
         (below(0.49), OPTIMUM),
@@ -164,7 +166,7 @@ BOUNDARIES: dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...], str, tuple[st
         "lambda-at-grid-end",
         ("strongest ridge", "lambda 10"),
     ),
-    "lambda: weakest": (lambda_at_the_end, (WEAKEST,), (above(WEAKEST),), "lambda-at-grid-end", ("lambda 1e-06",)),
+    "lambda: weakest": (lambda_at_the_end, (WEAKEST,), (above(WEAKEST),), "lambda-at-grid-start", ("lambda 1e-06",)),
     "improving": (
         still_improving,
         (Training(10, 10, 10),),
@@ -182,7 +184,8 @@ def test_a_finding_at_its_boundary(case: str) -> None:
     check, beyond, on, code, words = BOUNDARIES[case]
     [found] = check(*beyond)
     assert found["code"] == code
-    assert [word for word in words if word not in found["message"]] == []
+    assert [word for word in words if word not in sentence(found)] == []
+    assert found["limits"] == dict(CODES[code].limits)
     assert list(check(*on)) == []
 
 
@@ -214,7 +217,7 @@ def test_what_nobody_measured_is_no_finding(case: str) -> None:
 
 
 def test_a_weak_ridge_is_a_note_and_a_strong_one_a_warning() -> None:
-    assert [f.get("level") for lam in (WEAKEST, STRONGEST) for f in lambda_at_the_end(lam)] == ["note", None]
+    assert [f["level"] for lam in (WEAKEST, STRONGEST) for f in lambda_at_the_end(lam)] == ["note", "warning"]
 
 
 def test_a_control_that_leaves_no_error_cannot_be_beaten() -> None:
@@ -270,7 +273,8 @@ def test_everything_together_in_one_order() -> None:
     facts: dict[str, Any] = {"parts": chance(4.0), "n_train": 10, "width": 16, "coverage": (0.1, 0.1)}
     beside = {"gram": Gram(10, 16, 1.0, 0.0), "sites": last(None), "lam": 10.0, "training": Training(2, 2, 2)}
     beside["documents"] = 4
-    found = findings(entry=entry, keep_sinks=True, **facts, **beside)
+    found = findings(entry=entry, keep_sinks=True, pair="a:1->b:2", **facts, **beside)
+    assert {f["where"]["pair"] for f in found} == {"a:1->b:2"}
     assert [f["code"] for f in found] == [
         "few-rows", "near-singular", "coverage", "after-final-norm", "sinks-kept", "sink-dominated",
         "infonce-at-chance", "overfit", "loses-to-closed-form", "no-better-than-controls", "token-explains",
@@ -283,8 +287,7 @@ def test_everything_together_in_one_order() -> None:
 
 def explained(r2: float, token: float | None, partial: float | None, interval: Any = None) -> list[str]:
     block = None if token is None else {"r2": token}
-    found = list(token_explains({"r2": r2, "partial_r2": partial, "partial_r2_ci95": interval}, block))
-    return [finding["message"] for finding in found]
+    return list(map(sentence, token_explains({"r2": r2, "partial_r2": partial, "partial_r2_ci95": interval}, block)))
 
 
 @pytest.mark.parametrize(
@@ -321,11 +324,13 @@ def test_what_is_left_beyond_the_token_is_no_finding(
     assert explained(r2, token, partial, interval) == []
 
 
-@pytest.mark.parametrize(("documents", "words"), [(1, "1 test document: below 3"), (2, "no interval"), (9, "wide")])
+@pytest.mark.parametrize(
+    ("documents", "words"), [(1, "1 document, and an interval takes 3"), (2, "no figure can be told"), (9, "wide")]
+)
 def test_few_documents_are_said_to_be_few(documents: int, words: str) -> None:
     [finding] = few_documents(documents)
     assert finding["code"] == "few-documents"
-    assert words in finding["message"]
+    assert words in sentence(finding)
 
 
 @pytest.mark.parametrize("documents", [10, 1000, None])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import align
+from align.judging.sentences import sentence
 from align.maps.fitted import load_adapter
 from align.maps.registry import map_type, map_types
 from align.runs.plan import training_plan
@@ -67,8 +68,8 @@ def test_a_rotation_without_a_factor_is_found_out(norms: Planted, tmp_path: Path
     options = {name: load_adapter(tmp_path / name).card["pairs"][0]["options"] for name in ("bare", "scaled")}
     factor = "scale" if type_ == "procrustes" else "skip_scale"
     assert options["bare"][factor] == 1
-    assert f"least squares gives it {options['scaled'][factor]:.3g}," in finding["message"]
-    assert "leave out --no-scale" in finding["message"]
+    assert f"least squares gives it {options['scaled'][factor]:.3g}," in sentence(finding)
+    assert "leave out --no-scale" in sentence(finding)
     assert "no-scale" not in codes(scaled)
 
 
@@ -130,8 +131,8 @@ def test_the_finding_of_a_missing_intercept_has_figures_and_a_remedy(tmp_path: P
     affine = only(trained(planted, tmp_path / "affine", "affine"))
     [finding] = [finding for finding in linear["warnings"] if finding["code"] == "no-intercept"]
     figures = f"validation R2 is {linear['val']['r2']:.3f} and {affine['val']['r2']:.3f} with an intercept"
-    assert figures in finding["message"]
-    assert finding["message"].endswith("use --type affine")
+    assert figures in sentence(finding)
+    assert sentence(finding).endswith("use --type affine")
     assert "no-intercept" not in codes(affine)
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import align.training.loop
+from align.judging.sentences import sentence
 from align.maps.fitted import load_adapter
 from align.maps.registry import map_types
 from align.runs.train import default_directory, describe, train
@@ -433,7 +434,7 @@ def test_whitening_is_what_makes_small_directions_learn(tmp_path: Path) -> None:
     entry = only(trained(planted, tmp_path / "raw", "lora", rank=8, precondition=False))
     assert entry["test"]["r2"] < entry["baselines"]["closed_form"]["r2"] - 0.02
     [warning] = [w for w in entry["warnings"] if w["code"] == "loses-to-closed-form"]
-    assert "below the reduced-rank 8 on procrustes optimum" in warning["message"]
+    assert "below the reduced-rank 8 on procrustes optimum" in sentence(warning)
 
 
 def test_the_average_of_the_weights_is_better_than_their_last_value(
@@ -486,7 +487,7 @@ def test_a_contrastive_loss_at_chance_is_named_as_such(tmp_path: Path) -> None:
     options = {"rank": 2, "epochs": 1, "batch_size": 20, "lr": 1e-4, "skip": "identity"}
     entry = only(trained(planted, tmp_path / "run", "lora", loss="mse=0,infonce=1", temperature=1.0, **options))
     [warning] = [w for w in entry["warnings"] if w["code"] == "infonce-at-chance"]
-    assert "is near 3.00, the logarithm of the batch size" in warning["message"]
+    assert "is near 3.00, the logarithm of the batch size" in sentence(warning)
 
 
 # When training stops.

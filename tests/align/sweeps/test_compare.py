@@ -356,7 +356,9 @@ def test_what_is_left_beyond_the_token_comes_first(tmp_path: Path) -> None:
     assert (row["partial_r2"], row["partial_r2_ci95"]) == (0.125, [0.0625, 0.1875])
     head, *lines = describe(compare_runs([run])).splitlines()
     assert head.index("beyond token [95 %]") < head.index("R2 [95 %]")
-    assert head.rstrip().endswith("token")
+    # Controls stand beside it where they are asked for.
+    assert head.rstrip().endswith("optimum")
+    assert describe(compare_runs([run]), controls=True).splitlines()[0].rstrip().endswith("token")
     [line] = [line for line in lines if line.startswith("  run ")]
     assert line.index("0.125 [0.062, 0.188]") == head.index("beyond token")
 

@@ -396,7 +396,7 @@ def test_a_tracker_that_is_not_there_is_one_clear_error(monkeypatch: pytest.Monk
     with pytest.raises(MissingPackageError, match=r"--tracker wandb needs the package wandb.*or use --tracker none"):
         check_tracker("wandb")
     with (
-        pytest.raises(MissingPackageError, match="needs the package tensorboardX"),
+        pytest.raises(MissingPackageError, match=r"needs the package tensorboardX.*pip install 'featstore\[align\]'"),
         tracking("tensorboard", Placement(), tmp_path, {}),
     ):
         pass

@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import load_file
 
 import evaluate.communication.communicate as module
+from align.judging.sentences import sentence
 from align.layers import LayerPair
 from align.maps.fitted import Adapter, Aligner, load_adapter
 from align.runs.train import train
@@ -220,7 +221,7 @@ def test_a_summary_arrives_without_what_its_reader_cannot_spell(
     assert [each["summary"] for each in to_llama["examples"]] == ["whole", "ab ", "whole", ""]
     assert to_llama["undelivered"] == 3
     assert to_llama["conditions"]["summary"]["bytes"] == (5 + 3 + 5 + 0) / 4
-    [said] = [warning["message"] for warning in to_llama["warnings"] if warning["code"] == "undelivered"]
+    [said] = [sentence(warning) for warning in to_llama["warnings"] if warning["code"] == "undelivered"]
     assert said.startswith("2 of 4 summaries hold characters that the tokenizer of 'llama' cannot spell")
     assert said in describe(found)
     # The other reader can spell all of them.

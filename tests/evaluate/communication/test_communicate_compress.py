@@ -85,8 +85,8 @@ def test_a_map_of_windows_has_aligned_and_its_controls_alone(found: SimpleNamesp
     assert {name: set(block) for name, block in entry["gains"].items()} == {
         f"aligned {KEY}": {"silent", "random", "shuffled"}
     }
-    about = [w["message"] for w in entry["warnings"] if w["code"] == "no-better-than-control"]
-    assert all(f"{KEY}, aligned:" in message for message in about)
+    about = [w["where"] for w in entry["warnings"] if w["code"] == "no-better-than-control"]
+    assert all((where["pair"], where["way"]) == (KEY, "aligned") for where in about)
     # The work announced is the work done.
     assert found.done == found.work == 4 * (3 + 3)
     text = describe(found.result)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import evaluate
+from align.judging.sentences import placed
 from align.runs.train import train
 from align.settings import Settings
 from evaluate.injection.loading import Loaded, _started
@@ -104,4 +105,4 @@ def test_words_of_a_leak() -> None:
     assert (leak_mark(None, known=False), leak_words(0.0), leak_words(None, known=False)) == ("", "", "")
     found = side_channels(leaks)
     assert [finding["code"] for finding in found] == ["side-channel"] * 2
-    assert found[0]["message"].startswith("s:1->m:3: the swap test leaks 0.21 at the target's layer: later blocks")
+    assert placed(found[0]).startswith("s:1->m:3: the swap test leaks 0.21 at the target's layer: later blocks")

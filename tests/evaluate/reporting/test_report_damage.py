@@ -22,12 +22,12 @@ def test_a_run_that_was_cut_short_has_its_curves_and_a_note(tmp_path: Path) -> N
     (begun / "run.yaml").write_text("type: lora\n")
     found = page(begun)
     assert "This run is not finished: there is no map to judge yet." in found.text
-    assert "unfinished run there is no map yet; go on with: align train --resume --out begun" in found.text
+    assert "unfinished-run there is no map yet; go on with: align train --resume --out begun" in found.text
     assert "validation, epoch 2: 0.31" in found.titles
     whole_run = run_of(tmp_path)
     both = page(whole_run, begun)
     assert "beats every control" in both.text
-    assert "unfinished run" in both.text
+    assert "unfinished-run" in both.text
     only = tmp_path / "only"
     only.mkdir()
     (only / "run.yaml").write_text("type: lora\n")
@@ -61,13 +61,13 @@ def test_a_value_that_is_not_of_its_type_is_left_out_and_said(tmp_path: Path) ->
     entry["test"]["retrieval_top1"] = "0.9023"
     entry["baselines"]["identity"] = [1]
     found = page(run_of(tmp_path, metrics=scored))
-    [note] = re.findall(r"damaged file (left out of metrics\.json: .*?expected an object)", found.text)
+    [note] = re.findall(r"damaged-file (left out of metrics\.json: .*?expected an object)", found.text)
     assert f"/pairs/{made.PAIR}/baselines/identity is a list of 1, expected an object" in note
     assert f"/pairs/{made.PAIR}/test/retrieval_top1 is '0.9023', expected a number" in note
     places = {attrs["data-from"] for attrs, _ in found.figures}
     assert f"run/metrics.json#/pairs/{made.PAIR}/test/r2" in places
     assert f"run/metrics.json#/pairs/{made.PAIR}/test/retrieval_top1" not in places
-    assert "damaged file" not in page(run_of(tmp_path, "whole")).text
+    assert "damaged-file" not in page(run_of(tmp_path, "whole")).text
 
 
 def test_a_name_that_no_file_has_is_a_mistake_of_ours(tmp_path: Path) -> None:

@@ -8,20 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
+from align.judging.findings import finding
+from align.judging.sentences import sentence
+from align.judging.table import JUDGED
 from evaluate.reporting import write_report
 from evaluate.reporting.prose.notes import warnings
 from evaluate.reporting.reading.inputs import Node, read_runs
 from evaluate.reporting.sections.gains import beats_all, standing
 from tests.evaluate.reporting.test_report_parts import plot_of
 from tests.support import report_fixtures as made
+from tests.support.drawings import drawing, drawings, marks
 from tests.support.report_fixtures import page, run_of
 
 BACK = "twin:15->smol:15"
 
 
 def gain(value: float, low: float, high: float) -> dict[str, Any]:
-    return {"value": value, "ci95": [low, high]}
+    return {"value": value, "ci95": [low, high], "above": low > 0}
 
 
 def right(accuracy: float, size: float, pair: str | None = made.PAIR) -> dict[str, Any]:
@@ -41,7 +46,8 @@ def task(ways: dict[str, float], size: float, gains: dict[str, Any], **more: Any
             name = control if way == "replace" else f"{way}_{control}"
             conditions[f"{name} {made.PAIR}"] = right(reached, size)
     entry = {"task": "countries", "n": 40, "chance": 0.05, "conditions": dict(sorted(conditions.items()))}
-    return {"tasks": {"countries": entry | {"gains": gains, "reasons": {}, "warnings": []} | more}}
+    beats = {way: {"beats": len(of) == 3 and all(gain["above"] for gain in of.values())} for way, of in gains.items()}
+    return {"tasks": {"countries": entry | {"gains": gains, "beats": beats, "reasons": {}, "warnings": []} | more}}
 
 
 def over(silent: Any, random: Any, shuffled: Any) -> dict[str, Any]:
@@ -72,17 +78,17 @@ def windows(latents: int, accuracy: float, against: dict[str, Any] | None = None
     return files | {"communicate.json": told}
 
 
-def warned(pairs: dict[str, list[tuple[str, str]]], **more: str) -> dict[str, Any]:
+def warned(pairs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     result = made.metrics()
     block = result["pairs"][made.PAIR]
     result["pairs"] = {
-        key: block | {"warnings": [{"code": c, "message": m, **more} for c, m in found]} for key, found in pairs.items()
+        key: block | {"warnings": [each | {"where": {"pair": key}} for each in found]} for key, found in pairs.items()
     }
     return {"metrics.json": result}
 
 
-def sink(masked: float, kept: float) -> tuple[str, str]:
-    return "sink-dominated", f"debiased CKA is {masked:.3f} with attention sinks masked and {kept:.3f} with them in"
+def sink(masked: float, kept: float) -> dict[str, Any]:
+    return finding("sink-dominated", masked=masked, kept=kept)
 
 
 def test_a_warning_of_many_maps_is_one_line_and_none_is_dropped(tmp_path: Path) -> None:
@@ -92,13 +98,13 @@ def test_a_warning_of_many_maps_is_one_line_and_none_is_dropped(tmp_path: Path) 
         runs.append(made.write(tmp_path / name, warned(pairs)))
     (note,) = warnings(read_runs(runs))
     assert note.code == "sink-dominated"
-    assert str(note.text) == (
-        "debiased CKA is 0.900 to 0.950 with attention sinks masked and 0.030 to 0.500 with them in"
+    assert str(note.text).startswith(
+        "CKA is 0.900 to 0.950 with attention sinks masked and 0.030 to 0.500 with them in: "
     )
     assert note.places == "6 times; smol:15 ↔ twin:15, smol:30 → twin:28; in one, two"
     assert len(note.where) == 6
     # The two directions and runs say the same in part: a text stands once, with all its places.
-    assert [(str(text)[16:21], where) for text, where in note.details] == [
+    assert [(str(text)[7:12], where) for text, where in note.details] == [
         ("0.950", "one, smol:15 → twin:15"),
         ("0.940", "one, twin:15 → smol:15; two, smol:15 → twin:15; two, twin:15 → smol:15"),
         ("0.900", "one, smol:30 → twin:28; two, smol:30 → twin:28"),
@@ -110,48 +116,72 @@ def test_a_warning_of_many_maps_is_one_line_and_none_is_dropped(tmp_path: Path) 
 
 
 def test_other_causes_and_codes_stay_apart_with_the_gravest_first(tmp_path: Path) -> None:
-    found = [("overfit", "R2 falls from 0.9"), ("overfit", "R2 falls to 0.2"), ("no-better-than-controls", "R2 0.1")]
+    best = {"r2": 0.1, "best": 0.2}
+    found = [
+        finding("overfit", train=0.9, test=0.2),
+        # One that was measured on validation alone says something else.
+        finding("overfit", train=0.9, validation=0.2),
+        finding("no-better-than-controls", control="mean", **best),
+        finding("no-better-than-controls", control="shuffled", **best),
+        finding("after-final-norm", layer=3, model="twin"),
+    ]
     notes = warnings(read_runs([made.write(tmp_path / "run", warned({made.PAIR: found}))]))
-    assert [(n.code, str(n.text)) for n in notes] == [found[2], found[0], found[1]]
-    assert [n.where for n in notes] == [("run, smol:15 → twin:15",)] * 3
-    assert [n.places for n in notes] == ["run, smol:15 → twin:15"] * 3
+    assert [(n.code, str(n.text)) for n in notes] == [
+        (found[at]["code"], str(escape(sentence(found[at])))) for at in (4, 2, 3, 0, 1)
+    ]
+    assert [n.where for n in notes] == [("run, smol:15 → twin:15",)] * 5
+    assert [n.places for n in notes] == ["run, smol:15 → twin:15"] * 5
 
 
-@pytest.mark.parametrize(
-    ("texts", "shown"),
-    [
-        (["3 of smollm2:15", "12 of smollm2:15"], "3 to 12 of smollm2:15"),
-        (["1,200 pairs, 5.", "900 pairs, 5."], "900 to 1,200 pairs, 5."),
-        (["-0.5 and 1e-3", "\u22120.7 and 2e-3"], "\u22120.7 to -0.5 and 1e-3 to 2e-3"),
-        (["26.2% of 576", "27.6% of 576"], "26.2 to 27.6% of 576"),
-        (["a # 3", "a 4 3"], None),
-    ],
-)
-def test_figures_that_differ_become_ranges(tmp_path: Path, texts: list[str], shown: str | None) -> None:
-    files = warned({made.PAIR: [("c", text) for text in texts]})
-    notes = [str(note.text) for note in warnings(read_runs([made.write(tmp_path / "run", files)]))]
-    assert notes == ([shown] if shown else texts)
+def test_words_of_earlier_versions_are_shown_as_they_are(tmp_path: Path) -> None:
+    said = [{"code": "few-rows", "message": f"{n} pairs < 5760"} for n in (12, 30)] + [{"code": "new", "values": {}}]
+    found = warnings(read_runs([made.write(tmp_path / "run", warned({made.PAIR: said}))]))
+    assert [(note.code, str(note.text)) for note in found] == [
+        ("few-rows", "12 pairs &lt; 5760"),
+        ("few-rows", "30 pairs &lt; 5760"),
+        ("new", "new"),
+    ]
 
 
 def test_what_is_only_worth_knowing_comes_last_and_does_not_count(tmp_path: Path) -> None:
-    files = warned({made.PAIR: [("lambda-at-grid-end", "weakest")]}, level="note")
+    files = warned({made.PAIR: [finding("lambda-at-grid-start", lam=1e-6)]})
     files["stitch.json"] = made.stitch()
-    files["stitch.json"]["pairs"][made.PAIR]["n_documents"] = 3
+    files["stitch.json"]["pairs"][made.PAIR] |= {"n_documents": 3, "effective_documents": 2.5}
     directory = made.write(tmp_path / "run", files)
-    assert [note.code for note in warnings(read_runs([directory]))] == ["few-documents", "lambda-at-grid-end"]
+    assert [note.code for note in warnings(read_runs([directory]))] == ["few-documents", "lambda-at-grid-start"]
     html = page(directory).html
-    assert '<li class="calm"><b>lambda-at-grid-end</b>' in html
-    board = html.split('id="stitched"')[0].split('<tr class="map">')[1].split("</tr>")[0]
+    assert '<li class="calm"><b>lambda-at-grid-start</b>' in html
+    board = html.split('id="stitched"')[0].split('<tr class="map"')[1].split("</tr>")[0]
     assert board.endswith('<td class="num" data-sort="0">0</td>')
 
 
-def test_warnings_that_open_with_their_place_are_one(tmp_path: Path) -> None:
+def test_what_was_judged_when_it_was_made_is_not_judged_again(tmp_path: Path) -> None:
+    """Few documents by today's limit: a file that says it was judged is taken at its word."""
+    files = {"stitch.json": made.stitch(), "cka.json": made.cka()}
+    files["stitch.json"]["pairs"][made.PAIR] |= {"n_documents": 3, "effective_documents": 2.5}
+    codes = []
+    for name, more in (("old", {}), ("judged", {"judged": JUDGED})):
+        told = {file: content | more for file, content in files.items()}
+        codes.append([note.code for note in warnings(read_runs([made.write(tmp_path / name, told)]))])
+    assert codes == [["sink-dominated", "few-documents", "undefined", "above-one"], []]
+
+
+def test_ways_that_fall_short_alike_are_one(tmp_path: Path) -> None:
     told = whole()
-    messages = [f"{made.PAIR}, {way}: {n}% right: no better" for way, n in (("aligned", 30), ("replace", 10))]
-    told["tasks"]["countries"]["warnings"] = [{"code": "no-better-than-control", "message": m} for m in messages]
+    counts = {"first_alone": 3, "second_alone": 2, "p": 1.0}
+    told["tasks"]["countries"]["warnings"] = [
+        finding(
+            "no-better-than-control",
+            {"pair": made.PAIR, "way": way, "control": "random"},
+            mapped=mapped,
+            reached=0.1,
+            **counts,
+        )
+        for way, mapped in (("aligned", 0.3), ("replace", 0.1))
+    ]
     (note,) = warnings(read_runs([made.write(tmp_path / "run", {"communicate.json": told})]))
-    assert str(note.text) == "10 to 30% right: no better"
-    assert note.where == tuple(f"run, countries, {way}, smol:15 → twin:15" for way in ("aligned", "replace"))
+    assert str(note.text).startswith("10% to 30% right with mapped states, 10% with this control: not clearly better")
+    assert note.where == tuple(f"run, countries, {way}, random, smol:15 → twin:15" for way in ("aligned", "replace"))
 
 
 def test_a_map_without_an_interval_or_with_a_failed_self_injection_beats_nothing(tmp_path: Path) -> None:
@@ -180,23 +210,22 @@ def test_training_that_kept_its_start_says_so(tmp_path: Path) -> None:
     [
         (gain(0.3, 0.01, 0.5), "above"),
         (gain(0.3, 0.0, 0.5), "level"),
-        (gain(-0.3, -0.5, 0.0), "level"),
-        (gain(-0.3, -0.5, -0.1), "below"),
-        # Of few questions an interval leaves out zero where the exact test does not, such as 4 to none of 40.
-        (gain(0.1, 0.01, 0.2) | {"p": 0.125}, "level"),
-        (gain(-0.1, -0.2, -0.01) | {"p": 0.125}, "level"),
-        (gain(0.1, 0.01, 0.2) | {"p": 0.03}, "above"),
-        ({"value": 0.3, "ci95": [None, None]}, "unknown"),
-        ({"value": 0.3}, "unknown"),
+        # Of few questions an interval leaves out zero where the exact test does not: the file has judged by both.
+        (gain(0.1, 0.01, 0.2) | {"above": False}, "level"),
+        ({"value": 0.3, "ci95": [0.1, 0.2]}, "unknown"),
         ({"value": None, "ci95": [0.1, 0.2]}, "unknown"),
         (None, "unknown"),
     ],
 )
-def test_a_gain_counts_only_beyond_its_interval(block: Any, place: str) -> None:
+def test_a_gain_is_what_the_file_says_of_it(block: Any, place: str) -> None:
     assert standing(Node(block)) == place
+
+
+def test_a_way_that_was_not_judged_beats_nothing() -> None:
     way = "aligned p"
-    assert beats_all(Node({"gains": {way: over(CLEAR, CLEAR, block)}}), way) is (place == "above")
-    assert not beats_all(Node({"gains": {way: {"silent": CLEAR, "random": CLEAR}}}), way)
+    for beats in (True, False, None):
+        assert beats_all(Node({"beats": {way: {"beats": beats}}}), way) is (beats is True)
+    assert not beats_all(Node({"gains": {way: over(CLEAR, CLEAR, CLEAR)}}), way)
 
 
 def test_among_many_ways_a_weak_one_may_be_chance(tmp_path: Path) -> None:
@@ -223,18 +252,14 @@ def test_gains_stand_in_a_table_that_sorts_with_marks_and_whiskers(tmp_path: Pat
     assert sorts == [["0.8", "3", "0.5", "0.5", "0.5"], ["0.25", "2", "0.5", "0.05", "0.5"]]
     assert "<b>3 of 3</b>" in rows[0][1]
     assert "2 of 3" in rows[1][1]
-    marks = [re.findall(r'<span class="(above|level|below|unknown)" title="[^"]+">(.)</span>', row) for _, row in rows]
-    assert marks == [[("above", "▲")] * 3, [("above", "▲"), ("level", "○"), ("above", "▲")]]
+    signs = [re.findall(r'<span class="(above|level|below|unknown)" title="[^"]+">(.)</span>', row) for _, row in rows]
+    assert signs == [[("above", "▲")] * 3, [("above", "▲"), ("level", "○"), ("above", "▲")]]
     shown = [text for attrs, text in found.figures if "/gains/replace" in attrs["data-from"]]
     assert shown == ["+50", "25", "75", "+5", "\u221210", "20", "+50", "25", "75"]
     # A whisker's ends and its line at zero lie on one scale for the whole table, from -0.1 to 0.75.
-    (spark,) = re.findall(r'aria-label="replace smol:15 → twin:15 over random, [^"]*">(.*?)</svg>', table)
-    places = re.findall(r' (?:x1|x2|cx)="([\d.]+)"', spark)
-    zero, left, right_end, middle = (float(places[i]) for i in (0, 2, 3, 4))
-    scale = (right_end - left) / 0.3
-    assert (zero - left) / scale == pytest.approx(0.1, abs=1e-3)
-    assert (middle - left) / scale == pytest.approx(0.15, abs=1e-3)
-    assert "replace smol:15 → twin:15 over random: 0.05 [\u22120.1, 0.2]" in spark
+    sparks = [spec for spec in drawings(table) if spec["kind"] == "spark"]
+    assert {tuple(spec["bounds"]) for spec in sparks} == {(-0.1, 0.75)}
+    assert "replace smol:15 → twin:15 over random: 0.05 [\u22120.1, 0.2]" in [marks(spec)[0][0] for spec in sparks]
 
 
 def test_a_missing_comparison_says_why_and_layers_show_where_there_are_several(tmp_path: Path) -> None:
@@ -274,15 +299,15 @@ def test_answers_lie_at_their_rate_beside_text_and_states(tmp_path: Path) -> Non
     runs = [made.write(tmp_path / f"m{m}", windows(m, 0.2 + m / 40)) for m in (16, 4)]
     runs.append(run_of(tmp_path, "whole", communicate=whole()))
     found = page(*runs)
-    marks = {t: (x, y) for t, x, y in plot_of(found.html, "Right answers against rate, countries, smol:15 → twin:15")}
-    named = {title.split(" at ")[0]: place for title, place in marks.items()}
+    placed = {t: (x, y) for t, x, y in plot_of(found.html, "Right answers against rate, countries, smol:15 → twin:15")}
+    named = {title.split(" at ")[0]: place for title, place in placed.items()}
     assert set(named) == {
         *(f"m{m}, aligned{control}" for m in (4, 16) for control in ("", " random", " shuffled")),
         *("whole, aligned", "whole, replace"),
         *("whole, text", "whole, summary"),
     }
-    assert "m4, aligned at 6.4 bytes per byte of text, countries: 0.3 [0.175, 0.425]" in marks
-    assert "whole, aligned at 400 bytes per byte of text, countries: 0.8 [0.675, 0.925]" in marks
+    assert "m4, aligned at 6.4 bytes per byte of text, countries: 0.3 [0.175, 0.425]" in placed
+    assert "whole, aligned at 400 bytes per byte of text, countries: 0.8 [0.675, 0.925]" in placed
     (text,) = [place for title, place in named.items() if title.endswith(", text")]
     # The axis is logarithmic: 1, 6.4, 25.6 and 400.
     step = (named["m16, aligned"][0] - named["m4, aligned"][0]) / 2
@@ -290,14 +315,11 @@ def test_answers_lie_at_their_rate_beside_text_and_states(tmp_path: Path) -> Non
     assert (named["whole, aligned"][0] - text[0]) / step == pytest.approx(8.644, abs=0.01)
     slope = (named["m16, aligned"][1] - named["m4, aligned"][1]) / 0.3
     assert named["whole, aligned"][1] - text[1] == pytest.approx(-0.1 * slope, abs=0.05)
-    plot = found.html.split('aria-label="Right answers against rate')[1].split("</svg>")[0]
-    # Names of levels that lie close keep apart, and a place has digits, not powers of ten.
-    levels = dict(re.findall(r'y="([\d.]+)">(the question alone|guessing)<', plot))
-    silent, guessing = (float(y) for y, name in sorted(levels.items(), key=lambda level: level[1], reverse=True))
-    assert guessing - silent > 12
-    assert ">400</text>" in plot
-    # Compressed maps are a course; other maps and the text are points.
-    assert plot.count("<polyline") == 3
+    plot = drawing(found.html, "Right answers against rate, countries, smol:15 → twin:15")
+    assert [name for _, name in plot["references"]] == ["the question alone", "guessing"]
+    # Compressed maps are a course; other maps and the text are points, with a gap after each.
+    joined = [name for name, _, line in plot["series"] if not any(value is None for _, value, *_ in line)]
+    assert len(joined) == 3
     kept = [title for title, _, _ in plot_of(found.html, "Held-out R² against rate, smol:15 → twin:15")]
     assert "whole, states as they are, at the rate of its answers: 0.861 [0.841, 0.881]" in kept
     recovered = [title for title, _, _ in plot_of(found.html, "Recovered share against rate, smol:15 → twin:15")]
@@ -359,7 +381,6 @@ def test_the_answer_at_the_top_gives_evidence_and_caution(tmp_path: Path) -> Non
         "Before relying on this, read the warnings: ",
     ):
         assert words in text, words
-    assert "may be chance" not in text
 
 
 def test_the_answer_at_the_top_claims_no_more_than_its_numbers(tmp_path: Path) -> None:
@@ -370,13 +391,12 @@ def test_the_answer_at_the_top_claims_no_more_than_its_numbers(tmp_path: Path) -
         communicate=windows(4, 0.3, over(NONE, NONE, NONE))["communicate.json"],
     )
     text = lede(poor)
-    assert "which is no better than the source’s token alone (0.446)" in text
+    assert "which does not beat the mean state (0.000)" in text
     assert "It is not above the question alone, random and shuffled states beyond the interval." in text
     many = {f"aligned {made.PAIR}": over(CLEAR, CLEAR, CLEAR)}
     many |= {f"sum smol:{k}->twin:{k}": over(NONE, NONE, NONE) for k in range(5)}
     text = lede(run_of(tmp_path, "many", communicate=whole(gains=many)))
     assert "Of the 6 ways to send states that were tried, 1 is above" in text
-    assert "One of so many may be chance." in text
     # What is above its controls is named, though something else was right more often.
     better = copy.deepcopy(windows(4, 0.95, over(CLEAR, NONE, CLEAR)))
     text = lede(made.write(tmp_path / "m4", better), run_of(tmp_path, "sure", communicate=whole()))
@@ -438,7 +458,7 @@ def test_the_map_that_is_quoted_is_chosen_by_validation_and_not_by_test(tmp_path
         assert "1.50" not in text
         assert "R² 0.880" not in text
         html = page(*order).html
-        rows = re.findall(r'<tr class="map"><td class="name" data-sort="(\w+)">', html)
+        rows = re.findall(r'<tr class="map"[^>]*><td class="name" data-sort="(\w+)">', html)
         assert rows == ["chosen", "lucky"]
     # One that validation prefers and no control supports is quoted all the same.
     poor = made.write(tmp_path / "poor", made_of(0.9, 0.5, -0.3))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from evaluate.injection.verified import side_channels
 from tests.support import report_fixtures as made
 from tests.support.report_fixtures import PAIR, page, write
 
@@ -28,17 +29,17 @@ VERDICT: dict[str, Any] = {
 def files(leak: float | None = 0.2134) -> dict[str, Any]:
     """A run whose every file tells of a leak."""
     found = made.documents()
-    finding = {"code": "side-channel", "message": f"{PAIR}: the swap test leaks {leak}: {MEANS}"}
-    found["stitch.json"]["pairs"][PAIR] |= {"leak": leak, "warnings": [finding] if leak != 0 else []}
+    warned = side_channels({PAIR: leak})
+    found["stitch.json"]["pairs"][PAIR] |= {"leak": leak}
     found["stitch.json"]["verified"] = {"twin": VERDICT}
-    found["generations.json"] |= {"leaks": {PAIR: leak}, "warnings": [finding], "verified": {"twin": VERDICT}}
+    found["generations.json"] |= {"leaks": {PAIR: leak}, "warnings": warned, "verified": {"twin": VERDICT}}
     task = found["communicate.json"]["tasks"]["countries"]
     of_pair = {f"{name} {PAIR}": block for name, block in task["conditions"].items() if name not in ("silent", "text")}
     kept = {name: task["conditions"][name] for name in ("silent", "text")}
     task["conditions"] = kept | {key: {**block, "pair": PAIR} for key, block in of_pair.items()}
-    gain = {"value": 0.3, "ci95": [0.1, 0.5]}
+    gain = {"value": 0.3, "ci95": [0.1, 0.5], "above": True}
     task["gains"] = {f"aligned {PAIR}": {"silent": gain, "random": gain, "shuffled": gain}}
-    task |= {"pairs": {PAIR: {"leak": leak}}, "warnings": [finding]}
+    task |= {"pairs": {PAIR: {"leak": leak}}, "warnings": warned}
     return found
 
 

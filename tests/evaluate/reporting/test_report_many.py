@@ -54,7 +54,7 @@ def test_a_large_report_grows_by_its_table_alone(tmp_path: Path, few: None) -> N
         assert len(table_of(text)["rows"]) == pairs
         # In full are eight of them, whatever there are.
         assert text.count('class="stitch"') == 8
-        assert text.count('<tr class="map">') == 8
+        assert text.count('<tr class="map"') == 8
     each = (sizes[800] - sizes[200]) / 600
     assert each < 200
     # Eight maps are shown in full here, two hundred by a page that nobody patched.
@@ -83,17 +83,19 @@ def test_nothing_of_a_large_report_is_lost(tmp_path: Path, few: None) -> None:
     table = table_of(text)
     metrics = json.loads((run / "metrics.json").read_text())["pairs"]
     rows = cells(table)
-    assert [title for title, _ in table["columns"]][:6] == ["run", "layers", "map", "shown to do", "val R²", "R²"]
+    titles = ["run", "layers", "type", "direction", "layer", "shown to do", "val R²", "R²"]
+    assert [title for title, _ in table["columns"]][:8] == titles
     assert {row[1].replace(" → ", "->") for row in rows} == metrics.keys()
     for row in rows:
         pair = metrics[row[1].replace(" → ", "->")]
         assert row[0] == "run"
-        assert row[4:9] == [
+        assert row[2:5] == ["Procrustes", "smol → twin", row[1].split(" ")[0].removeprefix("smol:")]
+        assert row[6:11] == [
             round(value, 4)
             for value in (pair["val"]["r2"], pair["test"]["r2"], *pair["test"]["r2_ci95"], pair["test"]["partial_r2"])
         ]
     # In the order of validation; in full are the best and the worst of them.
-    validated = [row[4] for row in rows]
+    validated = [row[6] for row in rows]
     assert validated == sorted(validated, reverse=True)
     titles = re.findall(r'<details class="stitch".*?<h3>(.*?) <span', text, re.DOTALL)
     shown = {row[1] for row in (*rows[:6], *rows[-2:])}
@@ -109,7 +111,7 @@ def test_nothing_of_a_large_report_is_lost(tmp_path: Path, few: None) -> None:
 
 def test_a_report_of_few_maps_has_no_such_table(tmp_path: Path) -> None:
     text = build_report([write_run(tmp_path / "run", 20, stitched=True)])
-    assert "every-map" not in text
+    assert 'id="every-map"' not in text
     assert text.count('class="stitch"') == 20
 
 

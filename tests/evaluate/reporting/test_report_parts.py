@@ -14,13 +14,13 @@ from urllib.parse import unquote
 import pytest
 
 from evaluate.reporting import build_report, write_report
-from evaluate.reporting.drawing.svg import ticks_between
 from evaluate.reporting.reading.inputs import Node, read_runs
 from evaluate.reporting.reading.numbers import fixed, percent
 from evaluate.reporting.sections import communicate
 from evaluate.reporting.sections.texts import differing
 from featstore.errors import AdapterError, CorruptDataError, SpecError, WriteError
 from tests.support import report_fixtures as made
+from tests.support.drawings import drawing, drawings, marks
 from tests.support.report_fixtures import page, run_of
 
 
@@ -113,13 +113,6 @@ def test_percent_never_claims_all_or_nothing() -> None:
     assert shown == ["100 %", "99.96 %", "0 %", "0.2 %", "85 %", "\u221210 %"]
 
 
-def test_ticks_are_round_and_inside() -> None:
-    for low, high in ((3.1, 15.2), (0.0, 1.0), (-0.4, 1.2), (1e-9, 2e-9), (5.0, 5.0)):
-        ticks, _ = ticks_between(low, high, 5)
-        assert 1 <= len(ticks) <= 11
-        assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
-
-
 def test_a_node_remembers_where_it_was_read() -> None:
     node = Node({"a/b": [{"c~d": 1.5}]}, "run/x.json#").get("a/b", 0, "c~d")
     assert (node.number, node.at) == (1.5, "run/x.json#/a~1b/0/c~0d")
@@ -133,8 +126,9 @@ def test_every_number_links_to_the_file_it_came_from(tmp_path: Path, place: str)
     runs = [run_of(tmp_path, "a:b #1 100%"), *full(tmp_path)]
     out = tmp_path / place
     write_report(runs, out)
-    html = out.read_text()
-    made.Page(html).check()
+    found = made.Page(out.read_text())
+    found.check()
+    html = found.html
     links = re.findall(r'<a class="n" href="([^"]+)"[^>]*><data value="[^"]+" data-from="([^"]+)"', html)
     assert len(links) > 200
     assert len(links) == html.count("<data ")
@@ -150,8 +144,8 @@ def test_every_number_links_to_the_file_it_came_from(tmp_path: Path, place: str)
 
 
 def test_a_number_says_file_and_key_path(tmp_path: Path) -> None:
-    html = build_report([run_of(tmp_path)])
-    assert 'title="0.861 in run/metrics.json › pairs › smol:15-&gt;twin:15 › test › r2"' in html
+    html = page(run_of(tmp_path)).html
+    assert '<data value="0.861" data-from="run/metrics.json#/pairs/smol:15-&gt;twin:15/test/r2">0.861</data>' in html
 
 
 def test_a_sweep_stands_for_its_runs(tmp_path: Path) -> None:
@@ -159,11 +153,11 @@ def test_a_sweep_stands_for_its_runs(tmp_path: Path) -> None:
     labels = [run.label for run in read_runs([sweep, sweep / "compress-m4"])]
     assert labels == ["compress-m8", "compress-m4"]
     text = page(sweep).text
-    assert "failed cell sweep/compress-m16: a.zarr: no space" in text
+    assert "failed-cell sweep/compress-m16: a.zarr: no space" in text
     assert "/srv" not in text
     (sweep / "compress-m4" / "metrics.json").unlink()
     (sweep / "compress-m4" / "stitch.json").unlink()
-    assert "unfinished cell sweep/compress-m4 has no figures yet" in page(sweep).text
+    assert "unfinished-cell sweep/compress-m4 has no figures yet" in page(sweep).text
     with pytest.raises(AdapterError, match="without a finished run"):
         read_runs([made.write(tmp_path / "begun", {"sweep.json": {"cells": []}})])
 
@@ -222,7 +216,7 @@ def test_closed_forms_and_controls_that_runs_share_are_one_row(tmp_path: Path) -
     other["pairs"][made.PAIR]["baselines"] |= {"shuffled": made.block(-0.3), "identity": None, "closed_form": None}
     found = page(run_of(tmp_path, "one"), run_of(tmp_path, "two", metrics=other))
     html = found.html.split('id="stitched"')[0]
-    rows = re.findall(r'<tr class="(\w+)"><td class="name" data-sort="(\w+)">.*?</tr>', html)
+    rows = re.findall(r'<tr class="(\w+)"[^>]*><td class="name" data-sort="(\w+)">.*?</tr>', html)
     names = re.findall(r'<td data-sort="((?:closed|control)[^"]*)">', html)
     assert rows[:3] == [("map", "one"), ("map", "two"), ("closed", "one")]
     assert names == [
@@ -236,16 +230,8 @@ def test_closed_forms_and_controls_that_runs_share_are_one_row(tmp_path: Path) -
 
 
 def plot_of(html: str, label: str) -> list[tuple[str, float, float]]:
-    """Title and place of every mark of a line chart."""
-    (plot,) = re.findall(rf'aria-label="{re.escape(label)}">(.*?)</svg>', html, re.DOTALL)
-    marks = re.findall(
-        r"<title>([^<]*)</title><(?:circle cx=\"([\d.]+)\" cy=\"([\d.]+)\"|polygon points=\"([^\"]+)\")", plot
-    )
-    found = []
-    for title, x, y, corners in marks:
-        points = [tuple(map(float, point.split(","))) for point in corners.split()] or [(float(x), float(y))]
-        found.append((title, sum(p[0] for p in points) / len(points), sum(p[1] for p in points) / len(points)))
-    return found
+    """What every mark of a line chart says, its place along the axis and its value."""
+    return [(says, x, value) for says, x, value in marks(drawing(html, label)) if x is not None]
 
 
 def test_curves_over_layers_lie_where_their_values_are(tmp_path: Path) -> None:
@@ -295,21 +281,20 @@ def answers(change: dict[str, Any], *without: str) -> str:
     return str(communicate._words(run.get("tasks", "countries")).striptags()).replace("\u202f", " ")
 
 
-def test_answers_are_judged_against_the_best_control() -> None:
+def test_answers_without_gains_are_not_judged() -> None:
     start = "Sent as aligned: 82 % of 50 questions right [69, 90]; the text itself gives 96 %, "
     start += "the question alone 4 %, guessing 2 %. "
-    assert answers({}) == start + "That is clearly above every control; the highest is random (6 %)."
-    assert answers({"shuffled": (0.6, 0.5, 0.7)}) == start + "That is not clearly above the control shuffled (60 %)."
-    assert answers({"shuffled": (0.82, 0.5, 0.9)}) == start + "That is no better than the control shuffled (82 %)."
-    assert answers({"random": (0.5,)}) == start + "That is not clearly above the control random (50 %)."
-    assert answers({"silent": (0.9, 0.8, 0.95)}).endswith("no better than the control silent (90 %).")
+    beside = "; the file compares none with it question by question."
+    assert answers({}) == f"{start}The highest control is random (6 %){beside}"
+    assert answers({"shuffled": (0.6, 0.5, 0.7)}) == f"{start}The highest control is shuffled (60 %){beside}"
+    assert answers({"silent": (0.9, 0.8, 0.95)}).endswith(f"The highest control is silent (90 %){beside}")
     assert answers({}, "random", "silent").endswith(
         "No control was run, so nothing shows that the states carried the answer."
     )
     # What was right most often is not quoted for that.
     assert answers({"replace smol:15->twin:15": (0.9, 0.8, 0.95)}).startswith("Sent as aligned: 82 %")
     assert answers({"aligned_shuffled": (0.9, 0.8, 0.95)}).endswith(
-        "no better than the control aligned shuffled (90 %)."
+        f"The highest control is aligned shuffled (90 %){beside}"
     )
     assert answers({}, "aligned", "replace") == "No map answered any question."
 
@@ -317,7 +302,7 @@ def test_answers_are_judged_against_the_best_control() -> None:
 def test_communication_shows_bytes_and_its_warnings(tmp_path: Path) -> None:
     found = page(made.write(tmp_path / "run", {"communicate.json": made.communicated()}))
     assert "x only 50 examples" in found.text
-    assert "communication names repeat" in found.text
+    assert "warning names repeat" in found.text
     assert "aligned: 0.82 [0.69, 0.9]" in found.titles
     assert "Share of right answers, countries, all conditions, run" in found.attributes("aria-label")
     row = [shown for attrs, shown in found.figures if attrs["data-from"].endswith(("aligned/bytes", "text/bytes"))]
@@ -328,16 +313,16 @@ def test_communication_shows_bytes_and_its_warnings(tmp_path: Path) -> None:
     )
 
 
-def test_measures_stand_small_beside_linear_cka(tmp_path: Path) -> None:
-    found = page(made.write(tmp_path / "cka", {"cka.json": made.measured()}))
-    # The floor that keeps what documents share, not shuffled rows.
-    floor = "Documents exchanged: 0.095 (median), 2 of 6 pairs of layers closer."
-    assert f"RSA {floor} From \u22120.050 to 0.910." in found.text
-    assert "procrustes-distance Lower is more alike. From 12.500 to 97.250." in found.text
-    assert "svcca No value: too few rows." in found.text
-    assert "a sample of 400 of 15,000 pairs from 60 documents" in found.text
-    assert "smol layer 15, participation ratio of the spectrum: 40.25" in found.titles
-    assert "Other measures" not in page(made.write(tmp_path / "old", {"cka.json": made.cka()})).text
+def test_the_report_leaves_every_other_matrix_to_the_similarity_page(tmp_path: Path) -> None:
+    directory = made.write(tmp_path / "cka", {"cka.json": made.measured()})
+    found = page(directory)
+    [one] = [spec for spec in drawings(found.html) if spec["kind"] == "heat"]
+    assert one["values"] == made.measured()["cross"]
+    assert "align cka --store STORE --out DIR writes a page with every measure" in found.text
+    (directory / "cka.html").write_text("<!doctype html>")
+    found = page(directory, base=tmp_path)
+    assert "./cka/cka.html" in found.attributes("href")
+    assert "stands on the similarity page" in found.text
 
 
 def test_training_draws_what_the_epoch_files_add(tmp_path: Path) -> None:
@@ -345,15 +330,6 @@ def test_training_draws_what_the_epoch_files_add(tmp_path: Path) -> None:
     assert "cosine, epoch 2: 0.91" in found.titles
     assert "CKA, epoch 1: 0.9" in found.titles
     assert "from run/log.jsonl, run/eval_epoch_1.json, run/eval_epoch_2.json" in found.text
-
-
-def test_warnings_of_one_kind_stand_together(tmp_path: Path) -> None:
-    scored = made.metrics()
-    scored["pairs"][made.PAIR]["warnings"] = [
-        {"code": c, "message": m} for c, m in (("a", "1"), ("b", "2"), ("a", "3"))
-    ]
-    html = page(made.write(tmp_path / "run", {"metrics.json": scored})).html
-    assert re.findall(r"<li><b>(\w)</b> (\d[^<]*) <", html) == [("a", "1 to 3"), ("b", "2")]
 
 
 def test_every_layer_pair_has_its_answers_drawn_beside_what_needs_none(tmp_path: Path) -> None:
@@ -370,13 +346,10 @@ def test_every_layer_pair_has_its_answers_drawn_beside_what_needs_none(tmp_path:
     told = {"communicate.json": result, "metrics.json": {"type": "affine", "pairs": scored}}
     text = page(made.write(tmp_path / "validated", told)).text.replace("\u202f", " ")
     assert "Sent as aligned smol:15 → random:15 (the layer pair of the highest validation R²): 65 %" in text
-    assert "above every control; the highest is aligned-random smol:0 → random:0 (6 %)" in found.text.replace(
-        "\u202f", " "
-    )
+    assert "The highest control is aligned-random smol:0 → random:0 (6 %)" in found.text.replace("\u202f", " ")
     for k in (0, 15):
         label = f"Share of right answers, countries, smol:{k} → random:{k}, run"
-        (plot,) = re.findall(rf'aria-label="{label}">(.*?)</svg>', found.html, re.DOTALL)
-        titles = [title.split(": 0.")[0] for title in re.findall("<title>([^<]+)", plot)]
+        titles = [says.split(": 0.")[0] for says, _, _ in marks(drawing(found.html, label))]
         pair = f"smol:{k} → random:{k}"
         assert titles == ["silent", "text", f"aligned {pair}", f"aligned-random {pair}"]
 

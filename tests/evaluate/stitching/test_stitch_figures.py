@@ -299,4 +299,4 @@ def test_the_lines_lead_with_what_is_left_beyond_the_token() -> None:
     assert "bits/byte  KL  1.500  top-1  78%" in table["mapped"]
     assert table["raw"].endswith("-  (widths differ (6 and 8))")
     assert "from the mean state" in table["recovered"]
-    assert "4 documents (as much as 3.6 equally long ones)" in table["few-documents:"]
+    assert "4 documents (3.6 effective)" in table["warning:"]

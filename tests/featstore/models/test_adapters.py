@@ -174,7 +174,7 @@ class TestAdapters:
         assert line.startswith(
             f"featstore: model 'm' ({own}) comes with an adapter (adapter_config.json), which only peft"
         )
-        assert "pip install peft" in line
+        assert "pip install 'featstore[peft]'" in line
         assert not (tmp_path / "s.zarr").exists()
 
     def test_without_peft_other_models_load(self, model: Path, short_corpus: Path, tmp_path: Path) -> None:

@@ -408,7 +408,9 @@ class TestObjectStores:
     def test_a_missing_package_is_named(self, monkeypatch, scheme):
         monkeypatch.setattr(portable, "find_spec", lambda name: None)
         hide(monkeypatch, "s3fs", "gcsfs")
-        with pytest.raises(MissingPackageError, match=rf"'{scheme}://bucket/x' .* with `pip install obstore`"):
+        with pytest.raises(
+            MissingPackageError, match=rf"'{scheme}://bucket/x' .* run `pip install 'featstore\[cloud\]'`"
+        ):
             open_store(f"{scheme}://bucket/x")
 
     def test_a_missing_package_of_fsspec_is_named(self, monkeypatch):

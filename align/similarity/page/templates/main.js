@@ -1,6 +1,11 @@
 // What the selectors change.
-const $ = (id) => document.getElementById(id);
 let view = DATA.views[0];
+
+function drawn(spec) {
+  const node = html("span", { class: `chart ${spec.kind}` });
+  SPECS.set(node, spec);
+  return node;
+}
 
 function panels(block) {
   const own = { main: true, values: block.values, reasons: block.reasons, state: block.state, n: view.n };
@@ -10,7 +15,7 @@ function panels(block) {
 function drawMaps() {
   const mode = $("colours").value;
   hideReadout();
-  $("legend").replaceChildren(legend(view, mode));
+  $("legend").replaceChildren(scaleOf(view, mode));
   $("heats").className = view.blocks.some((block) => block.beside) ? "" : "grid";
   $("heats").replaceChildren(...view.blocks.map((block) => {
     const grid = html("div", { class: "grid" });
@@ -21,20 +26,17 @@ function drawMaps() {
     }
     for (const panel of panels(block)) {
       const rows = panel.n ? `, ${count(panel.n)} rows` : "";
-      grid.append(html("figure", {}, html("figcaption", {}, html("b", {}, panel.state), rows), heatmap(view, block, panel, mode)));
+      grid.append(html("figure", {}, html("figcaption", {}, html("b", {}, panel.state), rows), drawn(mapOf(view, block, panel, mode))));
     }
     return whole;
   }));
+  drawCharts($("heats"));
 }
 
 function drawTable() {
   const block = view.blocks.find((b) => b.key === $("block").value);
-  $("table").replaceChildren(numbersTable(view, block));
-}
-
-function drawCharts() {
-  $("profile").replaceChildren(profile(view));
-  if (DATA.rank) $("ranks").replaceChildren(ranks());
+  $("table-filters").replaceChildren();
+  $("table").replaceChildren(numbersTable(view, block, $("table-filters")));
 }
 
 function draw() {
@@ -49,23 +51,17 @@ function draw() {
   $("block").replaceChildren(...view.blocks.map((block) => html("option", { value: block.key }, block.title)));
   drawMaps();
   drawTable();
-  drawCharts();
+  $("profile").replaceChildren(drawn(profile(view)));
+  drawCharts($("profile"));
   $("partner-tables").replaceChildren(...partnerTables(view));
 }
 
 $("measure").addEventListener("change", draw);
 $("colours").addEventListener("change", drawMaps);
 $("block").addEventListener("change", drawTable);
-// The numbers belong to a cell at its place in the window.
-let width = innerWidth;
-addEventListener("resize", () => {
-  hideReadout();
-  // A phone's address bar changes the height all the time; drawings follow the width alone.
-  if (innerWidth === width) return;
-  width = innerWidth;
-  drawMaps();
-  drawCharts();
-});
-addEventListener("wheel", hideReadout, { passive: true });
 draw();
-if (DATA.rank) $("rank-table").replaceChildren(rankTable());
+if (DATA.rank) {
+  $("ranks").append(drawn(ranks()));
+  $("rank-table").replaceChildren(rankTable());
+}
+liven(document);

@@ -1,0 +1,2 @@
+document.querySelectorAll(".scripted").forEach((part) => { part.hidden = false; });
+liven(document);

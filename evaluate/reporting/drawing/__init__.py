@@ -1,1 +1,0 @@
-"""Charts and heatmaps as inline SVG."""
