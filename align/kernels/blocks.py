@@ -1,8 +1,8 @@
 """Products of all layers in feature space on a CPU, a block of rows at a time.
 
-A block of every layer is centred into a buffer that stays in the processor's cache, multiplied in float32 and added up
-in float64. Nothing of the size of the rows is ever made: on a CPU, paging such copies in took a quarter of the time
-that the products took.
+A block of every layer is centred into a buffer that is used again for the next, multiplied in float32 and added up in
+float64. Nothing of the size of many rows is ever made: on a CPU, paging such copies in took a quarter of the time that
+the products took.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 from align.kernels.centre import mean_of, scale_of, varies
 
 Array = NDArray[np.float64]
-#: Rows over which products are summed in float32: widening costs little, and helps where few rows are huge.
-BLOCK_ROWS = 1024
+#: Rows over which products are summed in float32, at most: adding them up in float64 helps where few rows are huge. Of
+#: fewer rows, a product takes longer than its share of the whole one, by how much depends on the processor's caches.
+BLOCK_ROWS = 4096
+#: Bytes that the blocks of all layers may take.
+_BLOCKS = 1 << 28
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +56,16 @@ def feature_sums(layers: Sequence[torch.Tensor], pairs: Sequence[tuple[int, int]
     means = [mean_of(x) for x in layers]
     scales = [scale_of(x, mean) for x, mean in zip(layers, means, strict=True)]
     origins = [mean.to(torch.float32) for mean in means]
-    buffers = [torch.empty((min(BLOCK_ROWS, n), x.shape[1]), dtype=torch.float32) for x in layers]
+    rows = max(min(BLOCK_ROWS, n, _BLOCKS // (4 * sum(x.shape[1] for x in layers))), 1)
+    buffers = [torch.empty((rows, x.shape[1]), dtype=torch.float32) for x in layers]
+    products = {
+        shape: torch.empty(shape, dtype=torch.float32)
+        for shape in {(layers[i].shape[1], layers[j].shape[1]) for i, j in pairs}
+    }
     sums = {(i, j): torch.zeros(layers[i].shape[1], layers[j].shape[1], dtype=torch.float64) for i, j in pairs}
     norms = torch.empty((len(layers), n), dtype=torch.float64)
-    for first in range(0, n, BLOCK_ROWS):
-        part = slice(first, min(first + BLOCK_ROWS, n))
+    for first in range(0, n, rows):
+        part = slice(first, min(first + rows, n))
         blocks = [buffer[: part.stop - first] for buffer in buffers]
         for k, block in enumerate(blocks):
             torch.sub(layers[k][part], origins[k], out=block)
@@ -65,7 +73,12 @@ def feature_sums(layers: Sequence[torch.Tensor], pairs: Sequence[tuple[int, int]
                 block.mul_(scales[k])
             norms[k, part] = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64)
         for (i, j), total in sums.items():
-            total += _self_product(blocks[i]) if i == j else blocks[i].T @ blocks[j]
+            product = products[tuple(total.shape)]
+            if i == j:
+                _self_product(blocks[i], product)
+            else:
+                torch.mm(blocks[i].T, blocks[j], out=product)
+            total += product
     norms.square_()
     vary = [
         varies(float(own.sum()), x, mean, scale)
@@ -78,7 +91,14 @@ def feature_sums(layers: Sequence[torch.Tensor], pairs: Sequence[tuple[int, int]
     return FeatureSums(fro, norms.numpy(), np.array(scales), vary)
 
 
-def _self_product(block: torch.Tensor) -> torch.Tensor:
-    """X'X by numpy, which sees that both sides are one array and computes one triangle only; torch multiplies all."""
-    rows = block.numpy()
-    return torch.from_numpy(rows.T @ rows)
+def _self_product(block: torch.Tensor, out: torch.Tensor) -> None:
+    """X'X in three quarters of a product, by symmetry.
+
+    numpy computes one triangle only, in half the time of a product, but its threads are not torch's: those of either go
+    on looking for work for a while, and the other's wait for a core. Taking turns took longer than it spared.
+    """
+    half = len(out) // 2
+    left, right = block[:, :half], block[:, half:]
+    torch.mm(left.T, block, out=out[:half])
+    torch.mm(right.T, right, out=out[half:, half:])
+    out[half:, :half] = out[:half, half:].T
