@@ -59,7 +59,7 @@ def pairs_of(rows: int) -> Pairs:
         number,
         number,
         zeros,
-        np.zeros(m, np.int32),
+        (number // 512).astype(np.int32),
         np.zeros(m, bool),
         zeros,
         np.zeros(m, np.int32),

@@ -34,7 +34,9 @@ def kept() -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
         for result in found if isinstance(found, list) else [found]:
             for part in (result, *(value for value in result.values() if isinstance(value, dict))):
                 for name, goal in part.get("goals", {}).items():
-                    yield file.stem, name, goal, result
+                    # Records of earlier builds say less.
+                    if isinstance(goal, dict):
+                        yield file.stem, name, goal, result
 
 
 def page() -> str:
