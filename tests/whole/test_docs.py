@@ -9,6 +9,8 @@ import io
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -159,3 +161,10 @@ def test_every_room_is_in_the_architecture_document() -> None:
             # A package of packages is there by what is in it.
             inside = any(child.is_dir() and (child / "__init__.py").exists() for child in room.iterdir())
             assert inside or any(name in text for name in named), f"{room.relative_to(ROOT)} is not in the document"
+
+
+def test_the_page_of_goals_is_what_benchmarks_keep() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "goals.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
