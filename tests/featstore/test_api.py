@@ -61,11 +61,14 @@ class TestNames:
         assert done.stdout.strip() == "[]"
 
     def test_the_help_names_the_defaults(self):
-        helps = {each.name: each.help for each in typer.main.get_command(featstore.cli.app).commands["extract"].params}
-        helps["attention"] = helps.pop("attn")
+        shown = {
+            each.name: each.show_default
+            for each in typer.main.get_command(featstore.cli.app).commands["extract"].params
+        }
+        shown["attention"] = shown.pop("attn")
         shown_by_typer = {"store", "device", "moments", "moments_memory", "given"}
         unlimited = {"max_documents": "all", "max_document_bytes": "all", "max_tokens": "1M"}
-        unlimited |= {"generate": "none", "generate_with": "each"}
+        unlimited |= {"generate": "none", "generate_with": "every model", "device_map": "one device"}
         for field in dataclasses.fields(Settings):
             if field.name in shown_by_typer:
                 continue
@@ -75,8 +78,8 @@ class TestNames:
             value = unlimited.get(field.name, value)
             values = value if isinstance(value, tuple) else [value]
             texts = [f"{each:g}" if isinstance(each, float) else str(each) for each in values]
-            words = helps[field.name].lower()
-            assert f"by default {' and '.join(texts).lower()}." in words, field.name
+            words = " and ".join(texts)
+            assert shown[field.name] in (words, f"{words}, or the store's"), field.name
 
     def test_the_arguments_are_the_flags_and_so_are_their_defaults(self):
         options = {
