@@ -286,7 +286,7 @@ def test_the_summary_leads_with_what_is_left_beyond_the_token(tmp_path: Path) ->
     line = next(line for line in describe(result).splitlines() if line.startswith("a:1->b:1"))
     assert line.split()[1:4] == [f"{test['partial_r2']:.3f}", f"{test['r2']:.3f}", f"{token['r2']:.3f}"]
     # Two test documents, said once for both layer pairs.
-    assert describe(result).count("2 test documents: below 3 there is no interval") == 1
+    assert describe(result).count("2 documents, and an interval takes 3") == 1
     assert "token" not in line.rsplit("   ", 1)[1], "the token is no control"
     shown = str(Run(tmp_path / "run")._sheet())
     assert "beyond the token" in shown

@@ -21,6 +21,7 @@ from evaluate.injection.controls import CONTROLS
 from evaluate.injection.loading import Models
 from evaluate.injection.positions import source_positions
 from evaluate.results import read_stitch_documents
+from evaluate.stitching.findings import findings
 from evaluate.stitching.stitch import CONDITIONS, describe, stitch
 from evaluate.stitching.windows import Window, scored_windows
 from featstore.errors import AdapterError, PairingError, SpecError
@@ -445,9 +446,12 @@ def test_the_command_writes_what_it_prints(
 
 def test_people_are_warned_when_self_injection_is_not_exact(pair: SimpleNamespace) -> None:
     result = jsonable(pair.result)
-    assert "do not trust these figures" not in describe(result)
-    next(iter(result["pairs"].values()))["self_bit_identical"] = False
-    assert "do not trust these figures" in describe(result)
+    words = "injecting the target's own states is not neutral"
+    assert words not in describe(result)
+    key, entry = next(iter(result["pairs"].items()))
+    entry["self_bit_identical"] = False
+    entry["warnings"] = list(findings(key, entry))
+    assert words in describe(result)
 
 
 # On the real pair.
