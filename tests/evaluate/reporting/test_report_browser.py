@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from align.judging.findings import finding
 from align.pages.palette import Scale
 from evaluate.reporting import write_report
 from tests.evaluate.reporting.test_report_evidence import warned, whole, windows
@@ -64,7 +65,7 @@ def evidence(root: Path) -> Path:
     runs = [made.write(root / f"m{m}", windows(m, 0.2 + m / 40)) for m in (4, 16)]
     runs.append(made.run_of(root, "whole", communicate=whole()))
     keys = [f"smol:{k}->twin:{k}" for k in range(30)]
-    found = warned({key: [("few-rows", f"{k} pairs")] for k, key in enumerate(keys)})
+    found = warned({key: [finding("few-rows", rows=k + 1, width=576, wanted=5760)] for k, key in enumerate(keys)})
     runs.append(made.write(root / "deep", found))
     write_report(runs, root / "evidence.html")
     return root / "evidence.html"
@@ -375,7 +376,7 @@ def test_gains_and_rates_sort_and_answer_to_the_mouse(tab: Tab, evidence: Path) 
 
 def test_many_warnings_of_a_kind_take_one_line_and_unfold(tab: Tab, evidence: Path) -> None:
     tab.open(evidence)
-    item = "[...document.querySelectorAll('.notes.warn > li')].find(li => li.innerText.includes('0 to 29 pairs'))"
+    item = "[...document.querySelectorAll('.notes.warn > li')].find(li => li.innerText.includes('1 to 30 pairs'))"
     text = tab.run(f"{item}.innerText")
     assert "30 times; smol:0 → twin:0, smol:1 → twin:1, smol:2 → twin:2, smol:3 → twin:3 and 26 more; in deep" in text
     assert tab.run(f"{item}.getBoundingClientRect().height") < 90
