@@ -21,9 +21,9 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 #: What limits a goal that fell short, by its name.
 LIMITS: dict[str, str] = {
     "width 4096, closed: share of the former build's time": (
-        "two polar factors, the source's decomposition and the products around them take half of it, as fast as LAPACK "
-        "and BLAS are; the other half is scoring every map and control on rows, the token's prediction among them, "
-        "which the former build did not have."
+        "two polar factors, the source's decomposition and the products around them are as fast as LAPACK and BLAS; "
+        "beside them every map and control is scored on rows, the token's prediction among them, which the former "
+        "build did not have."
     ),
     "width 4096, closed: share of the former build's memory": (
         "runs that are made together hold the source's decomposition, both splits in its basis, the control's sums and "

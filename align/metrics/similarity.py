@@ -295,16 +295,21 @@ def _across(gram: Array, documents: Documents) -> Iterator[None]:
     if len(ends) == documents.n:
         diagonal = gram.diagonal().copy()
         np.fill_diagonal(gram, 0.0)
-        yield
-        np.fill_diagonal(gram, diagonal)
+        try:
+            yield
+        finally:
+            np.fill_diagonal(gram, diagonal)
         return
     places = [slice(end - size, end) for end, size in zip(ends, documents.sizes.tolist(), strict=True)]
     within = [gram[place, place].copy() for place in places]
     for place in places:
         gram[place, place] = 0.0
-    yield
-    for place, block in zip(places, within, strict=True):
-        gram[place, place] = block
+    try:
+        yield
+    finally:
+        # Others are compared with the first of the two afterwards.
+        for place, block in zip(places, within, strict=True):
+            gram[place, place] = block
 
 
 def _squares(sides: Sequence[Rows], known: float | None = None) -> Array:

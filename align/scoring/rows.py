@@ -20,7 +20,7 @@ from featstore.store.read.pairs import Pairs
 
 #: Rows of the train split that are scored; the split that matters is test, and it is scored whole.
 TRAIN_ROWS = 65_536
-#: Rows for CKA, at most; of the train split fewer, since wide rows by the thousand take longer than all else.
+#: Rows for CKA, at most; of the train split fewer: a diagnostic, for which wide rows take seconds a map.
 CKA_ROWS, TRAIN_CKA_ROWS = 16_384, 4096
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import align.closed_form.problem
 import align.runs.train
 from align import solvers
 from align.runs.judge import Judge
@@ -69,6 +70,7 @@ def test_rows_are_read_and_controls_scored_once(
     count(align.runs.train, "scan")
     count(solvers.spectrum, "eigh")
     count(solvers, "random_orthogonal")
+    count(align.closed_form.problem, "polar")
     count(align.closed_form.fit.Solver, "random_rotation")
     runs = [(settings_of(planted, name), tmp_path / name) for name in ("procrustes", "affine", "reduced-rank")]
     assert train_together(runs) == [None] * 3
@@ -76,6 +78,8 @@ def test_rows_are_read_and_controls_scored_once(
     assert counted["random_orthogonal"] == 1
     # The source of both layer pairs, and what the token alone is predicted from.
     assert counted["eigh"] == 2
+    # Of either layer pair the map's and the control's: a map of low rank is on top of the same rotation.
+    assert counted["polar"] == 4
 
 
 def test_one_that_fails_leaves_the_others(planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,6 +328,19 @@ class TestRandomOrthogonal:
         small = q.T @ q if dx >= dy else q @ q.T
         np.testing.assert_allclose(small, np.eye(min(dx, dy)), atol=1e-12)
 
+    @pytest.mark.parametrize("smallest", [1e-4, 1e-7, 1e-9, 0.0])
+    def test_it_is_that_of_reflections_however_near_to_singular_the_draw(self, smallest: float) -> None:
+        class Drawn:
+            def standard_normal(self, shape: tuple[int, int]) -> np.ndarray:
+                u, _, v = np.linalg.svd(rng_of(3).standard_normal(shape), full_matrices=False)
+                return (u * np.geomspace(1, smallest or 1e-300, shape[1])) @ v
+
+        q = random_orthogonal(30, 20, Drawn())  # type: ignore[arg-type]
+        np.testing.assert_allclose(q.T @ q, np.eye(20), atol=1e-13)
+        if smallest > 1e-8:
+            expected, r = np.linalg.qr(Drawn().standard_normal((30, 20)))
+            np.testing.assert_allclose(q, expected * np.sign(np.diag(r)), atol=1e-15 / smallest * 100)
+
     def test_haar(self) -> None:
         # LAPACK's Q alone has a fixed sign in its corner; under Haar measure in 3 dimensions every
         # element is uniform on (-1, 1).

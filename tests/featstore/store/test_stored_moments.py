@@ -34,7 +34,7 @@ from featstore.store.moments import pieces, writing
 from featstore.store.moments import stored as module
 from featstore.store.moments.pieces import PieceSums, Sums, _read, least_memory
 from featstore.store.moments.stored import CUT_ROWS, MEMORY, Site, StoredMoments, all_blocks, unit_of
-from featstore.store.moments.sums import BlockSums, Moments, moments_of, products, steady_products
+from featstore.store.moments.sums import PANEL, BlockSums, Moments, moments_of, products, steady_products
 from featstore.store.moments.writing import StoredRows, add_moments, pieces_of, sums_aside
 from featstore.store.write.index import add_pairs
 from featstore.store.write.writer import StoreWriter, exclusive
@@ -464,6 +464,22 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
             found.append(next(iter(steady_products(rows, [("x", "y")]))))
     np.testing.assert_array_equal(*found)
     np.testing.assert_allclose(next(products(rows, [("x", "y")])), found[0], rtol=0, atol=1e-3)
+
+
+def test_a_wide_block_is_the_same_product_in_panels_with_the_same_bits_on_any_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(2)
+    wide, narrow = (rng.standard_normal((300, width)).astype(np.float32) for width in (2 * PANEL + 37, 50))
+    rows, blocks = {"x": wide, "y": narrow}, [("x", "x"), ("x", "y"), ("y", "x"), ("y", "y")]
+    found = []
+    for workers in (1, 3):
+        monkeypatch.setattr("featstore.store.moments.sums.product_threads", lambda workers=workers: workers)
+        found.append(list(steady_products(rows, blocks)))
+    for (x, y), one, other in zip(blocks, *found, strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, rows[x].T.astype(np.float64) @ rows[y], rtol=0, atol=1e-3)
+    np.testing.assert_array_equal(found[0][0], found[0][0].T)
 
 
 def test_a_row_that_is_not_finite_is_named() -> None:
