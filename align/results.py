@@ -245,7 +245,7 @@ class PairMetrics(Record):
 
     Attributes:
         fit: How the map came about, in words.
-        train: Figures on train rows (65,536 at most).
+        train: Figures on train rows (a random 8,192 of them at most).
         val: Figures on validation rows.
         test: Figures on all test rows.
         baselines: Test figures of ``mean``, ``identity``, ``random_rotation``, ``shuffled``, ``token`` (the best

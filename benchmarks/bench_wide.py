@@ -138,7 +138,7 @@ def jobs(wide: Wide, rows: int) -> dict[str, Job]:
 def measure(
     chosen: Mapping[str, Job], builds: Mapping[str, Build], rounds: int, report: Callable[[str], None]
 ) -> dict[str, Measured]:
-    """Run every job of every build in every round.
+    """Run every job of every build in every round; a command that several jobs have runs once a round.
 
     Args:
         chosen: Jobs by name.
@@ -148,12 +148,12 @@ def measure(
     """
     order, found = random.Random(0), {name: Measured() for name in chosen}
     for number in range(rounds):
+        known: dict[tuple[str, tuple[str, ...]], Spent] = {}
         for name, job in chosen.items():
             for build in order.sample(sorted(builds), len(builds)):
                 if build not in job.commands:
                     continue
-                spent = run_job(job, build, builds[build])
-                found[name].add(build, spent)
+                found[name].add(build, run_job(job, build, builds[build], known))
                 took = found[name].rounds[build][-1]
                 report(
                     f"round {number + 1} of {rounds}: {name} {build}: {took['seconds']:.1f} s, "
@@ -162,13 +162,14 @@ def measure(
     return found
 
 
-def run_job(job: Job, name: str, build: Build) -> list[Spent]:
+def run_job(job: Job, name: str, build: Build, known: dict[tuple[str, tuple[str, ...]], Spent]) -> list[Spent]:
     """Run a job's commands one after the other, each in a process.
 
     Args:
         job: What to run.
         name: Whose commands.
         build: The build; its store is copied where the job writes into it.
+        known: What commands of this round took, by build and command; filled.
     """
     with tempfile.TemporaryDirectory(dir=build.store.parent) as folder:
         aside = Path(folder)
@@ -178,8 +179,10 @@ def run_job(job: Job, name: str, build: Build) -> list[Spent]:
             used = Path(shutil.copytree(used, aside / used.name, copy_function=os.link))
         spent = []
         for number, command in enumerate(job.commands[name]):
-            places = {"store": str(used), "out": str(aside / f"run-{number}")}
-            spent.append(run_build(build.sources, [part.format(**places) for part in command]))
+            if (key := (name, tuple(command))) not in known:
+                places = {"store": str(used), "out": str(aside / f"run-{number}")}
+                known[key] = run_build(build.sources, [part.format(**places) for part in command])
+            spent.append(known[key])
         return spent
 
 

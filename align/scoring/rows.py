@@ -18,8 +18,11 @@ from featstore.store import Store
 from featstore.store.read.loader import MEMORY, PairBatches
 from featstore.store.read.pairs import Pairs
 
-#: Rows of the train split that are scored; the split that matters is test, and it is scored whole.
-TRAIN_ROWS = 65_536
+#: Rows of the train split that are scored: enough to see whether a map has learned its train rows by heart. The split
+#: that matters is test, and it is scored whole.
+TRAIN_ROWS = 8192
+#: Rows scored at a time. Five arrays of their size are held at once, and products of wide rows gain nothing from more.
+_BLOCK_ROWS = 2048
 #: Rows for CKA, at most; of the train split fewer: a diagnostic, for which wide rows take seconds a map.
 CKA_ROWS, TRAIN_CKA_ROWS = 16_384, 4096
 
@@ -116,7 +119,7 @@ def score_all(
         for name, mean in means.items():
             if mean is None or not np.array_equal(mean, zero):
                 raise FitError(f"map {name!r} has another train mean than {next(iter(means))!r}; score them apart")
-    for block in rows.blocks():
+    for block in rows.blocks(_BLOCK_ROWS):
         owner = rows.pairs.document[block.pairs]
         if documents is not None and zero is not None:
             documents.add_targets(owner, block.y, zero)
