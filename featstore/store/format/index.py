@@ -103,17 +103,23 @@ class FileIndex(Mapping[str, Mapping[str, Any]]):
         """Bytes of all files."""
         return int(self._sizes.sum())
 
-    def __getitem__(self, name: str) -> Mapping[str, Any]:
+    def place(self, name: str) -> int | None:
+        """The line of a file, None where there is none.
+
+        Args:
+            name: Its path.
+        """
         at = bisect_left(self._names, name)
-        if at == len(self._names) or self._names[at] != name:
+        return at if at < len(self._names) and self._names[at] == name else None
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        at = self.place(name)
+        if at is None:
             raise KeyError(name)
         return self.record(at)
 
     def __contains__(self, name: object) -> bool:
-        if not isinstance(name, str):
-            return False
-        at = bisect_left(self._names, name)
-        return at < len(self._names) and self._names[at] == name
+        return isinstance(name, str) and self.place(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -23,8 +23,8 @@ from featstore.runtime.console import Tick, progress
 from featstore.runtime.provenance import parse_json
 from featstore.store.format.attributes import ConversionLink
 from featstore.store.format.documents import consolidated
-from featstore.store.format.index import INDEX
 from featstore.store.format.version import FORMAT_VERSION, old_store
+from featstore.store.inspect.entries import recorded
 from featstore.store.moments.stored import SPLITS, SitePair, StoredMoments, all_blocks, has_rows
 from featstore.store.read.columns import pieces
 from featstore.store.read.contents import pair_problems
@@ -32,13 +32,7 @@ from featstore.store.read.first import first_rows
 from featstore.store.read.links import links_of, outside_damage
 from featstore.store.read.pairs import POLICIES
 from featstore.store.read.portable import store_files
-from featstore.store.read.recorded import (
-    MOST_LINES,
-    announced_problems,
-    entry_problems,
-    index_problems,
-    size_problems,
-)
+from featstore.store.read.recorded import MOST_LINES, Records, announced_problems, size_problems
 from featstore.store.read.store import Store, open_files
 from featstore.store.read.tables import TableReader
 from featstore.store.write.index import SINK_RULE, pair_pieces, pairs_unit, sink_mask
@@ -46,10 +40,10 @@ from featstore.store.write.table import table_unit
 from featstore.store.write.writer import StoreWriter
 from featstore.text.roles import roles_at
 
-#: Rows that are decoded at a time.
+#: Rows that are compared with moments at a time.
 _STEP = 4096
-#: Bytes of decoded rows at a time, where rows are wide.
-_STEP_BYTES = 1 << 28
+#: Decoded rows of a layer at a time, and their bytes: wide rows come in thousands, narrow ones in tens of thousands.
+_ROWS, _ROWS_BYTES = 1 << 16, 1 << 26
 #: Share of its norm by which a product of stored sums with a random vector may differ from that of the rows.
 _PRODUCT = 1e-5
 #: Bytes of a file that are read at a time.
@@ -79,12 +73,11 @@ def verify_store(path: Path, *, allow_links: bool = False, quiet: bool = False) 
     """
     try:
         store = _announced(open_files(store_files(path)))
-        records = store.recorded_files
+        records, damage = recorded(store)
     except CorruptDataError as error:
         return {"store": str(path), "files": 0, "bytes": 0, "damage": [str(error)], "not_checked": [], "links": []}
-    damage = [*entry_problems(store.sealed_units, store.entries), *_check_index(store)]
-    damage += _check_files(store, quiet=quiet)
-    damage += _check_documents(store)
+    damage += _check_files(store, records, quiet=quiet)
+    damage += _check_documents(store, records)
     if not damage:
         damage = list(_check_copies(store))
     not_checked: list[str] = []
@@ -99,7 +92,7 @@ def verify_store(path: Path, *, allow_links: bool = False, quiet: bool = False) 
     return {
         "store": str(path),
         "files": len(records),
-        "bytes": sum(record["bytes"] for record in records.values()),
+        "bytes": sum(record["bytes"] for _, record in records.items()),
         "damage": damage
         if len(damage) <= MOST_LINES
         else [*damage[:MOST_LINES], f"and {len(damage) - MOST_LINES} more"],
@@ -118,29 +111,14 @@ def _announced(store: Store) -> Store:
 # Bytes --------------------------------------------------------------------------------------------------------------
 
 
-def _check_index(store: Store) -> Iterator[str]:
-    """The sorted index is the one that was sealed, and says of every file what its entry says."""
-    if store.sealed_index is None:
-        return
-    try:
-        index = store.index
-    except CorruptDataError as error:
-        yield str(error)
-        return
-    if index is None:
-        yield f"{INDEX}: missing, or not the index that the store was sealed with"
-    else:
-        yield from index_problems(index, store.recorded_files, store.entries)
-
-
-def _check_files(store: Store, *, quiet: bool) -> list[str]:
+def _check_files(store: Store, records: Records, *, quiet: bool) -> list[str]:
     """Sizes first, and checksums of files of the right size, a piece at a time."""
-    damage = list(size_problems(store.recorded_files, store.files.size))
+    damage = list(size_problems(records, store.files.size))
     wrong = {line.partition(":")[0] for line in damage}
-    records = {name: record for name, record in store.recorded_files.items() if name not in wrong}
-    with progress("verify", sum(record["bytes"] for record in records.values()), "B", quiet=quiet) as tick:
+    total = sum(record["bytes"] for name, record in records.items() if name not in wrong)
+    with progress("verify", total, "B", quiet=quiet) as tick:
         for name, record in records.items():
-            if _checksum(store.directory / name, tick) != record["crc32"]:
+            if name not in wrong and _checksum(store.directory / name, tick) != record["crc32"]:
                 damage.append(f"{name}: checksum differs from the manifest")
     return damage
 
@@ -158,14 +136,14 @@ def _checksum(path: Path, tick: Tick) -> str:
     return f"{found:08x}"
 
 
-def _check_documents(store: Store) -> Iterator[str]:
+def _check_documents(store: Store, records: Records) -> Iterator[str]:
     """Every document is what its place asks for, and the manifest names what they announce."""
     try:
         arrays = store.arrays
     except CorruptDataError as error:
         yield str(error)
         return
-    yield from announced_problems(arrays, store.recorded_files)
+    yield from announced_problems(arrays, records)
 
 
 def _check_copies(store: Store) -> Iterator[str]:
@@ -305,7 +283,7 @@ def _check_layer(store: Store, name: str, layer: int, tick: Tick) -> Iterator[st
         ids = store.vector(f"{table_unit(name)}/id")
         if not np.array_equal(ids, np.unique(store.tokens(name).id)):
             yield f"{where}: the table is not of the token ids that occur, each once and in order"
-    step = max(min(_STEP, _STEP_BYTES // (4 * model.width)), 1)
+    step = max(min(_ROWS, _ROWS_BYTES // (4 * model.width)), 1)
     for start in range(0, model.rows, step):
         values = reader[start : start + step]
         wrong = ~np.isclose(np.linalg.norm(values, axis=1), norms[start : start + step], rtol=1e-3, atol=1e-6)

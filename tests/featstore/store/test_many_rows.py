@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,11 +11,14 @@ from align.moments.scan import limit_rows
 from featstore.errors import ContradictionError, CorruptDataError
 from featstore.store import open_store
 from featstore.store.format.index import INDEX, FileIndex, index_text
+from featstore.store.inspect.entries import recorded
 from featstore.store.inspect.verify import verify_store
 from featstore.store.read import columns, contents, pairs, store
 from featstore.store.read.columns import RowSet
 from featstore.store.read.files import parse_entry
 from featstore.store.read.loader import EpochOrder, PairBatches
+from featstore.store.read.portable import store_files
+from featstore.store.read.store import open_files
 from featstore.store.write.row_writer import RowWriter
 from featstore.store.write.writer import StoreWriter, exclusive
 from tests.support.many_rows import MODELS, SMALL, begin, finish, row_arrays
@@ -129,6 +134,36 @@ class TestIndex:
             assert line.startswith(f"{INDEX}: ")
             (path / INDEX).write_bytes(data)
         assert verify_store(path, quiet=True)["damage"] == []
+
+    def test_a_sound_store_is_verified_an_entry_at_a_time(self, simulated):
+        files = open_files(store_files(simulated))
+        records, damage = recorded(files)
+        assert damage == []
+        assert not {"entries", "recorded_files"} & vars(files).keys()
+        assert dict(records) == open_store(simulated).recorded_files
+
+    @pytest.mark.parametrize("fault", ["changed", "gone", "added", "index"])
+    def test_whatever_is_wrong_with_entries_is_told_as_all_of_them_tell_it(self, tmp_path, fault):
+        path = finish(begin(tmp_path / "s.zarr", SMALL), SMALL)
+        entry = path / "manifest/models/a/resid/0/rows-000003.json"
+        text, says = entry.read_text(), ["checksum differs"]
+        if fault == "changed":
+            entry.write_text(text + " ")
+            says.append("rows-000003.json is not what its entry")
+        elif fault == "gone":
+            entry.unlink()
+            says = ["rows-000003.json: missing", *["is not what its entry"] * (1 + len(json.loads(text)["files"]))]
+        elif fault == "added":
+            entry.with_name("rows-more.json").write_text(text.replace("rows-000003", "rows-more"))
+            says = []
+        else:
+            (path / INDEX).write_bytes(b"")
+            says = ["not the index that the store was sealed with"]
+        files = open_files(store_files(path))
+        records, damage = recorded(files)
+        assert len(damage) == len(says)
+        assert all(part in line for part, line in zip(says, damage, strict=True))
+        assert records == files.recorded_files
 
     def test_an_entry_that_is_gone_is_missed(self, tmp_path):
         path = finish(begin(tmp_path / "s.zarr", SMALL), SMALL)
