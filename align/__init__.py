@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align.api import Leaderboard, Map, Maps, Run, Similarity, cka, compare, load, train
+    from align.api import Changes, Leaderboard, Map, Maps, Run, Similarity, changes, cka, compare, load, train
     from align.closed_form.estimators import AffineAligner, LinearAligner, ProcrustesAligner, ReducedRankAligner
 
 __all__ = [
     "AffineAligner",
+    "Changes",
     "Leaderboard",
     "LinearAligner",
     "Map",
@@ -23,6 +24,7 @@ __all__ = [
     "ReducedRankAligner",
     "Run",
     "Similarity",
+    "changes",
     "cka",
     "compare",
     "load",

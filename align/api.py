@@ -1,7 +1,7 @@
 """What `import align` offers: the commands as functions, whose results print and draw themselves in a notebook.
 
 Keywords are the options of the commands, with the same defaults, checks and errors; the commands `align cka` and
-`align compare` call these functions.
+`align compare`, with `--changes` and without, call these functions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from align.notebook.changes import Changes
 from align.notebook.keywords import OPTIONS, bytes_of, make_settings
 from align.notebook.leaderboard import Leaderboard
 from align.notebook.maps import Map, Maps
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import ArrayLike
 
-__all__ = ["Leaderboard", "Map", "Maps", "Run", "Similarity", "cka", "compare", "load", "train"]
+__all__ = ["Changes", "Leaderboard", "Map", "Maps", "Run", "Similarity", "changes", "cka", "compare", "load", "train"]
 
 #: A store: its path or URL, or an open one.
 StoreGiven = str | os.PathLike[str] | Store
@@ -156,6 +157,33 @@ def compare(runs: RunGiven | Iterable[RunGiven], *, reference: RunGiven | None =
     named = None if reference is None else str(as_path("reference", reference))
     found = compare_runs([as_path("run", run) for run in given], named)
     return Leaderboard.parse(jsonable(found), "the comparison")
+
+
+@extras_named("align")
+def changes(first: RunGiven, second: RunGiven) -> Changes:
+    """Say what changed from one run to another, layer pair by layer pair, the largest loss of R2 first.
+
+    The difference is R2 of the second run less that of the first, over the same test documents; what is called better
+    or worse is judged over all layer pairs together.
+
+    >>> import align
+    >>> runs = [align.train("wt103.zarr", type, layers="50%", quiet=True) for type in ("procrustes", "affine")]
+    >>> changed = align.changes(*runs)
+    >>> [change.types for change in changed.both]
+    [('procrustes', 'affine')]
+
+    Args:
+        first: Run directory, or a :class:`Run`; the earlier one.
+        second: The later one.
+
+    Raises:
+        AdapterError: A directory holds no finished run, or a damaged one.
+        SpecError: One of the two is no path.
+    """
+    from align.sweeps.changes import changes as changed_between
+
+    found = changed_between(as_path("first", first), as_path("second", second))
+    return Changes.parse(jsonable(found), "the changes")
 
 
 @overload

@@ -15,7 +15,7 @@ from align.resources import choose_device
 from align.settings import ROWS, LoopSettings, Settings, load_settings
 from align.similarity.measures.names import MEASURES
 from featstore.errors import SpecError
-from featstore.runtime.console import add_version, emit, err, jsonable, run_app
+from featstore.runtime.console import add_version, emit, err, run_app
 from featstore.runtime.options import COMPUTATION, DEVICES, MODELS, OUTPUT, POLICY_WORDS, STORE, Json, option
 from featstore.runtime.processes import Ranks, leave_group
 from featstore.text.roles import ROLES, roles_text
@@ -218,21 +218,19 @@ def compare(
 ) -> None:
     """Print one table of several runs beside closed-form optima and baselines, and test their differences."""
     from align import api
-    from align.sweeps.changes import changes as changed_between
-    from align.sweeps.changes import describe_changes
     from align.sweeps.table import describe
 
     if changes and len(runs) != 2:
         raise SpecError(f"--changes is about two runs, not {len(runs)}; name the earlier and then the later one")
     board = api.compare(runs, reference=reference).content()
-    changed = jsonable(changed_between(*runs)) if len(runs) == 2 and (changes or page) else None
+    changed = api.changes(*runs) if len(runs) == 2 and (changes or page) else None
     if page is not None:
         # Only here: jinja2 takes a tenth of a second to import.
         from align.sweeps.page import write
 
-        write(page, board, changed)
+        write(page, board, None if changed is None else changed.content())
     if changes and changed is not None:
-        emit(changed, describe_changes(changed), as_json=as_json)
+        emit(changed.content(), str(changed), as_json=as_json)
     else:
         emit(board, describe(board, controls=controls), as_json=as_json)
 

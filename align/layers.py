@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from featstore.errors import LayerRangeError, SpecError
 from featstore.models.references import parse_layers
 from featstore.store import Store
+
+_KEY = re.compile(r"(.+):(\d+(?:\+\d+)*)->(.+):(\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,19 @@ class LayerPair:
     def reversed(self) -> LayerPair:
         """The other direction of a map between two layers."""
         return LayerPair(self.target, (self.target_layer,), self.source, self.source_layer)
+
+
+def in_order(key: str) -> tuple[str, tuple[int, ...], str, int]:
+    """A sort key for keys of layer pairs: by model and then by number, so that layer 2 comes before layer 10.
+
+    Args:
+        key: Such as ``llama:16->mistral:16``; a text of another form sorts by its letters.
+    """
+    found = _KEY.fullmatch(key)
+    if found is None:
+        return key, (), "", 0
+    source, layers, target, layer = found.groups()
+    return source, tuple(map(int, layers.split("+"))), target, int(layer)
 
 
 def choose_models(store: Store, source: str | None, target: str | None) -> tuple[str, str]:

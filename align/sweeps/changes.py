@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.layers import in_order
 from align.statistics import Estimate
 from align.sweeps.differences import MAP, difference, verdicts
 from align.sweeps.entries import CLOSED, Entry, read_entries
@@ -37,7 +38,7 @@ def changes(first: Path, second: Path) -> dict[str, Any]:
     sides = [{entry.row["pair"]: entry for entry in read_entries(directory)} for directory in (first, second)]
     for entry in (*sides[0].values(), *sides[1].values()):
         entry.interval()
-    shared = [pair for pair in sides[0] if pair in sides[1]]
+    shared = sorted((pair for pair in sides[0] if pair in sides[1]), key=in_order)
     found = [_change(sides[0][pair], sides[1][pair]) for pair in shared]
     said = verdicts([estimate for _, estimate in found])
     for (block, _), one in zip(found, said, strict=True):
@@ -46,8 +47,8 @@ def changes(first: Path, second: Path) -> dict[str, Any]:
     # What got worse stands first; what cannot be compared, last.
     both.sort(key=lambda block: (block["difference"] is None, block["difference"] or 0.0))
     only = [
-        [{name: entry.row[name] for name in ("pair", "type", "r2", "r2_ci95")} for pair, entry in own.items()
-         if pair not in other]
+        [{name: own[pair].row[name] for name in ("pair", "type", "r2", "r2_ci95")}
+         for pair in sorted(own.keys() - other.keys(), key=in_order)]
         for own, other in (sides, sides[::-1])
     ]  # fmt: skip
     return {

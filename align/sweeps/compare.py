@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.layers import in_order
 from align.statistics import Estimate
 from align.sweeps.differences import MAP, difference, verdicts
 from align.sweeps.entries import CLOSED, Entry, read_entries
@@ -41,6 +42,8 @@ class Reference:
 
 def compare_runs(directories: Sequence[Path], reference: str | None = None) -> dict[str, Any]:
     """Collect the test figures of several runs, highest validation R2 first within each layer pair and set of rows.
+
+    Layer pairs stand in the order of their models and layer numbers.
 
     Args:
         directories: Run directories.
@@ -70,7 +73,7 @@ def compare_runs(directories: Sequence[Path], reference: str | None = None) -> d
         entry.interval()
     tests = _compare(entries, chosen)
     # Stable: what has no validation R2 stands last, in the order in which the runs were given.
-    entries.sort(key=lambda entry: (entry.row["pair"], entry.row["set"], -_high(entry.row["val_r2"])))
+    entries.sort(key=lambda entry: (in_order(entry.row["pair"]), entry.row["set"], -_high(entry.row["val_r2"])))
     rates = [e.rate for e in entries if e.rate is not None]
     return {
         "rows": [entry.row for entry in entries],

@@ -28,6 +28,7 @@ from align.maps.fitted import Aligner, load_adapter, save_adapter
 from align.metrics import debiased_cka
 from align.results import read_metrics, read_similarity
 from align.settings import LoopSettings, Settings
+from align.sweeps.changes import changes, describe_changes
 from align.sweeps.compare import compare_runs
 from align.sweeps.table import describe
 from featstore import open_store
@@ -100,9 +101,10 @@ def test_importing_align_imports_no_library_and_every_name_is_there() -> None:
 def test_a_name_stays_a_function_when_everything_is_imported() -> None:
     import align.closed_form.estimators
     import align.similarity.compare
+    import align.sweeps.changes
     import align.sweeps.compare
 
-    assert all(inspect.isfunction(getattr(align, name)) for name in ("train", "load", "cka", "compare"))
+    assert all(inspect.isfunction(getattr(align, name)) for name in ("train", "load", "cka", "compare", "changes"))
 
 
 def defaults(function: Any) -> dict[str, Any]:
@@ -714,6 +716,51 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
         align.compare([])
     with pytest.raises(AdapterError, match="no finished run"):
         align.compare(tmp_path)
+
+
+def test_changes_are_those_of_the_command(runs: dict[str, align.Run], capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = [runs["affine"], runs["lora"]]
+    found = align.changes(*chosen)
+    expected = changes(*(run.path for run in chosen))
+    assert found.content() == jsonable(expected)
+    assert str(found) == describe_changes(expected)
+    paths = [run.path for run in chosen]
+    assert call(capsys, "align", "compare", *paths, "--changes", "--json").json == found.content()
+    assert call(capsys, "align", "compare", *paths, "--changes").out.split() == str(found).split()
+    assert align.changes(str(paths[0]), paths[1]) == found
+
+
+def test_changes_show_themselves(runs: dict[str, align.Run]) -> None:
+    found = align.changes(runs["affine"], runs["lora"])
+    [change] = found.both
+    assert (change.pair, change.types) == (KEY, ("affine", "lora"))
+    assert [row.pair for row in found.only_first] == ["a:2->b:2", "b:1->a:1", "b:2->a:2"]
+    assert found.only_second == ()
+    assert change.difference == change.r2[1] - change.r2[0]  # type: ignore[operator]
+    [row] = found.to_pandas().to_dict("records")
+    assert (row["pair"], row["type_first"], row["type_second"]) == (KEY, "affine", "lora")
+    assert (row["r2_first"], row["r2_second"]) == change.r2
+    assert (row["difference"], row["reason"]) == (change.difference, change.reason)
+    assert (row["val_r2_first"], row["baseline_mean_second"]) == (
+        change.figures["val_r2"][0],
+        change.baselines["mean"][1],
+    )
+    for text in (rich_text(found), found._repr_html_().replace("&gt;", ">")):
+        words = (KEY, "affine, R2", "lora, R2", f"{change.difference:+.3f}", change.verdict, "only in affine: a:2->b:2")
+        assert [word for word in words if word not in text] == []
+    assert repr(found).endswith(f"lora': 1 layer pair in both, 1 {change.verdict}>")
+    figure = found.plot()
+    assert [axes.get_title() for axes in figure.axes] == ["lora minus affine"]
+    assert [line.get_text() for line in figure.axes[0].get_yticklabels()] == [KEY]
+    [bar] = figure.axes[0].containers
+    assert bar.lines[0].get_xdata().tolist() == [change.difference]
+
+
+def test_changes_are_of_two_finished_runs(runs: dict[str, align.Run], tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no finished run"):
+        align.changes(runs["affine"], tmp_path)
+    with pytest.raises(SpecError, match="second"):
+        align.changes(runs["affine"], 3)  # type: ignore[arg-type]
 
 
 def test_an_open_store_serves_as_well_as_its_path(planted: Planted) -> None:

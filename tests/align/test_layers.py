@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.layers import LayerPair, choose_models, joint_pairs, layer_pairs, source_layers
+from align.layers import LayerPair, choose_models, in_order, joint_pairs, layer_pairs, source_layers
 from featstore.errors import LayerRangeError, SpecError, StoreStateError
 from featstore.store import Store
 from tests.support.planted import plant
@@ -146,3 +146,12 @@ def test_source_layers_are_those_named_or_all(equal: Store) -> None:
     assert source_layers(equal, "a", "8,50%") == (8, 4) or source_layers(equal, "a", "8,50%") == (4, 8)
     with pytest.raises(LayerRangeError, match="layer 3 of 'a'"):
         source_layers(equal, "a", "3")
+
+
+def test_keys_sort_by_the_numbers_of_layers() -> None:
+    wanted = [
+        "a:1->b:2", "a:1->b:10", "a:2->b:1", "a:2+3->b:1", "a:2+10->b:1", "a:10->b:1", "a:b:3->c:1", "a:b:20->c:1",
+        "odd", "x->y:1->z:2", "x->y:1->z:10",
+    ]  # fmt: skip
+    assert sorted(sorted(wanted), key=in_order) == wanted
+    assert sorted(wanted) != wanted

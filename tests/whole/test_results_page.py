@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import align.maps.card
+import align.notebook.changes
+import align.notebook.leaderboard
 import align.results
 import align.runs.logged
 import align.sweeps.recorded
@@ -15,7 +17,14 @@ import evaluate.results
 from featstore.runtime.records import Record
 from tests.support import ROOT
 
-RECORDS = (align.maps.card, align.runs.logged, align.sweeps.recorded, evaluate.reproduce.recorded)
+RECORDS = (
+    align.maps.card,
+    align.notebook.changes,
+    align.notebook.leaderboard,
+    align.runs.logged,
+    align.sweeps.recorded,
+    evaluate.reproduce.recorded,
+)
 PAGE = ROOT / "docs" / "results.md"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import align
 from align.sweeps.changes import changes, describe_changes
 from align.sweeps.compare import compare_runs
 from align.sweeps.page import render, write
@@ -76,6 +77,29 @@ def test_maps_of_both_have_their_difference_and_its_interval(two: tuple[Path, Pa
     turned = changes(*two[::-1])
     assert turned["both"][-1]["difference"] == pytest.approx(-lost["difference"])
     assert turned["both"][-1]["verdict"] == "better"
+
+
+def test_the_record_has_the_same_figures(two: tuple[Path, Path]) -> None:
+    found = align.changes(*two)
+    lost, same = found.both
+    low, high = by_hand(HARD * SST, BETTER)
+    rows = found.to_pandas()
+    assert rows.pair.tolist() == [lost.pair, same.pair]
+    assert rows[["low", "difference", "high"]].iloc[0].tolist() == pytest.approx([low, lost.difference, high])
+    assert rows.verdict.tolist() == ["worse", "no clear difference"]
+    assert repr(found).endswith("second': 2 layer pairs in both, 1 worse, 1 no clear difference>")
+    [bar, _] = found.plot().axes[0].containers
+    [segment] = bar.lines[2][0].get_segments()
+    assert segment[:, 0].tolist() == pytest.approx([low, high])
+
+
+def test_layer_pairs_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain", HARD * SST)
+    keys = [f"a:{layer}->b:{layer}" for layer in (10, 2, 1)]
+    runs = [joined(tmp_path / name, dict.fromkeys(keys, plain)) for name in ("one", "other")]
+    assert [row["pair"] for row in compare_runs(runs)["rows"][::2]] == keys[::-1]
+    assert [block["pair"] for block in changes(*runs)["both"]] == keys[::-1], "equal differences, so by layer"
+    assert [row["pair"] for row in changes(runs[0], plain)["only_first"]] == ["a:2->b:2", "a:10->b:10"]
 
 
 def test_other_rows_are_not_compared(two: tuple[Path, Path], tmp_path: Path) -> None:
