@@ -66,7 +66,7 @@ def fit_shared(scans: Mapping[str, Scan], base: str, *, scale: bool = True) -> S
         factors = {key: _factor(weight, rows, val[key]) if scale else 1.0 for key, rows in train.items()}
         return Shared(weight, factors, None)
     if base != "ridge":
-        raise FitError(f"layers can share a map of kind procrustes or ridge, not {base!r}")
+        raise FitError(f"layers can share a map of kind procrustes or ridge, not {base!r}; choose one of these")
     choice = solvers.select_ridge(pooled, _pooled(val, units))
     return Shared(choice.weight, {key: y / x for key, (x, y) in units.items()}, choice.lam)
 

@@ -116,7 +116,10 @@ class Resampler(nn.Module):
         k = layout.most_coordinates
         dx, dy = len(mean_source), len(mean_target)
         if basis.ndim != 2 or len(basis) != dx or readout.shape != (k, dy):
-            raise FitError(f"basis {basis.shape} and readout {readout.shape} do not fit widths {dx} and {dy}, {k} sent")
+            raise FitError(
+                f"basis {basis.shape} and readout {readout.shape} do not fit widths {dx} and {dy}, {k} sent"
+                "; give the tensors of one map"
+            )
         if not (math.isfinite(unit) and unit > 0):
             raise FitError(f"unit must be finite and positive, not {unit}: the target's train states do not vary")
         if width < 1 or depth < 0:
@@ -125,7 +128,9 @@ class Resampler(nn.Module):
         for name, value in (("basis", basis), ("mean_source", mean_source), ("mean_target", mean_target)):
             array = np.array(value, dtype=np.float32)
             if not np.isfinite(array).all():
-                raise FitError(f"{name} holds NaN or infinity")
+                raise FitError(
+                    f"{name} holds NaN or infinity; load the map again, or fit it with a smaller learning rate"
+                )
             self.register_buffer(name, torch.from_numpy(array))
         n = basis.shape[1]
         with torch.random.fork_rng(devices=[]):

@@ -67,7 +67,7 @@ def source_basis(train: Windows, inputs: int = INPUTS) -> tuple[Rows, Array]:
         new = moments_of(window.x, np.zeros((len(window.x), 1), np.float32), origin, nothing)
         total = new if total is None else merge(total, new)
     if total is None:
-        raise FitError("there are no train windows")
+        raise FitError("there are no train windows; choose a split with more documents, or --store with more text")
     mean, _ = means(total)
     spectrum = solvers.Spectrum.of(about(total, mean, nothing).gx)
     n = min(inputs, len(mean))
@@ -112,7 +112,10 @@ def choose_start(train: Windows, val: Windows, latents: int, latent_dim: int, in
     layouts = candidates(latents, latent_dim, float(np.mean(train.sizes()[0])))
     basis, mean_source = source_basis(train, inputs)
     if layouts[0].most_coordinates > basis.shape[1]:
-        raise FitError(f"latent_dim {latent_dim} is above the {basis.shape[1]} principal coordinates in use")
+        raise FitError(
+            f"latent_dim {latent_dim} is above the {basis.shape[1]} principal coordinates in use"
+            "; choose a smaller latent dimension"
+        )
     mean_target = _mean_target(train)
     sums = [tuple(_Sums(layout.most_coordinates, mean_target) for _ in range(2)) for layout in layouts]
     for side, windows in enumerate((train, val)):
@@ -132,7 +135,9 @@ def choose_start(train: Windows, val: Windows, latents: int, latent_dim: int, in
             weight = choice.weight.astype(np.float32)
             best = Start(layout, basis, mean_source, mean_target, weight, float(np.sqrt(variance)), r2)
     if best is None:
-        raise FitError(f"no layout for {latents} latents of {latent_dim}")
+        raise FitError(
+            f"no layout for {latents} latents of {latent_dim}; choose fewer latents, or a smaller latent dimension"
+        )
     return best
 
 

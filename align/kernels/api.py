@@ -109,7 +109,9 @@ def _path(backend: Backend, device: torch.device, layers: Sequence[torch.Tensor]
             raise FitError("the kernels multiply at most float32: give narrower rows, or backend='torch'")
         if device.type == "cpu" and _interpreted():
             return "descriptors"
-        raise MissingPackageError(f"the kernels need triton and a CUDA device of sm_80 or later, not {device}")
+        raise MissingPackageError(
+            f"the kernels need triton and a CUDA device of sm_80 or later, not {device}; choose backend='torch' here"
+        )
     return path
 
 

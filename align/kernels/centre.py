@@ -65,7 +65,7 @@ def check_layers(layers: list[torch.Tensor]) -> None:
         if x.device != layers[0].device:
             raise FitError(f"layer {position} is on {x.device} and layer 0 on {layers[0].device}: move one of them")
     if len(layers[0]) < 4:
-        raise FitError(f"HSIC needs at least 4 rows, not {len(layers[0])}")
+        raise FitError(f"HSIC needs at least 4 rows, not {len(layers[0])}; give more rows")
 
 
 def round_to_tf32(x: torch.Tensor) -> torch.Tensor:

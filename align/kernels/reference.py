@@ -210,7 +210,7 @@ def median_bandwidth(rows: Any, fraction: float = 1.0, *, most: int = BANDWIDTH_
     if not (math.isfinite(fraction) and fraction > 0):
         raise FitError(f"a bandwidth of {fraction} median distances: give a fraction above 0")
     if len(rows) < 2:
-        raise FitError(f"a median distance needs at least 2 rows, not {len(rows)}")
+        raise FitError(f"a median distance needs at least 2 rows, not {len(rows)}; give more rows")
     chosen = evenly_spaced(len(rows), most)
     x = rows[torch.from_numpy(chosen).to(rows.device)] if isinstance(rows, torch.Tensor) else np.asarray(rows)[chosen]
     x = torch.as_tensor(x).detach().to(torch.float64)

@@ -91,7 +91,10 @@ class DocumentSums:
     def _ordered(self, totals: Mapping[int, float]) -> Array:
         missing = [number for number in self.documents if number not in totals]
         if missing or len(totals) != len(self.documents):
-            raise FitError(f"a map was not scored on the documents of the targets, such as {(missing or [*totals])[0]}")
+            raise FitError(
+                f"a map was not scored on the documents of the targets, such as {(missing or [*totals])[0]}"
+                "; score all maps in one pass over the same rows"
+            )
         return np.array([totals[number] for number in self.documents], dtype=np.float64)
 
     def renamed(self, names: Mapping[str, str]) -> DocumentSums:

@@ -48,7 +48,7 @@ def retrieval(y: Rows, y_hat: Rows, *, centre: ArrayLike) -> Figures:
     mean = np.asarray(centre, dtype=np.float64)
     y, y_hat = checked_rows("y", y, mean.size), checked_rows("y_hat", y_hat, mean.size)
     if len(y) != len(y_hat):
-        raise FitError(f"y has {len(y)} rows and y_hat {len(y_hat)}")
+        raise FitError(f"y has {len(y)} rows and y_hat {len(y_hat)}; give a prediction for every true row")
     return rank_of_partners(y, y_hat, mean)[0]
 
 

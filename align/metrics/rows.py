@@ -112,7 +112,10 @@ class ScoreAccumulator:
     def __init__(self, mean_train_y: ArrayLike) -> None:
         self.mean: Array = np.asarray(mean_train_y, dtype=np.float64)
         if self.mean.ndim != 1 or not self.mean.size or not np.isfinite(self.mean).all():
-            raise FitError(f"mean_train_y must be a finite vector, not shape {self.mean.shape}")
+            raise FitError(
+                f"mean_train_y must be a finite vector, not shape {self.mean.shape}"
+                "; give the mean target state over the train rows"
+            )
         self.n = 0
         self._floor = ROUNDING * float(np.linalg.norm(self.mean))
         self._sse, self._sst = np.zeros(len(self.mean)), np.zeros(len(self.mean))
@@ -132,7 +135,7 @@ class ScoreAccumulator:
         """
         y, y_hat = checked_rows("y", y, len(self.mean)), checked_rows("y_hat", y_hat, len(self.mean))
         if len(y) != len(y_hat):
-            raise FitError(f"y has {len(y)} rows and y_hat {len(y_hat)}")
+            raise FitError(f"y has {len(y)} rows and y_hat {len(y_hat)}; give a prediction for every true row")
         known = true_rows(y, self.mean) if known is None else known
         if known.mean is not self.mean and not np.array_equal(known.mean, self.mean):
             raise FitError("the true rows were measured about another mean; measure them about that of the train rows")

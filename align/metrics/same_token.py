@@ -117,7 +117,10 @@ def retrieval_same_token(
     width, ids = np.shape(y)[-1], np.asarray(tokens)
     y, y_hat = checked_rows("y", y, width), checked_rows("y_hat", y_hat, width)
     if not len(y) == len(y_hat) == len(ids):
-        raise FitError(f"y has {len(y)} rows, y_hat {len(y_hat)} and tokens {len(ids)}")
+        raise FitError(
+            f"y has {len(y)} rows, y_hat {len(y_hat)} and tokens {len(ids)}"
+            "; give a prediction and a token for every true row"
+        )
     known = galleries_of(y, ids) if known is None else known
     groups = known.rows
     size = sum(map(len, groups))

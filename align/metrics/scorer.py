@@ -169,7 +169,7 @@ class Scorer:
         """
         start = self._rows.n
         if start + len(y) > self._total:
-            raise FitError(f"{start + len(y)} rows came, {self._total} were announced")
+            raise FitError(f"{start + len(y)} rows came, {self._total} were announced; announce as many as come")
         self._rows.update(y, y_hat, known)
         labels = None if documents is None else np.asarray(documents)
         if labels is not None and labels.shape != (len(y),):

@@ -123,7 +123,10 @@ def biased_cka_from_moments(m: Moments) -> tuple[float, str | None]:
 
 def _check_finite(*sides: Rows) -> None:
     if not all(np.isfinite(rows).all() for rows in sides):
-        raise FitError("a true or predicted state is not finite")
+        raise FitError(
+            "a true or predicted state is not finite; look for damaged rows with `featstore verify`, or for a map that "
+            "diverged"
+        )
 
 
 def _moments_near_mean(x: Rows, y: Rows) -> Moments:
@@ -210,7 +213,10 @@ def debiased_ckas(
     """
     x, y = np.asarray(x), np.asarray(y)
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
-        raise FitError(f"paired rows need shapes (n, dx) and (n, dy), not {x.shape} and {y.shape}")
+        raise FitError(
+            f"paired rows need shapes (n, dx) and (n, dy), not {x.shape} and {y.shape}"
+            "; give a row of each side for every pair"
+        )
     ordered = [(None, alone(len(x))) if labels is None else in_order(labels) for labels in groupings]
     for _, documents in ordered:
         if documents.n != len(x):

@@ -91,7 +91,7 @@ def paired_with_itself(m: Moments, side: str) -> Moments:
     elif side == "y":
         o, s, g, q, qq, v = m.origin_y, m.sy, m.gy, m.b, m.bb, m.vy
     else:
-        raise FitError(f"a pair has sides 'x' and 'y', not {side!r}")
+        raise FitError(f"a pair has sides 'x' and 'y', not {side!r}; choose one of them")
     return Moments(
         n=m.n, origin_x=o, origin_y=o, sx=s, sy=s, gx=g, gy=g, c=g,
         a=q, b=q, d=qq, aa=qq, bb=qq, ux=v, uy=v, vx=v, vy=v,
@@ -216,7 +216,7 @@ def means(m: Moments) -> tuple[Array, Array]:
         FitError: There are no pairs.
     """
     if m.n < 1:
-        raise FitError("there are no pairs, so there is no mean")
+        raise FitError("there are no pairs, so there is no mean; add rows first")
     return m.origin_x + m.sx / m.n, m.origin_y + m.sy / m.n
 
 

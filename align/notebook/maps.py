@@ -128,7 +128,10 @@ class Map:
         try:
             states = np.asarray(x)
         except ValueError as error:
-            raise AdapterError(f"{self.key} maps an array of real numbers, and this is none ({error})") from error
+            raise AdapterError(
+                f"{self.key} maps an array of real numbers, and this is none ({error})"
+                "; give states of shape (n, d_source)"
+            ) from error
         if states.dtype.kind not in "fiu":
             raise AdapterError(f"{self.key} maps real numbers, not {states.dtype}; give float32 states")
         self._check_width(states.shape)

@@ -240,7 +240,7 @@ def random_orthogonal(dx: int, dy: int, rng: np.random.Generator) -> Array:
         FitError: A width is below one.
     """
     if min(dx, dy) < 1:
-        raise FitError(f"widths must be at least 1, not {dx} and {dy}")
+        raise FitError(f"widths must be at least 1, not {dx} and {dy}; give the widths of the two models")
     drawn = rng.standard_normal((max(dx, dy), min(dx, dy)))
     q = _orthonormalised(drawn)
     return q if dx >= dy else q.T.copy()

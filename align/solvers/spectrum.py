@@ -72,7 +72,7 @@ class Spectrum:
 
 def _strength(lam: float) -> float:
     if not (math.isfinite(lam) and lam >= 0):
-        raise FitError(f"ridge strength must be finite and not negative, not {lam}")
+        raise FitError(f"ridge strength must be finite and not negative, not {lam}; give one such as 1e-3")
     return float(lam)
 
 
@@ -173,9 +173,12 @@ def check_validation(val: Scatter, shape: tuple[int, ...], of: ArrayLike | None 
     if val.n < 1:
         raise FitError("there are no validation pairs to choose by; use more documents")
     if tuple(val.c.shape) != tuple(shape):
-        raise FitError(f"validation moments have widths {tuple(val.c.shape)}, the fit has {tuple(shape)}")
+        raise FitError(
+            f"validation moments have widths {tuple(val.c.shape)}, the fit has {tuple(shape)}"
+            "; take both from the same layers"
+        )
     if not all(finite(part) for part in (val.gx, val.gy, val.c)):
-        raise FitError("validation moments hold NaN or infinity")
+        raise FitError("validation moments hold NaN or infinity; look for damaged or unmasked rows")
     if of is not None:
         matrix("the cross-moments of the validation rows", val.c, of=of)
 
@@ -197,7 +200,7 @@ def whitening(gx: ArrayLike | Spectrum, n: int, *, eps: float = 1e-3) -> Array:
     """
     spectrum = Spectrum.of(gx)
     if n < 1 or float(spectrum.values[-1]) <= 0:
-        raise FitError("the source states do not vary, so there is nothing to whiten")
+        raise FitError("the source states do not vary, so there is nothing to whiten; choose another layer")
     root = namespace(spectrum.values).sqrt(n * spectrum.damped(eps))
     whitener: Array = (spectrum.vectors * root) @ spectrum.vectors.T
     return whitener

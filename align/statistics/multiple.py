@@ -28,7 +28,7 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
     """
     known = [(value, place) for place, value in enumerate(p) if value is not None]
     if wrong := [value for value, _ in known if not 0 <= value <= 1]:
-        raise FitError(f"p values lie within 0 and 1, not {wrong[0]}")
+        raise FitError(f"p values lie within 0 and 1, not {wrong[0]}; give probabilities")
     adjusted: list[float | None] = [None] * len(p)
     largest = 0.0
     for rank, (value, place) in enumerate(sorted(known)):

@@ -70,7 +70,10 @@ class LayerZero:
         """
         place = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
         if not np.array_equal(self._ids[place], ids):
-            raise FitError(f"token {int(ids[self._ids[place] != ids][0])} does not occur in the store's text")
+            raise FitError(
+                f"token {int(ids[self._ids[place] != ids][0])} does not occur in the store's text"
+                "; ask for tokens that do"
+            )
         if self._kept is None:
             return self._read(place)
         new = np.unique(place[~self._known[place]])
@@ -93,5 +96,7 @@ class LayerZero:
             read = self._reader[rows[first:last]].astype(np.float64)
             states[own] = np.add.reduceat(read, edges[own] - first, axis=0) / count[own][:, None]
         if not np.isfinite(states).all():
-            raise FitError(f"a state of layer 0 of {self._model!r} is not finite")
+            raise FitError(
+                f"a state of layer 0 of {self._model!r} is not finite; look for damaged rows with `featstore verify`"
+            )
         return states

@@ -60,7 +60,7 @@ def infonce(y_hat: Tensor, y: Tensor, *, temperature: float = 0.07) -> tuple[Ten
         SpecError: The temperature is not positive.
     """
     if not temperature > 0:
-        raise SpecError(f"temperature must be positive, not {temperature}")
+        raise SpecError(f"temperature must be positive, not {temperature}; give one such as 0.05")
     guess = functional.normalize(y_hat.float(), dim=-1)
     true = functional.normalize(y.float(), dim=-1)
     logits = guess @ true.T / temperature

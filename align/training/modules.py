@@ -49,7 +49,7 @@ def frozen(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Tensor:
     if array.shape != shape:
         raise FitError(f"{name} has shape {array.shape}; expected {shape}")
     if not np.isfinite(array).all():
-        raise FitError(f"{name} holds NaN or infinity")
+        raise FitError(f"{name} holds NaN or infinity; load the map again, or fit it with a smaller learning rate")
     return torch.from_numpy(array)
 
 
@@ -105,10 +105,10 @@ class TrainedMap(nn.Module):
     ) -> None:
         super().__init__()
         if min(dx, dy) < 1:
-            raise FitError(f"widths must be at least 1, not {dx} and {dy}")
+            raise FitError(f"widths must be at least 1, not {dx} and {dy}; give the widths of the two models")
         for name, value in (("input_scale", input_scale), ("output_scale", output_scale)):
             if not (math.isfinite(value) and value > 0):
-                raise FitError(f"{name} must be finite and positive, not {value}")
+                raise FitError(f"{name} must be finite and positive, not {value}; give one such as 1")
         self.dx, self.dy = dx, dy
         self.input_scale, self.output_scale = float(input_scale), float(output_scale)
         mean_source = np.zeros(dx) if mean_source is None else mean_source
@@ -209,7 +209,7 @@ class LowRankMap(TrainedMap):
             raise FitError(f"rank {rank} does not fit widths {dx} and {dy}: use 1 to {min(dx, dy)}")
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise FitError(f"alpha must be finite and positive, not {alpha}")
+            raise FitError(f"alpha must be finite and positive, not {alpha}; give one such as 16")
         self.register_buffer("skip", None if skip is None else frozen("skip", skip, (dx, dy)))
         generator = torch.Generator().manual_seed(seed)
         self.A = nn.Parameter(torch.randn(dx, rank, generator=generator) / math.sqrt(dx))

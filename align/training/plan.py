@@ -145,5 +145,5 @@ def parse_loss(text: str) -> dict[str, float]:
             raise SpecError(f"--loss {name}: the weight must be finite and not negative, not {value}")
         weights[name] = weight
     if not any(weights.values()):
-        raise SpecError(f"--loss {text!r} gives no component a positive weight")
+        raise SpecError(f"--loss {text!r} gives no component a positive weight; give one, such as mse=1")
     return {name: weights.get(name, 0.0) for name in LOSSES}

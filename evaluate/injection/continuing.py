@@ -155,7 +155,7 @@ def score_continuation(
         raise SpecError("a continuation without tokens has no likelihood; give each row at least one")
     prompt = _prompt(model, stream, ids, injection, padding, max(counts))
     if len(counts) != len(prompt.ids):
-        raise SpecError(f"{len(counts)} continuations for {len(prompt.ids)} rows")
+        raise SpecError(f"{len(counts)} continuations for {len(prompt.ids)} rows; give one count for every row")
     # Padded at the right: attention is causal, so what is scored never sees it.
     wanted = torch.tensor([[*map(int, row)] + [0] * (max(counts) - len(row)) for row in continuation])
     with _injected(stream, injection):

@@ -150,7 +150,10 @@ class _Hook:
             )
         hidden = self.stream.axes.rows(sites.entering(self.stream, args, kwargs))
         if hidden.shape[0] != self.seen.shape[0]:
-            raise SpecError(f"a pass of {hidden.shape[0]} rows with an injection of {self.seen.shape[0]}")
+            raise SpecError(
+                f"a pass of {hidden.shape[0]} rows with an injection of {self.seen.shape[0]}"
+                "; inject into as many rows as the pass has"
+            )
         past, mask, queries = cache_of([*args, *kwargs.values()]), _at(args, kwargs, place), hidden.shape[1]
         # A mask says how many keys there are, of every kind of cache.
         keys = self._held(block) + queries if mask is None else int(mask.shape[-1])

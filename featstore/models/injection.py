@@ -133,6 +133,7 @@ def aligned(
     if not len(states) == len(places) == len(hidden):
         raise SpecError(
             f"{len(hidden)} rows of a prompt, states for {len(states)} and places for {len(places)} of them"
+            "; give one of each for every row"
         )
     for row, (new, at) in enumerate(zip(states, places, strict=True)):
         values, index = torch.as_tensor(new), np.asarray(at, dtype=np.int64).reshape(-1)

@@ -45,7 +45,10 @@ def ordinary_ids(model: nn.Module, *shape: int, seed: int = 0) -> torch.Tensor:
     special = special_ids(getattr(model, "config", None))
     free = [number for number in range(min(embedding_rows(model), 4096)) if number not in special]
     if len(free) < 2:
-        raise UnsupportedArchitectureError(f"model {type(model).__name__} has no two token ids for ordinary text")
+        raise UnsupportedArchitectureError(
+            f"model {type(model).__name__} has no two token ids for ordinary text"
+            "; choose a model with a larger vocabulary"
+        )
     drawn = torch.randint(len(free), shape, generator=torch.Generator().manual_seed(seed))
     return torch.tensor(free)[drawn].to(input_device(model))
 
@@ -79,7 +82,10 @@ def embedding_rows(model: nn.Module) -> int:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
     if weight is None:
-        raise UnsupportedArchitectureError(f"model {type(model).__name__} has no input embedding of token ids")
+        raise UnsupportedArchitectureError(
+            f"model {type(model).__name__} has no input embedding of token ids"
+            "; choose a causal language model that reads text"
+        )
     return int(getattr(embedding, "num_embeddings", weight.shape[0]))
 
 

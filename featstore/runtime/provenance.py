@@ -126,7 +126,7 @@ def parse_json(data: bytes, where: str, *, foreign: bool = False) -> dict[str, A
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of absurd length
         raise CorruptDataError(f"{where} is not valid JSON ({error}); restore it or re-create it") from error
     if not isinstance(value, dict):
-        raise CorruptDataError(f"{where} holds a JSON {type(value).__name__}, expected an object")
+        raise CorruptDataError(f"{where} holds a JSON {type(value).__name__}, expected an object; restore the file")
     if _SUSPICIOUS.search(text):
         _check_scalars(value, (), where, foreign=foreign)
     return value

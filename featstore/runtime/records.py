@@ -355,7 +355,7 @@ def _tolerant(data: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CorruptDataError(f"{where} is not valid JSON ({error}); {_REMEDY}") from error
     if not isinstance(value, dict):
-        raise CorruptDataError(f"{where} holds a JSON {type(value).__name__}, expected an object")
+        raise CorruptDataError(f"{where} holds a JSON {type(value).__name__}, expected an object; restore the file")
     return value
 
 
@@ -364,7 +364,9 @@ def _loaded(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except OSError as error:
-        raise CorruptDataError(f"{path} cannot be read ({error.strerror})") from error
+        raise CorruptDataError(
+            f"{path} cannot be read ({error.strerror}); check that it is there and may be read"
+        ) from error
 
 
 def _parsed(kind: type[R], content: Mapping[str, Any], where: str, *, complete: bool, remedy: str = _REMEDY) -> R:

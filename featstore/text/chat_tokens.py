@@ -122,7 +122,7 @@ class _Reader:
         offset = byte_offsets(rendering.text)
         parts = list(self._stretches(rendering, encoding, offset))
         if not parts:
-            raise OffsetError("the template writes nothing")
+            raise OffsetError("the template writes nothing; give messages with content, or another template")
         ids, end, exact, control = (np.concatenate(column) for column in zip(*parts, strict=True))
         ends, inside = content_ends(end, exact, _places(conversation, rendering, offset))
         for place in rendering.contents:
@@ -173,7 +173,10 @@ class _Reader:
             [alone] = self.encode([before], controls_as_text=True)
             left_out = len(alone.ids)
             if whole.ids[:left_out] != alone.ids:
-                raise OffsetError(f"what is quoted in {text[:40]!r} cannot be read as text by itself")
+                raise OffsetError(
+                    f"what is quoted in {text[:40]!r} cannot be read as text by itself"
+                    "; use another chat template, or another model"
+                )
         spans = np.array(whole.offsets[left_out:], dtype=np.int64).reshape(-1, 2) - len(before)
         return np.array(whole.ids[left_out:], dtype=np.int32), lambda: spans
 

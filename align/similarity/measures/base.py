@@ -132,9 +132,13 @@ class Partners:
         """
         n = len(self.document)
         if self.index.ndim != 2 or self.index.shape[1] != n:
-            raise FitError(f"partners of shape {self.index.shape} for the documents of {n} rows")
+            raise FitError(
+                f"partners of shape {self.index.shape} for the documents of {n} rows; draw them for these rows"
+            )
         if not (np.sort(self.index, axis=1) == np.arange(n)).all():
-            raise FitError("partners must be a permutation of the rows in every exchange")
+            raise FitError(
+                "partners must be a permutation of the rows in every exchange; draw them with exchanged documents"
+            )
 
     def inverse(self) -> Partners:
         """The same exchanges as the second side sees them: who compares itself with row j."""

@@ -195,7 +195,10 @@ def ceilings(
     draws = _documents(document, _check(xs, ys))
     for name, given in (("origins", origins), ("second readings", twice)):
         if given is not None and [len(side) for side in given] != [len(xs), len(ys)]:
-            raise FitError(f"{name} of {[len(s) for s in given]} layers for models of {[len(xs), len(ys)]}")
+            raise FitError(
+                f"{name} of {[len(s) for s in given]} layers for models of {[len(xs), len(ys)]}"
+                "; give one entry for every layer of both models"
+            )
     if twice is not None and any(a.shape != b.shape for a, b in zip((*xs, *ys), (*twice[0], *twice[1]), strict=True)):
         raise FitError("a second reading has another shape than the first: give the same rows of the same layers")
     part = _part(tick, 0.5 if twice is None else 0.25)

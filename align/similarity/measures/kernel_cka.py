@@ -68,7 +68,7 @@ def median_bandwidth(rows: Rows, *, fraction: float = 1.0) -> float:
         raise FitError(f"bandwidth fraction {fraction}: give one above 0, such as 1")
     n = len(rows)
     if n < 2:
-        raise FitError(f"a median distance needs at least 2 rows, not {n}")
+        raise FitError(f"a median distance needs at least 2 rows, not {n}; give more rows")
     some = rows[np.arange(min(n, BANDWIDTH_ROWS)) * n // min(n, BANDWIDTH_ROWS)]
     norms = _norms(some)
     squared = _squared_distances(some, some, norms, norms)

@@ -76,10 +76,15 @@ def check(layers: Sequence[Rows], wanted: Wanted, draws: Resampling | None) -> i
     n = int(shapes[0][0])
     if draws is not None:
         if draws.document.shape != (n,):
-            raise FitError(f"{n} rows, but the documents of {draws.document.size}")
+            raise FitError(
+                f"{n} rows, but the documents of {draws.document.size}; draw from the documents of these rows"
+            )
         found = np.bincount(draws.document)
         if draws.counts.ndim != 2 or draws.counts.shape[1] != len(found) or not found.all():
-            raise FitError(f"draws of shape {draws.counts.shape} for {np.count_nonzero(found)} documents with rows")
+            raise FitError(
+                f"draws of shape {draws.counts.shape} for {np.count_nonzero(found)} documents with rows"
+                "; draw from the documents of these rows"
+            )
     return n
 
 

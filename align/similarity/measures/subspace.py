@@ -105,7 +105,7 @@ class CanonicalCorrelation:
 
     def __init__(self, *, weighted: bool, share: float) -> None:
         if not 0 < share <= 1:
-            raise FitError(f"a share of the variance is above 0 and at most 1, not {share}")
+            raise FitError(f"a share of the variance is above 0 and at most 1, not {share}; give one such as 0.99")
         self.weighted, self.share = weighted, share
         self.name = "pwcca" if weighted else "svcca"
         self.title = "PWCCA, weighted by the first layer" if weighted else "SVCCA"

@@ -190,7 +190,9 @@ def unpack(data: bytes | None, array: PackedArray, where: str, half: bool) -> ND
             continue
         values = decode_chunk(view[place[0] : place[0] + place[1]], _TYPE, _CODEC, where)
         if values.size != high * wide:
-            raise CorruptDataError(f"{where} has a tile of {values.size} values, not {high * wide}")
+            raise CorruptDataError(
+                f"{where} has a tile of {values.size} values, not {high * wide}; restore it or extract again"
+            )
         target = found[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
         target[:] = values.reshape(high, wide)[: target.shape[0], : target.shape[1]]
         if half:

@@ -144,11 +144,13 @@ def decode_chunk(data: memoryview, dtype: np.dtype[Any], layout: Layout, what: s
         return np.frombuffer(body, dtype)
     # The decoder believes the length in the blosc header and would read past the end of a shorter buffer.
     if int.from_bytes(body[12:16], "little") != len(body):
-        raise CorruptDataError(f"{what} does not decompress (its header does not fit its {len(body)} bytes)")
+        raise CorruptDataError(
+            f"{what} does not decompress (its header does not fit its {len(body)} bytes); restore it or extract again"
+        )
     try:
         return np.frombuffer(_blosc(dtype.itemsize).decode(body), dtype)
     except (RuntimeError, ValueError) as error:
-        raise CorruptDataError(f"{what} does not decompress ({error})") from error
+        raise CorruptDataError(f"{what} does not decompress ({error}); restore it or extract again") from error
 
 
 def shard_pieces(rows: NDArray[Any], shard_rows: int, layout: Layout) -> Iterator[Buffer]:

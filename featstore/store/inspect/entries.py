@@ -71,17 +71,17 @@ def _told(store: Store) -> Iterator[tuple[str, int, str]]:
     sealed = store.sealed_units
     units = store.files.manifest_sizes()
     if sealed.keys() | {METADATA_UNIT} != units.keys():
-        raise CorruptDataError(f"{store.path}/{MANIFEST} has other entries than the store was sealed with")
+        raise CorruptDataError(f"{store.path}/{MANIFEST} has other entries than were sealed; restore them")
     for unit in units:
         name = f"{MANIFEST}/{unit}.json"
         data = store.files.read(name)
         if data is None:
-            raise CorruptDataError(f"{store.path}/{name} is missing")
+            raise CorruptDataError(f"{store.path}/{name} is missing; restore it")
         # The metadata's own entry, which seals the others, is sealed by the root.
         if unit != METADATA_UNIT:
             checksum = file_checksum(data)
             if checksum != sealed[unit]:
-                raise CorruptDataError(f"{store.path}/{name} is not the entry that was sealed")
+                raise CorruptDataError(f"{store.path}/{name} is not the entry that was sealed; restore it")
             yield name, len(data), checksum
         for path, record in parse_entry(data, f"{store.path}/{name}", unit)["files"].items():
             yield path, record["bytes"], record["crc32"]

@@ -379,6 +379,7 @@ class _Cut:
             raise FitError(
                 f"row {bad} of the pairs of a piece holds NaN, infinity or a value too large to square (model "
                 f"{site[0]!r}, layer {site[1]})"
+                "; extract that layer in bfloat16 or float32, or mask the row"
             )
         squares = np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
         return cls(rows, norms, rows.sum(axis=0, dtype=np.float64), squares)

@@ -130,7 +130,9 @@ def assemble(origin_x: Array, origin_y: Array, cross: Block, own_x: Block, own_y
         FitError: The blocks are sums over different numbers of rows.
     """
     if not cross.n == own_x.n == own_y.n:
-        raise FitError(f"blocks over {cross.n}, {own_x.n} and {own_y.n} rows do not belong together")
+        raise FitError(
+            f"blocks over {cross.n}, {own_x.n} and {own_y.n} rows do not belong together; add the blocks of one scan"
+        )
     a, b, d = (float(total) for total in cross.totals)
     return Moments(
         n=cross.n, origin_x=origin_x, origin_y=origin_y, sx=cross.x[0], sy=cross.y[0],
@@ -173,7 +175,7 @@ def vector(name: str, value: ArrayLike, width: int) -> Array:
     if result.shape != (width,):
         raise FitError(f"{name} has shape {result.shape}; the rows need ({width},)")
     if not np.isfinite(result).all():
-        raise FitError(f"{name} is not finite")
+        raise FitError(f"{name} is not finite; look for damaged rows with `featstore verify`")
     return result
 
 
@@ -312,7 +314,9 @@ class BlockSums(Generic[Node]):
         rows = {node: np.asarray(states[node]) for node in self.nodes}
         if len({value.shape[:1] for value in rows.values()}) > 1 or any(value.ndim != 2 for value in rows.values()):
             shapes = " and ".join(str(value.shape) for value in rows.values())
-            raise FitError(f"paired rows need shapes (n, dx) and (n, dy), not {shapes}")
+            raise FitError(
+                f"paired rows need shapes (n, dx) and (n, dy), not {shapes}; give a row of each side for every pair"
+            )
         for node, value in rows.items():
             vector(f"origin_{node}", self.origins[node], value.shape[1])
         at, count = 0, len(next(iter(rows.values()), ()))
@@ -348,7 +352,9 @@ class BlockSums(Generic[Node]):
             # Written so that NaN fails it too.
             if not squared.max() <= self._limit:
                 bad = self.n + int(np.flatnonzero(~(squared <= self._limit))[0])
-                raise FitError(f"row {bad} holds NaN, infinity or a value too large to square")
+                raise FitError(
+                    f"row {bad} holds NaN, infinity or a value too large to square; look for damaged or unmasked rows"
+                )
         blocks = list(self._totals)
         for (x, y), product in zip(blocks, self._multiply(rows, blocks), strict=True):
             total, a, b = self._totals[x, y], norms[x], norms[y]
@@ -381,7 +387,10 @@ def moments_of(x: Rows, y: Rows, origin_x: ArrayLike, origin_y: ArrayLike) -> Mo
     """
     x, y = np.asarray(x), np.asarray(y)
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
-        raise FitError(f"paired rows need shapes (n, dx) and (n, dy), not {x.shape} and {y.shape}")
+        raise FitError(
+            f"paired rows need shapes (n, dx) and (n, dy), not {x.shape} and {y.shape}"
+            "; give a row of each side for every pair"
+        )
     origins = {"x": vector("origin_x", origin_x, x.shape[1]), "y": vector("origin_y", origin_y, y.shape[1])}
     exact = any(side.dtype == np.float64 or side.dtype.kind in "iu" for side in (x, y))
     sums = BlockSums(

@@ -195,7 +195,9 @@ class RowReader(RowArray):
         body = shards.unseal(data[place[0] : place[0] + place[1]], what)
         shape = (self.layout.chunk_rows, self.width)
         if not self.layout.compressed and len(body) != shape[0] * shape[1] * self.form.storage.itemsize:
-            raise CorruptDataError(f"{what} holds {len(body)} bytes, expected {shape} of {self.form.storage}")
+            raise CorruptDataError(
+                f"{what} holds {len(body)} bytes, expected {shape} of {self.form.storage}; restore it or extract again"
+            )
         return body, what
 
     def _decompress(self, number: int, out: NDArray[Any]) -> None:
@@ -460,8 +462,9 @@ def decompress(body: memoryview, out: NDArray[Any], what: str) -> None:
     if len(body) < 16 or length != len(body) or holds != out.nbytes:
         raise CorruptDataError(
             f"{what} does not decompress (its header does not fit its {len(body)} bytes, or {out.nbytes} decoded ones)"
+            "; restore it or extract again"
         )
     try:
         Blosc().decode(body, out)
     except (RuntimeError, ValueError) as error:
-        raise CorruptDataError(f"{what} does not decompress ({error})") from error
+        raise CorruptDataError(f"{what} does not decompress ({error}); restore it or extract again") from error

@@ -105,5 +105,7 @@ def parse_chunk(data: bytes | None, dtype: np.dtype[Any], size: int, where: str)
         raise CorruptDataError(f"{where} is missing; run the same `featstore extract` command again")
     body = shards.unseal(memoryview(data), where)
     if len(body) != size * dtype.itemsize:
-        raise CorruptDataError(f"{where} holds {len(body)} bytes, not {size} values of {dtype}")
+        raise CorruptDataError(
+            f"{where} holds {len(body)} bytes, not {size} values of {dtype}; restore it or extract again"
+        )
     return np.frombuffer(body, dtype)

@@ -105,6 +105,7 @@ class RowArrays:
             raise StoreStateError(
                 f"--shard-rows {self.shard_rows} is not a multiple of {self.layout.chunk_rows}, the chunk of layout "
                 f"{self.layout.name}"
+                "; choose a multiple"
             )
 
     @property
