@@ -30,7 +30,7 @@ class LayerPair:
 
     @property
     def key(self) -> str:
-        """Name in adapters and metrics, such as ``llama:16->mistral:16`` or ``llama:8+16->mistral:16``."""
+        """Name in cards and metrics, such as ``llama:16->mistral:16`` or ``llama:8+16->mistral:16``."""
         return f"{self.source}:{'+'.join(map(str, self.source_layers))}->{self.target}:{self.target_layer}"
 
     @property

@@ -118,7 +118,7 @@ def extract(
         moments: Also store the moments of every two layers: fits then need no rows.
         moments_only: Store moments and no rows; both models are loaded at once.
         moments_memory: Bytes for summing moments, or such as ``"12G"``.
-        yes: Use models, and text, that a store's or an adapter's files name and you have not named; they are shown.
+        yes: Use models, and text, that a store's or a run's files name and you have not named; they are shown.
         allow_pickle_weights: Read pickled weights, which can run code, where a model has no others.
         quiet: Show no progress.
 

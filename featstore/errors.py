@@ -134,7 +134,7 @@ class FitError(FeatstoreError, ValueError):
 
 
 class AdapterError(FeatstoreError, ValueError):
-    """A run directory does not hold a usable adapter, or it does not fit the models or the store."""
+    """A run directory does not hold usable maps, or they do not fit the models or the store."""
 
 
 class UnknownMapError(FeatstoreError, KeyError):

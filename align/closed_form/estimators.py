@@ -49,7 +49,7 @@ RANK = 32
 
 
 class _Aligner(ClassNamePrefixFeaturesOutMixin, MultiOutputMixin, TransformerMixin, RegressorMixin, BaseEstimator):
-    """What all aligners share: checked rows to moments, and the fitted map applied.
+    """What all estimators share: checked rows to moments, and the fitted map applied.
 
     ``get_feature_names_out`` names the mapped dimensions after the class (``affinealigner0``, ...), and ``set_output``
     lets :meth:`transform` return a pandas or polars frame with these names.

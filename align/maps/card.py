@@ -471,7 +471,7 @@ def read_card(directory: Path) -> Card:
     """
     path = directory / Card.file
     if not path.is_file():
-        raise AdapterError(f"no adapter in {str(directory)!r}: it has no adapter.json; make one with `align train`")
+        raise AdapterError(f"no maps in {str(directory)!r}: it has no adapter.json; make one with `align train`")
     try:
         data = path.read_bytes()
         version = parse_json(data, str(path)).get("format")

@@ -141,7 +141,7 @@ def save_adapter(directory: Path, aligners: Sequence[Aligner], card: dict[str, A
 
 
 def load_adapter(directory: Path) -> Adapter:
-    """Read a run directory's adapter.
+    """Read a run directory's maps.
 
     Args:
         directory: Run directory.

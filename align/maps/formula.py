@@ -22,7 +22,7 @@ class Formula:
     """A kind of map.
 
     Attributes:
-        kind: Its name in an adapter's card.
+        kind: Its name in a run's card.
         axes: Tensors by name with a letter for each axis: s source width, t target width; any other letter stands for
             the length of the vector that has it alone. Empty for a kind whose tensors only its own module can check.
         apply: Tensors and float32 rows ``(n, d_source)`` to rows ``(n, d_target)``; None for a kind that reads windows.

@@ -109,7 +109,7 @@ class Scorer:
     """Every figure of a ``metrics.json`` block over a stream of blocks.
 
     Row figures use all rows; CKA and retrieval use two fixed random subsets, the same however the
-    rows are cut into blocks and the same for every aligner scored with this seed.
+    rows are cut into blocks and the same for every map scored with this seed.
 
     Args:
         mean_train_y: (dy,) mean target state over the train rows.

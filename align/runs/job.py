@@ -90,7 +90,7 @@ class Job:
     device: str
 
     def card(self) -> dict[str, Any]:
-        """The adapter's card without its maps."""
+        """The card without its maps."""
         store = self.data.store
         names = {name for d in self.directions for name in (d.source, d.target)}
         coverage: dict[str, float] = {}

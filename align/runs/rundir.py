@@ -193,7 +193,7 @@ class RunDirectory:
         card: dict[str, Any],
         tables: Mapping[str, TokenTable],
     ) -> None:
-        """Write metrics, per-document sums, curves, tables, the adapter and, last, its card; remove the checkpoints.
+        """Write metrics, per-document sums, curves, tables, the maps and, last, their card; remove the checkpoints.
 
         Args:
             metrics: ``metrics.json``.

@@ -1,4 +1,4 @@
-"""An aligner's figures from moments alone: what a store that kept no rows can still say of a map.
+"""A map's figures from moments alone: what a store that kept no rows can still say of a map.
 
 With e = y - y_hat and rows about the map's own means, the squared error of target dimension j is
 ``sum e_j^2 = (Y'Y)_jj - 2 (W'X'Y)_jj + (W'X'X W)_jj``: R2 in all its forms and the mean squared error follow. A cosine

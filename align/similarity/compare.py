@@ -143,7 +143,7 @@ class Comparison:
             need_rows(self.store, wanted, f"--estimator {estimator} with --kernel {kernel}")
         if self.measures and not self.rows:
             need_rows(self.store, wanted, f"--measures {self.measures[0].name}")
-        # What cannot be meant is refused before anything is started.
+        # Wrong combinations are refused before anything is started.
         if self.stored is not None and estimator == "debiased":
             self.estimator = "debiased-rows"
             if not quiet:

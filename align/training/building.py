@@ -1,4 +1,4 @@
-"""A map before training from the train moments, and the aligner that a trained one becomes."""
+"""A map before training from the train moments, and the one that it becomes once trained."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class HiddenLayerMap(TrainedMap):
         return super().shipped_parameters() + (0 if self.skip is None else self.skip.numel())
 
     def export(self) -> Exported:
-        """The tensors of an adapter file, float32.
+        """The tensors of a file of maps, float32.
 
         Returns:
             ``skip`` (dx, dy; only where there is one), ``mean_source``, ``mean_target``, ``hidden_weight`` (dx, h),

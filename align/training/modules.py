@@ -119,7 +119,7 @@ class TrainedMap(nn.Module):
         self.register_buffer("preconditioner", matrix)
 
     def export(self) -> Exported:
-        """The tensors of an adapter file, float32, with preconditioner and units multiplied out."""
+        """The tensors of a file of maps, float32, with preconditioner and units multiplied out."""
         raise NotImplementedError
 
     def sizes(self) -> dict[str, int | float]:
@@ -246,7 +246,7 @@ class LowRankMap(TrainedMap):
         return super().shipped_parameters() + (0 if self.skip is None else self.skip.numel())
 
     def export(self) -> Exported:
-        """The tensors of an adapter file, float32.
+        """The tensors of a file of maps, float32.
 
         Returns:
             ``weight`` (dx, dy), ``mean_source``, ``mean_target``, ``lora_A`` (dx, r), ``lora_B``
@@ -320,7 +320,7 @@ class LinearMap(TrainedMap):
         return self.whitened(x) @ self.W * (self.output_scale / self.input_scale) + self.mean_target
 
     def export(self) -> Exported:
-        """The tensors of an adapter file, float32: ``weight``, ``mean_source``, ``mean_target``."""
+        """The tensors of a file of maps, float32: ``weight``, ``mean_source``, ``mean_target``."""
         return {
             "weight": (self._unscaled(self.W) * self.output_scale).astype(np.float32),
             "mean_source": double(self.mean_source).astype(np.float32),

@@ -231,7 +231,7 @@ def prepare(
     """Resolve a run for tasks: choose its maps and find its models, which are loaded when their turn comes.
 
     Args:
-        adapter: A run's adapter; every direction it has is tried.
+        adapter: The maps of a run; every direction it has is tried.
         layers: Source layers, None for all.
         itself: Also let every target read for itself, at the target layers and with the identity as the map: what the
             channel gives where nothing is lost between two models.

@@ -91,7 +91,7 @@ def generate(
     """Continue every prompt in every condition.
 
     Args:
-        adapter: A run's adapter; the fourth condition needs one trained with ``--both``.
+        adapter: The maps of a run; the fourth condition needs one trained with ``--both``.
         prompts: Texts.
         layers: Source layers, None for all.
         max_new_tokens: Length of each continuation.

@@ -90,7 +90,7 @@ def token_table(adapter: Adapter, aligner: Aligner) -> TokenTable | str:
     """What a run predicts a map's target states to be from the source's current token alone.
 
     Args:
-        adapter: The run's adapter.
+        adapter: The maps of the run.
         aligner: One of its maps.
 
     Returns:

@@ -152,7 +152,7 @@ def check(
     """Find a model of a run and compare it with the card: all that can be wrong before the wait for its weights.
 
     Args:
-        adapter: The run's adapter.
+        adapter: The maps of the run.
         name: Model name in its card.
         overrides: ``NAME=REF`` values for models that moved.
         device: Where it is to run.
@@ -162,7 +162,7 @@ def check(
 
     Raises:
         StrangeReferenceError: The card names a model that the user has not named.
-        AdapterError: The model at hand is not the one the adapter was fitted to.
+        AdapterError: The model at hand is not the one the run was fitted to.
         ModelLoadError: There is none.
         SpecError: An override names a model the run does not have, or the device or dtype is unknown.
     """
@@ -227,7 +227,7 @@ def _compare(adapter: Adapter, spec: ModelSpec, at_hand: Mapping[str, Any]) -> N
         wanted = entry[_ENTRIES[what]]
         if value != wanted:
             raise AdapterError(
-                f"model {spec.name!r} ({spec.ref}) has {what} {str(value)[:12]}, the adapter was fitted to "
+                f"model {spec.name!r} ({spec.ref}) has {what} {str(value)[:12]}, the run was fitted to "
                 f"{str(wanted)[:12]}; point to the right model with --model {spec.name}=REF"
             )
 
@@ -236,7 +236,7 @@ class Models:
     """Models of a run: all of them checked at once, before the wait for the weights of the first.
 
     Args:
-        adapter: The run's adapter.
+        adapter: The maps of the run.
         names: Model names in its card.
         overrides: ``NAME=REF`` for models that moved.
         device: Where they are to run.
@@ -250,7 +250,7 @@ class Models:
 
     Raises:
         StrangeReferenceError: The card names models that the user has not named; the message shows all of them.
-        AdapterError: A model at hand is not the one the adapter was fitted to.
+        AdapterError: A model at hand is not the one the run was fitted to.
         ModelLoadError: There is none.
         SpecError: An override names a model the run does not have, or the device or dtype is unknown.
     """
@@ -293,7 +293,7 @@ class Models:
         """A model with its weights, which are read anew at every call: who asks decides how long they stay.
 
         Raises:
-            AdapterError: Its weights are not those the adapter was fitted to.
+            AdapterError: Its weights are not those the run was fitted to.
             ModelLoadError: They cannot be loaded.
             ProbeError: A test fails that what is to be done with the model needs.
         """
@@ -347,7 +347,7 @@ def load(
     """One model of a run, as :class:`Models` loads it.
 
     Args:
-        adapter: The run's adapter.
+        adapter: The maps of the run.
         name: Model name in its card.
         overrides: ``NAME=REF`` for models that moved.
         device: Where to run.
@@ -355,7 +355,7 @@ def load(
         quiet: Do not say that the weights are being loaded.
 
     Raises:
-        AdapterError: The model at hand is not the one the adapter was fitted to.
+        AdapterError: The model at hand is not the one the run was fitted to.
         ModelLoadError: It cannot be loaded.
         SpecError: An override names a model the run does not have, or the device or dtype is unknown.
     """
@@ -419,14 +419,14 @@ def adopt(adapter: Adapter, name: str, model: Any, allowed: Allowed = NOTHING) -
     Its tokenizer is read from where the model came from; of a model that came from nowhere, from where the card says.
 
     Args:
-        adapter: The run's adapter.
+        adapter: The maps of the run.
         name: Model name in its card.
         model: A transformers causal language model, or a :class:`Loaded`, of this run or another.
         allowed: Whether a tokenizer is read from where the card says, though the user has not named that.
 
     Raises:
         StrangeReferenceError: The model came from nowhere, and the card names a place that the user has not named.
-        AdapterError: It is not the model that the adapter was fitted to.
+        AdapterError: It is not the model that the run was fitted to.
         ModelLoadError: Its tokenizer cannot be found.
         SpecError: The run has no such model.
         UnsupportedArchitectureError: It has no decoder blocks.
@@ -484,7 +484,7 @@ def _check_weights(spec: ModelSpec, weights: Weights, entry: Mapping[str, Any], 
         if "float16" in dtypes and len(dtypes) > 1:
             return
     raise AdapterError(
-        f"model {spec.name!r} ({spec.ref}) has weights {at_hand}, the adapter was fitted to {wanted} under the same "
+        f"model {spec.name!r} ({spec.ref}) has weights {at_hand}, the run was fitted to {wanted} under the same "
         f"configuration; point to the right model with --model {spec.name}=REF, or extract and train again with this "
         "one"
     )
@@ -494,7 +494,7 @@ def choose(adapter: Adapter, layers: str | None) -> list[Aligner]:
     """The maps of a run, or those of some source layers; of every kind.
 
     Args:
-        adapter: The run's adapter.
+        adapter: The maps of the run.
         layers: Source layers as typed, None for all.
 
     Raises:
@@ -530,7 +530,7 @@ def check_card(adapter: Adapter) -> None:
     """Check that a run's card says what injecting its maps needs, and that its sources do not read ahead.
 
     Args:
-        adapter: The run's adapter.
+        adapter: The maps of the run.
 
     Raises:
         AdapterError: It lacks something.

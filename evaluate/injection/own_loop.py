@@ -30,7 +30,7 @@ def pick(adapter: Adapter, key: str | None) -> Aligner:
     """One map of a run.
 
     Args:
-        adapter: The run's adapter.
+        adapter: The maps of the run.
         key: Its layer pair, such as ``llama:16->mistral:16``; None where the run has one.
 
     Raises:
@@ -63,7 +63,7 @@ def live_injection(
 
     Args:
         model: The target.
-        adapter: The run's adapter.
+        adapter: The maps of the run.
         key: Layer pair.
         states: Source states.
         mapped: States in the target's own space.

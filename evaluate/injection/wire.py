@@ -169,7 +169,7 @@ def wire(adapter: Adapter, aligner: Aligner) -> Wire:
     """Make a map of a run ready, and check it against the run's card.
 
     Args:
-        adapter: The run's adapter.
+        adapter: The maps of the run.
         aligner: One of its maps.
 
     Raises:

@@ -68,12 +68,12 @@ def _refuse_another_store(adapter: Adapter, store: Store) -> None:
     since = store.rebuilt_since(fitted)
     if since is None:
         raise AdapterError(
-            f"the adapter in {adapter.directory} was fitted from a store with fingerprint {fitted[:12]}, {store.path} "
+            f"the run in {adapter.directory} was fitted from a store with fingerprint {fitted[:12]}, {store.path} "
             f"has {store.fingerprint[:12]}; use the store named in its card"
         )
     if since:
         raise AdapterError(
-            f"the adapter in {adapter.directory} was fitted before {store.path} was rebuilt, over other pairs than "
+            f"the run in {adapter.directory} was fitted before {store.path} was rebuilt, over other pairs than "
             "it has now; fit it again with `align train`"
         )
 
@@ -118,7 +118,7 @@ def measure(
 
     Args:
         store: The store the run was fitted from.
-        adapter: The run's adapter.
+        adapter: The maps of the run.
         layers: Source layers, None for all.
         overrides: ``NAME=REF`` for models that moved.
         device: Where to run.
@@ -147,7 +147,7 @@ def measure(
         The contents of ``stitch.json``, and of ``stitch_documents.json``.
 
     Raises:
-        AdapterError: The adapter was fitted from another store, does not fit a model, or is damaged.
+        AdapterError: The run was fitted from another store, does not fit a model, or is damaged.
         ModelLoadError: A model is not at hand.
         PairingError: As :func:`evaluate.stitching.windows.scored_windows`.
         StrangeReferenceError: The card names a model that the user has not named.

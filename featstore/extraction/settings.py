@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything `featstore extract` can be told. Field names are the flags.
+    """The options of `featstore extract`. Field names are the flags.
 
     Attributes:
         model: ``NAME=REF`` values.
@@ -46,7 +46,7 @@ class Settings:
         temperature: Of what they write; 0 takes the likeliest token each time.
         top_p: They draw from the fewest likeliest tokens that together have this probability.
         layer_0: ``stored`` as rows like any other layer, or ``table``: one row for every token id that occurs.
-        yes: Use models and text that a store's or an adapter's own files name, though the user did not.
+        yes: Use models and text that a store's or a run's own files name, though the user did not.
         allow_pickle_weights: Read pickled weights of models that have no others.
         moments: ``none``, ``add`` (beside the rows) or ``only`` (no rows).
         moments_memory: Bytes that summing moments may take.

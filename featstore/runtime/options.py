@@ -100,7 +100,7 @@ MovedModels = Annotated[
 Yes = Annotated[
     bool,
     option(
-        "Use the models and texts that files of a store, a run or an adapter name and you have not named. They are "
+        "Use the models and texts that files of a store or a run name and you have not named. They are "
         "shown before they are used.",
         "--yes",
         panel=TRUST,

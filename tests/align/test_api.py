@@ -390,7 +390,7 @@ def test_a_key_that_is_not_there(runs: dict[str, align.Run]) -> None:
     assert all(repr(key) in str(caught.value) for key in maps)
     with pytest.raises(UnknownMapError, match="no map 3"):
         maps[3]  # type: ignore[index]
-    with pytest.raises(AdapterError, match=r"no adapter in .*align train"):
+    with pytest.raises(AdapterError, match=r"no maps in .*align train"):
         align.load("nowhere")
 
 

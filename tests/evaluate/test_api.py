@@ -351,7 +351,7 @@ def test_a_model_of_ones_own_is_checked_as_one_that_is_loaded(run: Path, models:
     assert (mine.median_norm, mine.sink_threshold) == (models["mistral"].median_norm, models["mistral"].sink_threshold)
     assert mine.info.tokenizer_hash == models["mistral"].info.tokenizer_hash
     assert repr(mine).startswith("Loaded('mistral', mistral, 4 blocks of width 32, float32 on cpu")
-    with pytest.raises(AdapterError, match=r"model 'llama' .* has depth 4, the adapter was fitted to 3"):
+    with pytest.raises(AdapterError, match=r"model 'llama' .* has depth 4, the run was fitted to 3"):
         adopt(adapter, "llama", models["mistral"].model)
     with pytest.raises(AdapterError, match=r"model 'llama' .* has configuration"):
         adopt(adapter, "llama", models["mistral"])

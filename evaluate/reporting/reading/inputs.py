@@ -218,7 +218,7 @@ class Run:
 
     @property
     def type(self) -> str:
-        """The aligner's type, from whichever file names it."""
+        """The map's type, from whichever file names it."""
         return (
             self.file("adapter.json").get("type").text
             or self.file("metrics.json").get("type").text
@@ -234,7 +234,7 @@ class Run:
 
     @property
     def holds_a_map(self) -> bool:
-        """Whether this is a run of an aligner, not only a comparison by CKA."""
+        """Whether this is a run with maps, not only a comparison by CKA."""
         return bool(set(self.files) - {"cka.json"})
 
     @property

@@ -15,7 +15,7 @@ from featstore.runtime.records import Record
 
 
 def type_name(run: Run) -> str:
-    """The aligner's type as a word that can open a sentence.
+    """The map's type as a word that can open a sentence.
 
     Args:
         run: The run.

@@ -825,7 +825,7 @@ class Store:
         """SHA-256 over the text, and the tokens and states of some layers.
 
         Metadata documents are left out, since they also say where the text lay; so is what follows from the rest (sink
-        masks, pair indexes, moments), and so are other models and layers: adding one does not make an adapter foreign.
+        masks, pair indexes, moments), and so are other models and layers: adding one does not make a run foreign.
 
         Args:
             layers: Layers by model.

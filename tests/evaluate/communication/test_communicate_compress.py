@@ -154,7 +154,7 @@ def test_a_map_that_does_not_fit_its_card_is_refused(run: SimpleNamespace) -> No
     card = {**run.adapter.card, "models": {**entries, "llama": {**entries["llama"], "width": 64}}}
     with pytest.raises(AdapterError, match=r"the map has width 48 for 'llama', the card of .* says 64; train it again"):
         prepare(replace(run.adapter, card=card), models=run.models, quiet=True).result(make("lookup", 2))
-    with pytest.raises(AdapterError, match=r"model 'llama' \(.*\) has width 48, the adapter was fitted to 64; point"):
+    with pytest.raises(AdapterError, match=r"model 'llama' \(.*\) has width 48, the run was fitted to 64; point"):
         load(replace(run.adapter, card=card), "llama", (), device="cpu", quiet=True)
 
 

@@ -207,7 +207,7 @@ def test_an_edited_head_is_refused_before_the_wait_for_weights(
     samples = {sampled_fingerprint(load_model(spec_of(p), device="cpu")) for p in (tiny_mistral, silenced)}
     assert samples == {pair.adapter.card["models"]["mistral"]["weights_sample"]}
     monkeypatch.setattr("featstore.models.loading.load_model", None)
-    words = r"model 'mistral' \(.*\) has weights [0-9a-f]{12}, the adapter was fitted to [0-9a-f]{12} under the same"
+    words = r"model 'mistral' \(.*\) has weights [0-9a-f]{12}, the run was fitted to [0-9a-f]{12} under the same"
     with pytest.raises(AdapterError, match=words):
         Models(pair.adapter, ["llama", "mistral"], (f"mistral={silenced}",), device="cpu", quiet=True)
 
@@ -378,7 +378,7 @@ STITCH = {
     "--dtype int4": "dtype 'int4': choose one of",
     "--model gemma=x": "--model gemma=...: this run has llama, mistral",
     "--model mistral={tmp}/gone": "model 'mistral': no directory",
-    "--model mistral={llama}": "has depth 3, the adapter was fitted to 4; point to the right model with --model",
+    "--model mistral={llama}": "has depth 3, the run was fitted to 4; point to the right model with --model",
     "--adapter {tmp}": "has no adapter.json; make one with `align train`",
     "--adapter {tmp}/cut": "is damaged",
     "--adapter {tmp}/nan": "holds NaN or infinity; the run is damaged: restore it or train it again",
@@ -394,7 +394,7 @@ GENERATE = {
     "--prompts {tmp}/gap": "line 2 is empty; write one prompt a line and remove it",
     "--out {tmp}/file": "file is a file; choose another directory",
     "--model llama={tmp}/gone": "model 'llama': no directory",
-    "--model mistral={llama}": "has depth 3, the adapter was fitted to 4; point to the right model with --model",
+    "--model mistral={llama}": "has depth 3, the run was fitted to 4; point to the right model with --model",
     "--adapter {tmp}": "has no adapter.json; make one with `align train`",
     "--adapter {tmp}/cut": "is damaged",
     "--temperature 2": "--temperature and --top-p need --sample",
