@@ -18,17 +18,31 @@ from typing import Any
 from _measure import RESULTS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+_ALONE = (
+    "the scan, LAPACK's decomposition and the products around it, and then scoring, with the token's prediction, which "
+    "the former build did not have."
+)
+_HELD = (
+    "sums of both splits, their forms in the source's basis, the control's sums and the maps are matrices of 128 MiB, "
+    "and a dozen are held at once."
+)
 #: What limits a goal that fell short, by its name.
 LIMITS: dict[str, str] = {
+    "width 4096, procrustes: share of the former build's time": (
+        "two polar factors (the map's and its control's), half of each LAPACK's eigendecomposition, and the scan; no way "
+        "to a factor that was tried is faster."
+    ),
+    "width 4096, affine: share of the former build's time": _ALONE,
+    "width 4096, reduced-rank: share of the former build's time": _ALONE,
     "width 4096, closed: share of the former build's time": (
         "two polar factors, the source's decomposition and the products around them are as fast as LAPACK and BLAS; "
         "beside them every map and control is scored on rows, the token's prediction among them, which the former "
         "build did not have."
     ),
-    "width 4096, closed: share of the former build's memory": (
-        "runs that are made together hold the source's decomposition, both splits in its basis, the control's sums and "
-        "the maps of all types at once."
-    ),
+    **{
+        f"width 4096, {name}: share of the former build's memory": _HELD
+        for name in ("procrustes", "affine", "reduced-rank", "closed")
+    },
     "scan and fits of 25 layer pairs over the scan, 5120 rows": (
         "a layer pair costs a decomposition for its rotation and one for every strength of reduced rank that is tried; "
         "below width 1024 nothing tried is faster than LAPACK."
@@ -37,6 +51,13 @@ LIMITS: dict[str, str] = {
     "training at width 256: speed over bare steps": (
         "rows are picked on the other core while a step is computed; where that core has other work, steps wait for "
         "them."
+    ),
+    "evaluate generate: share of the former build's peak memory": (
+        "one model is held at a time; of the demo pair, whose models are small, imports and the stored run are most of "
+        "what is left."
+    ),
+    "evaluate stitch: speed over the former build": (
+        "passes through the models, which both builds make, are most of the time; what a pass costs is theirs."
     ),
 }
 HEAD = """# Performance
