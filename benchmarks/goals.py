@@ -29,8 +29,8 @@ _HELD = (
 #: What limits a goal that fell short, by its name.
 LIMITS: dict[str, str] = {
     "width 4096, procrustes: share of the former build's time": (
-        "two polar factors (the map's and its control's), half of each LAPACK's eigendecomposition, and the scan; no way "
-        "to a factor that was tried is faster."
+        "two polar factors (the map's and its control's), half of each LAPACK's eigendecomposition, and the scan; no "
+        "way to a factor that was tried is faster."
     ),
     "width 4096, affine: share of the former build's time": _ALONE,
     "width 4096, reduced-rank: share of the former build's time": _ALONE,
