@@ -165,6 +165,21 @@ class TestIndex:
         assert all(part in line for part, line in zip(says, damage, strict=True))
         assert records == files.recorded_files
 
+    @pytest.mark.parametrize("lie", ["size", "more"])
+    def test_an_index_that_was_sealed_and_says_something_else_is_told(self, simulated, lie):
+        files = open_files(store_files(simulated))
+        lines = [(name, record["bytes"], record["crc32"]) for name, record in files.index.items()]
+        if lie == "size":
+            name, size, checksum = lines[3]
+            lines[3] = name, size + 1, checksum
+        else:
+            name = "models/a/resid/0/c/999/0"
+            lines.append((name, 1, "0" * 8))
+        vars(files)["index"] = FileIndex.parse(index_text(lines), "index")
+        records, damage = recorded(files)
+        assert damage == [f"{INDEX}: {name} is not what its entry in the manifest says"]
+        assert records == files.recorded_files
+
     def test_an_entry_that_is_gone_is_missed(self, tmp_path):
         path = finish(begin(tmp_path / "s.zarr", SMALL), SMALL)
         (path / "manifest/models/a/resid/0/rows-000003.json").unlink()
