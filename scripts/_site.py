@@ -124,7 +124,9 @@ def notebook(path: Path) -> str:
 
 
 def output_of(output: dict[str, Any]) -> str:
-    """What a cell showed, as the richest of pictures, tables and text."""
+    """What a cell showed, as the richest of pictures, tables and text; warnings and progress of libraries are left out."""
+    if output.get("name") == "stderr":
+        return ""
     data = output.get("data", {})
     if "image/png" in data:
         picture = "".join(data["image/png"]).strip()

@@ -170,7 +170,7 @@ class Record(BaseModel):
         Raises:
             AttributeError: No version of the file has such a member.
         """
-        if name in self.members():
+        if name in self.model_fields_set or name in (self.model_extra or {}):
             return getattr(self, name) if name in type(self).model_fields else (self.model_extra or {})[name]
         if name not in type(self).model_fields:
             raise AttributeError(f"{type(self).__name__} declares no member {name!r}")

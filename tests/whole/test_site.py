@@ -126,7 +126,8 @@ def test_outputs_of_a_notebook_are_shown_if_these_cells_were_run(layout: ModuleT
     path = ROOT / "docs" / "notebooks" / "two_models_to_a_map.ipynb"
     run = json.loads(path.read_text())
     code = [cell for cell in run["cells"] if cell["cell_type"] == "code"]
-    code[0]["outputs"] = [{"output_type": "execute_result", "data": {"text/plain": ["what it", " printed"]}}]
+    warning = {"output_type": "stream", "name": "stderr", "text": ["a bar at 10 %"]}
+    code[0]["outputs"] = [warning, {"output_type": "execute_result", "data": {"text/plain": ["what it", " printed"]}}]
     table = "<table>\n\n<tr><td>1</td></tr></table>"
     code[1]["outputs"] = [{"output_type": "execute_result", "data": {"text/html": table, "text/plain": "less"}}]
     code[2]["outputs"] = [{"output_type": "display_data", "data": {"image/png": "aGFsbG8=\n", "text/plain": "less"}}]
@@ -138,6 +139,7 @@ def test_outputs_of_a_notebook_are_shown_if_these_cells_were_run(layout: ModuleT
     assert '<div class="output"><table>\n<tr><td>1</td></tr></table></div>' in page
     assert 'src="data:image/png;base64,aGFsbG8="' in page
     assert "less" not in page.replace("needless", "")
+    assert "a bar" not in page
     code[3]["source"] = "something_else()"
     (tmp_path / path.name).write_text(json.dumps(run))
     assert "what it printed" not in layout.notebook(path)
