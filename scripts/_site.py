@@ -124,7 +124,7 @@ def notebook(path: Path) -> str:
 
 
 def output_of(output: dict[str, Any]) -> str:
-    """What a cell showed, as the richest of pictures, tables and text; warnings and progress of libraries are left out."""
+    """What a cell showed, as the richest of pictures, tables and text; what libraries write to stderr is left out."""
     if output.get("name") == "stderr":
         return ""
     data = output.get("data", {})
