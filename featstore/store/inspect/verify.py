@@ -28,14 +28,13 @@ from featstore.store.inspect.entries import recorded
 from featstore.store.moments.stored import SPLITS, SitePair, StoredMoments, all_blocks, has_rows
 from featstore.store.read.columns import pieces
 from featstore.store.read.contents import pair_problems
-from featstore.store.read.first import first_rows
 from featstore.store.read.links import links_of, outside_damage
 from featstore.store.read.pairs import POLICIES
 from featstore.store.read.portable import store_files
 from featstore.store.read.recorded import MOST_LINES, Records, announced_problems, size_problems
 from featstore.store.read.store import Store, open_files
 from featstore.store.read.tables import TableReader
-from featstore.store.write.index import SINK_RULE, pair_pieces, pairs_unit, sink_mask
+from featstore.store.write.index import SINK_RULE, pair_pieces, pairs_unit, sink_pieces
 from featstore.store.write.table import table_unit
 from featstore.store.write.writer import StoreWriter
 from featstore.text.roles import roles_at
@@ -300,15 +299,21 @@ def _check_sinks(store: Store, name: str) -> Iterator[str]:
         return
     threshold, sink = float(store.root.mask.sink_threshold), store.tokens(name).sink
     rounded = _was_rounded(store.root.converted_from)
-    sure = sink_mask(store, name, threshold * (1 + _ROUNDED * rounded))
-    possible = sink_mask(store, name, threshold * (1 - _ROUNDED * rounded))
     entry = StoreWriter(store.directory).entry(f"models/{name}/sinks") or {}
-    if not str(entry.get("basis", "")).endswith(SINK_RULE):
-        # The mask was derived when norms alone decided; it is derived anew when the store is next written to.
-        sure &= sink | ~first_rows(*store.columns(name, "window", "byte_end", "special").values())
-    wrong = np.flatnonzero((sure & ~sink) | (sink & ~possible))
-    if len(wrong):
-        yield f"{name}: the sink mask is not that of the norms at {len(wrong)} rows, first at row {wrong[0]}"
+    # Where the mask was derived when norms alone decided, it is derived anew when the store is next written to.
+    by_first = str(entry.get("basis", "")).endswith(SINK_RULE)
+    count, first_wrong = 0, 0
+    for at, first, (sure, possible) in sink_pieces(
+        store, name, threshold * (1 + _ROUNDED * rounded), threshold * (1 - _ROUNDED * rounded)
+    ):
+        held = sink[at]
+        must = sure | first if by_first else sure & (held | ~first)
+        wrong = np.flatnonzero((must & ~held) | (held & ~(possible | first)))
+        if len(wrong):
+            first_wrong = first_wrong if count else at.start + int(wrong[0])
+            count += len(wrong)
+    if count:
+        yield f"{name}: the sink mask is not that of the norms at {count} rows, first at row {first_wrong}"
 
 
 def _was_rounded(link: ConversionLink | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.store.read.columns import PIECE, pieces
+from featstore.store.read.columns import PIECE, pieces, whole_windows
 from featstore.store.read.first import first_rows
 from featstore.store.read.pairs import check_policy, last_at_each_end, match_ends
 from featstore.store.read.store import Store
@@ -31,8 +31,31 @@ def sink_mask(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
     Returns:
         bool ``(n,)``.
     """
-    columns = store.columns(name, "window", "byte_end", "special")
-    return loud_rows(store, name, threshold) | first_rows(columns["window"], columns["byte_end"], columns["special"])
+    mask = np.zeros(store.model(name).rows, dtype=bool)
+    for at, first, (loud,) in sink_pieces(store, name, threshold):
+        mask[at] = first | loud
+    return mask
+
+
+def sink_pieces(
+    store: Store, name: str, *thresholds: float
+) -> Iterator[tuple[slice, NDArray[np.bool_], list[NDArray[np.bool_]]]]:
+    """What :func:`sink_mask` is made of, some windows at a time.
+
+    Args:
+        store: With tokens and all norms of the model committed.
+        name: Model.
+        thresholds: Multiples of the median norm.
+
+    Yields:
+        Rows, which of them are the first of a window without a start token, and for each threshold which are louder.
+    """
+    window, byte_end, special = store.columns(name, "window", "byte_end", "special").values()
+    norms = [(store.norms(name, int(layer)), median) for layer, median in store.median_norms(name).items()]
+    for at in whole_windows(window):
+        held = [(norm[at], median) for norm, median in norms]
+        loud = [np.logical_or.reduce([norm > threshold * median for norm, median in held]) for threshold in thresholds]
+        yield at, first_rows(window[at], byte_end[at], special[at]), loud
 
 
 def loud_rows(store: Store, name: str, threshold: float) -> NDArray[np.bool_]:
