@@ -433,7 +433,10 @@ def test_lists_inside_of_blocks_are_not_taken_for_the_blocks() -> None:
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.Linear(2, 2), "model Linear has no input embedding of token ids"),
+        (
+            nn.Linear(2, 2),
+            "model Linear has no input embedding of token ids; choose a causal language model that reads text",
+        ),
         (nn.Identity(), "model Identity has no weights; give a causal language model"),
         (nn.ModuleList(), "model ModuleList has no weights; give a causal language model"),
         (LlamaConfig, "type is no torch module; give a causal language model"),
