@@ -109,10 +109,6 @@ class RunDirectory:
 
         write_atomic(out / "run.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
 
-    @property
-    def _checkpoints(self) -> Path:
-        return self.path / _CHECKPOINTS
-
     def checkpoint(self, pair: LayerPair) -> Path:
         """Where the checkpoints of a layer pair go.
 
