@@ -75,7 +75,7 @@ def matrix(
     if result.ndim != 2 or any(w is not None and w != s for w, s in zip(shape, result.shape, strict=False)):
         raise FitError(f"{name} has shape {tuple(result.shape)}; expected {tuple(w or 'any' for w in shape)}")
     if 0 in result.shape:
-        raise FitError(f"{name} is empty: shape {tuple(result.shape)}")
+        raise FitError(f"{name} is empty: shape {tuple(result.shape)}; give at least one row and one column")
     if not finite(result):
         raise FitError(f"{name} holds NaN or infinity; look for damaged or unmasked rows")
     return result

@@ -281,7 +281,7 @@ def select_every_rank(
     if search not in ("descend", "all"):
         raise FitError(f"search {search!r}: choose 'descend' or 'all'")
     if not ranks:
-        raise FitError("there is nothing to fit: no ranks")
+        raise FitError("there is nothing to fit: no ranks; give at least one")
     for rank in ranks:
         _check_rank(rank, *train.c.shape)
     pair = known(train, val, spectrum, rotated)

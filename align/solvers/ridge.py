@@ -30,7 +30,7 @@ def strengths(lambdas: Sequence[float] | Array | None) -> Array:
     """
     grid = np.asarray(lambda_grid() if lambdas is None else lambdas, dtype=np.float64)
     if grid.size == 0:
-        raise FitError("there is nothing to fit: no ridge strengths")
+        raise FitError("there is nothing to fit: no ridge strengths; give at least one")
     return grid
 
 

@@ -192,7 +192,7 @@ def select_truncated_procrustes(
     check_validation(val, (dx, dy), of=c)
     tried = component_grid(dx, dy) if grid is None else sorted(set(grid))
     if not tried:
-        raise FitError("there is nothing to fit: no number of components")
+        raise FitError("there is nothing to fit: no number of components; give at least one")
     for components in tried:
         _check_components(components, dx, dy)
     source, target = spectra or (Spectrum.of(train.gx), Spectrum.of(train.gy))

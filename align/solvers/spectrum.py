@@ -156,7 +156,7 @@ def check_centres(train: Scatter, val: Scatter) -> None:
             "validation moments must be taken about the train centre: use about(moments, train.mean_x, train.mean_y)"
         )
     if train.n < 1:
-        raise FitError("there is nothing to fit: no train pairs")
+        raise FitError("there is nothing to fit: no train pairs; choose a split with more documents, or more text")
 
 
 def check_validation(val: Scatter, shape: tuple[int, ...], of: ArrayLike | None = None) -> None:

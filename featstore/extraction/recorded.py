@@ -88,7 +88,9 @@ class Recorded:
         """
         form = self.root["corpus"].get("normalise", "none")
         if form not in ("none", "nfc"):
-            raise CorruptDataError(f"{self.path}/zarr.json: corpus.normalise is {form!r}, neither none nor nfc")
+            raise CorruptDataError(
+                f"{self.path}/zarr.json: corpus.normalise is {form!r}, neither none nor nfc; restore it"
+            )
         return str(form)
 
     @property

@@ -139,7 +139,8 @@ def aligned(
         values, index = torch.as_tensor(new), np.asarray(at, dtype=np.int64).reshape(-1)
         if tuple(values.shape) != (len(index), own.shape[2]):
             raise SpecError(
-                f"row {row}: states of shape {tuple(values.shape)} for {len(index)} places of width {own.shape[2]}"
+                f"row {row}: states of shape {tuple(values.shape)} for {len(index)} places of width "
+                f"{own.shape[2]}; give one state for every place"
             )
         if len(np.unique(index)) != len(index) or not ((index >= 0) & (index < own.shape[1])).all():
             raise SpecError(f"row {row}: places must be distinct and lie in 0..{own.shape[1] - 1}")

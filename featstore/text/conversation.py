@@ -153,7 +153,7 @@ def parse_conversation(row: Mapping[str, Any], where: str) -> Conversation:
 
 def _message(row: Any, where: str) -> Message:
     if not isinstance(row, Mapping):
-        raise CorpusError(f"{where}: {_kind(row)}, not an object with a role and a content")
+        raise CorpusError(f"{where}: {_kind(row)}, not an object with a role and a content; correct that message")
     name = row.get("role")
     if name is None:
         raise CorpusError(f"{where}: no role; give one of {', '.join(ROLE_NAMES)}")
@@ -173,7 +173,7 @@ def _message(row: Any, where: str) -> Message:
     except UnicodeEncodeError as error:
         raise CorpusError(f"{where} ({name}) holds a lone surrogate; it is not text") from error
     except (ValueError, TypeError, RecursionError) as error:
-        raise CorpusError(f"{where} ({name}) holds what JSON does not: {error}") from error
+        raise CorpusError(f"{where} ({name}) holds what JSON does not: {error}; correct it") from error
     return Message(role, content or "", rest)
 
 
@@ -181,13 +181,13 @@ def _content(value: Any, where: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise CorpusError(f"{where}: content is {_kind(value)}, not text")
+        raise CorpusError(f"{where}: content is {_kind(value)}, not text; give text or a list of parts")
     texts = []
     for number, part in enumerate(value, 1):
         kind = part.get("type", "text") if isinstance(part, Mapping) else _kind(part)
         text = part.get("text") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(text, str):
-            raise CorpusError(f"{where}: part {number} of the content is {_short(kind)}, not text")
+            raise CorpusError(f"{where}: part {number} of the content is {_short(kind)}, not text; leave that part out")
         texts.append(text)
     return "".join(texts)
 
@@ -197,16 +197,20 @@ def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{where}: tools is text that is not JSON ({error})") from error
+            raise CorpusError(
+                f"{where}: tools is text that is not JSON ({error}); correct it or leave it out"
+            ) from error
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise CorpusError(f"{where}: tools is not a list of JSON schemas")
+        raise CorpusError(f"{where}: tools is not a list of JSON schemas; correct it or leave it out")
     try:
         to_json(value)
     except (ValueError, TypeError, RecursionError) as error:
         reason = "a lone surrogate" if isinstance(error, UnicodeEncodeError) else str(error)
-        raise CorpusError(f"{where}: tools hold what JSON does not: {reason}") from error
+        raise CorpusError(
+            f"{where}: tools hold what JSON does not: {reason}; correct them or leave them out"
+        ) from error
     return tuple(value)
 
 

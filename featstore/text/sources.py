@@ -158,13 +158,15 @@ def _json_lines(source: Source) -> Iterator[tuple[str, str | Conversation]]:
         except CorpusError:
             raise
         except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of absurd length
-            raise CorpusError(f"{where}: not a JSON object ({error})") from error
+            raise CorpusError(f"{where}: not a JSON object ({error}); correct that line") from error
         except (KeyError, TypeError) as error:
             raise CorpusError(
                 f"{where}: no field {source.field!r}; name the right one with --text-field (conversations: messages)"
             ) from error
         if not isinstance(text, str):
-            raise CorpusError(f"{where}: field {source.field!r} is {type(text).__name__}, not text")
+            raise CorpusError(
+                f"{where}: field {source.field!r} is {type(text).__name__}, not text; name the field of the text"
+            )
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise CorpusError(f"{where}: field {source.field!r} holds a lone surrogate; it is not text")
         yield where, text

@@ -95,7 +95,8 @@ class Partial:
         """
         if self.gram.shape != other.gram.shape or self.products.shape != other.products.shape:
             raise FitError(
-                f"sums of shapes {self.gram.shape} and {other.gram.shape} do not add: they are of other layers"
+                f"sums of shapes {self.gram.shape} and {other.gram.shape} do not add: they are of other "
+                "layers; add those of one plan"
             )
         for name, value in self.arrays.items():
             np.add(value, getattr(other, name), out=value)

@@ -188,10 +188,16 @@ class StoredMoments:
             raise CorruptDataError(f"{self.store.path}/{unit} does not fit its layers; make it again")
         if packed:
             if not all(np.isfinite(side[2]).all() and (side[2] >= 0).all() for side in (x, y)):
-                raise ContradictionError(self.store.path, f"{unit}: the roots of its sums of squares are no such roots")
+                raise ContradictionError(
+                    self.store.path,
+                    f"{unit}: the roots of its sums of squares are no such roots; make the moments again",
+                )
             stored = self.store.packed(f"{unit}/{PACKED}", half=own)
             if stored.max(initial=0) > 2 * ONE + _BEYOND:
-                raise ContradictionError(self.store.path, f"{unit}: a product is larger than its sums of squares allow")
+                raise ContradictionError(
+                    self.store.path,
+                    f"{unit}: a product is larger than its sums of squares allow; make the moments again",
+                )
             product = sums_of(stored, (x[2], y[2]))
         else:
             product = self.store.vector(f"{unit}/product")
