@@ -60,29 +60,35 @@ def interleaved(
     return taken
 
 
-def ratios(taken: Mapping[str, list[float]], reference: str) -> dict[str, float]:
-    """Speed of every contender over that of the reference: the median of the ratios within a round."""
+def by_round(taken: Mapping[str, list[float]], reference: str) -> dict[str, list[float]]:
+    """Speed of every contender over that of the reference, round by round."""
     return {
-        name: statistics.median(mine / theirs for mine, theirs in zip(taken[reference], values, strict=True))
+        name: [theirs / mine for theirs, mine in zip(taken[reference], values, strict=True)]
         for name, values in taken.items()
     }
 
 
-def figures(taken: Mapping[str, list[float]], reference: str, amount: float) -> dict[str, dict[str, float]]:
-    """Median rate, its spread and the ratio to the reference, by contender.
+def ratios(taken: Mapping[str, list[float]], reference: str) -> dict[str, float]:
+    """Speed of every contender over that of the reference: the median of the ratios within a round."""
+    return {name: statistics.median(rounds) for name, rounds in by_round(taken, reference).items()}
+
+
+def figures(taken: Mapping[str, list[float]], reference: str, amount: float) -> dict[str, dict[str, Any]]:
+    """Median rate, its spread and the ratio to the reference, its median and every round's, by contender.
 
     Args:
         taken: Seconds, by contender.
         reference: Contender that gets 1.0.
         amount: What one call works through, in the unit that the rate shall have.
     """
-    to_reference = ratios(taken, reference)
+    to_reference = by_round(taken, reference)
     return {
         name: {
             "rate": amount / statistics.median(values),
             "slowest": amount / max(values),
             "fastest": amount / min(values),
-            "ratio": to_reference[name],
+            "ratio": statistics.median(to_reference[name]),
+            "rounds": to_reference[name],
         }
         for name, values in taken.items()
     }
@@ -160,7 +166,7 @@ def versions_of(*names: str) -> dict[str, str]:
     return found
 
 
-def table(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
+def table(title: str, rows: Mapping[str, Mapping[str, Any]], unit: str) -> str:
     """Lines for people: one contender each, the fastest first."""
     lines = [title, f"  {'':32} {unit:>10} {'ratio':>8}   (slowest .. fastest)"]
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["ratio"]):

@@ -234,13 +234,13 @@ def measure(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
 
 
 def wanted_of(title: str, runs: list[dict[str, Any]]) -> dict[str, Goal]:
-    """The goals of a task; one that was stopped is missed, whatever it had taken by then."""
+    """The goals of a task; one that was stopped has none."""
     what, goals = f"100 M rows, {title}", {}
     for (key, unit), most in WANTED.get(title, {}).items():
         scale = _MB if unit == "MB" else 1
-        goals[f"{what}: {'MB of the scheduler' if key == 'scheduler' else unit}"] = at_most(
-            most, *(run.get(key, float("inf")) / scale for run in runs)
-        )
+        if all(key in run for run in runs):
+            name = "MB of the scheduler" if key == "scheduler" else unit
+            goals[f"{what}: {name}"] = at_most(most, *(run[key] / scale for run in runs))
     return goals
 
 
@@ -270,12 +270,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line instead of a table")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/bench_many_rows.json")
     arguments = parser.parse_args()
+    if arguments.small and arguments.keep:
+        parser.error("--keep: the figures of --small mean nothing, leave one of the two out")
     root = Path(tempfile.mkdtemp(dir=arguments.directory))
     try:
         result = measure(arguments, root)
     finally:
         shutil.rmtree(root)
     print(json.dumps(result) if arguments.json else text_of(result))
+    stopped = [title for title, of in result["tasks"].items() if "stopped" in of["this build"]]
+    if arguments.keep and stopped:
+        raise SystemExit(f"nothing is kept: {', '.join(stopped)} was stopped; allow --seconds or --memory")
     if arguments.keep:
         print(f"written to {keep('bench_many_rows', result)}")
 

@@ -225,7 +225,13 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="width 256, few pairs, one round unless more are asked for, no types trained by gradient",
     )
     parser.add_argument("--alone", action="store_true", help="leave the former build out")
-    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/bench_wide.json")
+    parser.add_argument(
+        "--keep",
+        nargs="?",
+        const="",
+        metavar="PART",
+        help="write benchmarks/results/bench_wide.json, or bench_wide_PART.json beside it for other jobs",
+    )
     found = parser.parse_args(arguments)
     if found.small:
         found.width, found.tokens, found.rows = SMALL.width, SMALL.tokens, 512
@@ -254,7 +260,7 @@ def main() -> None:
     goals = recorded(wanted_of(found, wide.width))
     print(table(found))
     print(judged(goals))
-    if options.keep:
+    if options.keep is not None:
         result = {
             "device": {**before, "threads": os.environ.get("OMP_NUM_THREADS", "all"), "compute": options.device},
             "versions": versions_of("featstore", "numpy", "scipy", "torch", "transformers", "threadpoolctl"),
@@ -267,7 +273,7 @@ def main() -> None:
             "jobs": {name: one.rounds for name, one in found.items()},
             "ratios": {name: {key: one.ratio(key) for key in FIELDS} for name, one in found.items()},
         }
-        print(keep("bench_wide", result))
+        print(keep(f"bench_wide_{options.keep}" if options.keep else "bench_wide", result))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ class Solver:
         """
         return self._values(pair, *moments.centred)
 
-    def random_rotation(self, widths: tuple[int, int], seed: int) -> Array:
+    def random_rotation(self, widths: tuple[int, int], seed: int) -> NDArray[np.float32]:
         """:func:`align.solvers.random_orthogonal` of a seed, drawn once for all layer pairs and types of map.
 
         Args:
@@ -132,13 +132,13 @@ class Solver:
             seed: Of the draw.
 
         Returns:
-            float64 of that shape.
+            float32 of that shape, always the same array.
         """
         if self._rotation is None or self._rotation[:2] != (widths, seed):
             drawn = solvers.random_orthogonal(*widths, np.random.default_rng(seed))
             # Maps are float32, and so much is kept.
             self._rotation = widths, seed, drawn.astype(np.float32)
-        return self._rotation[2].astype(np.float64)
+        return self._rotation[2]
 
     def forget(self) -> None:
         """Let go of what is known of the last source, before something else needs the memory."""
@@ -243,7 +243,7 @@ def fit_shared_procrustes(
 
 def _aligner(
     pair: LayerPair,
-    weight: NDArray[np.float64],
+    weight: Array | NDArray[np.float32],
     mean_source: Array,
     mean_target: Array,
     controls: tuple[Array, Array],
@@ -252,7 +252,9 @@ def _aligner(
 ) -> Aligner:
     tensors = {"weight": weight, "mean_source": mean_source, "mean_target": mean_target}
     tensors |= {"control_mean_source": controls[0], "control_mean": controls[1]}
-    return Aligner(pair, {name: t.astype(np.float32) for name, t in tensors.items()}, dict(options), int(trainable))
+    return Aligner(
+        pair, {name: t.astype(np.float32, copy=False) for name, t in tensors.items()}, dict(options), int(trainable)
+    )
 
 
 def baselines(
@@ -292,11 +294,11 @@ def unfitted_baselines(pair: LayerPair, moments: Scan, seed: int, solver: Solver
     shape = (len(mean_x), len(mean_y))
     rotation = solver.random_rotation(shape, seed)
     result: dict[str, Aligner | str] = {
-        "mean": _aligner(pair, np.zeros(shape), mean_x, mean_y, moments.means, {}, 0),
+        "mean": _aligner(pair, np.zeros(shape, np.float32), mean_x, mean_y, moments.means, {}, 0),
         "identity": f"widths differ ({shape[0]} and {shape[1]})",
         "random_rotation": _aligner(pair, rotation, mean_x, mean_y, moments.means, {}, 0),
     }
     if shape[0] == shape[1]:
         zero = np.zeros_like(mean_x)
-        result["identity"] = _aligner(pair, np.eye(shape[0]), zero, zero, moments.means, {}, 0)
+        result["identity"] = _aligner(pair, np.eye(shape[0], dtype=np.float32), zero, zero, moments.means, {}, 0)
     return result

@@ -17,12 +17,15 @@ def solve(fit: Fit, problem: Problem) -> Solution:
         problem: Moments of the layer pair.
 
     Raises:
-        FitError: Components that are neither a number nor ``auto``, or above a width.
+        FitError: Components that are neither a number nor ``auto``, or above a width, or without the target's Gram
+            matrix.
     """
     train, size = problem.train, problem.widths[0] * problem.widths[1]
     if fit.components is None:
         weight, scale = rotation(train, problem.val, scale=fit.scale, turned=problem.turned())
         return Solution(scale * solvers.to_numpy(weight), {"scale": scale}, size)
+    if train.gy.ndim == 1:
+        raise FitError(f"components {fit.components!r} need the target's Gram matrix; scan with target_gram=True")
     spectra = problem.spectrum(), solvers.Spectrum.of(train.gy)
     if fit.components == "auto":
         found = solvers.select_truncated_procrustes(train, problem.val, scale=fit.scale, spectra=spectra)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from align import solvers
 from align.closed_form.fit import Fit
 from align.closed_form.problem import Problem, Solution
-from align.closed_form.skip import factor_of, skip_weight
+from align.closed_form.skip import skip_of
 from align.maps.low_rank import check_low_rank
 
 
@@ -21,10 +21,13 @@ def solve(fit: Fit, problem: Problem) -> Solution:
     """
     check_low_rank(fit.rank, fit.skip, *problem.widths)
     train, val, rotated = problem.train, problem.val, problem.rotated()
-    skip = skip_weight(fit.skip, train, val, scale=fit.scale, rotated=rotated, turned=problem.turned)
-    choice = solvers.select_reduced_rank(train, val, fit.rank, skip=skip, rotated=rotated)
-    weight = choice.weight if skip is None else skip + choice.weight
+    found = skip_of(fit.skip, train, val, scale=fit.scale, rotated=rotated, turned=problem.turned)
+    skip, factor = (None, 1.0) if found is None else found
+    choice = solvers.select_reduced_rank(
+        train, val, fit.rank, skip=skip, skip_scale=factor, rotation=fit.skip == "procrustes", rotated=rotated
+    )
+    weight = choice.weight if skip is None else factor * skip + choice.weight
     options: dict[str, float | int | str] = {"lambda": choice.lam, "rank": fit.rank, "skip": fit.skip}
-    if skip is not None and fit.skip == "procrustes":
-        options["skip_scale"] = factor_of(skip) if fit.scale else 1.0
+    if fit.skip == "procrustes":
+        options["skip_scale"] = factor
     return Solution(solvers.to_numpy(weight), options, fit.rank * sum(problem.widths))

@@ -8,6 +8,7 @@ for as ever. A pair's own map is f_k W + A_k B_k: a factor, and a projection of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from align import solvers
 from align.closed_form.scaling import least_squares, shrunken
 from align.moments.scan import Scan
 from align.moments.scatter import Array, Scatter, about, centered
+from align.solvers.linalg import trace
 from featstore.errors import FitError
 
 
@@ -72,7 +74,7 @@ def fit_shared(scans: Mapping[str, Scan], base: str, *, scale: bool = True) -> S
 
 
 def _unit(gram: Array, n: int, key: str) -> float:
-    unit = float(np.sqrt(np.trace(gram) / (n * len(gram))))
+    unit = math.sqrt(trace(gram) / (n * len(gram)))
     if not unit > 0:
         raise FitError(f"{key}: a layer does not vary over the train pairs; leave it out with --layers")
     return unit

@@ -14,7 +14,23 @@ from align.moments.scatter import Array, Scatter
 from align.solvers.linalg import dot, namespace
 
 
-def skip_weight(
+def skip_weight(name: str, train: Scatter, val: Scatter, *, scale: bool = True) -> Array | None:
+    """The fixed map as one matrix, its factor in it; see :func:`skip_of`.
+
+    Args:
+        name: ``procrustes``, ``ridge``, ``identity`` or ``none``.
+        train: Centred train moments.
+        val: Validation moments about the train means.
+        scale: Whether ``procrustes`` has its factor.
+
+    Raises:
+        FitError: Unknown, or identity between different widths.
+    """
+    found = skip_of(name, train, val, scale=scale)
+    return None if found is None else found[1] * found[0]
+
+
+def skip_of(
     name: str,
     train: Scatter,
     val: Scatter,
@@ -22,8 +38,8 @@ def skip_weight(
     scale: bool = True,
     rotated: solvers.Rotated | None = None,
     turned: Callable[[], tuple[Array, float]] | None = None,
-) -> Array | None:
-    """The fixed map itself.
+) -> tuple[Array, float] | None:
+    """The fixed map and what it is multiplied by, 1 but for a rotation.
 
     Args:
         name: ``procrustes``, ``ridge``, ``identity`` or ``none``.
@@ -34,7 +50,7 @@ def skip_weight(
         turned: Gives what :func:`align.solvers.procrustes` takes, where somebody keeps it.
 
     Returns:
-        float64 ``(d_source, d_target)``, of the kind and on the device of the moments, or None.
+        float64 ``(d_source, d_target)``, of the kind and on the device of the moments, and its factor; or None.
 
     Raises:
         FitError: Unknown, or identity between different widths.
@@ -44,12 +60,12 @@ def skip_weight(
         return None
     if name == "procrustes":
         weight, factor = rotation(train, val, scale=scale, turned=None if turned is None else turned())
-        return factor * weight
+        return weight, factor
     if name == "ridge":
-        return solvers.select_ridge(train, val, rotated=rotated).weight
+        return solvers.select_ridge(train, val, rotated=rotated).weight, 1.0
     xp = namespace(train.c)
     eye: Array = xp.eye(len(train.c), dtype=xp.float64, device=device_of(train.c))
-    return eye
+    return eye, 1.0
 
 
 def factor_of(rotation_map: Array) -> float:

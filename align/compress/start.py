@@ -15,6 +15,7 @@ from align import solvers
 from align.compress.layout import Layout, candidates, containing, group_ends, groups_of, to_bfloat16
 from align.compress.windows import Rows, Window, Windows
 from align.moments.scatter import Array, Moments, Scatter, about, means, merge, moments_of
+from align.solvers.linalg import trace
 from featstore.errors import FitError
 
 #: Most principal coordinates of the source that the encoder sees.
@@ -126,11 +127,11 @@ def choose_start(train: Windows, val: Windows, latents: int, latent_dim: int, in
     best: Start | None = None
     for layout, own in zip(layouts, sums, strict=True):
         fit, check = (part.scatter() for part in own)
-        variance = float(np.trace(fit.gy)) / fit.n / len(mean_target)
+        variance = trace(fit.gy) / fit.n / len(mean_target)
         if not variance > 0:
             raise FitError("the target's train states do not vary; there is nothing to reconstruct")
         choice = solvers.select_ridge(fit, check)
-        r2 = 1 - solvers.mse_of(choice.weight, check) * check.n * len(mean_target) / float(np.trace(check.gy))
+        r2 = 1 - solvers.mse_of(choice.weight, check) * check.n * len(mean_target) / trace(check.gy)
         if best is None or r2 > best.val_r2:
             weight = choice.weight.astype(np.float32)
             best = Start(layout, basis, mean_source, mean_target, weight, float(np.sqrt(variance)), r2)

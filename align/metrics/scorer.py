@@ -37,37 +37,65 @@ KEYS = (
 )
 
 
-class _Sample:
-    """Keeps some rows of a stream.
+class _Kept:
+    """Some rows of one side of a stream.
 
     Args:
         wanted: int64, their numbers, ascending.
     """
 
     def __init__(self, wanted: NDArray[np.int64]) -> None:
-        self._wanted, self._held = wanted, 0
-        self._kept: tuple[Rows, Rows] | None = None
+        self._wanted, self._seen, self._held = wanted, 0, 0
+        self._rows: Rows | None = None
+
+    def update(self, start: int, rows: Rows) -> None:
+        """Keep what is wanted of the next rows; several scorers may bring the same true rows, and one is enough."""
+        known = self._seen - start
+        if known >= len(rows):
+            return
+        rows = rows[known:]
+        low, high = np.searchsorted(self._wanted, [self._seen, self._seen + len(rows)])
+        take, end = self._wanted[low:high] - self._seen, self._held + int(high - low)
+        if self._rows is None:
+            # As long as it will be: pieces would have to be copied together at the end.
+            self._rows = np.empty((len(self._wanted), rows.shape[1]), rows.dtype)
+        out = self._rows[self._held : end]
+        if rows.dtype == out.dtype:
+            # mode="clip" because "raise" gathers into a buffer of its own first.
+            np.take(rows, take, axis=0, out=out, mode="clip")
+        else:
+            out[:] = rows[take]
+        self._seen, self._held = self._seen + len(rows), end
+
+    def rows(self, count: int | None = None) -> Rows:
+        """Those that came so far, or the first of them."""
+        return np.empty((0, 0)) if self._rows is None else self._rows[: self._held if count is None else count]
+
+
+class _Sample:
+    """Keeps some rows of a stream of true and predicted ones.
+
+    Args:
+        wanted: int64, their numbers, ascending.
+        true: Keeps the true ones, perhaps for others as well.
+    """
+
+    def __init__(self, wanted: NDArray[np.int64], true: _Kept) -> None:
+        self._wanted, self._true, self._guess = wanted, true, _Kept(wanted)
         self._documents: list[NDArray[Any]] = []
 
     def update(self, start: int, y: Rows, y_hat: Rows, documents: NDArray[Any] | None = None) -> None:
-        low, high = np.searchsorted(self._wanted, [start, start + len(y)])
-        take = self._wanted[low:high] - start
-        if self._kept is None:
-            # As long as it will be: pieces would have to be copied together at the end.
-            self._kept = self._room(y), self._room(y_hat)
-        for kept, rows in zip(self._kept, (y, y_hat), strict=True):
-            kept[self._held : self._held + len(take)] = rows[take]
-        self._held += len(take)
+        self._true.update(start, y)
+        self._guess.update(start, y_hat)
         if documents is not None:
-            self._documents.append(documents[take])
-
-    def _room(self, rows: Rows) -> Rows:
-        return np.empty((len(self._wanted), rows.shape[1]), rows.dtype)
+            low, high = np.searchsorted(self._wanted, [start, start + len(y)])
+            self._documents.append(documents[self._wanted[low:high] - start])
 
     def rows(self) -> tuple[Rows, Rows]:
         """True and predicted rows so far."""
-        y, y_hat = self._kept or (np.empty((0, 0)), np.empty((0, 0)))
-        return y[: self._held], y_hat[: self._held]
+        guess = self._guess.rows()
+        # Another scorer may have brought more true rows.
+        return self._true.rows(len(guess)), guess
 
     def documents(self) -> NDArray[Any] | None:
         return np.concatenate(self._documents) if self._documents else None
@@ -94,6 +122,16 @@ class Truth:
         self.gallery: Gallery | None = None
         self.tokens: TokenGalleries | None = None
         self.cka = FirstSide()
+        self._kept: dict[str, _Kept] = {}
+
+    def sample(self, name: str, wanted: NDArray[np.int64]) -> _Sample:
+        """A sample whose true rows are kept once, whoever scores predictions of them.
+
+        Args:
+            name: Of the sample.
+            wanted: int64, numbers of rows, ascending; of one name always the same.
+        """
+        return _Sample(wanted, self._kept.setdefault(name, _Kept(wanted)))
 
     def about(self, mean: Array) -> bool:
         """Whether it is that of rows scored about a mean; the first mean that is asked for is its own.
@@ -142,8 +180,8 @@ class Scorer:
         self._rows = ScoreAccumulator(mean_train_y)
         self._total = total
         rng_gallery, rng_cka, rng_tokens = np.random.default_rng(seed).spawn(3)
-        self._gallery = _Sample(_some(total, gallery, rng_gallery))
-        self._cka = _Sample(_some(total, cka_rows, rng_cka))
+        self._gallery = self._truth.sample("gallery", _some(total, gallery, rng_gallery))
+        self._cka = self._truth.sample("cka", _some(total, cka_rows, rng_cka))
         self._samples = [self._gallery, self._cka]
         self._same: tuple[_Sample, NDArray[np.int64]] | None = None
         if tokens is not None:
@@ -151,7 +189,7 @@ class Scorer:
             if len(ids) != total:
                 raise FitError(f"{total} rows were announced with {len(ids)} tokens; give one a row")
             chosen = same_token_rows(ids, rng_tokens)
-            self._same = _Sample(chosen), ids[chosen]
+            self._same = self._truth.sample("same token", chosen), ids[chosen]
             self._samples.append(self._same[0])
 
     def update(self, y: Rows, y_hat: Rows, documents: ArrayLike | None = None, known: TrueRows | None = None) -> None:

@@ -26,6 +26,12 @@ _ROUNDING = 1e-12
 #: products is off by 1e-4 in CKA, by how much depends on the order in which the kernels of a BLAS add up. The more rows
 #: there are, the less one of them weighs, and the longer float64 takes.
 FEW_ROWS = 1024
+#: Rows this many times as long as the median are multiplied in float64 even then.
+LONG_ROW = 8.0
+#: Where more than this share of rows is that long, all are: a median of them says little.
+_LONG_SHARE = 1 / 8
+#: Where the median row is no longer than that, squares are near the smallest float32.
+_SMALLEST = 1e-15
 #: Rows of one product, which is added up in float64.
 _PRODUCT_ROWS = 4096
 #: Features whose sums by document are held at a time.
@@ -147,8 +153,8 @@ def debiased_cka(
     with the unbiased HSIC_1 of Song et al. (2012), equation 5. Rows of one document then count as independent, and with
     few of them raise the figure of unrelated states. Never clamped: it may be negative.
 
-    Few rows (:data:`FEW_ROWS`), and fewer rows than dimensions, are compared by their Gram matrices in float64; more by
-    cross-products of their dimensions, of which float32 rows are multiplied in float32.
+    Few rows (:data:`FEW_ROWS`), and fewer rows than dimensions, are compared by their Gram matrices; more by
+    cross-products of their dimensions. Of more than few, float32 rows are multiplied in float32 and summed in float64.
 
     Args:
         x: (n, dx).
@@ -223,23 +229,24 @@ def debiased_ckas(
             raise FitError(f"{documents.n} document labels for {len(x)} rows: give one for each row")
     if len(x) < 2 or all(documents.reason for _, documents in ordered):
         return [(math.nan, documents.reason or "no rows") for _, documents in ordered]
-    few = len(x) <= max(FEW_ROWS, min(x.shape[1], y.shape[1]))
+    wide = len(x) <= FEW_ROWS
+    few = wide or len(x) <= min(x.shape[1], y.shape[1])
     first = FirstSide() if first is None else first
     # What the Gram matrices are made of is as large as they are, and not needed beside them.
     rows_stay = correct_features or not few
     if first.rows is None and (first.gram is None or rows_stay):
-        first.rows, first.reason = _prepared("first", x, wide=few, overwrite=overwrite)
-    second, why_not = _prepared("second", y, wide=few, overwrite=overwrite)
+        first.rows, first.reason = _prepared("first", x, wide=wide, overwrite=overwrite)
+    second, why_not = _prepared("second", y, wide=wide, overwrite=overwrite)
     reason = first.reason or why_not
     sides = [first.rows, second] if rows_stay and first.rows is not None else []
     grams: list[Rows] = []
     squares = np.zeros((2, 2))
     if reason is None and few:
         if first.gram is None and first.rows is not None:
-            first.gram = first.rows @ first.rows.T
+            first.gram = _gram(first.rows)
         if not rows_stay:
             first.rows = None
-        grams = [gram for gram in (first.gram, second @ second.T) if gram is not None]
+        grams = [gram for gram in (first.gram, _gram(second)) if gram is not None]
         del second
     elif reason is None:
         squares = _squares(sides, first.square)
@@ -278,6 +285,34 @@ def _about(rows: Rows, mean: Array, *, wide: bool, overwrite: bool = False) -> R
         part = slice(start, start + FEW_ROWS)
         found[part] = np.subtract(rows[part], mean, dtype=np.float64)
     return found
+
+
+def _gram(rows: Rows) -> Array:
+    """float64 products of rows among themselves: of float32 rows float32 products, but for those of long rows.
+
+    What is summed of the products are differences between rows, and one row that is much longer than the others would
+    leave its rounding in all of them.
+    """
+    # One array on both sides: numpy then computes one triangle only.
+    products = rows @ rows.T
+    if products.dtype == np.float64:
+        return products
+    gram: Array = products.astype(np.float64)
+    del products
+    length = np.sqrt(gram.diagonal())
+    usual = float(np.median(length))
+    long = np.flatnonzero(length > LONG_ROW * usual)
+    # Squares that float32 cannot hold, and rows of which none is the usual one.
+    if not _SMALLEST < usual < math.inf or len(long) > _LONG_SHARE * len(rows):
+        exact = rows.astype(np.float64)
+        return exact @ exact.T
+    if len(long):
+        own = rows[long].astype(np.float64)
+        for start in range(0, len(rows), FEW_ROWS):
+            part = slice(start, start + FEW_ROWS)
+            gram[long, part] = own @ rows[part].astype(np.float64).T
+        gram[:, long] = gram[long].T
+    return gram
 
 
 def _hsic_of_grams(grams: Sequence[Array], documents: Documents) -> tuple[Array, Array]:

@@ -74,11 +74,17 @@ def exchanged(store: Store, train: Pairs, pair: LayerPair, moments: Moments, see
         origins[1, layer] = moments.origin_x[start:stop]
     blocks_wanted = [((1, layer), (0, pair.target_layer)) for layer in sources]
     sums: BlockSums[tuple[int, int]] = BlockSums(origins, blocks_wanted, block_rows=_CUT)
+    targets = store.rows(pair.target, pair.target_layer)
+    readers = {layer: store.rows(pair.source, layer) for layer in sources}
     for start in range(0, len(train), _CUT):
         cut = slice(start, start + _CUT)
-        states = {(0, pair.target_layer): store.rows(pair.target, pair.target_layer)[target[cut]]}
-        states |= {(1, layer): store.rows(pair.source, layer)[train.row_source[cut]] for layer in sources}
+        states = {(0, pair.target_layer): targets[target[cut]]}
+        states |= {(1, layer): reader[train.row_source[cut]] for layer, reader in readers.items()}
         sums.add(states)
+        for reader in readers.values():
+            reader.release()
+    # Other documents lie anywhere: each cut goes through all of the target's rows.
+    targets.release()
     blocks = sums.blocks()
     cross = end_to_end([blocks[(1, layer), (0, pair.target_layer)] for layer in sources])
     return replace(moments, c=cross.product, d=float(cross.totals[2]), ux=cross.x[1], uy=cross.y[1])

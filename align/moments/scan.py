@@ -123,6 +123,7 @@ def scan(
     *,
     seed: int = 0,
     device: str = "cpu",
+    target_gram: bool = True,
     tick: Callable[[float], None] = lambda _: None,
 ) -> dict[str, Scan]:
     """The moments of all layer pairs at once, reading every row once.
@@ -137,6 +138,8 @@ def scan(
         wanted: Layer pairs, all of these two models in this direction; joint ones too.
         seed: Of the shuffled control.
         device: Where products are made, see :func:`align.moments.device.multiplier`.
+        target_gram: Whether to sum the Gram matrices of target layers. Without them ``gy`` is a diagonal, which is
+            enough for all fits but those among the target's principal components.
         tick: Called with the number of pairs done since the last call.
 
     Raises:
@@ -144,7 +147,7 @@ def scan(
         LayerRangeError: A layer that the store does not hold.
         FitError: No layer pairs, pairs of other models, or a row that is not finite.
     """
-    [found] = scans(store, pairs, wanted, seed=seed, memory=None, device=device, tick=tick)
+    [found] = scans(store, pairs, wanted, seed=seed, memory=None, device=device, target_gram=target_gram, tick=tick)
     return found
 
 
@@ -156,6 +159,7 @@ def scans(
     seed: int = 0,
     memory: int | None = MEMORY,
     device: str = "cpu",
+    target_gram: bool = True,
     tick: Callable[[float], None] = lambda _: None,
 ) -> Iterator[dict[str, Scan]]:
     """What :func:`scan` finds, by groups of layer pairs that fit into memory: a pass over the rows for each.
@@ -168,6 +172,7 @@ def scans(
         memory: Bytes that the sums of one group may take; None for a single group. Sums alone count, not what fits
             make of them, and a caller that keeps the groups keeps all of them.
         device: Where products are made.
+        target_gram: Whether to sum the Gram matrices of target layers.
         tick: Called with the number of pairs done since the last call, in all as many as are used.
 
     Yields:
@@ -188,10 +193,14 @@ def scans(
             store.layer(model, layer)
     train = pairs.where(pairs.split == TRAIN).need(MINIMUM_PAIRS, "training")
     val = pairs.where(pairs.split == VALIDATION).need(1, "validation")
-    groups = list(groups_within(store, wanted, memory))
+    groups = list(groups_within(store, wanted, memory, target_gram=target_gram))
     multiply = multiplier(device)
+
+    def count(rows: float) -> None:
+        tick(rows / len(groups))
+
     for group in groups:
-        sums = [_accumulate(store, part, group, multiply, lambda n: tick(n / len(groups))) for part in (train, val)]
+        sums = [_accumulate(store, part, group, multiply, count, target_gram=target_gram) for part in (train, val)]
         (origins, fit_blocks), (_, check_blocks) = sums
         shifts = {node: _shift_to_mean(fit_blocks[node, node]) for node in origins}
         for blocks, own_mean in ((fit_blocks, True), (check_blocks, False)):
@@ -227,41 +236,45 @@ def _blocks(pair: LayerPair) -> list[_NodePair]:
     return [*own, (y, y), *((x, y) for x in sources)]
 
 
-def memory_of(store: Store, wanted: Sequence[LayerPair]) -> int:
+def memory_of(store: Store, wanted: Sequence[LayerPair], *, target_gram: bool = True) -> int:
     """Bytes that the sums of some layer pairs take, train and validation together.
 
     Args:
         store: Any store.
         wanted: Layer pairs of two models in one direction.
+        target_gram: Whether the Gram matrices of target layers are among them.
     """
     models = {"x": wanted[0].source, "y": wanted[0].target}
     blocks = {block for pair in wanted for block in _blocks(pair)}
     width = {side: store.model(model).width for side, model in models.items()}
-    sums = sum(width[x] * width[y] for (x, _), (y, _) in blocks)
+    sums = sum(width[x] * width[y] for (x, _), (y, _) in blocks if target_gram or x == "x")
     # A joint map has copies of its own, end to end.
     joint = [(width["x"] * len(pair.source_layers)) for pair in wanted if len(pair.source_layers) > 1]
     return 2 * 8 * (sums + sum(d * (d + width["y"]) for d in joint))
 
 
-def groups_within(store: Store, wanted: Sequence[LayerPair], memory: int | None) -> Iterator[list[LayerPair]]:
+def groups_within(
+    store: Store, wanted: Sequence[LayerPair], memory: int | None, *, target_gram: bool = True
+) -> Iterator[list[LayerPair]]:
     """Cut a list of layer pairs so that the sums of each part fit into memory.
 
     Args:
         store: Any store.
         wanted: Layer pairs of two models in one direction.
         memory: Bytes; None for one part.
+        target_gram: Whether the Gram matrices of target layers are summed.
 
     Raises:
         SpecError: Not even a single layer pair fits.
     """
     group: list[LayerPair] = []
     for pair in wanted:
-        if memory is not None and (least := memory_of(store, [pair])) > memory:
+        if memory is not None and (least := memory_of(store, [pair], target_gram=target_gram)) > memory:
             raise SpecError(
                 f"{pair.key} alone takes {human_bytes(least)}, more than the {human_bytes(memory)} allowed; "
                 "raise --memory"
             )
-        if group and memory is not None and memory_of(store, [*group, pair]) > memory:
+        if group and memory is not None and memory_of(store, [*group, pair], target_gram=target_gram) > memory:
             yield group
             group = []
         group.append(pair)
@@ -269,7 +282,13 @@ def groups_within(store: Store, wanted: Sequence[LayerPair], memory: int | None)
 
 
 def _accumulate(
-    store: Store, pairs: Pairs, wanted: Sequence[LayerPair], multiply: Multiply, tick: Callable[[float], None]
+    store: Store,
+    pairs: Pairs,
+    wanted: Sequence[LayerPair],
+    multiply: Multiply,
+    tick: Callable[[float], None],
+    *,
+    target_gram: bool,
 ) -> tuple[dict[Node, Array], dict[_NodePair, Block]]:
     """One pass over the pairs of a split: the origins of all nodes and the blocks."""
     blocks = list(dict.fromkeys(block for pair in wanted for block in _blocks(pair)))
@@ -277,10 +296,15 @@ def _accumulate(
     numbers = {"x": pairs.row_source, "y": pairs.row_target}
     nodes = dict.fromkeys(node for block in blocks for node in block)
     origins = {(side, layer): store.origin(models[side], layer) for side, layer in nodes}
-    sums: BlockSums[Node] = BlockSums(origins, blocks, block_rows=kept.CUT_ROWS, multiply=multiply)
+    narrow = [] if target_gram else [node for node in nodes if node[0] == "y"]
+    sums: BlockSums[Node] = BlockSums(origins, blocks, block_rows=kept.CUT_ROWS, diagonal=narrow, multiply=multiply)
     for start in range(0, len(pairs), kept.CUT_ROWS):
         cut = slice(start, min(start + kept.CUT_ROWS, len(pairs)))
-        sums.add({node: store.rows(models[node[0]], node[1])[numbers[node[0]][cut]] for node in sums.nodes})
+        readers = {node: store.rows(models[node[0]], node[1]) for node in sums.nodes}
+        sums.add({node: reader[numbers[node[0]][cut]] for node, reader in readers.items()})
+        # Nobody comes by here again in this pass, and a store may be larger than memory.
+        for reader in readers.values():
+            reader.release()
         tick(cut.stop - cut.start)
     return sums.origins, sums.blocks()
 

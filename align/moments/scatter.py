@@ -39,7 +39,7 @@ class Scatter:
             :func:`raw`).
         mean_y: (dy,) the same for target rows.
         gx: (dx, dx) float64.
-        gy: (dy, dy) float64.
+        gy: (dy, dy) float64, or (dy,) its diagonal: most fits ask for its trace alone.
         c: (dx, dy) float64.
         unit: What a ridge strength of 1 stands for, ``tr(X'X)/dx`` of the source about its *own* mean; None where that
             is the mean eigenvalue of ``gx`` itself. About zero it is not: a column of large mean would make every
@@ -84,11 +84,13 @@ def paired_with_itself(m: Moments, side: str) -> Moments:
         side: ``"x"`` or ``"y"``.
 
     Raises:
-        FitError: Another side was asked for.
+        FitError: Another side was asked for, or one of which only the diagonal was summed.
     """
     if side == "x":
         o, s, g, q, qq, v = m.origin_x, m.sx, m.gx, m.a, m.aa, m.vx
     elif side == "y":
+        if m.gy.ndim == 1:
+            raise FitError("of the target's Gram matrix only the diagonal was summed; scan with target_gram=True")
         o, s, g, q, qq, v = m.origin_y, m.sy, m.gy, m.b, m.bb, m.vy
     else:
         raise FitError(f"a pair has sides 'x' and 'y', not {side!r}; choose one of them")
@@ -178,6 +180,8 @@ def moved_block(block: Block, dx: Array, dy: Array, *, centred: tuple[bool, bool
     (sx, ux), (sy, uy), n = block.x, block.y, block.n
     a, b, d = (float(total) for total in block.totals)
     dx2, dy2 = float(dx @ dx), float(dy @ dy)
+    if block.product.ndim == 1:
+        return _moved_diagonal(block, dx, centred=centred[0])
     c_dy, dx_c = block.product @ dy, dx @ block.product
     new_a, new_b = a - 2 * float(dx @ sx) + n * dx2, b - 2 * float(dy @ sy) + n * dy2
     new_d = (
@@ -195,6 +199,21 @@ def moved_block(block: Block, dx: Array, dy: Array, *, centred: tuple[bool, bool
     y = np.stack([np.zeros_like(sy) if centred[1] else sy - n * dy, uy - 2 * dx_c + dx2 * sy - dy * new_a])
     _shift(block.product, dx, dy, sx, sy, n)
     return Block(n, block.product, x, y, np.array([new_a, new_b, new_d]))
+
+
+def _moved_diagonal(block: Block, away: Array, *, centred: bool) -> Block:
+    """The block of a node with itself about another origin, of which only the diagonal is known."""
+    total, n = block.x[0], block.n
+    block.product[:] = _shifted_diagonal(block.product, away, total, n)
+    moved = np.zeros_like(total) if centred else total - n * away
+    sums = np.stack([moved, np.full_like(total, np.nan)])
+    squares = float(block.product.sum())
+    return Block(n, block.product, sums, sums.copy(), np.array([squares, squares, np.nan]))
+
+
+def _shifted_diagonal(diagonal: Array, away: Array, total: Array, n: int) -> Array:
+    shifted: Array = diagonal - 2 * away * total + n * away**2
+    return shifted
 
 
 def _shift(product: Array, left: Array, right: Array, sum_left: Array, sum_right: Array, n: int) -> None:
@@ -242,6 +261,8 @@ def about(m: Moments, centre_x: ArrayLike, centre_y: ArrayLike) -> Scatter:
         if not left.any() and not right.any():
             # They are about this centre already. Nobody writes into moments, so there is no need for a copy.
             return g
+        if g.ndim == 1:
+            return _shifted_diagonal(g, left, sum_left, m.n)
         out = g.copy()
         _shift(out, left, right, sum_left, sum_right, m.n)
         return out
@@ -292,7 +313,12 @@ def as_if_shuffled(m: Moments, rng: np.random.Generator) -> Moments:
     Args:
         m: Moments of at least two pairs.
         rng: Source of the draw.
+
+    Raises:
+        FitError: Of the target only the diagonal was summed.
     """
+    if m.gy.ndim == 1:
+        raise FitError("of the target's Gram matrix only the diagonal was summed; scan with target_gram=True")
     whole = centered(m)
     noise = rng.standard_normal(m.c.shape)
     cross = _root(whole.gx) @ noise @ _root(whole.gy).T / np.sqrt(max(m.n - 1, 1))

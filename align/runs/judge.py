@@ -120,6 +120,10 @@ class Controls:
             self._truths = {}
         return self._truths.setdefault((pair.key, split, rows), Truth())
 
+    def solved(self) -> None:
+        """All maps of a layer pair have been made: nobody asks for its validation rows any more."""
+        self._truths = {key: truth for key, truth in self._truths.items() if key[1] != VALIDATION}
+
     def known(self, pair: LayerPair) -> tuple[dict[str, tuple[Figures | None, Reasons]], DocumentSums | None]:
         """By name the figures on the test rows and the reasons of those that are null; and sums over documents.
 

@@ -31,7 +31,9 @@ def share(settings: Settings) -> Settings | None:
         return None
     bare = Settings(settings.store)
     loop = replace(settings.loop, rank=bare.loop.rank, skip=bare.loop.skip, alpha=None)
-    return replace(settings, type=bare.type, scale=bare.scale, components=bare.components, solver=None, loop=loop)
+    # Those among principal components need the target's Gram matrix, which takes a product more.
+    components = None if settings.components is None else "auto"
+    return replace(settings, type=bare.type, scale=bare.scale, components=components, solver=None, loop=loop)
 
 
 def train_together(runs: Sequence[tuple[Settings, Path]], *, quiet: bool = True) -> list[Exception | None]:

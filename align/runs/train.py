@@ -160,6 +160,7 @@ def _group(runs: Sequence[Run], wanted: list[LayerPair], moments: dict[str, Scan
         for run in sorted(runs, key=lambda run: run.job.map.isometric):
             with run.guarded():
                 run.solve(pair)
+        controls.solved()
         for run in runs:
             with run.guarded():
                 run.prepare(pair, moments[pair.key])
@@ -318,10 +319,13 @@ class Run:
         if direction.stored is not None:
             yield stored_scan(direction.stored, wanted, seed=seed)
             return
+        # Alongside are runs that need the same (align.runs.together.share).
+        target_gram = self.job.map.fit.components is not None
         used, label = int((pairs.split != TEST).sum()), f"scan {direction.source}->{direction.target}"
-        for group in groups_within(store, wanted, MEMORY if self.job.map.sharing is None else None):
+        memory = MEMORY if self.job.map.sharing is None else None
+        for group in groups_within(store, wanted, memory, target_gram=target_gram):
             with progress(label, used, "pairs", quiet=self.reporting.quiet) as tick:
-                moments = scan(store, pairs, group, seed=seed, device=self.device, tick=tick)
+                moments = scan(store, pairs, group, seed=seed, device=self.device, target_gram=target_gram, tick=tick)
             yield moments
 
     def _shared_parameters(self, sharing: Sharing) -> dict[str, int]:

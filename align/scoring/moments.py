@@ -28,6 +28,7 @@ from align.metrics import (
     debiased_cka_from_moments,
 )
 from align.moments.scatter import Array, Moments, about, merge
+from align.solvers.linalg import diagonal
 from featstore.errors import StoreStateError
 from featstore.store.moments.stored import SPLITS, Site, StoredMoments
 
@@ -104,10 +105,10 @@ class _Rows:
         tensors = {name: value.astype(np.float64) for name, value in aligner.tensors.items()}
         weight, mean = tensors["weight"], tensors["control_mean"]
         own = about(m, tensors["mean_source"], tensors["mean_target"])
-        error = np.diag(own.gy) - 2 * np.einsum("ij,ij->j", weight, own.c)
+        error = diagonal(own.gy) - 2 * np.einsum("ij,ij->j", weight, own.c)
         error = error + np.einsum("ij,ij->j", weight, own.gx @ weight)
         away = mean - m.origin_y
-        spread = np.diag(m.gy) - 2 * away * m.sy + m.n * away**2
+        spread = diagonal(m.gy) - 2 * away * m.sy + m.n * away**2
         # Both are sums of squares, below zero by rounding alone.
         sums = _Sums(mean, m.n, np.maximum(error, 0.0), np.maximum(spread, 0.0))
         figures, reasons = sums.result(), sums.reasons()

@@ -19,6 +19,8 @@ from featstore.errors import FitError
 
 #: LAPACK finds the leading k of d eigenvectors (evr) sooner than all of them (evd) while k is below this part of d.
 SUBSET_SHARE = 1 / 8
+#: Columns of one product of :func:`congruent`.
+_PANEL = 1024
 
 
 def namespace(value: object) -> Any:
@@ -132,19 +134,48 @@ def trace(value: Array) -> float:
     """The sum of the diagonal.
 
     Args:
-        value: (d, d).
+        value: (d, d), or (d,) the diagonal itself.
     """
-    return float(namespace(value).linalg.trace(value))
+    xp = namespace(value)
+    return float(xp.sum(value) if value.ndim == 1 else xp.linalg.trace(value))
+
+
+def diagonal(value: Array) -> Array:
+    """(d,) the diagonal.
+
+    Args:
+        value: (d, d), or (d,) the diagonal itself.
+    """
+    found: Array = value if value.ndim == 1 else namespace(value).linalg.diagonal(value)
+    return found
 
 
 def dot(a: Array, b: Array) -> float:
     """The sum of the elementwise product: tr(A'B).
 
     Args:
-        a: Any array.
+        a: Any array with an axis.
         b: One of the same shape.
     """
-    return float(namespace(a).sum(a * b))
+    xp = namespace(a)
+    # Row by row: the products of all elements would be an array as large as both.
+    return float(xp.sum(xp.vecdot(a, b)))
+
+
+def congruent(v: Array, g: Array) -> Array:
+    """V'GV of a symmetric G, symmetric to the bit: of the second product the upper triangle is made.
+
+    Args:
+        v: (d, k).
+        g: (d, d), symmetric.
+    """
+    half = g @ v
+    result: Array = namespace(v).empty_like(half[: v.shape[1]])
+    for at in range(0, v.shape[1], _PANEL):
+        end = at + _PANEL
+        result[at:end, at:] = v[:, at:end].T @ half[:, at:]
+        result[end:, at:end] = result[at:end, end:].T
+    return result
 
 
 def svd(value: Array) -> tuple[Array, Array, Array]:

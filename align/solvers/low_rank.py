@@ -38,9 +38,9 @@ def _solve(
 
 
 def _errors(a: Array, v: Array, gx: Array, residual: Array, start: float, n: int) -> Array:
-    """Squared error per element for every rank from 0 up; ``a``, ``gx`` and ``residual`` in one basis, any."""
+    """Squared error per element for every rank from 0 up; ``a``, ``gx`` and the residual times v in one basis, any."""
     xp = namespace(a)
-    terms = host(xp.sum(a * (gx @ a - 2 * (residual @ v)), axis=0))
+    terms = host(xp.sum(a * (gx @ a - 2 * residual), axis=0))
     sse = start + np.concatenate([[0.0], np.cumsum(terms)])
     per_element: Array = np.maximum(sse, 0.0) / (n * v.shape[0])
     return per_element
@@ -119,9 +119,9 @@ class ReducedRank:
         start, residual = trace(val.gy), val.c
         if self.skip is not None:
             predicted = val.gx @ self.skip
-            start += dot(self.skip, predicted - 2 * val.c)
+            start += dot(self.skip, predicted) - 2 * dot(self.skip, val.c)
             residual = val.c - predicted
-        return _errors(self._a, self._v, val.gx, residual, start, val.n)
+        return _errors(self._a, self._v, val.gx, residual @ self._v, start, val.n)
 
 
 def reduced_rank(
@@ -157,28 +157,32 @@ class _Trials:
     grid: Array
     max_rank: int
     skip: Array | None
+    skip_scale: float = 1.0
+    rotation: bool = False
 
     def __post_init__(self) -> None:
         pair = self.pair
-        self.train_residual, self.val_residual = pair.c, pair.val_c
-        self.start = trace(pair.val.gy)
+        self.train_residual, self.start = pair.c, trace(pair.val.gy)
+        self.turned: Array | None = None
         if self.skip is not None:
-            skip = pair.spectrum.vectors.T @ self.skip
-            predicted = pair.val_gx @ skip
-            self.start += dot(skip, predicted - 2 * pair.val_c)
-            self.train_residual = pair.c - pair.spectrum.values[:, None] * skip
-            self.val_residual = pair.val_c - predicted
+            self.turned = turned = pair.spectrum.vectors.T @ self.skip
+            turned *= self.skip_scale
+            isometric = self.rotation and turned.shape[0] <= turned.shape[1]
+            energy = self.skip_scale**2 * trace(pair.val.gx) if isometric else dot(turned, pair.val_gx @ turned)
+            self.start += energy - 2 * dot(turned, pair.val_c)
+            self.train_residual = pair.spectrum.values[:, None] * turned
+            # In place, since matrices of this size are few at a time.
+            self.train_residual *= -1.0
+            self.train_residual += pair.c
         self.errors: dict[int, Array] = {}
         self.fits: dict[int, tuple[Array, Array]] = {}
 
-    def full_rank_errors(self) -> Array:
-        """The validation error of every strength without any limit of rank, at the price of one product."""
-        pair = self.pair
-        if self.skip is None:
-            return path_of(pair, self.grid)
-        return path_errors(
-            pair.spectrum, self.train_residual, pair.val_gx, self.val_residual, self.start, pair.val.n, self.grid
-        )
+    def val_residual(self, v: Array) -> Array:
+        """What the skip leaves of the validation rows' cross-moments in some target directions."""
+        residual: Array = self.pair.val_c @ v
+        if self.turned is not None:
+            residual = residual - self.pair.val_gx @ (self.turned @ v)
+        return residual
 
     def error(self, index: int, rank: int) -> float:
         """The validation error at one strength and rank."""
@@ -187,7 +191,7 @@ class _Trials:
             near = min(self.fits, key=lambda tried: (abs(tried - index), tried), default=None)
             start = None if near is None else self.fits[near][1]
             a, v = _solve(self.pair.spectrum, self.train_residual, float(self.grid[index]), self.max_rank, start)
-            self.errors[index] = _errors(a, v, self.pair.val_gx, self.val_residual, self.start, self.pair.val.n)
+            self.errors[index] = _errors(a, v, self.pair.val_gx, self.val_residual(v), self.start, self.pair.val.n)
             self.fits[index] = a, v
         return float(self.errors[index][rank])
 
@@ -199,8 +203,8 @@ class _Trials:
         """
         self.error(index, rank)
         v, pair = self.fits[index][1][:, :rank], self.pair
-        residual, val_c = self.train_residual @ v, self.val_residual @ v
-        errors = path_errors(pair.spectrum, residual, pair.val_gx, val_c, self.start, pair.val.n, self.grid)
+        residual, left = self.train_residual @ v, self.val_residual(v)
+        errors = path_errors(pair.spectrum, residual, pair.val_gx, left, self.start, pair.val.n, self.grid)
         return int(np.argmin(errors))
 
     def best(self, rank: int) -> int:
@@ -246,6 +250,8 @@ def select_every_rank(
     lambdas: Sequence[float] | Array | None = None,
     *,
     skip: ArrayLike | None = None,
+    skip_scale: float = 1.0,
+    rotation: bool = False,
     spectrum: Spectrum | None = None,
     rotated: Rotated | None = None,
     search: Search = "descend",
@@ -253,10 +259,10 @@ def select_every_rank(
     """Choose a ridge strength for each of several ranks; all ranks share the eigenproblems.
 
     One eigenproblem of (dy, dy) gives the exact validation error of every rank at one strength. ``descend`` solves few
-    of them: the largest rank starts at the strength that is best without any limit of rank, each lower rank where the
-    one above ended. The path of errors with the target directions held fixed then says where to go next, and from
-    there it goes downhill until no neighbouring strength of the grid is better. All errors reported are exact. Where
-    the error has several valleys over the strengths it may miss the deepest; ``all`` tries every strength.
+    of them: the largest rank starts at the strength that is best for a ridge map of any rank without a skip, each lower
+    rank where the one above ended. The path of errors with the target directions held fixed then says where to go next,
+    and from there it goes downhill until no neighbouring strength of the grid is better. All errors reported are exact.
+    Where the error has several valleys over the strengths it may miss the deepest; ``all`` tries every strength.
 
     Args:
         train: Second moments of the train rows.
@@ -264,6 +270,9 @@ def select_every_rank(
         ranks: Each 1 to min(dx, dy), in any order.
         lambdas: Relative strengths; :func:`lambda_grid` when not given.
         skip: (dx, dy), or none for zero.
+        skip_scale: What it is multiplied by: a rotation has its factor apart, and the product is as large as it.
+        rotation: Whether the skip, without its factor, is semi-orthogonal to rounding, which spares a product where it
+            narrows nothing.
         spectrum: ``Spectrum.of(train.gx)`` if it is known already.
         rotated: ``rotate(train, val)`` if it is known already.
         search: ``descend`` or ``all``.
@@ -286,12 +295,12 @@ def select_every_rank(
         _check_rank(rank, *train.c.shape)
     pair = known(train, val, spectrum, rotated)
     fixed = None if skip is None else matrix("skip", skip, train.c.shape, of=pair.c)
-    trials = _Trials(pair, grid, max(ranks), fixed)
+    trials = _Trials(pair, grid, max(ranks), fixed, skip_scale, rotation)
     if search == "all":
         for index in range(len(grid)):
             trials.error(index, max(ranks))
     else:
-        at = int(np.argmin(trials.full_rank_errors()))
+        at = int(np.argmin(path_of(pair, grid)))
         for rank in sorted(set(ranks), reverse=True):
             at = _search(trials, rank, at)
     return {rank: trials.choice(trials.best(rank), rank) for rank in ranks}
@@ -304,6 +313,8 @@ def select_reduced_rank(
     lambdas: Sequence[float] | Array | None = None,
     *,
     skip: ArrayLike | None = None,
+    skip_scale: float = 1.0,
+    rotation: bool = False,
     spectrum: Spectrum | None = None,
     rotated: Rotated | None = None,
     search: Search = "descend",
@@ -320,6 +331,8 @@ def select_reduced_rank(
         rank: 1 to min(dx, dy).
         lambdas: Relative strengths; :func:`lambda_grid` when not given.
         skip: (dx, dy), or none for zero.
+        skip_scale: What it is multiplied by.
+        rotation: Whether it is semi-orthogonal to rounding.
         spectrum: ``Spectrum.of(train.gx)`` if it is known already.
         rotated: ``rotate(train, val)`` if it is known already.
         search: ``descend``, or ``all`` for every strength.
@@ -330,6 +343,16 @@ def select_reduced_rank(
     Raises:
         FitError: The centres differ, a side is empty, the rank does not fit.
     """
-    return select_every_rank(train, val, [rank], lambdas, skip=skip, spectrum=spectrum, rotated=rotated, search=search)[
-        rank
-    ]
+    found = select_every_rank(
+        train,
+        val,
+        [rank],
+        lambdas,
+        skip=skip,
+        skip_scale=skip_scale,
+        rotation=rotation,
+        spectrum=spectrum,
+        rotated=rotated,
+        search=search,
+    )
+    return found[rank]

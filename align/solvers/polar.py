@@ -10,7 +10,10 @@ singular values, the singular value decomposition decides as it always did.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+from array_api_compat import is_numpy_namespace
 
 from align.moments.scatter import Array
 from align.solvers.linalg import dot, eigh, namespace, svd
@@ -21,6 +24,8 @@ _RANGE = 1e-4
 _DEPTH = 4
 #: Below this distance of W'W from the identity (Frobenius norm), one step is enough: it squares the distance.
 _NEAR = 1e-7
+#: Rows of a product that are held at a time beside what they are added to: matrices of wide layers are large.
+_ROWS = 512
 #: How far the trace may be from the sum of the singular values, relative to it.
 _TRACE = 1e-11
 
@@ -61,7 +66,7 @@ def _turned(a: Array, largest: float, depth: int) -> tuple[Array, float] | None:
     # One array on both sides: numpy then computes one triangle only.
     values, v = eigh(a.T @ a, overwrite=True)
     b = a @ v
-    size = xp.sqrt(xp.sum(b * b, axis=0))
+    size = xp.sqrt(_column_squares(b))
     largest = max(largest, float(xp.max(size)))
     if not (depth and float(xp.min(size)) > n * float(np.finfo(np.float64).eps) * largest):
         return None
@@ -75,22 +80,39 @@ def _turned(a: Array, largest: float, depth: int) -> tuple[Array, float] | None:
         inner = _turned(rest - b @ (b.T @ rest), largest, depth - 1)
         if inner is None:
             return None
-        weight += inner[0] @ v[:, :small].T
+        for at in range(0, a.shape[0], _ROWS):
+            weight[at : at + _ROWS] += inner[0][at : at + _ROWS] @ v[:, :small].T
         total += inner[1]
     return weight, total
+
+
+def _column_squares(b: Array) -> Array:
+    """The squared length of every column; some rows at a time, since squares of all are an array as large as it."""
+    xp = namespace(b)
+    parts = [xp.sum(b[at : at + _ROWS] ** 2, axis=0) for at in range(0, b.shape[0], _ROWS)]
+    total: Array = xp.sum(xp.stack(parts), axis=0)
+    return total
 
 
 def _orthogonal(weight: Array) -> Array | None:
     """The same with orthonormal columns to rounding; None where they are far from it."""
     xp, n = namespace(weight), weight.shape[1]
+    eye = xp.eye(n, dtype=xp.float64, device=None if is_numpy_namespace(xp) else weight.device)
     for _ in range(3):
         away = weight.T @ weight
-        away -= xp.eye(n, dtype=xp.float64, device=None if xp.__name__.endswith("numpy") else weight.device)
-        distance = float(xp.sqrt(xp.sum(away * away)))
+        away -= eye
+        distance = math.sqrt(dot(away, away))
         if distance <= 4 * n * float(np.finfo(np.float64).eps):
             return weight
         if not distance < 0.5:
             return None
+        if distance <= _NEAR and is_numpy_namespace(xp):
+            # What float32 loses of so small a step is rounding of the result; on a GPU it may lose more.
+            half = xp.astype(away, xp.float32) / 2
+            for at in range(0, weight.shape[0], _ROWS):
+                rows = weight[at : at + _ROWS]
+                rows -= xp.astype(xp.astype(rows, xp.float32) @ half, xp.float64)
+            return weight
         weight = weight - (weight @ away) / 2
         if distance <= _NEAR:
             return weight

@@ -191,7 +191,7 @@ def mse_of(weight: ArrayLike, rows: Scatter) -> float:
     """
     w = matrix("weight", weight, (rows.mean_x.shape[0], rows.mean_y.shape[0]), of=rows.c)
     check_validation(rows, w.shape, of=w)
-    sse = trace(rows.gy) + dot(w, rows.gx @ w - 2 * rows.c)
+    sse = trace(rows.gy) + dot(w, rows.gx @ w) - 2 * dot(w, rows.c)
     return float(max(sse, 0.0) / (rows.n * w.shape[1]))
 
 

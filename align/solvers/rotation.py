@@ -16,8 +16,8 @@ from align.solvers.ridge import mse_of
 from align.solvers.spectrum import Spectrum, check_centres, check_validation
 from featstore.errors import FitError
 
-#: Where columns are further from orthonormal (the largest element of Q'Q - I), reflections make them so.
-_COARSE = 1e-3
+#: Reflections that are multiplied at a time.
+_REFLECTIONS = 256
 
 
 def procrustes(
@@ -225,8 +225,9 @@ def select_truncated_procrustes(
 def random_orthogonal(dx: int, dy: int, rng: np.random.Generator) -> Array:
     """A Haar-distributed semi-orthogonal matrix (dx, dy): a rotation no data has seen.
 
-    QR of a Gaussian with the signs of R's diagonal moved into Q (Mezzadri 2007); without that step
-    the result is orthogonal but not uniform.
+    The QR decomposition of a Gaussian matrix, with the signs of R's diagonal moved into Q, gives one (Mezzadri 2007).
+    What a reflection makes of the columns to its right is Gaussian again and independent of it, so that the next
+    reflections are drawn instead of computed (Stewart, SIAM Journal on Numerical Analysis 17, 1980), and multiplied.
 
     Args:
         dx: Source width.
@@ -241,33 +242,21 @@ def random_orthogonal(dx: int, dy: int, rng: np.random.Generator) -> Array:
     """
     if min(dx, dy) < 1:
         raise FitError(f"widths must be at least 1, not {dx} and {dy}; give the widths of the two models")
-    drawn = rng.standard_normal((max(dx, dy), min(dx, dy)))
-    q = _orthonormalised(drawn)
+    rows, columns = max(dx, dy), min(dx, dy)
+    # A row for each reflection, which takes it to the first axis of what is left, whichever end is further away.
+    v = np.triu(rng.standard_normal((columns, rows)))
+    at = np.arange(columns)
+    signs = -np.copysign(1.0, v[at, at])
+    v[at, at] -= signs * np.linalg.norm(v, axis=1)
+    q = np.eye(rows, columns)
+    for start in reversed(range(0, columns, _REFLECTIONS)):
+        # Their product is I - V T V', and the inverse of T the upper triangle of V'V with half its diagonal.
+        own, part = v[start : start + _REFLECTIONS, start:], q[start:, start:]
+        inverse = np.triu(own @ own.T)
+        np.fill_diagonal(inverse, inverse.diagonal() / 2)
+        turned = scipy.linalg.solve_triangular(inverse, own @ part, check_finite=False)
+        # Some rows at a time: new memory for all of them would take as long as the product.
+        for row in range(0, len(part), _REFLECTIONS):
+            part[row : row + _REFLECTIONS] -= own[:, row : row + _REFLECTIONS].T @ turned
+    q *= signs
     return q if dx >= dy else q.T.copy()
-
-
-def _orthonormalised(drawn: Array) -> Array:
-    """Q of the QR decomposition of numpy columns whose R has a positive diagonal.
-
-    That R is the Cholesky factor of A'A, so that Q = A R^-1: matrix products, and less time than reflections take. A'A
-    squares the condition of A, and Q is orthogonal to as much; the same of that Q is then orthogonal to rounding, and
-    R R' has a positive diagonal as well (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya, Electronic Transactions on
-    Numerical Analysis 44, 2015). Where the first step is too coarse for that, reflections decide.
-    """
-    try:
-        q = _solved(drawn, drawn.T @ drawn)
-        gram = q.T @ q
-        if float(np.abs(gram - np.eye(len(gram))).max()) < _COARSE:
-            return _solved(q, gram)
-    except np.linalg.LinAlgError:
-        pass
-    q, r = np.linalg.qr(drawn)
-    q *= np.where(np.diag(r) < 0, -1.0, 1.0)
-    return q
-
-
-def _solved(columns: Array, gram: Array) -> Array:
-    """Columns times the inverse of their Gram matrix's Cholesky factor R, ``R'R``; the Gram matrix is overwritten."""
-    r = scipy.linalg.cholesky(gram, overwrite_a=True, check_finite=False)
-    rows = scipy.linalg.solve_triangular(r, columns.T, trans="T", check_finite=False)
-    return np.ascontiguousarray(rows.T)

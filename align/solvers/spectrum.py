@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from align.moments.scatter import Array, Scatter
-from align.solvers.linalg import eigh, equal, finite, matrix, namespace, square
+from align.solvers.linalg import congruent, eigh, equal, finite, matrix, namespace, square
 from featstore.errors import FitError
 
 
@@ -126,7 +126,7 @@ def rotate(train: Scatter, val: Scatter, *, spectrum: Spectrum | None = None, li
     v = shared.vectors
     c = matrix("cxy", train.c, (v.shape[0], None), of=v)
     check_validation(val, c.shape, of=v)
-    val_gx = v.T @ val.gx @ v if like is None else like.val_gx
+    val_gx = congruent(v, val.gx) if like is None else like.val_gx
     val_c = like.val_c if like is not None and like.val.c is val.c else v.T @ val.c
     return Rotated(train, val, shared, v.T @ c, val_gx, val_c)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_array
 
 from align.moments.scatter import Array, Rows
 from featstore.errors import FitError
@@ -113,12 +114,13 @@ class TokenSums:
         if not np.isfinite(squares):
             raise FitError("a target state is not finite; look for damaged rows with `featstore verify`")
         self.squares[split] += squares
-        # Rows of one token next to each other, in the order in which they came.
-        order = np.argsort(place, kind="stable")
-        if not len(order):
+        if not len(place):
             return
-        starts = np.flatnonzero(np.r_[True, np.diff(place[order]) != 0])
-        sums, which = np.add.reduceat(away[order], starts, axis=0), place[order][starts]
+        # Rows of one token in the order in which they came; nothing is copied beside each other for that.
+        which, token = np.unique(place, return_inverse=True)
+        order = np.argsort(token, kind="stable")
+        starts = np.append(0, np.cumsum(np.bincount(token)))
+        sums = csr_array((np.ones(len(order)), order, starts), shape=(len(which), len(order))) @ away
         slot = self._slot[split][which]
         own = slot >= 0
         self._sums[split][slot[own]] += sums[own]

@@ -134,6 +134,7 @@ def _fit(
         for start in range(0, len(side), CUT_ROWS):
             cut = slice(start, min(start + CUT_ROWS, len(side)))
             sums.add(split, side.token[cut], reader[side.row_target[cut]])
+            reader.release()
             tick(cut.stop - cut.start)
     if source is not None and zero is not None and source.regressors is None:
         source.regressors = regressors_of(sums, zero)

@@ -14,6 +14,7 @@ from align.maps.fitted import Aligner
 from align.maps.registry import listed, map_type, map_types, resolve
 from align.moments.scan import Scan
 from align.moments.scatter import Array, Scatter, about, centered, raw
+from align.solvers.linalg import trace
 from align.training.modules import TrainedMap
 from align.training.plan import Shape
 from featstore.errors import FitError
@@ -46,7 +47,7 @@ def build_module(shape: Shape, moments: Scan, skip: Array | None = None) -> Trai
     common: dict[str, Any] = {
         "mean_source": mean_x if centred else None,
         "mean_target": mean_y if centred else None,
-        "output_scale": float(np.sqrt(np.trace(train.gy) / (n * dy))),
+        "output_scale": float(np.sqrt(trace(train.gy) / (n * dy))),
         "preconditioner": _preconditioner(train, val, skip) if shape.precondition else None,
         "input_scale": 1.0 if shape.precondition else float(np.sqrt(np.trace(train.gx) / (n * dx))),
     }
@@ -71,8 +72,12 @@ def _preconditioner(train: Scatter, val: Scatter, skip: Array | None) -> Array:
 def _left_over(rows: Scatter, skip: Array) -> Scatter:
     """The moments of ``x`` and ``y - x @ skip``."""
     predicted = rows.gx @ skip
-    mixed = skip.T @ rows.c
-    return replace(rows, c=rows.c - predicted, gy=rows.gy - mixed - mixed.T + skip.T @ predicted)
+    if rows.gy.ndim == 1:
+        gy = rows.gy + np.einsum("ij,ij->j", skip, predicted - 2 * rows.c)
+    else:
+        mixed = skip.T @ rows.c
+        gy = rows.gy - mixed - mixed.T + skip.T @ predicted
+    return replace(rows, c=rows.c - predicted, gy=gy)
 
 
 def target_unit(moments: Scan) -> float:
@@ -82,7 +87,7 @@ def target_unit(moments: Scan) -> float:
         moments: Of the layer pair.
     """
     train = centered(moments.train)
-    return float(np.trace(train.gy) / train.n / len(train.mean_y))
+    return trace(train.gy) / train.n / len(train.mean_y)
 
 
 def as_aligner(module: TrainedMap, pair: LayerPair, moments: Scan, shape: Shape, lr: float) -> Aligner:

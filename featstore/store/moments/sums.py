@@ -17,7 +17,7 @@ multiplied in float32, a bounded number at a time, and added up in float64; floa
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featstore.errors import FitError
+from featstore.store.read.threads import in_threads
 
 #: float64 arrays: everything that is summed, moved or solved.
 Array = NDArray[np.float64]
@@ -53,7 +54,7 @@ class Moments:
         sx: (dx,) sum of x.
         sy: (dy,) sum of y.
         gx: (dx, dx) X'X.
-        gy: (dy, dy) Y'Y.
+        gy: (dy, dy) Y'Y, or (dy,) its diagonal, where nobody asked for more; ``bb`` and ``vy`` are then NaN.
         c: (dx, dy) X'Y.
         a: sum of a_i = |x_i|^2.
         b: sum of b_i = |y_i|^2.
@@ -98,7 +99,7 @@ class Block:
 
     Attributes:
         n: Rows.
-        product: (dx, dy) float64, X'Y.
+        product: (dx, dy) float64, X'Y; of a node with itself perhaps (dx,), the diagonal alone.
         x: (2, dx) float64: the sum of x, and X'b.
         y: (2, dy) float64: the sum of y, and Y'a.
         totals: (3,) float64: the sums of a_i, of b_i and of a_i b_i.
@@ -150,9 +151,15 @@ def merge(first: Moments, *rest: Moments) -> Moments:
         *rest: The others, about exactly the same origin.
 
     Raises:
-        FitError: The origins differ (use :func:`align.moments.scatter.moved` first) or the widths do.
+        FitError: The origins differ (use :func:`align.moments.scatter.moved` first) or the widths do, or of one part's
+            ``gy`` only the diagonal was summed.
     """
     for part in rest:
+        if part.gy.shape != first.gy.shape:
+            raise FitError(
+                f"moments whose gy have shapes {first.gy.shape} and {part.gy.shape} do not add; sum both with, or both "
+                "without the target's Gram matrix"
+            )
         same = np.array_equal(first.origin_x, part.origin_x) and np.array_equal(first.origin_y, part.origin_y)
         if not same:
             raise FitError("moments about different origins do not add; move them to one origin")
@@ -270,6 +277,8 @@ class BlockSums(Generic[Node]):
         origins: float64 ``(width,)`` of every node.
         blocks: The pairs of nodes wanted.
         block_rows: Rows of one product.
+        diagonal: Nodes of whose block with itself the diagonal is enough: it takes no product. What could not be moved
+            to another origin without the others, ``X'b`` and the sum of a_i b_i, is NaN.
         dtype: float32, or float64 for rows that have more digits.
         multiply: What makes the products.
 
@@ -283,6 +292,7 @@ class BlockSums(Generic[Node]):
         blocks: Sequence[tuple[Node, Node]],
         *,
         block_rows: int = BLOCK_ROWS,
+        diagonal: Collection[Node] = (),
         dtype: type[np.floating[Any]] = np.float32,
         multiply: Multiply = steady_products,
     ) -> None:
@@ -295,9 +305,14 @@ class BlockSums(Generic[Node]):
         self._pending: list[dict[Node, Rows]] = []
         self._held = 0
         width = {node: len(origin) for node, origin in self.origins.items()}
+        self._diagonal = {(node, node) for node in diagonal}
         self._totals = {
             (x, y): Block(
-                0, np.zeros((width[x], width[y])), np.zeros((2, width[x])), np.zeros((2, width[y])), np.zeros(3)
+                0,
+                np.zeros(width[x] if (x, y) in self._diagonal else (width[x], width[y])),
+                np.zeros((2, width[x])),
+                np.zeros((2, width[y])),
+                np.zeros(3),
             )
             for x, y in blocks
         }
@@ -355,10 +370,17 @@ class BlockSums(Generic[Node]):
                 raise FitError(
                     f"row {bad} holds NaN, infinity or a value too large to square; look for damaged or unmasked rows"
                 )
-        blocks = list(self._totals)
+        for node, _ in self._diagonal & self._totals.keys():
+            total, a = self._totals[node, node], norms[node]
+            total.product[:] += np.einsum("ij,ij->j", rows[node], rows[node], dtype=np.float64)
+            for side in (total.x, total.y):
+                side[0] += sums[node]
+                side[1] = np.nan
+            total.totals[:] += a.sum(), a.sum(), np.nan
+        blocks = [pair for pair in self._totals if pair not in self._diagonal]
         for (x, y), product in zip(blocks, self._multiply(rows, blocks), strict=True):
             total, a, b = self._totals[x, y], norms[x], norms[y]
-            np.add(total.product, product, out=total.product)
+            _add(total.product, product)
             total.x[0] += sums[x]
             total.y[0] += sums[y]
             # Not a BLAS product: its bits would depend on the number of threads.
@@ -367,6 +389,16 @@ class BlockSums(Generic[Node]):
             total.totals[:] += a.sum(), b.sum(), (a * b).sum()
         self.n += self._held
         self._held = 0
+
+
+def _add(total: Array, product: Rows) -> None:
+    """Add a product to its total, of wide ones a panel on every core: float32 to float64 takes as long as a read."""
+
+    def panel(at: int) -> None:
+        part = slice(at, at + PANEL)
+        np.add(total[part], product[part], out=total[part])
+
+    in_threads(panel, range(0, len(total), PANEL))
 
 
 def moments_of(x: Rows, y: Rows, origin_x: ArrayLike, origin_y: ArrayLike) -> Moments:

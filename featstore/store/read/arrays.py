@@ -64,6 +64,10 @@ class RowArray(ABC):
             CorruptDataError: Damaged or missing data.
         """
 
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of memory that only spares reading again what was read: for passes that come by once."""
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(n, width)``."""

@@ -239,6 +239,8 @@ class PairBatches:
             pairs = np.arange(start, min(start + size, len(self)))
             held = self._empty(len(pairs))
             self._fill(pairs, held)
+            for layer in self._layers:
+                layer.rows.release()
             yield self._batch(number, pairs, held)
 
     def order(self, batch_size: int, seed: int, epoch: int) -> EpochOrder:

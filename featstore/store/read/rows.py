@@ -10,6 +10,7 @@ import math
 import mmap
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -430,6 +431,24 @@ class RowReader(RowArray):
         else:
             for places in groups:
                 gather(places)
+
+    def release(self) -> None:
+        """Give back the pages of files that were read: they stay in the system's cache, where others may need them.
+
+        They would otherwise count as this process's memory, once for every map of a file, until it ends.
+        """
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        with self._lock:
+            held = list(self._shards.values())
+        for shard in held:
+            # A process may have locked its memory; then the pages stay.
+            with suppress(OSError):
+                shard.held.madvise(mmap.MADV_DONTNEED)
+            # The system may drop them altogether now, and has to be told again.
+            shard.expected.clear()
+        if self._gathering is not None:
+            self._gathering.files.release()
 
     def decoded(self, rows: Rows) -> NDArray[np.float32]:
         """Rows as a new float32 array ``(m, width)``, scales applied.

@@ -42,5 +42,9 @@ class TableReader(RowArray):
         """
         return self.table.decoded(self.index[row_numbers(rows, self.rows, self.path)])
 
+    def release(self) -> None:
+        """Let go of the table's pages, as :meth:`RowArray.release`."""
+        self.table.release()
+
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         return self.table.__dask_tokenize__(), self.index

@@ -34,6 +34,7 @@ def _library() -> Any:
         ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64
     ]  # fmt: skip
     library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return library
 
 
@@ -52,7 +53,7 @@ class SideBySide:
         if sys.platform != "linux":
             raise OSError("files are mapped side by side on Linux only")
         self.distance = -(-distance // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = files * self.distance
+        self._size = size = files * self.distance
         self._library, self._sizes, self._lock = _library(), dict[int, int](), threading.Lock()
         # Addresses and no memory; nobody may read what has no file yet.
         self._address = self._map(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, -1)
@@ -66,6 +67,10 @@ class SideBySide:
         if address is None or address == _FAILED:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return int(address)
+
+    def release(self) -> None:
+        """Give back the pages that were read; they are mapped again when somebody reads them."""
+        self._library.madvise(self._address, self._size, mmap.MADV_DONTNEED)
 
     def put(self, place: int, file: Path) -> int:
         """Map a file.

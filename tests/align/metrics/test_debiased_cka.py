@@ -52,6 +52,26 @@ class TestReference:
         narrow = debiased_cka(x.astype(np.float32), y.astype(np.float32), labels)[0]
         assert narrow == pytest.approx(exact, abs=1e-6)
 
+    @pytest.mark.parametrize("long", [0, 2, 80], ids=["alike", "few long", "many long"])
+    def test_float32_rows_of_more_dimensions(self, long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(similarity, "FEW_ROWS", 64)
+        labels = np.arange(300) // 12
+        x, y = paired(6, labels, 320, 320)
+        for rows in (x, y):
+            rows[:long] *= 100
+        x, y = x.astype(np.float32), y.astype(np.float32)
+        exact = debiased_cka(x.astype(np.float64), y.astype(np.float64), labels)[0]
+        assert debiased_cka(x, y, labels)[0] == pytest.approx(exact, abs=2e-6)
+
+    def test_long_rows_are_multiplied_in_float64(self) -> None:
+        rows = np.random.default_rng(7).standard_normal((600, 700)).astype(np.float32)
+        rows[[3, 77]] *= 1000
+        gram, exact = similarity._gram(rows), rows.astype(np.float64) @ rows.T.astype(np.float64)
+        np.testing.assert_allclose(gram[[3, 77]], exact[[3, 77]], rtol=1e-12, atol=1e-7)
+        np.testing.assert_array_equal(gram, gram.T)
+        others = np.delete(np.arange(600), [3, 77])
+        assert np.abs(gram - exact)[np.ix_(others, others)].max() < 1e-3
+
     def test_reasons(self) -> None:
         x, y = paired(4, np.arange(20))
         flat = np.ones((20, 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from align.metrics import (
     retrieval,
     score,
 )
+from align.metrics.scorer import Truth
 from align.metrics.similarity import FEW_ROWS
 from align.moments.scatter import merge, moments_of, moved, paired_with_itself
 from align.solvers import random_orthogonal
@@ -639,3 +641,49 @@ class TestIntervals:
         assert entry["test"]["r2_ci95"] is None
         places = ("test", "baselines.mean", "baselines.shuffled", "baselines.closed_form")
         assert [entry["reasons"][f"{place}.r2_ci95"] for place in places] == ["no rows here"] * 4
+
+
+class TestSharedTruth:
+    """Several scorers of the same rows, which keep the true ones once."""
+
+    def rows(self) -> tuple[Any, Any, Any]:
+        rng = np.random.default_rng(8)
+        y = rng.standard_normal((400, 6)).astype(np.float32)
+        return y, *(y + scale * rng.standard_normal(y.shape).astype(np.float32) for scale in (0.5, 2.0))
+
+    def alone(self, y: Any, guess: Any) -> Any:
+        return score(y, guess, np.zeros(6), gallery=50, cka_rows=200, tokens=np.arange(400) % 30)
+
+    def scorer(self, truth: Truth) -> Scorer:
+        return Scorer(np.zeros(6), 400, gallery=50, cka_rows=200, tokens=np.arange(400) % 30, truth=truth)
+
+    @pytest.mark.parametrize("cuts", [[0, 400], [0, 37, 150, 400], [0, 5, 10, 15, 390, 400]])
+    def test_each_scores_as_it_does_alone_however_rows_are_cut(self, cuts: list[int]) -> None:
+        y, *guesses = self.rows()
+        truth = Truth()
+        scorers = [self.scorer(truth) for _ in guesses]
+        for start, end in pairwise(cuts):
+            for scorer, guess in zip(scorers, guesses, strict=True):
+                scorer.update(y[start:end].copy(), guess[start:end])
+        # CKA centres the rows that were kept in place: whoever comes later gets the same.
+        late = self.scorer(truth)
+        for scorer, guess in zip(scorers, guesses, strict=True):
+            assert scorer.result()[0] == pytest.approx(self.alone(y, guess)[0], rel=1e-6)
+        late.update(y, guesses[0])
+        assert late.result()[0] == pytest.approx(self.alone(y, guesses[0])[0], rel=1e-6)
+
+    def test_one_that_stops_leaves_the_others(self) -> None:
+        y, guess, _ = self.rows()
+        truth = Truth()
+        self.scorer(truth).update(y[:20], guess[:20])
+        whole = self.scorer(truth)
+        for start, end in ((0, 50), (50, 400)):
+            whole.update(y[start:end], guess[start:end])
+        assert whole.result()[0] == pytest.approx(self.alone(y, guess)[0], rel=1e-6)
+
+    def test_types_may_change_from_block_to_block(self) -> None:
+        y, guess, _ = self.rows()
+        scorer = self.scorer(Truth())
+        scorer.update(y[:100].astype(np.float64), guess[:100].astype(np.float64))
+        scorer.update(y[100:], guess[100:])
+        assert scorer.result()[0] == pytest.approx(self.alone(y, guess)[0], rel=1e-6)

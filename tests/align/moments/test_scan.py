@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from align.closed_form.fit import Fit, fit_closed
 from align.layers import LayerPair
 from align.moments.device import DeviceProducts, multiplier, torch_device
 from align.moments.scan import (
@@ -25,7 +26,17 @@ from align.moments.scan import (
     stored_scan,
     usable_moments,
 )
-from align.moments.scatter import Moments, as_if_shuffled, centered, means, moments_of, moved
+from align.moments.scatter import (
+    Moments,
+    as_if_shuffled,
+    centered,
+    means,
+    merge,
+    moments_of,
+    moved,
+    paired_with_itself,
+    raw,
+)
 from featstore.errors import FitError, LayerRangeError, PairingError, SpecError, StoreStateError
 from featstore.store import open_store
 from featstore.store.moments import stored as kept
@@ -140,6 +151,34 @@ def test_scan_alone_and_in_company_are_the_same_bits(planted: Planted) -> None:
     many = both_ways(planted, [*PAIRS, JOINT])
     for pair in (PAIRS[0], PAIRS[5], JOINT):
         assert_equal(both_ways(planted, [pair])[pair.key], many[pair.key])
+
+
+@pytest.mark.parametrize("pair", [PAIRS[1], JOINT], ids=["one", "joint"])
+def test_of_a_target_the_diagonal_is_enough_for_most_fits(planted: Planted, pair: LayerPair) -> None:
+    whole, narrow = (both_ways(planted, [pair], target_gram=gram)[pair.key] for gram in (True, False))
+    for split, part in enumerate(PARTS):
+        full, found = getattr(whole, part), getattr(narrow, part)
+        for name in ("n", "origin_x", "origin_y", "sx", "sy", "gx", "c", "a", "d", "aa", "ux", "uy", "vx"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(full, name), err_msg=f"{part} {name}")
+        np.testing.assert_allclose(found.gy, np.diag(full.gy), rtol=1e-6)
+        np.testing.assert_allclose(found.gy, np.diag(about_means(planted, pair, split).gy), rtol=1e-6)
+        # About another point, too, and nobody takes the diagonal for more than it is.
+        np.testing.assert_allclose(raw(found).gy, np.diag(raw(full).gy), rtol=1e-6)
+        assert np.isnan(found.bb)
+        assert np.isnan(found.vy).all()
+        for mixed in ((found, full), (full, found)):
+            with pytest.raises(FitError, match="do not add"):
+                merge(*mixed)
+        for refused in (lambda m: paired_with_itself(m, "y"), lambda m: as_if_shuffled(m, np.random.default_rng(0))):
+            with pytest.raises(FitError, match="target_gram=True"):
+                refused(found)
+    for fit in (Fit("procrustes"), Fit("linear"), Fit("affine"), Fit("reduced-rank", rank=3)):
+        if fit.type == "procrustes" and pair is JOINT:
+            continue
+        maps = [fit_closed(fit, pair, one).tensors["weight"] for one in (whole, narrow)]
+        np.testing.assert_allclose(maps[1], maps[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(FitError, match="target_gram=True"):
+        fit_closed(Fit("procrustes", components=3), pair, narrow)
 
 
 def test_groups_fit_the_memory_and_give_the_same_bits(planted: Planted) -> None:

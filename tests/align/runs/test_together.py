@@ -53,6 +53,15 @@ def test_each_is_the_run_that_it_is_alone(planted: Planted, tmp_path: Path, opti
             assert (out / name).read_bytes() == (alone / name).read_bytes()
 
 
+def test_those_among_principal_components_are_made_together(planted: Planted, tmp_path: Path) -> None:
+    runs = [(settings_of(planted, "procrustes", components=number), tmp_path / number) for number in ("3", "auto")]
+    assert train_together(runs) == [None, None]
+    for settings, out in runs:
+        train(settings, tmp_path / "alone" / out.name, quiet=True)
+        for name in ("metrics.json", "adapter.safetensors"):
+            assert (out / name).read_bytes() == (tmp_path / "alone" / out.name / name).read_bytes()
+
+
 def test_rows_are_read_and_controls_scored_once(
     planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +118,8 @@ def test_one_that_fails_leaves_the_others(planted: Planted, tmp_path: Path, monk
         {"layer_map": "auto"},
         {"layer_map": "1:3"},
         {"max_rows": 300},
+        # Among principal components the target's Gram matrix is needed.
+        {"components": "3"},
         {"loop": LoopSettings(skip="none", rank=3, seed=1)},
     ],
     ids=str,

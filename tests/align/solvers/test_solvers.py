@@ -21,6 +21,7 @@ from align.solvers import (
     Spectrum,
     component_grid,
     lambda_grid,
+    linalg,
     mse_of,
     procrustes,
     random_orthogonal,
@@ -328,18 +329,32 @@ class TestRandomOrthogonal:
         small = q.T @ q if dx >= dy else q @ q.T
         np.testing.assert_allclose(small, np.eye(min(dx, dy)), atol=1e-12)
 
-    @pytest.mark.parametrize("smallest", [1e-4, 1e-7, 1e-9, 0.0])
-    def test_it_is_that_of_reflections_however_near_to_singular_the_draw(self, smallest: float) -> None:
-        class Drawn:
-            def standard_normal(self, shape: tuple[int, int]) -> np.ndarray:
-                u, _, v = np.linalg.svd(rng_of(3).standard_normal(shape), full_matrices=False)
-                return (u * np.geomspace(1, smallest or 1e-300, shape[1])) @ v
+    @pytest.mark.parametrize(("dx", "dy"), [(5, 5), (7, 3), (3, 7), (1, 1), (300, 290)])
+    def test_it_is_the_product_of_reflections_and_signs(self, dx: int, dy: int) -> None:
+        rows, columns = max(dx, dy), min(dx, dy)
+        drawn = rng_of(3).standard_normal((columns, rows))
+        expected, signs = np.eye(rows), []
+        for k in range(columns):
+            # A reflection takes x to the other end of the first axis; seen from there, R's diagonal has that sign.
+            x = drawn[k, k:]
+            v = x + np.copysign(np.linalg.norm(x), x[0]) * np.eye(rows - k)[0]
+            signs.append(-np.sign(x[0]))
+            expected[:, k:] @= np.eye(rows - k) - 2 * np.outer(v, v) / (v @ v)
+        expected = expected[:, :columns] * signs
+        np.testing.assert_allclose(
+            random_orthogonal(dx, dy, rng_of(3)), expected if dx >= dy else expected.T, atol=1e-14
+        )
 
-        q = random_orthogonal(30, 20, Drawn())  # type: ignore[arg-type]
-        np.testing.assert_allclose(q.T @ q, np.eye(20), atol=1e-13)
-        if smallest > 1e-8:
-            expected, r = np.linalg.qr(Drawn().standard_normal((30, 20)))
-            np.testing.assert_allclose(q, expected * np.sign(np.diag(r)), atol=1e-15 / smallest * 100)
+    def test_all_of_it_is_haar(self) -> None:
+        # The last column of a square one is left over, and the trace of a Haar matrix has mean 0 and variance 1.
+        rng = rng_of(23)
+        drawn = np.stack([random_orthogonal(3, 3, rng) for _ in range(2000)])
+        for row, column in [(2, 2), (0, 2), (2, 0)]:
+            assert scipy.stats.kstest(drawn[:, row, column], "uniform", args=(-1, 2)).pvalue > 0.01
+        traces = np.trace(drawn, axis1=1, axis2=2)
+        assert abs(traces.mean()) < 0.1
+        assert traces.var() == pytest.approx(1, abs=0.1)
+        assert np.linalg.det(drawn).mean() == pytest.approx(0, abs=0.1)
 
     def test_haar(self) -> None:
         # LAPACK's Q alone has a fixed sign in its corner; under Haar measure in 3 dimensions every
@@ -483,6 +498,16 @@ class TestEveryRank:
             alone = reduced_rank(train.gx, train.c, rank, choice.lam, skip)
             np.testing.assert_allclose(choice.weight, alone[0] @ alone[1], atol=1e-8)
 
+    @pytest.mark.parametrize(("dx", "dy"), [(9, 9), (7, 9), (9, 7)])
+    def test_a_rotation_and_its_factor_may_stay_apart(self, dx: int, dy: int) -> None:
+        train, val = planted_scatters(43, dx, dy)
+        weight, factor = procrustes(train.c, train.gx, scale=True)
+        whole = select_reduced_rank(train, val, 3, skip=factor * weight)
+        apart = select_reduced_rank(train, val, 3, skip=weight, skip_scale=factor, rotation=True)
+        assert apart.lam == whole.lam
+        np.testing.assert_allclose(apart.val_mse, whole.val_mse, rtol=1e-11)
+        np.testing.assert_allclose(apart.weight, whole.weight, atol=1e-9)
+
     def test_tries_few_strengths(self) -> None:
         train, val = planted_scatters(41, 40, 40, 3000)
         assert len(select_reduced_rank(train, val, 8).lambdas) <= 7
@@ -581,3 +606,13 @@ def test_devices() -> None:
         to_device(train, "warp")
     with pytest.raises(FitError, match="bring both to one device"):
         procrustes(on(train, "cpu").c, train.gx, scale=True)
+
+
+@pytest.mark.parametrize("panel", [1, 3, 1024])
+def test_congruent_makes_half_of_a_symmetric_product(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg, "_PANEL", panel)
+    rng = rng_of(50)
+    v, x = rng.standard_normal((8, 7)), rng.standard_normal((20, 8))
+    found = linalg.congruent(v, x.T @ x)
+    np.testing.assert_allclose(found, v.T @ x.T @ x @ v, rtol=1e-12)
+    np.testing.assert_array_equal(found, found.T)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from align.layers import LayerPair
 from align.maps.fitted import Aligner
 from align.moments.scatter import centered, moments_of
 from align.solvers import RidgePath, mse_of, reduced_rank, whitening
+from align.training.building import _left_over
 from align.training.mlp import HiddenLayerMap
 from align.training.modules import LinearMap, LowRankMap
 from featstore.errors import FitError
@@ -330,3 +332,14 @@ class TestTrainingReachesTheClosedForm:
     def test_excess_error(self, kind: str) -> None:
         assert 0 <= self.excess(kind, preconditioned=True) < 0.01
         assert self.excess(kind, preconditioned=False) > 0.2
+
+
+def test_what_a_skip_leaves_over_has_the_diagonal_of_its_gram_matrix() -> None:
+    rng = np.random.default_rng(4)
+    x, y, skip = (rng.standard_normal(shape) for shape in ((40, 5), (40, 4), (5, 4)))
+    whole = centered(moments_of(x, y, np.zeros(5), np.zeros(4)))
+    expected = centered(moments_of(x, y - x @ skip, np.zeros(5), np.zeros(4)))
+    for rows in (whole, replace(whole, gy=np.diag(whole.gy))):
+        left = _left_over(rows, skip)
+        np.testing.assert_allclose(left.c, expected.c, atol=1e-12)
+        np.testing.assert_allclose(left.gy, expected.gy if left.gy.ndim == 2 else np.diag(expected.gy), atol=1e-12)

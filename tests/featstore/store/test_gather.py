@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,3 +107,25 @@ def test_few_shards_stay_mapped_and_views_keep_theirs(tmp_path, monkeypatch):
     for number, view in enumerate(views):
         np.testing.assert_array_equal(view, values[number * 64 : number * 64 + 64])
     np.testing.assert_array_equal(reader.stored(slice(0, ROWS)), values)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel how much of the files is mapped")
+def test_released_pages_are_no_memory_of_the_process_and_are_read_again(tmp_path):
+    values, reader = layer(tmp_path, 512)
+
+    def resident() -> int:
+        """KiB of the layer's files in this process's memory, over all maps of them."""
+        total, ours = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if "-" in line.split(" ", 1)[0] and ":" not in line.split(" ", 1)[0]:
+                ours = str(tmp_path) in line
+            elif ours and line.startswith("Rss:"):
+                total += int(line.split()[1])
+        return total
+
+    for _ in range(2):
+        np.testing.assert_array_equal(reader.stored(ORDERS["any"]), values[ORDERS["any"]])
+        np.testing.assert_array_equal(reader.stored(slice(0, ROWS)), values)
+        assert resident() >= values.nbytes >> 10
+        reader.release()
+        assert resident() == 0
