@@ -163,7 +163,7 @@ def dot(a: Array, b: Array) -> float:
 
 
 def congruent(v: Array, g: Array) -> Array:
-    """V'GV of a symmetric G, symmetric to the bit: of the second product the upper triangle is made.
+    """V'GV of a symmetric G: of the second product only the panels on the diagonal and above are made.
 
     Args:
         v: (d, k).
