@@ -55,8 +55,8 @@ LIMITS: dict[str, str] = {
         "passes through the models, which both builds make, are most of the time; what a pass costs is theirs."
     ),
     "evaluate stitch: largest difference of a figure, nats": (
-        "the control's random rotation is another draw of the same seed (decision 45); the other conditions' losses are "
-        "equal to the last bit."
+        "the control's random rotation is another draw of the same seed (decision 45); the losses of all other "
+        "conditions are equal to the last bit."
     ),
     "reading hot, into a buffer, over memmap, worst round": (
         "the memmap's own rounds lie as far apart: both copy memory, on a machine that shares its own."
