@@ -47,6 +47,9 @@ class Numbers:
         size = self.layout.chunk_rows
         return np.arange(number * size, (number + 1) * size, dtype=np.float32)[:, None] + np.float32(self.offset)
 
+    def release(self) -> None:
+        """There are no pages to give back."""
+
 
 def pairs_of(source: np.ndarray, target: np.ndarray) -> Pairs:
     m = len(source)
